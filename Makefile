@@ -1,0 +1,106 @@
+# make setup | demo [CHECK=1] [DATA=DIR] | test | lint | bench | soak
+#
+# Each command does the set-up that it needs: everything goes into .venv, once for each state of constraints.txt and
+# pyproject.toml. `make demo` needs neither root nor Debian packages nor the tools of development.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test lint packages wheel bench soak
+
+# What the tests need beyond Python: a browser for the page, and a font for the browser.
+DEBIAN_PACKAGES ?= chromium fonts-dejavu-core
+
+REAL_DATA := $(or $(TWOTOWER_DATA),../shared/data)
+
+PYTHON := $(shell for python in python3.11 python3; do \
+	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$python; break; fi; done)
+BIN := .venv/bin
+STATE := $(shell cat constraints.txt pyproject.toml | cksum | tr ' ' -)
+BASE := .venv/.stamp-base-$(STATE)
+DEV := .venv/.stamp-dev-$(STATE)
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+help:
+	@sed -n '1s/^# //p' Makefile
+
+setup: $(DEV)
+
+# A killed pip can leave half a package behind that it later takes for a whole one: .venv/.installing says that this may
+# have happened, and the environment is then made anew. torch goes first: together with the rest, pip would rather
+# resolve to gigabytes of CUDA packages.
+$(BASE):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed, and neither python3.11 nor python3 is one: \
+	install it, or name it with make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@if [ -e .venv/.installing ]; then echo "an earlier set-up was interrupted: starting anew" >&2; rm -rf .venv; fi
+	@echo "set-up: torch and the other dependencies into .venv, a minute or two the first time" >&2
+	@$(PYTHON) -m venv .venv
+	@rm -f .venv/.stamp-*
+	@touch .venv/.installing
+	@$(BIN)/python $(INSTALL) torch setuptools
+	@$(BIN)/python $(INSTALL) --no-build-isolation --editable .
+	@rm .venv/.installing
+	@touch $@
+
+$(DEV): $(BASE)
+	@echo "set-up: the tools of development into .venv" >&2
+	@touch .venv/.installing
+	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[dev]'
+	@rm .venv/.installing
+	@touch $@
+
+demo: $(BASE)
+	$(BIN)/twotower demo$(if $(DATA), --data '$(DATA)')$(if $(filter 1,$(CHECK)), --check)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: packages lint
+	$(BIN)/pytest -n 2 --dist worksteal -r fEsX
+	@$(MAKE) --no-print-directory wheel
+
+packages:
+	@missing=; for package in $(DEBIAN_PACKAGES); do \
+		[ "$$(dpkg-query --show --showformat='$${db:Status-Status}' $$package 2>/dev/null)" = installed ] \
+			|| missing="$$missing $$package"; \
+	done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing the Debian packages that tests need:$$missing" >&2; \
+		apt-get -qq update; \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends $$missing >/dev/null; \
+	else \
+		echo "some tests need Debian packages that are missing; type: sudo apt-get install$$missing" >&2; \
+	fi
+
+# The wheel must stand on its own: every module imports, and the command starts, with nothing but what it declares.
+wheel: $(DEV)
+	@rm -rf dist
+	@echo "building the sdist, and the wheel out of it" >&2
+	@$(BIN)/python -m build --quiet --no-isolation
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	echo "installing the wheel into a clean environment, about a minute" >&2; \
+	$(PYTHON) -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/python" $(INSTALL) torch; \
+	"$$folder/venv/bin/python" $(INSTALL) dist/*.whl; \
+	"$$folder/venv/bin/python" -m pip check; \
+	cp tests/installed.py "$$folder"; \
+	cd "$$folder"; \
+	venv/bin/python installed.py; \
+	venv/bin/twotower --help >/dev/null; \
+	echo "the wheel works in a clean environment" >&2
+
+bench: $(DEV)
+	@mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/index.py --out benchmarks/results/index.json
+	$(BIN)/python benchmarks/samples.py --out benchmarks/results/samples.json
+	$(BIN)/python benchmarks/movielens.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/movielens.json
+
+soak: $(DEV)
+	@mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/soak/event_log.py --kills 50 | tee benchmarks/results/soak_event_log.json
+	$(BIN)/python benchmarks/soak/train.py --kills 50 | tee benchmarks/results/soak_train.json
+	$(BIN)/python benchmarks/soak/publish.py --kills 50 | tee benchmarks/results/soak_publish.json

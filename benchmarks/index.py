@@ -1,0 +1,121 @@
+"""Recall and latency of one query: exact beside FAISS, over clustered vectors, in one run.
+
+    python benchmarks/index.py [--smoke] [--out benchmarks/results/index.json]
+
+Vectors are a mixture of 200 gaussians brought to unit length; the queries that are measured come from the same mixture
+and are not those that the index was tuned on. Progress goes to stderr, one JSON line to stdout.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twotower.index.exact import ExactIndex
+from twotower.index.faiss_index import FaissIndex
+from twotower.index.protocol import VectorIndex
+
+DIMENSION = 64
+KS = (50, 500)
+CENTRES = 200
+RECALL = 0.99
+SEED = 0
+
+
+def mixture(centres: NDArray[np.float32], count: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Unit vectors (count, D) around centres (C, D); noise is .7 of the spread of the centres in each dimension."""
+    vectors = rng.standard_normal((count, centres.shape[1]), np.float32)
+    vectors *= np.float32(0.7)
+    vectors += centres[rng.integers(len(centres), size=count)]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def latencies_ms(index: VectorIndex, queries: NDArray[np.float32], k: int) -> dict[str, float]:
+    """Median and 99th percentile of queries (Q, D) asked one at a time."""
+    seconds = []
+    for query in queries[:, None]:
+        start = time.perf_counter()
+        index.search(query, k)
+        seconds.append(time.perf_counter() - start)
+    p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1000
+    return {"p50_ms": round(float(p50), 3), "p99_ms": round(float(p99), 3)}
+
+
+def measure(count: int, queries: int) -> list[dict[str, Any]]:
+    """One entry for each k, over `count` vectors."""
+    rng = np.random.default_rng(SEED)
+    centres = rng.standard_normal((CENTRES, DIMENSION), np.float32)
+    rows, vectors = np.arange(count), mixture(centres, count, rng)
+    tuning, held_out = mixture(centres, 500, rng), mixture(centres, queries, rng)
+
+    exact = ExactIndex.build(rows, vectors)
+    start = time.perf_counter()
+    built = FaissIndex.build(rows, vectors, SEED, flat_below=0)
+    build_s = time.perf_counter() - start
+    start = time.perf_counter()
+    tuned = built.tune(tuning, KS, RECALL, exact)
+    tune_s = time.perf_counter() - start
+    print(f"{count} vectors: built in {build_s:.1f} s, tuned in {tune_s:.1f} s", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        tuned.save(Path(folder, "index"))
+        start = time.perf_counter()
+        index = FaissIndex.load(Path(folder, "index"))
+        load_ms = 1000 * (time.perf_counter() - start)
+        index.search(held_out, KS[-1])  # brings the mapped pages in
+        entries = []
+        for entry in index.tuning:
+            truth, found = exact.search(held_out, entry.k).rows, index.search(held_out, entry.k).rows
+            pairs = zip(truth, found, strict=True)
+            recalls = [len(np.intersect1d(a, b)) / entry.k for a, b in pairs]
+            entries.append(
+                {
+                    "vectors": count,
+                    "k": entry.k,
+                    "lists": round(4 * count**0.5),
+                    "nprobe": entry.nprobe,
+                    "recall": round(float(np.mean(recalls)), 4),
+                    "recall_worst_query": round(min(recalls), 4),
+                    "faiss": latencies_ms(index, held_out, entry.k),
+                    "exact": latencies_ms(exact, held_out, entry.k),
+                    "build_s": round(build_s, 1),
+                    "tune_s": round(tune_s, 1),
+                    "load_ms": round(load_ms, 1),
+                }
+            )
+    return entries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="small sizes: shows that it runs, measures nothing")
+    parser.add_argument("--out", type=Path, help="also write the result to this file")
+    arguments = parser.parse_args()
+    sizes, queries = ((5_000,), 20) if arguments.smoke else ((100_000, 1_000_000), 200)
+    result = {
+        "benchmark": "index",
+        "smoke": arguments.smoke,
+        "machine": {"cpus": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version()},
+        "dimension": DIMENSION,
+        "centres": CENTRES,
+        "target_recall": RECALL,
+        "queries": queries,
+        "seed": SEED,
+        "results": [entry for size in sizes for entry in measure(size, queries)],
+    }
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Requests a second and latency of `POST /v1/retrieve`, over real sockets.
+
+    python benchmarks/serve.py --workspace demo/simulated --out benchmarks/results/serve.json
+
+A server process answers for random known users, each connection kept alive and asking again as soon as it is answered
+(a closed loop), fused and from the two towers alone, at k = 100 and 500. The clients are threads of this process and
+compete with the server for the same cores. Without `--workspace` a simulated world is made. Each case is a line of JSON
+on stderr; the last line on stdout holds them all.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from twotower.cli.line import open_served, run_line
+from twotower.config import load
+from twotower.datasets.simulate import simulate_workspace
+
+CONFIG = Path(__file__).parents[1] / "examples" / "demo.toml"
+CONNECTIONS = (1, 4, 16)
+KS = (100, 500)
+CHANNELS: dict[str, list[str]] = {"fused": [], "two_tower": ["two_tower"]}
+WARM_UP = 20
+
+
+def ask_on(
+    url: str, users: list[Any], body: dict[str, Any], until: float, seed: int, latencies_ms: list[float]
+) -> None:
+    """Ask over one connection until a moment; latencies of all but the first requests."""
+    address, generator = urlsplit(url), random.Random(seed)
+    with closing(http.client.HTTPConnection(address.hostname, address.port, timeout=30)) as connection:
+        asked = 0
+        while time.monotonic() < until:
+            document = json.dumps({**body, "user_id": generator.choice(users)})
+            started = time.monotonic()
+            connection.request("POST", "/v1/retrieve", document, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            content = response.read()
+            if response.status != 200:
+                raise RuntimeError(f"{response.status}: {content[:300]!r}")
+            asked += 1
+            if asked > WARM_UP:
+                latencies_ms.append(1000 * (time.monotonic() - started))
+
+
+def measure(url: str, users: list[Any], channels: str, k: int, connections: int, seconds: float) -> dict[str, Any]:
+    body = {"k": k, "channels": CHANNELS[channels]}
+    latencies_ms: list[list[float]] = [[] for _ in range(connections)]
+    started = time.monotonic()
+    threads = [
+        threading.Thread(target=ask_on, args=(url, users, body, started + seconds, number, latencies_ms[number]))
+        for number in range(connections)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.monotonic() - started
+    all_ms = np.concatenate(latencies_ms)
+    p50, p99 = np.percentile(all_ms, [50, 99])
+    return {
+        "channels": channels,
+        "k": k,
+        "connections": connections,
+        "requests_per_s": round((len(all_ms) + WARM_UP * connections) / elapsed, 1),
+        "p50_ms": round(float(p50), 2),
+        "p99_ms": round(float(p99), 2),
+    }
+
+
+def bench(workspace: Path, seconds: float, connections: tuple[int, ...]) -> dict[str, Any]:
+    overrides = [f"workspace.path={json.dumps(str(workspace))}", "serve.port=0"]
+    version = open_served(load(CONFIG, overrides))
+    users = version.users.ids.to_pylist()
+    arguments = [part for option in overrides for part in ("--set", option)]
+    command = [sys.executable, "-m", "twotower", "serve", "-c", str(CONFIG), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        try:
+            url = json.loads(server.stdout.readline())["url"]
+            cases = []
+            for channels in CHANNELS:
+                for k in KS:
+                    for count in connections:
+                        cases.append(measure(url, users, channels, k, count, seconds))
+                        print(json.dumps(cases[-1]), file=sys.stderr, flush=True)
+        finally:
+            server.terminate()
+    return {
+        "items": len(version.item_ids),
+        "users": len(users),
+        "seconds_each": seconds,
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "cases": cases,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workspace", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="a second in all, on a tiny world")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = arguments.workspace
+        if workspace is None:
+            workspace = Path(folder) / "workspace"
+            users, items, epochs = (100, 100, 1) if arguments.smoke else (2000, 1500, 5)
+            simulate_workspace(workspace, users, items, days=3 if arguments.smoke else 7, seed=0)
+            overrides = [f"workspace.path={json.dumps(str(workspace))}", f"train.epochs={epochs}"]
+            run_line(load(CONFIG, overrides), promoted=True)
+        result = bench(workspace, 0.5 if arguments.smoke else 5.0, (1,) if arguments.smoke else CONNECTIONS)
+    line = json.dumps(result)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Kill the writer of a local event log again and again, and check after each kill that the log kept its promise.
+
+    python benchmarks/soak/event_log.py --kills 50 --seed 0
+
+A child process appends from several threads and notes each acknowledgement in a file; it is killed (SIGKILL) at a
+random moment, sometimes while it still opens the log, and often half a record or zeros are put behind what it wrote.
+After each kill the log opens again and holds
+
+- every acknowledged event of all runs exactly once, at the acknowledged offset,
+- of what each user of each run was sent, a prefix in order: nothing is missing in between,
+- the same to a reader that followed it in steps while the children wrote.
+
+Each child first sends the beginning of the run before it again, as clients do that got no answer. Segments are small,
+so that kills meet their sealing too. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from twotower.logs import Event, LocalEventLog, Record
+from twotower.logs.segment import encode
+
+PARTITIONS = 2
+SEGMENT_BYTES = 30_000
+THREADS = 3
+USERS = 2
+RETRIED = 40
+LONGEST_S = 0.15
+
+
+def open_log(folder: Path) -> LocalEventLog:
+    return LocalEventLog.open(folder, partitions=PARTITIONS, sync="always", segment_bytes=SEGMENT_BYTES)
+
+
+def sent(run: int, thread: int, step: int) -> Event:
+    """The event of a step: users take turns, so the steps of a user are `USERS` apart."""
+    user = f"{run}-{thread}-{step % USERS}"
+    body = {"step": step, "text": "x" * (step * 37 % 300)}
+    return Event(f"{run}-{thread}-{step}", "click", user, 1_700_000_000_000 + step, body=body)
+
+
+def child(folder: Path, run: int) -> None:
+    """Append until killed; a line on stdout for each acknowledgement: run, thread, step, partition, offset."""
+    if not sys.stdin.readline():  # the parent is gone
+        return
+    log = open_log(folder)
+
+    def append(of_run: int, thread: int, steps: range) -> None:
+        acks = log.append([sent(of_run, thread, step) for step in steps])
+        lines = (
+            f"{of_run} {thread} {step} {ack.partition} {ack.offset}\n" for step, ack in zip(steps, acks, strict=True)
+        )
+        os.write(1, "".join(lines).encode())
+
+    def work(thread: int) -> None:
+        if run:
+            append(run - 1, thread, range(RETRIED))
+        step = 0
+        while True:
+            size = 1 + (step * 7 + thread) % 5
+            append(run, thread, range(step, step + size))
+            step += size
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def read_on(log: LocalEventLog, found: list[list[Record]]) -> None:
+    """Read each partition from where `found` ends."""
+    for partition, records in enumerate(found):
+        while more := log.read(partition, records[-1].next_offset if records else 0, 500):
+            records.extend(more)
+
+
+def check(found: list[list[Record]], acknowledged: list[list[int]]) -> None:
+    """Hold what was read against what was acknowledged.
+
+    Raises:
+        AssertionError: an event is missing, doubled, out of order or changed.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    steps: dict[str, list[int]] = defaultdict(list)
+    for partition, records in enumerate(found):
+        for record in records:
+            event = record.event
+            assert event.event_id not in places, f"{event.event_id} is in the log twice"
+            places[event.event_id] = (partition, record.offset)
+            run, thread, step = map(int, event.event_id.split("-"))
+            assert event == sent(run, thread, step), f"{event.event_id} is not what was sent"
+            steps[str(event.user_id)].append(step)
+    for user, taken in steps.items():
+        first = int(user.rsplit("-", 1)[1])
+        assert taken == [first + USERS * n for n in range(len(taken))], f"user {user}: {taken} is no prefix"
+    for run, thread, step, partition, offset in acknowledged:
+        assert places.get(f"{run}-{thread}-{step}") == (partition, offset), f"{run}-{thread}-{step} was acknowledged"
+
+
+def tear(folder: Path, generator: random.Random) -> None:
+    """Leave at some ends what a power cut leaves: part of a record, or zeros; a kill alone seldom does."""
+    for partition in sorted(folder.glob("partition-*")):
+        whole = encode(sent(0, 0, 299).to_json())
+        tail = generator.choice([b"", whole[: generator.randrange(1, len(whole))], bytes(generator.randrange(1, 9000))])
+        with max(partition.glob("*.log")).open("ab") as file:
+            file.write(tail)
+
+
+def start(folder: Path, run: int, acks: Path) -> subprocess.Popen[str]:
+    """A child that has imported everything and waits for a line on stdin."""
+    command = [sys.executable, __file__, "--folder", str(folder), "--child", str(run)]
+    with acks.open("w") as file:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, text=True)
+
+
+def soak(folder: Path, kills: int, seed: int) -> dict[str, int]:
+    """Kill `kills` children; counts of what happened."""
+    generator = random.Random(seed)
+    log_folder = folder / "log"
+    open_log(log_folder).close()
+    followed: list[list[Record]] = [[] for _ in range(PARTITIONS)]
+    acknowledged: list[list[int]] = []
+    next_child = start(log_folder, 0, folder / "acks-0")
+    with closing(LocalEventLog.reader(log_folder)) as reader, ExitStack() as children:
+        children.callback(next_child.kill)
+        for run in range(kills):
+            process = next_child
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            if run + 1 < kills:  # it starts Python meanwhile
+                next_child = start(log_folder, run + 1, folder / f"acks-{run + 1}")
+                children.callback(next_child.kill)
+            time.sleep(generator.uniform(0, LONGEST_S))
+            read_on(reader, followed)
+            time.sleep(generator.uniform(0, LONGEST_S))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            process.stdin.close()
+            lines = (folder / f"acks-{run}").read_text().splitlines(keepends=True)
+            acknowledged += [[int(word) for word in line.split()] for line in lines if line.endswith("\n")]
+            tear(log_folder, generator)
+            with closing(open_log(log_folder)) as log:
+                found: list[list[Record]] = [[] for _ in range(PARTITIONS)]
+                read_on(log, found)
+            check(found, acknowledged)
+            read_on(reader, followed)
+            assert followed == found, "a reader that followed the log saw something else"
+    return {
+        "kills": kills,
+        "seed": seed,
+        "acknowledged": len(acknowledged),
+        "events": sum(map(len, found)),
+        "torn": len(list(log_folder.rglob("*.torn-*"))),
+        "segments": len(list(log_folder.rglob("*.log"))),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is not None:
+        child(arguments.folder, arguments.child)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(soak(Path(folder), arguments.kills, arguments.seed)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Open two-tower retrieval: from click logs to a served, continuously updated candidate list."""

@@ -1,0 +1,5 @@
+"""`python -m twotower` is `twotower`."""
+
+from twotower.cli.main import main
+
+main()

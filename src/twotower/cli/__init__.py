@@ -1,0 +1,1 @@
+"""The command line: it hands the stages plain arguments out of one configuration."""

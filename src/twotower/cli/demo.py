@@ -1,0 +1,160 @@
+"""`demo`: the whole line on a simulated world or on a public data set, ending in a running server."""
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from twotower.cli.line import places, run_line
+from twotower.cli.serving import serve
+from twotower.config.load import load
+from twotower.config.settings import Settings
+from twotower.datasets.importers import import_dataset
+from twotower.datasets.simulate import simulate_workspace
+from twotower.schema.errors import ConfigError, TwotowerError
+from twotower.serve.run import Address
+
+log = logging.getLogger(__name__)
+
+USERS, ITEMS, DAYS, SEED = 2000, 1500, 7, 0
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How a public data set is recognised, imported and configured for the demo."""
+
+    name: str
+    pattern: str
+    """A file that only this data set has."""
+    example: str
+    holdout: str
+    positive: str = "all"
+    until: str | None = None
+
+
+KNOWN = (
+    DataSet("movielens-1m", "ratings.*", "movielens.toml", "time:0.9", positive="4"),
+    DataSet("kuairand", "user_history_before_*.parquet", "kuairand.toml", "since:2022-05-03"),
+    DataSet("globo", "clicks_*", "globo.toml", "since:2017-10-10", until="2017-10-10"),
+)
+
+
+def demo(data: Path | None, out: Path, overrides: list[str], check: bool, answer: Callable[[Any], None]) -> None:
+    """Make a workspace, run the whole line in it, and serve it until a signal ends it.
+
+    What an earlier demo made in the same folder is used again: workspace, trained model and log.
+
+    Args:
+        data: the folder of a public data set; None = a simulated world.
+        out: the folder of all demos.
+        overrides: `section.key=value` each.
+        check: instead of serving on, ask the server for a user, post a click, ask again, and end.
+        answer: called with the result when the server is ready, or with the check's.
+
+    Raises:
+        ConfigError: no known data set in the folder.
+    """
+    started = time.monotonic()
+    known = None if data is None else _recognise(data)
+    workspace = out / (known.name if known else "simulated")
+    example = known.example if known else "demo.toml"
+    with as_file(files("twotower.cli") / "examples" / example) as config:
+        settings = load(config, [f"workspace.path={json.dumps(str(workspace))}", *overrides])
+        if not (workspace / "workspace.json").exists():
+            log.info("making %s", workspace)
+            if known is None or data is None:
+                simulate_workspace(workspace, USERS, ITEMS, DAYS, SEED)
+            else:
+                import_dataset(known.name, data, workspace, known.holdout, None, known.positive, known.until)
+        result = run_line(settings, promoted=True)
+        seconds = round(time.monotonic() - started, 1)
+        if check:
+            answer({**_checked(config, settings, overrides), **_summary(result, seconds)})
+        else:
+            port = settings.serve.port if _is_free(settings) else 0
+            settings = load(config, [f"workspace.path={json.dumps(str(workspace))}", *overrides, f"serve.port={port}"])
+            serve(settings, lambda address: _ready(address, result, seconds, answer))
+
+
+def _summary(result: dict[str, Any], seconds: float) -> dict[str, Any]:
+    return {"version": result["version"], "metrics": result["metrics"], "seconds": seconds}
+
+
+def _ready(address: Address, result: dict[str, Any], seconds: float, answer: Callable[[Any], None]) -> None:
+    log.info("open %s   (Ctrl-C ends it)", address.url)
+    answer({"url": address.url, **_summary(result, seconds)})
+
+
+def _recognise(data: Path) -> DataSet:
+    for known in KNOWN:
+        if any(data.glob(known.pattern)):
+            return known
+    names = ", ".join(f"{known.name} ({known.pattern})" for known in KNOWN)
+    raise ConfigError(
+        f"{data} holds none of the data sets that the demo knows: {names}. Use `twotower import` for others"
+    )
+
+
+def _is_free(settings: Settings) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.serve.host, settings.serve.port))
+        except OSError:
+            log.info("port %d is taken: using a free one", settings.serve.port)
+            return False
+    return True
+
+
+def _checked(config: Path, settings: Settings, overrides: list[str]) -> dict[str, Any]:
+    """Ask a real server, in a process of its own, before and after a click of one user."""
+    options = [f"workspace.path={json.dumps(str(places(settings).workspace))}", *overrides, "serve.port=0"]
+    arguments = [part for option in options for part in ("--set", option)]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "twotower", "serve", "-c", str(config), *arguments], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        if not line:
+            raise TwotowerError(f"the server ended with code {server.wait()} before it was ready")
+        url = json.loads(line)["url"]
+        user_id = _get(f"{url}/console/users?n=1")["users"][0]
+        before = _post(f"{url}/v1/retrieve", {"user_id": user_id, "k": SHOWN})
+        clicked = before["items"][0]["item_id"]
+        now_ms = time.time_ns() // 1_000_000
+        click = {
+            "event_id": f"check-{now_ms}",
+            "type": "click",
+            "user_id": user_id,
+            "item_id": clicked,
+            "ts_ms": now_ms,
+        }
+        accepted = _post(f"{url}/v1/events", {"events": [click]})
+        after = _post(f"{url}/v1/retrieve", {"user_id": user_id, "k": SHOWN})
+        if clicked in [item["item_id"] for item in after["items"]] or before["items"] == after["items"]:
+            raise TwotowerError(f"the click on {clicked!r} did not change the next answer of user {user_id!r}")
+        return {"url": url, "user_id": user_id, "before": before, "clicked": clicked, **accepted, "after": after}
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return json.load(response)
+
+
+def _post(url: str, document: Any) -> Any:
+    request = urllib.request.Request(url, json.dumps(document).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)

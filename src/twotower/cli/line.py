@@ -1,0 +1,204 @@
+"""The stages in their order, each called with plain arguments out of the configuration.
+
+This is the only module that knows both: no stage sees the configuration.
+"""
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twotower.config.available import check_available
+from twotower.config.load import as_dict
+from twotower.config.settings import Settings
+from twotower.evaluate.holdout import evaluate
+from twotower.index.exact import ExactIndex
+from twotower.models.channel import TwoTowerChannel
+from twotower.models.fit import fit_channels
+from twotower.publish.publish import current_path, promote, publish
+from twotower.publish.version import Version, item_tokens, open_version
+from twotower.samples.build import SamplesReport, build_samples
+from twotower.samples.read import Samples, open_samples
+from twotower.schema.errors import DataError
+from twotower.schema.files import read_json, write_json
+from twotower.train.checkpoint import Checkpoint, Shape, load_model, open_checkpoint
+from twotower.train.loop import TrainReport, train
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest.json"
+METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a workspace keeps what the commands add."""
+
+    workspace: Path
+
+    @property
+    def samples(self) -> Path:
+        """What training reads."""
+        return self.workspace / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Runs of training."""
+        return self.workspace / "checkpoints"
+
+    @property
+    def versions(self) -> Path:
+        """Published versions."""
+        return self.workspace / "versions"
+
+    @property
+    def log(self) -> Path:
+        """The event log."""
+        return self.workspace / "log"
+
+    @property
+    def feature_store(self) -> Path:
+        """What a server has learned of users since the version."""
+        return self.workspace / "features"
+
+
+def places(settings: Settings) -> Places:
+    """The places of a configuration's workspace."""
+    return Places(Path(settings.workspace.path))
+
+
+def make_samples(settings: Settings) -> SamplesReport:
+    """Samples out of the workspace."""
+    check_available(settings)
+    where = places(settings)
+    return build_samples(
+        where.workspace,
+        where.samples,
+        settings.features,
+        settings.models.dimension,
+        first_day=settings.samples.first_day,
+        last_day=settings.samples.last_day,
+        weight=settings.samples.weight,
+        room=settings.samples.vocabulary_room,
+        memory_gb=settings.engine.memory_gb,
+        threads=settings.engine.threads,
+    )
+
+
+def train_model(settings: Settings) -> TrainReport:
+    """A checkpoint out of the samples."""
+    check_available(settings)
+    where = places(settings)
+    options = settings.train
+    report = train(
+        open_samples(where.samples),
+        where.checkpoints,
+        Shape(
+            settings.models.dimension,
+            tuple(settings.models.user_tower.layers),
+            tuple(settings.models.item_tower.layers),
+            options.dropout,
+        ),
+        temperature=options.temperature,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        seed=options.seed,
+        learning_rate=options.learning_rate,
+        table_learning_rate=options.table_learning_rate,
+        weight_decay=options.weight_decay,
+        id_dropout=options.id_dropout,
+        checkpoint_s=options.checkpoint_s,
+        threads=options.threads,
+    )
+    relative = os.path.relpath(report.checkpoint, where.checkpoints)
+    write_json(where.checkpoints / LATEST, {"checkpoint": relative})
+    return report
+
+
+def latest_checkpoint(settings: Settings) -> Checkpoint:
+    """The checkpoint that training finished last."""
+    checkpoints = places(settings).checkpoints
+    if not (checkpoints / LATEST).exists():
+        raise DataError(f"{checkpoints} has no finished checkpoint: run `twotower train` first")
+    return open_checkpoint(checkpoints / read_json(checkpoints / LATEST)["checkpoint"])
+
+
+def evaluate_model(settings: Settings) -> dict[str, Any]:
+    """Metrics of the latest checkpoint on the hold-out, baselines beside it; also kept beside the checkpoint."""
+    check_available(settings)
+    where = places(settings)
+    samples, checkpoint = open_samples(where.samples), latest_checkpoint(settings)
+    baselines = fit_channels(
+        samples, ("popular", "item_cf"), where.checkpoints, settings.engine.memory_gb, settings.engine.threads
+    )
+    metrics = evaluate(
+        samples,
+        where.workspace,
+        [offline_channel(samples, checkpoint), baselines["popular"], baselines["item_cf"]],
+        settings.evaluate.k,
+        settings.evaluate.bootstrap,
+        settings.train.seed,
+    )
+    write_json(checkpoint.path.parent / METRICS, metrics)
+    return metrics
+
+
+def offline_channel(samples: Samples, checkpoint: Checkpoint) -> TwoTowerChannel:
+    """The two-tower channel of a checkpoint over an exact index of the whole catalogue."""
+    model = load_model(checkpoint)
+    vectors = model.encode_items(samples.items.features)
+    index = ExactIndex.build(np.arange(len(vectors)), vectors)
+    return TwoTowerChannel(
+        samples.features, item_tokens(samples.features, samples.items.ids), model.encode_users, index
+    )
+
+
+def publish_version(settings: Settings, *, promoted: bool) -> dict[str, Any]:
+    """A version out of the latest checkpoint, promoted or not."""
+    check_available(settings)
+    where = places(settings)
+    samples, checkpoint = open_samples(where.samples), latest_checkpoint(settings)
+    metrics_file = checkpoint.path.parent / METRICS
+    metrics = read_json(metrics_file) if metrics_file.exists() else {}
+    version = publish(
+        where.versions,
+        checkpoint,
+        samples,
+        where.workspace / "items.parquet",
+        fit_channels(
+            samples, settings.models.channels, where.checkpoints, settings.engine.memory_gb, settings.engine.threads
+        ),
+        configuration=as_dict(settings),
+        metrics=metrics,
+        index_kind=settings.index.kind,
+        index_recall=settings.index.recall,
+        index_ks=sorted({*settings.evaluate.k, 500}),
+        seed=settings.train.seed,
+        clock_ms=lambda: time.time_ns() // 1_000_000,
+    )
+    if promoted:
+        promote(where.versions, version)
+    return {"version": version, "path": str(where.versions / version), "metrics": metrics}
+
+
+def run_line(settings: Settings, *, promoted: bool) -> dict[str, Any]:
+    """Samples, training, evaluation (where there is a hold-out) and publishing in one go."""
+    report = make_samples(settings)
+    log.info("samples: %s", json.dumps(asdict(report)))
+    trained = train_model(settings)
+    log.info("trained: %s", json.dumps(asdict(trained)))
+    if (places(settings).workspace / "holdout.parquet").exists():
+        metrics = evaluate_model(settings)
+        log.info("evaluated: %s", json.dumps({k: v for k, v in metrics.items() if k.startswith("recall")}))
+    return publish_version(settings, promoted=promoted)
+
+
+def open_served(settings: Settings, version: str | None = None) -> Version:
+    """The served version, or a given one."""
+    versions = places(settings).versions
+    return open_version(versions / version if version else current_path(versions), threads=settings.train.threads)

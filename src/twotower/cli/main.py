@@ -1,0 +1,247 @@
+"""`twotower`: the commands.
+
+The last line on stdout is one JSON object; progress goes to stderr. Exit code 0, 1 (failed) or 2 (usage). A command
+imports its stages when it runs: torch, Ibis and ONNX Runtime take seconds to load, and `--help` should not.
+"""
+
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+
+from twotower.config.load import load
+from twotower.config.settings import Settings
+from twotower.schema.errors import ConfigError, DataError, TwotowerError
+
+app = typer.Typer(
+    help="Two-tower retrieval, from click logs to a served candidate list.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+versions_app = typer.Typer(help="List, check, promote and roll back published versions.", no_args_is_help=True)
+app.add_typer(versions_app, name="versions")
+
+ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Configuration (TOML); absent = the defaults.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")]
+Promote = Annotated[bool, typer.Option("--promote/--no-promote", help="Serve the version at once.")]
+
+
+def answer(document: Any) -> None:
+    """Print the JSON result as the last line of stdout."""
+    sys.stdout.write(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY).decode() + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """Set up logging, and turn our errors into a sentence on stderr and an exit code."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    try:
+        yield
+    except TwotowerError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    except OSError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(1) from None
+
+
+def stage(run: Callable[[Settings], Any], config: Path | None, overrides: list[str] | None) -> None:
+    """Load the configuration, run a stage, print its report."""
+    with command():
+        answer(run(load(config, overrides or [])))
+
+
+@app.command("import")
+def import_(
+    dataset: Annotated[str, typer.Argument(help="movielens-1m, kuairand, globo or interactions")],
+    source: Annotated[Path, typer.Argument(help="The data set's own folder or file.")],
+    out: Annotated[Path, typer.Option(help="The workspace to make.")],
+    holdout: Annotated[str | None, typer.Option(help="time:Q, since:DATE or leave-one-out")] = None,
+    test: Annotated[Path | None, typer.Option(help="A file of held-out positives.")] = None,
+    positive: Annotated[str, typer.Option(help="all, or the least rating that counts.")] = "all",
+    until: Annotated[str | None, typer.Option(help="Last day to read, YYYY-MM-DD.")] = None,
+    users: Annotated[Path | None, typer.Option(help="interactions: a table of users.")] = None,
+    items: Annotated[Path | None, typer.Option(help="interactions: a table of items.")] = None,
+) -> None:
+    """Make a workspace out of a public data set or of your own interactions."""
+    from twotower.datasets.importers import import_dataset
+
+    with command():
+        report = import_dataset(dataset, source, out, holdout, test, positive, until, users, items)
+        answer(vars(report))
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="The workspace to make.")],
+    users: Annotated[int, typer.Option(help="Number of users.")] = 2000,
+    items: Annotated[int, typer.Option(help="Number of items.")] = 1500,
+    days: Annotated[int, typer.Option(help="Number of days; the last is held out.")] = 7,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same world.")] = 0,
+) -> None:
+    """Make a workspace out of a simulated world."""
+    from twotower.datasets.simulate import simulate_workspace
+
+    with command():
+        answer(vars(simulate_workspace(out, users, items, days, seed)))
+
+
+@app.command()
+def samples(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Build positives, histories, counts and encoded features from a workspace."""
+    from twotower.cli.line import make_samples
+
+    stage(lambda settings: asdict(make_samples(settings)), config, overrides)
+
+
+@app.command()
+def train(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Train the two towers; a killed run goes on from its last checkpoint."""
+    from twotower.cli.line import train_model
+
+    stage(lambda settings: asdict(train_model(settings)), config, overrides)
+
+
+@app.command()
+def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Judge the latest checkpoint on the hold-out, beside popularity and ItemCF."""
+    from twotower.cli.line import evaluate_model
+
+    stage(evaluate_model, config, overrides)
+
+
+@app.command()
+def publish(config: ConfigFile = None, overrides: Overrides = None, promote: Promote = True) -> None:
+    """Make a version out of the latest checkpoint."""
+    from twotower.cli.line import publish_version
+
+    stage(lambda settings: publish_version(settings, promoted=promote), config, overrides)
+
+
+@app.command()
+def run(config: ConfigFile = None, overrides: Overrides = None, promote: Promote = True) -> None:
+    """Samples, train, evaluate, publish: everything at once."""
+    from twotower.cli.line import run_line
+
+    stage(lambda settings: run_line(settings, promoted=promote), config, overrides)
+
+
+@app.command()
+def retrieve(
+    out: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+    users: Annotated[str, typer.Option(help="A Parquet file with user_id, or all.")] = "all",
+    k: Annotated[int, typer.Option(help="Items of each user.")] = 50,
+    channel: Annotated[str, typer.Option(help="A channel of the version, or fused.")] = "two_tower",
+    exclude: Annotated[str, typer.Option(help="clicked, impressed or none")] = "clicked",
+    version: Annotated[str | None, typer.Option(help="A version; absent = the served one.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write recommendations for many users."""
+    from twotower.cli.line import open_served, places
+    from twotower.publish.retrieve import retrieve_file
+
+    def write(settings: Settings) -> dict[str, Any]:
+        served = open_served(settings, version)
+        count = retrieve_file(served, places(settings).workspace, users, k, out, channel, exclude)
+        return {"out": str(out), "users": count, "version": served.id, "channel": channel}
+
+    stage(write, config, overrides)
+
+
+@versions_app.command("list")
+def versions_list(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """All versions, and which one is served."""
+    from twotower.cli.line import places
+    from twotower.publish.publish import current, list_versions
+
+    def listed(settings: Settings) -> dict[str, Any]:
+        folder = places(settings).versions
+        if not folder.parent.is_dir():
+            raise DataError(f"{folder.parent} is no workspace: make one with `twotower import` or `twotower simulate`")
+        return {"current": current(folder), "versions": [asdict(version) for version in list_versions(folder)]}
+
+    stage(listed, config, overrides)
+
+
+@versions_app.command("verify")
+def versions_verify(
+    version: Annotated[str | None, typer.Argument()] = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """Check the files of a version and replay its golden queries."""
+    from twotower.cli.line import places
+    from twotower.publish.publish import current_path, existing_path, verify
+
+    with command():
+        folder = places(load(config, overrides or [])).versions
+        path = existing_path(folder, version) if version else current_path(folder)
+        problems = verify(path)
+        answer({"version": path.name, "ok": not problems, "problems": problems})
+        if problems:
+            raise typer.Exit(1)
+
+
+@versions_app.command("promote")
+def versions_promote(version: str, config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Serve a version, after checking it."""
+    from twotower.cli.line import places
+    from twotower.publish.publish import promote
+
+    def promoted(settings: Settings) -> dict[str, Any]:
+        promote(places(settings).versions, version)
+        return {"current": version}
+
+    stage(promoted, config, overrides)
+
+
+@versions_app.command("rollback")
+def versions_rollback(
+    version: Annotated[str | None, typer.Argument()] = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """Serve an earlier version again: the given one, or the parent of the served one."""
+    from twotower.cli.line import places
+    from twotower.publish.publish import roll_back
+
+    stage(lambda settings: {"current": roll_back(places(settings).versions, version)}, config, overrides)
+
+
+@app.command()
+def serve(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Serve the promoted version over HTTP; the JSON line comes when it is ready."""
+    from twotower.cli.serving import serve as serve_settings
+
+    with command():
+        serve_settings(load(config, overrides or []), lambda address: answer(asdict(address)))
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option(help="Folder of a public data set; absent = a simulated world.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the workspace.")] = Path("demo"),
+    check: Annotated[bool, typer.Option("--check", help="Ask, click, ask again, and end.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """The whole line on a simulated world, ending in a running server and a page."""
+    from twotower.cli.demo import demo as run_demo
+
+    with command():
+        run_demo(data, out, overrides or [], check, answer)
+
+
+def main() -> None:
+    """Run the command line; wrong usage exits with 2. SIGTERM ends a command like Ctrl-C, so that it cleans up."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app()

@@ -1,0 +1,34 @@
+"""`serve`: the server of `twotower.serve` with the page of `twotower.console`, out of a configuration."""
+
+import os
+from collections.abc import Callable
+
+from twotower.cli.line import places
+from twotower.config.available import check_available
+from twotower.config.settings import Settings
+from twotower.console.page import add_page
+from twotower.serve.run import Address, run_server
+
+TOKEN = "TWOTOWER_ADMIN_TOKEN"
+
+
+def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
+    """Serve the promoted version of a workspace until a signal ends it."""
+    check_available(settings)
+    where, options, log = places(settings), settings.serve, settings.stream.log
+    run_server(
+        versions=where.versions,
+        log_folder=where.log,
+        store_folder=where.feature_store,
+        host=options.host,
+        port=options.port,
+        admin_port=options.admin_port,
+        admin_token=os.environ.get(TOKEN) or None,
+        partitions=log.partitions,
+        sync=log.sync,
+        sync_s=log.sync_s,
+        exclude=options.exclude,
+        impressed_window_ms=int(options.impressed_window_s * 1000),
+        extend=add_page,
+        ready=ready,
+    )

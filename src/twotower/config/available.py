@@ -1,0 +1,54 @@
+"""Which values of the configuration this release can honour.
+
+The keys of a configuration are fixed; some of their values come with later releases. Asking for one is an error that
+says so, never a silent default.
+"""
+
+from twotower.config.settings import Sequence, Settings
+from twotower.schema.errors import ConfigError
+
+
+def check_available(settings: Settings) -> None:
+    """Refuse a configuration that this release cannot carry out.
+
+    Raises:
+        ConfigError: every such key, with the values that work.
+    """
+    wanted = [
+        ("engine.name", settings.engine.name, ("duckdb",)),
+        ("samples.hot.form", settings.samples.hot.form, ("none",)),
+        ("samples.impressed_weight", settings.samples.impressed_weight, (0.0,)),
+        ("samples.negatives.easy.in_batch", settings.samples.negatives.easy.in_batch, (1.0,)),
+        ("samples.negatives.easy.uniform", settings.samples.negatives.easy.uniform, (0.0,)),
+        ("samples.negatives.easy.clicks", settings.samples.negatives.easy.clicks, (0.0,)),
+        ("samples.negatives.hard_share", settings.samples.negatives.hard_share, (0.0,)),
+        (
+            "samples.negatives.impressed_as_negatives_for_experiments",
+            settings.samples.negatives.impressed_as_negatives_for_experiments,
+            (False,),
+        ),
+        ("models.user_tower.network", settings.models.user_tower.network, ("dnn",)),
+        ("models.item_tower.network", settings.models.item_tower.network, ("dnn",)),
+        ("train.loss", settings.train.loss, ("sampled_softmax",)),
+        ("index.kind", settings.index.kind, ("exact", "faiss")),
+        ("serve.features.kind", settings.serve.features.kind, ("lmdb",)),
+        ("stream.log.kind", settings.stream.log.kind, ("local",)),
+        *(("models.channels", name, ("two_tower", "item_cf", "popular")) for name in settings.models.channels),
+        *(
+            (f"features.user.{name}.encoder", feature.encoder, ("mean",))
+            for name, feature in settings.features.user.items()
+            if isinstance(feature, Sequence)
+        ),
+    ]
+    problems = [
+        f"{key} = {value!r} is not in this release: use {' or '.join(repr(known) for known in values)}"
+        for key, value, values in wanted
+        if value not in values
+    ]
+    for side, features in (("user", settings.features.user), ("item", settings.features.item)):
+        if not features:
+            problems.append(f"features.{side} is empty: a tower needs a feature")
+    if "two_tower" not in settings.models.channels:
+        problems.append("models.channels must name two_tower")
+    if problems:
+        raise ConfigError("; ".join(problems))

@@ -1,0 +1,133 @@
+"""From a TOML file and overrides to `Settings`, with errors that name the key and the nearest valid one."""
+
+import copy
+import dataclasses
+import datetime
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from twotower.config.settings import KINDS, Settings
+from twotower.schema.errors import ConfigError
+
+_ADAPTER = TypeAdapter(Settings)
+
+
+def load(path: Path | None, overrides: Iterable[str] = ()) -> Settings:
+    """Read a configuration file; without one, the defaults.
+
+    Args:
+        path: a TOML file, or None.
+        overrides: `section.key=value` each, applied in order; the value is TOML, or else a plain string.
+
+    Raises:
+        ConfigError: no such file, no TOML, an unknown key, a value of another type.
+    """
+    if path is None:
+        return parse({}, overrides, where="the defaults")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    return parse(content, overrides, where=str(path))
+
+
+def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "configuration") -> Settings:
+    """Check a parsed configuration and its overrides; `content` itself stays as it is.
+
+    Types are strict, as TOML has them: `"3"` and `true` are no integers. A day may be a TOML date or a string.
+
+    Raises:
+        ConfigError: an unknown key, a value of another type or out of its range.
+
+    >>> parse({"train": {"epochs": 3}}, ["train.seed=7"]).train.seed
+    7
+    >>> parse({"train": {"epoch": 3}})
+    Traceback (most recent call last):
+    twotower.schema.errors.ConfigError: configuration: train.epoch is no key; did you mean epochs?
+    """
+    content = copy.deepcopy(content)
+    for override in overrides:
+        _override(content, override)
+    try:
+        # As JSON, because strict types take sections from documents there, and from nothing but objects elsewhere.
+        return _ADAPTER.validate_json(json.dumps(content, default=_plain), strict=True)
+    except ValidationError as error:
+        problems = [
+            _sentence(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in error.errors()
+        ]
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """A configuration as a plain document, for a manifest; `parse` of it gives the same settings."""
+    document: dict[str, Any] = _ADAPTER.dump_python(settings, mode="json", exclude_none=True)
+    return document
+
+
+def _plain(value: Any) -> str:
+    """TOML's dates and times as text."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    raise TypeError(f"{value!r} is no value of a configuration")
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = [name.strip() for name in key.split(".")]
+    if not equals or not all(names):
+        raise ConfigError(f"--set {override}: write section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for name in names[:-1]:
+        content = content.setdefault(name, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"--set {override}: {name} is a value, not a section")
+    content[names[-1]] = value
+
+
+def _sentence(location: tuple[int | str, ...], kind: str, message: str, seen: Any) -> str:
+    name = ".".join(str(part) for part in _without_kind(location))
+    match kind:
+        case "unexpected_keyword_argument":
+            known = _keys_beside(location)
+            near = difflib.get_close_matches(str(location[-1]), known, n=1)
+            return f"{name} is no key; " + _hint(near, known)
+        case "missing":
+            return f"{name} is missing"
+        case "dataclass_type" | "model_attributes_type" | "dict_type":
+            return f"{name} = {seen!r}: a section with keys is due"
+        case "union_tag_not_found" | "union_tag_invalid":
+            return f"{name}: kind is one of {', '.join(KINDS)}; seen {seen!r}"
+        case "value_error":
+            return f"{name}: {message.removeprefix('Value error, ')}"
+        case _:
+            return f"{name} = {seen!r}: {message[0].lower()}{message[1:]}"
+
+
+def _hint(near: list[str], known: list[str]) -> str:
+    return f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(known) or 'none'}"
+
+
+def _without_kind(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A location as it is written in the file: that of a feature's key has the feature's kind in between."""
+    return (*location[:3], *location[4:]) if location[0] == "features" else location
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section or the feature in which the last part of a location stands."""
+    level: Any = KINDS.get(str(location[-2])) if len(location) > 4 and location[0] == "features" else Settings()
+    for part in location[:-1] if isinstance(level, Settings) else ():
+        level = getattr(level, str(part), None)
+    return [field.name for field in dataclasses.fields(level)] if dataclasses.is_dataclass(level) else []

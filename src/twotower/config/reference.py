@@ -1,0 +1,127 @@
+"""The page of every section and key, made from the settings themselves, so that it cannot say anything else."""
+
+import dataclasses
+import inspect
+import json
+import re
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic.fields import FieldInfo
+
+from twotower.config import settings as spec
+
+_HEAD = """\
+# Configuration
+
+One TOML file configures everything. Every key has a default, so that a file holds only what differs; an unknown key is
+an error, and so is a value of another type. `--set section.key=value` overrides the file, any number of times; the
+value is TOML, or else a plain string (`--set workspace.path=my world`).
+
+This page is generated from `config/settings.py`.
+"""
+_FEATURES = """\
+A feature is written `name = { kind = "..." }`, under `[features.user]`, `[features.item]` or `[features.context]`; see
+[features](features.md).
+"""
+_Row = tuple[str, str, str, str]
+_WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "features by name"}
+
+
+def reference() -> str:
+    """All sections in their order as Markdown: a table each of key, type or choices, default, what it does."""
+    pages = [_HEAD]
+    for name, section in get_type_hints(spec.Settings).items():
+        pages.append(f"## `[{name}]`\n\n{_doc(section)}\n")
+        if section is spec.Features:
+            pages.append(_FEATURES)
+        pages.append(_table(list(_rows(section, ""))))
+        if section is spec.Features:
+            pages += [f'### `kind = "{kind}"`\n\n{_doc(cls)}\n\n{_kind_table(cls)}' for kind, cls in spec.KINDS.items()]
+    return "\n".join(pages).rstrip() + "\n"
+
+
+def _rows(section: Any, prefix: str) -> Iterator[_Row]:
+    """The rows of a section; those of sections within it follow under dotted names."""
+    hints = get_type_hints(section, include_extras=True)
+    for name, info in _fields(section).items():
+        if name == "kind" and section in spec.KINDS.values():
+            continue
+        if dataclasses.is_dataclass(hints[name]):
+            yield from _rows(hints[name], f"{prefix}{name}.")
+        else:
+            yield (f"`{prefix}{name}`", _type(hints[name]), _default(info), _one_line(info.description or ""))
+
+
+def _fields(section: Any) -> dict[str, FieldInfo]:
+    found: dict[str, FieldInfo] = section.__pydantic_fields__
+    return found
+
+
+def _kind_table(kind: Any) -> str:
+    rows = list(_rows(kind, ""))
+    return _table(rows) if rows else ""
+
+
+def _table(rows: list[_Row]) -> str:
+    lines = ["| key | value | default | what it does |", "|---|---|---|---|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def _doc(section: Any) -> str:
+    return inspect.cleandoc(section.__doc__ or "")
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
+
+
+def _type(hint: Any) -> str:
+    """A type in words, with the limits of a number.
+
+    >>> _type(spec.Share), _type(list[spec.Positive]), _type(Literal["a", "b"])
+    ('number, 0 to 1', 'list of integer > 0', '`a`, `b`')
+    """
+    if hint is spec.Day:
+        return "day, `YYYY-MM-DD`"
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _type(arguments[0]) + "".join(_limits(extra) for extra in arguments[1:] if isinstance(extra, FieldInfo))
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type(choice) for choice in arguments if choice is not type(None))
+    if origin is list:
+        return f"list of {_type(arguments[0])}"
+    return _WORDS[origin or hint]
+
+
+def _limits(info: FieldInfo) -> str:
+    found = {key: value for rule in info.metadata for key, value in _rule(rule).items()}
+    if {"ge", "le"} <= found.keys():
+        return f", {found['ge']} to {found['le']}"
+    signs = {"gt": " > ", "ge": " ≥ ", "lt": " and < ", "le": " and ≤ "}
+    limits = "".join(f"{sign}{found[key]}" for key, sign in signs.items() if key in found)
+    return limits + (", not empty" if found.get("min_length") else "")
+
+
+def _rule(rule: Any) -> dict[str, Any]:
+    return {key: getattr(rule, key) for key in ("gt", "ge", "lt", "le", "min_length") if hasattr(rule, key)}
+
+
+def _default(info: FieldInfo) -> str:
+    value = info.get_default(call_default_factory=True, validated_data={})
+    if info.is_required():
+        return "must be given"
+    if value is None:
+        return "absent"
+    return f"`{_toml(value)}`"
+
+
+def _toml(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        return f'{{ kind = "{vars(value)["kind"]}" }}'
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + " }" if value else "{}"
+    return json.dumps(value)

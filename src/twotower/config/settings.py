@@ -1,0 +1,391 @@
+"""Every section and key of a configuration, with its default and a line on what it does.
+
+This is the only place where defaults live. No other class sees these objects: the command line hands each stage plain
+arguments. Keys whose values are not all available yet say so where they are used, never silently.
+"""
+
+import datetime
+import math
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from twotower.schema import columns as c
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _calendar_day(day: str) -> str:
+    try:
+        if datetime.date.fromisoformat(day).isoformat() == day:
+            return day
+    except ValueError:
+        pass
+    raise ValueError("a day is written YYYY-MM-DD, such as 2024-01-31")
+
+
+Day = Annotated[str, AfterValidator(_calendar_day)]
+
+LABELS = (c.ITEM_ID, c.OUTCOME, c.CLICK_TS_MS)
+"""Columns of events that no request can know: as a context they would tell the model its target."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Workspace:
+    """Where the tables are and everything that the commands add."""
+
+    path: str = "workspace"
+    """Folder with `users.parquet`, `items.parquet` and `events/`; relative to the current folder."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Engine:
+    """What runs the batch jobs."""
+
+    name: Literal["duckdb", "spark"] = "duckdb"
+    """`duckdb` is embedded; `spark` is for logs that outgrow one machine."""
+    memory_gb: PositiveReal = 2.0
+    """Memory of a whole batch job; beyond it the engine spills to disk."""
+    threads: Positive = 2
+    """Threads of a batch job."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Categorical:
+    """One value out of a vocabulary: an embedding row each."""
+
+    kind: Literal["categorical"]
+    dimension: Positive | None = None
+    """Width of the embedding; absent = by the size of the vocabulary, ids have `models.dimension`."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class MultiCategorical:
+    """Several values out of a vocabulary: the mean of their embedding rows."""
+
+    kind: Literal["multi_categorical"]
+    separator: str | None = None
+    """Splits a string column; absent for a list column."""
+    dimension: Positive | None = None
+    """Width of the embedding; absent = by the size of the vocabulary."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Numeric:
+    """A number."""
+
+    kind: Literal["numeric"]
+    transform: Literal["standard", "log", "buckets"] = "standard"
+    """`standard`: zero mean and unit variance; `log`: the same of sign(x) log(1 + |x|); `buckets`: an embedding row for
+    each quantile."""
+    buckets: Positive = 20
+    """Number of quantiles for `buckets`."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Sequence:
+    """Items in the order of time, sharing the table of item ids.
+
+    `history` is what the user clicked before the request; any other name is a list column of item ids of
+    `users.parquet`.
+    """
+
+    kind: Literal["sequence"]
+    last: Positive = 50
+    """How many of the latest items count."""
+    encoder: Literal["mean", "attention", "transformer"] = "mean"
+    """How they become one vector."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Vector:
+    """A ready-made vector, of a text or an image, say."""
+
+    kind: Literal["vector"]
+    size: Positive
+    """Its length."""
+
+
+KINDS = {
+    "categorical": Categorical,
+    "multi_categorical": MultiCategorical,
+    "numeric": Numeric,
+    "sequence": Sequence,
+    "vector": Vector,
+}
+Feature = Annotated[Categorical | MultiCategorical | Numeric | Sequence | Vector, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Features:
+    """Columns that enter the towers, by name."""
+
+    user: dict[str, Feature] = field(
+        default_factory=lambda: {"user_id": Categorical("categorical"), "history": Sequence("sequence")}
+    )
+    """Columns of `users.parquet`, and `history`."""
+    item: dict[str, Feature] = field(default_factory=lambda: {"item_id": Categorical("categorical")})
+    """Columns of `items.parquet`."""
+    context: dict[str, Feature] = field(default_factory=dict)
+    """Columns of `events/`, and keys of a request's `context`; they enter the user tower."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no pair of towers could be built from.
+
+        Raises:
+            ValueError: a tower without features, a name on both sides of the user tower, a context that is the target.
+        """
+        if not self.item:
+            raise ValueError("features.item is empty: the item tower needs a feature, such as item_id")
+        if not self.user and not self.context:
+            raise ValueError("features.user is empty: the user tower needs a feature, such as user_id")
+        if both := sorted(self.user.keys() & self.context.keys()):
+            raise ValueError(f"{both[0]} is in features.user and in features.context: rename the column in one of them")
+        if labels := sorted(self.context.keys() & set(LABELS)):
+            raise ValueError(f"features.context.{labels[0]} is what the model is to find, no request knows it")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Hot:
+    """Down-sampling of hot items among the positives."""
+
+    form: Literal["none", "sqrt", "power"] = "none"
+    """How the probability to be dropped grows with clicks."""
+
+
+def _check_whole(total: float) -> None:
+    if not math.isclose(total, 1, abs_tol=1e-6):
+        raise ValueError(f"the shares sum to {total:g}, where 1 is due; absent ones have their defaults")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Easy:
+    """Shares of the sources of easy negatives, sum 1."""
+
+    in_batch: Share = 1.0
+    """The other positives of the batch."""
+    uniform: Share = 0.0
+    """Drawn evenly from the catalogue."""
+    clicks: Share = 0.0
+    """Drawn by clicks to the power `alpha`."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are no division of a whole."""
+        _check_whole(self.in_batch + self.uniform + self.clicks)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Hard:
+    """Shares of the sources of hard negatives, sum 1."""
+
+    pre_rank_rejected: Share = 0.5
+    """Dropped by the pre-ranker."""
+    rank_rejected: Share = 0.5
+    """In the tail of the ranker's order."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are no division of a whole."""
+        _check_whole(self.pre_rank_rejected + self.rank_rejected)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Negatives:
+    """What a positive is compared with."""
+
+    easy: Easy = field(default_factory=Easy)
+    """Shares of the easy ones."""
+    alpha: Share = 0.75
+    """Exponent of clicks."""
+    hard: Hard = field(default_factory=Hard)
+    """Shares of the hard ones."""
+    hard_share: Share = 0.0
+    """Hard ones among all."""
+    impressed_as_negatives_for_experiments: bool = False
+    """Use shown-but-not-clicked rows as negatives, which is wrong: for experiments that show it."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Samples:
+    """Which events become training rows."""
+
+    first_day: Day | None = None
+    """First day of positives; absent = the first of the log."""
+    last_day: Day | None = None
+    """Last day, of positives and of histories; absent = the last of the log."""
+    hot: Hot = field(default_factory=Hot)
+    """Down-sampling of hot items."""
+    weight: str | None = None
+    """Column of events that weighs a positive; absent = all weigh 1."""
+    impressed_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a shown, not clicked item as a weak positive."""
+    vocabulary_room: Annotated[float, Field(ge=0)] = 0.1
+    """Spare rows of an id table for ids to come, as a share of the known ones."""
+    negatives: Negatives = field(default_factory=Negatives)
+    """What a positive is compared with."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Tower:
+    """One tower: its features, a network, a projection, the L2 norm."""
+
+    network: Literal["dnn", "dcn"] = "dnn"
+    """`dnn`: fully connected layers; `dcn`: crosses of features beside them."""
+    layers: list[Positive] = field(default_factory=lambda: [256, 128])
+    """Widths of the fully connected layers; empty = the projection alone."""
+
+
+Channel = Literal["two_tower", "item_cf", "swing", "popular", "mind", "mf", "als", "new_items", "same_category"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Models:
+    """The recall channels and the shape of the towers."""
+
+    channels: Annotated[list[Channel], Field(min_length=1)] = field(
+        default_factory=lambda: ["two_tower", "item_cf", "popular"]
+    )
+    """Channels to train, publish and serve."""
+    dimension: Positive = 64
+    """Length of the vectors, and of the id embeddings."""
+    user_tower: Tower = field(default_factory=Tower)
+    """The tower of users and context."""
+    item_tower: Tower = field(default_factory=Tower)
+    """The tower of items."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Train:
+    """How the towers are trained."""
+
+    loss: Literal["pointwise", "triplet_hinge", "triplet_logistic", "sampled_softmax", "bsl"] = "sampled_softmax"
+    """What is minimised."""
+    temperature: PositiveReal = 0.07
+    """Divides the cosine in a softmax."""
+    batch_size: Positive = 4096
+    """Positives in a step."""
+    epochs: Positive = 10
+    """Passes over the positives in the bootstrap; a full update is always one."""
+    seed: int = 0
+    """Of the initial weights, the order of rows and whatever else is drawn."""
+    learning_rate: PositiveReal = 0.001
+    """Of the networks (Adam)."""
+    table_learning_rate: PositiveReal = 0.05
+    """Of the embedding tables (row-wise Adagrad)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of the networks, decoupled."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a tower's hidden units left out in training."""
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of ids replaced by the unknown id in training, so that new users and items get their features' vector."""
+    checkpoint_s: PositiveReal = 60.0
+    """Seconds between checkpoints that a killed run resumes from."""
+    threads: Positive = 2
+    """Threads of a step."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Evaluate:
+    """How a model is judged."""
+
+    k: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [10, 20, 50, 200])
+    """Cut-offs of the metrics."""
+    bootstrap: Positive = 1000
+    """Resamples of users behind an interval."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Index:
+    """The index of item vectors."""
+
+    kind: Literal["exact", "faiss", "milvus", "pgvector"] = "faiss"
+    """`exact` scans every vector; `faiss` scans small catalogues and probes lists of large ones."""
+    recall: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Share of the exact answer that the index must find; its probes are tuned to it when a version is published."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class FeatureStore:
+    """Where a server keeps what it learns of a user."""
+
+    kind: Literal["lmdb", "redis"] = "lmdb"
+    """`lmdb` is embedded."""
+    url: str | None = None
+    """Address of an external store."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Serve:
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port of the public API; 0 = any free one."""
+    admin_port: Annotated[int, Field(ge=0, le=65535)] = 8001
+    """Port of the admin verbs, on 127.0.0.1 alone; 0 = any free one."""
+    fusion: Literal["quota", "rrf"] = "rrf"
+    """How channels become one list."""
+    exclude: Literal["clicked", "impressed", "none"] = "impressed"
+    """What a user is not offered again."""
+    impressed_window_s: PositiveReal = 86400.0
+    """How long an impression is left out."""
+    features: FeatureStore = field(default_factory=FeatureStore)
+    """Where a server keeps what it learns of a user."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class EventLog:
+    """The append-only log of raw events."""
+
+    kind: Literal["local", "redis", "kafka"] = "local"
+    """`local` is embedded."""
+    url: str | None = None
+    """Address of an external log."""
+    partitions: Positive = 4
+    """Partitions by user, fixed when a local log is made."""
+    sync: Literal["always", "interval", "never"] = "always"
+    """When an event counts as on disk: `always` flushes before it is acknowledged, `interval` flushes every `sync_s`
+    seconds, `never` leaves it to the operating system (safe from a killed process, not from a power cut)."""
+    sync_s: PositiveReal = 1.0
+    """Seconds between flushes with `interval`."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Stream:
+    """Events as they happen."""
+
+    log: EventLog = field(default_factory=EventLog)
+    """The append-only log of raw events."""
+    window_s: PositiveReal = 600.0
+    """How long a click may follow its request."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Update:
+    """What learns through the day."""
+
+    tables: list[Literal["user_id", "item_id"]] = field(default_factory=lambda: ["user_id", "item_id"])
+    """ID embeddings that the incremental update trains."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Settings:
+    """A whole configuration: one section a stage."""
+
+    workspace: Workspace = field(default_factory=Workspace)
+    engine: Engine = field(default_factory=Engine)
+    features: Features = field(default_factory=Features)
+    samples: Samples = field(default_factory=Samples)
+    models: Models = field(default_factory=Models)
+    train: Train = field(default_factory=Train)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    index: Index = field(default_factory=Index)
+    serve: Serve = field(default_factory=Serve)
+    stream: Stream = field(default_factory=Stream)
+    update: Update = field(default_factory=Update)

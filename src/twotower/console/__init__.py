@@ -1,0 +1,1 @@
+"""The page: a user's history and recommendations, for people."""

@@ -1,0 +1,200 @@
+"""The page at `/` and what it asks beside the public API.
+
+The page is static: HTML, CSS and JavaScript of this package, no request to anywhere else. Recommendations, similar
+items, clicks and the served version go through `/v1`, like those of any other client; the routes here add what only a
+page for people needs: titles and attributes of items, a user's history, users to begin with.
+"""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from fastapi import FastAPI, Query
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from twotower.publish.version import Version
+from twotower.schema import columns as c
+from twotower.serve.app import Id, json_response, parse_id
+from twotower.serve.request import find_items, find_user
+from twotower.serve.snapshots import Snapshots
+from twotower.serve.users import ItemId, Recent, RecentUsers
+
+TITLE = "title"
+"""The attribute that names an item; without it, the page shows ids."""
+
+MOST_USERS = 100
+MOST_HISTORY = 1000
+MOST_ITEMS = 1000
+ENOUGH_CLICKS = 5
+"""A user to begin with has so many clicks, where there are such users."""
+
+_KINDS = ("html", "css", "js")
+_NO_STORE = {"Cache-Control": "no-store"}
+_STATIC = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class ItemsBody(BaseModel):
+    """Items whose attributes are wanted."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ids: Annotated[list[Id], Field(max_length=MOST_ITEMS)]
+
+
+def add_page(app: FastAPI, snapshots: Snapshots, users: RecentUsers) -> None:
+    """Add the page to the public application.
+
+    Args:
+        app: gets `/` and the routes below `/console`.
+        snapshots: the served version; a request reads one snapshot.
+        users: what they did since the version.
+    """
+    page, style, script = (files("twotower.console").joinpath(f"page.{kind}").read_bytes() for kind in _KINDS)
+
+    @app.get("/", include_in_schema=False)
+    def get_page() -> Response:
+        """The page."""
+        return Response(page, media_type="text/html", headers=_STATIC)
+
+    @app.get("/console/page.css", include_in_schema=False)
+    def get_style() -> Response:
+        """How it looks."""
+        return Response(style, media_type="text/css", headers=_STATIC)
+
+    @app.get("/console/page.js", include_in_schema=False)
+    def get_script() -> Response:
+        """What it does."""
+        return Response(script, media_type="text/javascript", headers=_STATIC)
+
+    @app.get("/console/meta", include_in_schema=False)
+    def get_meta() -> Response:
+        """Types of the ids, channels and attributes of the served version."""
+        version = snapshots.version
+        return _data(
+            {
+                "version": version.id,
+                "users": len(version.users),
+                "items": len(version.item_ids),
+                "user_id_type": _kind(version.users.ids.type),
+                "item_id_type": _kind(version.item_ids.type),
+                "channels": list(version.channels),
+                "attributes": [name for name in shown_attributes(version) if name != TITLE],
+            }
+        )
+
+    @app.get("/console/users", include_in_schema=False)
+    def some_users(n: Annotated[int, Query(ge=1, le=MOST_USERS)] = 20) -> Response:
+        """Ids of some users with clicks, spread over all."""
+        version = snapshots.version
+        clicks = np.diff(version.clicks.indptr)
+        busy = np.flatnonzero(clicks >= min(ENOUGH_CLICKS, clicks.max(initial=0)))
+        chosen = busy[np.linspace(0, len(busy) - 1, min(n, len(busy))).astype(int)]
+        return _data({"users": version.users.ids.take(pa.array(chosen)).to_pylist()})
+
+    @app.get("/console/history", include_in_schema=False)
+    def get_history(user_id: str, n: Annotated[int, Query(ge=1, le=MOST_HISTORY)] = 50) -> Response:
+        """A user's clicks, newest first; none for someone never seen."""
+        version = snapshots.version
+        known_id = parse_id(user_id, version.users.ids.type)
+        return _data(history(version, find_user(version, known_id), users.get(known_id), n))
+
+    @app.post("/console/items", include_in_schema=False)
+    def get_items(body: ItemsBody) -> Response:
+        """Titles and attributes of items, in the order asked."""
+        version = snapshots.version
+        return _data({"version": version.id, "items": describe(version, body.ids)})
+
+
+def history(version: Version, user_row: int, recent: Recent, n: int) -> dict[str, Any]:
+    """A user's clicks: those that the version knows, then those of the log after its watermark; newest first.
+
+    Args:
+        version: the snapshot.
+        user_row: the user's row in it, -1 for someone it does not know.
+        recent: what the log tells of the user.
+        n: most clicks to list; the counts are of all.
+    """
+    watermark = version.watermark_ms
+    live = [(ts_ms, item) for ts_ms, item in recent.clicks if watermark is None or ts_ms > watermark]
+    start, end = version.clicks.indptr[user_row : user_row + 2].tolist() if user_row >= 0 else (0, 0)
+    stored = max(start, end - max(n - len(live), 0))
+    rows = version.clicks.item_row[stored:end]
+    times = [*version.clicks.ts_ms[stored:end].tolist(), *(ts_ms for ts_ms, _ in live)]
+    items = [*_at_rows(version, rows.astype(np.int64)), *describe(version, [item for _, item in live])]
+    clicks = [
+        {**item, c.TS_MS: ts_ms or None, "since_version": place >= len(rows)}
+        for place, (item, ts_ms) in enumerate(zip(items, times, strict=True))
+    ]
+    return {
+        "version": version.id,
+        "known": user_row >= 0,
+        "clicks": end - start + len(live),
+        "since_version": len(live),
+        "items": clicks[::-1][:n],
+    }
+
+
+def describe(version: Version, item_ids: Sequence[ItemId]) -> list[dict[str, Any]]:
+    """Title and attributes of items; both null for an item that the version does not have."""
+    rows = find_items(version, item_ids)
+    found = iter(_at_rows(version, rows[rows >= 0]))
+    return [
+        next(found) if row >= 0 else {c.ITEM_ID: item_id, TITLE: None, "attributes": None}
+        for row, item_id in zip(rows.tolist(), item_ids, strict=True)
+    ]
+
+
+def shown_attributes(version: Version) -> list[str]:
+    """Columns of the catalogue that a person can read: words, numbers, times and lists of words; no vectors."""
+    return [field.name for field in version.catalogue.schema if field.name != c.ITEM_ID and _is_readable(field.type)]
+
+
+def _at_rows(version: Version, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+    names = shown_attributes(version)
+    chosen = version.catalogue.select([c.ITEM_ID, *names]).take(pa.array(rows)).to_pylist()
+    return [
+        {
+            c.ITEM_ID: item[c.ITEM_ID],
+            TITLE: item.get(TITLE),
+            "attributes": {name: item[name] for name in names if name != TITLE},
+        }
+        for item in chosen
+    ]
+
+
+def _is_readable(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_readable(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return not pa.types.is_floating(kind.value_type) and _is_readable(kind.value_type)
+    return any(
+        test(kind)
+        for test in (
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_integer,
+            pa.types.is_floating,
+            pa.types.is_boolean,
+            pa.types.is_date,
+            pa.types.is_timestamp,
+        )
+    )
+
+
+def _kind(ids: pa.DataType) -> str:
+    return "int" if ids == pa.int64() else "string"
+
+
+def _data(content: Any) -> Response:
+    response = json_response(content)
+    response.headers.update(_NO_STORE)
+    return response

@@ -1,0 +1,210 @@
+"""Which events are kept for judging, and what is left to learn from.
+
+Everything from the held-out period leaves the training events, not only its positives: an impression after the last
+click tells of that click. Held-out positives of a user and an item that training knows are the test; the others are
+kept apart with their reason. A pair that the user already clicked in training stays in the test: leaving out what was
+clicked is a choice of whoever recommends, not of the data.
+"""
+
+import datetime
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.datasets.tables import HELD_OUT_NOT_POSITIVE, Tables, calendar_days, codes, number
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.tables import holdout as holdout_schema
+
+IN_TEST: Final = "in_test"
+"""Dropped from training: events that the test file names."""
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TimeQuantile:
+    """The events at or after the `share`-quantile of time over all events."""
+
+    share: float
+
+
+@dataclass(frozen=True)
+class Since:
+    """The events of a day and of all later ones."""
+
+    day: datetime.date
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """The last positive of each user, and what the user did after it."""
+
+
+Holdout = TimeQuantile | Since | LeaveOneOut
+
+
+@dataclass(frozen=True)
+class Split:
+    """Events to learn from and positives to be judged by."""
+
+    events: pa.Table
+    """Training events, numbered anew."""
+    holdout: pa.Table
+    """`user_id`, `item_id`, `ts_ms`: held-out positives of users and items that have a training positive."""
+    holdout_cold: pa.Table
+    """The other held-out positives, with `reason`."""
+    train_positives: pa.Table
+    """`user_id`, `item_id`, `ts_ms` of every training positive."""
+    dropped: Mapping[str, int]
+    """How many events are in none of these tables, by reason."""
+
+
+def parse_day(text: str, option: str) -> datetime.date:
+    """Read a day written YYYY-MM-DD.
+
+    Raises:
+        ConfigError: another form, or no such day.
+    """
+    try:
+        if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
+            return datetime.date.fromisoformat(text)
+    except ValueError:
+        pass
+    raise ConfigError(f"{option}: {text!r} is no day: write it as YYYY-MM-DD")
+
+
+def parse_holdout(text: str) -> Holdout:
+    """Read `--holdout`.
+
+    Raises:
+        ConfigError: an unknown kind, a quantile outside 0 to 1, or no day.
+
+    >>> parse_holdout("time:0.9"), parse_holdout("leave-one-out")
+    (TimeQuantile(share=0.9), LeaveOneOut())
+    """
+    kind, _, value = text.partition(":")
+    if text == "leave-one-out":
+        return LeaveOneOut()
+    if kind == "since":
+        return Since(parse_day(value, "--holdout since"))
+    if kind == "time":
+        try:
+            share = float(value)
+        except ValueError:
+            share = np.nan
+        if 0 < share < 1:
+            return TimeQuantile(share)
+        raise ConfigError(f"--holdout {text}: give a quantile between 0 and 1, such as time:0.9")
+    raise ConfigError(f"--holdout {text}: give time:Q, since:YYYY-MM-DD or leave-one-out")
+
+
+def split(tables: Tables, holdout: Holdout) -> Split:
+    """Hold events out by a rule.
+
+    Raises:
+        ConfigError: the events have no time.
+        DataError: nothing is held out, or no positive is left to learn from.
+    """
+    if isinstance(holdout, TimeQuantile):
+        held = _at_or_after_quantile(tables, holdout.share)
+    elif isinstance(holdout, Since):
+        _times(tables, f"--holdout since:{holdout.day}")
+        days = calendar_days(tables.events[c.REQUEST_TS_MS], tables.days)
+        held = days >= np.datetime64(holdout.day, "D")
+        if not held.any() or held.all():
+            raise DataError(f"--holdout since:{holdout.day}: the events are of {days.min()} to {days.max()}")
+    else:
+        held = _from_last_positive(tables)
+    positive = pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy()
+    return _divide(
+        tables.events.filter(pa.array(~held)),
+        _as_holdout(tables.events.filter(pa.array(held & positive))),
+        _counted({}, HELD_OUT_NOT_POSITIVE, int((held & ~positive).sum())),
+    )
+
+
+def split_given(tables: Tables) -> Split:
+    """Hold out the positives of `tables.test`.
+
+    Events that the test names are no training events: those of the same user and item, and, where both have times,
+    of the same time.
+
+    Raises:
+        DataError: no positive is left to learn from.
+    """
+    if tables.test is None:
+        raise ValueError("there is no test")
+    keys = {c.USER_ID: c.USER_ID, c.ITEM_ID: c.ITEM_ID}
+    if not (tables.test[c.TS_MS].null_count or tables.events[c.REQUEST_TS_MS].null_count):
+        keys[c.REQUEST_TS_MS] = c.TS_MS
+    named = tables.events.select([*keys, c.EVENT_SEQ]).join(tables.test, list(keys), list(keys.values()), "left semi")
+    held = np.zeros(tables.events.num_rows, np.bool_)
+    held[named[c.EVENT_SEQ].to_numpy()] = True
+    return _divide(
+        tables.events.filter(pa.array(~held)), tables.test, _counted({}, IN_TEST, int(np.count_nonzero(held)))
+    )
+
+
+def _times(tables: Tables, option: str) -> npt.NDArray[np.int64]:
+    """(N,) request times in milliseconds."""
+    if tables.events[c.REQUEST_TS_MS].null_count:
+        raise ConfigError(f"{option}: {tables.source} has no time; give the held-out pairs as a file with --test")
+    ts_ms: npt.NDArray[np.int64] = tables.events[c.REQUEST_TS_MS].to_numpy()
+    return ts_ms
+
+
+def _at_or_after_quantile(tables: Tables, share: float) -> Mask:
+    ts_ms = _times(tables, f"--holdout time:{share}")
+    # the time of an event, the least with at least this share of the events at or before it
+    threshold = np.quantile(ts_ms, share, method="inverted_cdf")
+    held: Mask = ts_ms >= threshold
+    return held
+
+
+def _from_last_positive(tables: Tables) -> Mask:
+    _times(tables, "--holdout leave-one-out")
+    user = codes(tables.events[c.USER_ID])
+    place = np.arange(len(user))
+    positive = pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy()
+    last = np.full(user.max() + 1, len(user))
+    last[user[positive]] = place[positive]  # events are in the order of time: the last assignment stays
+    held: Mask = place >= last[user]
+    return held
+
+
+def _as_holdout(events: pa.Table) -> pa.Table:
+    schema = holdout_schema(events.schema.field(c.USER_ID).type, events.schema.field(c.ITEM_ID).type)
+    return pa.table([events[c.USER_ID], events[c.ITEM_ID], events[c.REQUEST_TS_MS]], schema=schema)
+
+
+def _divide(events: pa.Table, held_out: pa.Table, dropped: Mapping[str, int]) -> Split:
+    """Part the held-out positives by whether training has a positive of their user and of their item."""
+    positives = _as_holdout(events.filter(pc.equal(events[c.OUTCOME], c.CLICKED)))
+    if not positives.num_rows:
+        raise DataError(f"the hold-out leaves no positive to learn from, and {held_out.num_rows} held out")
+    if not held_out.num_rows:
+        raise DataError(f"the hold-out holds no positive; {positives.num_rows} are left to learn from")
+    held_out = held_out.sort_by([(name, "ascending") for name in (c.USER_ID, c.TS_MS, c.ITEM_ID)])
+    known_user, known_item = (
+        pc.is_in(held_out[name], value_set=pc.unique(positives[name])) for name in (c.USER_ID, c.ITEM_ID)
+    )
+    warm = pc.and_(known_user, known_item)
+    reason = pc.if_else(known_user, c.NEW_ITEM, c.NEW_USER)
+    return Split(
+        events=number(events),
+        holdout=held_out.filter(warm),
+        holdout_cold=held_out.append_column(c.REASON, reason).filter(pc.invert(warm)),
+        train_positives=positives,
+        dropped=dropped,
+    )
+
+
+def _counted(dropped: Mapping[str, int], reason: str, count: int) -> dict[str, int]:
+    return {**dropped, reason: count} if count else dict(dropped)

@@ -1,0 +1,97 @@
+"""KuaiRand-Pure: every impression of a short-video feed with its click, in the scene (`tab`) where it was shown."""
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.datasets.sources import find_files, read_table, read_tables
+from twotower.datasets.tables import DAY, Source, plain
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError, DataError
+
+NAME: Final = "kuairand"
+TAB: Final = "tab"
+HOUR: Final = "hour"
+PRIOR_HISTORY: Final = "prior_history"
+
+_LOG: Final = {
+    "user_id": c.USER_ID,
+    "video_id": c.ITEM_ID,
+    "time_ms": c.TS_MS,
+    "date": DAY,
+    "hourmin": HOUR,
+    TAB: TAB,
+    "is_click": c.OUTCOME,
+}
+_HISTORY: Final = {c.USER_ID: c.USER_ID, "watch_seq": PRIOR_HISTORY}
+_VIDEO_CODES: Final = ("visible_status", "music_type")
+"""Codes that the source stores as floats, because some are missing; so it does with some `onehot_feat*`."""
+
+
+def read_kuairand(src: Path, positive: str) -> Source:
+    """Read a folder with `log_*.parquet`, `users`, `videos` and `user_history_before_*.parquet`.
+
+    Every impression is an event, clicked if `is_click`. The log's own `date` is the day of the app (UTC+8, and up to an
+    hour off `time_ms` around midnight); hold-outs by date read it.
+
+    Args:
+        src: the folder.
+        positive: `all`: every click. There are no ratings.
+
+    Raises:
+        ConfigError: another `positive`.
+        DataError: files or columns are missing, or are not of their form.
+    """
+    if positive != "all":
+        raise ConfigError(f"--positive {positive}: {NAME} has clicks, no ratings; use `all`")
+    log = plain(read_tables(find_files(src, pattern="log_*"), _LOG), NAME)
+    click = log[c.OUTCOME]
+    if not set(pc.unique(click).to_pylist()) <= {0, 1}:
+        raise DataError(f"{src}: is_click holds {pc.unique(click).to_pylist()[:5]}, where 0 and 1 are due")
+    replaced = {
+        c.OUTCOME: pc.if_else(pc.equal(click, 1), c.CLICKED, c.IMPRESSED),
+        DAY: _days(log[DAY], src),
+        HOUR: pc.divide(log[HOUR], 100),
+    }
+    for name, column in replaced.items():
+        log = log.set_column(log.schema.get_field_index(name), name, column)
+    videos = read_table(src / "videos.parquet")
+    if "video_id" in videos.column_names:
+        videos = videos.rename_columns({"video_id": c.ITEM_ID})
+    return Source(name=NAME, events=log, users=_users(src), items=_whole(plain(videos, "videos"), _VIDEO_CODES))
+
+
+def _users(src: Path) -> pa.Table:
+    """People's features and `prior_history`: the videos of before the log, in their order, none where unknown."""
+    users = plain(read_table(src / "users.parquet"), "users")
+    users = _whole(users, tuple(name for name in users.column_names if name.startswith("onehot_feat")))
+    history = plain(read_tables(find_files(src, pattern="user_history_before_*"), _HISTORY), "histories")
+    if c.USER_ID not in users.column_names:
+        return users  # refused with the other checks
+    row = pc.index_in(users[c.USER_ID], value_set=history[c.USER_ID].combine_chunks())
+    videos = history[PRIOR_HISTORY].combine_chunks().take(row.combine_chunks())
+    lengths = pc.fill_null(pc.list_value_length(videos), 0).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return users.append_column(PRIOR_HISTORY, pa.ListArray.from_arrays(pa.array(offsets), videos.flatten()))
+
+
+def _days(date: pa.ChunkedArray, src: Path) -> pa.ChunkedArray:
+    """Integers like 20220503 as days."""
+    try:
+        return pc.strptime(date.cast(pa.string()), format="%Y%m%d", unit="s").cast(pa.date32())
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{src}: the column date of the log holds something else than YYYYMMDD: {error}") from None
+
+
+def _whole(table: pa.Table, names: tuple[str, ...]) -> pa.Table:
+    """The table with some columns of floats as integers."""
+    for name in set(names).intersection(table.column_names):
+        place = table.schema.get_field_index(name)
+        try:
+            table = table.set_column(place, name, table[name].cast(pa.int64()))
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{NAME}, column {name} holds codes that are no integers: {error}") from None
+    return table

@@ -1,0 +1,70 @@
+"""MovieLens-1M: ratings as positives and impressions, with people's and films' features."""
+
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.datasets.sources import read_lines, read_table
+from twotower.datasets.tables import Source, parse_positive
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+
+NAME: Final = "movielens-1m"
+USER_SEQ: Final = "user_seq"
+TITLE: Final = "title"
+YEAR: Final = "year"
+
+_RATINGS: Final = {"user_id": c.USER_ID, "movie_id": c.ITEM_ID, "rating": c.WEIGHT, "timestamp": c.TS_MS}
+_USERS: Final = {
+    c.USER_ID: pa.int64(),
+    "gender": pa.string(),
+    "age": pa.int64(),
+    "occupation": pa.int64(),
+    "zip": pa.string(),
+}
+_FILMS: Final = {"movie_id": c.ITEM_ID, TITLE: TITLE, "genres": "genres", YEAR: YEAR}
+
+
+def read_movielens(src: Path, positive: str) -> Source:
+    """Read a folder with `ratings`, `users` and `movies`: as Parquet, or GroupLens's own `.dat` files.
+
+    Seconds become milliseconds. Ratings of a user in the same second are ordered by `user_seq` where the Parquet file
+    has it, else by film.
+
+    Args:
+        src: the folder.
+        positive: `all`, or the least rating of a positive.
+
+    Raises:
+        ConfigError: `positive` is neither.
+        DataError: files or columns are missing, or are not of their form.
+    """
+    minimum = parse_positive(positive)
+    if (src / "ratings.parquet").exists():
+        ratings = read_table(src / "ratings.parquet")
+        finer = {USER_SEQ: USER_SEQ} if USER_SEQ in ratings.column_names else {}
+        ratings = read_table(src / "ratings.parquet", _RATINGS | finer)
+        users = read_table(src / "users.parquet", {name: name for name in _USERS})
+        films = read_table(src / "movies.parquet", _FILMS)
+    elif (src / "ratings.dat").exists():
+        ratings = read_lines(src / "ratings.dat", {name: pa.int64() for name in _RATINGS.values()})
+        users = read_lines(src / "users.dat", _USERS)
+        films = read_lines(src / "movies.dat", {c.ITEM_ID: pa.int64(), TITLE: pa.string(), "genres": pa.string()})
+        year = pc.struct_field(pc.extract_regex(films[TITLE], r"\((?P<year>\d{4})\)\s*$"), "year")
+        films = films.append_column(YEAR, year.cast(pa.int64()))
+    else:
+        raise DataError(f"{src} has neither ratings.parquet nor ratings.dat: unpack MovieLens-1M and give its folder")
+    place = ratings.schema.get_field_index(c.TS_MS)
+    if not pa.types.is_integer(ratings.schema.field(place).type):
+        raise DataError(f"{src}: the timestamps are of type {ratings.schema.field(place).type}, not whole seconds")
+    ts_ms = pc.multiply(ratings[c.TS_MS].cast(pa.int64()), 1000)
+    return Source(
+        name=NAME,
+        events=ratings.set_column(place, c.TS_MS, ts_ms),
+        users=users,
+        items=films,
+        minimum=minimum,
+        order=(USER_SEQ,) if USER_SEQ in ratings.column_names else (),
+    )

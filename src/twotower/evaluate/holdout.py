@@ -1,0 +1,159 @@
+"""Judge channels on the held-out positives of a workspace, warm and cold users and items apart."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from twotower.evaluate.metrics import Figure, PerUser, difference, score_lists, summarise
+from twotower.features.columns import Bag, pointers
+from twotower.models.queries import queries_of_users
+from twotower.models.retriever import Retriever
+from twotower.samples.read import Samples
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+from twotower.schema.tables import as_ids, require_columns
+
+log = logging.getLogger(__name__)
+
+BATCH = 1024
+"""Users asked at a time."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Held-out positives by user."""
+
+    user_rows: npt.NDArray[np.int64]
+    """(B,)"""
+    items: Bag
+    """Their distinct held-out items."""
+
+
+def evaluate(
+    samples: Samples,
+    workspace: Path,
+    channels: Sequence[Retriever],
+    ks: Sequence[int],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Metrics of the first channel with intervals, the others beside it with the paired difference, cold ones apart.
+
+    What a user clicked in training is not offered. Held-out rows come without a context, so requests have none.
+
+    Args:
+        samples: what the channels were trained on.
+        workspace: with `holdout.parquet` and, if there are cold ones, `holdout_cold.parquet`.
+        channels: the judged one first, then baselines.
+        ks: cut-offs.
+        resamples: of users, behind each interval.
+        seed: of the resampling.
+
+    Returns:
+        The referee's names, each `{"value", "ci95"}`; `users`; each baseline's figures under its name, recall also as
+        `difference` of the judged channel to it; `cold`: the same by reason.
+
+    Raises:
+        DataError: there is no hold-out, or none of its users and items are known.
+    """
+    warm = read_truth(workspace / "holdout.parquet", samples)
+    judged, *baselines = channels
+    scores = {channel.name: _score(samples, channel, warm, ks) for channel in channels}
+    result: dict[str, Any] = {"users": len(warm.user_rows), "channel": judged.name}
+    result |= _plain(summarise(scores[judged.name], resamples, seed))
+    for baseline in baselines:
+        figures = _plain(summarise(scores[baseline.name], resamples, seed))
+        for k in ks:
+            ours, theirs = (scores[name].values[f"recall@{k}"] for name in (judged.name, baseline.name))
+            figures[f"recall@{k}"]["difference"] = _figure(difference(ours, theirs, resamples, seed))
+        result[baseline.name] = figures
+    result["cold"] = {
+        reason: {
+            "users": len(truth.user_rows),
+            judged.name: _plain(summarise(_score(samples, judged, truth, ks), resamples, seed)),
+            **{b.name: _plain(summarise(_score(samples, b, truth, ks), resamples, seed)) for b in baselines},
+        }
+        for reason in (c.NEW_USER, c.NEW_ITEM)
+        if (truth := _cold_truth(workspace / "holdout_cold.parquet", reason, samples)) is not None
+    }
+    return result
+
+
+def read_truth(path: Path, samples: Samples) -> Truth:
+    """Held-out positives as rows of the samples' users and items.
+
+    Raises:
+        DataError: the file is missing, or no row is of a known user and item.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist: import the data with --holdout or --test to evaluate")
+    table = pq.read_table(path)
+    if (truth := _known_truth(table, samples, path.name)) is None:
+        raise DataError(f"{path} has {table.num_rows} rows, none of them of a user and an item of the workspace")
+    return truth
+
+
+def _known_truth(table: pa.Table, samples: Samples, where: str) -> Truth | None:
+    """Rows of known users and items, the others counted in the log; None where there are no known ones."""
+    require_columns(table, [c.USER_ID, c.ITEM_ID], where)
+    user = samples.users.positions.find(as_ids(table.column(c.USER_ID), where).combine_chunks())
+    item = samples.items.positions.find(as_ids(table.column(c.ITEM_ID), where).combine_chunks())
+    both = (user >= 0) & (item >= 0)
+    if unknown := int((~both).sum()):
+        log.warning("%s: %d of %d rows are not of a known user and item and left out", where, unknown, len(both))
+    if not both.any():
+        return None
+    size = len(samples.items)
+    pairs = np.unique(user[both] * size + item[both])
+    users, place = np.unique(pairs // size, return_inverse=True)
+    return Truth(users, Bag(pointers(np.bincount(place)), (pairs % size).astype(np.int32)))
+
+
+def _cold_truth(path: Path, reason: str, samples: Samples) -> Truth | None:
+    """The cold held-out positives of one reason; None where the file has none of known users and items."""
+    if not path.exists():
+        return None
+    table = pq.read_table(path)
+    require_columns(table, [c.REASON], path.name)
+    return _known_truth(table.filter(pc.equal(table.column(c.REASON), reason)), samples, f"{path.name}, {reason}")
+
+
+def _score(samples: Samples, channel: Retriever, truth: Truth, ks: Sequence[int]) -> PerUser:
+    return score_lists(ranked(samples, channel, truth.user_rows, max(ks)), truth.items, samples.item_positives, ks)
+
+
+def ranked(samples: Samples, channel: Retriever, user_rows: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+    """The k best items (B, k) of each user by one channel, without what they clicked."""
+    clicks = samples.clicks
+    parts = [
+        channel.retrieve(
+            queries_of_users(
+                samples.features,
+                samples.users,
+                clicks,
+                user_rows[start : start + BATCH],
+                {},
+                (clicks.indptr, clicks.item_row),
+            ),
+            k,
+        ).rows
+        for start in range(0, len(user_rows), BATCH)
+    ]
+    return np.concatenate(parts)
+
+
+def _plain(figures: dict[str, Figure]) -> dict[str, Any]:
+    return {name: _figure(figure) for name, figure in figures.items()}
+
+
+def _figure(figure: Figure) -> dict[str, Any]:
+    ci95 = None if figure.ci95 is None else [round(bound, 5) for bound in figure.ci95]
+    return {"value": round(figure.value, 5), "ci95": ci95}

@@ -1,0 +1,1 @@
+"""Raw columns in, model inputs out: the one definition that samples, training and the server share."""

@@ -1,0 +1,292 @@
+"""All features of the two towers: fitted once on training data, saved beside the model, used everywhere."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.config import settings as spec
+from twotower.features.columns import Column
+from twotower.features.fitted import (
+    Bucket,
+    Categories,
+    Category,
+    Fitted,
+    Items,
+    Number,
+    Ready,
+    as_numbers,
+    damp,
+    raw_column,
+    split,
+)
+from twotower.features.vocabulary import Vocabulary, as_values, fit_vocabulary
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.files import read_json, write_json
+
+HISTORY = "history"
+"""The sequence feature that is the user's clicks before the request."""
+FEATURES_FILE = "features.json"
+VOCABULARY_FILE = "vocab.arrow"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The shape of one embedding table."""
+
+    name: str
+    rows: int
+    dimension: int
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The fitted features of users, of items and of the request's context."""
+
+    user: tuple[Fitted, ...]
+    item: tuple[Fitted, ...]
+    context: tuple[Fitted, ...]
+
+    @property
+    def history(self) -> Items | None:
+        """The feature that reads the user's clicks, if there is one."""
+        return next((f for f in self.user if isinstance(f, Items) and f.from_clicks), None)
+
+    @property
+    def user_columns(self) -> tuple[Fitted, ...]:
+        """The features that are read from `users.parquet`: all but the click history."""
+        return tuple(f for f in self.user if not (isinstance(f, Items) and f.from_clicks))
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The embedding tables that the features read, by name."""
+        found: dict[str, Table] = {}
+        for feature in (*self.user, *self.item, *self.context):
+            if isinstance(feature, Category | Categories | Items):
+                table = Table(feature.vocabulary.table, feature.vocabulary.capacity, feature.dimension)
+            elif isinstance(feature, Bucket):
+                table = Table(feature.table, feature.capacity, feature.dimension)
+            else:
+                continue
+            found[table.name] = table
+        return dict(sorted(found.items()))
+
+    @property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """The vocabularies, by the name of their table."""
+        found = {
+            f.vocabulary.table: f.vocabulary
+            for f in (*self.user, *self.item, *self.context)
+            if isinstance(f, Category | Categories | Items)
+        }
+        return dict(sorted(found.items()))
+
+
+def fit(
+    features: spec.Features,
+    users: pa.Table,
+    items: pa.Table,
+    context: Mapping[str, pa.Array],
+    dimension: int,
+    room: float,
+) -> FeatureSet:
+    """Fit every feature to the users, items and contexts of the training positives.
+
+    Ids and values that only others have stay unknown: their embedding would never be trained.
+
+    Args:
+        features: the configured features.
+        users: rows of users with a training positive.
+        items: rows of items with a training positive.
+        context: for each declared context column, its values among the training positives; of a category its distinct
+            values are enough, of a number a fair sample.
+        dimension: width of the id embeddings, the widest of all.
+        room: spare rows of the id tables, as a share of the known ids.
+
+    Raises:
+        ConfigError: a configured column does not exist.
+        DataError: a column does not fit its kind.
+    """
+    ids = fit_vocabulary(c.ITEM_ID, as_values(items.column(c.ITEM_ID), c.ITEM_ID), room)
+
+    def fit_side(side: str, wanted: Mapping[str, spec.Feature], columns: Mapping[str, Any]) -> Iterable[Fitted]:
+        for name, kind in sorted(wanted.items()):
+            if isinstance(kind, spec.Sequence) and name == HISTORY and side == "user":
+                yield Items(name, ids, dimension, kind.last, kind.encoder, from_clicks=True)
+                continue
+            if name not in columns:
+                raise ConfigError(f"features.{side}.{name}: no such column; there are {', '.join(columns) or 'none'}")
+            column = columns[name].combine_chunks() if isinstance(columns[name], pa.ChunkedArray) else columns[name]
+            if isinstance(kind, spec.Sequence):
+                if side != "user":
+                    raise ConfigError(f"features.{side}.{name}: a sequence of items belongs to features.user")
+                yield Items(name, ids, dimension, kind.last, kind.encoder, from_clicks=False)
+            elif isinstance(kind, spec.Categorical):
+                if side == "item" and name == c.ITEM_ID:
+                    yield Category(name, ids, dimension)
+                    continue
+                is_id = side == "user" and name == c.USER_ID
+                known = fit_vocabulary(
+                    name if is_id else f"{side}.{name}", as_values(column, name), room if is_id else 0.0
+                )
+                yield Category(
+                    name, known, dimension if is_id else kind.dimension or width(len(known.values), dimension)
+                )
+            elif isinstance(kind, spec.MultiCategorical):
+                known = fit_vocabulary(f"{side}.{name}", as_values(split(column, kind.separator, name).flatten(), name))
+                yield Categories(name, known, kind.dimension or width(len(known.values), dimension), kind.separator)
+            elif isinstance(kind, spec.Numeric):
+                yield fit_numeric(name, f"{side}.{name}", kind, column, dimension)
+            else:
+                yield Ready(name, kind.size)
+
+    return FeatureSet(
+        tuple(fit_side("user", features.user, dict(zip(users.column_names, users.columns, strict=True)))),
+        tuple(fit_side("item", features.item, dict(zip(items.column_names, items.columns, strict=True)))),
+        tuple(fit_side("context", features.context, context)),
+    )
+
+
+def fit_numeric(name: str, table: str, kind: spec.Numeric, column: pa.Array, dimension: int) -> Number | Bucket:
+    """Mean and deviation, or quantiles, of the finite values of a column, in whatever order they come.
+
+    Raises:
+        DataError: no numbers, or so great that they have no deviation in float64.
+    """
+    values = as_numbers(column, name)
+    values = np.sort(values[np.isfinite(values)])  # sums of floats depend on their order
+    if kind.transform == "buckets":
+        cuts = np.unique(np.quantile(values, np.arange(1, kind.buckets) / kind.buckets)) if len(values) else np.zeros(0)
+        return Bucket(name, table, tuple(cuts.tolist()), width(len(cuts) + 1, dimension))
+    if kind.transform == "log":
+        values = damp(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = float(values.mean()) if len(values) else 0.0
+        deviation = float(values.std()) if len(values) else 0.0
+    if not np.isfinite(deviation):
+        raise DataError(
+            f"{name} holds numbers as great as {np.abs(values).max():g}: use transform = 'log' or 'buckets'"
+        )
+    return Number(name, kind.transform == "log", mean, deviation if deviation > 1e-12 * max(1.0, abs(mean)) else 1.0)
+
+
+def width(values: int, most: int) -> int:
+    """Width of an embedding for a vocabulary: six times the fourth root of its size, at most that of an id.
+
+    A common rule of thumb; set `dimension` on the feature to choose otherwise.
+
+    >>> width(2, 64), width(21, 64), width(100_000, 64)
+    (8, 13, 64)
+    """
+    return int(min(most, np.ceil(6 * max(values, 1) ** 0.25)))
+
+
+def encode_table(features: Iterable[Fitted], table: pa.Table) -> dict[str, Column]:
+    """Encode columns of a whole table (N rows), by feature name."""
+    return {feature.name: feature.encode(table.column(feature.name).combine_chunks()) for feature in features}
+
+
+def encode_request(features: Iterable[Fitted], values: Mapping[str, Any], where: str) -> dict[str, Column]:
+    """Encode the values of one request (N = 1): what is absent is missing, what is not a feature is an error.
+
+    Raises:
+        DataError: an unknown name, or a value of another type than in training.
+    """
+    features = tuple(features)
+    unknown = set(values) - {feature.name for feature in features}
+    if unknown:
+        names = ", ".join(feature.name for feature in features) or "none"
+        raise DataError(f"{where}: {', '.join(sorted(unknown))} is no feature of this model; its features are {names}")
+    return {
+        feature.name: feature.absent(1)
+        if values.get(feature.name) is None
+        else feature.encode(raw_column(feature, [values[feature.name]]))
+        for feature in features
+    }
+
+
+def save(features: FeatureSet, folder: Path) -> None:
+    """Write `features.json` (kinds and statistics) and `vocab.arrow` (table, raw id, row) into a folder."""
+    write_json(
+        folder / FEATURES_FILE,
+        {side: [_describe(f) for f in getattr(features, side)] for side in ("user", "item", "context")},
+    )
+    pieces = []
+    for table, vocabulary in features.vocabularies.items():
+        count = len(vocabulary.values)
+        number = vocabulary.values.type == pa.int64()
+        pieces.append(
+            pa.table(
+                {
+                    "table": pa.array([table] * count, pa.string()),
+                    "number": vocabulary.values if number else pa.nulls(count, pa.int64()),
+                    "text": pa.nulls(count, pa.string()) if number else vocabulary.values,
+                    "row": pa.array(np.arange(count, dtype=np.int32) + 2),
+                }
+            )
+        )
+    schema = pa.schema([("table", pa.string()), ("number", pa.int64()), ("text", pa.string()), ("row", pa.int32())])
+    with pa.OSFile(str(folder / VOCABULARY_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for piece in pieces:
+            writer.write_table(piece)
+
+
+def load(folder: Path) -> FeatureSet:
+    """Read what `save` wrote; vocabularies stay memory-mapped.
+
+    Raises:
+        DataError: a file is missing or is not of this format.
+    """
+    document = read_json(folder / FEATURES_FILE)
+    try:
+        source = pa.memory_map(str(folder / VOCABULARY_FILE))
+        stored = pa.ipc.open_file(source)
+        batches = [stored.get_batch(i) for i in range(stored.num_record_batches)]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{folder / VOCABULARY_FILE} cannot be read: {error}") from None
+    values: dict[str, pa.Array] = {}
+    try:
+        for batch in batches:
+            column = batch.column("number") if batch.column("text").null_count else batch.column("text")
+            values[batch.column("table")[0].as_py()] = column
+        return FeatureSet(
+            *(tuple(_restore(entry, values) for entry in document[side]) for side in ("user", "item", "context"))
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder / FEATURES_FILE} and {VOCABULARY_FILE} are not of this format: {error!r}") from None
+
+
+_KINDS: dict[str, type[Fitted]] = {
+    "category": Category,
+    "categories": Categories,
+    "number": Number,
+    "bucket": Bucket,
+    "items": Items,
+    "ready": Ready,
+}
+
+
+def _describe(feature: Fitted) -> dict[str, Any]:
+    kind = next(name for name, cls in _KINDS.items() if type(feature) is cls)
+    if isinstance(feature, Category | Categories | Items):
+        rest = {k: v for k, v in vars(feature).items() if k != "vocabulary"}
+        known = feature.vocabulary
+        type_name = "int64" if known.values.type == pa.int64() else "string"
+        return {"kind": kind, **rest, "table": known.table, "capacity": known.capacity, "values": type_name}
+    return {"kind": kind, **asdict(feature)}
+
+
+def _restore(entry: dict[str, Any], values: Mapping[str, pa.Array]) -> Fitted:
+    entry = dict(entry)
+    kind = entry.pop("kind")
+    if kind in ("category", "categories", "items"):
+        table, capacity, type_name = entry.pop("table"), entry.pop("capacity"), entry.pop("values")
+        empty = pa.array([], pa.int64() if type_name == "int64" else pa.string())
+        entry["vocabulary"] = Vocabulary(table, values.get(table, empty), capacity)
+    if kind == "bucket":
+        entry["boundaries"] = tuple(entry["boundaries"])
+    return _KINDS[kind](**entry)

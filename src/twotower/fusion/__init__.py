@@ -1,0 +1,1 @@
+"""Several channels' candidates become one list."""

@@ -1,0 +1,64 @@
+"""Builds the index that the configuration names, and loads whatever was saved."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twotower.index.checks import INDEX_JSON
+from twotower.index.exact import ExactIndex
+from twotower.index.faiss_index import FaissIndex
+from twotower.index.protocol import VectorIndex
+from twotower.schema.errors import ConfigError
+from twotower.schema.files import read_json
+
+
+def build_index(
+    kind: str,
+    rows: NDArray[np.int64],
+    vectors: NDArray[np.float32],
+    queries: NDArray[np.float32],
+    ks: Sequence[int],
+    recall: float,
+    seed: int,
+) -> VectorIndex:
+    """An index of one kind, tuned on sample queries where it is approximate.
+
+    Args:
+        kind: `exact` or `faiss`.
+        rows: (N,) int64, each once.
+        vectors: (N, D) float32.
+        queries: (Q, D) float32 of held-out users.
+        ks: numbers of neighbours that will be asked for.
+        recall: share of the exact neighbours to be found, above 0 and at most 1.
+        seed: of k-means.
+
+    Raises:
+        ConfigError: another kind; no k, or a recall that cannot be, where these matter.
+        DataError: rows, vectors or queries that cannot be indexed.
+    """
+    _check_kind(kind)
+    if kind == "exact":
+        return ExactIndex.build(rows, vectors)
+    return FaissIndex.build(rows, vectors, seed).tune(queries, ks, recall, ExactIndex.build(rows, vectors))
+
+
+def load_index(folder: Path) -> VectorIndex:
+    """The index saved in a folder, of whatever kind, mapped into memory.
+
+    Raises:
+        ConfigError: a kind that this release does not have.
+        DataError: files are missing or damaged.
+    """
+    description = read_json(folder / INDEX_JSON)
+    kind = description.get("kind") if isinstance(description, dict) else None
+    _check_kind(kind)
+    return ExactIndex.load(folder) if kind == "exact" else FaissIndex.load(folder)
+
+
+def _check_kind(kind: object) -> None:
+    if kind in ("milvus", "pgvector"):
+        raise ConfigError(f"index kind {kind} is not available in this release: exact or faiss")
+    if kind not in ("exact", "faiss"):
+        raise ConfigError(f"there is no index of kind {kind!r}: exact or faiss")

@@ -1,0 +1,138 @@
+"""Every query against every vector: the oracle of all other indexes, and the index of small catalogues."""
+
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twotower.index.checks import (
+    FORMAT,
+    INDEX_JSON,
+    ROWS,
+    check_search,
+    checked_build,
+    excluded_positions,
+    hidden_with,
+    map_array,
+    read_description,
+)
+from twotower.index.protocol import PADDING, Exclusions, Neighbours
+from twotower.schema.errors import DataError
+from twotower.schema.files import whole_folder, write_json
+
+VECTORS = "vectors.npy"
+SCORES_AT_ONCE = 1 << 23
+"""Scores (32 MB) computed together; one query against all vectors is the least."""
+RESCORED_AT_ONCE = 1 << 16
+"""Vectors gathered together to be scored again."""
+
+
+class ExactIndex:
+    """Exact search with a matrix product, then an exact order.
+
+    A matrix product adds in an order that depends on the shape of the batch and on a vector's place in it, so that
+    equal vectors get scores that differ in the last bit. Therefore the product only shortlists: everything that
+    rounding could have pushed out of the first k. The shortlist is scored again, each vector in the same order of
+    additions. So equal vectors have equal scores and stand in the order of their rows, and an answer does not depend on
+    the batch.
+    """
+
+    def __init__(
+        self, rows: NDArray[np.int64], vectors: NDArray[np.float32], longest: float, hidden: NDArray[np.int64]
+    ) -> None:
+        """Use `build` or `load`: rows (N,) rising, vectors (N, D), the largest norm, hidden positions rising."""
+        self._rows = rows
+        self._vectors = vectors
+        self._longest = longest
+        self._hidden = hidden
+
+    @classmethod
+    def build(cls, rows: NDArray[np.int64], vectors: NDArray[np.float32]) -> Self:
+        """An index of vectors (N, D) float32 under rows (N,) int64, N = 0 included.
+
+        Raises:
+            DataError: other shapes or types, duplicate or negative rows, values that are not finite.
+
+        >>> index = ExactIndex.build(np.array([7, 3]), np.eye(2, dtype=np.float32))
+        >>> index.search(np.array([[1, 0.5]], np.float32), k=3).rows
+        array([[ 7,  3, -1]])
+        """
+        ordered = checked_build(rows, vectors)
+        squares = np.einsum("nd,nd->n", ordered.vectors, ordered.vectors, dtype=np.float64)
+        return cls(ordered.rows, ordered.vectors, float(np.sqrt(squares.max(initial=0.0))), np.empty(0, np.int64))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Map a saved index into memory.
+
+        Raises:
+            DataError: files are missing or not what `index.json` says.
+        """
+        description = read_description(folder, "exact")
+        try:
+            count, dimension, longest = description["count"], description["dimension"], float(description["longest"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{folder / INDEX_JSON} is incomplete ({error!r}): rebuild the index") from None
+        rows = map_array(folder / ROWS, (count,), np.int64)
+        return cls(rows, map_array(folder / VECTORS, (count, dimension), np.float32), longest, np.empty(0, np.int64))
+
+    def count(self) -> int:  # noqa: D102
+        return len(self._rows) - len(self._hidden)
+
+    def without(self, rows: NDArray[np.int64]) -> Self:  # noqa: D102
+        hidden = hidden_with(self._hidden, rows, self._rows)
+        return type(self)(self._rows, self._vectors, self._longest, hidden)
+
+    def search(self, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
+        check_search(queries, k, exclude, self._vectors.shape[1])
+        found = Neighbours(
+            np.full((len(queries), k), PADDING, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+        )
+        excluded = excluded_positions(exclude, len(queries), self._rows, self._hidden)
+        step = max(1, SCORES_AT_ONCE // max(1, len(self._rows)))
+        for start in range(0, len(queries), step):
+            scores = queries[start : start + step] @ self._vectors.T
+            scores[:, self._hidden] = -np.inf
+            for query, row_scores in enumerate(scores, start):
+                out = excluded.rows[excluded.indptr[query] : excluded.indptr[query + 1]]
+                row_scores[out] = -np.inf
+                wanted = min(k, self.count() - len(out))
+                if wanted > 0:
+                    self._take(queries[query], row_scores, found.rows[query, :wanted], found.scores[query, :wanted])
+        return found
+
+    def _take(
+        self,
+        query: NDArray[np.float32],
+        scores: NDArray[np.float32],
+        rows_out: NDArray[np.int64],
+        scores_out: NDArray[np.float32],
+    ) -> None:
+        """Fill rows and scores (n,) with the n best of scores (N,), where at least n are finite."""
+        last = len(scores) - len(rows_out)
+        # Two sums of the same D products, in any order, differ by at most 2 D u |q| |v| with u = 2^-24 (Higham 2002,
+        # 3.1); this holds for the n-th score as well as for each candidate, hence twice that.
+        slack = 4 * len(query) * 2.0**-24 * float(np.linalg.norm(query)) * self._longest
+        shortlist = np.flatnonzero(scores >= np.partition(scores, last)[last] - np.float32(slack))
+        pieces = np.split(shortlist, range(RESCORED_AT_ONCE, len(shortlist), RESCORED_AT_ONCE))
+        rescored = np.concatenate([(self._vectors[piece] * query).sum(axis=1) for piece in pieces])
+        best = np.argsort(-rescored, kind="stable")[: len(rows_out)]  # stable: equal scores stay in the order of rows
+        rows_out[:] = self._rows[shortlist[best]]
+        scores_out[:] = rescored[best]
+
+    def save(self, folder: Path) -> None:  # noqa: D102
+        with whole_folder(folder) as temporary:
+            np.save(temporary / ROWS, self._rows, allow_pickle=False)
+            np.save(temporary / VECTORS, self._vectors, allow_pickle=False)
+            description = {
+                "format": FORMAT,
+                "kind": "exact",
+                "count": len(self._rows),
+                "dimension": self._vectors.shape[1],
+                "longest": self._longest,
+            }
+            write_json(temporary / INDEX_JSON, description)
+
+    def close(self) -> None:  # noqa: D102
+        pass

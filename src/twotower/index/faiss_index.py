@@ -1,0 +1,327 @@
+"""FAISS: scans small catalogues, and of large ones only the lists of vectors that are near the query."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+
+# Both libraries bring an OpenMP runtime. With torch first they share one setting of threads; with FAISS first there are
+# two pools that fight for the cores.
+import torch  # noqa: F401
+
+import faiss as _faiss  # isort: skip
+from numpy.typing import NDArray
+
+from twotower.index.checks import (
+    FORMAT,
+    INDEX_JSON,
+    ROWS,
+    check_search,
+    checked_build,
+    excluded_positions,
+    hidden_with,
+    map_array,
+    read_description,
+)
+from twotower.index.protocol import PADDING, Exclusions, Neighbours, VectorIndex
+from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.files import whole_folder, write_json
+
+faiss: Any = _faiss  # its type stubs are those of the C++ classes, not of their Python wrappers
+
+INDEX_FILE: Final = "index.faiss"
+FLAT_BELOW: Final = 20_000
+"""Catalogues smaller than this are scanned: half a millisecond, and nothing to tune."""
+TRAINED_ON: Final = 64
+"""Vectors for each list that k-means sees; more cost time and change recall little."""
+TUNING_QUERIES: Final = 500
+"""Queries that probes are tuned on, evenly spaced among those given."""
+TIMED_QUERIES: Final = 100
+"""Of these, queries timed one by one."""
+FETCHED_AT_ONCE: Final = 1 << 22
+"""Neighbours fetched together, over all queries of a call."""
+ROUNDING: Final = 1e-6
+"""How much lower than the k-th exact score a score may be, relative to 1, and still count as found."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How many lists to probe for k neighbours, as measured when the index was built.
+
+    Attributes:
+        k: neighbours asked for.
+        nprobe: lists probed for them, the fewest that reach the recall asked for.
+        recall: share of the exact neighbours found on the tuning queries; neighbours tied with the k-th are as good.
+        latency_ms: median time of one query alone.
+        queries: number of tuning queries.
+    """
+
+    k: int
+    nprobe: int
+    recall: float
+    latency_ms: float
+    queries: int
+
+
+class FaissIndex:
+    """FAISS with inner products: a scan of every vector (Flat), or of the nearest of about 4 sqrt(N) lists (IVF-Flat).
+
+    The lists come from k-means (Sivic and Zisserman 2003; in FAISS: Johnson et al. 2017). How many must be probed for a
+    recall depends on the data, so it is measured (`tune`); before that every list is probed and the answer is exact.
+    Where vectors tie for the last place, which of them FAISS returns is its own choice, the same each time.
+    """
+
+    def __init__(
+        self, index: Any, rows: NDArray[np.int64], hidden: NDArray[np.int64], tuning: tuple[Tuned, ...]
+    ) -> None:
+        """Use `build` or `load`: FAISS index of N positions, rows (N,) rising, hidden positions rising, tuning by k."""
+        self._index = index
+        self._rows = rows
+        self._hidden = hidden
+        self._lists = int(index.nlist) if isinstance(index, faiss.IndexIVF) else 0
+        self._selector = _all_but(hidden, len(rows)) if hidden.size else None
+        self.tuning = tuning
+
+    @classmethod
+    def build(
+        cls, rows: NDArray[np.int64], vectors: NDArray[np.float32], seed: int = 0, flat_below: int = FLAT_BELOW
+    ) -> Self:
+        """An index of vectors (N, D) float32 under rows (N,) int64, N = 0 included.
+
+        Args:
+            rows: (N,) int64.
+            vectors: (N, D) float32.
+            seed: of the sample and the first centres of k-means.
+            flat_below: fewer vectors than this are scanned, with no lists.
+
+        Raises:
+            DataError: other shapes or types, duplicate or negative rows, values that are not finite.
+        """
+        ordered = checked_build(rows, vectors)
+        count, dimension = ordered.vectors.shape
+        index: Any = faiss.IndexFlatIP(dimension)
+        if count >= max(flat_below, 1):
+            lists = min(count, round(4 * count**0.5))
+            index = faiss.IndexIVFFlat(index, dimension, lists, faiss.METRIC_INNER_PRODUCT)
+            index.cp.seed = seed
+            index.cp.min_points_per_centroid = 1
+            index.cp.max_points_per_centroid = TRAINED_ON
+            index.train(ordered.vectors)
+        index.add(ordered.vectors)
+        return cls(index, ordered.rows, np.empty(0, np.int64), ())
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Map a saved index into memory.
+
+        A file cut short, or of another index, is refused; flipped bits inside vectors are found only by the hash in a
+        version's manifest, to be checked before.
+
+        Raises:
+            DataError: files are missing, or not what `index.json` says.
+        """
+        description = read_description(folder, "faiss")
+        path = folder / INDEX_FILE
+        try:
+            count, dimension, size = description["count"], description["dimension"], description["bytes"]
+            tuning = tuple(Tuned(**entry) for entry in description["tuning"])
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{folder / INDEX_JSON} is incomplete ({error!r}): rebuild the index") from None
+        if not path.is_file() or path.stat().st_size != size:
+            seen = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+            raise DataError(f"{path} {seen}, {INDEX_JSON} says {size} bytes: rebuild the index from the item vectors")
+        try:
+            # Not IO_FLAG_MMAP: that one starts up to 32 threads in each search to read ahead.
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise DataError(f"{path} is no index of FAISS ({reason}): rebuild it from the item vectors") from None
+        if (index.ntotal, index.d, index.metric_type) != (count, dimension, faiss.METRIC_INNER_PRODUCT):
+            raise DataError(
+                f"{path} holds {index.ntotal} vectors of {index.d}, {INDEX_JSON} says {count} of {dimension}"
+            )
+        return cls(index, map_array(folder / ROWS, (count,), np.int64), np.empty(0, np.int64), tuning)
+
+    def count(self) -> int:  # noqa: D102
+        return len(self._rows) - len(self._hidden)
+
+    def without(self, rows: NDArray[np.int64]) -> Self:  # noqa: D102
+        return type(self)(self._index, self._rows, hidden_with(self._hidden, rows, self._rows), self.tuning)
+
+    def search(self, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
+        check_search(queries, k, exclude, self._index.d)
+        found = Neighbours(
+            np.full((len(queries), k), PADDING, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+        )
+        if not self.count():
+            return found
+        queries = np.ascontiguousarray(queries)
+        excluded = excluded_positions(exclude, len(queries), self._rows, self._hidden)
+        counts = np.diff(excluded.indptr)
+        # Fetch as many more as are left out afterwards. Queries go together by the power of two of that number, so that
+        # one user with a long history does not make the whole batch pay.
+        classes = np.ceil(np.log2(np.maximum(counts, 0.5)))
+        for size in np.unique(classes):
+            members = np.flatnonzero(classes == size)
+            fetch = int(min(k + counts[members].max(), self.count()))
+            step = max(1, FETCHED_AT_ONCE // fetch)
+            for start in range(0, len(members), step):
+                self._search_alike(queries, members[start : start + step], fetch, excluded, found)
+        return found
+
+    def _search_alike(
+        self,
+        queries: NDArray[np.float32],
+        members: NDArray[np.int64],
+        fetch: int,
+        excluded: Exclusions,
+        found: Neighbours,
+    ) -> None:
+        """Answer the queries of `members` (n,) by fetching equally many; those left short are probed again, wider."""
+        k = found.rows.shape[1]
+        nprobe = self._probes(fetch)
+        owner = np.repeat(np.arange(len(queries)), np.diff(excluded.indptr))
+        excluded_keys = owner * len(self._rows) + excluded.rows
+        while members.size:
+            scores, positions = self._index.search(queries[members], fetch, params=self._parameters(nprobe))
+            dropped = positions < 0
+            if excluded_keys.size:
+                keys = members[:, None] * len(self._rows) + positions
+                places = np.minimum(np.searchsorted(excluded_keys, keys), len(excluded_keys) - 1)
+                dropped |= excluded_keys[places] == keys
+            scores[dropped] = -np.inf
+            order = np.lexsort((positions, -scores))[:, :k]
+            scores = np.take_along_axis(scores, order, axis=1)
+            rows = self._rows[np.take_along_axis(positions, order, axis=1)]
+            found.scores[members, : order.shape[1]] = scores
+            found.rows[members, : order.shape[1]] = np.where(np.isneginf(scores), PADDING, rows)
+            if nprobe >= self._lists:
+                return
+            wanted = np.minimum(k, self.count() - np.diff(excluded.indptr)[members])
+            members = members[np.isfinite(scores).sum(axis=1) < wanted]
+            nprobe = min(4 * nprobe, self._lists)
+
+    def _probes(self, fetch: int) -> int:
+        """Lists to probe for `fetch` neighbours.
+
+        Hidden rows thin the lists out, as if more neighbours were asked for. The nearest tuned k from that number up
+        says how many; beyond all of them the largest is scaled in proportion.
+        """
+        if not self.tuning:
+            return self._lists
+        depth = fetch * len(self._rows) / self.count()
+        for tuned in self.tuning:
+            if tuned.k >= depth:
+                return tuned.nprobe
+        largest = self.tuning[-1]
+        return min(self._lists, int(np.ceil(largest.nprobe * depth / largest.k)))
+
+    def _parameters(self, nprobe: int) -> Any:
+        if self._lists:
+            return faiss.SearchParametersIVF(nprobe=nprobe, sel=self._selector)
+        return faiss.SearchParameters(sel=self._selector)
+
+    def tune(
+        self,
+        queries: NDArray[np.float32],
+        ks: Sequence[int],
+        recall: float,
+        oracle: VectorIndex,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> Self:
+        """The same index, probing for each k the fewest lists that reach a recall on sample queries.
+
+        The number is doubled until the recall is reached and then halved into. Where that takes nearly all lists the
+        recall stored is 1 and the search is as good as exact. A Flat index is exact and comes back as it is.
+
+        Args:
+            queries: (Q, D) float32 of users that the model was not trained on; at most `TUNING_QUERIES` are used.
+            ks: numbers of neighbours that will be asked for.
+            recall: share of the exact neighbours to be found, above 0 and at most 1.
+            oracle: exact index of the same vectors.
+            clock: seconds that rise, for `latency_ms`.
+
+        Raises:
+            ConfigError: no k, or a recall that cannot be.
+            DataError: no queries, or not of this index; an oracle of other vectors.
+        """
+        if not self._lists:
+            return self
+        if not ks or not 0 < recall <= 1:
+            raise ConfigError(
+                f"tuning for k of {list(ks)} and a recall of {recall}: give one k or more, 0 < recall <= 1"
+            )
+        check_search(queries, min(ks), None, self._index.d)
+        if not len(queries):
+            raise DataError("no queries to tune the index on: give vectors of held-out users")
+        if oracle.count() != len(self._rows):
+            raise DataError(
+                f"the exact index holds {oracle.count()} vectors, this one {len(self._rows)}: build both from one set"
+            )
+        spread = np.linspace(0, len(queries) - 1, min(len(queries), TUNING_QUERIES)).astype(np.int64)
+        sample = np.ascontiguousarray(queries[spread])
+        depths = sorted({min(k, len(self._rows)) for k in ks})
+        exact = oracle.search(sample, depths[-1]).scores
+        tuning = tuple(self._tuned(sample, k, recall, exact[:, k - 1], clock) for k in depths)
+        return type(self)(self._index, self._rows, self._hidden, tuning)
+
+    def _tuned(
+        self,
+        sample: NDArray[np.float32],
+        k: int,
+        target: float,
+        last: NDArray[np.float32],
+        clock: Callable[[], float],
+    ) -> Tuned:
+        """The fewest probes that find enough scores not below the exact k-th ones, `last` (Q,)."""
+        enough = last - ROUNDING * np.maximum(1, np.abs(last))
+
+        def recall_at(nprobe: int) -> float:
+            scores, _ = self._index.search(sample, k, params=faiss.SearchParametersIVF(nprobe=nprobe))
+            return float((scores >= enough[:, None]).mean())
+
+        low, high, reached = 0, 1, recall_at(1)
+        while reached < target and high < self._lists:
+            low, high = high, min(2 * high, self._lists)
+            reached = recall_at(high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            recall = recall_at(middle)
+            if recall >= target:
+                high, reached = middle, recall
+            else:
+                low = middle
+        seconds = []
+        for query in sample[:TIMED_QUERIES, None]:
+            start = clock()
+            self._index.search(query, k, params=faiss.SearchParametersIVF(nprobe=high))
+            seconds.append(clock() - start)
+        return Tuned(k, high, reached, 1000 * float(np.median(seconds)), len(sample))
+
+    def save(self, folder: Path) -> None:  # noqa: D102
+        with whole_folder(folder) as temporary:
+            faiss.write_index(self._index, str(temporary / INDEX_FILE))
+            np.save(temporary / ROWS, self._rows, allow_pickle=False)
+            description = {
+                "format": FORMAT,
+                "kind": "faiss",
+                "count": len(self._rows),
+                "dimension": int(self._index.d),
+                "lists": self._lists,
+                "bytes": (temporary / INDEX_FILE).stat().st_size,
+                "tuning": [asdict(tuned) for tuned in self.tuning],
+            }
+            write_json(temporary / INDEX_JSON, description)
+
+    def close(self) -> None:  # noqa: D102
+        pass
+
+
+def _all_but(hidden: NDArray[np.int64], count: int) -> Any:
+    """A FAISS selector of all positions below `count` except the hidden ones, as one bit each."""
+    shown = np.ones(count, np.bool_)
+    shown[hidden] = False
+    return faiss.IDSelectorBitmap(np.packbits(shown, bitorder="little"))

@@ -1,0 +1,94 @@
+"""Embedding tables that are read and updated by the row, never as a whole.
+
+A step compacts the rows that it touches into a small dense matrix, back-propagates into that, and writes those rows
+back with row-wise Adagrad (Duchi et al. 2011, with one accumulator a row). No work of a step grows with the table.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from twotower.features.columns import Rows
+from twotower.features.vocabulary import FIRST
+
+EPSILON = 1e-10
+
+
+@dataclass
+class EmbeddingTable:
+    """One table with its optimizer state; `update` changes both in place."""
+
+    weights: npt.NDArray[np.float32]
+    """(rows, D)"""
+    accumulator: npt.NDArray[np.float32]
+    """(rows,) running sum of the mean squared gradient of each row."""
+
+    @classmethod
+    def new(cls, rows: int, dimension: int, generator: np.random.Generator) -> "EmbeddingTable":
+        """Rows drawn from a normal distribution, of length about one half: alive, but soon moved by data.
+
+        Missing and unknown begin at zero, so that they say nothing where training never met them.
+        """
+        weights = generator.standard_normal((rows, dimension), dtype=np.float32) * np.float32(0.5 / np.sqrt(dimension))
+        weights[:FIRST] = 0
+        return cls(weights, np.zeros(rows, np.float32))
+
+    def update(self, rows: npt.NDArray[np.int64], gradient: npt.NDArray[np.float32], rate: float) -> None:
+        """One step of row-wise Adagrad.
+
+        Args:
+            rows: (U,) distinct rows.
+            gradient: (U, D) of those rows.
+            rate: the learning rate.
+        """
+        self.accumulator[rows] += np.einsum("ij,ij->i", gradient, gradient) / np.float32(gradient.shape[1])
+        step = np.float32(rate) / (np.sqrt(self.accumulator[rows]) + np.float32(EPSILON))
+        self.weights[rows] -= gradient * step[:, None]
+
+
+class Compactor:
+    """Finds the distinct rows among those a step touches, in time that depends on the step alone.
+
+    It keeps one number for each row of the table between steps and never clears them: an old number is recognised as
+    such because it does not point back.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._place = np.zeros(rows, np.int32)
+
+    def compact(self, rows: Rows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Distinct rows (U,) in the order of their last occurrence, and the place of each input among them (n,).
+
+        >>> distinct, place = Compactor(9).compact(np.array([7, 3, 7], np.int32))
+        >>> distinct.tolist(), place.tolist()
+        ([3, 7], [1, 0, 1])
+        """
+        order = np.arange(len(rows), dtype=np.int32)
+        self._place[rows] = order
+        distinct = rows[self._place[rows] == order]
+        self._place[distinct] = np.arange(len(distinct), dtype=np.int32)
+        return distinct.astype(np.int64), self._place[rows].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Touched:
+    """The rows of one table that a step touches, as a dense matrix that takes a gradient."""
+
+    rows: npt.NDArray[np.int64]
+    """(U,)"""
+    values: Tensor
+    """(U, D), a leaf."""
+
+
+def mean_of_bags(values: Tensor, place: Tensor, indptr: Tensor) -> Tensor:
+    """The mean of the rows of each bag (B, D); an empty bag is zero.
+
+    Args:
+        values: (U, D).
+        place: (nnz,) rows of `values`.
+        indptr: (B + 1,) int64.
+    """
+    return torch.nn.functional.embedding_bag(place, values, indptr, mode="mean", include_last_offset=True)

@@ -1,0 +1,169 @@
+"""The two-tower model: tables and two dense towers that meet only in a cosine.
+
+B batch, D vector. A tower's input is assembled in two ways that must agree: with gradients, from the rows that a step
+touches (`Step`), and without, from whole tables in NumPy (`tower_inputs`), which evaluation, publishing and the server
+share.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from twotower.features.columns import Bag, Column, Rows
+from twotower.features.feature_set import FeatureSet
+from twotower.features.fitted import Bucket, Categories, Category, Fitted, Items
+from twotower.models.embedding import Compactor, EmbeddingTable, Touched, mean_of_bags
+from twotower.models.towers import Tower
+
+Floats = npt.NDArray[np.float32]
+
+
+def table_of(feature: Fitted) -> str | None:
+    """The embedding table that a feature reads, if it reads one."""
+    if isinstance(feature, Category | Categories | Items):
+        return feature.vocabulary.table
+    return feature.table if isinstance(feature, Bucket) else None
+
+
+class TwoTower(nn.Module):
+    """Both towers, and the tables beside them.
+
+    The tables are no parameters of the module: they are updated by the row (`EmbeddingTable.update`), the dense parts
+    by an ordinary optimizer.
+
+    Args:
+        features: the fitted features.
+        dimension: D.
+        user_layers: hidden layers of the user tower.
+        item_layers: hidden layers of the item tower.
+        dropout: share of hidden units left out in training.
+        seed: of all initial weights.
+    """
+
+    def __init__(
+        self,
+        features: FeatureSet,
+        dimension: int,
+        user_layers: Sequence[int],
+        item_layers: Sequence[int],
+        dropout: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.features = features
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.user_tower = Tower((*features.user, *features.context), user_layers, dimension, dropout)
+            self.item_tower = Tower(features.item, item_layers, dimension, dropout)
+        generator = np.random.default_rng([seed, 1])
+        self.tables = {
+            name: EmbeddingTable.new(table.rows, table.dimension, generator) for name, table in features.tables.items()
+        }
+
+    @torch.inference_mode()
+    def encode_users(self, columns: Mapping[str, Column]) -> Floats:
+        """Vectors (B, D) of users from encoded columns, `history` among them."""
+        return self._encode(self.user_tower, (*self.features.user, *self.features.context), columns)
+
+    @torch.inference_mode()
+    def encode_items(self, columns: Mapping[str, Column]) -> Floats:
+        """Vectors (B, D) of items from encoded columns."""
+        return self._encode(self.item_tower, self.features.item, columns)
+
+    def _encode(self, tower: Tower, features: Sequence[Fitted], columns: Mapping[str, Column]) -> Floats:
+        tables = {name: table.weights for name, table in self.tables.items()}
+        inputs = {name: torch.tensor(value) for name, value in tower_inputs(features, columns, tables).items()}
+        training = tower.training
+        tower.eval()
+        vectors: Floats = tower(inputs).numpy()
+        tower.train(training)
+        return vectors
+
+
+def tower_inputs(
+    features: Iterable[Fitted], columns: Mapping[str, Column], tables: Mapping[str, npt.NDArray[np.float32]]
+) -> dict[str, Floats]:
+    """What enters a tower, by feature name, each (B, width) float32: rows of tables, means of bags, numbers."""
+    inputs: dict[str, Floats] = {}
+    for feature in features:
+        column, table = columns[feature.name], table_of(feature)
+        if table is None:
+            inputs[feature.name] = np.ascontiguousarray(column, np.float32)
+        elif isinstance(column, Bag):
+            inputs[feature.name] = _mean_rows(tables[table], column)
+        else:
+            inputs[feature.name] = tables[table][column]
+    return inputs
+
+
+def _mean_rows(table: npt.NDArray[np.float32], bag: Bag) -> Floats:
+    counts = np.diff(bag.indptr)
+    means = np.zeros((len(counts), table.shape[1]), np.float32)
+    filled = np.flatnonzero(counts)
+    if len(filled):
+        sums = np.add.reduceat(table[bag.rows], bag.indptr[filled], axis=0)
+        means[filled] = sums / counts[filled, None].astype(np.float32)
+    return means
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The inputs of both towers in one step, and the table rows behind them."""
+
+    user: dict[str, Tensor]
+    item: dict[str, Tensor]
+    touched: dict[str, Touched]
+
+
+class StepAssembler:
+    """Assembles tower inputs that pass gradients to the rows they touch."""
+
+    def __init__(self, model: TwoTower) -> None:
+        self._model = model
+        self._compactors = {name: Compactor(len(table.weights)) for name, table in model.tables.items()}
+
+    def assemble(self, user: Mapping[str, Column], item: Mapping[str, Column]) -> StepInputs:
+        """Inputs of both towers from encoded columns: `user` (B rows, context included), `item` (C rows)."""
+        features = self._model.features
+        sides = [((*features.user, *features.context), user), (features.item, item)]
+        asked: dict[str, list[Rows]] = {}
+        for wanted, columns in sides:
+            for feature in wanted:
+                table, column = table_of(feature), columns[feature.name]
+                if table is not None:
+                    asked.setdefault(table, []).append(_rows_of(column))
+        touched: dict[str, Touched] = {}
+        places: dict[str, Tensor] = {}
+        for table, pieces in asked.items():
+            distinct, place = self._compactors[table].compact(np.concatenate(pieces))
+            values = torch.from_numpy(self._model.tables[table].weights[distinct]).requires_grad_()
+            touched[table] = Touched(distinct, values)
+            places[table] = torch.from_numpy(place)
+        used = dict.fromkeys(asked, 0)
+        inputs: list[dict[str, Tensor]] = []
+        for wanted, columns in sides:
+            side: dict[str, Tensor] = {}
+            for feature in wanted:
+                table, column = table_of(feature), columns[feature.name]
+                if table is None:
+                    side[feature.name] = torch.from_numpy(np.ascontiguousarray(column))
+                    continue
+                count = len(_rows_of(column))
+                place_here = places[table][used[table] : used[table] + count]
+                used[table] += count
+                values = touched[table].values
+                if isinstance(column, Bag):
+                    side[feature.name] = mean_of_bags(values, place_here, torch.from_numpy(column.indptr))
+                else:
+                    side[feature.name] = torch.nn.functional.embedding(place_here, values)
+            inputs.append(side)
+        return StepInputs(inputs[0], inputs[1], touched)
+
+
+def _rows_of(column: Column) -> Rows:
+    rows: Rows = column.rows if isinstance(column, Bag) else column  # type: ignore[assignment]
+    return rows

@@ -1,0 +1,123 @@
+"""Recommendations for many users at once, as a file that the referee reads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from twotower.features.columns import Column, pointers
+from twotower.publish.version import FUSED, Version
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.files import whole_file
+from twotower.schema.tables import as_ids, recommendations, require_columns
+
+BATCH = 1024
+EXCLUDE = ("clicked", "impressed", "none")
+
+
+def retrieve_file(version: Version, workspace: Path, users: str, k: int, out: Path, channel: str, exclude: str) -> int:
+    """Write `user_id`, `item_id`, `rank`, `score`, `channel` for many users; gives the number of users.
+
+    Args:
+        version: the version that answers.
+        workspace: whose `events/` say what was impressed.
+        users: `all` users of the version, or a Parquet file with `user_id`; columns of it that are context features are
+            used as each request's context.
+        k: items of each user.
+        out: a Parquet file, whole or not at all.
+        channel: a channel of the version, or `fused`.
+        exclude: `clicked`, `impressed` (or clicked) or `none`.
+
+    Raises:
+        ConfigError: an unknown way to exclude or an unknown channel; k below 1.
+        DataError: an unreadable users file.
+    """
+    if exclude not in EXCLUDE:
+        raise ConfigError(f"--exclude {exclude}: it is one of {', '.join(EXCLUDE)}")
+    if k < 1:
+        raise ConfigError(f"--k {k}: at least one item")
+    if channel not in (*version.channels, FUSED):
+        raise ConfigError(f"--channel {channel}: version {version.id} has {', '.join(version.channels)} and {FUSED}")
+    names = tuple(version.channels) if channel == FUSED else (channel,)
+    asked = _read_users(version, users)
+    ids = asked.column(c.USER_ID).combine_chunks()
+    user_rows = version.users.positions.find(ids)
+    left_out: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None
+    if exclude == "impressed":
+        left_out = shown_items(version, workspace / "events")
+    elif exclude == "clicked":
+        left_out = (version.clicks.indptr, version.clicks.item_row)
+    schema = recommendations(version.users.ids.type, version.item_ids.type)
+    with whole_file(out) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for start in range(0, len(ids), BATCH):
+            part = slice(start, start + BATCH)
+            queries = version.queries(user_rows[part], _context(version, asked.slice(start, BATCH)), left_out)
+            found = version.retrieve(queries, k, names).candidates
+            owner, place = np.nonzero(found.rows >= 0)
+            writer.write_table(
+                pa.table(
+                    {
+                        c.USER_ID: ids.slice(start, BATCH).take(pa.array(owner)),
+                        c.ITEM_ID: version.item_ids.take(pa.array(found.rows[owner, place])),
+                        c.RANK: pa.array((place + 1).astype(np.int32)),
+                        c.SCORE: pa.array(found.scores[owner, place]),
+                        c.CHANNEL: pa.array(np.full(len(owner), channel)),
+                    },
+                    schema=schema,
+                )
+            )
+    return len(ids)
+
+
+def _read_users(version: Version, users: str) -> pa.Table:
+    if users == "all":
+        return pa.table({c.USER_ID: version.users.ids})
+    try:
+        table = pq.read_table(users)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"--users {users}: {error}. Give `all`, or a Parquet file with {c.USER_ID}") from None
+    require_columns(table, [c.USER_ID], users)
+    ids = as_ids(table.column(c.USER_ID), f"{users}, column {c.USER_ID}")
+    if ids.type != version.users.ids.type:
+        raise DataError(f"{users}: {c.USER_ID} is of type {ids.type}, the version's users are {version.users.ids.type}")
+    table = table.set_column(table.schema.get_field_index(c.USER_ID), c.USER_ID, ids)
+    first = np.unique(pc.dictionary_encode(ids.combine_chunks()).indices.to_numpy(), return_index=True)[1]
+    return table.take(pa.array(np.sort(first)))
+
+
+def _context(version: Version, asked: pa.Table) -> dict[str, Column]:
+    features = version.features.context
+    if not any(feature.name in asked.column_names for feature in features):
+        return {}
+    return {
+        feature.name: feature.encode(asked.column(feature.name).combine_chunks())
+        if feature.name in asked.column_names
+        else feature.absent(asked.num_rows)
+        for feature in features
+    }
+
+
+def shown_items(
+    version: Version, events: Path, outcomes: Sequence[str] = (c.IMPRESSED, c.CLICKED)
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Distinct items that each user was shown, as catalogue rows by user row (CSR)."""
+    files = sorted(events.glob("date=*/*.parquet"))
+    if not files:
+        raise DataError(f"{events} has no date=*/*.parquet: --exclude impressed needs the events")
+    size = len(version.item_ids)
+    pairs = [np.zeros(0, np.int64)]
+    for path in files:
+        table = pq.read_table(
+            path, columns=[c.USER_ID, c.ITEM_ID], filters=[(c.OUTCOME, "in", list(outcomes))], partitioning=None
+        )
+        user = version.users.positions.find(as_ids(table.column(c.USER_ID), path.name).combine_chunks())
+        item = version.items.find(as_ids(table.column(c.ITEM_ID), path.name).combine_chunks())
+        known = (user >= 0) & (item >= 0)
+        pairs.append(np.unique(user[known] * size + item[known]))
+    distinct = np.unique(np.concatenate(pairs))
+    return pointers(np.bincount(distinct // size, minlength=len(version.users))), (distinct % size).astype(np.int32)

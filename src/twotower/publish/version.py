@@ -1,0 +1,188 @@
+"""A version on disk, opened: everything that answering needs, mapped into memory."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from twotower.features.columns import Column
+from twotower.features.feature_set import FeatureSet, load
+from twotower.features.vocabulary import Positions
+from twotower.fusion.fuse import Fused, quota, reciprocal_rank
+from twotower.index.build import load_index
+from twotower.models.channel import TwoTowerChannel
+from twotower.models.item_cf import ItemCF
+from twotower.models.popular import Popular
+from twotower.models.queries import queries_of_users
+from twotower.models.retriever import Candidates, Queries, Retriever
+from twotower.publish.onnx import OnnxTower
+from twotower.publish.tables import map_tables
+from twotower.samples.columns_file import map_columns
+from twotower.samples.read import Clicks, Entities, open_clicks, open_users
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError, VersionError
+from twotower.schema.files import MANIFEST, check_listing, read_json, write_json
+
+FORMAT = 1
+CATALOGUE = "catalogue.arrow"
+GOLDEN = "golden.json"
+FUSED = "fused"
+TWO_TOWER = "two_tower"
+DIGEST = "digest"
+"""Key of a manifest: the SHA-256 of all its other entries, because a flipped digit in JSON is still JSON."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """An opened version; immutable, shared by all requests that began with it."""
+
+    id: str
+    path: Path
+    manifest: dict[str, Any]
+    features: FeatureSet
+    users: Entities
+    clicks: Clicks
+    catalogue: pa.RecordBatch
+    """Items with their attributes, in ascending order of ids; a row of it is what all channels mean by a row."""
+    item_vectors: npt.NDArray[np.float32]
+    """(N, D) unit vectors of the item tower."""
+    channels: Mapping[str, Retriever]
+    fusion: str
+
+    @property
+    def two_tower(self) -> TwoTowerChannel:
+        """The channel of the two towers; every version has it."""
+        channel = self.channels[TWO_TOWER]
+        assert isinstance(channel, TwoTowerChannel)
+        return channel
+
+    @property
+    def item_ids(self) -> pa.Array:
+        """(N,) ids of the catalogue."""
+        return self.catalogue.column(c.ITEM_ID)
+
+    @property
+    def items(self) -> Positions:
+        """Where an item stands in the catalogue."""
+        return Positions(self.item_ids)
+
+    @property
+    def watermark_ms(self) -> int | None:
+        """Time of the latest event that the version knows of."""
+        watermark: int | None = self.manifest["watermark_ms"]
+        return watermark
+
+    def queries(
+        self,
+        user_rows: npt.NDArray[np.int64],
+        context: dict[str, Column] | None = None,
+        exclude: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None,
+    ) -> Queries:
+        """Queries of stored users; see `queries_of_users`."""
+        return queries_of_users(self.features, self.users, self.clicks, user_rows, context or {}, exclude)
+
+    def retrieve(self, queries: Queries, k: int, channels: Sequence[str]) -> Fused:
+        """One list a user from one or several channels; each is asked for k, so that the best k can come from any."""
+        return self.fuse({name: self.channels[name].retrieve(queries, k) for name in channels}, k)
+
+    def fuse(self, lists: Mapping[str, Candidates], k: int) -> Fused:
+        """Several channels' lists as one, in the version's way; one list keeps its own scores."""
+        if len(lists) == 1:
+            name, only = next(iter(lists.items()))
+            return Fused(only, (name,), (only.rows >= 0).astype(np.int64))
+        return quota(lists, k) if self.fusion == "quota" else reciprocal_rank(lists, k)
+
+    def check_channels(self, names: Sequence[str]) -> None:
+        """Refuse channels that this version does not have.
+
+        Raises:
+            DataError: with the names that it has.
+        """
+        if unknown := [name for name in names if name not in self.channels]:
+            raise DataError(f"version {self.id} has no channel {', '.join(unknown)}; it has {', '.join(self.channels)}")
+
+
+def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> Version:
+    """Open a version; every file is checked against the manifest before it is read.
+
+    Args:
+        path: its folder.
+        check_hashes: False only where the caller has just done it.
+        threads: threads of one call of the user tower.
+
+    Raises:
+        VersionError: missing, damaged, or of another format.
+    """
+    manifest = read_manifest(path)
+    try:
+        if check_hashes and (problems := check_listing(path, manifest["files"])):
+            raise VersionError(f"version {path.name} is damaged: {'; '.join(problems)}. Restore it or publish again")
+        folder = path / "channels" / TWO_TOWER
+        features = load(folder)
+        catalogue = map_columns(path / CATALOGUE)
+        tower = OnnxTower(folder / "user_tower.onnx", (*features.user, *features.context), map_tables(folder), threads)
+        vectors = map_columns(folder / "items.arrow").column(c.VECTOR)
+        size = vectors.type.list_size
+        channels: dict[str, Retriever] = {}
+        for name in manifest["configuration"]["models"]["channels"]:
+            if name == TWO_TOWER:
+                tokens = item_tokens(features, catalogue.column(c.ITEM_ID))
+                channels[name] = TwoTowerChannel(features, tokens, tower.encode, load_index(folder / "index"))
+            elif name == Popular.name:
+                channels[name] = Popular.load(path / "channels" / name)
+            elif name == ItemCF.name:
+                channels[name] = ItemCF.load(path / "channels" / name)
+        return Version(
+            path.name,
+            path,
+            manifest,
+            features,
+            open_users(path),
+            open_clicks(path),
+            catalogue,
+            vectors.flatten().to_numpy(zero_copy_only=True).reshape(-1, size),
+            channels,
+            manifest["configuration"]["serve"]["fusion"],
+        )
+    except (DataError, KeyError) as error:
+        raise VersionError(f"version {path.name} cannot be opened: {error}") from error
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write a version's manifest, with the hash of its own content."""
+    write_json(folder / MANIFEST, {**content, DIGEST: _digest(content)})
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A version's manifest, checked against its own hash; the files that it lists are not.
+
+    Raises:
+        VersionError: missing, damaged, or of another format.
+    """
+    try:
+        manifest = read_json(path / MANIFEST)
+    except DataError as error:
+        raise VersionError(f"{path} is no whole version: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != "version" or manifest.get("format") != FORMAT:
+        raise VersionError(f"{path} is no version of format {FORMAT}: publish again with this release")
+    if manifest.get(DIGEST) != _digest({key: value for key, value in manifest.items() if key != DIGEST}):
+        raise VersionError(
+            f"version {path.name} is damaged: {MANIFEST} does not have its own SHA-256. Restore it or publish again"
+        )
+    return manifest
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def item_tokens(features: FeatureSet, item_ids: pa.Array) -> npt.NDArray[np.int32]:
+    """Row of each item (N,) in the table of item ids; zeros where no feature reads it."""
+    history = features.history
+    return history.vocabulary.rows(item_ids) if history else np.zeros(len(item_ids), np.int32)

@@ -1,0 +1,472 @@
+"""The batch job that turns a workspace into samples, written with Ibis so that a bigger engine gives the same rows.
+
+Every order has a tie-break and nothing is drawn, so the result depends neither on the order of rows and files nor on
+the engine. History is stored as a count: how many of the user's clicks came before the request.
+"""
+
+import glob
+import itertools
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ibis import _
+
+from twotower.config import settings as spec
+from twotower.features.columns import to_arrow
+from twotower.features.feature_set import encode_table, fit, save
+from twotower.features.fitted import Fitted
+from twotower.samples.columns_file import write_columns, write_table
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.files import MANIFEST, folder_listing, whole_folder, write_json
+from twotower.schema.tables import check_entities, check_milliseconds, check_outcomes, require_columns
+
+FORMAT = 1
+USER_ROW = "user_row"
+ITEM_ROW = "item_row"
+HISTORY_COUNT = "history"
+CLICKS = "clicks"
+POSITIVES = "positives"
+NO_HISTORY = -1
+"""History count of data without time: the trainer draws histories anew each epoch."""
+
+CONTEXT = "context."
+"""Before the name of an encoded context column."""
+FEATURE = "feature."
+"""Before the name of an encoded column of users or items."""
+
+_PYTHON_GB = 0.75
+"""Memory of the process beside the engine: the interpreter, its libraries, one batch in flight and mapped files."""
+_FITTED_NUMBERS = 1_000_000
+"""About so many positives are enough for the mean or the quantiles of a number."""
+_PRIME, _FACTOR = 2_147_483_647, 1_103_515_245
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+_FILE = "events_file"
+_IN_RANGE = "in_range"
+
+
+@dataclass(frozen=True)
+class SamplesReport:
+    """What `twotower samples` prints."""
+
+    path: str
+    events: int
+    outcomes: dict[str, int]
+    positives: int
+    users: int
+    """With a positive."""
+    items: int
+    """With a positive."""
+    dropped: dict[str, int]
+    """Events left out, by reason: `null_id`, `unknown_user`, `unknown_item`."""
+    watermark_ms: int | None
+    """The latest time of any event read; None without time."""
+
+
+def build_samples(
+    workspace: Path,
+    out: Path,
+    features: spec.Features,
+    dimension: int,
+    *,
+    first_day: str | None = None,
+    last_day: str | None = None,
+    weight: str | None = None,
+    room: float = 0.1,
+    memory_gb: float = 2.0,
+    threads: int = 2,
+) -> SamplesReport:
+    """Build the samples of a range of days into the folder `out`, whole or not at all.
+
+    Args:
+        workspace: a folder with `users.parquet`, `items.parquet` and `events/`.
+        out: the samples folder, replaced if it exists.
+        features: the configured features.
+        dimension: width of the id embeddings.
+        first_day: first day of positives, `YYYY-MM-DD`; None = the first of the log. Histories reach further back.
+        last_day: last day of positives and histories.
+        weight: column of events that weighs a positive; None = all weigh 1.
+        room: spare rows of the id tables, as a share of the known ids.
+        memory_gb: memory of the whole job; the engine spills beyond it.
+        threads: threads of the engine.
+
+    Raises:
+        DataError: a table is missing, empty or not of its schema; no positive is left.
+        ConfigError: a configured column or day does not exist.
+    """
+    users = check_entities(_read(workspace / "users.parquet"), c.USER_ID, "users.parquet")
+    items = check_entities(_read(workspace / "items.parquet"), c.ITEM_ID, "items.parquet")
+    if items.num_rows < 2:
+        raise DataError("items.parquet has one item: there is nothing to choose from")
+    context = tuple(features.context)
+    files = _chosen(_partitions(workspace / "events"), first_day, last_day)
+    with whole_folder(out) as folder, _engine(memory_gb, threads, folder / "spill") as engine:
+        events = _events(engine, files, context, weight)
+        engine.create_table("user_rows", _numbered(users, c.USER_ID, USER_ROW), temp=True)
+        engine.create_table("item_rows", _numbered(items, c.ITEM_ID, ITEM_ROW), temp=True)
+        counts = _count(events, engine, weight)
+        timed = counts.watermark_ms is not None
+        if not timed and (first_day or last_day):
+            raise ConfigError("samples.first_day and last_day choose by time, but the events have none: leave them out")
+        clicks = _clicks(events, engine, context, weight, first_day)
+        in_range = clicks.filter(clicks[_IN_RANGE]) if first_day else clicks
+        per_user = _tally(clicks, USER_ROW, users.num_rows)
+        trained = _tally(in_range, USER_ROW, users.num_rows) if first_day else per_user
+        per_item = _tally(in_range, ITEM_ROW, items.num_rows)
+        rows = int(per_item.sum())
+        if not rows:
+            raise DataError(
+                f"no positive in {counts.events} events (outcomes: {counts.outcomes}; dropped: {counts.dropped}): "
+                f"retrieval learns from rows whose outcome is {c.CLICKED}"
+            )
+        _check_distinct(clicks)
+        known_users, known_items = (pa.array(np.flatnonzero(tally)) for tally in (trained, per_item))
+        fitted = fit(
+            features,
+            users.take(known_users),
+            items.take(known_items),
+            _values(in_range, features, rows),
+            dimension,
+            room,
+        )
+        save(fitted, folder)
+        write_table(folder / "users.arrow", _encoded(fitted.user_columns, users, c.USER_ID, {CLICKS: per_user}))
+        write_table(folder / "items.arrow", _encoded(fitted.item, items, c.ITEM_ID, {POSITIVES: per_item}))
+        positives = _with_history(in_range, clicks) if timed else in_range.mutate(**{HISTORY_COUNT: NO_HISTORY})
+        _write_positives(folder / "positives.arrow", positives, fitted.context, timed)
+        _write_clicks(folder / "clicks.arrow", clicks, timed)
+        shutil.rmtree(folder / "spill", ignore_errors=True)
+        report = SamplesReport(
+            str(out),
+            counts.events,
+            counts.outcomes,
+            rows,
+            len(known_users),
+            len(known_items),
+            counts.dropped,
+            counts.watermark_ms,
+        )
+        described = {key: value for key, value in asdict(report).items() if key != "path"}
+        write_json(
+            folder / MANIFEST, {"format": FORMAT, "kind": "samples", **described, "files": folder_listing(folder)}
+        )
+    return report
+
+
+@dataclass(frozen=True)
+class _Counts:
+    events: int
+    outcomes: dict[str, int]
+    dropped: dict[str, int]
+    watermark_ms: int | None
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.ParquetFile(path).read()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: import or simulate a workspace first") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no readable Parquet file: {error}") from None
+
+
+@contextmanager
+def _engine(memory_gb: float, threads: int, spill: Path) -> Iterator[Any]:
+    engine = ibis.duckdb.connect(
+        threads=threads,
+        memory_limit=f"{max(0.2, memory_gb - _PYTHON_GB):.2f}GB",
+        temp_directory=str(spill),
+    )
+    try:
+        engine.raw_sql("SET enable_progress_bar = false; SET preserve_insertion_order = false")
+        yield engine
+    finally:
+        engine.disconnect()
+
+
+def _partitions(folder: Path) -> dict[str, list[Path]]:
+    """The files of each day of `events/`, days in their order, or of the one partition without time."""
+    partitions: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob(f"{c.DATE}=*/*.parquet")):
+        partitions.setdefault(path.parent.name.removeprefix(f"{c.DATE}="), []).append(path)
+    if not partitions:
+        raise DataError(f"{folder} has no date=*/*.parquet: import or simulate a workspace first")
+    for day in partitions.keys() - {c.UNKNOWN_DATE}:
+        if not _DAY.fullmatch(day):
+            raise DataError(f"{folder} has a partition date={day}: a day is written YYYY-MM-DD, or {c.UNKNOWN_DATE}")
+    if c.UNKNOWN_DATE in partitions and len(partitions) > 1:
+        raise DataError(f"{folder} has days and date={c.UNKNOWN_DATE}: give all events a time, or none")
+    return partitions
+
+
+def _chosen(partitions: dict[str, list[Path]], first_day: str | None, last_day: str | None) -> dict[str, list[Path]]:
+    """The partitions up to the last day: earlier ones than the first day are needed for histories."""
+    if not first_day and not last_day:
+        return partitions
+    if c.UNKNOWN_DATE in partitions:
+        raise ConfigError("samples.first_day and last_day choose by time, but the events have none: leave them out")
+    if first_day and last_day and first_day > last_day:
+        raise ConfigError(f"samples.first_day = {first_day} is after samples.last_day = {last_day}")
+    days = list(partitions)
+    if not any((first_day or day) <= day <= (last_day or day) for day in days):
+        raise ConfigError(
+            f"no events from samples.first_day = {first_day or days[0]} to samples.last_day = {last_day or days[-1]}: "
+            f"there are days from {days[0]} to {days[-1]}"
+        )
+    return {day: files for day, files in partitions.items() if day <= (last_day or day)}
+
+
+def _events(engine: Any, partitions: dict[str, list[Path]], context: tuple[str, ...], weight: str | None) -> Any:
+    """The events of some partitions with their day; a context column may be absent from some files, not from all."""
+    needed = [
+        c.EVENT_SEQ,
+        c.USER_ID,
+        c.ITEM_ID,
+        c.REQUEST_TS_MS,
+        c.CLICK_TS_MS,
+        c.OUTCOME,
+        *([weight] if weight else []),
+    ]
+    seen: set[str] = set()
+    for path in itertools.chain(*partitions.values()):
+        try:
+            schema = pq.read_schema(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path} is no readable Parquet file: {error}") from None
+        require_columns(schema, needed, "/".join(path.parts[-3:]))
+        seen.update(schema.names)
+    if absent := [name for name in context if name not in seen]:
+        raise ConfigError(
+            f"features.context.{absent[0]}: no such column in events/; there are {', '.join(sorted(seen))}"
+        )
+    # Not the engine's own partition columns: those also take any key=value folder above the workspace for one.
+    paths = [glob.escape(str(path.resolve())) for path in itertools.chain(*partitions.values())]
+    events = engine.read_parquet(
+        paths, table_name="events", hive_partitioning=False, union_by_name=True, filename=_FILE
+    )
+    names = dict.fromkeys([*needed, *context])
+    return events.select(*names, **{c.DATE: events[_FILE].re_extract(rf"{c.DATE}=([^/]*)/[^/]*$", 1)})
+
+
+def _numbered(entities: pa.Table, id_column: str, row: str) -> pa.Table:
+    """Ids in ascending order with their dense row."""
+    return pa.table(
+        {id_column: entities.column(id_column), row: pa.array(np.arange(entities.num_rows, dtype=np.int32))}
+    )
+
+
+def _check_types(events: Any, engine: Any, weight: str | None) -> None:
+    """Refuse columns of another type than that of the joined events."""
+    schema = events.schema()
+    for name in (c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS):
+        if not (schema[name].is_integer() or schema[name].is_null()):
+            due = "int64" if name == c.EVENT_SEQ else "int64 milliseconds"
+            raise DataError(f"events: column {name} is of type {schema[name]}, where {due} are due")
+    if not schema[c.OUTCOME].is_string():
+        raise DataError(f"events: column {c.OUTCOME} is of type {schema[c.OUTCOME]}, where strings are due")
+    if weight and not schema[weight].is_numeric():
+        raise DataError(f"events: column {weight} is of type {schema[weight]}, where numbers are due as weights")
+    for table, name in (("user_rows", c.USER_ID), ("item_rows", c.ITEM_ID)):
+        known = engine.table(table).schema()[name]
+        if not (schema[name].is_string() if known.is_string() else schema[name].is_integer()):
+            raise DataError(
+                f"events: {name} is of type {schema[name]}, in {table.removesuffix('_rows')}s.parquet it is {known}: "
+                "write both alike"
+            )
+
+
+def _count(events: Any, engine: Any, weight: str | None) -> _Counts:
+    """Check types, times, outcomes and weights of all events, and count what will be left out.
+
+    Raises:
+        DataError: something is not as it must be, with how many rows are so.
+    """
+    _check_types(events, engine, weight)
+    joined = events.left_join(engine.table("user_rows"), c.USER_ID).left_join(engine.table("item_rows"), c.ITEM_ID)
+    request, click, clicked = _[c.REQUEST_TS_MS], _[c.CLICK_TS_MS], _[c.OUTCOME] == c.CLICKED
+    bad = {
+        f"clicked rows have no {c.EVENT_SEQ}": clicked & _[c.EVENT_SEQ].isnull(),
+        f"clicked rows have no {c.CLICK_TS_MS}": clicked & request.notnull() & click.isnull(),
+        f"rows have a {c.CLICK_TS_MS} before their {c.REQUEST_TS_MS}": click < request,
+        f"rows have a {c.CLICK_TS_MS} and no {c.REQUEST_TS_MS}": click.notnull() & request.isnull(),
+    }
+    if weight:
+        number = _[weight].cast("float64")
+        usable = (number >= 0) & (number < float("inf"))
+        bad[f"clicked rows have no {weight} that is a finite number of at least 0"] = clicked & ~usable.fill_null(False)
+    grouped = (
+        joined.mutate(
+            left_out=ibis.cases(
+                (_[c.USER_ID].isnull() | _[c.ITEM_ID].isnull(), "null_id"),
+                (_[USER_ROW].isnull(), "unknown_user"),
+                (_[ITEM_ROW].isnull(), "unknown_item"),
+                else_="",
+            ),
+            no_time=request.isnull(),
+        )
+        .group_by([c.OUTCOME, "left_out", "no_time"])
+        .aggregate(
+            rows=_.count(),
+            first_request=request.min(),
+            last_request=request.max(),
+            first_click=click.min(),
+            last_click=click.max(),
+            **{name: condition.cast("int64").sum() for name, condition in bad.items()},
+        )
+        .to_pyarrow()
+    )
+    rows = grouped.to_pylist()
+    if not rows:
+        raise DataError("events/ has no rows in the chosen days")
+    check_outcomes(grouped.column(c.OUTCOME), "events, column outcome")
+    extents = {
+        name: [r[f"{end}_{kind}"] for r in rows for end in ("first", "last") if r[f"{end}_{kind}"] is not None]
+        for name, kind in ((c.REQUEST_TS_MS, "request"), (c.CLICK_TS_MS, "click"))
+    }
+    for name, times in extents.items():
+        check_milliseconds(pa.array(times, pa.int64()), f"events, column {name}")
+    total = sum(r["rows"] for r in rows)
+    without = sum(r["rows"] for r in rows if r["no_time"])
+    if without not in (0, total):
+        raise DataError(f"events: {without} of {total} rows have no {c.REQUEST_TS_MS}: give all a time, or none")
+    for name in bad:
+        if count := sum(int(r[name] or 0) for r in rows):
+            raise DataError(f"events: {count} {name}: mend them or leave them out")
+    outcomes, dropped = Counter[str](), Counter[str]()
+    for r in rows:
+        outcomes[r[c.OUTCOME]] += r["rows"]
+        dropped[r["left_out"]] += r["rows"]
+    return _Counts(
+        total,
+        {name: outcomes[name] for name in c.OUTCOMES if name in outcomes},
+        {reason: dropped[reason] for reason in sorted(dropped) if reason},
+        max(itertools.chain(*extents.values()), default=None),
+    )
+
+
+def _clicks(events: Any, engine: Any, context: tuple[str, ...], weight: str | None, first_day: str | None) -> Any:
+    """The clicks of known users on known items with their dense rows, as a table of the engine's own."""
+    clicked = events.filter(events[c.OUTCOME] == c.CLICKED)
+    joined = clicked.inner_join(engine.table("user_rows"), c.USER_ID).inner_join(engine.table("item_rows"), c.ITEM_ID)
+    query = joined.select(
+        *(c.EVENT_SEQ, USER_ROW, ITEM_ROW, c.REQUEST_TS_MS, c.CLICK_TS_MS),
+        **{_IN_RANGE: joined[c.DATE] >= (first_day or "")},
+        **{c.WEIGHT: joined[weight].cast("float32") if weight else ibis.literal(1, "float32")},
+        **{f"{CONTEXT}{name}": joined[name] for name in context},
+    )
+    return engine.create_table("clicks", query, temp=True)
+
+
+def _check_distinct(clicks: Any) -> None:
+    """Refuse a click that is there twice: the usual slip is a file that was copied or written again."""
+    repeated = clicks.group_by([USER_ROW, ITEM_ROW, c.EVENT_SEQ]).aggregate(rows=_.count()).filter(_.rows > 1)
+    found = repeated.aggregate(clicks=_.count(), least=_[c.EVENT_SEQ].min()).to_pyarrow().to_pylist()[0]
+    if found["clicks"]:
+        raise DataError(
+            f"events: {found['clicks']} clicks are there more than once, by user, item and {c.EVENT_SEQ}, such as "
+            f"{c.EVENT_SEQ} = {found['least']}: is a file there twice?"
+        )
+
+
+def _with_history(positives: Any, clicks: Any) -> Any:
+    """Positives with the number of the user's clicks strictly before the request.
+
+    Requests and clicks stand in one stream of time; a RANGE window that ends a millisecond earlier counts the clicks.
+    """
+    requests = positives.mutate(at=_[c.REQUEST_TS_MS], is_click=ibis.literal(0, "int8"))
+    earlier = clicks.mutate(at=_[c.CLICK_TS_MS], is_click=ibis.literal(1, "int8"))
+    window = ibis.range_window(preceding=(None, 1), group_by=USER_ROW, order_by="at")
+    counted = ibis.union(requests, earlier).mutate(**{HISTORY_COUNT: _.is_click.sum().over(window).fill_null(0)})
+    return counted.filter(_.is_click == 0)
+
+
+def _tally(events: Any, row: str, size: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """How many events each dense row has, (size,)."""
+    counted = events.group_by(row).aggregate(rows=_.count()).to_pyarrow()
+    tally = np.zeros(size, np.int64)
+    tally[counted.column(row).to_numpy()] = counted.column("rows").to_numpy()
+    return tally
+
+
+def _values(positives: Any, features: spec.Features, rows: int) -> dict[str, pa.ChunkedArray]:
+    """What each context feature is fitted to, never all rows: distinct values, and of numbers about a million.
+
+    The million is chosen by a hash of `event_seq`, so that every engine and every order of rows chooses the same.
+    """
+    step = -(-rows // _FITTED_NUMBERS)
+    hashed = _[c.EVENT_SEQ] % _PRIME * _FACTOR % _PRIME
+    chosen = positives.filter(hashed % step == 0) if step > 1 else positives
+    values = {}
+    for name, kind in features.context.items():
+        column = f"{CONTEXT}{name}"
+        if isinstance(kind, spec.Numeric):
+            query = chosen.select(column)
+        elif isinstance(kind, spec.Vector):
+            query = positives.select(column).limit(0)
+        else:
+            query = positives.select(column).distinct()
+        values[name] = query.to_pyarrow().column(column)
+    return values
+
+
+def _encoded(features: tuple[Fitted, ...], table: pa.Table, id_column: str, counts: dict[str, Any]) -> pa.Table:
+    """Ids, counts and encoded features, a row an entity."""
+    encoded = {f"{FEATURE}{name}": to_arrow(column) for name, column in encode_table(features, table).items()}
+    return pa.table({id_column: table.column(id_column), **{k: pa.array(v) for k, v in counts.items()}, **encoded})
+
+
+def _stream(query: Any) -> Iterator[pa.RecordBatch]:
+    yield from query.to_pyarrow_batches(chunk_size=1 << 17)
+
+
+def _write_positives(path: Path, positives: Any, context: tuple[Fitted, ...], timed: bool) -> None:
+    """One row a positive, in the order of time, context encoded."""
+    order = [c.REQUEST_TS_MS, c.EVENT_SEQ, USER_ROW, ITEM_ROW] if timed else [USER_ROW, ITEM_ROW, c.EVENT_SEQ]
+    fields = [
+        (USER_ROW, pa.int32()),
+        (ITEM_ROW, pa.int32()),
+        (HISTORY_COUNT, pa.int32()),
+        (c.WEIGHT, pa.float32()),
+        (c.TS_MS, pa.int64()),
+    ]
+    chosen = positives.order_by(order).mutate(
+        **{
+            HISTORY_COUNT: _[HISTORY_COUNT].cast("int32"),
+            c.TS_MS: _[c.REQUEST_TS_MS] if timed else ibis.literal(0, "int64"),
+        }
+    )
+    chosen = chosen.select(*(name for name, _type in fields), *(f"{CONTEXT}{feature.name}" for feature in context))
+
+    def encoded() -> Iterator[pa.RecordBatch]:
+        for batch in _stream(chosen):
+            columns = {name: batch.column(name) for name, _type in fields}
+            for feature in context:
+                name = f"{CONTEXT}{feature.name}"
+                columns[name] = to_arrow(feature.encode(batch.column(name)))
+            yield pa.record_batch(columns)
+
+    types = [(f"{CONTEXT}{feature.name}", _stored(to_arrow(feature.absent(1)).type)) for feature in context]
+    write_columns(path, pa.schema(fields + types), encoded())
+
+
+def _stored(kind: pa.DataType) -> pa.DataType:
+    """The type of an encoded column in a file of any length."""
+    return pa.large_list(kind.value_type) if pa.types.is_list(kind) else kind
+
+
+def _write_clicks(path: Path, clicks: Any, timed: bool) -> None:
+    """Every user's clicked items in the order of time, users in the order of their rows."""
+    at = _[c.CLICK_TS_MS] if timed else ibis.literal(0, "int64")
+    order = [USER_ROW, c.CLICK_TS_MS, c.EVENT_SEQ, ITEM_ROW] if timed else [USER_ROW, ITEM_ROW, c.EVENT_SEQ]
+    chosen = clicks.order_by(order).mutate(**{c.TS_MS: at}).select(ITEM_ROW, c.TS_MS)
+    write_columns(path, pa.schema([(ITEM_ROW, pa.int32()), (c.TS_MS, pa.int64())]), _stream(chosen))

@@ -1,0 +1,145 @@
+"""Samples as memory-mapped columns."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from twotower.features.columns import Column, from_arrow, pointers
+from twotower.features.feature_set import FeatureSet, load
+from twotower.features.vocabulary import Positions
+from twotower.samples.build import (
+    CLICKS,
+    CONTEXT,
+    FEATURE,
+    FORMAT,
+    HISTORY_COUNT,
+    ITEM_ROW,
+    NO_HISTORY,
+    POSITIVES,
+    USER_ROW,
+)
+from twotower.samples.columns_file import map_columns
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+from twotower.schema.files import MANIFEST, read_json
+
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Positives:
+    """Training rows (P,), in the order of time."""
+
+    user_row: Ints
+    item_row: Ints
+    history: Ints
+    """How many of the user's clicks came before the request."""
+    weight: npt.NDArray[np.float32]
+    ts_ms: Longs
+    context: dict[str, Column]
+
+    def __len__(self) -> int:
+        return len(self.user_row)
+
+
+@dataclass(frozen=True)
+class Entities:
+    """Users or items, a row each, in ascending order of their ids."""
+
+    ids: pa.Array
+    features: dict[str, Column]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def positions(self) -> Positions:
+        """Where an id stands."""
+        return Positions(self.ids)
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """Every user's clicked items in the order of time (CSR by user row)."""
+
+    indptr: Longs
+    """(users + 1,)"""
+    item_row: Ints
+    ts_ms: Longs
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a range of days, mapped into memory."""
+
+    path: Path
+    manifest: dict[str, Any]
+    features: FeatureSet
+    positives: Positives
+    users: Entities
+    items: Entities
+    clicks: Clicks
+    item_positives: Longs
+    """(items,) positives of each item among the training rows."""
+
+    @property
+    def timed(self) -> bool:
+        """The data have a time, so that histories are what came before the request."""
+        return len(self.positives) == 0 or int(self.positives.history[0]) != NO_HISTORY
+
+
+def open_samples(folder: Path) -> Samples:
+    """Open a samples folder; nothing is read until it is touched.
+
+    Raises:
+        DataError: the folder is missing, incomplete or of another format.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("kind") != "samples" or manifest.get("format") != FORMAT:
+        raise DataError(f"{folder} holds no samples of format {FORMAT}: build them again with `twotower samples`")
+    rows = map_columns(folder / "positives.arrow")
+    positives = Positives(
+        _numpy(rows, USER_ROW),
+        _numpy(rows, ITEM_ROW),
+        _numpy(rows, HISTORY_COUNT),
+        _numpy(rows, c.WEIGHT),
+        _numpy(rows, c.TS_MS),
+        _prefixed(rows, CONTEXT),
+    )
+    items = map_columns(folder / "items.arrow")
+    return Samples(
+        folder,
+        manifest,
+        load(folder),
+        positives,
+        open_users(folder),
+        Entities(items.column(c.ITEM_ID), _prefixed(items, FEATURE)),
+        open_clicks(folder),
+        _numpy(items, POSITIVES),
+    )
+
+
+def open_users(folder: Path) -> Entities:
+    """The users of a samples folder or of a version."""
+    users = map_columns(folder / "users.arrow")
+    return Entities(users.column(c.USER_ID), _prefixed(users, FEATURE))
+
+
+def open_clicks(folder: Path) -> Clicks:
+    """The users' clicks of a samples folder or of a version."""
+    users, clicks = map_columns(folder / "users.arrow"), map_columns(folder / "clicks.arrow")
+    return Clicks(pointers(_numpy(users, CLICKS)), _numpy(clicks, ITEM_ROW), _numpy(clicks, c.TS_MS))
+
+
+def _numpy(batch: pa.RecordBatch, name: str) -> Any:
+    return batch.column(name).to_numpy(zero_copy_only=True)
+
+
+def _prefixed(batch: pa.RecordBatch, prefix: str) -> dict[str, Column]:
+    names = [name for name in batch.schema.names if name.startswith(prefix)]
+    return {name.removeprefix(prefix): from_arrow(batch.column(name)) for name in names}

@@ -1,0 +1,37 @@
+"""The names of columns and the values of `outcome`, said once for every stage."""
+
+from typing import Final
+
+USER_ID: Final = "user_id"
+ITEM_ID: Final = "item_id"
+
+EVENT_SEQ: Final = "event_seq"
+REQUEST_ID: Final = "request_id"
+REQUEST_TS_MS: Final = "request_ts_ms"
+CLICK_TS_MS: Final = "click_ts_ms"
+OUTCOME: Final = "outcome"
+POSITION: Final = "position"
+SCORE: Final = "score"
+CHANNEL: Final = "channel"
+WEIGHT: Final = "weight"
+
+TS_MS: Final = "ts_ms"
+REASON: Final = "reason"
+RANK: Final = "rank"
+VECTOR: Final = "vector"
+
+DATE: Final = "date"
+"""The partition key of `events/`, a day of UTC, or `unknown` without a time."""
+UNKNOWN_DATE: Final = "unknown"
+
+# How far an item came in its request's funnel.
+PRE_RANK_REJECTED: Final = "pre_rank_rejected"
+RANK_REJECTED: Final = "rank_rejected"
+RANKED_NOT_SHOWN: Final = "ranked_not_shown"
+IMPRESSED: Final = "impressed"
+CLICKED: Final = "clicked"
+OUTCOMES: Final = (PRE_RANK_REJECTED, RANK_REJECTED, RANKED_NOT_SHOWN, IMPRESSED, CLICKED)
+
+# Why a held-out positive is in `holdout_cold.parquet`.
+NEW_USER: Final = "new_user"
+NEW_ITEM: Final = "new_item"

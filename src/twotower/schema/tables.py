@@ -1,0 +1,143 @@
+"""The tables of a workspace: their Arrow schemas, and the checks made where data enters.
+
+A workspace is a folder with `users.parquet`, `items.parquet` and `events/date=YYYY-MM-DD/*.parquet`. Ids are int64 or
+string at this border and become dense rows inside.
+"""
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+
+EARLIEST_MS = 315_532_800_000
+"""1980-01-01. Smaller values are no milliseconds since 1970 of any log: seconds end at 4.1e9 in the year 2100."""
+LATEST_MS = 4_102_444_800_000
+"""2100-01-01. Larger values are microseconds or nanoseconds."""
+
+
+def joined_events(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
+    """The schema of joined events, the columns that every data set has. Context columns follow them."""
+    return pa.schema(
+        [
+            pa.field(c.EVENT_SEQ, pa.int64(), nullable=False),
+            pa.field(c.REQUEST_ID, pa.string()),
+            pa.field(c.USER_ID, user_id, nullable=False),
+            pa.field(c.ITEM_ID, item_id, nullable=False),
+            pa.field(c.REQUEST_TS_MS, pa.int64()),
+            pa.field(c.CLICK_TS_MS, pa.int64()),
+            pa.field(c.OUTCOME, pa.string(), nullable=False),
+            pa.field(c.WEIGHT, pa.float32()),
+        ]
+    )
+
+
+def holdout(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
+    """The schema of `holdout.parquet`; `holdout_cold.parquet` adds `reason`."""
+    return pa.schema([(c.USER_ID, user_id), (c.ITEM_ID, item_id), (c.TS_MS, pa.int64())])
+
+
+def recommendations(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
+    """The schema of the file that `retrieve` writes."""
+    return pa.schema(
+        [
+            (c.USER_ID, user_id),
+            (c.ITEM_ID, item_id),
+            (c.RANK, pa.int32()),
+            (c.SCORE, pa.float32()),
+            (c.CHANNEL, pa.string()),
+        ]
+    )
+
+
+def require_columns(table: pa.Table | pa.Schema, names: Iterable[str], where: str) -> None:
+    """Refuse a table without some columns.
+
+    Raises:
+        DataError: columns are missing; the message lists them and what was there.
+    """
+    schema = table if isinstance(table, pa.Schema) else table.schema
+    missing = [name for name in names if name not in schema.names]
+    if missing:
+        raise DataError(f"{where} has no column {', '.join(missing)}; it has {', '.join(schema.names) or 'none'}")
+
+
+def as_ids(column: pa.ChunkedArray | pa.Array, where: str) -> pa.ChunkedArray:
+    """An id column as int64 or string, the two types an id has inside the system.
+
+    Raises:
+        DataError: another type (floats, dates, ...), or nulls.
+
+    >>> as_ids(pa.array([3, 1], pa.uint16()), "items").type
+    DataType(int64)
+    """
+    if isinstance(column, pa.Array):
+        column = pa.chunked_array([column])
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if column.null_count:
+        raise DataError(
+            f"{where} has {column.null_count} null ids of {len(column)}: drop these rows or give them an id"
+        )
+    if pa.types.is_integer(column.type):
+        try:
+            return column.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{where} holds integers that do not fit int64 ({error}): write them as strings") from None
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column.cast(pa.string())
+    raise DataError(f"{where} is of type {column.type}: an id is an integer or a string, convert it first")
+
+
+def check_entities(table: pa.Table, id_column: str, where: str) -> pa.Table:
+    """A table of users or items with its ids in their inner type, ordered by id.
+
+    Raises:
+        DataError: no id column, no rows, null or duplicate ids, an id of another type.
+    """
+    require_columns(table, [id_column], where)
+    if not table.num_rows:
+        raise DataError(f"{where} has no rows")
+    ids = as_ids(table.column(id_column), f"{where}, column {id_column}")
+    table = table.set_column(table.schema.get_field_index(id_column), id_column, ids)
+    table = table.sort_by(id_column)
+    ordered = table.column(id_column).combine_chunks()
+    repeated = pc.equal(ordered.slice(1), ordered.slice(0, len(ordered) - 1))
+    if pc.any(repeated).as_py():
+        examples = pc.unique(ordered.slice(1).filter(repeated)).to_pylist()
+        raise DataError(
+            f"{where} has {len(examples)} ids more than once, such as {examples[:3]}: keep one row of each {id_column}"
+        )
+    return table
+
+
+def check_milliseconds(column: pa.ChunkedArray | pa.Array, where: str) -> None:
+    """Refuse times that are not milliseconds since 1970: the usual slip is seconds.
+
+    Raises:
+        DataError: values outside 1980 to 2100, with the unit that they look like.
+    """
+    extent = pc.min_max(column).as_py()
+    low, high = extent["min"], extent["max"]
+    if low is None:
+        return
+    if low < EARLIEST_MS:
+        unit = "seconds: multiply by 1000" if low > EARLIEST_MS // 1000 else "no time since 1970 at all"
+        raise DataError(f"{where} holds {low}, where milliseconds since 1970 are due; it looks like {unit}")
+    if high > LATEST_MS:
+        unit = "microseconds: divide by 1000" if high < LATEST_MS * 1000 else "nanoseconds: divide by 1000000"
+        raise DataError(f"{where} holds {high}, where milliseconds since 1970 are due; it looks like {unit}")
+
+
+def check_outcomes(column: pa.ChunkedArray | pa.Array, where: str) -> None:
+    """Refuse outcomes that the funnel does not have.
+
+    Raises:
+        DataError: unknown values or nulls, listed.
+    """
+    seen = pc.unique(column).to_pylist()
+    unknown = [value for value in seen if value not in c.OUTCOMES]
+    if unknown:
+        raise DataError(f"{where} holds {unknown[:3]}; an outcome is one of {', '.join(c.OUTCOMES)}")

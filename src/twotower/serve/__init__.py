@@ -1,0 +1,1 @@
+"""A version and a request become candidates; events go into the log."""

@@ -1,0 +1,318 @@
+"""HTTP: the public API under `/v1`, health and metrics."""
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import orjson
+import pyarrow as pa
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from twotower.features.store import FeatureStoreError
+from twotower.logs import Event, EventLog, EventLogError
+from twotower.publish.version import Version
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+from twotower.serve.request import Asked, Unanswerable, is_id, retrieve, similar
+from twotower.serve.snapshots import Snapshots
+from twotower.serve.users import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST, Recent, RecentUsers
+
+log = logging.getLogger(__name__)
+
+MOST_K = 10_000
+MOST_EVENTS = 10_000
+AT_ONCE = max(1, min(2, (os.cpu_count() or 1) // 2))
+"""Searches that run at the same time; more fight for the interpreter's lock and all take longer."""
+
+
+def _writable(text: str) -> str:
+    text.encode()  # half a surrogate pair raises a ValueError
+    return text
+
+
+Id = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | Annotated[StrictStr, AfterValidator(_writable)]
+
+
+class RetrieveBody(BaseModel):
+    """A request for candidates."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: Id | None = Field(None, description="Absent for someone of whom nothing is known.")
+    features: dict[str, Any] = Field(
+        default_factory=dict, description="Replace the stored features, by name; null is a missing value."
+    )
+    context: dict[str, Any] = Field(default_factory=dict, description="Context features, by name.")
+    k: Annotated[int, Field(ge=1, le=MOST_K, description="Number of candidates.")] = 100
+    exclude: str | None = Field(None, description="clicked, impressed or none; absent = as configured.")
+    filters: dict[str, list[Any]] = Field(default_factory=dict, description="Values that an attribute may have.")
+    channels: list[str] = Field(default_factory=list, description="Channels to ask; empty = all.")
+
+
+class EventsBody(BaseModel):
+    """Raw events for the log."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    events: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_EVENTS)]
+
+
+class Metrics:
+    """What `/metrics` shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "twotower_requests", "Requests by route and status.", ["route", "status"], registry=self.registry
+        )
+        self.latency = Histogram(
+            "twotower_request_seconds",
+            "Time of a request.",
+            ["route"],
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+            registry=self.registry,
+        )
+        self.events = Counter("twotower_events", "Events by what became of them.", ["result"], registry=self.registry)
+        self.failed = Counter("twotower_failed_channels", "Channels left out.", ["channel"], registry=self.registry)
+        self.version = Gauge("twotower_version", "1 for the served version.", ["version"], registry=self.registry)
+        self.refused = Gauge("twotower_version_refused", "1 while CURRENT is refused.", registry=self.registry)
+
+    def switched(self, version_id: str) -> None:
+        """Note the version that went live."""
+        self.version.clear()
+        self.version.labels(version_id).set(1)
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    """An answer written by orjson, which takes a fraction of the time of the default on long lists."""
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def problem(status: int, message: str) -> Response:
+    """An error as every route gives it."""
+    return json_response({"error": message.encode(errors="backslashreplace").decode()}, status)
+
+
+class Counted:
+    """Counts and times every HTTP request; plain ASGI, because Starlette's own middleware costs as much as a search.
+
+    Args:
+        app: what answers.
+        metrics: counted into.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        status = 500
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, status).inc()
+            self._metrics.latency.labels(route).observe(time.perf_counter() - started)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Give every error as `{"error": sentence}`."""
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> Response:
+        sentences = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
+        return problem(422, "; ".join(sentences))
+
+    @app.exception_handler(HTTPException)
+    async def no_such(_: Request, error: HTTPException) -> Response:
+        return problem(error.status_code, error.detail)
+
+    @app.exception_handler(Exception)
+    async def defect(_: Request, error: Exception) -> Response:
+        return problem(500, f"a defect of the server, see its log: {type(error).__name__}")
+
+
+def make_app(
+    snapshots: Snapshots,
+    event_log: EventLog,
+    users: RecentUsers,
+    metrics: Metrics,
+    *,
+    exclude: str,
+    impressed_window_ms: int,
+    clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+) -> FastAPI:
+    """The public application.
+
+    Args:
+        snapshots: the served version.
+        event_log: where posted events go.
+        users: what they did since the version.
+        metrics: counted into.
+        exclude: what is left out unless a request says otherwise.
+        impressed_window_ms: how long an impression is left out.
+        clock_ms: milliseconds since 1970.
+    """
+    app = FastAPI(title="twotower", version="1", description="Candidates for a recommender, and events back into it.")
+
+    searching = threading.BoundedSemaphore(AT_ONCE)
+    app.add_middleware(Counted, metrics=metrics)
+    answer_errors(app)
+
+    @app.exception_handler(DataError)
+    async def refused(_: Request, error: DataError) -> Response:
+        return problem(422, str(error))
+
+    @app.exception_handler(EventLogError)
+    @app.exception_handler(FeatureStoreError)
+    @app.exception_handler(Unanswerable)
+    async def unable(_: Request, error: EventLogError | FeatureStoreError | Unanswerable) -> Response:
+        log.error("a request failed: %s", error)
+        return problem(503, str(error))
+
+    @app.post("/v1/retrieve")
+    def post_retrieve(body: RetrieveBody) -> Response:
+        """Candidates for a user, best first."""
+        recent = Recent() if body.user_id is None else users.get(body.user_id)
+        asked = Asked(
+            body.k, body.exclude or exclude, body.user_id, body.features, body.context, body.filters, body.channels
+        )
+        with searching:
+            answer = retrieve(snapshots.version, asked, recent, clock_ms(), impressed_window_ms)
+        for channel in answer.failed_channels:
+            metrics.failed.labels(channel).inc()
+        return json_response(answer)
+
+    @app.post("/v1/events", status_code=202)
+    def post_events(body: EventsBody) -> Response:
+        """Put events into the log; they count from the user's next request on."""
+        version = snapshots.version
+        events = [_checked(document, place, version) for place, document in enumerate(body.events)]
+        acks = event_log.append(events)
+        try:
+            users.catch_up(ack.partition for ack in acks)
+        except DataError as error:  # the log's damage, not the sender's
+            raise EventLogError(f"the events are in the log, but it cannot be read: {error}") from error
+        duplicates = sum(ack.duplicate for ack in acks)
+        metrics.events.labels("accepted").inc(len(acks) - duplicates)
+        metrics.events.labels("duplicate").inc(duplicates)
+        return json_response({"accepted": len(acks), "duplicates": duplicates}, 202)
+
+    @app.get("/v1/items/{item_id:path}/similar")
+    def get_similar(item_id: str, k: Annotated[int, Query(ge=1, le=MOST_K)] = 20) -> Response:
+        """The items nearest to an item."""
+        version = snapshots.version
+        try:
+            items = similar(version, parse_id(item_id, version.item_ids.type), k)
+        except KeyError:
+            return problem(404, f"version {version.id} has no item {item_id}")
+        return json_response({"version": version.id, "items": items})
+
+    @app.get("/v1/version")
+    def get_version() -> Response:
+        """The served version, and one that was refused, if any."""
+        version = snapshots.version
+        return json_response(
+            {
+                "version": version.id,
+                "delta_seq": 0,
+                "created_ms": version.manifest["created_ms"],
+                "watermark_ms": version.watermark_ms,
+                "channels": list(version.channels),
+                "refused": asdict(snapshots.refused) if snapshots.refused else None,
+            }
+        )
+
+    @app.get("/healthz")
+    def healthz() -> Response:
+        """The process answers."""
+        return json_response({"ok": True})
+
+    @app.get("/readyz")
+    def readyz() -> Response:
+        """A version is served."""
+        return json_response({"ok": True, "version": snapshots.version.id})
+
+    @app.get("/metrics")
+    def get_metrics() -> Response:
+        """Counters and gauges for Prometheus."""
+        metrics.refused.set(snapshots.refused is not None)
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def parse_id(text: str, kind: pa.DataType) -> int | str:
+    """An id out of an address, in the type of the ids that it is looked up among.
+
+    Raises:
+        DataError: no integer where ids are integers.
+
+    >>> parse_id("-7", pa.int64()), parse_id("-7", pa.string())
+    (-7, '-7')
+    """
+    if kind != pa.int64():
+        return text
+    if not re.fullmatch(r"-?[0-9]{1,19}", text):
+        raise DataError(f"{text!r} is no id: ids are integers here")
+    return int(text)
+
+
+def _checked(document: dict[str, Any], place: int, version: Version) -> Event:
+    """An event that this server can use.
+
+    Raises:
+        DataError: what the log refuses; a user or an item by an id of another type; a click of nothing.
+    """
+    where = f"events[{place}]"
+    try:
+        event = Event.from_json(document)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    known = version.users.ids.type
+    if not is_id(event.user_id, known):
+        raise DataError(f"{where}: user_id {event.user_id!r}, but the ids of users are {known}")
+    if event.type in (CLICK, IMPRESSION) and not (event.body.keys() & {ITEMS, c.ITEM_ID}):
+        raise DataError(f"{where}: {event.type} of nothing: name item_id, or a list of items")
+    if event.type in (CLICK, IMPRESSION, REQUEST):
+        _check_items(event, where, version)
+    return event
+
+
+def _check_items(event: Event, where: str, version: Version) -> None:
+    body, known = event.body, version.item_ids.type
+    items = body.get(ITEMS, [body[c.ITEM_ID]] if c.ITEM_ID in body else [])
+    if not isinstance(items, list):
+        raise DataError(f"{where}: items is of type {type(items).__name__}: a list is due")
+    if strange := [item for item in items if not is_id(item, known)]:
+        raise DataError(f"{where}: item {strange[0]!r}, but the ids of items are {known}")
+    outcomes = body.get(OUTCOMES)
+    if event.type != REQUEST or outcomes is None:
+        return
+    if not isinstance(outcomes, list) or len(outcomes) != len(items):
+        raise DataError(f"{where}: outcomes is to be a list with one of each of the {len(items)} items")
+    if unknown := [outcome for outcome in outcomes if outcome not in c.OUTCOMES]:
+        raise DataError(f"{where}: outcome {unknown[0]!r}: it is one of {', '.join(c.OUTCOMES)}")

@@ -1,0 +1,218 @@
+"""The way of a request, top to bottom: who asks, what they did, every channel, one list."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.features.columns import Bag, Column
+from twotower.features.feature_set import encode_request
+from twotower.features.vocabulary import as_values
+from twotower.index.protocol import Exclusions
+from twotower.models.retriever import Candidates, Queries
+from twotower.publish.version import Version
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError, TwotowerError
+from twotower.serve.users import ItemId, Recent, UserId
+
+log = logging.getLogger(__name__)
+
+EXCLUDE = ("clicked", "impressed", "none")
+
+
+class Unanswerable(TwotowerError):
+    """Every channel failed."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for candidates, as its sender wrote it."""
+
+    k: int
+    exclude: str
+    user_id: UserId | None = None
+    features: Mapping[str, Any] = field(default_factory=dict)
+    """Feature values that replace the stored ones, or describe a new user; None is a missing value."""
+    context: Mapping[str, Any] = field(default_factory=dict)
+    filters: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Values that an attribute of an item may have."""
+    channels: Sequence[str] = ()
+    """Channels to ask; empty = all."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One item of an answer."""
+
+    item_id: ItemId
+    score: float
+    channels: list[str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Candidates, best first, all from one version."""
+
+    version: str
+    delta_seq: int
+    items: list[Candidate]
+    failed_channels: list[str]
+
+
+def retrieve(version: Version, asked: Asked, recent: Recent, now_ms: int, impressed_window_ms: int) -> Answer:
+    """Answer a request from one version.
+
+    Args:
+        version: the snapshot that the request holds.
+        asked: the request.
+        recent: what the user did since the version was made.
+        now_ms: milliseconds since 1970.
+        impressed_window_ms: how long an impression is left out.
+
+    Raises:
+        DataError: an unknown feature, channel, attribute or kind of exclusion, or a value of another type.
+        Unanswerable: every channel failed.
+    """
+    names = tuple(asked.channels) or tuple(version.channels)
+    version.check_channels(names)
+    user_row = find_user(version, asked.user_id)
+    clicks = clicked_rows(version, user_row, recent)
+    queries = Queries(
+        user_columns(version, user_row, asked),
+        Bag(np.array([0, len(clicks)]), clicks),
+        Exclusions.of([left_out(version, asked, clicks, recent, now_ms - impressed_window_ms)]),
+    )
+    lists: dict[str, Candidates] = {}
+    failed: list[str] = []
+    for name in names:
+        try:
+            lists[name] = version.channels[name].retrieve(queries, asked.k)
+        except Exception:  # one channel's defect must not take the others down with it
+            log.exception("channel %s of %s failed", name, version.id)
+            failed.append(name)
+    if not lists:
+        raise Unanswerable(f"every channel failed: {', '.join(failed)}")
+    fused = version.fuse(lists, asked.k)
+    found = fused.candidates.rows[0]
+    found = found[found >= 0]
+    ids = version.item_ids.take(pa.array(found)).to_pylist()
+    scores = fused.candidates.scores[0].tolist()
+    brought = fused.brought_by[0].tolist()
+    places = {bits: place for place, bits in enumerate(brought)}  # few combinations of channels, many items
+    channels = {bits: fused.channels_of(0, place) for bits, place in places.items()}
+    items = [Candidate(ids[i], scores[i], channels[brought[i]]) for i in range(len(ids))]
+    return Answer(version.id, 0, items, failed)
+
+
+def find_user(version: Version, user_id: UserId | None) -> int:
+    """The user's row in the version, -1 for someone it does not know.
+
+    Raises:
+        DataError: an id of another type than the version's users have.
+    """
+    if user_id is None:
+        return -1
+    known = version.users.ids.type
+    if not is_id(user_id, known):
+        raise DataError(f"user_id {user_id!r} is a {type(user_id).__name__}: the ids of users are {known}")
+    return int(version.users.positions.find(pa.array([user_id], known))[0])
+
+
+def find_items(version: Version, item_ids: Sequence[ItemId]) -> npt.NDArray[np.int64]:
+    """Catalogue rows of items (n,), -1 for those that the version does not have."""
+    known = version.item_ids.type
+    return version.items.find(pa.array([item if is_id(item, known) else None for item in item_ids], known))
+
+
+def is_id(value: object, kind: pa.DataType) -> bool:
+    """A value can be an id of a type, int64 or string.
+
+    >>> is_id(7, pa.int64()), is_id("7", pa.int64()), is_id(True, pa.int64()), is_id(2**63, pa.int64())
+    (True, False, False, False)
+    """
+    if kind == pa.int64():
+        return type(value) is int and -(2**63) <= value < 2**63
+    return type(value) is str
+
+
+def clicked_rows(version: Version, user_row: int, recent: Recent) -> npt.NDArray[np.int32]:
+    """Catalogue rows of the user's clicks, oldest first: those in the version, then those after its watermark."""
+    stored = np.zeros(0, np.int32)
+    if user_row >= 0:
+        indptr = version.clicks.indptr
+        stored = version.clicks.item_row[indptr[user_row] : indptr[user_row + 1]]
+    watermark = version.watermark_ms
+    newer = [click for click in recent.clicks if watermark is None or click[0] > watermark]
+    rows = find_items(version, [item for _, item in sorted(newer, key=lambda click: click[0])])
+    return np.concatenate([stored, rows[rows >= 0].astype(np.int32)])
+
+
+def user_columns(version: Version, user_row: int, asked: Asked) -> dict[str, Column]:
+    """The user's encoded features: stored ones, replaced by those of the request, and the context."""
+    columns = dict(version.queries(np.array([user_row])).features)
+    own = [feature for feature in version.features.user_columns if feature.name != c.USER_ID]
+    encoded = encode_request(own, asked.features, "features")
+    columns |= {name: encoded[name] for name in asked.features}
+    return columns | encode_request(version.features.context, asked.context, "context")
+
+
+def left_out(
+    version: Version, asked: Asked, clicks: npt.NDArray[np.int32], recent: Recent, since_ms: int
+) -> npt.NDArray[np.int64]:
+    """Catalogue rows that the answer must not hold: clicked, impressed lately, outside the filters."""
+    if asked.exclude not in EXCLUDE:
+        raise DataError(f"exclude = {asked.exclude!r}: it is one of {', '.join(EXCLUDE)}")
+    parts = [np.zeros(0, np.int64)]
+    if asked.exclude != "none":
+        parts.append(clicks.astype(np.int64))
+    if asked.exclude == "impressed":
+        shown = find_items(version, [item for ts_ms, item in recent.shown if ts_ms >= since_ms])
+        parts.append(shown[shown >= 0])
+    for attribute, allowed in asked.filters.items():
+        parts.append(outside(version, attribute, allowed))
+    return np.unique(np.concatenate(parts))
+
+
+def outside(version: Version, attribute: str, allowed: Sequence[Any]) -> npt.NDArray[np.int64]:
+    """Catalogue rows whose attribute has none of the allowed values.
+
+    Raises:
+        DataError: no such attribute, or values of another type.
+    """
+    names = version.catalogue.schema.names
+    if attribute not in names:
+        raise DataError(f"filters: items have no attribute {attribute}; they have {', '.join(names)}")
+    kind = version.catalogue.schema.field(attribute).type
+    try:
+        column = as_values(version.catalogue.column(attribute), attribute)
+    except DataError as error:
+        raise DataError(f"filters: {error}") from None
+    try:
+        wanted = as_values(pa.array(list(allowed)), attribute)
+    except (DataError, pa.ArrowException, TypeError, OverflowError, UnicodeError):
+        wanted = None
+    if wanted is None or (wanted.type != column.type and wanted.null_count < len(wanted)):
+        raise DataError(f"filters: {attribute} is of type {kind}, not {list(allowed)[:3]!r}")
+    inside = pc.is_in(column, wanted.cast(column.type))
+    return np.flatnonzero(~inside.to_numpy(zero_copy_only=False)).astype(np.int64)
+
+
+def similar(version: Version, item_id: ItemId, k: int) -> list[Candidate]:
+    """The items whose vectors are nearest to an item's.
+
+    Raises:
+        KeyError: the version does not have the item.
+    """
+    row = int(find_items(version, [item_id])[0])
+    if row < 0:
+        raise KeyError(item_id)
+    channel = version.two_tower
+    found = channel.index.search(version.item_vectors[row : row + 1], k, Exclusions.of([[row]]))
+    rows = found.rows[0][found.rows[0] >= 0]
+    ids = version.item_ids.take(pa.array(rows)).to_pylist()
+    return [Candidate(ids[i], float(found.scores[0, i]), [channel.name]) for i in range(len(ids))]

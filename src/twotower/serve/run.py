@@ -1,0 +1,158 @@
+"""Start a server: the log, the store, the version, two ports."""
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from twotower.features.store import LmdbFeatureStore
+from twotower.logs import LocalEventLog
+from twotower.logs.local import Sync
+from twotower.schema.errors import ConfigError
+from twotower.serve.admin import make_admin_app
+from twotower.serve.app import Metrics, make_app
+from twotower.serve.snapshots import Snapshots
+from twotower.serve.users import RecentUsers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a started server listens."""
+
+    url: str
+    admin_url: str | None
+    version: str
+
+
+def run_server(
+    *,
+    versions: Path,
+    log_folder: Path,
+    store_folder: Path,
+    host: str,
+    port: int,
+    admin_port: int,
+    admin_token: str | None,
+    partitions: int,
+    sync: Sync,
+    sync_s: float,
+    exclude: str,
+    impressed_window_ms: int,
+    extend: Callable[[FastAPI, Snapshots, RecentUsers], None],
+    ready: Callable[[Address], None],
+) -> None:
+    """Serve until a signal ends it.
+
+    Args:
+        versions: the folder of all versions.
+        log_folder: the event log.
+        store_folder: the feature store.
+        host: address of the public port.
+        port: public port; 0 = any free one.
+        admin_port: port of the admin verbs on 127.0.0.1; 0 = any free one.
+        admin_token: what admin requests must carry; None = no admin port.
+        partitions: of the event log, when it is made.
+        sync: when an event counts as on disk.
+        sync_s: seconds between flushes with `interval`.
+        exclude: what is left out unless a request says otherwise.
+        impressed_window_ms: how long an impression is left out.
+        extend: adds to the public application, such as the page.
+        ready: called with the addresses when requests are answered.
+
+    Raises:
+        VersionError: there is no version to serve.
+        EventLogError: another process writes the log.
+        ConfigError: a port is taken.
+    """
+    metrics = Metrics()
+    with ExitStack() as opened:
+        snapshots = Snapshots(versions, metrics.switched)
+        opened.callback(snapshots.close)
+        event_log = LocalEventLog.open(log_folder, partitions, sync, sync_s)
+        opened.callback(event_log.close)
+        store = LmdbFeatureStore(store_folder)
+        opened.callback(store.close)
+        users = RecentUsers(event_log, store)
+        if applied := users.catch_up():
+            log.info("%d events of the log applied", applied)
+        app = make_app(snapshots, event_log, users, metrics, exclude=exclude, impressed_window_ms=impressed_window_ms)
+        extend(app, snapshots, users)
+        public = opened.enter_context(_listen(host, port))
+        admin_url = None
+        if admin_token:
+            admin = opened.enter_context(_listen("127.0.0.1", admin_port))
+            admin_url = _url("127.0.0.1", admin)
+            opened.enter_context(_in_background(_server(make_admin_app(snapshots, versions, admin_token)), admin))
+        snapshots.follow()
+        address = Address(_url(host, public), admin_url, snapshots.version.id)
+        server = _server(app)
+        with _ended_by_signals(server):
+            asyncio.run(_serve(server, public, lambda: ready(address)))
+
+
+@contextmanager
+def _in_background(server: uvicorn.Server, listening: socket.socket) -> Iterator[None]:
+    thread = threading.Thread(target=server.run, args=([listening],), name="admin", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Take SIGINT and SIGTERM as a wish to end: running requests are answered, files are closed, the exit code is 0.
+
+    While it runs, uvicorn catches both itself; it raises them again at its end, where they would kill the process.
+    """
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def _serve(server: uvicorn.Server, listening: socket.socket, ready: Callable[[], None]) -> None:
+    serving = asyncio.create_task(server.serve([listening]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if server.started:
+        ready()
+    await serving
+
+
+def _server(app: FastAPI) -> uvicorn.Server:
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}. Set serve.port or serve.admin_port") from None
+    # Connections inherit it. Without it the second packet of an answer waits for the client's acknowledgement of the
+    # first, which Linux delays by 40 ms.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
+def _url(host: str, listening: socket.socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listening.getsockname()[1]}"

@@ -1,0 +1,180 @@
+"""What a server has learned of users since the version: their latest clicks and impressions.
+
+It is a function of the event log alone: events are applied in the order of the log, together with the place up to
+which it was read, in one change of the store. A server that was killed goes on from there; a lost store, or one that is
+of another log, is made again.
+"""
+
+import hashlib
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import orjson
+
+from twotower.features.store import FeatureStore
+from twotower.logs import Event, EventLog
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+
+_LOGGER = logging.getLogger(__name__)
+
+CLICK = "click"
+IMPRESSION = "impression"
+REQUEST = "request"
+ITEMS = "items"
+OUTCOMES = "outcomes"
+
+MOST_CLICKS = 500
+MOST_SHOWN = 2000
+"""Latest clicks and impressions kept of a user."""
+
+_BATCH = 1000
+_LONG = 256
+_PLACES = b"places"
+"""Key of what was read of the log."""
+
+UserId = int | str
+ItemId = int | str
+
+
+@dataclass(frozen=True)
+class Recent:
+    """One user's latest events, in the order of the log."""
+
+    clicks: tuple[tuple[int, ItemId], ...] = ()
+    """(time in milliseconds, item) of each click."""
+    shown: tuple[tuple[int, ItemId], ...] = ()
+    """The same of each impression."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """How far a partition was read: the last event that was applied, and where the next one stands."""
+
+    offset: int
+    next_offset: int
+    event_id: str
+
+
+class RecentUsers:
+    """Recent events by user, kept up to date with the log.
+
+    Args:
+        log: the event log.
+        store: where they are kept; emptied where it holds what was read from another log.
+    """
+
+    def __init__(self, log: EventLog, store: FeatureStore) -> None:
+        self._log = log
+        self._store = store
+        self._applying = threading.Lock()
+        stored = store.get(_PLACES)
+        self._places = [None if place is None else _Place(*place) for place in orjson.loads(stored or b"[]")]
+        if not self._is_of_this_log():
+            if stored:
+                _LOGGER.warning("what was learned of users is not of this log: reading the log again")
+            store.clear()
+            self._places = [None] * log.partitions
+
+    def get(self, user_id: UserId) -> Recent:
+        """A user's recent events; empty for someone never seen."""
+        value = self._store.get(_user_key(user_id))
+        return Recent() if value is None else _decode(value)
+
+    def catch_up(self, partitions: Iterable[int] | None = None) -> int:
+        """Apply what the log holds beyond what was applied; gives the number of events.
+
+        Args:
+            partitions: of the log; None = all.
+        """
+        applied = 0
+        with self._applying:
+            for partition in range(self._log.partitions) if partitions is None else sorted(set(partitions)):
+                place = self._places[partition]
+                offset = 0 if place is None else place.next_offset
+                while records := self._log.read(partition, offset, _BATCH):
+                    changed: dict[bytes, Recent] = {}
+                    for record in records:
+                        user_key = _user_key(record.event.user_id)
+                        before = changed.get(user_key) or self.get(record.event.user_id)
+                        changed[user_key] = _after(before, record.event)
+                    last = records[-1]
+                    offset = last.next_offset
+                    places = list(self._places)
+                    places[partition] = _Place(last.offset, offset, last.event.event_id)
+                    values = {user_key: _encode(recent) for user_key, recent in changed.items()}
+                    self._store.write({**values, _PLACES: orjson.dumps([place and astuple(place) for place in places])})
+                    self._places = places
+                    applied += len(records)
+        return applied
+
+    def _is_of_this_log(self) -> bool:
+        """The log still holds the last event applied of each partition, where it was."""
+        if len(self._places) != self._log.partitions:
+            return False
+        for partition, place in enumerate(self._places):
+            if place is None:
+                continue
+            try:
+                found = [(r.next_offset, r.event.event_id) for r in self._log.read(partition, place.offset, 1)]
+            except DataError:
+                return False
+            if found != [(place.next_offset, place.event_id)]:
+                return False
+        return True
+
+
+def items_of(event: Event) -> tuple[list[ItemId], list[ItemId]]:
+    """The items that an event says were clicked, and those that it says were shown.
+
+    A click or an impression names `item_id` or packed `items`; a request has packed `items` and `outcomes`.
+
+    >>> body = {"items": [4, 5], "outcomes": ["clicked", "rank_rejected"]}
+    >>> items_of(Event("e", "request", 1, 1_700_000_000_000, body=body))
+    ([4], [4])
+    """
+    body = event.body
+    items = body.get(ITEMS, [body[c.ITEM_ID]] if c.ITEM_ID in body else [])
+    items = [item for item in items if type(item) in (int, str)] if isinstance(items, list) else []
+    if event.type == CLICK:
+        return items, []
+    if event.type == IMPRESSION:
+        return [], items
+    if event.type == REQUEST and isinstance(body.get(OUTCOMES), list):
+        pairs = list(zip(items, body[OUTCOMES], strict=False))
+        clicked = [item for item, outcome in pairs if outcome == c.CLICKED]
+        return clicked, [item for item, outcome in pairs if outcome in (c.CLICKED, c.IMPRESSED)]
+    return [], []
+
+
+def _after(recent: Recent, event: Event) -> Recent:
+    clicked, shown = items_of(event)
+    if not clicked and not shown:
+        return recent
+    clicks = (*recent.clicks, *((event.ts_ms, item) for item in clicked))
+    impressions = (*recent.shown, *((event.ts_ms, item) for item in shown))
+    return Recent(clicks[-MOST_CLICKS:], impressions[-MOST_SHOWN:])
+
+
+def _user_key(user_id: UserId) -> bytes:
+    """The user's key; 1 and "1" are different users, and an id too long for a key stands by its digest."""
+    if isinstance(user_id, int):
+        return b"user/i/%d" % user_id
+    name = user_id.encode()
+    return b"user/s/" + name if len(name) <= _LONG else b"user/d/" + hashlib.blake2b(name).digest()
+
+
+def _encode(recent: Recent) -> bytes:
+    return orjson.dumps([recent.clicks, recent.shown])
+
+
+def _decode(value: bytes) -> Recent:
+    clicks, shown = orjson.loads(value)
+    return Recent(tuple(_pair(entry) for entry in clicks), tuple(_pair(entry) for entry in shown))
+
+
+def _pair(entry: list[Any]) -> tuple[int, ItemId]:
+    return entry[0], entry[1]

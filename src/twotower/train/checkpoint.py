@@ -1,0 +1,213 @@
+"""Checkpoints: safetensors and JSON, optimizer included, whole or absent.
+
+A run has a folder of its own, named by a hash of its samples and settings, so that a killed run finds its own
+checkpoints again and another run never does. `step-N` folders (N training rows seen) are for resuming and go when the
+run is done; `model` is the finished checkpoint. The two newest `step-N` are kept, so that one damaged on disk costs the
+steps since the one before it and no more.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE
+from twotower.features.feature_set import load as load_features
+from twotower.models.two_tower import TwoTower
+from twotower.schema.errors import DataError
+from twotower.schema.files import MANIFEST, check_listing, folder_listing, read_json, whole_folder, write_json
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+TENSORS = "model.safetensors"
+FINISHED = "model"
+DIGEST = "digest"
+"""Key of a manifest: the SHA-256 of all its other entries, because a flipped digit in JSON is still JSON."""
+KEPT = 2
+"""Checkpoints for resuming that a run keeps."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What it takes to build a model before its tensors are read."""
+
+    dimension: int
+    user_layers: tuple[int, ...]
+    item_layers: tuple[int, ...]
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    epoch: int
+    """The epoch in which the next step is, from 0."""
+    step: int
+    """The next step within it."""
+    rows: int
+    """Training rows seen."""
+    epoch_loss: float
+    """Sum of the losses of this epoch's steps so far."""
+    last_loss: float
+    """Mean loss of the last whole epoch; NaN before there is one."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A finished checkpoint on disk."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def tensors_sha256(self) -> str:
+        """Hash of the tensors: what a version says it was made from."""
+        return str(self.manifest["files"][TENSORS]["sha256"])
+
+
+def run_folder(checkpoints: Path, samples_manifest: dict[str, Any], settings: dict[str, Any]) -> Path:
+    """The folder of a run: the same samples and settings always have the same one."""
+    identity = json.dumps([FORMAT, samples_manifest["files"], settings], sort_keys=True)
+    return checkpoints / f"run-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def save_checkpoint(
+    folder: Path,
+    model: TwoTower,
+    optimizer: torch.optim.Adam,
+    shape: Shape,
+    progress: Progress,
+    features_from: Path,
+    rest: Any,
+) -> None:
+    """Write a checkpoint with everything that a later step or an update needs."""
+    with whole_folder(folder) as temporary:
+        save_file(_tensors(model, optimizer), temporary / TENSORS)
+        for name in (FEATURES_FILE, VOCABULARY_FILE):
+            shutil.copyfile(features_from / name, temporary / name)
+        described = {
+            "format": FORMAT,
+            "kind": "checkpoint",
+            "shape": asdict(shape),
+            "progress": _plain(progress),
+            **rest,
+        }
+        described["files"] = folder_listing(temporary)
+        write_json(temporary / MANIFEST, {**described, DIGEST: _digest(described)})
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint, its files and its manifest checked against their hashes.
+
+    Raises:
+        DataError: missing, damaged or of another format.
+    """
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("kind") != "checkpoint" or manifest.get("format") != FORMAT:
+        raise DataError(f"{path} is no checkpoint of format {FORMAT}")
+    if manifest.get(DIGEST) != _digest({key: value for key, value in manifest.items() if key != DIGEST}):
+        raise DataError(f"{path} is damaged: {MANIFEST} does not have its own SHA-256. Train again, or restore it")
+    if problems := check_listing(path, manifest["files"]):
+        raise DataError(f"{path} is damaged: {'; '.join(problems)}. Train again, or restore it")
+    return Checkpoint(path, manifest)
+
+
+def load_model(checkpoint: Checkpoint) -> TwoTower:
+    """The model of a checkpoint, ready to encode."""
+    shape = checkpoint.manifest["shape"]
+    model = TwoTower(
+        load_features(checkpoint.path),
+        shape["dimension"],
+        shape["user_layers"],
+        shape["item_layers"],
+        shape["dropout"],
+        seed=0,
+    )
+    _restore_model(model, load_file(checkpoint.path / TENSORS))
+    return model.eval()
+
+
+def resume(folder: Path, model: TwoTower, optimizer: torch.optim.Adam) -> Progress | None:
+    """Load the latest whole checkpoint of a run into model and optimizer, or say that there is none.
+
+    Damaged ones are removed on the way, with a warning.
+    """
+    for path in reversed(_steps(folder)):
+        try:
+            manifest = open_checkpoint(path).manifest
+        except DataError as error:
+            log.warning("going back to the checkpoint before: %s", error)
+            shutil.rmtree(path)
+            continue
+        tensors = load_file(path / TENSORS)
+        _restore_model(model, tensors)
+        _restore_optimizer(model, optimizer, tensors)
+        done = manifest["progress"]
+        return Progress(**{**done, "last_loss": math.nan if done["last_loss"] is None else done["last_loss"]})
+    return None
+
+
+def save_step(
+    folder: Path, model: TwoTower, optimizer: torch.optim.Adam, shape: Shape, progress: Progress, features_from: Path
+) -> None:
+    """Write a checkpoint for resuming into the folder of a run; older ones go, when it is on disk."""
+    save_checkpoint(folder / f"step-{progress.rows}", model, optimizer, shape, progress, features_from, {})
+    drop_all_but(folder, [path.name for path in _steps(folder)[-KEPT:]])
+
+
+def drop_all_but(folder: Path, keep: Iterable[str]) -> None:
+    """Empty the folder of a run, down to some entries; what a killed writer left behind goes too."""
+    kept = set(keep)
+    for path in folder.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints for resuming, oldest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(progress: Progress) -> dict[str, Any]:
+    return {**asdict(progress), "last_loss": None if math.isnan(progress.last_loss) else progress.last_loss}
+
+
+def _tensors(model: TwoTower, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+    tensors = {f"dense.{name}": value.detach() for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"adam.{key}.{name}"] = value.detach().clone()
+    for name, table in model.tables.items():
+        tensors[f"table.{name}"] = torch.from_numpy(table.weights)
+        tensors[f"accumulator.{name}"] = torch.from_numpy(table.accumulator)
+    return {name: value.contiguous() for name, value in sorted(tensors.items())}
+
+
+def _restore_model(model: TwoTower, tensors: dict[str, Tensor]) -> None:
+    model.load_state_dict({k.removeprefix("dense."): v for k, v in tensors.items() if k.startswith("dense.")})
+    for name, table in model.tables.items():
+        # Copied: a mapped table would be paged in from a file that the run removes.
+        np.copyto(table.weights, tensors[f"table.{name}"].numpy())
+        np.copyto(table.accumulator, tensors[f"accumulator.{name}"].numpy())
+
+
+def _restore_optimizer(model: TwoTower, optimizer: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        keys = [key for key in tensors if key.startswith("adam.") and key.split(".", 2)[2] == name]
+        optimizer.state[parameter] = {key.split(".")[1]: tensors[key].clone() for key in keys}

@@ -1,0 +1,134 @@
+"""What all tests share: real data where there are any, and no silent skips in CI."""
+
+import os
+
+# Before the first import of NumPy or torch. Two workers share few cores, and one thread gives the same sums every time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import shutil
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from twotower.config import Settings
+
+REAL_DATA = Path(os.environ.get("TWOTOWER_DATA") or Path(__file__).parents[2] / "shared" / "data")
+ALLOWED_SKIPS = tuple(
+    line
+    for line in (Path(__file__).parent / "allowed_skips.txt").read_text().splitlines()
+    if line.strip() and not line.startswith("#")
+)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
+    """The configuration of a tiny simulated workspace, trained, published and promoted; it is only read."""
+    from twotower.cli.line import run_line  # torch and Ibis take seconds to load, and most tests need neither
+    from twotower.config import load
+    from twotower.datasets.simulate import simulate_workspace
+
+    path = tmp_path_factory.mktemp("world") / "workspace"
+    simulate_workspace(path, users=300, items=300, days=3, seed=1)
+    overrides = [f"workspace.path={path}", "train.epochs=2", "train.batch_size=256", "models.dimension=16"]
+    settings = load(Path(__file__).parents[1] / "examples" / "demo.toml", overrides)
+    run_line(settings, promoted=True)
+    return settings
+
+
+@pytest.fixture(scope="session")
+def odd_world(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
+    """A tiny published workspace with strings as users, integers as items, and attributes of many types; only read."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from twotower.cli.line import run_line
+    from twotower.config import parse
+
+    path = tmp_path_factory.mktemp("odd") / "workspace"
+    (path / "events" / "date=2023-11-15").mkdir(parents=True)
+    items = np.arange(40)
+    attributes = {
+        "item_id": items[::-1].copy(),
+        "labels": [["a", "b"][: i % 3] for i in items],
+        "added": pa.array([None if i % 5 == 0 else int(i) for i in items], pa.timestamp("ms")),
+        "price": pa.array([None if i % 7 == 0 else i + 0.5 for i in items]),
+        "size": pa.array([float("nan") if i % 7 == 0 else float(i % 4) for i in items]),
+        "fresh": pa.array([None if i % 4 == 0 else bool(i % 2) for i in items]),
+        "kind": pa.array([None if i % 9 == 0 else f"kind {i % 3}" for i in items]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(attributes), path / "items.parquet", row_group_size=7)
+    pq.write_table(pa.table({"user_id": [f"user/{u}" for u in range(30)]}), path / "users.parquet")
+    generator = np.random.default_rng(0)
+    times = 1_700_000_000_000 + 1000 * np.arange(600)
+    clicks = {
+        "event_seq": np.arange(600),
+        "user_id": [f"user/{u}" for u in generator.integers(30, size=600)],
+        "item_id": generator.integers(40, size=600),
+        "request_ts_ms": times,
+        "click_ts_ms": times + 1,
+        "outcome": ["clicked"] * 600,
+    }
+    pq.write_table(pa.table(clicks), path / "events" / "date=2023-11-15" / "0.parquet")
+    train = {"epochs": 1, "batch_size": 64}
+    settings = parse({"workspace": {"path": str(path)}, "models": {"dimension": 8}, "train": train})
+    run_line(settings, promoted=True)
+    return settings
+
+
+@pytest.fixture
+def own_world(world: "Settings", tmp_path: Path) -> "Settings":
+    """The same for a test that changes it."""
+    copied = shutil.copytree(world.workspace.path, tmp_path / "own")
+    return replace(world, workspace=replace(world.workspace, path=str(copied)))
+
+
+@pytest.fixture
+def real_data() -> Callable[[str], Path]:
+    """Gives the path of a file or folder of the real data by its name, or skips the test where it is absent."""
+
+    def path_of(name: str) -> Path:
+        path = REAL_DATA / name
+        if not path.exists():
+            pytest.skip(f"real data absent: no {name} in $TWOTOWER_DATA or ../shared/data")
+        return path
+
+    return path_of
+
+
+class NoSilentSkips:
+    """Fails every skip whose reason is not allowed, also those of whole modules and of doctests."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if not hasattr(report, "wasxfail"):
+            refuse_skip(report)
+        return report
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        report = yield
+        refuse_skip(report)
+        return report
+
+
+def refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a skip into a failure, unless its reason begins like a line of `allowed_skips.txt`."""
+    if not report.skipped:
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    if not reason.startswith(ALLOWED_SKIPS):
+        report.outcome = "failed"
+        report.longrepr = f"skipped with CI=true, and tests/allowed_skips.txt does not allow this reason: {reason}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # As a plugin it also sees what is outside of tests/, unlike the hooks of a conftest.
+    if os.environ.get("CI") == "true":
+        config.pluginmanager.register(NoSilentSkips())

@@ -1,0 +1,68 @@
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+
+from twotower.datasets.globo import read_globo
+from twotower.datasets.tables import assemble
+from twotower.schema.errors import ConfigError, DataError
+
+T = 1_506_826_800_026  # 2017-10-01, 03:00 UTC
+
+
+def clicks():
+    small = {name: pa.array([4, 4, 2], pa.int8()) for name in ("click_environment", "click_country", "click_region")}
+    return pa.table(
+        {
+            "user_id": pa.array([59, 59, 79], pa.int32()),
+            "session_id": [1506826329267796, 1506826329267796, 1506826486139816],
+            "session_start": [T - 9] * 3,
+            "click_article_id": pa.array([234853, 96663, 234853], pa.int32()),
+            "click_timestamp": [T, T + 7_200_000, T + 1],
+            "click_deviceGroup": pa.array([3, 3, 1], pa.int8()),
+            "click_os": pa.array([2, 2, 17], pa.int8()),
+            "click_referrer_type": pa.array([1, 1, 7], pa.int8()),
+            **small,
+        }
+    )
+
+
+def test_clicks_become_events_with_their_context(tmp_path):
+    pq.write_table(clicks(), tmp_path / "clicks_1001.parquet")
+    tables = assemble(read_globo(tmp_path, "all"))
+    assert tables.events.to_pylist()[2] == {
+        "event_seq": 2,
+        "request_id": "1506826329267796",
+        "user_id": 59,
+        "item_id": 96663,
+        "request_ts_ms": T + 7_200_000,
+        "click_ts_ms": T + 7_200_000,
+        "outcome": "clicked",
+        "weight": None,
+        "device_group": 3,
+        "os": 2,
+        "environment": 4,
+        "country": 4,
+        "region": 4,
+        "referrer_type": 1,
+        "hour": 5,
+    }
+    assert tables.users.column_names == ["user_id"]
+    assert tables.items.column_names == ["item_id"]
+
+
+def test_files_in_any_order_and_either_format_give_the_same(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    pq.write_table(clicks(), tmp_path / "one/clicks_1001.parquet")
+    pa_csv.write_csv(clicks().slice(1), tmp_path / "many/clicks_hour_000.csv")
+    pa_csv.write_csv(clicks().slice(0, 1), tmp_path / "many/clicks_hour_001.csv")
+    one, many = (assemble(read_globo(tmp_path / name, "all")) for name in ("one", "many"))
+    assert one.events.equals(many.events)
+
+
+def test_ratings_and_missing_files_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="globo has clicks, no ratings"):
+        read_globo(tmp_path, "3")
+    with pytest.raises(DataError, match=r"has no file clicks_\*"):
+        read_globo(tmp_path, "all")

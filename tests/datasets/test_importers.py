@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pytest
+
+from twotower.datasets.importers import import_dataset
+from twotower.datasets.workspace import open_workspace
+from twotower.schema.errors import ConfigError, DataError
+
+T = 1_500_000_000_000
+
+
+@pytest.fixture
+def plays(tmp_path):
+    path = tmp_path / "plays.csv"
+    rows = [(u, i, T + 1000 * (4 * i + u)) for u in range(3) for i in range(4)]
+    path.write_text("user_id,item_id,ts_ms\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    return path
+
+
+def test_an_import_with_a_rule(plays, tmp_path):
+    report = import_dataset("interactions", plays, tmp_path / "w", holdout="leave-one-out")
+    assert (report.events, report.holdout, report.holdout_cold) == (9, 0, 3)
+    manifest = json.loads((tmp_path / "w/workspace.json").read_text())
+    assert manifest["source"] == "interactions"
+    assert manifest["arguments"] == {
+        "src": str(plays),
+        "test": None,
+        "users": None,
+        "items": None,
+        "holdout": "leave-one-out",
+        "positive": "all",
+        "until": None,
+    }
+
+
+def test_an_import_with_a_test_file(plays, tmp_path):
+    (tmp_path / "test.csv").write_text("user_id,item_id\n0,0\n7,0\n")
+    report = import_dataset("interactions", plays, tmp_path / "w", test=tmp_path / "test.csv")
+    assert (report.users, report.events, report.holdout, report.holdout_cold) == (4, 11, 1, 1)
+    assert report.dropped == {"in_test": 1}
+
+
+def test_an_import_without_a_hold_out_has_no_tables_of_it(plays, tmp_path):
+    import_dataset("interactions", plays, tmp_path / "w")
+    assert not list((tmp_path / "w").glob("*hold*"))
+    assert not (tmp_path / "w/train_positives.parquet").exists()
+
+
+def test_until_is_a_day(plays, tmp_path):
+    with pytest.raises(ConfigError, match="--until: 'May'"):
+        import_dataset("interactions", plays, tmp_path / "w", until="May")
+    with pytest.raises(DataError, match="all 12 events of interactions are later"):
+        import_dataset("interactions", plays, tmp_path / "w", until="2017-07-13")
+    assert import_dataset("interactions", plays, tmp_path / "w", until="2017-07-14").events == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "netflix"}, "no data set 'netflix'; there are movielens-1m, kuairand, globo, interactions"),
+        ({"holdout": "time:0.5", "test": Path("t.csv")}, "exclude each other"),
+        ({"holdout": "time:2"}, "quantile between 0 and 1"),
+        ({"name": "globo", "users": Path("u.csv")}, "--users and --items go with `interactions`"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(plays, tmp_path, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        import_dataset(**{"name": "interactions", "src": plays, "out": tmp_path / "w", **arguments})
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_occupied_place_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/mine").write_text("")
+    with pytest.raises(ConfigError, match="is not empty"):
+        import_dataset("interactions", tmp_path / "nowhere", tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "options", "users"),
+    [
+        ("movielens-1m", "ml-1m", {"holdout": "time:0.9", "positive": "4"}, 1_148),
+        ("movielens-1m", "ml-1m", {"holdout": "leave-one-out"}, 6_038),
+        ("kuairand", "kuairand", {"holdout": "since:2022-05-03"}, 7_234),
+        ("globo", "globo", {"holdout": "since:2017-10-10", "until": "2017-10-10"}, 58_236),
+        ("interactions", "gowalla/train.parquet", {"test": "gowalla/test.parquet"}, 29_858),
+    ],
+)
+def test_the_hold_outs_of_real_data_have_the_users_of_the_published_baselines(
+    real_data, tmp_path, name, folder, options, users
+):
+    if "test" in options:
+        options = options | {"test": real_data(options["test"])}
+    report = import_dataset(name, real_data(folder), tmp_path / "w", **options)
+    workspace = open_workspace(tmp_path / "w")
+    holdout, train = workspace.holdout(), workspace.train_positives()
+    assert pc.count_distinct(holdout["user_id"]).as_py() == users
+    for column in ("user_id", "item_id"):
+        assert pc.all(pc.is_in(holdout[column], value_set=pc.unique(train[column]))).as_py()
+    assert report.events >= report.train_positives == train.num_rows

@@ -1,0 +1,106 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twotower.fusion.fuse import Fused, quota, reciprocal_rank
+from twotower.models.retriever import Candidates
+from twotower.schema.errors import ConfigError
+
+Lists = dict[str, list[list[int]]]
+lists_of_users = st.integers(1, 4).flatmap(
+    lambda users: st.dictionaries(
+        st.sampled_from(["two_tower", "item_cf", "popular", "swing"]),
+        st.lists(st.lists(st.integers(0, 12), unique=True, max_size=8), min_size=users, max_size=users),
+        min_size=1,
+    )
+)
+some_weights = st.dictionaries(st.sampled_from(["two_tower", "item_cf", "popular"]), st.sampled_from([0.5, 1.0, 3.0]))
+
+
+def candidates(users: list[list[int]]) -> Candidates:
+    width = max(1, *map(len, users), 1)
+    rows = np.array([rows + [-1] * (width - len(rows)) for rows in users])
+    return Candidates(rows, np.where(rows >= 0, np.float32(0.5), np.float32(-np.inf)))
+
+
+def check(fused: Fused, lists: Lists, k: int, score: Callable[[int, int], float]) -> None:
+    """`score` gives an item's score for a user; brute force sorts all items by it."""
+    users = len(next(iter(lists.values())))
+    assert fused.candidates.rows.shape == fused.candidates.scores.shape == fused.brought_by.shape == (users, k)
+    for user in range(users):
+        items = {row for brought in lists.values() for row in brought[user]}
+        ordered = sorted(items, key=lambda row: (-score(user, row), row))[:k]
+        assert fused.candidates.rows[user].tolist() == ordered + [-1] * (k - len(ordered))
+        for place, row in enumerate(ordered):
+            assert fused.candidates.scores[user, place] == pytest.approx(score(user, row), rel=1e-6)
+            assert fused.channels_of(user, place) == [name for name, brought in lists.items() if row in brought[user]]
+        assert np.isneginf(fused.candidates.scores[user, len(ordered) :]).all()
+        assert not fused.brought_by[user, len(ordered) :].any()
+
+
+@given(lists_of_users, some_weights, st.integers(1, 20))
+def test_reciprocal_rank_adds_weight_over_60_plus_rank(lists: Lists, weights: dict[str, float], k: int) -> None:
+    weights = {name: weight for name, weight in weights.items() if name in lists}
+
+    def score(user: int, row: int) -> float:
+        ranks = {name: brought[user].index(row) + 1 for name, brought in lists.items() if row in brought[user]}
+        return sum(weights.get(name, 1.0) / (60 + rank) for name, rank in ranks.items())
+
+    check(reciprocal_rank({n: candidates(u) for n, u in lists.items()}, k, weights), lists, k, score)
+
+
+@given(lists_of_users, some_weights, st.integers(1, 20))
+def test_quota_takes_what_is_due_first(lists: Lists, weights: dict[str, float], k: int) -> None:
+    weights = {name: weight for name, weight in weights.items() if name in lists}
+
+    def score(user: int, row: int) -> float:
+        due = [
+            (brought[user].index(row) + 1) / weights.get(name, 1.0)
+            for name, brought in lists.items()
+            if row in brought[user]
+        ]
+        return -min(due)
+
+    check(quota({n: candidates(u) for n, u in lists.items()}, k, weights), lists, k, score)
+
+
+def test_quota_gives_places_in_proportion_and_those_of_a_short_channel_to_the_rest() -> None:
+    long, short = list(range(60)), list(range(100, 105))
+    fused = quota({"long": candidates([long]), "short": candidates([short])}, 40, {"long": 3.0, "short": 1.0})
+    rows = fused.candidates.rows[0]
+    assert (rows[:20] >= 100).sum() == 5
+    assert rows[20:].tolist() == list(range(15, 35))
+
+
+def test_an_item_keeps_all_its_channels() -> None:
+    fused = reciprocal_rank({"a": candidates([[5, 6]]), "b": candidates([[7]]), "c": candidates([[6, 5]])}, 3)
+    assert fused.candidates.rows.tolist() == [[5, 6, 7]]
+    assert [fused.channels_of(0, place) for place in range(3)] == [["a", "c"], ["a", "c"], ["b"]]
+
+
+@pytest.mark.parametrize("fuse", [reciprocal_rank, quota])
+def test_lists_that_are_all_empty_give_padding(fuse: Callable[..., Fused]) -> None:
+    fused = fuse({"a": candidates([[], []]), "b": candidates([[], []])}, 2)
+    assert fused.candidates.rows.tolist() == [[-1, -1]] * 2
+    assert np.isneginf(fused.candidates.scores).all()
+    assert fused.channels_of(1, 0) == []
+
+
+@pytest.mark.parametrize("fuse", [reciprocal_rank, quota])
+def test_no_users_give_no_lists(fuse: Callable[..., Fused]) -> None:
+    nobody = Candidates(np.zeros((0, 3), np.int64), np.zeros((0, 3), np.float32))
+    assert fuse({"a": nobody}, 2).candidates.rows.shape == (0, 2)
+
+
+@pytest.mark.parametrize("fuse", [reciprocal_rank, quota])
+def test_what_cannot_be_fused_is_refused(fuse: Callable[..., Fused]) -> None:
+    one = {"a": candidates([[1]])}
+    with pytest.raises(ConfigError, match="no channel brought a list"):
+        fuse({}, 2)
+    with pytest.raises(ConfigError, match="weights for b, but the channels are a"):
+        fuse(one, 2, {"b": 1.0})
+    with pytest.raises(ConfigError, match="above 0 and finite; leave a channel out"):
+        fuse(one, 2, {"a": 0.0})

@@ -1,0 +1,38 @@
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.config import settings as spec
+from twotower.features.columns import Bag, Column
+from twotower.features.feature_set import fit
+from twotower.index.exact import ExactIndex
+from twotower.index.protocol import Exclusions
+from twotower.models.channel import TwoTowerChannel
+from twotower.models.retriever import Queries
+from twotower.models.two_tower import Floats
+
+
+def test_the_encoder_sees_the_latest_clicks_as_rows_of_the_table_and_the_index_its_vector() -> None:
+    wanted = spec.Features(
+        user={"history": spec.Sequence("sequence", last=2)}, item={"item_id": spec.Categorical("categorical")}
+    )
+    features = fit(wanted, pa.table({"user_id": [1]}), pa.table({"item_id": [10, 30]}), {}, 4, 0.0)
+    catalogue = pa.array([10, 20, 30])
+    history = features.history
+    assert history is not None
+    seen: list[Bag] = []
+
+    def encode(columns: Mapping[str, Column]) -> Floats:
+        bag = columns["history"]
+        assert isinstance(bag, Bag)
+        seen.append(bag)
+        return np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+
+    index = ExactIndex.build(np.arange(3), np.array([[1, 0], [0.5, 0.5], [0, 1]], np.float32))
+    channel = TwoTowerChannel(features, history.vocabulary.rows(catalogue), encode, index)
+    clicks = Bag(np.array([0, 3, 3]), np.array([0, 1, 2], np.int32))
+    found = channel.retrieve(Queries({}, clicks, Exclusions.of([[0], []])), 2)
+    assert seen[0].indptr.tolist() == [0, 2, 2]
+    assert seen[0].rows.tolist() == [1, 3]  # item 20 had no training positive: unknown
+    assert found.rows.tolist() == [[1, 2], [2, 1]]

@@ -1,0 +1,43 @@
+import numpy as np
+import pyarrow as pa
+import torch
+
+from twotower.features.fitted import Category, Number
+from twotower.features.vocabulary import Vocabulary
+from twotower.models.towers import Tower, input_width
+
+
+def features() -> tuple[Category, Number]:
+    return Category("city", Vocabulary("user.city", pa.array(["Bern"]), 3), 4), Number("age", False, 0.0, 1.0)
+
+
+def test_a_category_is_as_wide_as_its_embedding_and_a_number_has_a_flag() -> None:
+    assert [input_width(feature) for feature in features()] == [4, 2]
+
+
+def test_a_tower_without_layers_is_a_projection_of_features_side_by_side_to_unit_length() -> None:
+    tower = Tower(features(), [], 3)
+    city, age = torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[0.5, 0.0]])
+    expected = tower.projection(torch.cat([city, age], dim=1)).detach().numpy()[0]
+    with torch.no_grad():
+        found = tower({"age": age, "city": city}).numpy()[0]
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected), rtol=1e-5)
+
+
+def test_dropout_is_active_in_training_alone() -> None:
+    tower = Tower(features(), [64], 3, dropout=0.5)
+    inputs = {"city": torch.ones(1, 4), "age": torch.ones(1, 2)}
+    with torch.no_grad():
+        assert not torch.equal(tower(inputs), tower(inputs))
+        tower.eval()
+        assert torch.equal(tower(inputs), tower(inputs))
+
+
+def test_a_vector_of_zeros_stays_zero_and_is_no_nan() -> None:
+    tower = Tower(features(), [], 3)
+    torch.nn.init.zeros_(tower.projection.bias)
+    vector = tower({"city": torch.zeros(1, 4), "age": torch.zeros(1, 2)})
+    vector.sum().backward()
+    assert vector.tolist() == [[0, 0, 0]]
+    assert tower.projection.weight.grad is not None
+    assert torch.isfinite(tower.projection.weight.grad).all()

@@ -1,0 +1,142 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from twotower.cli.line import open_served, places
+from twotower.config import Settings
+from twotower.publish.retrieve import retrieve_file, shown_items
+from twotower.publish.version import Version
+from twotower.schema.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def version(world: Settings) -> Version:
+    return open_served(world)
+
+
+@pytest.fixture
+def ask(version: Version, world: Settings, tmp_path: Path):
+    def asked(users: str = "all", k: int = 5, channel: str = "two_tower", exclude: str = "clicked") -> pa.Table:
+        out = tmp_path / "out.parquet"
+        count = retrieve_file(version, places(world).workspace, users, k, out, channel, exclude)
+        table = pq.read_table(out)
+        assert pq.read_schema(out).names == ["user_id", "item_id", "rank", "score", "channel"]
+        assert len(set(table["user_id"].to_pylist())) <= count
+        return table
+
+    return asked
+
+
+def users_file(tmp_path: Path, **columns: object) -> str:
+    path = tmp_path / "users.parquet"
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def clicked(version: Version) -> set[tuple[int, str]]:
+    owner = np.repeat(np.arange(len(version.users)), np.diff(version.clicks.indptr))
+    users, items = version.users.ids.take(pa.array(owner)), version.item_ids.take(pa.array(version.clicks.item_row))
+    return set(zip(users.to_pylist(), items.to_pylist(), strict=True))
+
+
+def pairs(table: pa.Table) -> set[tuple[int, str]]:
+    return set(zip(table["user_id"].to_pylist(), table["item_id"].to_pylist(), strict=True))
+
+
+@pytest.mark.parametrize("channel", ["two_tower", "item_cf", "popular", "fused"])
+def test_every_user_gets_distinct_items_by_rank_and_falling_score(ask, version: Version, channel: str) -> None:
+    table = ask(channel=channel).to_pandas()
+    assert set(table["channel"]) == {channel}
+    assert not table.duplicated(["user_id", "item_id"]).any()
+    for _, one in table.groupby("user_id"):
+        assert one["rank"].tolist() == list(range(1, len(one) + 1))
+        assert one["score"].is_monotonic_decreasing
+    if channel != "item_cf":  # which knows no one without clicks
+        assert table.groupby("user_id").size().eq(5).all()
+        assert table["user_id"].nunique() == len(version.users)
+
+
+def test_clicked_items_are_left_out_unless_they_are_asked_for(ask, version: Version) -> None:
+    assert not pairs(ask(k=100)) & clicked(version)
+    assert clicked(version) <= pairs(ask(k=1000, exclude="none"))
+
+
+def test_impressed_leaves_out_what_the_events_say_was_shown(ask, version: Version, world: Settings) -> None:
+    events = pq.read_table(places(world).workspace / "events", partitioning=None).to_pandas()
+    shown = events[events["outcome"].isin(["impressed", "clicked"])]
+    seen = set(zip(shown["user_id"], shown["item_id"], strict=True))
+    answered = pairs(ask(k=1000, exclude="impressed"))
+    everything = {(user, item) for user in version.users.ids.to_pylist() for item in version.item_ids.to_pylist()}
+    assert answered == everything - seen
+
+
+def test_without_events_impressed_is_refused(version: Version, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--exclude impressed needs the events"):
+        shown_items(version, tmp_path)
+
+
+def test_unknown_and_repeated_users_are_answered_once_each_in_their_order(
+    ask, version: Version, tmp_path: Path
+) -> None:
+    known = version.users.ids[3].as_py()
+    table = ask(users_file(tmp_path, user_id=[-5, known, -5, known]), k=3)
+    assert table["user_id"].to_pylist() == [-5] * 3 + [known] * 3
+    alone = ask(users_file(tmp_path, user_id=[known]), k=3)
+    assert table.slice(3)["item_id"].equals(alone["item_id"])
+
+
+def test_context_columns_of_the_users_file_change_the_answer(ask, version: Version, tmp_path: Path) -> None:
+    known = version.users.ids.to_pylist()[:20]
+    silent = ask(users_file(tmp_path, user_id=known), k=20)
+    hours = [ask(users_file(tmp_path, user_id=known, hour=[hour] * 20), k=20) for hour in (3, 20)]
+    assert not hours[0].equals(hours[1])
+    assert not hours[0].equals(silent)
+
+
+def test_no_users_give_an_empty_file(ask, tmp_path: Path) -> None:
+    assert ask(users_file(tmp_path, user_id=pa.array([], pa.int64()))).num_rows == 0
+
+
+def test_more_than_the_catalogue_gives_all_that_there_is(ask, version: Version) -> None:
+    table = ask(k=10_000, exclude="none")
+    assert table.num_rows == len(version.users) * len(version.item_ids)
+    assert np.isfinite(table["score"].to_numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "--k 0: at least one item"),
+        ({"exclude": "seen"}, "--exclude seen: it is one of clicked, impressed, none"),
+        ({"channel": "mind"}, "--channel mind: version .* has two_tower, item_cf, popular and fused"),
+    ],
+)
+def test_wrong_options_are_refused(ask, arguments: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ask(**arguments)
+
+
+def test_a_users_file_that_is_none_is_refused(ask, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("no parquet")
+    cases = [
+        (str(tmp_path / "absent"), "Give `all`, or a Parquet file"),
+        (str(text), "Give `all`, or a Parquet file"),
+        (users_file(tmp_path, user=[1]), "has no column user_id"),
+    ]
+    for users, message in cases:
+        with pytest.raises(DataError, match=message):
+            ask(users)
+    for ids, message in [(["a"], "is of type string"), ([None, 1], "null ids"), ([1.5], "is of type double")]:
+        with pytest.raises(DataError, match=message):
+            ask(users_file(tmp_path, user_id=ids))
+
+
+def test_a_refused_request_leaves_the_old_file(ask, tmp_path: Path) -> None:
+    before = ask()
+    with pytest.raises(DataError):
+        ask(users_file(tmp_path, user_id=["a"]))
+    assert pq.read_table(tmp_path / "out.parquet").equals(before)

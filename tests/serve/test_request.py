@@ -1,0 +1,52 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from twotower.cli.line import open_served
+from twotower.config import Settings
+from twotower.publish.version import Version
+from twotower.serve.request import Asked, clicked_rows, find_items, left_out, retrieve
+from twotower.serve.users import Recent
+
+
+@pytest.fixture(scope="module")
+def version(odd_world: Settings) -> Version:
+    return open_served(odd_world)
+
+
+def test_items_of_another_type_or_beyond_int64_are_not_in_the_catalogue(version: Version) -> None:
+    assert find_items(version, [3, "3", True, 2**70, -(2**70), 39, 40]).tolist() == [3, -1, -1, -1, -1, 39, -1]
+
+
+def test_clicks_after_the_watermark_follow_those_of_the_version_in_the_order_of_time(version: Version) -> None:
+    watermark = version.watermark_ms
+    recent = Recent(clicks=((watermark + 9, 1), (watermark, 2), (watermark + 5, 3), (watermark + 5, 99), (5, 4)))
+    stored = clicked_rows(version, 7, Recent())
+    assert clicked_rows(version, 7, recent).tolist() == [*stored.tolist(), 3, 1]
+    assert clicked_rows(version, -1, recent).tolist() == [3, 1]
+
+
+def test_without_a_watermark_every_click_of_the_log_counts(version: Version) -> None:
+    timeless = replace(version, manifest={**version.manifest, "watermark_ms": None})
+    assert clicked_rows(timeless, -1, Recent(clicks=((5, 4), (3, 6)))).tolist() == [6, 4]
+
+
+def test_exclusions_join_clicks_impressions_of_the_window_and_filters(version: Version) -> None:
+    recent = Recent(shown=((100, 5), (99, 6), (100, 77)))
+    clicks = np.array([8, 8, 2], np.int32)
+
+    def rows(exclude: str, **filters: list) -> list[int]:
+        return left_out(version, Asked(10, exclude, filters=filters), clicks, recent, 100).tolist()
+
+    assert rows("none") == []
+    assert rows("clicked") == [2, 8]
+    assert rows("impressed") == [2, 5, 8]
+    assert rows("none", item_id=[0, 1]) == list(range(2, 40))
+
+
+def test_all_items_of_an_answer_are_of_the_version_that_it_names(version: Version) -> None:
+    renamed = replace(version, id="another")
+    answers = [retrieve(one, Asked(5, "none"), Recent(), 0, 0) for one in (version, renamed)]
+    assert [answer.version for answer in answers] == [version.id, "another"]
+    assert answers[0].items == answers[1].items

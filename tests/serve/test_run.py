@@ -1,0 +1,170 @@
+"""The server as a process: its start, its signals, what it refuses."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from twotower.cli.line import places
+from twotower.config import Settings
+from twotower.publish.publish import current_path
+from twotower.publish.version import read_manifest, write_manifest
+
+TOKEN = "token"
+OTHER = "29990101T000000000-other"
+
+
+class Process:
+    """A running `twotower serve`."""
+
+    def __init__(self, settings: Settings, *overrides: str, **environment: str) -> None:
+        options = [f"workspace.path={json.dumps(settings.workspace.path)}", "serve.port=0", "serve.admin_port=0"]
+        arguments = [part for option in (*options, *overrides) for part in ("--set", option)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "twotower", "serve", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.line = self.process.stdout.readline()
+        self.ready: Any = json.loads(self.line) if self.line else None
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        """Exit code, what followed the JSON line on stdout, stderr."""
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=20)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def serve(own_world: Settings) -> Iterator[Callable[..., Process]]:
+    with ExitStack() as stack:
+
+        def started(*overrides: str, **environment: str) -> Process:
+            process = Process(own_world, *overrides, **environment)
+            stack.callback(process.process.communicate)
+            stack.callback(process.process.kill)
+            return process
+
+        yield started
+
+
+def test_a_server_says_where_it_is_answers_what_it_began_and_ends_with_0(
+    serve: Callable[..., Process], own_world: Settings
+) -> None:
+    server = serve()
+    assert server.ready.keys() == {"url", "admin_url", "version"}
+    assert server.ready["admin_url"] is None
+    assert server.ready["version"] == current_path(places(own_world).versions).name
+
+    second = serve()
+    assert second.line == ""
+    second.process.wait(20)
+    assert second.process.returncode == 1
+    assert "is open in another writer: a log has one at a time" in second.process.stderr.read()
+
+    address = urlsplit(server.ready["url"])
+    body = json.dumps({"k": 5}).encode()
+    slow = http.client.HTTPConnection(address.hostname, address.port, timeout=10)
+    slow.putrequest("POST", "/v1/retrieve")
+    slow.putheader("Content-Type", "application/json")
+    slow.putheader("Content-Length", str(len(body)))
+    slow.endheaders(body[:3])
+    assert httpx.get(server.ready["url"] + "/healthz").json() == {"ok": True}
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    slow.send(body[3:])
+    assert len(json.loads(slow.getresponse().read())["items"]) == 5
+    slow.close()
+    code, out, err = server.end(0)
+    assert (code, out) == (0, "")
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_ends_a_server_with_0(serve: Callable[..., Process]) -> None:
+    code, out, err = serve().end(signal.SIGINT)
+    assert (code, out) == (0, "")
+    assert "Traceback" not in err
+
+
+def test_a_taken_port_is_refused_with_what_to_set(serve: Callable[..., Process]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = serve(f"serve.port={port}")
+        assert server.line == ""
+        server.process.wait(20)
+        assert server.process.returncode == 2
+        err = server.process.stderr.read()
+        assert f"cannot listen on 127.0.0.1:{port}" in err
+        assert "Set serve.port" in err
+
+
+def test_the_admin_port_promotes_and_a_store_left_from_another_log_is_made_again(
+    serve: Callable[..., Process], own_world: Settings
+) -> None:
+    versions = places(own_world).versions
+    source = current_path(versions)
+    for path in source.rglob("*"):
+        if path.is_file():
+            target = versions / OTHER / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    manifest = {key: value for key, value in read_manifest(source).items() if key != "digest"}
+    write_manifest(versions / OTHER, {**manifest, "id": OTHER, "parent": source.name})
+    server = serve(TWOTOWER_ADMIN_TOKEN=TOKEN)
+    url, admin_url = server.ready["url"], server.ready["admin_url"]
+    assert admin_url.startswith("http://127.0.0.1:")
+    user_id = 1000
+    first = httpx.post(f"{url}/v1/retrieve", json={"user_id": user_id}).json()["items"][0]["item_id"]
+    click = {"event_id": "e", "type": "click", "user_id": user_id, "item_id": first, "ts_ms": 1_800_000_000_000}
+    assert httpx.post(f"{url}/v1/events", json={"events": [click]}).status_code == 202
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    assert httpx.post(f"{admin_url}/promote", json={"version": OTHER}).status_code == 401
+    assert httpx.post(f"{admin_url}/promote", json={"version": OTHER}, headers=headers).json() == {"served": OTHER}
+    assert httpx.get(f"{url}/v1/version").json()["version"] == OTHER
+    assert httpx.post(f"{url}/promote", json={"version": OTHER}, headers=headers).status_code == 404
+    flip(versions / source.name / "users.arrow")
+    (versions / "CURRENT").write_text(source.name)
+    until(lambda: httpx.get(f"{url}/v1/version").json()["refused"])
+    assert "users.arrow does not have" in httpx.get(f"{url}/v1/version").json()["refused"]["problem"]
+    assert "\ntwotower_version_refused 1.0" in httpx.get(f"{url}/metrics").text
+    assert httpx.get(f"{url}/v1/version").json()["version"] == OTHER
+    (versions / "CURRENT").write_text(OTHER)
+    until(lambda: httpx.get(f"{url}/v1/version").json()["refused"] is None)
+    code, out, err = server.end()
+    assert (code, out) == (0, "")
+    assert "is refused" in err
+
+    for path in places(own_world).log.rglob("*.log"):
+        path.unlink()
+    again = serve()
+    offered = httpx.post(f"{again.ready['url']}/v1/retrieve", json={"user_id": user_id}).json()["items"]
+    assert first == offered[0]["item_id"]
+    assert "is not of this log: reading the log again" in again.end()[2]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def until(condition: Callable[[], object]) -> None:
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("the server never came to it")

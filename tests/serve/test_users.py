@@ -1,0 +1,135 @@
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from twotower.features.store import LmdbFeatureStore
+from twotower.logs import Event, LocalEventLog
+from twotower.serve.users import MOST_CLICKS, MOST_SHOWN, Recent, RecentUsers, items_of
+
+T = 1_700_000_000_000
+
+
+def click(number: int, user_id: int | str = 1) -> Event:
+    return Event(f"e{number}", "click", user_id, T + number, body={"item_id": number})
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[LocalEventLog]:
+    with closing(LocalEventLog.open(tmp_path / "log", partitions=3, sync="never")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def reopen(tmp_path: Path) -> Iterator[Callable[[LocalEventLog], RecentUsers]]:
+    """Opens the store again, as a restarted server does."""
+    stores: list[LmdbFeatureStore] = []
+
+    def opened(log: LocalEventLog) -> RecentUsers:
+        for store in stores:
+            store.close()
+        stores.append(LmdbFeatureStore(tmp_path / "store"))
+        return RecentUsers(log, stores[-1])
+
+    yield opened
+    for store in stores:
+        store.close()
+
+
+def clicks_of(users: RecentUsers, user_id: int | str = 1) -> list[int | str]:
+    return [item for _, item in users.get(user_id).clicks]
+
+
+def test_users_are_kept_apart_by_id_and_by_type(log: LocalEventLog, reopen) -> None:
+    users = reopen(log)
+    long = "x" * 1000
+    log.append([click(place, user_id) for place, user_id in enumerate([1, "1", long, long + "y"])])
+    assert users.catch_up() == 4
+    assert [clicks_of(users, user_id) for user_id in (1, "1", long, long + "y", 2)] == [[0], [1], [2], [3], []]
+    assert users.get(1) == Recent(clicks=((T, 0),))
+
+
+def test_a_restart_goes_on_where_it_was_and_applies_nothing_twice(log: LocalEventLog, reopen) -> None:
+    users = reopen(log)
+    log.append([click(0), click(1)])
+    assert users.catch_up() == 2
+    log.append([click(2)])
+    again = reopen(log)
+    assert again.catch_up() == 1
+    assert again.catch_up() == 0
+    assert clicks_of(again) == [0, 1, 2]
+
+
+def test_a_lost_store_is_made_again_from_the_log(log: LocalEventLog, reopen, tmp_path: Path) -> None:
+    log.append([click(place, place % 5) for place in range(3000)])
+    users = reopen(log)
+    users.catch_up()
+    before = [users.get(user_id) for user_id in range(5)]
+    users._store.close()
+    shutil.rmtree(tmp_path / "store")
+    again = reopen(log)
+    assert again.catch_up() == 3000
+    assert [again.get(user_id) for user_id in range(5)] == before
+
+
+@pytest.mark.parametrize("events", [[], [click(7)], [click(place) for place in range(10, 40)]])
+def test_a_store_of_another_log_is_made_again(log: LocalEventLog, reopen, tmp_path: Path, events: list[Event]) -> None:
+    """The log was removed, and the new one is empty, shorter or longer."""
+    users = reopen(log)
+    log.append([click(0), click(1), click(2, "left")])
+    users.catch_up()
+    with closing(LocalEventLog.open(tmp_path / "other", partitions=3, sync="never")) as other:
+        other.append(events)
+        again = reopen(other)
+        assert again.catch_up() == len(events)
+        assert clicks_of(again) == [event.body["item_id"] for event in events]
+        assert clicks_of(again, "left") == []
+
+
+def test_a_store_of_a_log_with_other_partitions_is_made_again(log: LocalEventLog, reopen, tmp_path: Path) -> None:
+    users = reopen(log)
+    log.append([click(0, user_id) for user_id in range(9)])
+    users.catch_up()
+    with closing(LocalEventLog.open(tmp_path / "other", partitions=2, sync="never")) as other:
+        again = reopen(other)
+        assert again.catch_up() == 0
+        assert [clicks_of(again, user_id) for user_id in range(9)] == [[]] * 9
+
+
+def test_only_the_latest_events_of_a_user_are_kept(log: LocalEventLog, reopen) -> None:
+    users = reopen(log)
+    log.append([click(place) for place in range(MOST_CLICKS + 5)])
+    shown = list(range(MOST_SHOWN + 5))
+    log.append([Event("shown", "impression", 1, T, body={"items": shown})])
+    users.catch_up()
+    assert clicks_of(users) == list(range(5, MOST_CLICKS + 5))
+    assert [item for _, item in users.get(1).shown] == shown[5:]
+
+
+def test_only_the_asked_partitions_are_read(log: LocalEventLog, reopen) -> None:
+    users = reopen(log)
+    acks = log.append([click(place, place) for place in range(20)])
+    first = [place for place, ack in enumerate(acks) if ack.partition == acks[0].partition]
+    assert users.catch_up([acks[0].partition] * 2) == len(first) < 20
+    assert users.catch_up() == 20 - len(first)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "clicked", "shown"),
+    [
+        ("click", {"item_id": "a"}, ["a"], []),
+        ("click", {"items": [1, 2]}, [1, 2], []),
+        ("impression", {"items": [1]}, [], [1]),
+        ("request", {"items": [1, 2, 3], "outcomes": ["clicked", "impressed", "ranked_not_shown"]}, [1], [1, 2]),
+        ("request", {"items": [1]}, [], []),
+        ("purchase", {"item_id": 1}, [], []),
+        ("click", {}, [], []),
+        ("click", {"item_id": None}, [], []),
+        ("click", {"items": [True, 1.5, None, 2]}, [2], []),
+        ("click", {"items": "abc"}, [], []),
+    ],
+)
+def test_what_an_event_says_was_clicked_and_shown(kind: str, body: dict, clicked: list, shown: list) -> None:
+    assert items_of(Event("e", kind, 1, T, body=body)) == (clicked, shown)

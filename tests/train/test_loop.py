@@ -1,0 +1,230 @@
+import itertools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from twotower.config import settings as spec
+from twotower.features.columns import Bag
+from twotower.models.embedding import EmbeddingTable
+from twotower.samples.read import Samples
+from twotower.schema.errors import DataError
+from twotower.schema.files import MANIFEST, sha256
+from twotower.train.checkpoint import TENSORS, Shape, load_model, open_checkpoint
+from twotower.train.loop import TrainReport, train
+
+BuildWorld = Callable[..., Samples]
+SHAPE = Shape(8, (16,), (16,), 0.1)
+ARGUMENTS: dict[str, Any] = {
+    "temperature": 0.2,
+    "batch_size": 48,
+    "epochs": 3,
+    "seed": 0,
+    "learning_rate": 0.003,
+    "table_learning_rate": 0.1,
+    "weight_decay": 0.0,
+    "id_dropout": 0.1,
+    "checkpoint_s": 1e9,
+    "threads": 1,
+}
+
+
+def run(samples: Samples, folder: Path, shape: Shape = SHAPE, **changed: Any) -> TrainReport:
+    return train(samples, folder, shape, **{**ARGUMENTS, **changed})
+
+
+def tensors(report: TrainReport) -> str:
+    return sha256(Path(report.checkpoint) / TENSORS)
+
+
+@pytest.fixture
+def samples(build_world: BuildWorld, two_camps: list[Any]) -> Samples:
+    return build_world(two_camps, 32, 16)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping_clock(calls: int) -> Callable[[], float]:
+    """A second a call, so that every step is checkpointed; the call after the last one ends the run like a kill."""
+    ticks = itertools.count()
+
+    def clock() -> float:
+        if (now := next(ticks)) >= calls:
+            raise Stopped
+        return float(now)
+
+    return clock
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(samples: Samples, tmp_path: Path) -> None:
+    one = run(samples, tmp_path / "one")
+    assert tensors(run(samples, tmp_path / "two")) == tensors(one)
+    assert tensors(run(samples, tmp_path / "three", seed=1)) != tensors(one)
+
+
+def test_the_state_of_the_global_generator_changes_nothing(samples: Samples, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    one = tensors(run(samples, tmp_path / "one"))
+    torch.manual_seed(2)
+    assert tensors(run(samples, tmp_path / "two")) == one
+
+
+def test_a_run_that_stops_anywhere_and_resumes_gives_the_bytes_of_an_undisturbed_one(
+    samples: Samples, tmp_path: Path
+) -> None:
+    undisturbed = run(samples, tmp_path / "undisturbed")
+    for calls in range(3, 28, 5):
+        folder = tmp_path / str(calls)
+        with pytest.raises(Stopped):
+            run(samples, folder, checkpoint_s=0.5, clock=stopping_clock(calls))
+        resumed = run(samples, folder, checkpoint_s=0.5, clock=stopping_clock(1000))
+        assert tensors(resumed) == tensors(undisturbed)
+        assert resumed.loss == undisturbed.loss
+        assert resumed.rows == undisturbed.rows == 3 * 192
+        assert [path.name for path in Path(resumed.checkpoint).parent.iterdir()] == ["model"]
+
+
+@pytest.fixture
+def stopped(samples: Samples, tmp_path: Path) -> Path:
+    """The folder of a run that stopped in its second epoch with a checkpoint of each of the last two steps."""
+    with pytest.raises(Stopped):
+        run(samples, tmp_path / "stopped", checkpoint_s=0.5, clock=stopping_clock(22))
+    (folder,) = (tmp_path / "stopped").iterdir()
+    return folder
+
+
+def test_the_two_newest_checkpoints_are_kept(stopped: Path) -> None:
+    steps = sorted(int(path.name.removeprefix("step-")) for path in stopped.iterdir())
+    assert len(steps) == 2
+    assert steps[1] - steps[0] == 48
+
+
+@pytest.mark.parametrize("name", [TENSORS, MANIFEST, "features.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    name: str, how: str, samples: Samples, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newest = sorted(stopped.iterdir(), key=lambda path: int(path.name.removeprefix("step-")))
+    content = bytearray((newest / name).read_bytes())
+    if how == "missing":
+        (newest / name).unlink()
+    elif how == "cut":
+        (newest / name).write_bytes(content[: len(content) // 2])
+    else:
+        place = content.index(b'"rows": ') + 8 if name == MANIFEST else len(content) // 2
+        content[place] ^= 1
+        (newest / name).write_bytes(content)
+    (stopped / ".tmp-step-99").mkdir()  # what a kill within a write leaves
+    caplog.set_level(logging.INFO)
+    resumed = run(samples, tmp_path / "stopped")
+    assert "going back to the checkpoint before" in caplog.text
+    rows = int(older.name.removeprefix("step-"))
+    assert f"resuming {stopped.name} at epoch {rows // 192 + 1}, step {rows % 192 // 48}" in caplog.text
+    assert tensors(resumed) == tensors(run(samples, tmp_path / "undisturbed"))
+    assert [path.name for path in stopped.iterdir()] == ["model"]
+
+
+def test_resuming_leaves_the_checkpoint_as_it_is(samples: Samples, stopped: Path, tmp_path: Path) -> None:
+    newest = max(stopped.iterdir(), key=lambda path: int(path.name.removeprefix("step-")))
+    before = sha256(newest / TENSORS)
+    with pytest.raises(Stopped):
+        run(samples, tmp_path / "stopped", checkpoint_s=1e9, clock=stopping_clock(3))
+    assert sha256(newest / TENSORS) == before
+
+
+def test_a_finished_run_is_not_repeated(samples: Samples, tmp_path: Path) -> None:
+    first = run(samples, tmp_path)
+    tensors_file = Path(first.checkpoint) / TENSORS
+    written = tensors_file.stat().st_mtime_ns
+    again = run(samples, tmp_path)
+    assert (again.checkpoint, again.rows, again.loss) == (first.checkpoint, first.rows, first.loss)
+    assert (again.rows_per_s, again.seconds) == (0, 0)
+    assert tensors_file.stat().st_mtime_ns == written
+
+
+def test_a_finished_run_that_is_damaged_is_trained_again(samples: Samples, tmp_path: Path) -> None:
+    first = run(samples, tmp_path)
+    good = tensors(first)
+    (Path(first.checkpoint) / TENSORS).write_bytes(b"nonsense")
+    assert tensors(run(samples, tmp_path)) == good
+
+
+def test_other_settings_are_another_run(samples: Samples, tmp_path: Path) -> None:
+    one, other = run(samples, tmp_path), run(samples, tmp_path, temperature=0.3)
+    assert one.checkpoint != other.checkpoint
+
+
+def test_two_camps_are_told_apart(samples: Samples, tmp_path: Path) -> None:
+    """Every user's eight nearest items are those of the own camp, the two that were never clicked among them."""
+    report = run(samples, tmp_path, epochs=30, temperature=0.5, id_dropout=0.5)
+    model = load_model(open_checkpoint(Path(report.checkpoint)))
+    clicks, history = samples.clicks, model.features.history
+    assert history is not None
+    tokens = history.vocabulary.rows(samples.items.ids)[clicks.item_row]
+    users = {**samples.users.features, "history": Bag(clicks.indptr, tokens), "hour": np.zeros(32, np.int32)}
+    scores = model.encode_users(users) @ model.encode_items(samples.items.features).T
+    nearest = np.sort(np.argsort(-scores, axis=1)[:, :8], axis=1)
+    expected = np.arange(8) + 8 * (np.arange(32) % 2)[:, None]
+    np.testing.assert_array_equal(nearest, expected)
+
+
+def test_the_loss_falls_to_its_known_minimum(build_world: BuildWorld, tmp_path: Path) -> None:
+    """Two users click one item each, again and again: their vectors and those of the items end up opposite."""
+    events = [
+        SimpleNamespace(user=i % 2, item=i % 2, request_ms=10 * i, click_ms=10 * i + 1, weight=1.0) for i in range(96)
+    ]
+    samples = build_world(events, 2, 2)
+    report = run(samples, tmp_path, Shape(8, (), (), 0.0), epochs=150, temperature=0.5, id_dropout=0.0, batch_size=96)
+    # Opposite vectors, cosines 1 and -1; 48 copies of the other item where 95 / 2 are expected.
+    best = np.log1p(np.exp(-4) * 48 / 47.5)
+    assert best <= report.loss < best * 1.05
+
+
+def test_rows_of_no_weight_teach_nothing(build_world: BuildWorld, two_camps: list[Any], tmp_path: Path) -> None:
+    """Each user also clicks the other camp; where those rows weigh nothing the own camp wins, where they weigh more,
+    the other one.
+    """
+    events = []
+    for event in two_camps:
+        for item, kind in ((event.item, 0), ((event.item + 8) % 16, 1)):
+            events.append(
+                type(event)(event.user, item, 2 * event.request_ms + kind, 2 * event.request_ms + kind + 1, kind)
+            )
+    features = spec.Features(user={"user_id": spec.Categorical("categorical")})
+    samples = build_world(events, 32, 16, features)
+    report = run(samples, tmp_path, epochs=40, temperature=0.1, id_dropout=0.0)
+    model = load_model(open_checkpoint(Path(report.checkpoint)))
+    scores = model.encode_users(samples.users.features) @ model.encode_items(samples.items.features).T
+    own = np.arange(16)[None, :] // 8 == (np.arange(32) % 2)[:, None]
+    assert scores[~own].mean() > scores[own].mean() + 0.15
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_do(samples: Samples, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the loss is nan at epoch 1, step \d: lower train.learning_rate = 1e\+30"):
+        run(samples, tmp_path, learning_rate=1e30)
+
+
+def test_numbers_that_are_not_finite_at_the_end_are_no_checkpoint(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step only: its loss was still good."""
+    monkeypatch.setattr(EmbeddingTable, "update", lambda table, *_: table.weights.fill(np.nan))
+    with pytest.raises(DataError, match="training ended with numbers that are not finite"):
+        run(samples, tmp_path, epochs=1, batch_size=1000)
+
+
+def test_a_checkpoint_is_loaded_with_the_vectors_it_was_saved_with(samples: Samples, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(Path(run(samples, tmp_path).checkpoint))
+    one, other = load_model(checkpoint), load_model(checkpoint)
+    vectors = one.encode_items(samples.items.features)
+    np.testing.assert_array_equal(vectors, other.encode_items(samples.items.features))
+    assert checkpoint.tensors_sha256 == sha256(checkpoint.path / TENSORS)
+    assert checkpoint.manifest["settings"]["seed"] == 0
+    assert not one.training
