@@ -32,7 +32,6 @@ from twotower.train.loop import train
 USERS, ITEMS, CLICKS = 300, 120, 6000
 EPOCHS = 12
 CHECKPOINT_S = 0.03
-LONGEST_S = 1.5
 DAMAGED = 0.3
 """Share of kills after which the newest checkpoint is damaged."""
 START_MS = 1_700_000_000_000
@@ -103,11 +102,11 @@ def go(process: subprocess.Popen[str]) -> None:
 def finish(process: subprocess.Popen[str], checkpoints: Path) -> str:
     """Let a child train to its end; the hash of its tensors."""
     go(process)
+    return result_of(process, checkpoints)
+
+
+def result_of(process: subprocess.Popen[str], checkpoints: Path) -> str:
     assert process.wait() == 0, "training failed"
-    return result(checkpoints)
-
-
-def result(checkpoints: Path) -> str:
     (run,) = checkpoints.iterdir()
     assert [path.name for path in run.iterdir()] == [FINISHED], "a finished run keeps nothing but its checkpoint"
     return sha256(run / FINISHED / TENSORS)
@@ -129,7 +128,11 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, int]:
     """Kill `kills` children; counts of what happened."""
     generator = random.Random(seed)
     make_world(folder)
-    undisturbed = finish(start(folder, folder / "undisturbed"), folder / "undisturbed")
+    first = start(folder, folder / "undisturbed")
+    go(first)
+    began = time.monotonic()
+    undisturbed = result_of(first, folder / "undisturbed")
+    longest_s = time.monotonic() - began
     counts = {"kills": 0, "seed": seed, "rounds": 0, "resumable": 0, "half_written": 0, "damaged": 0}
     while counts["kills"] < kills:
         counts["rounds"] += 1
@@ -139,7 +142,7 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, int]:
         while not ended and counts["kills"] < kills:
             process, next_child = next_child, start(folder, checkpoints)  # it starts Python meanwhile
             go(process)
-            time.sleep(generator.uniform(0, LONGEST_S))
+            time.sleep(generator.uniform(0, longest_s))
             process.kill()
             ended = process.wait() == 0
             if ended:

@@ -334,7 +334,7 @@ def test_a_workspace_of_one_day_is_refused(tmp_path: Path) -> None:
 
 def test_the_demos_configuration_is_the_example_and_names_columns_that_exist() -> None:
     example = REPOSITORY / "examples" / "demo.toml"
-    assert example.read_bytes() == (REPOSITORY / "src" / "twotower" / "cli" / "demo.toml").read_bytes()
+    assert example.read_bytes() == (REPOSITORY / "src" / "twotower" / "cli" / "examples" / "demo.toml").read_bytes()
     features = load(example).features
     assert set(features.user) - {"history"} <= set(world().users.column_names)
     assert set(features.item) <= set(world().items.column_names)

@@ -10,6 +10,7 @@ from twotower.logs import EventLogError
 from twotower.models.popular import Popular
 from twotower.publish.version import Version
 from twotower.schema.errors import DataError
+from twotower.serve.app import MOST_BYTES
 
 DAY_MS = 86_400_000
 
@@ -263,6 +264,12 @@ def test_what_is_no_json_is_the_senders_fault(server, content: bytes) -> None:
     response = server.http.post("/v1/retrieve", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code in (400, 422), response.text
     assert list(response.json()) == ["error"]
+
+
+def test_a_body_that_is_too_large_is_refused(server) -> None:
+    answer = server.http.post("/v1/events", content=b" " * (MOST_BYTES + 1))
+    assert answer.status_code == 413
+    assert "send it in parts" in answer.json()["error"]
 
 
 def test_nan_is_a_missing_feature_and_never_in_an_answer(server) -> None:

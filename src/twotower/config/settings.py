@@ -271,7 +271,7 @@ class Train:
     """Positives in a step."""
     epochs: Positive = 10
     """Passes over the positives in the bootstrap; a full update is always one."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of the initial weights, the order of rows and whatever else is drawn."""
     learning_rate: PositiveReal = 0.001
     """Of the networks (Adam)."""

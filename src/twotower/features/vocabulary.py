@@ -21,7 +21,9 @@ FIRST = 2
 """Row of the first known value."""
 
 _FEW = 64
-"""Up to so many values a binary search each beats building Arrow's hash table of the whole vocabulary."""
+_FEW_SHARE = 0.01
+"""Up to so many values, or this share of the vocabulary, a binary search each beats building Arrow's hash table of the
+whole vocabulary."""
 
 
 def as_values(column: pa.ChunkedArray | pa.Array, where: str) -> pa.Array:
@@ -84,7 +86,7 @@ class Positions:
             found = np.minimum(np.searchsorted(known, asked), len(known) - 1)
             hit = (known[found] == asked) & values.is_valid().to_numpy(zero_copy_only=False)
             return np.where(hit, found, -1).astype(np.int64)
-        if len(values) <= _FEW:
+        if len(values) <= max(_FEW, _FEW_SHARE * len(self.values)):
             return np.array([self._find_string(value) for value in values.to_pylist()], np.int64)
         found = pc.index_in(values, self.values).fill_null(-1)
         hit = values.is_valid().to_numpy(zero_copy_only=False)

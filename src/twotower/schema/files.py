@@ -84,7 +84,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON document, whole or not at all; keys are sorted, so that the same content gives the same bytes."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MOST_K = 10_000
 MOST_EVENTS = 10_000
+MOST_BYTES = 16 * 2**20
+"""Of a request's body."""
 AT_ONCE = max(1, min(2, (os.cpu_count() or 1) // 2))
 """Searches that run at the same time; more fight for the interpreter's lock and all take longer."""
 
@@ -138,6 +140,36 @@ class Counted:
             self._metrics.latency.labels(route).observe(time.perf_counter() - started)
 
 
+class Bounded:
+    """Refuses a request whose body is too large before it is held in memory; plain ASGI, as `Counted`.
+
+    Args:
+        app: what answers.
+        most_bytes: the largest body.
+    """
+
+    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
+        self._app = app
+        self._most_bytes = most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on while its body is small enough."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        taken = 0
+
+        async def counting() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._most_bytes:
+                raise HTTPException(413, f"the body has more than {self._most_bytes} bytes: send it in parts")
+            return message
+
+        await self._app(scope, counting, send)
+
+
 def answer_errors(app: FastAPI) -> None:
     """Give every error as `{"error": sentence}`."""
 
@@ -176,9 +208,16 @@ def make_app(
         impressed_window_ms: how long an impression is left out.
         clock_ms: milliseconds since 1970.
     """
-    app = FastAPI(title="twotower", version="1", description="Candidates for a recommender, and events back into it.")
+    app = FastAPI(
+        title="twotower",
+        version="1",
+        description="Candidates for a recommender, and events back into it.",
+        docs_url=None,  # these pages load their scripts from elsewhere; /openapi.json has all that they show
+        redoc_url=None,
+    )
 
     searching = threading.BoundedSemaphore(AT_ONCE)
+    app.add_middleware(Bounded, most_bytes=MOST_BYTES)
     app.add_middleware(Counted, metrics=metrics)
     answer_errors(app)
 
