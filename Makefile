@@ -104,3 +104,4 @@ soak: $(DEV)
 	$(BIN)/python benchmarks/soak/event_log.py --kills 50 | tee benchmarks/results/soak_event_log.json
 	$(BIN)/python benchmarks/soak/train.py --kills 50 | tee benchmarks/results/soak_train.json
 	$(BIN)/python benchmarks/soak/publish.py --kills 50 | tee benchmarks/results/soak_publish.json
+	$(BIN)/python benchmarks/soak/promote.py --seconds 60 --promotions 10 | tee benchmarks/results/soak_promote.json

@@ -1,6 +1,6 @@
 """Promote versions under load, and check that no request fails and no answer mixes two versions.
 
-    python benchmarks/soak/promote.py --seconds 30 --promotions 10 --out benchmarks/results/promote.json
+    python benchmarks/soak/promote.py --seconds 30 --promotions 10 --out benchmarks/results/soak_promote.json
 
 A real server process answers 50 requests a second over kept-alive connections while one version after another is
 promoted. The versions differ in the vectors of all items, so that the same user gets other items from each. Every
