@@ -30,7 +30,7 @@ from twotower.train.checkpoint import FINISHED, TENSORS, Shape
 from twotower.train.loop import train
 
 USERS, ITEMS, CLICKS = 300, 120, 6000
-EPOCHS = 12
+EPOCHS = 24
 CHECKPOINT_S = 0.03
 DAMAGED = 0.3
 """Share of kills after which the newest checkpoint is damaged."""
@@ -131,21 +131,21 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, int]:
     first = start(folder, folder / "undisturbed")
     go(first)
     began = time.monotonic()
+    while first.poll() is None and not list((folder / "undisturbed").glob(f"run-*/{FINISHED}")):
+        time.sleep(0.005)
+    longest_s = time.monotonic() - began  # to the result: the process takes as long again to end
     undisturbed = result_of(first, folder / "undisturbed")
-    longest_s = time.monotonic() - began
     counts = {"kills": 0, "seed": seed, "rounds": 0, "resumable": 0, "half_written": 0, "damaged": 0}
     while counts["kills"] < kills:
         counts["rounds"] += 1
         checkpoints = folder / f"round-{counts['rounds']}"
-        ended = False
         next_child = start(folder, checkpoints)
-        while not ended and counts["kills"] < kills:
+        while counts["kills"] < kills:
             process, next_child = next_child, start(folder, checkpoints)  # it starts Python meanwhile
             go(process)
             time.sleep(generator.uniform(0, longest_s))
             process.kill()
-            ended = process.wait() == 0
-            if ended:
+            if process.wait() == 0:  # it was done before
                 break
             counts["kills"] += 1
             steps = sorted(checkpoints.glob("run-*/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
