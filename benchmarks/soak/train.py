@@ -27,7 +27,7 @@ from twotower.samples import build_samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.files import sha256
 from twotower.train.checkpoint import FINISHED, TENSORS, Shape
-from twotower.train.loop import train
+from twotower.train.loop import Loss, Negatives, train
 
 USERS, ITEMS, CLICKS = 300, 120, 6000
 EPOCHS = 24
@@ -70,7 +70,8 @@ def child(samples: Path, checkpoints: Path) -> None:
         open_samples(samples),
         checkpoints,
         shape,
-        temperature=0.1,
+        loss=Loss(temperature=0.1),
+        negatives=Negatives(),
         batch_size=256,
         epochs=EPOCHS,
         seed=0,

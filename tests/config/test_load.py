@@ -109,7 +109,7 @@ def test_parsing_leaves_the_document_as_it_is() -> None:
 UNKNOWN_KEYS: list[tuple[dict[str, Any], str]] = [
     ({"trian": {}}, "trian is no key; did you mean train?"),
     ({"train": {"epoch": 3}}, "train.epoch is no key; did you mean epochs?"),
-    ({"train": {"zzz": 3}}, "train.zzz is no key; the keys here are loss, temperature, batch_size"),
+    ({"train": {"zzz": 3}}, "train.zzz is no key; the keys here are loss, temperature, positive_temperature"),
     ({"samples": {"negatives": {"hrad": {}}}}, "samples.negatives.hrad is no key; did you mean hard?"),
     (
         {"samples": {"negatives": {"easy": {"unifrom": 0.5}}}},

@@ -23,12 +23,6 @@ DAY_MS = 86_400_000
 START_MS = 1_704_067_200_000
 """2024-01-01"""
 CATEGORY = spec.Categorical("categorical")
-TYPES: dict[str, pa.DataType] = {
-    c.EVENT_SEQ: pa.int64(),
-    c.REQUEST_TS_MS: pa.int64(),
-    c.CLICK_TS_MS: pa.int64(),
-    c.OUTCOME: pa.string(),
-}
 Rows = Sequence[Mapping[str, Any]]
 World = Callable[..., Path]
 Build = Callable[..., Samples]
@@ -47,45 +41,6 @@ def event(
         c.OUTCOME: outcome,
         **rest,
     }
-
-
-def as_table(rows: Rows, types: Mapping[str, pa.DataType]) -> pa.Table:
-    types = {**TYPES, **types}
-    return pa.table({name: pa.array([row[name] for row in rows], types.get(name)) for name in rows[0]})
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    """A workspace with the given users, items and files of events, by path below `events/`."""
-
-    def make(
-        users: Mapping[str, Any],
-        items: Mapping[str, Any],
-        files: Mapping[str, Rows],
-        name: str = "workspace",
-        types: Mapping[str, pa.DataType] | None = None,
-    ) -> Path:
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        pq.write_table(pa.table(dict(users)), folder / "users.parquet")
-        pq.write_table(pa.table(dict(items)), folder / "items.parquet")
-        for path, rows in files.items():
-            (folder / "events" / path).parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(as_table(rows, types or {}), folder / "events" / path)
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def build() -> Build:
-    """The samples of a workspace, beside its tables."""
-
-    def run(workspace: Path, features: spec.Features | None = None, **options: Any) -> Samples:
-        build_samples(workspace, workspace / "samples", features or spec.Features(), 8, **options)
-        return open_samples(workspace / "samples")
-
-    return run
 
 
 USERS = {c.USER_ID: ["u1", "u2", "u3"]}
@@ -214,6 +169,14 @@ def test_the_report_counts_every_event_once(world: World) -> None:
         positives=2,
         users=2,
         items=2,
+        rows_fed=2,
+        with_hard=0.5,
+        used={
+            c.PRE_RANK_REJECTED: {"hard_negative": 1},
+            c.IMPRESSED: {"not_used": 1},
+            c.CLICKED: {"unknown_user": 2, "unknown_item": 1, "null_id": 1, "positive": 2},
+        },
+        deciles={"before": [1, 1, *[0] * 8], "after": [1, 1, *[0] * 8]},
         dropped={"null_id": 1, "unknown_item": 1, "unknown_user": 2},
         watermark_ms=START_MS + 8,
     )
@@ -453,7 +416,7 @@ def test_columns_of_another_type_are_refused(
     world: World, build: Build, column: str, kind: pa.DataType, message: str
 ) -> None:
     workspace = world(USERS, ITEMS, {DAY1: [GOOD]})
-    table = as_table([GOOD], {})
+    table = pq.ParquetFile(workspace / "events" / DAY1).read()
     values = pa.array([5]).cast(kind)
     table = table.set_column(table.schema.get_field_index(column), column, values)
     pq.write_table(table, workspace / "events" / DAY1)
@@ -536,7 +499,7 @@ def test_a_folder_without_samples_is_refused(tmp_path: Path, world: World, build
     with pytest.raises(DataError, match=r"manifest\.json does not exist"):
         open_samples(tmp_path)
     (tmp_path / "manifest.json").write_text('{"kind": "samples", "format": 0}')
-    with pytest.raises(DataError, match="holds no samples of format 1: build them again"):
+    with pytest.raises(DataError, match="holds no samples of format 2: build them again"):
         open_samples(tmp_path)
     samples = build(world(USERS, ITEMS, {DAY1: [GOOD]}))
     (samples.path / "clicks.arrow").unlink()

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -6,16 +7,55 @@ import numpy as np
 import pytest
 
 from twotower.config import settings as spec
-from twotower.features.columns import Bag
+from twotower.features.columns import Bag, pointers
 from twotower.features.vocabulary import FIRST, UNKNOWN
-from twotower.samples.read import Samples
+from twotower.samples.read import Clicks, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
-from twotower.train.batches import Batch, BatchMaker
+from twotower.train.batches import Batch, BatchMaker, RowNegatives, SharedNegatives, fed_frequency
+from twotower.train.negatives import (
+    CountedFrequency,
+    EasyNegatives,
+    HardNegatives,
+    Shares,
+    StreamingFrequency,
+)
 
 BuildWorld = Callable[..., Samples]
 Draw = Callable[..., list[Any]]
 USERS, ITEMS, EVENTS = 12, 15, 203
+
+
+def maker(
+    samples: Samples,
+    batch_size: int,
+    id_dropout: float = 0.0,
+    seed: int = 1,
+    *,
+    shares: Shares | None = Shares(),  # noqa: B008
+    count: int | None = None,
+    shared: bool = True,
+    corrected: bool = True,
+    frequency: CountedFrequency | StreamingFrequency | None = None,
+    hard: HardNegatives | None = None,
+) -> BatchMaker:
+    easy = None if shares is None else EasyNegatives(shares, 0.75, count, shared, samples.item_positives)
+    q = frequency or CountedFrequency(fed_frequency(samples))
+    return BatchMaker(samples, batch_size, id_dropout, seed, easy, q, corrected, hard)
+
+
+def shared_of(batch: Batch) -> SharedNegatives:
+    assert isinstance(batch.easy, SharedNegatives)
+    return batch.easy
+
+
+def plain(value: Any) -> Any:
+    """Arrays as lists, all the way down."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if hasattr(value, "__dataclass_fields__"):
+        return plain(vars(value))
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def lists(bag: Any) -> list[list[int]]:
@@ -33,12 +73,7 @@ def pairs(batches: Sequence[Batch]) -> list[tuple[int, int]]:
 
 
 def same(one: Batch, other: Batch) -> bool:
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(part) for name, part in value.items()}
-        return value.tolist() if isinstance(value, np.ndarray) else [part.tolist() for part in vars(value).values()]
-
-    return {k: plain(v) for k, v in vars(one).items()} == {k: plain(v) for k, v in vars(other).items()}
+    return bool(plain(one) == plain(other))
 
 
 @pytest.fixture(params=[True, False], ids=["timed", "untimed"])
@@ -51,10 +86,9 @@ def test_an_epoch_is_spread_evenly_and_has_every_row_once(
     build_world: BuildWorld, random_events: Draw, batch_size: int
 ) -> None:
     events = random_events(USERS, ITEMS, EVENTS, True)
-    maker = BatchMaker(build_world(events, USERS, ITEMS), batch_size, 0.0, seed=1)
-    batches = list(maker.epoch(0))
+    batches = list(maker(build_world(events, USERS, ITEMS), batch_size).epoch(0))
     sizes = [len(batch.positive) for batch in batches]
-    assert len(batches) == maker.steps
+    assert len(batches) == min(-(-EVENTS // batch_size), EVENTS // 2)
     assert min(sizes) >= 2
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) <= max(batch_size, 3)
@@ -62,30 +96,146 @@ def test_an_epoch_is_spread_evenly_and_has_every_row_once(
 
 
 def test_a_batch_depends_on_seed_epoch_and_step_alone(samples: Samples) -> None:
-    maker = BatchMaker(samples, 20, 0.3, seed=1)
-    first = list(maker.epoch(2))
-    later = list(BatchMaker(samples, 20, 0.3, seed=1).epoch(2, first_step=3))
-    assert all(same(one, other) for one, other in zip(first[3:], later, strict=True))
-    assert not same(first[0], next(BatchMaker(samples, 20, 0.3, seed=2).epoch(2)))
-    assert not same(first[0], next(maker.epoch(3)))
+    mixture = Shares(0.5, 0.25, 0.25)
+    for shared in (True, False):
+        one = maker(samples, 20, 0.3, shares=mixture, shared=shared)
+        first = list(one.epoch(2))
+        later = list(maker(samples, 20, 0.3, shares=mixture, shared=shared).epoch(2, first_step=3))
+        assert all(same(one, other) for one, other in zip(first[3:], later, strict=True))
+        assert not same(first[0], next(maker(samples, 20, 0.3, 2, shares=mixture, shared=shared).epoch(2)))
+        assert not same(first[0], next(one.epoch(3)))
 
 
-def test_items_stand_once_with_their_copies(samples: Samples) -> None:
-    for batch in BatchMaker(samples, 50, 0.0, seed=1).epoch(0):
-        assert len(np.unique(batch.item_row)) == len(batch.item_row)
-        assert batch.copies.tolist() == [int((batch.positive == column).sum()) for column in range(len(batch.item_row))]
-        assert batch.copies.sum() == len(batch.positive)
-        assert batch.item[c.ITEM_ID].tolist() == (batch.item_row + FIRST).tolist()  # type: ignore[union-attr]
+def test_items_stand_once_and_shared_negatives_first(samples: Samples) -> None:
+    for shares in (Shares(), Shares(0.4, 0.3, 0.3), Shares(0, 1, 0)):
+        for batch in maker(samples, 8, shares=shares, count=5).epoch(0):
+            assert len(np.unique(batch.item_row)) == len(batch.item_row)
+            assert batch.item[c.ITEM_ID].tolist() == (batch.item_row + FIRST).tolist()  # type: ignore[union-attr]
+            negatives = len(shared_of(batch).log_weight)
+            assert 1 <= negatives <= 6  # 1.5 of two sources are 2 of each
+            assert set(range(negatives, len(batch.item_row))) <= set(batch.positive.tolist())
 
 
-def test_the_mask_is_every_click_of_the_user_among_the_items_of_the_batch(samples: Samples) -> None:
+def test_in_batch_negatives_weigh_their_copies_over_their_expected_number(samples: Samples) -> None:
+    q = fed_frequency(samples)
+    for batch in maker(samples, 50).epoch(0):
+        rows = len(batch.positive)
+        copies = np.bincount(batch.positive, minlength=len(batch.item_row))
+        expected = copies / ((rows - 1) * q[batch.item_row])
+        np.testing.assert_allclose(np.exp(shared_of(batch).log_weight), expected, rtol=1e-5)
+
+
+def test_on_average_every_item_weighs_one_whatever_draws_it(build_world: BuildWorld, random_events: Draw) -> None:
+    """The copies of an item over their expected number: 1 in the mean, for a softmax over the whole catalogue."""
+    samples = build_world(random_events(USERS, ITEMS, EVENTS, True), USERS, ITEMS)
+    for shares, count in ((Shares(0, 1, 0), 9), (Shares(0, 0, 1), 9), (Shares(0.5, 0.2, 0.3), None)):
+        total, epochs = np.zeros(ITEMS), 300
+        one = maker(samples, 50, shares=shares, count=count)
+        for epoch in range(epochs):
+            batches = list(one.epoch(epoch))
+            for batch in batches:
+                negatives = len(shared_of(batch).log_weight)
+                total[batch.item_row[:negatives]] += np.exp(shared_of(batch).log_weight) / len(batches)
+        np.testing.assert_allclose(total / epochs, 1, atol=0.15)
+
+
+def test_weights_of_a_mean_are_those_of_its_sources(samples: Samples) -> None:
+    """Uniform draws count alike; in-batch ones stand in for uniform ones."""
+    for batch in maker(samples, 50, shares=Shares(0, 1, 0), count=9, corrected=False).epoch(0):
+        weights = np.exp(shared_of(batch).log_weight)
+        np.testing.assert_allclose(weights * 9, np.round(weights * 9), atol=1e-5)
+        assert weights.sum() == pytest.approx(1)
+    q = fed_frequency(samples)
+    for batch in maker(samples, 50, corrected=False).epoch(0):
+        rows = len(batch.positive)
+        copies = np.bincount(batch.positive, minlength=len(batch.item_row))
+        expected = copies / ((rows - 1) * q[batch.item_row] * ITEMS)
+        np.testing.assert_allclose(np.exp(shared_of(batch).log_weight), expected, rtol=1e-5)
+
+
+def test_the_mask_is_every_click_of_the_user_among_the_negatives_of_the_batch_each_once(samples: Samples) -> None:
     clicks = samples.clicks
-    for batch in BatchMaker(samples, 40, 0.0, seed=1).epoch(0):
+    for shares in (Shares(), Shares(0.2, 0.8, 0)):
+        for batch in maker(samples, 40, shares=shares, count=None if shares.in_batch == 1 else 10).epoch(0):
+            mask, negatives = shared_of(batch).mask, len(shared_of(batch).log_weight)
+            for place, (user, _) in enumerate(pairs([batch])):
+                clicked = set(clicks.item_row[clicks.indptr[user] : clicks.indptr[user + 1]].tolist())
+                expected = [k for k, item in enumerate(batch.item_row[:negatives].tolist()) if item in clicked]
+                assert sorted(mask.columns[mask.indptr[place] : mask.indptr[place + 1]].tolist()) == expected
+
+
+def test_a_weak_positive_masks_its_own_item_though_its_user_never_clicked_it(
+    build_world: BuildWorld, random_events: Draw
+) -> None:
+    """Rows whose item was only shown: as if the user's click of it were not among the clicks."""
+    samples = build_world(random_events(USERS, ITEMS, EVENTS, True), USERS, ITEMS)
+    shown = replace(samples, clicks=Clicks(np.zeros(USERS + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int64)))
+    silent = replace(shown, positives=replace(samples.positives, history=np.zeros(EVENTS, np.int32)))
+    weak = replace(silent, item_positives=np.zeros(ITEMS, np.int64))
+    for batch in maker(weak, 40).epoch(0):
+        mask = shared_of(batch).mask
+        assert np.diff(mask.indptr).tolist() == [1] * len(batch.positive)
+        assert mask.columns.tolist() == batch.positive.tolist()
+
+
+def test_a_rows_own_negatives_are_masked_where_they_are_the_users_positives(samples: Samples) -> None:
+    clicks = samples.clicks
+    masked = 0
+    for batch in maker(samples, 40, shares=Shares(0.4, 0.3, 0.3), count=6, shared=False).epoch(0):
+        assert isinstance(batch.easy, RowNegatives)
+        assert batch.easy.places.shape == (len(batch.positive), 6)
         for place, (user, _) in enumerate(pairs([batch])):
             clicked = set(clicks.item_row[clicks.indptr[user] : clicks.indptr[user + 1]].tolist())
-            expected = {column for column, item in enumerate(batch.item_row.tolist()) if item in clicked}
-            start, stop = batch.mask.indptr[place : place + 2]
-            assert set(batch.mask.columns[start:stop].tolist()) == expected
+            drawn = batch.item_row[batch.easy.places[place]].tolist()
+            dead = np.isneginf(batch.easy.log_weight[place]).tolist()
+            assert dead == [item in clicked for item in drawn]
+            masked += sum(dead)
+    assert masked > 0
+
+
+def test_hard_negatives_go_with_their_rows(samples: Samples) -> None:
+    """Row i has the items i mod 15 and i + 1 mod 15, every third row none."""
+    some = np.arange(len(samples.positives))
+    counts = np.where(some % 3 == 0, 0, 2)
+    bag = Bag(pointers(counts), np.concatenate([[r % ITEMS, (r + 1) % ITEMS] for r in some if r % 3]).astype(np.int32))
+    hard = HardNegatives({"x": bag}, {"x": 3})
+    told = replace(samples, positives=replace(samples.positives, weight=some.astype(np.float32)))
+    for batch in maker(told, 40, hard=hard).epoch(0):
+        assert batch.hard is not None
+        for row, places, weights in zip(
+            batch.weight.astype(int), batch.hard.places, batch.hard.log_weight, strict=True
+        ):
+            live = batch.item_row[places[weights == 0]].tolist()
+            assert sorted(live) == ([] if row % 3 == 0 else sorted([row % ITEMS, (row + 1) % ITEMS]))
+            assert np.isneginf(weights[weights != 0]).all()
+
+
+def test_rows_are_fed_as_often_as_sampling_says(samples: Samples) -> None:
+    copies = (np.arange(len(samples.positives)) % 4).astype(np.int32)
+    sampled = replace(samples, positives=replace(samples.positives, copies=copies))
+    one = maker(sampled, 20)
+    epochs = 1 if samples.timed else 300
+    counts = np.zeros(ITEMS)
+    for epoch in range(epochs):
+        for batch in one.epoch(epoch):
+            counts += np.bincount(batch.item_row[batch.positive], minlength=ITEMS)
+    if samples.timed:
+        assert counts.sum() == one.rows == copies.sum()
+        assert counts.tolist() == np.bincount(samples.positives.item_row, copies, ITEMS).tolist()
+    np.testing.assert_allclose(counts / counts.sum(), fed_frequency(sampled), atol=0.004)
+    assert counts.sum() / epochs == pytest.approx(one.rows, rel=0.02)
+
+
+def test_a_streaming_q_learns_from_the_rows_as_fed_after_it_was_used(samples: Samples) -> None:
+    streaming = StreamingFrequency(ITEMS)
+    batches = maker(samples, 30, frequency=streaming).epoch(0)
+    first = next(batches)
+    copies = np.bincount(first.positive, minlength=len(first.item_row))
+    blind = copies / ((len(first.positive) - 1) / ITEMS)  # before the first batch all items are alike
+    np.testing.assert_allclose(np.exp(shared_of(first).log_weight), blind, rtol=1e-5)
+    for _ in batches:
+        pass
+    assert int(streaming.state()["draws"][0]) == (EVENTS if samples.timed else maker(samples, 30).rows)
 
 
 def test_a_history_is_the_latest_clicks_before_the_request_in_their_order(
@@ -104,7 +254,7 @@ def test_a_history_is_the_latest_clicks_before_the_request_in_their_order(
         ordered = sorted(earlier, key=lambda e: (e.click_ms, events.index(e)))
         expected.append((event.user, event.item, [e.item + FIRST for e in ordered][-last:]))
     found = []
-    for batch in BatchMaker(samples, 40, 0.0, seed=1).epoch(0):
+    for batch in maker(samples, 40).epoch(0):
         found += [(*pair, tokens) for pair, tokens in zip(pairs([batch]), lists(batch.user["history"]), strict=True)]
     assert sorted(found) == sorted(expected)
     assert any(tokens == [] for *_, tokens in found)
@@ -114,12 +264,12 @@ def test_without_time_half_of_the_clicks_are_the_history_of_the_other_half(build
     import_events = [(user, item) for user in range(6) for item in range(2 * user + 1)]
     samples = build_world([_untimed(*pair) for pair in import_events], 6, 11)
     targets: dict[tuple[int, int], int] = dict.fromkeys(import_events, 0)
-    maker = BatchMaker(samples, 10, 0.0, seed=1)
+    one = maker(samples, 10)
     epochs = 400
     for epoch in range(epochs):
         histories: dict[int, set[tuple[int, ...]]] = {}
         aims: dict[int, list[int]] = {user: [] for user in range(6)}
-        for batch in maker.epoch(epoch):
+        for batch in one.epoch(epoch):
             for (user, item), tokens in zip(pairs([batch]), lists(batch.user["history"]), strict=True):
                 histories.setdefault(user, set()).add(tuple(token - FIRST for token in tokens))
                 aims[user].append(item)
@@ -138,27 +288,25 @@ def _untimed(user: int, item: int) -> Any:
 
 
 def test_q_is_the_share_of_rows_as_fed(samples: Samples) -> None:
-    maker = BatchMaker(samples, 50, 0.0, seed=1)
+    one, q = maker(samples, 50), fed_frequency(samples)
     epochs = 1 if samples.timed else 600
     counts = np.zeros(ITEMS)
     for epoch in range(epochs):
-        for batch in maker.epoch(epoch):
-            counts[batch.item_row] += batch.copies
-    assert maker.frequency.sum() == pytest.approx(1)
-    tolerance = 1e-12 if samples.timed else 0.003
-    np.testing.assert_allclose(counts / counts.sum(), maker.frequency, atol=tolerance)
+        for batch in one.epoch(epoch):
+            counts += np.bincount(batch.item_row[batch.positive], minlength=ITEMS)
+    assert q.sum() == pytest.approx(1)
+    np.testing.assert_allclose(counts / counts.sum(), q, atol=1e-12 if samples.timed else 0.003)
 
 
 def test_q_without_time_is_higher_for_items_of_users_of_one_click(build_world: BuildWorld) -> None:
     samples = build_world([_untimed(0, 0), _untimed(1, 1), _untimed(1, 2)], 2, 3)
-    maker = BatchMaker(samples, 2, 0.0, seed=0)
-    assert maker.rows == 2
-    assert maker.frequency.tolist() == [0.5, 0.25, 0.25]
+    assert maker(samples, 2).rows == 2
+    assert fed_frequency(samples).tolist() == [0.5, 0.25, 0.25]
 
 
 def test_no_id_is_dropped_at_0_and_nearly_all_near_1(samples: Samples) -> None:
     for share, low, high in ((0.0, 0.0, 0.0), (0.4, 0.25, 0.55), (0.999, 0.97, 1.0)):
-        batches = list(BatchMaker(samples, 50, share, seed=1).epoch(0))
+        batches = list(maker(samples, 50, share).epoch(0))
         for name in (c.USER_ID, c.ITEM_ID, "hour"):
             columns = [batch.item[name] if name == c.ITEM_ID else batch.user[name] for batch in batches]
             tokens = np.concatenate([np.asarray(column) for column in columns])
@@ -169,24 +317,22 @@ def test_no_id_is_dropped_at_0_and_nearly_all_near_1(samples: Samples) -> None:
 def test_weights_go_with_their_rows(build_world: BuildWorld, random_events: Draw) -> None:
     events = random_events(USERS, ITEMS, 60, True)
     weighted = [type(e)(e.user, e.item, e.request_ms, e.click_ms, 1.0 + e.item) for e in events]
-    for batch in BatchMaker(build_world(weighted, USERS, ITEMS), 16, 0.5, seed=1).epoch(0):
+    for batch in maker(build_world(weighted, USERS, ITEMS), 16, 0.5).epoch(0):
         assert batch.weight.tolist() == (1.0 + batch.item_row[batch.positive]).tolist()
 
 
 def test_a_single_row_is_refused(build_world: BuildWorld) -> None:
     samples = build_world([_untimed(0, 0), _untimed(0, 1)], 1, 2)
-    with pytest.raises(DataError, match="batch_size = 4096 with 1 training rows: in-batch negatives need at least 2"):
-        BatchMaker(samples, 4096, 0.0, seed=0)
+    with pytest.raises(DataError, match="batch_size = 4096 with 1 training rows: at least 2 of each are needed"):
+        maker(samples, 4096)
 
 
 def test_batches_of_one_are_refused(samples: Samples) -> None:
     with pytest.raises(DataError, match="batch_size = 1 with"):
-        BatchMaker(samples, 1, 0.0, seed=0)
+        maker(samples, 1)
 
 
 def test_one_user_who_clicked_everything_masks_every_column(build_world: BuildWorld) -> None:
     samples = build_world([_untimed(0, item) for item in range(8)], 1, 8)
-    (batch,) = BatchMaker(samples, 100, 0.0, seed=0).epoch(0)
-    assert [
-        len(set(batch.mask.columns[a:b])) for a, b in zip(batch.mask.indptr, batch.mask.indptr[1:], strict=False)
-    ] == [4] * 4
+    (batch,) = maker(samples, 100).epoch(0)
+    assert np.diff(shared_of(batch).mask.indptr).tolist() == [4] * 4

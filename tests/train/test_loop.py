@@ -6,22 +6,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from twotower.config import settings as spec
 from twotower.features.columns import Bag
+from twotower.features.feature_set import FeatureSet
 from twotower.models.embedding import EmbeddingTable
-from twotower.samples.read import Samples
-from twotower.schema.errors import DataError
+from twotower.models.losses import sampled_softmax
+from twotower.samples.read import Clicks, Entities, Positives, Samples
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import MANIFEST, sha256
+from twotower.train.batches import BatchMaker, fed_frequency
 from twotower.train.checkpoint import TENSORS, Shape, load_model, open_checkpoint
-from twotower.train.loop import TrainReport, train
+from twotower.train.loop import Loss, Negatives, TrainReport, _loss, train
+from twotower.train.negatives import CountedFrequency, EasyNegatives, HardNegatives, Shares
 
 BuildWorld = Callable[..., Samples]
 SHAPE = Shape(8, (16,), (16,), 0.1)
 ARGUMENTS: dict[str, Any] = {
-    "temperature": 0.2,
+    "loss": Loss(temperature=0.2),
+    "negatives": Negatives(),
     "batch_size": 48,
     "epochs": 3,
     "seed": 0,
@@ -157,13 +164,13 @@ def test_a_finished_run_that_is_damaged_is_trained_again(samples: Samples, tmp_p
 
 
 def test_other_settings_are_another_run(samples: Samples, tmp_path: Path) -> None:
-    one, other = run(samples, tmp_path), run(samples, tmp_path, temperature=0.3)
+    one, other = run(samples, tmp_path), run(samples, tmp_path, loss=Loss(temperature=0.3))
     assert one.checkpoint != other.checkpoint
 
 
 def test_two_camps_are_told_apart(samples: Samples, tmp_path: Path) -> None:
     """Every user's eight nearest items are those of the own camp, the two that were never clicked among them."""
-    report = run(samples, tmp_path, epochs=30, temperature=0.5, id_dropout=0.5)
+    report = run(samples, tmp_path, epochs=30, loss=Loss(temperature=0.5), id_dropout=0.5)
     model = load_model(open_checkpoint(Path(report.checkpoint)))
     clicks, history = samples.clicks, model.features.history
     assert history is not None
@@ -181,7 +188,9 @@ def test_the_loss_falls_to_its_known_minimum(build_world: BuildWorld, tmp_path: 
         SimpleNamespace(user=i % 2, item=i % 2, request_ms=10 * i, click_ms=10 * i + 1, weight=1.0) for i in range(96)
     ]
     samples = build_world(events, 2, 2)
-    report = run(samples, tmp_path, Shape(8, (), (), 0.0), epochs=150, temperature=0.5, id_dropout=0.0, batch_size=96)
+    report = run(
+        samples, tmp_path, Shape(8, (), (), 0.0), epochs=150, loss=Loss(temperature=0.5), id_dropout=0.0, batch_size=96
+    )
     # Opposite vectors, cosines 1 and -1; 48 copies of the other item where 95 / 2 are expected.
     best = np.log1p(np.exp(-4) * 48 / 47.5)
     assert best <= report.loss < best * 1.05
@@ -199,7 +208,7 @@ def test_rows_of_no_weight_teach_nothing(build_world: BuildWorld, two_camps: lis
             )
     features = spec.Features(user={"user_id": spec.Categorical("categorical")})
     samples = build_world(events, 32, 16, features)
-    report = run(samples, tmp_path, epochs=40, temperature=0.1, id_dropout=0.0)
+    report = run(samples, tmp_path, epochs=40, loss=Loss(temperature=0.1), id_dropout=0.0)
     model = load_model(open_checkpoint(Path(report.checkpoint)))
     scores = model.encode_users(samples.users.features) @ model.encode_items(samples.items.features).T
     own = np.arange(16)[None, :] // 8 == (np.arange(32) % 2)[:, None]
@@ -228,3 +237,98 @@ def test_a_checkpoint_is_loaded_with_the_vectors_it_was_saved_with(samples: Samp
     assert checkpoint.tensors_sha256 == sha256(checkpoint.path / TENSORS)
     assert checkpoint.manifest["settings"]["seed"] == 0
     assert not one.training
+
+
+LOSSES = ["sampled_softmax", "corrected_log_q", "bsl", "triplet_hinge", "triplet_logistic", "pointwise"]
+SOURCES = {
+    "in_batch": Negatives(),
+    "uniform": Negatives(Shares(0, 1, 0), count=8),
+    "clicks": Negatives(Shares(0, 0, 1), count=8),
+    "mixture": Negatives(Shares(0.5, 0.25, 0.25)),
+    "own": Negatives(Shares(0.5, 0.25, 0.25), count=4, shared=False),
+    "streaming": Negatives(streaming=True),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_tells_two_camps_apart_with_every_kind_of_negatives(
+    samples: Samples, tmp_path: Path, loss: str, source: str
+) -> None:
+    chosen = Loss(loss, temperature=0.3, margin=0.5, sigma=5.0)
+    report = run(samples, tmp_path, epochs=25, loss=chosen, negatives=SOURCES[source], id_dropout=0.3)
+    model = load_model(open_checkpoint(Path(report.checkpoint)))
+    history = model.features.history
+    assert history is not None
+    tokens = history.vocabulary.rows(samples.items.ids)[samples.clicks.item_row]
+    users = {**samples.users.features, "history": Bag(samples.clicks.indptr, tokens), "hour": np.zeros(32, np.int32)}
+    scores = model.encode_users(users) @ model.encode_items(samples.items.features).T
+    own = np.arange(16)[None, :] // 8 == (np.arange(32) % 2)[:, None]
+    right = scores[own].reshape(32, 8).min(axis=1) > scores[~own].reshape(32, 8).max(axis=1)
+    assert right.mean() > 0.9
+
+
+def test_a_run_with_a_streaming_q_resumes_to_the_same_bytes(samples: Samples, tmp_path: Path) -> None:
+    streaming = Negatives(streaming=True)
+    undisturbed = run(samples, tmp_path / "undisturbed", negatives=streaming)
+    with pytest.raises(Stopped):
+        run(samples, tmp_path / "x", negatives=streaming, checkpoint_s=0.5, clock=stopping_clock(17))
+    resumed = run(samples, tmp_path / "x", negatives=streaming, checkpoint_s=0.5, clock=stopping_clock(1000))
+    assert tensors(resumed) == tensors(undisturbed)
+
+
+def test_hard_negatives_that_the_log_does_not_have_are_refused_when_they_are_asked_for(
+    samples: Samples, tmp_path: Path
+) -> None:
+    assert run(samples, tmp_path, negatives=Negatives(hard_share=None)).rows  # half where there are any
+    with pytest.raises(ConfigError, match=r"hard_share = 0.5, but no positive has a rejected item in its request"):
+        run(samples, tmp_path, negatives=Negatives(hard_share=0.5))
+
+
+def test_a_streaming_q_without_in_batch_negatives_is_refused(samples: Samples, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='frequency = "streaming" estimates q of in-batch negatives'):
+        run(samples, tmp_path, negatives=Negatives(Shares(0, 1, 0), streaming=True))
+
+
+def hard_share_of_the_gradient(size: int, share: float) -> float:
+    """Of the pull away from negatives, how much is away from hard ones: items 10 to 19; positives are items 0 to 9.
+
+    All vectors but the positives' have one coordinate of their own kind, so that the gradient tells them apart.
+    """
+    rows = 512
+    lists = Bag(np.arange(rows + 1) * 4, np.tile(np.arange(10, 20), rows)[: 4 * rows].astype(np.int32))
+    row = np.arange(rows, dtype=np.int32)
+    item_row = (row % 10).astype(np.int32)
+    clicks = Clicks(np.arange(rows + 1), item_row, np.zeros(rows, np.int64))
+    ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.int64)
+    positives = Positives(
+        row, item_row, row * 0, ones, zeros, {}, np.ones(rows, np.int32), {c.PRE_RANK_REJECTED: lists}
+    )
+    samples = Samples(
+        Path(),
+        {},
+        FeatureSet((), (), ()),
+        positives,
+        Entities(pa.array(row), {}),
+        Entities(pa.array(np.arange(size)), {}),
+        clicks,
+        np.bincount(item_row, minlength=size),
+    )
+    easy = EasyNegatives(Shares(0.5, 0.25, 0.25), 0.75, None, True, samples.item_positives)
+    q = CountedFrequency(fed_frequency(samples))
+    hard = HardNegatives(samples.positives.hard, {c.PRE_RANK_REJECTED: 4})
+    batch = next(BatchMaker(samples, rows, 0.0, 0, easy, q, True, hard).epoch(0))
+    kind = np.where(batch.item_row < 10, 0, np.where(batch.item_row < 20, 1, 2))
+    items = torch.from_numpy(np.eye(3)[kind])
+    users = torch.nn.functional.normalize(torch.tensor([[0.0, 1.0, 1.0]]).double(), dim=1).repeat(rows, 1)
+    users.requires_grad_()
+    _loss(sampled_softmax(0.05), users, items, batch, share, torch.zeros(2)).backward()  # type: ignore[no-untyped-call]
+    assert users.grad is not None
+    pull = users.grad.sum(dim=0)
+    return float(pull[1] / (pull[1] + pull[2]))
+
+
+@pytest.mark.parametrize("size", [1000, 1_000_000])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_hard_negatives_have_their_share_of_the_gradient_however_large_the_catalogue(size: int, share: float) -> None:
+    assert hard_share_of_the_gradient(size, share) == pytest.approx(share, abs=0.015)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from twotower.config import settings as spec
 from twotower.config.available import check_available
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
@@ -24,10 +25,12 @@ from twotower.publish.publish import current_path, promote, publish
 from twotower.publish.version import Version, item_tokens, open_version
 from twotower.samples.build import SamplesReport, build_samples
 from twotower.samples.read import Samples, open_samples
+from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import read_json, write_json
 from twotower.train.checkpoint import Checkpoint, Shape, load_model, open_checkpoint
-from twotower.train.loop import TrainReport, train
+from twotower.train.loop import Loss, Negatives, TrainReport, train
+from twotower.train.negatives import Shares
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +87,12 @@ def make_samples(settings: Settings) -> SamplesReport:
         first_day=settings.samples.first_day,
         last_day=settings.samples.last_day,
         weight=settings.samples.weight,
+        impressed_weight=settings.samples.impressed_weight,
+        hot=settings.samples.hot,
+        cold=settings.samples.cold,
+        hard_most=settings.samples.negatives.hard_most,
+        impressed_as_negatives=settings.samples.negatives.impressed_as_negatives_for_experiments,
+        seed=settings.samples.seed,
         room=settings.samples.vocabulary_room,
         memory_gb=settings.engine.memory_gb,
         threads=settings.engine.threads,
@@ -104,7 +113,16 @@ def train_model(settings: Settings) -> TrainReport:
             tuple(settings.models.item_tower.layers),
             options.dropout,
         ),
-        temperature=options.temperature,
+        loss=Loss(
+            options.loss,
+            options.temperature,
+            options.positive_temperature,
+            options.margin,
+            options.sigma,
+            options.scale,
+            options.pointwise_negatives,
+        ),
+        negatives=_negatives(settings.samples.negatives),
         batch_size=options.batch_size,
         epochs=options.epochs,
         seed=options.seed,
@@ -118,6 +136,20 @@ def train_model(settings: Settings) -> TrainReport:
     relative = os.path.relpath(report.checkpoint, where.checkpoints)
     write_json(where.checkpoints / LATEST, {"checkpoint": relative})
     return report
+
+
+def _negatives(wanted: spec.Negatives) -> Negatives:
+    return Negatives(
+        Shares(wanted.easy.in_batch, wanted.easy.uniform, wanted.easy.clicks),
+        wanted.alpha,
+        wanted.count,
+        wanted.shared,
+        wanted.frequency == "streaming",
+        {c.PRE_RANK_REJECTED: wanted.hard.pre_rank_rejected, c.RANK_REJECTED: wanted.hard.rank_rejected},
+        wanted.hard_share,
+        wanted.hard_count,
+        wanted.impressed_as_negatives_for_experiments,
+    )
 
 
 def latest_checkpoint(settings: Settings) -> Checkpoint:

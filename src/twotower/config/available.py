@@ -16,20 +16,8 @@ def check_available(settings: Settings) -> None:
     """
     wanted = [
         ("engine.name", settings.engine.name, ("duckdb",)),
-        ("samples.hot.form", settings.samples.hot.form, ("none",)),
-        ("samples.impressed_weight", settings.samples.impressed_weight, (0.0,)),
-        ("samples.negatives.easy.in_batch", settings.samples.negatives.easy.in_batch, (1.0,)),
-        ("samples.negatives.easy.uniform", settings.samples.negatives.easy.uniform, (0.0,)),
-        ("samples.negatives.easy.clicks", settings.samples.negatives.easy.clicks, (0.0,)),
-        ("samples.negatives.hard_share", settings.samples.negatives.hard_share, (0.0,)),
-        (
-            "samples.negatives.impressed_as_negatives_for_experiments",
-            settings.samples.negatives.impressed_as_negatives_for_experiments,
-            (False,),
-        ),
         ("models.user_tower.network", settings.models.user_tower.network, ("dnn",)),
         ("models.item_tower.network", settings.models.item_tower.network, ("dnn",)),
-        ("train.loss", settings.train.loss, ("sampled_softmax",)),
         ("index.kind", settings.index.kind, ("exact", "faiss")),
         ("serve.features.kind", settings.serve.features.kind, ("lmdb",)),
         ("stream.log.kind", settings.stream.log.kind, ("local",)),

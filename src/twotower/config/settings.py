@@ -153,10 +153,29 @@ class Features:
 
 @dataclass(frozen=True, config=STRICT)
 class Hot:
-    """Down-sampling of hot items among the positives."""
+    """Down-sampling of hot items among the positives; r is an item's clicks over the mean of all clicked items."""
+
+    form: Literal["none", "sqrt", "power", "word2vec"] = "none"
+    """Share of an item's clicks that is kept, at most 1: `sqrt`: (threshold / r)^0.5; `power`: (threshold / r)^power;
+    `word2vec`: (threshold / r)^0.5 + threshold / r."""
+    threshold: PositiveReal = 3.0
+    """From which r on an item is hot."""
+    power: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Of `power`; 1 = all hot items end up with the same number."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Cold:
+    """Over-sampling of cold items among the positives; r is an item's clicks over the mean of all clicked items."""
 
     form: Literal["none", "sqrt", "power"] = "none"
-    """How the probability to be dropped grows with clicks."""
+    """How often an item's click is fed, at least once: `sqrt`: (threshold / r)^0.5; `power`: (threshold / r)^power."""
+    threshold: PositiveReal = 0.3
+    """Up to which r an item is cold."""
+    power: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Of `power`."""
+    most: Annotated[float, Field(ge=1)] = 4.0
+    """How often a click is fed at most."""
 
 
 def _check_whole(total: float) -> None:
@@ -188,9 +207,16 @@ class Hard:
     """Dropped by the pre-ranker."""
     rank_rejected: Share = 0.5
     """In the tail of the ranker's order."""
+    impressed: Share = 0.0
+    """Shown and not clicked: refused."""
 
     def __post_init__(self) -> None:
-        """Refuse shares that are no division of a whole."""
+        """Refuse shares that are no division of a whole, and shown items."""
+        if self.impressed:
+            raise ValueError(
+                "an impressed item is no negative of retrieval: it was good enough to be shown, and the ranker learns "
+                "from it. samples.negatives.impressed_as_negatives_for_experiments shows what it does to a model"
+            )
         _check_whole(self.pre_rank_rejected + self.rank_rejected)
 
 
@@ -202,10 +228,21 @@ class Negatives:
     """Shares of the easy ones."""
     alpha: Share = 0.75
     """Exponent of clicks."""
+    count: Positive | None = None
+    """Easy negatives of a positive; absent = the whole batch where `in_batch` has a share, else 1024; 4 where each
+    row has its own."""
+    shared: bool = True
+    """One set of easy negatives for all rows of a batch; false = one for each row, hard ones among its `count`."""
+    frequency: Literal["counts", "streaming"] = "counts"
+    """Where q of in-batch negatives comes from: the counts of the rows as fed, or an estimate from their stream."""
     hard: Hard = field(default_factory=Hard)
     """Shares of the hard ones."""
-    hard_share: Share = 0.0
-    """Hard ones among all."""
+    hard_share: Share | None = None
+    """Hard ones among all; absent = half where the log has them, else none."""
+    hard_count: Positive = 8
+    """Hard ones of a positive in a step, where the easy ones are shared."""
+    hard_most: Positive = 20
+    """Hard ones of a positive that are kept of each source."""
     impressed_as_negatives_for_experiments: bool = False
     """Use shown-but-not-clicked rows as negatives, which is wrong: for experiments that show it."""
 
@@ -220,6 +257,10 @@ class Samples:
     """Last day, of positives and of histories; absent = the last of the log."""
     hot: Hot = field(default_factory=Hot)
     """Down-sampling of hot items."""
+    cold: Cold = field(default_factory=Cold)
+    """Over-sampling of cold items."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the rows that are dropped, repeated or kept by chance."""
     weight: str | None = None
     """Column of events that weighs a positive; absent = all weigh 1."""
     impressed_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -263,10 +304,22 @@ class Models:
 class Train:
     """How the towers are trained."""
 
-    loss: Literal["pointwise", "triplet_hinge", "triplet_logistic", "sampled_softmax", "bsl"] = "sampled_softmax"
+    loss: Literal["pointwise", "triplet_hinge", "triplet_logistic", "sampled_softmax", "corrected_log_q", "bsl"] = (
+        "sampled_softmax"
+    )
     """What is minimised."""
     temperature: PositiveReal = 0.07
-    """Divides the cosine in a softmax."""
+    """Divides the cosine in a softmax: `sampled_softmax`, `corrected_log_q`, `bsl`."""
+    positive_temperature: PositiveReal | None = None
+    """`bsl`: divides the positive's cosine; absent = as `temperature`."""
+    margin: PositiveReal = 0.4
+    """`triplet_hinge`: by how much a positive is to be nearer than a negative."""
+    sigma: PositiveReal = 10.0
+    """`triplet_logistic`: multiplies the difference of the cosines."""
+    scale: Annotated[float, Field(ge=1)] = 10.0
+    """`pointwise`: initial scale of the cosine; it is learned."""
+    pointwise_negatives: PositiveReal = 3.0
+    """`pointwise`: weight of all negatives of a positive over its own."""
     batch_size: Positive = 4096
     """Positives in a step."""
     epochs: Positive = 10

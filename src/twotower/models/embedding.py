@@ -5,13 +5,13 @@ back with row-wise Adagrad (Duchi et al. 2011, with one accumulator a row). No w
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from twotower.features.columns import Rows
 from twotower.features.vocabulary import FIRST
 
 EPSILON = 1e-10
@@ -59,7 +59,7 @@ class Compactor:
     def __init__(self, rows: int) -> None:
         self._place = np.zeros(rows, np.int32)
 
-    def compact(self, rows: Rows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def compact(self, rows: npt.NDArray[np.integer[Any]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Distinct rows (U,) in the order of their last occurrence, and the place of each input among them (n,).
 
         >>> distinct, place = Compactor(9).compact(np.array([7, 3, 7], np.int32))

@@ -1,8 +1,13 @@
-"""Losses as pure functions of vectors and scores.
+"""Losses as pure functions of cosines, and two ways to compute them without ever holding all scores.
 
-B batch, D vector, C candidate columns (the distinct items of the batch).
+A *form* takes the cosine of each row's positive and those of its negatives and gives the loss of the row with its
+derivatives, so that a chunk of scores becomes gradients on the spot. `shared_loss` compares every row with one set of
+negatives (three matrix products), `row_loss` each row with its own.
+
+B batch, b rows of a chunk, D vector, C distinct items of a batch, K shared negatives, H negatives of one row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,118 +18,345 @@ from torch import Tensor
 
 CHUNK = 256
 """Rows of scores in memory at a time: 256 x 4096 floats are 4 MB, which stay in the cache."""
+ROW_FLOATS = 1 << 20
+"""Numbers of gathered vectors in memory at a time, where each row has its own negatives."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Columns that are no negatives of a row, packed by row: the user's other positives."""
+    """Columns that are no negatives of a row, packed by row: the row's own item and the user's other positives."""
 
     indptr: npt.NDArray[np.int64]
     """(B + 1,)"""
     columns: npt.NDArray[np.int64]
-    """(nnz,) columns in 0..C-1; a row's own positive among them is ignored."""
+    """(nnz,) columns in 0..K-1, each at most once a row."""
 
 
-def in_batch_log_weight(copies: Tensor, frequency: Tensor) -> Tensor:
-    """What is added to the score of each column (C,): log of its copies over their expected number.
+@dataclass(frozen=True)
+class RowLoss:
+    """The losses of some rows and their derivatives; those by the negatives stand where their cosines were."""
 
-    A column that stands for n copies of an item counts n times, and an item that is expected q (B - 1) times among the
-    other rows of a batch is corrected by the log of that, in log space, never clipped (Bengio and Senecal 2008; Yi et
-    al. 2019, eq. 3).
+    loss: Tensor
+    """(b, 1)"""
+    by_right: Tensor
+    """(b, 1) derivative by the cosine of the positive."""
+    scale: Tensor
+    """(b, 1) what the overwritten negatives are to be multiplied by to be derivatives by their cosines."""
+    by_bias: Tensor | None = None
+    """(b, 1) derivative by the bias, of a pointwise loss; that by the scale follows from those by the cosines."""
 
-    What is exact: take a row with positive p. Rows that are drawn independently hold an item j != p expectedly
-    q_j (B - 1) times among the B - 1 others, and all its copies are among those. So the weighted sum over the columns
-    other than p has the mean sum over j != p of e^s_j, and with the uncorrected e^s_p the denominator is an unbiased
-    estimate of the full softmax's (over all items that are not masked). Its logarithm is not: loss and gradient are off
-    by O(1 / B), which vanishes with the batch. An epoch draws its P rows without replacement, which changes the
-    expected numbers by a factor of P / (P - 1).
 
-    Args:
-        copies: (C,) how often each item occurs in the batch; their sum is B.
-        frequency: (C,) q of each item, its share of the rows as fed.
+Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], RowLoss]
+"""(right, wrong, log_weight, total, calibration) -> `RowLoss`.
+
+right: (b, 1) cosine of the positive. wrong: (b, K) cosines of the negatives, minus infinity if masked; overwritten.
+log_weight: (K,) or (b, K), log of how much each negative counts. total: (b, 1) sum of the weights that are not masked.
+calibration: (2,) log of scale, bias. A row without negatives (total 0) has the loss 0 and no gradient.
+"""
+
+
+def sampled_softmax(temperature: float) -> Form:
+    """-log( e^s+ / (e^s+ + sum_j w_j e^s_j) ) with s = cos / temperature.
+
+    With w_j = 1 / (expected count of j) the sum is an unbiased estimate of the full softmax's (Bengio, Senecal 2008).
+    The positive is there with certainty, so it is not corrected.
     """
-    others = copies.sum() - 1
-    return torch.log(copies) - torch.log(others * frequency)
+
+    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, _: Tensor) -> RowLoss:
+        own = right / temperature
+        top, mass = _exponentials(wrong, log_weight, temperature)
+        top_of_all = torch.maximum(top, own)
+        mass = mass * torch.exp(top - top_of_all)
+        own_mass = torch.exp(own - top_of_all)
+        normaliser = own_mass + mass
+        alive = (total > 0).to(right.dtype)
+        loss = (normaliser.log() + top_of_all - own) * alive
+        by_right = -mass / (normaliser * temperature) * alive
+        return RowLoss(loss, by_right, torch.exp(top - top_of_all) / (normaliser * temperature) * alive)
+
+    return form
 
 
-def in_batch_softmax(
+def corrected_log_q(temperature: float) -> Form:
+    """(1 - P) ( log sum_j w_j e^s_j - s+ ), P the positive's share of the softmax, a constant for the gradient.
+
+    Khrylchenko et al. 2025, "Correcting the LogQ Correction": the positive is not drawn, so it leaves the sum, and the
+    row counts as much as the model is still wrong about it. With P from the same draws the gradient is that of
+    `sampled_softmax`, to rounding: leaving the positive uncorrected there *is* this correction. What differs from the
+    textbook (Yi et al. 2019) is that neither corrects the positive. The loss's value is another.
+    """
+
+    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, _: Tensor) -> RowLoss:
+        own = right / temperature
+        top, mass = _exponentials(wrong, log_weight, temperature)
+        alive = (total > 0).to(right.dtype)
+        safe = mass.clamp_min(torch.finfo(mass.dtype).tiny)
+        negatives = safe.log() + top
+        unsure = torch.sigmoid(negatives - own) * alive
+        return RowLoss(
+            unsure * torch.where(total > 0, negatives - own, 0), -unsure / temperature, unsure / (safe * temperature)
+        )
+
+    return form
+
+
+def bsl(temperature: float, positive_temperature: float) -> Form:
+    """-cos+ / t+ + (t / t+) log sum_j w_j e^(cos_j / t), the bilateral softmax loss of Wu et al. 2023, of one positive.
+
+    Its positive has a temperature t+ of its own, and is not in the sum: with t+ = t it is the softmax loss whose rows
+    never stop counting (its `1 - P` is 1). The paper's equation is divided by t+.
+    """
+
+    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, _: Tensor) -> RowLoss:
+        top, mass = _exponentials(wrong, log_weight, temperature)
+        alive = (total > 0).to(right.dtype)
+        safe = mass.clamp_min(torch.finfo(mass.dtype).tiny)
+        ratio = temperature / positive_temperature
+        loss = torch.where(total > 0, ratio * (safe.log() + top) - right / positive_temperature, 0)
+        return RowLoss(loss, -alive / positive_temperature, alive / (safe * positive_temperature))
+
+    return form
+
+
+def triplet_hinge(margin: float) -> Form:
+    """Mean over negatives of max(0, cos- + margin - cos+) (Schroff et al. 2015, on cosines), weighted by w."""
+
+    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, _: Tensor) -> RowLoss:
+        weight = log_weight.exp()
+        alive, scale = _mean(right, total)
+        wrong.add_(margin - right).clamp_min_(0)
+        loss = (wrong * weight).sum(dim=1, keepdim=True) * scale
+        torch.mul((wrong > 0).to(wrong.dtype), weight, out=wrong)
+        return RowLoss(loss * alive, -wrong.sum(dim=1, keepdim=True) * scale, scale)
+
+    return form
+
+
+def triplet_logistic(sigma: float) -> Form:
+    """Mean over negatives of log(1 + exp(sigma (cos- - cos+))) (BPR, Rendle et al. 2009, on cosines), weighted by w."""
+
+    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, _: Tensor) -> RowLoss:
+        alive, scale = _mean(right, total)
+        wrong.sub_(right).mul_(sigma)
+        loss = _softplus(wrong, log_weight.exp()) * scale
+        return RowLoss(loss * alive, -wrong.sum(dim=1, keepdim=True) * (scale * sigma), scale * sigma)
+
+    return form
+
+
+def pointwise(negatives: float) -> Form:
+    """Binary cross-entropy of a cos + b: the positive's, plus `negatives` times the negatives' mean, weighted by w.
+
+    a = exp(calibration[0]) and b = calibration[1] are learned: a cosine alone cannot say "almost certainly".
+    """
+
+    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, calibration: Tensor) -> RowLoss:
+        a, b = calibration[0].exp(), calibration[1]
+        alive, scale = _mean(right, total)
+        scale = scale * negatives
+        own = a * right + b
+        missed = torch.sigmoid(-own) * alive
+        wrong.mul_(a).add_(b)
+        loss = torch.nn.functional.softplus(-own) + _softplus(wrong, log_weight.exp()) * scale
+        taken = wrong.sum(dim=1, keepdim=True) * scale
+        return RowLoss(loss * alive, -missed * a, scale * a, taken - missed)
+
+    return form
+
+
+def _softplus(wrong: Tensor, weight: Tensor) -> Tensor:
+    """Overwrite x with the derivative of weight log(1 + e^x); gives the sum of that over negatives (b, 1).
+
+    As -log sigmoid(-x), which is vectorised where softplus is not, and exact enough below x = 80.
+    """
+    wrong.clamp_max_(80).neg_().sigmoid_()
+    loss = -(wrong.log() * weight).sum(dim=1, keepdim=True)
+    torch.mul(wrong.neg_().add_(1), weight, out=wrong)
+    return loss
+
+
+def _exponentials(wrong: Tensor, log_weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Overwrite cosines with e^(cos / temperature + log_weight - top); gives top (b, 1) and their sum (b, 1)."""
+    torch.add(log_weight, wrong, alpha=1 / temperature, out=wrong)
+    top = wrong.amax(dim=1, keepdim=True).clamp_min(-1e30)  # all masked: finite, so that they become 0
+    wrong.sub_(top).exp_()
+    return top, wrong.sum(dim=1, keepdim=True)
+
+
+def _mean(right: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """1 where there is a negative (b, 1), and what turns a weighted sum into a mean (b, 1)."""
+    alive = (total > 0).to(right.dtype)
+    return alive, alive / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def shared_loss(
+    form: Form,
     users: Tensor,
     items: Tensor,
     positive: Tensor,
     log_weight: Tensor,
     mask: Mask,
-    temperature: float,
-    weight: Tensor,
+    share: Tensor,
+    calibration: Tensor,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """Sampled softmax of each row's positive against the other items of the batch, as a weighted mean.
+    """Each row against the first K items of the batch, summed with `share`.
 
-    For row i with positive p:  -log( e^(s_ip) / (e^(s_ip) + sum_{j != p, j not masked} e^(s_ij + log_weight_j)) )
-    with s = cos / temperature. The row's own item elsewhere in the batch is its column p, hence never a negative.
-
-    The B x C scores are made `chunk` rows at a time and turned into gradients on the spot, so that they are never all
-    held: time is that of three matrix products, memory that of a chunk.
+    The B x K scores are made `chunk` rows at a time and never all held: time is that of three matrix products, memory
+    that of a chunk.
 
     Args:
+        form: the loss of a row.
         users: (B, D) unit vectors.
-        items: (C, D) unit vectors of the distinct items of the batch.
-        positive: (B,) int64 column of each row's item.
-        log_weight: (C,) see `in_batch_log_weight`; takes no gradient.
-        mask: the user's other positives among the columns.
-        temperature: divides the cosine.
-        weight: (B,) weight of each row, 0 or more; if all are 0, so are loss and gradients.
+        items: (C, D) unit vectors of the distinct items of the batch, the K negatives first.
+        positive: (B,) int64 place of each row's item among them.
+        log_weight: (K,) log of how much each negative counts; takes no gradient.
+        mask: negatives that are none of a row's: its own item and its user's other positives.
+        share: (B,) what each row's loss is multiplied by.
+        calibration: (2,) log of scale and bias; used by `pointwise`.
         chunk: rows at a time.
 
     Returns:
         The loss, a scalar.
     """
-    loss: Tensor = _InBatchSoftmax.apply(  # type: ignore[no-untyped-call]
-        users, items, positive, log_weight, mask, temperature, weight, chunk
+    loss: Tensor = _SharedLoss.apply(  # type: ignore[no-untyped-call]
+        users, items, calibration, form, positive, log_weight, mask, share, chunk
     )
     return loss
 
 
-class _InBatchSoftmax(torch.autograd.Function):
+class _SharedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         users: Tensor,
         items: Tensor,
+        calibration: Tensor,
+        form: Form,
         positive: Tensor,
         log_weight: Tensor,
         mask: Mask,
-        temperature: float,
-        weight: Tensor,
+        share: Tensor,
         chunk: int,
     ) -> Tensor:
-        rows, columns = len(users), len(items)
-        share = weight / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
-        user_gradient, item_gradient = torch.empty_like(users), torch.zeros_like(items)
+        rows, columns = len(users), len(log_weight)
+        negatives = items[:columns]
+        by_user, by_item = torch.empty_like(users), torch.zeros_like(items)
+        by_right, by_calibration = torch.empty((rows, 1), dtype=users.dtype), torch.zeros_like(calibration)
+        own = items[positive]
+        right = (users * own).sum(dim=1, keepdim=True)
         scores = torch.empty((min(chunk, rows), columns), dtype=users.dtype)
-        total = torch.zeros((), dtype=torch.float64)
+        loss = torch.zeros((), dtype=torch.float64)
         line = np.repeat(np.arange(rows), np.diff(mask.indptr))
         masked = torch.from_numpy((line % chunk) * columns + mask.columns)
+        total = _live_weight(log_weight, line, mask, rows)
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
-            part, own = users[start:stop], positive[start:stop, None]
-            logits = torch.mm(part, items.T, out=scores[: stop - start])
-            logits.div_(temperature)
-            right = logits.gather(1, own)
-            logits.add_(log_weight)
-            logits.view(-1).index_fill_(0, masked[mask.indptr[start] : mask.indptr[stop]], -torch.inf)
-            logits.scatter_(1, own, right)
-            top = logits.amax(dim=1, keepdim=True)
-            logits.sub_(top).exp_()
-            normaliser = logits.sum(dim=1, keepdim=True)
-            total += (share[start:stop, None] * (normaliser.log() + top - right)).sum(dtype=torch.float64)
-            logits.mul_(share[start:stop, None] / (normaliser * temperature))
-            logits.scatter_add_(1, own, -share[start:stop, None] / temperature)
-            torch.mm(logits, items, out=user_gradient[start:stop])
-            item_gradient.addmm_(logits.T, part)
-        ctx.save_for_backward(user_gradient, item_gradient)
-        return total.to(users.dtype)
+            part, part_share = users[start:stop], share[start:stop, None]
+            wrong = torch.mm(part, negatives.T, out=scores[: stop - start])
+            wrong.view(-1).index_fill_(0, masked[mask.indptr[start] : mask.indptr[stop]], -torch.inf)
+            found = form(right[start:stop], wrong, log_weight, total[start:stop], calibration)
+            loss += (part_share * found.loss).sum(dtype=torch.float64)
+            by_right[start:stop] = part_share * found.by_right
+            if found.by_bias is not None:
+                by_calibration[1] += (part_share * found.by_bias).sum()
+            wrong.mul_(part_share * found.scale)
+            torch.mm(wrong, negatives, out=by_user[start:stop])
+            by_item[:columns].addmm_(wrong.T, part)
+        by_user.addcmul_(by_right, own)
+        by_item.index_add_(0, positive, by_right * users)
+        if found.by_bias is not None:
+            by_calibration[0] = (users * by_user).sum()  # a enters as a cos, and so does each user's vector
+        ctx.save_for_backward(by_user, by_item, by_calibration)
+        return loss.to(users.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        user_gradient, item_gradient = ctx.saved_tensors
-        return user_gradient * grad, item_gradient * grad, None, None, None, None, None, None
+        by_user, by_item, by_calibration = ctx.saved_tensors
+        return by_user * grad, by_item * grad, by_calibration * grad, None, None, None, None, None, None
+
+
+def _live_weight(log_weight: Tensor, line: npt.NDArray[np.int64], mask: Mask, rows: int) -> Tensor:
+    """The weight (B, 1) of each row's negatives that are not masked; exactly 0 where all are."""
+    weight = log_weight.double().exp().numpy()
+    masked = np.bincount(line, weight[mask.columns], rows)
+    left = np.where(np.diff(mask.indptr) < len(weight), np.maximum(weight.sum() - masked, 0), 0)
+    return torch.from_numpy(left).to(log_weight.dtype)[:, None]
+
+
+def row_loss(
+    form: Form,
+    users: Tensor,
+    items: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    log_weight: Tensor,
+    share: Tensor,
+    calibration: Tensor,
+) -> Tensor:
+    """Each row against negatives of its own, summed with `share`.
+
+    Args:
+        form: the loss of a row.
+        users: (B, D) unit vectors.
+        items: (C, D) unit vectors of the distinct items of the batch.
+        positive: (B,) int64 place of each row's item among them.
+        negatives: (B, H) int64 places of its negatives.
+        log_weight: (B, H) log of how much each counts, minus infinity for one that is none; takes no gradient.
+        share: (B,) what each row's loss is multiplied by.
+        calibration: (2,) log of scale and bias; used by `pointwise`.
+
+    Returns:
+        The loss, a scalar.
+    """
+    loss: Tensor = _RowLoss.apply(  # type: ignore[no-untyped-call]
+        users, items, calibration, form, positive, negatives, log_weight, share
+    )
+    return loss
+
+
+class _RowLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        users: Tensor,
+        items: Tensor,
+        calibration: Tensor,
+        form: Form,
+        positive: Tensor,
+        negatives: Tensor,
+        log_weight: Tensor,
+        share: Tensor,
+    ) -> Tensor:
+        rows, wide = negatives.shape
+        by_user, by_item, by_calibration = (torch.zeros_like(x) for x in (users, items, calibration))
+        loss = torch.zeros((), dtype=torch.float64)
+        dead = torch.isneginf(log_weight)
+        total = log_weight.exp().sum(dim=1, keepdim=True)
+        live = log_weight.masked_fill(dead, 0)
+        chunk = max(1, ROW_FLOATS // max(1, wide * users.shape[1]))
+        for start in range(0, rows, chunk):
+            stop = min(start + chunk, rows)
+            part, part_share, places = users[start:stop], share[start:stop, None], negatives[start:stop]
+            own, others = items[positive[start:stop]], items[places.reshape(-1)].view(stop - start, wide, -1)
+            wrong = torch.bmm(others, part[:, :, None]).squeeze(2).masked_fill_(dead[start:stop], -torch.inf)
+            right = (part * own).sum(dim=1, keepdim=True)
+            found = form(right, wrong, live[start:stop], total[start:stop], calibration)
+            loss += (part_share * found.loss).sum(dtype=torch.float64)
+            by_right = part_share * found.by_right
+            if found.by_bias is not None:
+                by_calibration[1] += (part_share * found.by_bias).sum()
+            wrong.mul_(part_share * found.scale)
+            torch.bmm(wrong[:, None, :], others, out=by_user[start:stop, None, :])
+            by_user[start:stop].addcmul_(by_right, own)
+            by_item.index_add_(0, positive[start:stop], by_right * part)
+            by_item.index_add_(0, places.reshape(-1), (wrong[:, :, None] * part[:, None, :]).view(-1, users.shape[1]))
+        if found.by_bias is not None:
+            by_calibration[0] = (users * by_user).sum()
+        ctx.save_for_backward(by_user, by_item, by_calibration)
+        return loss.to(users.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        by_user, by_item, by_calibration = ctx.saved_tensors
+        return by_user * grad, by_item * grad, by_calibration * grad, None, None, None, None, None

@@ -5,6 +5,7 @@ touches (`Step`), and without, from whole tables in NumPy (`tower_inputs`), whic
 share.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,12 @@ class TwoTower(nn.Module):
         self.tables = {
             name: EmbeddingTable.new(table.rows, table.dimension, generator) for name, table in features.tables.items()
         }
+        self.calibration = nn.Parameter(torch.zeros(2))
+        """(2,) log of the scale, and bias, that turn a cosine into a log-odds; learned by a pointwise loss alone."""
+
+    def calibrate(self, scale: float) -> None:
+        """Set the scale that a pointwise loss begins with, and a bias of 0."""
+        self.calibration.data = torch.tensor([math.log(scale), 0.0])
 
     @torch.inference_mode()
     def encode_users(self, columns: Mapping[str, Column]) -> Floats:

@@ -6,10 +6,11 @@ the engine. History is stored as a count: how many of the user's clicks came bef
 
 import glob
 import itertools
+import logging
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,14 +27,24 @@ from twotower.features.columns import to_arrow
 from twotower.features.feature_set import encode_table, fit, save
 from twotower.features.fitted import Fitted
 from twotower.samples.columns_file import write_columns, write_table
+from twotower.samples.hard import HARD, find_rejected
+from twotower.samples.sampling import (
+    COPIES,
+    ITEM_ROW,
+    USER_ROW,
+    by_decile,
+    expected_copies,
+    union,
+    with_copies,
+)
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import MANIFEST, folder_listing, whole_folder, write_json
 from twotower.schema.tables import check_entities, check_milliseconds, check_outcomes, require_columns
 
-FORMAT = 1
-USER_ROW = "user_row"
-ITEM_ROW = "item_row"
+log = logging.getLogger(__name__)
+
+FORMAT = 2
 HISTORY_COUNT = "history"
 CLICKS = "clicks"
 POSITIVES = "positives"
@@ -67,6 +78,14 @@ class SamplesReport:
     """With a positive."""
     items: int
     """With a positive."""
+    rows_fed: int
+    """Training rows of an epoch: positives and weak ones, after down- and over-sampling."""
+    with_hard: float
+    """Share of the positives whose request has hard negatives."""
+    used: dict[str, dict[str, int]]
+    """By outcome, what its rows are used as, or why they are not."""
+    deciles: dict[str, list[int]]
+    """Training rows by tenth of the items, the least clicked first: `before` and `after` sampling."""
     dropped: dict[str, int]
     """Events left out, by reason: `null_id`, `unknown_user`, `unknown_item`."""
     watermark_ms: int | None
@@ -82,6 +101,12 @@ def build_samples(
     first_day: str | None = None,
     last_day: str | None = None,
     weight: str | None = None,
+    impressed_weight: float = 0.0,
+    hot: spec.Hot = spec.Hot(),  # noqa: B008  frozen
+    cold: spec.Cold = spec.Cold(),  # noqa: B008
+    hard_most: int = 20,
+    impressed_as_negatives: bool = False,
+    seed: int = 0,
     room: float = 0.1,
     memory_gb: float = 2.0,
     threads: int = 2,
@@ -96,6 +121,12 @@ def build_samples(
         first_day: first day of positives, `YYYY-MM-DD`; None = the first of the log. Histories reach further back.
         last_day: last day of positives and histories.
         weight: column of events that weighs a positive; None = all weigh 1.
+        impressed_weight: weight of what was shown and not clicked as a weak positive; 0 = it is none.
+        hot: down-sampling of hot items.
+        cold: over-sampling of cold items.
+        hard_most: hard negatives of a request that are kept of each source.
+        impressed_as_negatives: what was shown and not clicked is a source of hard negatives, for experiments.
+        seed: of the rows that are dropped, repeated or kept by chance.
         room: spare rows of the id tables, as a share of the known ids.
         memory_gb: memory of the whole job; the engine spills beyond it.
         threads: threads of the engine.
@@ -118,44 +149,69 @@ def build_samples(
         timed = counts.watermark_ms is not None
         if not timed and (first_day or last_day):
             raise ConfigError("samples.first_day and last_day choose by time, but the events have none: leave them out")
-        clicks = _clicks(events, engine, context, weight, first_day)
+        if not timed and impressed_weight:
+            raise ConfigError(
+                f"samples.impressed_weight = {impressed_weight:g}, but the events have no time: without one, a row's "
+                "history is drawn from the clicks, and a shown item is none"
+            )
+        known = _known(events, engine)
+        clicks = engine.create_table("clicks", _rows(known, c.CLICKED, context, weight, first_day), temp=True)
         in_range = clicks.filter(clicks[_IN_RANGE]) if first_day else clicks
         per_user = _tally(clicks, USER_ROW, users.num_rows)
-        trained = _tally(in_range, USER_ROW, users.num_rows) if first_day else per_user
         per_item = _tally(in_range, ITEM_ROW, items.num_rows)
-        rows = int(per_item.sum())
-        if not rows:
+        clicked = int(per_item.sum())
+        if not clicked:
             raise DataError(
                 f"no positive in {counts.events} events (outcomes: {counts.outcomes}; dropped: {counts.dropped}): "
                 f"retrieval learns from rows whose outcome is {c.CLICKED}"
             )
         _check_distinct(clicks)
-        known_users, known_items = (pa.array(np.flatnonzero(tally)) for tally in (trained, per_item))
+        fed = in_range
+        if impressed_weight:
+            shown = _rows(known, c.IMPRESSED, context, impressed_weight, first_day)
+            fed = engine.create_table("fed", union(in_range, shown.filter(shown[_IN_RANGE])), temp=True)
+        trained = [
+            pa.array(np.flatnonzero(_tally(fed, row, size)))
+            for row, size in ((USER_ROW, users.num_rows), (ITEM_ROW, items.num_rows))
+        ]
         fitted = fit(
             features,
-            users.take(known_users),
-            items.take(known_items),
-            _values(in_range, features, rows),
+            users.take(trained[0]),
+            items.take(trained[1]),
+            _values(fed, features, clicked),
             dimension,
             room,
         )
         save(fitted, folder)
-        write_table(folder / "users.arrow", _encoded(fitted.user_columns, users, c.USER_ID, {CLICKS: per_user}))
         write_table(folder / "items.arrow", _encoded(fitted.item, items, c.ITEM_ID, {POSITIVES: per_item}))
-        positives = _with_history(in_range, clicks) if timed else in_range.mutate(**{HISTORY_COUNT: NO_HISTORY})
-        _write_positives(folder / "positives.arrow", positives, fitted.context, timed)
+        write_table(folder / "users.arrow", _encoded(fitted.user_columns, users, c.USER_ID, {CLICKS: per_user}))
+        positives = _with_history(fed, clicks) if timed else fed.mutate(**{HISTORY_COUNT: NO_HISTORY})
+        positives = with_copies(positives, engine, expected_copies(per_item, hot, cold), seed)
+        sources = _hard_sources(counts, timed, impressed_as_negatives)
+        rejected = find_rejected(engine, known, fed, sources, hard_most, first_day, seed)
+        positives = engine.create_table("positives", rejected.count(positives), temp=True)
+        per_item_fed = _tally(positives, ITEM_ROW, items.num_rows, COPIES)
+        _write_positives(folder / "positives.arrow", positives, fitted.context, timed, sources)
+        for source in sources:
+            rows = _stream(rejected.of(positives, source))
+            write_columns(folder / f"{HARD}{source}.arrow", pa.schema([(ITEM_ROW, pa.int32())]), rows)
         _write_clicks(folder / "clicks.arrow", clicks, timed)
-        shutil.rmtree(folder / "spill", ignore_errors=True)
+        weak = int(fed.count().to_pyarrow().as_py()) - clicked
         report = SamplesReport(
             str(out),
             counts.events,
             counts.outcomes,
-            rows,
-            len(known_users),
-            len(known_items),
+            clicked,
+            len(trained[0]),
+            len(trained[1]),
+            int(per_item_fed.sum()),
+            _share_with_hard(positives, sources),
+            _used(counts, timed, clicked, weak, rejected.used),
+            {"before": by_decile(per_item, per_item), "after": by_decile(per_item, per_item_fed)},
             counts.dropped,
             counts.watermark_ms,
         )
+        shutil.rmtree(folder / "spill", ignore_errors=True)
         described = {key: value for key, value in asdict(report).items() if key != "path"}
         write_json(
             folder / MANIFEST, {"format": FORMAT, "kind": "samples", **described, "files": folder_listing(folder)}
@@ -168,6 +224,8 @@ class _Counts:
     events: int
     outcomes: dict[str, int]
     dropped: dict[str, int]
+    dropped_of: dict[str, dict[str, int]]
+    """By outcome."""
     watermark_ms: int | None
 
 
@@ -254,7 +312,7 @@ def _events(engine: Any, partitions: dict[str, list[Path]], context: tuple[str, 
     events = engine.read_parquet(
         paths, table_name="events", hive_partitioning=False, union_by_name=True, filename=_FILE
     )
-    names = dict.fromkeys([*needed, *context])
+    names = dict.fromkeys([*needed, *context, *([c.POSITION] if c.POSITION in seen else [])])
     return events.select(*names, **{c.DATE: events[_FILE].re_extract(rf"{c.DATE}=([^/]*)/[^/]*$", 1)})
 
 
@@ -300,6 +358,11 @@ def _count(events: Any, engine: Any, weight: str | None) -> _Counts:
         f"rows have a {c.CLICK_TS_MS} before their {c.REQUEST_TS_MS}": click < request,
         f"rows have a {c.CLICK_TS_MS} and no {c.REQUEST_TS_MS}": click.notnull() & request.isnull(),
     }
+    if c.POSITION in events.columns:
+        rejected = _[c.OUTCOME].isin([c.PRE_RANK_REJECTED, c.RANK_REJECTED])
+        bad[f"rejected rows have a {c.POSITION}, so they were shown: a shown item is no negative of retrieval"] = (
+            rejected & _[c.POSITION].notnull()
+        )
     if weight:
         number = _[weight].cast("float64")
         usable = (number >= 0) & (number < float("inf"))
@@ -343,28 +406,79 @@ def _count(events: Any, engine: Any, weight: str | None) -> _Counts:
         if count := sum(int(r[name] or 0) for r in rows):
             raise DataError(f"events: {count} {name}: mend them or leave them out")
     outcomes, dropped = Counter[str](), Counter[str]()
+    dropped_of: dict[str, dict[str, int]] = {}
     for r in rows:
         outcomes[r[c.OUTCOME]] += r["rows"]
         dropped[r["left_out"]] += r["rows"]
+        if r["left_out"]:
+            reasons = dropped_of.setdefault(r[c.OUTCOME], {})
+            reasons[r["left_out"]] = reasons.get(r["left_out"], 0) + r["rows"]
     return _Counts(
         total,
         {name: outcomes[name] for name in c.OUTCOMES if name in outcomes},
         {reason: dropped[reason] for reason in sorted(dropped) if reason},
+        dropped_of,
         max(itertools.chain(*extents.values()), default=None),
     )
 
 
-def _clicks(events: Any, engine: Any, context: tuple[str, ...], weight: str | None, first_day: str | None) -> Any:
-    """The clicks of known users on known items with their dense rows, as a table of the engine's own."""
-    clicked = events.filter(events[c.OUTCOME] == c.CLICKED)
-    joined = clicked.inner_join(engine.table("user_rows"), c.USER_ID).inner_join(engine.table("item_rows"), c.ITEM_ID)
-    query = joined.select(
+def _known(events: Any, engine: Any) -> Any:
+    """The events of known users and items, with their dense rows."""
+    return events.inner_join(engine.table("user_rows"), c.USER_ID).inner_join(engine.table("item_rows"), c.ITEM_ID)
+
+
+def _rows(known: Any, outcome: str, context: tuple[str, ...], weight: str | float | None, first_day: str | None) -> Any:
+    """The events of one outcome as rows of training; `weight` is a column, a number, or None = 1."""
+    chosen = known.filter(known[c.OUTCOME] == outcome)
+    number = chosen[weight] if isinstance(weight, str) else ibis.literal(1 if weight is None else weight)
+    return chosen.select(
         *(c.EVENT_SEQ, USER_ROW, ITEM_ROW, c.REQUEST_TS_MS, c.CLICK_TS_MS),
-        **{_IN_RANGE: joined[c.DATE] >= (first_day or "")},
-        **{c.WEIGHT: joined[weight].cast("float32") if weight else ibis.literal(1, "float32")},
-        **{f"{CONTEXT}{name}": joined[name] for name in context},
+        **{_IN_RANGE: chosen[c.DATE] >= (first_day or "")},
+        **{c.WEIGHT: number.cast("float32")},
+        **{f"{CONTEXT}{name}": chosen[name] for name in context},
     )
-    return engine.create_table("clicks", query, temp=True)
+
+
+def _share_with_hard(positives: Any, sources: Sequence[str]) -> float:
+    """Share of the positives that have a hard negative."""
+    if not sources:
+        return 0.0
+    counts = ibis.greatest(*(positives[f"{HARD}{source}"] for source in sources))
+    return round(float((counts > 0).cast("float64").mean().to_pyarrow().as_py()), 4)
+
+
+def _hard_sources(counts: _Counts, timed: bool, impressed: bool) -> list[str]:
+    """The outcomes of the log that are hard negatives; without time no row has a request to be rejected in."""
+    if impressed:
+        log.warning(
+            "what was shown and not clicked is used as a hard negative, as "
+            "samples.negatives.impressed_as_negatives_for_experiments says: it was good enough to be shown, and a "
+            "model that learns from it retrieves worse"
+        )
+    wanted = [c.PRE_RANK_REJECTED, c.RANK_REJECTED, *([c.IMPRESSED] if impressed else [])]
+    return [outcome for outcome in wanted if timed and outcome in counts.outcomes]
+
+
+def _used(
+    counts: _Counts, timed: bool, clicked: int, weak: int, rejected: dict[str, dict[str, int]]
+) -> dict[str, dict[str, int]]:
+    """What became of the rows of each outcome; the numbers of an outcome sum to its rows."""
+    used: dict[str, dict[str, int]] = {}
+    for outcome, rows in counts.outcomes.items():
+        parts = dict(counts.dropped_of.get(outcome, {}))
+        if outcome == c.CLICKED:
+            parts["positive"] = clicked
+        if outcome == c.IMPRESSED and weak:
+            parts["weak_positive"] = weak
+        elif outcome in rejected:
+            parts |= rejected[outcome]
+        rest = rows - sum(parts.values())
+        if rest:
+            rejects = outcome in (c.PRE_RANK_REJECTED, c.RANK_REJECTED)
+            spared = "no_time" if rejects and not timed else "before_the_first_day"
+            parts[spared if rejects or outcome == c.CLICKED or weak else "not_used"] = rest
+        used[outcome] = parts
+    return used
 
 
 def _check_distinct(clicks: Any) -> None:
@@ -390,9 +504,9 @@ def _with_history(positives: Any, clicks: Any) -> Any:
     return counted.filter(_.is_click == 0)
 
 
-def _tally(events: Any, row: str, size: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """How many events each dense row has, (size,)."""
-    counted = events.group_by(row).aggregate(rows=_.count()).to_pyarrow()
+def _tally(events: Any, row: str, size: int, copies: str | None = None) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """How many events each dense row has, (size,); an event counts as often as its copies say, if a column does."""
+    counted = events.group_by(row).aggregate(rows=_[copies].sum() if copies else _.count()).to_pyarrow()
     tally = np.zeros(size, np.int64)
     tally[counted.column(row).to_numpy()] = counted.column("rows").to_numpy()
     return tally
@@ -429,15 +543,19 @@ def _stream(query: Any) -> Iterator[pa.RecordBatch]:
     yield from query.to_pyarrow_batches(chunk_size=1 << 17)
 
 
-def _write_positives(path: Path, positives: Any, context: tuple[Fitted, ...], timed: bool) -> None:
+def _write_positives(
+    path: Path, positives: Any, context: tuple[Fitted, ...], timed: bool, sources: Sequence[str]
+) -> None:
     """One row a positive, in the order of time, context encoded."""
     order = [c.REQUEST_TS_MS, c.EVENT_SEQ, USER_ROW, ITEM_ROW] if timed else [USER_ROW, ITEM_ROW, c.EVENT_SEQ]
     fields = [
         (USER_ROW, pa.int32()),
         (ITEM_ROW, pa.int32()),
         (HISTORY_COUNT, pa.int32()),
+        (COPIES, pa.int32()),
         (c.WEIGHT, pa.float32()),
         (c.TS_MS, pa.int64()),
+        *((f"{HARD}{source}", pa.int32()) for source in sources),
     ]
     chosen = positives.order_by(order).mutate(
         **{

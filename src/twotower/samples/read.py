@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from twotower.features.columns import Column, from_arrow, pointers
+from twotower.features.columns import Bag, Column, from_arrow, pointers
 from twotower.features.feature_set import FeatureSet, load
 from twotower.features.vocabulary import Positions
 from twotower.samples.build import (
@@ -17,12 +17,12 @@ from twotower.samples.build import (
     FEATURE,
     FORMAT,
     HISTORY_COUNT,
-    ITEM_ROW,
     NO_HISTORY,
     POSITIVES,
-    USER_ROW,
 )
 from twotower.samples.columns_file import map_columns
+from twotower.samples.hard import HARD
+from twotower.samples.sampling import COPIES, ITEM_ROW, USER_ROW
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import MANIFEST, read_json
@@ -42,6 +42,10 @@ class Positives:
     weight: npt.NDArray[np.float32]
     ts_ms: Longs
     context: dict[str, Column]
+    copies: Ints
+    """How often the row is fed in an epoch: 0 if it was down-sampled, more than 1 if it was over-sampled."""
+    hard: dict[str, Bag]
+    """By source, the catalogue rows of the items that were rejected in the row's request."""
 
     def __len__(self) -> int:
         return len(self.user_row)
@@ -85,7 +89,7 @@ class Samples:
     items: Entities
     clicks: Clicks
     item_positives: Longs
-    """(items,) positives of each item among the training rows."""
+    """(items,) clicked training rows of each item, before sampling."""
 
     @property
     def timed(self) -> bool:
@@ -110,6 +114,14 @@ def open_samples(folder: Path) -> Samples:
         _numpy(rows, c.WEIGHT),
         _numpy(rows, c.TS_MS),
         _prefixed(rows, CONTEXT),
+        _numpy(rows, COPIES),
+        {
+            name.removeprefix(HARD): Bag(
+                pointers(_numpy(rows, name)), _numpy(map_columns(folder / f"{name}.arrow"), ITEM_ROW)
+            )
+            for name in rows.schema.names
+            if name.startswith(HARD)
+        },
     )
     items = map_columns(folder / "items.arrow")
     return Samples(

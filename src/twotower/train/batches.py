@@ -1,10 +1,11 @@
 """Batches: gathers and slices of memory-mapped columns, never a loop over rows.
 
-B batch, C distinct items of the batch.
+B batch, C distinct items of the batch, K shared negatives, n and H negatives of each row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,30 @@ from twotower.models.losses import Mask
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
+from twotower.train.negatives import CountedFrequency, EasyNegatives, HardNegatives, StreamingFrequency
 
 Longs = npt.NDArray[np.int64]
+Reals = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SharedNegatives:
+    """Negatives of all rows of a batch: its first K items."""
+
+    log_weight: Reals
+    """(K,) log of how much each counts."""
+    mask: Mask
+    """Those that are none of a row's."""
+
+
+@dataclass(frozen=True)
+class RowNegatives:
+    """Negatives of each row alone."""
+
+    places: Longs
+    """(B, H) among the items of the batch."""
+    log_weight: Reals
+    """(B, H) log of how much each counts, minus infinity for one that is none."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +51,14 @@ class Batch:
     user: dict[str, Column]
     """Encoded columns (B rows), history and context included."""
     item: dict[str, Column]
-    """Encoded columns of the distinct items (C rows)."""
+    """Encoded columns of the distinct items (C rows), shared negatives first."""
     item_row: Longs
     """(C,) their rows in the catalogue."""
     positive: Longs
     """(B,) each row's item among them."""
-    copies: Longs
-    """(C,) how often each occurs."""
-    mask: Mask
-    """The users' other positives among the distinct items."""
-    weight: npt.NDArray[np.float32]
+    easy: SharedNegatives | RowNegatives | None
+    hard: RowNegatives | None
+    weight: Reals
     """(B,)"""
 
 
@@ -57,70 +78,68 @@ class BatchMaker:
     Args:
         samples: the samples.
         batch_size: the most rows of a batch. The rows of an epoch are spread over as few batches as that allows, which
-            differ by one row at most, so that none is left with a single row, which would have no negatives. (With
-            `batch_size` 2 and an odd number of rows, one batch has 3.)
+            differ by one row at most, so that none is left with a single row, which would have no in-batch negatives.
+            (With `batch_size` 2 and an odd number of rows, one batch has 3.)
         id_dropout: share of user and item ids replaced by the unknown one, and of contexts made missing.
-        seed: of the order of rows and of the replaced ids.
+        seed: of the order of rows, of the negatives and of the replaced ids.
+        easy: draws easy negatives; None = none.
+        frequency: q of in-batch negatives.
+        corrected: weigh easy negatives for a softmax over the catalogue, by the inverse of their expected counts; else
+            for a mean over negatives.
+        hard: draws hard negatives; None = none.
 
     Raises:
-        DataError: an epoch has fewer than two rows, or `batch_size` is below 2: nothing is a negative.
+        DataError: an epoch has fewer than two rows, or `batch_size` is below 2.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, id_dropout: float, seed: int) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        id_dropout: float,
+        seed: int,
+        easy: EasyNegatives | None,
+        frequency: CountedFrequency | StreamingFrequency,
+        corrected: bool,
+        hard: HardNegatives | None,
+    ) -> None:
         self._samples = samples
         self._batch_size = batch_size
         self._id_dropout = id_dropout
         self._seed = seed
+        self._easy = easy
+        self._frequency = frequency
+        self._corrected = corrected
+        self._hard = hard
         self._items = Compactor(len(samples.items))
         self._users = Compactor(len(samples.users))
         self._column = np.full(len(samples.items), -1, np.int32)
+        self._weak = len(samples.positives) > int(samples.item_positives.sum())
+        pairs = _clicked_pairs(samples)
+        self._pairs = pairs if easy and not easy.shared else None
+        self._clicked = Bag(
+            np.searchsorted(pairs, np.arange(len(samples.users) + 1) * len(samples.items)),
+            (pairs % len(samples.items)).astype(np.int32),
+        )
         history = samples.features.history
         self._item_tokens: Rows | None = history.vocabulary.rows(samples.items.ids) if history else None
+        self.rows = rows_of_epoch(samples)
         if min(batch_size, self.rows) < 2:
-            raise DataError(
-                f"batch_size = {batch_size} with {self.rows} training rows: in-batch negatives need at least 2 of each"
-            )
-
-    @property
-    def rows(self) -> int:
-        """Training rows of an epoch."""
-        if self._samples.timed:
-            return len(self._samples.positives)
-        counts = np.diff(self._samples.clicks.indptr)
-        return int((counts - counts // 2).sum())
-
-    @property
-    def steps(self) -> int:
-        """Batches of an epoch."""
-        return min(-(-self.rows // self._batch_size), self.rows // 2)
-
-    @property
-    def frequency(self) -> npt.NDArray[np.float64]:
-        """The share q (N,) of each item among the rows as fed, in expectation over epochs.
-
-        Without time, a click is a target in n - n // 2 of n epochs, where n is the number of its user's clicks.
-        """
-        if self._samples.timed:
-            return self._samples.item_positives / self.rows
-        clicks = self._samples.clicks
-        counts = np.diff(clicks.indptr)
-        share = (counts - counts // 2) / np.maximum(counts, 1)
-        weights = np.repeat(share, counts)
-        fed: npt.NDArray[np.float64] = np.bincount(clicks.item_row, weights, len(self._samples.items)) / self.rows
-        return fed
+            raise DataError(f"batch_size = {batch_size} with {self.rows} training rows: at least 2 of each are needed")
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on, shuffled over all rows."""
         fed = self._timed(epoch) if self._samples.timed else self._drawn(epoch)
-        rows, steps = len(fed.positives), self.steps
+        rows = len(fed.positives)
+        steps = max(1, min(-(-rows // self._batch_size), rows // 2))
         for step in range(first_step, steps):
             part = fed.positives[rows * step // steps : rows * (step + 1) // steps]
             yield self._batch(part, fed.clicked, np.random.default_rng([self._seed, epoch, step, 2]))
 
     def _timed(self, epoch: int) -> Epoch:
-        """Every positive once, with the clicks before its request."""
-        order = np.random.default_rng([self._seed, epoch, 1]).permutation(self.rows)
-        return Epoch(order, self._samples.clicks.item_row)
+        """Every positive as often as it is fed, with the clicks before its request."""
+        fed = np.repeat(np.arange(len(self._samples.positives)), self._samples.positives.copies)
+        return Epoch(np.random.default_rng([self._seed, epoch, 1]).permutation(fed), self._samples.clicks.item_row)
 
     def _drawn(self, epoch: int) -> Epoch:
         """A random half of each user's positives as the history of the other half.
@@ -134,6 +153,7 @@ class BatchMaker:
         shuffled = np.lexsort((generator.random(len(owner)), owner))
         place = np.arange(len(owner)) - clicks.indptr[owner]
         targets = shuffled[place >= (counts // 2)[owner]]
+        targets = np.repeat(targets, self._samples.positives.copies[targets])
         # Without time, positives and clicks stand in the same order: by user, then item.
         return Epoch(targets[generator.permutation(len(targets))], clicks.item_row[shuffled])
 
@@ -149,29 +169,106 @@ class BatchMaker:
         """The batch of some training rows (B,)."""
         samples = self._samples
         user_row, item_row = samples.positives.user_row[rows], samples.positives.item_row[rows]
-        distinct, positive = self._items.compact(item_row)
+        hard = self._hard.draw(rows, generator) if self._hard else None
+        drawn = self._draw_easy(item_row.astype(np.int64), generator)
+        negatives, copies = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        if self._easy and self._easy.shared:
+            negatives, place = self._items.compact(drawn)
+            copies = np.bincount(place, minlength=len(negatives))
+        distinct = self._place(negatives, [item_row, drawn.ravel(), *([hard[hard >= 0]] if hard is not None else [])])
+        positive = self._column[item_row].astype(np.int64)
+        easy: SharedNegatives | RowNegatives | None = None
+        if self._easy and self._easy.shared:
+            log_weight = np.log(copies) + self._log_weight(negatives, len(rows))
+            easy = SharedNegatives(log_weight.astype(np.float32), self._mask(user_row, positive, len(negatives)))
+        elif self._easy:
+            log_weight = self._log_weight(drawn.ravel(), len(rows)).reshape(drawn.shape)
+            right = (drawn == item_row[:, None]) | self._is_clicked(user_row, drawn)
+            places = self._column[drawn].astype(np.int64)
+            easy = RowNegatives(places, np.where(right, -np.inf, log_weight).astype(np.float32))
+        rejected = None
+        if hard is not None:
+            places = np.where(hard >= 0, self._column[hard], 0).astype(np.int64)
+            rejected = RowNegatives(places, np.where(hard >= 0, 0, -np.inf).astype(np.float32))
+        self._column[distinct] = -1
+        self._observe(item_row)
+        return Batch(
+            self._user_columns(rows, user_row, clicked, generator),
+            self._item_columns(distinct, generator),
+            distinct,
+            positive,
+            easy,
+            rejected,
+            samples.positives.weight[rows],
+        )
+
+    def _draw_easy(self, item_row: Longs, generator: np.random.Generator) -> Longs:
+        """Catalogue rows of easy negatives: of all rows of the batch (n,), or of each (B, n)."""
+        if self._easy is None:
+            return np.zeros(0, np.int64)
+        if not self._easy.shared:
+            return self._easy.draw_rows(item_row, generator)
+        donated = item_row[: self._easy.donors(len(item_row))]
+        return np.concatenate([donated, self._easy.draw_shared(len(item_row), generator)])
+
+    def _place(self, negatives: Longs, others: Sequence[npt.NDArray[np.integer[Any]]]) -> Longs:
+        """The distinct items of a batch (C,), shared negatives first; notes the column of each."""
+        self._column[negatives] = np.arange(len(negatives), dtype=np.int32)
+        more = np.concatenate(others)
+        rest, _ = self._items.compact(more[self._column[more] < 0])
+        self._column[rest] = len(negatives) + np.arange(len(rest), dtype=np.int32)
+        return np.concatenate([negatives, rest])
+
+    def _log_weight(self, items: Longs, batch: int) -> npt.NDArray[np.float64]:
+        """Log of how much one draw of an item counts among a row's easy negatives (n,)."""
+        assert self._easy is not None
+        expected = self._easy.log_expected(items, self._frequency.log_q(items), self._easy.draws(batch))
+        return -expected if self._corrected else self._easy.log_target(items) - expected
+
+    def _observe(self, item_row: npt.NDArray[np.int32]) -> None:
+        """Let q learn from the rows as fed, after its use: an estimate that has seen the batch favours it."""
+        if isinstance(self._frequency, StreamingFrequency):
+            items, place = self._items.compact(item_row)
+            self._frequency.observe(items, np.bincount(place, minlength=len(items)))
+
+    def _is_clicked(self, user_row: npt.NDArray[np.int32], items: Longs) -> npt.NDArray[np.bool_]:
+        """Which of each row's items (B, n) its user has clicked."""
+        assert self._pairs is not None
+        wanted = user_row[:, None].astype(np.int64) * len(self._samples.items) + items
+        place = np.minimum(np.searchsorted(self._pairs, wanted), len(self._pairs) - 1)
+        found: npt.NDArray[np.bool_] = self._pairs[place] == wanted
+        return found
+
+    def _user_columns(
+        self,
+        rows: Longs,
+        user_row: npt.NDArray[np.int32],
+        clicked: npt.NDArray[np.int32],
+        generator: np.random.Generator,
+    ) -> dict[str, Column]:
+        """What enters the user tower (B rows)."""
+        samples = self._samples
         user = {name: take(column, user_row) for name, column in samples.users.features.items()}
         user |= {feature.name: self._context(feature, rows, generator) for feature in samples.features.context}
-        item = {name: take(column, distinct) for name, column in samples.items.features.items()}
-        if self._id_dropout:
-            for side, name in ((user, c.USER_ID), (item, c.ITEM_ID)):
-                if isinstance(ids := side.get(name), np.ndarray):
-                    side[name] = np.where(generator.random(len(ids)) < self._id_dropout, np.int32(UNKNOWN), ids)
+        self._drop_ids(user, c.USER_ID, generator)
         history = samples.features.history
         if history is not None and self._item_tokens is not None:
             before = self._history_counts(rows, user_row)
             count = np.minimum(before, history.last)
             first = samples.clicks.indptr[user_row] + before - count
             user[history.name] = Bag(pointers(count), self._item_tokens[clicked[ranges(first, count)]])
-        return Batch(
-            user,
-            item,
-            distinct,
-            positive,
-            np.bincount(positive, minlength=len(distinct)),
-            self._mask(user_row, distinct),
-            samples.positives.weight[rows],
-        )
+        return user
+
+    def _item_columns(self, distinct: Longs, generator: np.random.Generator) -> dict[str, Column]:
+        """What enters the item tower (C rows)."""
+        item = {name: take(column, distinct) for name, column in self._samples.items.features.items()}
+        self._drop_ids(item, c.ITEM_ID, generator)
+        return item
+
+    def _drop_ids(self, side: dict[str, Column], name: str, generator: np.random.Generator) -> None:
+        """Replace some ids by the unknown one, in place."""
+        if self._id_dropout and isinstance(ids := side.get(name), np.ndarray):
+            side[name] = np.where(generator.random(len(ids)) < self._id_dropout, np.int32(UNKNOWN), ids)
 
     def _context(self, feature: Fitted, rows: Longs, generator: np.random.Generator) -> Column:
         """A context column; some rows are made missing, so that a request without it has a meaning."""
@@ -179,16 +276,55 @@ class BatchMaker:
         silent = generator.random(len(rows)) < self._id_dropout
         return take(concatenate([column, feature.absent(len(rows))]), np.arange(len(rows)) + len(rows) * silent)
 
-    def _mask(self, user_row: npt.NDArray[np.int32], distinct: Longs) -> Mask:
-        """Each user's positives met with the distinct items of the batch: once a user, then spread to its rows."""
-        clicks = self._samples.clicks
+    def _mask(self, user_row: npt.NDArray[np.int32], positive: Longs, negatives: int) -> Mask:
+        """Each user's positives met with the shared negatives: once a user, then spread to its rows."""
         users, user_place = self._users.compact(user_row)
-        self._column[distinct] = np.arange(len(distinct), dtype=np.int32)
-        start = clicks.indptr[users]
-        counts = clicks.indptr[users + 1] - start
-        column = self._column[clicks.item_row[ranges(start, counts)]]
-        self._column[distinct] = -1
-        owner = np.repeat(np.arange(len(users)), counts)[column >= 0]
+        start = self._clicked.indptr[users]
+        counts = self._clicked.indptr[users + 1] - start
+        place = self._column[self._clicked.rows[ranges(start, counts)]]
+        met = (place >= 0) & (place < negatives)
+        owner, column = np.repeat(np.arange(len(users)), counts)[met], place[met].astype(np.int64)
         hits = pointers(np.bincount(owner, minlength=len(users)))
         mine = hits[user_place + 1] - hits[user_place]
-        return Mask(pointers(mine), column[column >= 0].astype(np.int64)[ranges(hits[user_place], mine)])
+        mask = Mask(pointers(mine), column[ranges(hits[user_place], mine)])
+        return _with_own(mask, positive, negatives) if self._weak else mask
+
+
+def rows_of_epoch(samples: Samples) -> int:
+    """Training rows of an epoch; without time in expectation, where some are down- or over-sampled."""
+    return round(float(_fed(samples).sum()))
+
+
+def fed_frequency(samples: Samples) -> npt.NDArray[np.float64]:
+    """The share q (N,) of each item among the rows as fed, in expectation over epochs."""
+    fed = np.bincount(samples.positives.item_row, _fed(samples), len(samples.items))
+    frequency: npt.NDArray[np.float64] = fed / max(fed.sum(), 1)
+    return frequency
+
+
+def _fed(samples: Samples) -> npt.NDArray[np.float64]:
+    """How often each positive is fed in an epoch, in expectation.
+
+    Without time, a click is a target in n - n // 2 of n epochs, where n is the number of its user's clicks.
+    """
+    copies: npt.NDArray[np.float64] = samples.positives.copies.astype(np.float64)
+    if not samples.timed:
+        counts = np.diff(samples.clicks.indptr)
+        copies *= np.repeat((counts - counts // 2) / np.maximum(counts, 1), counts)
+    return copies
+
+
+def _clicked_pairs(samples: Samples) -> Longs:
+    """Every user's distinct clicked items, ascending: user times N plus item."""
+    owner = np.repeat(np.arange(len(samples.users)), np.diff(samples.clicks.indptr))
+    pairs: Longs = np.unique(owner * len(samples.items) + samples.clicks.item_row)
+    return pairs
+
+
+def _with_own(mask: Mask, positive: Longs, negatives: int) -> Mask:
+    """Add the own item of rows whose user never clicked it: weak positives."""
+    line = np.repeat(np.arange(len(positive)), np.diff(mask.indptr))
+    there = np.bincount(line[mask.columns == positive[line]], minlength=len(positive)) > 0
+    lacking = np.flatnonzero(~there & (positive < negatives))
+    line, columns = np.concatenate([line, lacking]), np.concatenate([mask.columns, positive[lacking]])
+    return Mask(pointers(np.bincount(line, minlength=len(positive))), columns[np.argsort(line, kind="stable")])

@@ -26,14 +26,19 @@ from twotower.features.feature_set import load as load_features
 from twotower.models.two_tower import TwoTower
 from twotower.schema.errors import DataError
 from twotower.schema.files import MANIFEST, check_listing, folder_listing, read_json, whole_folder, write_json
+from twotower.train.negatives import CountedFrequency, StreamingFrequency
 
 log = logging.getLogger(__name__)
+
+Frequency = CountedFrequency | StreamingFrequency
 
 FORMAT = 1
 TENSORS = "model.safetensors"
 FINISHED = "model"
 DIGEST = "digest"
 """Key of a manifest: the SHA-256 of all its other entries, because a flipped digit in JSON is still JSON."""
+FREQUENCY = "frequency."
+"""Before the names of tensors that an estimate of q keeps."""
 KEPT = 2
 """Checkpoints for resuming that a run keeps."""
 
@@ -91,10 +96,11 @@ def save_checkpoint(
     progress: Progress,
     features_from: Path,
     rest: Any,
+    frequency: Frequency,
 ) -> None:
     """Write a checkpoint with everything that a later step or an update needs."""
     with whole_folder(folder) as temporary:
-        save_file(_tensors(model, optimizer), temporary / TENSORS)
+        save_file(_tensors(model, optimizer, frequency), temporary / TENSORS)
         for name in (FEATURES_FILE, VOCABULARY_FILE):
             shutil.copyfile(features_from / name, temporary / name)
         described = {
@@ -139,8 +145,8 @@ def load_model(checkpoint: Checkpoint) -> TwoTower:
     return model.eval()
 
 
-def resume(folder: Path, model: TwoTower, optimizer: torch.optim.Adam) -> Progress | None:
-    """Load the latest whole checkpoint of a run into model and optimizer, or say that there is none.
+def resume(folder: Path, model: TwoTower, optimizer: torch.optim.Adam, frequency: Frequency) -> Progress | None:
+    """Load the latest whole checkpoint of a run into model, optimizer and q, or say that there is none.
 
     Damaged ones are removed on the way, with a warning.
     """
@@ -154,16 +160,24 @@ def resume(folder: Path, model: TwoTower, optimizer: torch.optim.Adam) -> Progre
         tensors = load_file(path / TENSORS)
         _restore_model(model, tensors)
         _restore_optimizer(model, optimizer, tensors)
+        kept = {key: value.numpy() for key, value in tensors.items() if key.startswith(FREQUENCY)}
+        frequency.restore({key.removeprefix(FREQUENCY): value for key, value in kept.items()})
         done = manifest["progress"]
         return Progress(**{**done, "last_loss": math.nan if done["last_loss"] is None else done["last_loss"]})
     return None
 
 
 def save_step(
-    folder: Path, model: TwoTower, optimizer: torch.optim.Adam, shape: Shape, progress: Progress, features_from: Path
+    folder: Path,
+    model: TwoTower,
+    optimizer: torch.optim.Adam,
+    shape: Shape,
+    progress: Progress,
+    features_from: Path,
+    frequency: Frequency,
 ) -> None:
     """Write a checkpoint for resuming into the folder of a run; older ones go, when it is on disk."""
-    save_checkpoint(folder / f"step-{progress.rows}", model, optimizer, shape, progress, features_from, {})
+    save_checkpoint(folder / f"step-{progress.rows}", model, optimizer, shape, progress, features_from, {}, frequency)
     drop_all_but(folder, [path.name for path in _steps(folder)[-KEPT:]])
 
 
@@ -188,7 +202,7 @@ def _plain(progress: Progress) -> dict[str, Any]:
     return {**asdict(progress), "last_loss": None if math.isnan(progress.last_loss) else progress.last_loss}
 
 
-def _tensors(model: TwoTower, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+def _tensors(model: TwoTower, optimizer: torch.optim.Adam, frequency: Frequency) -> dict[str, Tensor]:
     tensors = {f"dense.{name}": value.detach() for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -196,6 +210,8 @@ def _tensors(model: TwoTower, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
     for name, table in model.tables.items():
         tensors[f"table.{name}"] = torch.from_numpy(table.weights)
         tensors[f"accumulator.{name}"] = torch.from_numpy(table.accumulator)
+    for name, value in frequency.state().items():
+        tensors[f"{FREQUENCY}{name}"] = torch.from_numpy(value)
     return {name: value.contiguous() for name, value in sorted(tensors.items())}
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.models.losses import in_batch_log_weight, in_batch_softmax
+from twotower.models.losses import (
+    Form,
+    bsl,
+    corrected_log_q,
+    pointwise,
+    row_loss,
+    sampled_softmax,
+    shared_loss,
+    triplet_hinge,
+    triplet_logistic,
+)
 from twotower.models.two_tower import StepAssembler, TwoTower
 from twotower.samples.read import Samples
-from twotower.schema.errors import DataError
-from twotower.train.batches import Batch, BatchMaker
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError, DataError
+from twotower.train.batches import Batch, BatchMaker, RowNegatives, SharedNegatives, fed_frequency
 from twotower.train.checkpoint import (
     FINISHED,
     Checkpoint,
@@ -29,10 +40,76 @@ from twotower.train.checkpoint import (
     save_checkpoint,
     save_step,
 )
+from twotower.train.negatives import (
+    ROW_COUNT,
+    CountedFrequency,
+    EasyNegatives,
+    HardNegatives,
+    Shares,
+    StreamingFrequency,
+)
 
 log = logging.getLogger(__name__)
 
 REPORT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised; each number belongs to the losses that its line names."""
+
+    name: str = "sampled_softmax"
+    temperature: float = 0.07
+    """Divides the cosine: `sampled_softmax`, `corrected_log_q`, `bsl` (of the negatives)."""
+    positive_temperature: float | None = None
+    """`bsl`: of the positive; None = the same."""
+    margin: float = 0.4
+    """`triplet_hinge`."""
+    sigma: float = 10.0
+    """`triplet_logistic`."""
+    scale: float = 10.0
+    """`pointwise`: initial scale of the cosine; learned."""
+    pointwise_negatives: float = 3.0
+    """`pointwise`: weight of all negatives of a row over its positive's."""
+
+    @property
+    def corrected(self) -> bool:
+        """It estimates a softmax over the catalogue, whose negatives are corrected for how often they are drawn."""
+        return self.name in ("sampled_softmax", "corrected_log_q", "bsl")
+
+    def form(self) -> Form:
+        """The function of scores."""
+        forms: dict[str, Callable[[], Form]] = {
+            "sampled_softmax": lambda: sampled_softmax(self.temperature),
+            "corrected_log_q": lambda: corrected_log_q(self.temperature),
+            "bsl": lambda: bsl(self.temperature, self.positive_temperature or self.temperature),
+            "triplet_hinge": lambda: triplet_hinge(self.margin),
+            "triplet_logistic": lambda: triplet_logistic(self.sigma),
+            "pointwise": lambda: pointwise(self.pointwise_negatives),
+        }
+        return forms[self.name]()
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """What a positive is compared with."""
+
+    easy: Shares = field(default_factory=Shares)
+    alpha: float = 0.75
+    count: int | None = None
+    """Negatives of a row; None = all other rows of the batch, where they have a share."""
+    shared: bool = True
+    """One set for all rows of a batch, or one for each."""
+    streaming: bool = False
+    """q of in-batch negatives is estimated from the stream, not taken from the counts."""
+    hard: dict[str, float] = field(default_factory=lambda: {c.PRE_RANK_REJECTED: 0.5, c.RANK_REJECTED: 0.5})
+    """Shares of the sources of hard ones."""
+    hard_share: float | None = None
+    """Hard ones among all; None = half where the log has them, else none."""
+    hard_count: int = 8
+    """Hard ones of a positive in a step, where the easy ones are shared."""
+    impressed_for_experiments: bool = False
+    """As many of what was shown and not clicked as hard ones: wrong, and here to show it."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +126,13 @@ class TrainReport:
     seconds: float
 
 
-def train(
+def train(  # noqa: PLR0915  one loop, top to bottom
     samples: Samples,
     checkpoints: Path,
     shape: Shape,
     *,
-    temperature: float,
+    loss: Loss,
+    negatives: Negatives,
     batch_size: int,
     epochs: int,
     seed: int,
@@ -66,7 +144,7 @@ def train(
     threads: int,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainReport:
-    """Train the two towers on in-batch negatives, from the last checkpoint of the same run if there is one.
+    """Train the two towers, from the last checkpoint of the same run if there is one.
 
     A run is its samples and settings. The same run gives the same bytes, however often it was killed and resumed; a
     finished run is not repeated.
@@ -75,7 +153,8 @@ def train(
         samples: what to train on.
         checkpoints: the folder of all runs.
         shape: of the model.
-        temperature: divides the cosine.
+        loss: what is minimised.
+        negatives: what positives are compared with.
         batch_size: positives in a step.
         epochs: passes over the positives.
         seed: of everything that is drawn.
@@ -88,13 +167,14 @@ def train(
         clock: monotonic seconds.
 
     Raises:
-        DataError: the loss or the trained numbers are not finite; fewer than two rows or a `batch_size` of one, so that
-            nothing is a negative.
+        DataError: the loss or the trained numbers are not finite; fewer than two rows or a `batch_size` of one.
+        ConfigError: negatives that the samples do not have, or that do not fit the batch.
     """
     started = clock()
     settings = {
         "shape": vars(shape),
-        "temperature": temperature,
+        "loss": asdict(loss),
+        "negatives": asdict(negatives),
         "batch_size": batch_size,
         "epochs": epochs,
         "seed": seed,
@@ -112,12 +192,20 @@ def train(
         return TrainReport(str(done.path), done.manifest["progress"]["rows"], 0.0, done.manifest["loss"], 0.0)
 
     torch.set_num_threads(threads)
-    batches = BatchMaker(samples, batch_size, id_dropout, seed)
-    frequency = torch.from_numpy(batches.frequency).float()
+    hard_part = _hard_negatives(negatives, samples)
+    easy_part = _easy_negatives(negatives, hard_part.share, samples)
+    frequency = (
+        StreamingFrequency(len(samples.items)) if negatives.streaming else CountedFrequency(fed_frequency(samples))
+    )
+    batches = BatchMaker(
+        samples, batch_size, id_dropout, seed, easy_part, frequency, loss.corrected, hard_part.negatives
+    )
+    form = loss.form()
     model = TwoTower(samples.features, shape.dimension, shape.user_layers, shape.item_layers, shape.dropout, seed)
+    model.calibrate(loss.scale)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, foreach=True)
     assembler = StepAssembler(model)
-    progress = resume(folder, model, optimizer) or Progress(0, 0, 0, 0.0, math.nan)
+    progress = resume(folder, model, optimizer, frequency) or Progress(0, 0, 0, 0.0, math.nan)
     if progress.rows:
         log.info("resuming %s at epoch %d, step %d", folder.name, progress.epoch + 1, progress.step)
     model.train()
@@ -129,14 +217,14 @@ def train(
             torch.default_generator.manual_seed(_seed_of_step(seed, epoch, step))  # dropout depends on the step alone
             inputs = assembler.assemble(batch.user, batch.item)
             users, items = model.user_tower(inputs.user), model.item_tower(inputs.item)
-            loss = _loss(users, items, batch, frequency, temperature)
+            total = _loss(form, users, items, batch, hard_part.share, model.calibration)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             for name, touched in inputs.touched.items():
                 if touched.values.grad is not None:
                     model.tables[name].update(touched.rows, touched.values.grad.numpy(), table_learning_rate)
-            value = float(loss.detach())
+            value = float(total.detach())
             if not math.isfinite(value):
                 raise DataError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}: {_remedy(settings)}")
             rows, epoch_loss = progress.rows + len(batch.positive), progress.epoch_loss + value
@@ -151,7 +239,7 @@ def train(
                 )  # fmt: skip
                 reported = now
             if now - saved > checkpoint_s:
-                save_step(folder, model, optimizer, shape, progress, samples.path)
+                save_step(folder, model, optimizer, shape, progress, samples.path, frequency)
                 saved = clock()
         progress = Progress(epoch + 1, 0, progress.rows, 0.0, progress.epoch_loss / progress.step)
         log.info("epoch %d/%d done, loss %.4f", epoch + 1, epochs, progress.last_loss)
@@ -159,7 +247,7 @@ def train(
     if not _all_finite(model):
         raise DataError(f"training ended with numbers that are not finite: {_remedy(settings)}")
     rest = {"loss": progress.last_loss, "settings": settings, "watermark_ms": samples.manifest["watermark_ms"]}
-    save_checkpoint(folder / FINISHED, model, optimizer, shape, progress, samples.path, rest)
+    save_checkpoint(folder / FINISHED, model, optimizer, shape, progress, samples.path, rest, frequency)
     drop_all_but(folder, [FINISHED])
     rate = (progress.rows - rows_before) / max(1e-9, clock() - loop_started)
     return TrainReport(
@@ -167,13 +255,87 @@ def train(
     )
 
 
-def _loss(users: Tensor, items: Tensor, batch: Batch, frequency: Tensor, temperature: float) -> Tensor:
-    """The loss of a step from the vectors of its users (B, D) and distinct items (C, D); `frequency` is q (N,)."""
-    log_weight = in_batch_log_weight(
-        torch.from_numpy(batch.copies).float(), frequency[torch.from_numpy(batch.item_row)]
-    )
+def _loss(form: Form, users: Tensor, items: Tensor, batch: Batch, hard_share: float, calibration: Tensor) -> Tensor:
+    """The loss of a step from the vectors of its users (B, D) and distinct items (C, D).
+
+    Hard negatives have a part of their own: in one sum with corrected easy ones, which stand for a whole catalogue,
+    they would get next to nothing of the gradient. A positive without hard ones has its easy part alone.
+    """
     positive, weight = torch.from_numpy(batch.positive), torch.from_numpy(batch.weight)
-    return in_batch_softmax(users, items, positive, log_weight, batch.mask, temperature, weight)
+    share = weight / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+    loss = torch.zeros(())
+    parts = [(batch.easy, share * (1 - hard_share)), (batch.hard, share * hard_share)]
+    for part, part_share in parts:
+        if isinstance(part, SharedNegatives):
+            log_weight = torch.from_numpy(part.log_weight)
+            loss = loss + shared_loss(form, users, items, positive, log_weight, part.mask, part_share, calibration)
+        elif isinstance(part, RowNegatives):
+            places, log_weight = torch.from_numpy(part.places), torch.from_numpy(part.log_weight)
+            loss = loss + row_loss(form, users, items, positive, places, log_weight, part_share, calibration)
+    return loss
+
+
+@dataclass(frozen=True)
+class _HardPart:
+    negatives: HardNegatives | None
+    share: float
+
+
+def _hard_negatives(negatives: Negatives, samples: Samples) -> _HardPart:
+    """The hard part of the loss, as configured or as the samples allow.
+
+    Where each row draws its own easy negatives, the share is one of counts, else one of the weights of both parts.
+
+    Raises:
+        ConfigError: hard negatives are asked for and there are none, or fewer than one would be drawn.
+    """
+    lists = {name: bag for name, bag in samples.positives.hard.items() if len(bag.rows)}
+    wanted = (0.5 if lists else 0.0) if negatives.hard_share is None else negatives.hard_share
+    if not wanted:
+        return _HardPart(None, 0.0)
+    if not lists:
+        raise ConfigError(
+            f"samples.negatives.hard_share = {wanted:g}, but no positive has a rejected item in its request: hard "
+            f"negatives are rows of outcome {c.PRE_RANK_REJECTED} or {c.RANK_REJECTED}; set hard_share = 0"
+        )
+    total, count = negatives.count or ROW_COUNT, negatives.hard_count
+    if not negatives.shared:
+        count = round(wanted * total)
+        if not count or (count == total and wanted < 1):
+            raise ConfigError(
+                f"samples.negatives.hard_share = {wanted:g} of count = {total} is no whole number of hard and of easy "
+                "negatives: raise count"
+            )
+        wanted = count / total
+    counts = _divide(count, {name: negatives.hard.get(name, 0.0) for name in (c.PRE_RANK_REJECTED, c.RANK_REJECTED)})
+    if negatives.impressed_for_experiments:
+        counts[c.IMPRESSED] = count
+    return _HardPart(HardNegatives(lists, counts), wanted)
+
+
+def _divide(count: int, shares: dict[str, float]) -> dict[str, int]:
+    """Whole numbers in proportion to shares that sum to 1; they sum to the count."""
+    ends = np.round(count * np.cumsum([0.0, *shares.values()])).astype(int)
+    return dict(zip(shares, np.diff(ends).tolist(), strict=True))
+
+
+def _easy_negatives(negatives: Negatives, hard_share: float, samples: Samples) -> EasyNegatives | None:
+    """The easy part of the loss; None where all negatives are hard.
+
+    Raises:
+        ConfigError: q is to be estimated, and nothing is drawn from the batch.
+    """
+    if negatives.streaming and not negatives.easy.in_batch:
+        raise ConfigError(
+            'samples.negatives.frequency = "streaming" estimates q of in-batch negatives, and easy.in_batch = 0: '
+            'use frequency = "counts"'
+        )
+    if hard_share == 1:
+        return None
+    count = negatives.count
+    if not negatives.shared:
+        count = round((count or ROW_COUNT) * (1 - hard_share))
+    return EasyNegatives(negatives.easy, negatives.alpha, count, negatives.shared, samples.item_positives)
 
 
 def _seed_of_step(seed: int, epoch: int, step: int) -> int:
@@ -199,5 +361,5 @@ def _all_finite(model: TwoTower) -> bool:
 def _remedy(settings: dict[str, Any]) -> str:
     return (
         f"lower train.learning_rate = {settings['learning_rate']} or train.table_learning_rate = "
-        f"{settings['table_learning_rate']}, or raise train.temperature = {settings['temperature']}"
+        f"{settings['table_learning_rate']}, or raise train.temperature = {settings['loss']['temperature']}"
     )

@@ -1,0 +1,130 @@
+"""Every loss with every kind of negatives on MovieLens-1M, over several seeds.
+
+    python benchmarks/losses.py --data DIR [--seeds 3] [--epochs 2] [--out FILE] [--smoke]
+
+Imports `time:0.9` with ratings of 4 and more as positives and trains one model a cell and seed, everything else as in
+`examples/movielens.toml`. The figures are recall@50 and the mean popularity percentile of what is recommended. Prints
+a table on stderr and one JSON line.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from twotower.cli.line import make_samples, offline_channel, places
+from twotower.config import load
+from twotower.datasets.importers import import_dataset
+from twotower.evaluate.holdout import evaluate
+from twotower.samples.read import open_samples
+from twotower.train.checkpoint import Shape, open_checkpoint
+from twotower.train.loop import Loss, Negatives, train
+from twotower.train.negatives import Shares
+
+CONFIG = Path(__file__).parent.parent / "examples" / "movielens.toml"
+LOSSES = {
+    "pointwise": Loss("pointwise"),
+    "triplet_hinge": Loss("triplet_hinge"),
+    "triplet_logistic": Loss("triplet_logistic"),
+    "sampled_softmax": Loss("sampled_softmax"),
+    "corrected_log_q": Loss("corrected_log_q"),
+    "bsl": Loss("bsl"),
+}
+NEGATIVES = {
+    "in-batch": Negatives(),
+    "in-batch, streaming q": Negatives(streaming=True),
+    "1024 uniform": Negatives(Shares(0, 1, 0), count=1024),
+    "1024 by clicks^0.75": Negatives(Shares(0, 0, 1), count=1024),
+    "half in-batch, rest both": Negatives(Shares(0.5, 0.25, 0.25)),
+    "4 of each row, uniform": Negatives(Shares(0, 1, 0), count=4, shared=False),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="one seed, two losses, two kinds of negatives")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    losses, kinds = list(LOSSES), list(NEGATIVES)
+    if arguments.smoke:
+        arguments.seeds, losses, kinds = 1, losses[2:4], kinds[:2]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = load(CONFIG, [f"workspace.path={folder}/workspace"])
+        where = places(settings)
+        import_dataset("movielens-1m", arguments.data, where.workspace, "time:0.9", None, "4", None)
+        make_samples(settings)
+        cells = [
+            {"loss": loss, "negatives": kind, **one_cell(where.workspace, loss, kind, arguments)}
+            for loss in losses
+            for kind in kinds
+        ]
+    result = {
+        "benchmark": "losses x negatives, movielens-1m time:0.9 positive 4",
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "seeds": arguments.seeds,
+        "epochs": arguments.epochs,
+        "losses": {name: asdict(LOSSES[name]) for name in losses},
+        "cells": cells,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+def one_cell(workspace: Path, loss: str, kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Median and range of a loss with one kind of negatives."""
+    started = time.monotonic()
+    samples = open_samples(workspace / "samples")
+    figures: list[dict[str, float]] = []
+    for seed in range(arguments.seeds):
+        with tempfile.TemporaryDirectory() as checkpoints:
+            report = train(
+                samples,
+                Path(checkpoints),
+                Shape(64, (256, 128), (256, 128), 0.0),
+                loss=LOSSES[loss],
+                negatives=NEGATIVES[kind],
+                batch_size=4096,
+                epochs=arguments.epochs,
+                seed=seed,
+                learning_rate=0.001,
+                table_learning_rate=0.05,
+                weight_decay=0.0,
+                id_dropout=0.1,
+                checkpoint_s=1e9,
+                threads=arguments.threads,
+            )
+            channel = offline_channel(samples, open_checkpoint(Path(report.checkpoint)))
+            metrics = evaluate(samples, workspace, [channel], [50], 2, 0)
+        figures.append({name: metrics[name]["value"] for name in ("recall@50", "pop_pct@50")})
+    cell = {
+        name: {
+            "median": statistics.median(one[name] for one in figures),
+            "range": [min(one[name] for one in figures), max(one[name] for one in figures)],
+        }
+        for name in figures[0]
+    }
+    recall = cell["recall@50"]
+    print(
+        f"{loss:17} {kind:25} recall@50 {recall['median']:.4f} {recall['range']} "
+        f"percentile {cell['pop_pct@50']['median']:.3f}  {time.monotonic() - started:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
+    return cell
+
+
+if __name__ == "__main__":
+    main()

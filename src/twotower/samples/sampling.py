@@ -1,0 +1,87 @@
+"""How often each positive is fed: hot items less, cold ones more, by a hash that every engine computes alike.
+
+N items.
+"""
+
+from typing import Any
+
+import ibis
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from ibis import _
+
+from twotower.config import settings as spec
+from twotower.schema import columns as c
+
+ITEM_ROW = "item_row"
+USER_ROW = "user_row"
+COPIES = "copies"
+
+_PRIME, _FACTOR = 2_147_483_647, 1_103_515_245
+_WHOLE, _CHANCE = "whole", "chance"
+
+
+def hashed(seed: int) -> Any:
+    """A number in 0..2^31 - 2 for each row, from its event, user and item alone."""
+    value = _hash(_[c.EVENT_SEQ] % _PRIME + seed % _PRIME)
+    value = _hash(value + _[USER_ROW])
+    return _hash(value + _[ITEM_ROW])
+
+
+def _hash(value: Any) -> Any:
+    """One turn of a multiplicative hash; all steps stay within 64 bits."""
+    return (value.cast("int64") % _PRIME) * _FACTOR % _PRIME
+
+
+def expected_copies(clicks: npt.NDArray[np.int64], hot: spec.Hot, cold: spec.Cold) -> npt.NDArray[np.float64]:
+    """How often a click of each item is fed (N,), in expectation.
+
+    `word2vec` is the rule of that program's code, `sqrt` the one of the paper (Mikolov et al. 2013, eq. 5).
+
+    Args:
+        clicks: (N,) of each item.
+        hot: down-sampling.
+        cold: over-sampling.
+    """
+    clicked = clicks > 0
+    ratio = clicks / max(1e-12, clicks[clicked].mean() if clicked.any() else 1)
+    safe = np.where(clicked, ratio, 1)
+    hot_powers = {"none": 0.0, "sqrt": 0.5, "power": hot.power, "word2vec": 0.5}
+    kept = (hot.threshold / safe) ** hot_powers[hot.form]
+    if hot.form == "word2vec":
+        kept += hot.threshold / safe
+    cold_powers = {"none": 0.0, "sqrt": 0.5, "power": cold.power}
+    repeated = np.minimum((cold.threshold / safe) ** cold_powers[cold.form], cold.most)
+    copies: npt.NDArray[np.float64] = np.minimum(kept, 1) * np.maximum(repeated, 1)
+    return np.where(clicked, copies, 1.0)
+
+
+def with_copies(positives: Any, engine: Any, copies: npt.NDArray[np.float64], seed: int) -> Any:
+    """Positives with the number of times that each is fed: the whole part of `copies` (N,), and one more by chance."""
+    whole = np.floor(copies)
+    table = {
+        ITEM_ROW: np.arange(len(copies), dtype=np.int32),
+        _WHOLE: whole.astype(np.int32),
+        _CHANCE: np.round((copies - whole) * _PRIME).astype(np.int64),
+    }
+    engine.create_table("item_copies", pa.table(table), temp=True)
+    drawn = (hashed(seed) < _[_CHANCE]).cast("int32")
+    joined = positives.inner_join(engine.table("item_copies"), ITEM_ROW)
+    return joined.mutate(**{COPIES: (_[_WHOLE] + drawn).cast("int32")}).drop(_WHOLE, _CHANCE)
+
+
+def by_decile(clicks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> list[int]:
+    """Rows of each tenth of the clicked items, the least clicked tenth first.
+
+    >>> by_decile(np.arange(20, 0, -1), np.arange(20, 0, -1))
+    [3, 7, 11, 15, 19, 23, 27, 31, 35, 39]
+    """
+    order = np.argsort(clicks, kind="stable")
+    clicked = order[clicks[order] > 0]
+    return [int(rows[part].sum()) for part in np.array_split(clicked, 10)]
+
+
+def union(one: Any, other: Any) -> Any:
+    """Rows of both tables, columns in the order of the first."""
+    return ibis.union(one, other.select(*one.columns))

@@ -1,0 +1,288 @@
+"""Negatives: where they are drawn from, and how often each item is expected among the easy ones.
+
+B rows of a batch, N items, n easy and H hard negatives of a row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.features.columns import Bag
+from twotower.schema.errors import ConfigError
+
+Longs = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+SHARED_COUNT = 1024
+"""Negatives of a batch without in-batch ones, unless a count is given."""
+ROW_COUNT = 4
+"""Negatives of a row that has its own, unless a count is given."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Where easy negatives come from; the shares sum to 1."""
+
+    in_batch: float = 1.0
+    """The items of the other rows of the batch: an item comes as often as it is fed."""
+    uniform: float = 0.0
+    """Any item of the catalogue."""
+    clicks: float = 0.0
+    """By clicks to the power alpha."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How many negatives of a row come from each source; expectations where rows draw their own."""
+
+    in_batch: float
+    uniform: float
+    clicks: float
+
+    @property
+    def total(self) -> float:
+        """Of all sources."""
+        return self.in_batch + self.uniform + self.clicks
+
+
+class EasyNegatives:
+    """Draws easy negatives, and corrects them for how often they are drawn.
+
+    Args:
+        shares: of the sources.
+        alpha: power of clicks; 0.75 in Mikolov et al. 2013.
+        count: negatives of a row; None = all other rows of the batch where they have a share, the other sources in
+            proportion, else `SHARED_COUNT` or `ROW_COUNT`.
+        shared: one set for all rows of a batch, or one for each row.
+        clicks: (N,) clicks of each item. One without any counts as one: new items too must be told apart.
+    """
+
+    def __init__(self, shares: Shares, alpha: float, count: int | None, shared: bool, clicks: Longs) -> None:
+        self.shares = shares
+        self.shared = shared
+        self._count = count
+        self._size = len(clicks)
+        weights = np.maximum(clicks, 1) ** float(alpha)
+        self._cumulative = np.cumsum(weights)
+        self._log_clicks_q: Floats = np.log(weights) - np.log(self._cumulative[-1])
+
+    def donors(self, batch: int) -> int:
+        """How many rows of a batch give their items to all others as negatives; 0 where rows draw their own.
+
+        Raises:
+            ConfigError: more are asked for than a batch has.
+        """
+        if not self.shared or not self.shares.in_batch:
+            return 0
+        if self._count is None:
+            return batch
+        wanted = max(1, round(self.shares.in_batch * self._count))
+        if wanted > batch:
+            raise ConfigError(
+                f"samples.negatives.count = {self._count} with easy.in_batch = {self.shares.in_batch:g} asks for "
+                f"{wanted} negatives in a batch of {batch}: raise train.batch_size, or lower the count"
+            )
+        return batch if wanted == batch - 1 else wanted
+
+    def draws(self, batch: int) -> Draws:
+        """How many negatives of a row each source gives in a batch of B rows.
+
+        A row's own item is none of its negatives. Where M of B rows donate theirs, a row has M others with the
+        probability 1 - M / B and M - 1 with M / B, so M (B - 1) / B on average; all B - 1 where all donate.
+        """
+        shares = self.shares
+        if not self.shared:
+            count = self._count or ROW_COUNT
+            return Draws(count * shares.in_batch, count * shares.uniform, count * shares.clicks)
+        given = self.donors(batch)
+        in_batch = given * (batch - 1) / batch
+        total = self._count or (in_batch / shares.in_batch if shares.in_batch else SHARED_COUNT)
+        return Draws(in_batch, *(float(_at_least_one(total * share)) for share in (shares.uniform, shares.clicks)))
+
+    def draw_shared(self, batch: int, generator: np.random.Generator) -> Longs:
+        """Catalogue rows that are drawn for all rows of a batch, beside those of its donors."""
+        draws = self.draws(batch)
+        uniform = self._uniform(int(draws.uniform), generator)
+        return np.concatenate([uniform, self._by_clicks(int(draws.clicks), generator)])
+
+    def draw_rows(self, items: Longs, generator: np.random.Generator) -> Longs:
+        """Catalogue rows (B, n) that are drawn for each row; each draw chooses its source by the shares.
+
+        Args:
+            items: (B,) the items of the batch.
+            generator: drawn from.
+        """
+        batch, count = len(items), self._count or ROW_COUNT
+        source = generator.random((batch, count))
+        drawn = np.empty((batch, count), np.int64)
+        other = source < self.shares.in_batch
+        row = np.broadcast_to(np.arange(batch)[:, None], drawn.shape)[other]
+        drawn[other] = items[(row + 1 + generator.integers(max(1, batch - 1), size=len(row))) % batch]
+        by_clicks = source >= 1 - self.shares.clicks if self.shares.clicks else np.zeros_like(other)
+        drawn[by_clicks] = self._by_clicks(int(by_clicks.sum()), generator)
+        rest = ~(other | by_clicks)
+        drawn[rest] = self._uniform(int(rest.sum()), generator)
+        return drawn
+
+    def _uniform(self, count: int, generator: np.random.Generator) -> Longs:
+        return generator.integers(self._size, size=count)
+
+    def _by_clicks(self, count: int, generator: np.random.Generator) -> Longs:
+        place = np.searchsorted(self._cumulative, generator.random(count) * self._cumulative[-1], side="right")
+        rows: Longs = np.minimum(place, self._size - 1).astype(np.int64)
+        return rows
+
+    def log_expected(self, rows: Longs, log_frequency: Floats, draws: Draws) -> Floats:
+        """Log of the expected count of items among a row's negatives, over all sources together: log sum_k n_k q_k.
+
+        In log space and never clipped: at a million items q is far below any constant that one might clip it at.
+
+        Args:
+            rows: (n,) catalogue rows.
+            log_frequency: (n,) log of their share of the rows as fed, the q of in-batch negatives.
+            draws: negatives of a row by source.
+        """
+        parts = []
+        if draws.in_batch:
+            parts.append(np.log(draws.in_batch) + log_frequency)
+        if draws.uniform:
+            parts.append(np.full(len(rows), np.log(draws.uniform) - np.log(self._size)))
+        if draws.clicks:
+            parts.append(np.log(draws.clicks) + self._log_clicks_q[rows])
+        log_expected: Floats = np.logaddexp.reduce(parts, axis=0)
+        return log_expected
+
+    def log_target(self, rows: Longs) -> Floats:
+        """Log of the share that items are to have among the negatives of a mean: that of the sources beside the batch.
+
+        Losses that average over negatives have no softmax to estimate. What they average over is the uniform and the
+        clicks' share, as configured; in-batch negatives stand in for those (alone: for uniform ones), each weighted by
+        its target share over its expected count.
+        """
+        outside = self.shares.uniform + self.shares.clicks
+        if not outside:
+            return np.full(len(rows), -np.log(self._size))
+        return self.log_expected(
+            rows, np.zeros(len(rows)), Draws(0.0, self.shares.uniform / outside, self.shares.clicks / outside)
+        )
+
+
+def _at_least_one(draws: float) -> int:
+    """Whole draws of a source; one that has a share is drawn from."""
+    return max(1, round(draws)) if draws else 0
+
+
+class CountedFrequency:
+    """q of in-batch negatives from the counts of the rows as fed.
+
+    Args:
+        frequency: (N,) share of each item.
+    """
+
+    def __init__(self, frequency: Floats) -> None:
+        with np.errstate(divide="ignore"):  # an item that is never fed never comes from the batch
+            self._log = np.log(frequency)
+
+    def observe(self, items: Longs, copies: Longs) -> None:
+        """Nothing is learned from a batch."""
+
+    def log_q(self, items: Longs) -> Floats:
+        """Log q of items (n,)."""
+        return self._log[items]
+
+    def state(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Nothing to keep."""
+        return {}
+
+    def restore(self, state: dict[str, npt.NDArray[np.generic]]) -> None:
+        """Nothing to take up again."""
+
+
+class StreamingFrequency:
+    """q of in-batch negatives from the stream itself, for catalogues whose counts are not known beforehand.
+
+    Yi et al. 2019 (algorithm 2) keep the moving average of the number of batches between two in which an item occurs;
+    its inverse is the probability to be in a batch, which ends at 1: an item with 20 copies in each would count once.
+    Here draws are counted: q = (moving average of copies at an occurrence) / (moving average of draws since the one
+    before). By the renewal-reward theorem that ratio is the share of the item, however often it occurs in a batch.
+
+    Args:
+        size: N, items.
+        rate: of the moving averages; the first 1 / rate occurrences are averaged plainly.
+    """
+
+    def __init__(self, size: int, rate: float = 0.02) -> None:
+        self._rate = rate
+        self._draws = 0
+        self._last = np.zeros(size, np.int64)
+        self._gap = np.zeros(size, np.float32)
+        self._copies = np.zeros(size, np.float32)
+        self._seen = np.zeros(size, np.int32)
+
+    def observe(self, items: Longs, copies: Longs) -> None:
+        """Take in a batch.
+
+        Args:
+            items: (C,) distinct catalogue rows.
+            copies: (C,) how often each occurs.
+        """
+        self._draws += int(copies.sum())
+        self._seen[items] += 1
+        rate = np.maximum(self._rate, 1 / self._seen[items]).astype(np.float32)
+        self._gap[items] += rate * ((self._draws - self._last[items]) - self._gap[items])
+        self._copies[items] += rate * (copies - self._copies[items])
+        self._last[items] = self._draws
+
+    def log_q(self, items: Longs) -> Floats:
+        """Log q of items (n,); one that never occurred counts as occurring now."""
+        seen = self._seen[items] > 0
+        copies = np.where(seen, self._copies[items], 1).astype(np.float64)
+        gap = np.where(seen, self._gap[items].astype(np.float64), self._draws + len(self._seen))
+        return np.log(copies) - np.log(gap)
+
+    def state(self) -> dict[str, npt.NDArray[np.generic]]:
+        """What a checkpoint keeps."""
+        return {
+            "draws": np.array([self._draws]),
+            "last": self._last,
+            "gap": self._gap,
+            "copies": self._copies,
+            "seen": self._seen,
+        }
+
+    def restore(self, state: dict[str, npt.NDArray[np.generic]]) -> None:
+        """Go on from what a checkpoint kept."""
+        self._draws = int(state["draws"][0])
+        for name, own in (("last", self._last), ("gap", self._gap), ("copies", self._copies), ("seen", self._seen)):
+            np.copyto(own, state[name])
+
+
+class HardNegatives:
+    """Draws hard negatives: items that the pre-ranker or the ranker rejected in the positive's own request.
+
+    Args:
+        lists: by source, the rejected items of each training row.
+        counts: by source, how many are drawn for a row at most.
+    """
+
+    def __init__(self, lists: dict[str, Bag], counts: dict[str, int]) -> None:
+        self._parts = [(lists[name], count) for name, count in counts.items() if count and name in lists]
+        self.width = sum(count for _, count in self._parts)
+
+    def draw(self, rows: Longs, generator: np.random.Generator) -> Longs:
+        """Catalogue rows (B, H) of hard negatives, no list's entry twice; -1 where a list has ended.
+
+        Args:
+            rows: (B,) training rows.
+            generator: drawn from.
+        """
+        parts = []
+        for bag, count in self._parts:
+            start = bag.indptr[rows].astype(np.int64)
+            length = bag.indptr[rows + 1] - start
+            turn = generator.integers(np.maximum(length, 1))[:, None] + np.arange(count)
+            place = start[:, None] + turn % np.maximum(length, 1)[:, None]
+            there = np.arange(count) < length[:, None]
+            parts.append(np.where(there, bag.rows[np.where(there, place, 0)] if len(bag.rows) else -1, -1))
+        return np.concatenate(parts, axis=1).astype(np.int64)
