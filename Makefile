@@ -1,4 +1,4 @@
-# make setup | demo [CHECK=1] [DATA=DIR] | test | lint | bench | soak
+# make setup | demo [CHECK=1] [DATA=DIR] | test | lint | bench | peers | soak
 #
 # Each command does the set-up that it needs: everything goes into .venv, once for each state of constraints.txt and
 # pyproject.toml. `make demo` needs neither root nor Debian packages nor the tools of development.
@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint packages wheel bench soak
+.PHONY: help setup demo test lint packages wheel bench peers soak
 
 # What the tests need beyond Python: a browser for the page, and a font for the browser.
 DEBIAN_PACKAGES ?= chromium fonts-dejavu-core
@@ -93,11 +93,26 @@ wheel: $(DEV)
 	venv/bin/twotower --help >/dev/null; \
 	echo "the wheel works in a clean environment" >&2
 
-bench: $(DEV)
+# Other libraries, each in an environment of its own, to be compared with.
+peers: .peers/tfrs/.stamp .peers/torch_rechub/.stamp
+
+.peers/%/.stamp: benchmarks/peers/%.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	@echo "$* into .peers/$*, a minute or two" >&2
+	@rm -rf .peers/$*
+	@$(PYTHON) -m venv .peers/$*
+	@if grep -q '^torch==' $<; then .peers/$*/bin/python -m pip install --quiet "$$(grep '^torch==' $<)"; fi
+	@.peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+bench: $(DEV) peers
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/index.py --out benchmarks/results/index.json
 	$(BIN)/python benchmarks/samples.py --out benchmarks/results/samples.json
+	$(BIN)/python benchmarks/serve.py --out benchmarks/results/serve.json
 	$(BIN)/python benchmarks/movielens.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/movielens.json
+	$(BIN)/python benchmarks/losses.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/losses.json
+	$(BIN)/python benchmarks/speed.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/speed.json
 
 soak: $(DEV)
 	@mkdir -p benchmarks/results
