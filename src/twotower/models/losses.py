@@ -46,13 +46,20 @@ class RowLoss:
     """(b, 1) derivative by the bias, of a pointwise loss; that by the scale follows from those by the cosines."""
 
 
-Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], RowLoss]
-"""(right, wrong, log_weight, total, calibration) -> `RowLoss`.
+@dataclass(frozen=True)
+class Form:
+    """A loss of cosines.
 
-right: (b, 1) cosine of the positive. wrong: (b, K) cosines of the negatives, minus infinity if masked; overwritten.
-log_weight: (K,) or (b, K), log of how much each negative counts. total: (b, 1) sum of the weights that are not masked.
-calibration: (2,) log of scale, bias. A row without negatives (total 0) has the loss 0 and no gradient.
-"""
+    `rows` is called as (right, wrong, log_weight, total, calibration) and gives a `RowLoss`. right: (b, 1) cosine of
+    the positive. wrong: (b, K) cosines of the negatives, minus infinity if masked; overwritten. log_weight: (K,) or
+    (b, K), log of how much each negative counts. total: (b, 1) sum of the weights that are not masked; a loss that does not
+    average gets 1 instead, or 0 where all are masked. calibration: (2,) log of scale, bias. A row without negatives
+    (total 0) has the loss 0 and no gradient.
+    """
+
+    rows: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], RowLoss]
+    averages: bool
+    """It is a mean over negatives."""
 
 
 def sampled_softmax(temperature: float) -> Form:
@@ -74,7 +81,7 @@ def sampled_softmax(temperature: float) -> Form:
         by_right = -mass / (normaliser * temperature) * alive
         return RowLoss(loss, by_right, torch.exp(top - top_of_all) / (normaliser * temperature) * alive)
 
-    return form
+    return Form(form, averages=False)
 
 
 def corrected_log_q(temperature: float) -> Form:
@@ -97,7 +104,7 @@ def corrected_log_q(temperature: float) -> Form:
             unsure * torch.where(total > 0, negatives - own, 0), -unsure / temperature, unsure / (safe * temperature)
         )
 
-    return form
+    return Form(form, averages=False)
 
 
 def bsl(temperature: float, positive_temperature: float) -> Form:
@@ -115,7 +122,7 @@ def bsl(temperature: float, positive_temperature: float) -> Form:
         loss = torch.where(total > 0, ratio * (safe.log() + top) - right / positive_temperature, 0)
         return RowLoss(loss, -alive / positive_temperature, alive / (safe * positive_temperature))
 
-    return form
+    return Form(form, averages=False)
 
 
 def triplet_hinge(margin: float) -> Form:
@@ -129,7 +136,7 @@ def triplet_hinge(margin: float) -> Form:
         torch.mul((wrong > 0).to(wrong.dtype), weight, out=wrong)
         return RowLoss(loss * alive, -wrong.sum(dim=1, keepdim=True) * scale, scale)
 
-    return form
+    return Form(form, averages=True)
 
 
 def triplet_logistic(sigma: float) -> Form:
@@ -141,7 +148,7 @@ def triplet_logistic(sigma: float) -> Form:
         loss = _softplus(wrong, log_weight.exp()) * scale
         return RowLoss(loss * alive, -wrong.sum(dim=1, keepdim=True) * (scale * sigma), scale * sigma)
 
-    return form
+    return Form(form, averages=True)
 
 
 def pointwise(negatives: float) -> Form:
@@ -161,7 +168,7 @@ def pointwise(negatives: float) -> Form:
         taken = wrong.sum(dim=1, keepdim=True) * scale
         return RowLoss(loss * alive, -missed * a, scale * a, taken - missed)
 
-    return form
+    return Form(form, averages=True)
 
 
 def _softplus(wrong: Tensor, weight: Tensor) -> Tensor:
@@ -247,15 +254,15 @@ class _SharedLoss(torch.autograd.Function):
         right = (users * own).sum(dim=1, keepdim=True)
         scores = torch.empty((min(chunk, rows), columns), dtype=users.dtype)
         loss = torch.zeros((), dtype=torch.float64)
-        line = np.repeat(np.arange(rows), np.diff(mask.indptr))
-        masked = torch.from_numpy((line % chunk) * columns + mask.columns)
-        total = _live_weight(log_weight, line, mask, rows)
+        # Where the masked scores stand in the B x K matrix.
+        masked = torch.from_numpy(np.repeat(np.arange(rows) * columns, np.diff(mask.indptr)) + mask.columns)
+        total = _total(log_weight, mask, form.averages)
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
             part, part_share = users[start:stop], share[start:stop, None]
             wrong = torch.mm(part, negatives.T, out=scores[: stop - start])
-            wrong.view(-1).index_fill_(0, masked[mask.indptr[start] : mask.indptr[stop]], -torch.inf)
-            found = form(right[start:stop], wrong, log_weight, total[start:stop], calibration)
+            wrong.view(-1).index_fill_(0, masked[mask.indptr[start] : mask.indptr[stop]] - start * columns, -torch.inf)
+            found = form.rows(right[start:stop], wrong, log_weight, total[start:stop], calibration)
             loss += (part_share * found.loss).sum(dtype=torch.float64)
             by_right[start:stop] = part_share * found.by_right
             if found.by_bias is not None:
@@ -276,12 +283,15 @@ class _SharedLoss(torch.autograd.Function):
         return by_user * grad, by_item * grad, by_calibration * grad, None, None, None, None, None, None
 
 
-def _live_weight(log_weight: Tensor, line: npt.NDArray[np.int64], mask: Mask, rows: int) -> Tensor:
-    """The weight (B, 1) of each row's negatives that are not masked; exactly 0 where all are."""
-    weight = log_weight.double().exp().numpy()
-    masked = np.bincount(line, weight[mask.columns], rows)
-    left = np.where(np.diff(mask.indptr) < len(weight), np.maximum(weight.sum() - masked, 0), 0)
-    return torch.from_numpy(left).to(log_weight.dtype)[:, None]
+def _total(log_weight: Tensor, mask: Mask, averages: bool) -> Tensor:
+    """The weight (B, 1) of each row's negatives that are not masked, or 1; exactly 0 where all are masked."""
+    masked = np.diff(mask.indptr)
+    total = (masked < len(log_weight)).astype(np.float64)
+    if averages:
+        weight = log_weight.double().exp().numpy()
+        line = np.repeat(np.arange(len(masked)), masked)
+        total *= np.maximum(weight.sum() - np.bincount(line, weight[mask.columns], len(masked)), 0)
+    return torch.from_numpy(total).to(log_weight.dtype)[:, None]
 
 
 def row_loss(
@@ -341,7 +351,7 @@ class _RowLoss(torch.autograd.Function):
             own, others = items[positive[start:stop]], items[places.reshape(-1)].view(stop - start, wide, -1)
             wrong = torch.bmm(others, part[:, :, None]).squeeze(2).masked_fill_(dead[start:stop], -torch.inf)
             right = (part * own).sum(dim=1, keepdim=True)
-            found = form(right, wrong, live[start:stop], total[start:stop], calibration)
+            found = form.rows(right, wrong, live[start:stop], total[start:stop], calibration)
             loss += (part_share * found.loss).sum(dtype=torch.float64)
             by_right = part_share * found.by_right
             if found.by_bias is not None:

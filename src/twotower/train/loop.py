@@ -120,7 +120,7 @@ class TrainReport:
     rows: int
     """Training rows seen in all epochs."""
     rows_per_s: float
-    """Of this process; 0 where the run was already finished."""
+    """Of this process, from the first step to the last; 0 where the run was already finished."""
     loss: float
     """Mean of the last epoch."""
     seconds: float
@@ -244,12 +244,12 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         progress = Progress(epoch + 1, 0, progress.rows, 0.0, progress.epoch_loss / progress.step)
         log.info("epoch %d/%d done, loss %.4f", epoch + 1, epochs, progress.last_loss)
 
+    rate = (progress.rows - rows_before) / max(1e-9, clock() - loop_started)
     if not _all_finite(model):
         raise DataError(f"training ended with numbers that are not finite: {_remedy(settings)}")
     rest = {"loss": progress.last_loss, "settings": settings, "watermark_ms": samples.manifest["watermark_ms"]}
     save_checkpoint(folder / FINISHED, model, optimizer, shape, progress, samples.path, rest, frequency)
     drop_all_but(folder, [FINISHED])
-    rate = (progress.rows - rows_before) / max(1e-9, clock() - loop_started)
     return TrainReport(
         str(folder / FINISHED), progress.rows, round(rate, 1), progress.last_loss, round(clock() - started, 3)
     )
