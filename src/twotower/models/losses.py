@@ -52,9 +52,9 @@ class Form:
 
     `rows` is called as (right, wrong, log_weight, total, calibration) and gives a `RowLoss`. right: (b, 1) cosine of
     the positive. wrong: (b, K) cosines of the negatives, minus infinity if masked; overwritten. log_weight: (K,) or
-    (b, K), log of how much each negative counts. total: (b, 1) sum of the weights that are not masked; a loss that does not
-    average gets 1 instead, or 0 where all are masked. calibration: (2,) log of scale, bias. A row without negatives
-    (total 0) has the loss 0 and no gradient.
+    (b, K), log of how much each negative counts. total: (b, 1) sum of the weights that are not masked; a loss that
+    does not average gets 1 instead, or 0 where all are masked. calibration: (2,) log of scale, bias. A row without
+    negatives (total 0) has the loss 0 and no gradient.
     """
 
     rows: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], RowLoss]
