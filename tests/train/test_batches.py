@@ -214,16 +214,12 @@ def test_rows_are_fed_as_often_as_sampling_says(samples: Samples) -> None:
     copies = (np.arange(len(samples.positives)) % 4).astype(np.int32)
     sampled = replace(samples, positives=replace(samples.positives, copies=copies))
     one = maker(sampled, 20)
-    epochs = 1 if samples.timed else 300
     counts = np.zeros(ITEMS)
-    for epoch in range(epochs):
-        for batch in one.epoch(epoch):
-            counts += np.bincount(batch.item_row[batch.positive], minlength=ITEMS)
-    if samples.timed:
-        assert counts.sum() == one.rows == copies.sum()
-        assert counts.tolist() == np.bincount(samples.positives.item_row, copies, ITEMS).tolist()
-    np.testing.assert_allclose(counts / counts.sum(), fed_frequency(sampled), atol=0.004)
-    assert counts.sum() / epochs == pytest.approx(one.rows, rel=0.02)
+    for batch in one.epoch(0):
+        counts += np.bincount(batch.item_row[batch.positive], minlength=ITEMS)
+    assert counts.sum() == one.rows == copies.sum()
+    assert counts.tolist() == np.bincount(samples.positives.item_row, copies, ITEMS).tolist()
+    np.testing.assert_allclose(counts / counts.sum(), fed_frequency(sampled), atol=1e-12)
 
 
 def test_a_streaming_q_learns_from_the_rows_as_fed_after_it_was_used(samples: Samples) -> None:
@@ -235,7 +231,7 @@ def test_a_streaming_q_learns_from_the_rows_as_fed_after_it_was_used(samples: Sa
     np.testing.assert_allclose(np.exp(shared_of(first).log_weight), blind, rtol=1e-5)
     for _ in batches:
         pass
-    assert int(streaming.state()["draws"][0]) == (EVENTS if samples.timed else maker(samples, 30).rows)
+    assert int(streaming.state()["draws"][0]) == EVENTS
 
 
 def test_a_history_is_the_latest_clicks_before_the_request_in_their_order(
@@ -260,26 +256,31 @@ def test_a_history_is_the_latest_clicks_before_the_request_in_their_order(
     assert any(tokens == [] for *_, tokens in found)
 
 
-def test_without_time_half_of_the_clicks_are_the_history_of_the_other_half(build_world: BuildWorld) -> None:
-    import_events = [(user, item) for user in range(6) for item in range(2 * user + 1)]
-    samples = build_world([_untimed(*pair) for pair in import_events], 6, 11)
-    targets: dict[tuple[int, int], int] = dict.fromkeys(import_events, 0)
-    one = maker(samples, 10)
+def test_without_time_each_half_of_the_clicks_is_the_history_of_the_other(build_world: BuildWorld) -> None:
+    clicks = [(user, item) for user in range(6) for item in range(2 * user + 1)]
+    one = maker(build_world([_untimed(*pair) for pair in clicks], 6, 11), 10)
+    met = dict.fromkeys(((user, item, other) for user, item in clicks for other in range(2 * user + 1)), 0)
     epochs = 400
     for epoch in range(epochs):
-        histories: dict[int, set[tuple[int, ...]]] = {}
-        aims: dict[int, list[int]] = {user: [] for user in range(6)}
-        for batch in one.epoch(epoch):
-            for (user, item), tokens in zip(pairs([batch]), lists(batch.user["history"]), strict=True):
-                histories.setdefault(user, set()).add(tuple(token - FIRST for token in tokens))
-                aims[user].append(item)
-                targets[user, item] += 1
-        for user in range(6):
-            (history,) = histories[user]  # one and the same for all rows of a user
-            assert sorted([*history, *aims[user]]) == list(range(2 * user + 1))
-            assert len(history) == user
-    for (user, _), times in targets.items():
-        share = (user + 1) / (2 * user + 1)
+        batches = list(one.epoch(epoch))
+        fed = pairs(batches)
+        assert sorted(fed) == clicks  # every click once
+        histories = [
+            [token - FIRST for token in tokens] for batch in batches for tokens in lists(batch.user["history"])
+        ]
+        for (user, item), history in zip(fed, histories, strict=True):
+            assert len(history) in (user, user + 1)
+            assert item not in history
+            for other in history:
+                met[user, item, other] += 1
+            same_half = [
+                target
+                for (owner, target), seen in zip(fed, histories, strict=True)
+                if owner == user and sorted(seen) == sorted(history)
+            ]
+            assert sorted([*history, *same_half]) == list(range(2 * user + 1))
+    for (user, item, other), times in met.items():
+        share = 0 if item == other else (user + 1) / (2 * user + 1)  # two items stand in different halves
         assert abs(times - epochs * share) <= 4.5 * np.sqrt(epochs * share * (1 - share))
 
 
@@ -289,19 +290,11 @@ def _untimed(user: int, item: int) -> Any:
 
 def test_q_is_the_share_of_rows_as_fed(samples: Samples) -> None:
     one, q = maker(samples, 50), fed_frequency(samples)
-    epochs = 1 if samples.timed else 600
     counts = np.zeros(ITEMS)
-    for epoch in range(epochs):
-        for batch in one.epoch(epoch):
-            counts += np.bincount(batch.item_row[batch.positive], minlength=ITEMS)
+    for batch in one.epoch(0):
+        counts += np.bincount(batch.item_row[batch.positive], minlength=ITEMS)
     assert q.sum() == pytest.approx(1)
-    np.testing.assert_allclose(counts / counts.sum(), q, atol=1e-12 if samples.timed else 0.003)
-
-
-def test_q_without_time_is_higher_for_items_of_users_of_one_click(build_world: BuildWorld) -> None:
-    samples = build_world([_untimed(0, 0), _untimed(1, 1), _untimed(1, 2)], 2, 3)
-    assert maker(samples, 2).rows == 2
-    assert fed_frequency(samples).tolist() == [0.5, 0.25, 0.25]
+    np.testing.assert_allclose(counts / counts.sum(), q, atol=1e-12)
 
 
 def test_no_id_is_dropped_at_0_and_nearly_all_near_1(samples: Samples) -> None:
@@ -322,7 +315,7 @@ def test_weights_go_with_their_rows(build_world: BuildWorld, random_events: Draw
 
 
 def test_a_single_row_is_refused(build_world: BuildWorld) -> None:
-    samples = build_world([_untimed(0, 0), _untimed(0, 1)], 1, 2)
+    samples = build_world([_untimed(0, 0)], 1, 2)
     with pytest.raises(DataError, match="batch_size = 4096 with 1 training rows: at least 2 of each are needed"):
         maker(samples, 4096)
 
@@ -335,4 +328,4 @@ def test_batches_of_one_are_refused(samples: Samples) -> None:
 def test_one_user_who_clicked_everything_masks_every_column(build_world: BuildWorld) -> None:
     samples = build_world([_untimed(0, item) for item in range(8)], 1, 8)
     (batch,) = maker(samples, 100).epoch(0)
-    assert np.diff(shared_of(batch).mask.indptr).tolist() == [4] * 4
+    assert np.diff(shared_of(batch).mask.indptr).tolist() == [8] * 8

@@ -69,7 +69,17 @@ class Epoch:
     positives: Longs
     """(R,) the training rows, in the order in which they are fed."""
     clicked: npt.NDArray[np.int32]
-    """Catalogue rows of clicks, by user; a history is the first of its user's, as many as `_history_counts` says."""
+    """Catalogue rows of clicks, by user; a history is a stretch of its user's."""
+    early: npt.NDArray[np.bool_] | None
+    """By training row, whether it is of the half of its user's clicks that stands first; None with time."""
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """Parts of an array, one for each row of a batch (B,)."""
+
+    start: Longs
+    stop: Longs
 
 
 class BatchMaker:
@@ -129,43 +139,45 @@ class BatchMaker:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on, shuffled over all rows."""
-        fed = self._timed(epoch) if self._samples.timed else self._drawn(epoch)
+        fed = self._order(epoch)
         rows = len(fed.positives)
         steps = max(1, min(-(-rows // self._batch_size), rows // 2))
         for step in range(first_step, steps):
             part = fed.positives[rows * step // steps : rows * (step + 1) // steps]
-            yield self._batch(part, fed.clicked, np.random.default_rng([self._seed, epoch, step, 2]))
+            yield self._batch(part, fed, np.random.default_rng([self._seed, epoch, step, 2]))
 
-    def _timed(self, epoch: int) -> Epoch:
-        """Every positive as often as it is fed, with the clicks before its request."""
-        fed = np.repeat(np.arange(len(self._samples.positives)), self._samples.positives.copies)
-        return Epoch(np.random.default_rng([self._seed, epoch, 1]).permutation(fed), self._samples.clicks.item_row)
+    def _order(self, epoch: int) -> Epoch:
+        """Every positive as often as it is fed, shuffled.
 
-    def _drawn(self, epoch: int) -> Epoch:
-        """A random half of each user's positives as the history of the other half.
-
-        Leaving out just the row's own item would leak: beside a user id, the gap names the target.
+        With time, a history is what was clicked before the request. Without, each user's clicks are parted anew each
+        epoch into random halves, each of which is the history of the other. Leaving out just the row's own item would
+        leak: beside a user id, the gap names the target.
         """
         generator = np.random.default_rng([self._seed, epoch, 1])
-        clicks = self._samples.clicks
+        positives, clicks = self._samples.positives, self._samples.clicks
+        order = generator.permutation(np.repeat(np.arange(len(positives)), positives.copies))
+        if self._samples.timed:
+            return Epoch(order, clicks.item_row, None)
+        # Without time, positives and clicks stand in the same order: by user, then item.
         counts = np.diff(clicks.indptr)
         owner = np.repeat(np.arange(len(counts)), counts)
         shuffled = np.lexsort((generator.random(len(owner)), owner))
-        place = np.arange(len(owner)) - clicks.indptr[owner]
-        targets = shuffled[place >= (counts // 2)[owner]]
-        targets = np.repeat(targets, self._samples.positives.copies[targets])
-        # Without time, positives and clicks stand in the same order: by user, then item.
-        return Epoch(targets[generator.permutation(len(targets))], clicks.item_row[shuffled])
+        early = np.empty(len(owner), bool)
+        early[shuffled] = np.arange(len(owner)) < (clicks.indptr[:-1] + counts // 2)[owner]
+        return Epoch(order, clicks.item_row[shuffled], early)
 
-    def _history_counts(self, rows: Longs, user_row: npt.NDArray[np.int32]) -> Longs:
-        """How many of its user's clicks are the history of each training row (B,)."""
-        if self._samples.timed:
-            return self._samples.positives.history[rows].astype(np.int64)
+    def _histories(
+        self, rows: Longs, user_row: npt.NDArray[np.int32], early: npt.NDArray[np.bool_] | None
+    ) -> Stretches:
+        """Where the histories of training rows (B,) stand among the clicks of the epoch."""
         indptr = self._samples.clicks.indptr
-        halves: Longs = (indptr[user_row + 1] - indptr[user_row]) // 2
-        return halves
+        first, last = indptr[user_row], indptr[user_row + 1]
+        if early is None:
+            return Stretches(first, first + self._samples.positives.history[rows])
+        middle = first + (last - first) // 2
+        return Stretches(np.where(early[rows], middle, first), np.where(early[rows], last, middle))
 
-    def _batch(self, rows: Longs, clicked: npt.NDArray[np.int32], generator: np.random.Generator) -> Batch:
+    def _batch(self, rows: Longs, fed: Epoch, generator: np.random.Generator) -> Batch:
         """The batch of some training rows (B,)."""
         samples = self._samples
         user_row, item_row = samples.positives.user_row[rows], samples.positives.item_row[rows]
@@ -193,7 +205,7 @@ class BatchMaker:
         self._column[distinct] = -1
         self._observe(item_row)
         return Batch(
-            self._user_columns(rows, user_row, clicked, generator),
+            self._user_columns(rows, user_row, fed, generator),
             self._item_columns(distinct, generator),
             distinct,
             positive,
@@ -243,7 +255,7 @@ class BatchMaker:
         self,
         rows: Longs,
         user_row: npt.NDArray[np.int32],
-        clicked: npt.NDArray[np.int32],
+        fed: Epoch,
         generator: np.random.Generator,
     ) -> dict[str, Column]:
         """What enters the user tower (B rows)."""
@@ -253,10 +265,10 @@ class BatchMaker:
         self._drop_ids(user, c.USER_ID, generator)
         history = samples.features.history
         if history is not None and self._item_tokens is not None:
-            before = self._history_counts(rows, user_row)
-            count = np.minimum(before, history.last)
-            first = samples.clicks.indptr[user_row] + before - count
-            user[history.name] = Bag(pointers(count), self._item_tokens[clicked[ranges(first, count)]])
+            stretch = self._histories(rows, user_row, fed.early)
+            count = np.minimum(stretch.stop - stretch.start, history.last)
+            places = ranges(stretch.stop - count, count)
+            user[history.name] = Bag(pointers(count), self._item_tokens[fed.clicked[places]])
         return user
 
     def _item_columns(self, distinct: Longs, generator: np.random.Generator) -> dict[str, Column]:
@@ -291,27 +303,16 @@ class BatchMaker:
 
 
 def rows_of_epoch(samples: Samples) -> int:
-    """Training rows of an epoch; without time in expectation, where some are down- or over-sampled."""
-    return round(float(_fed(samples).sum()))
+    """Training rows of an epoch."""
+    return int(samples.positives.copies.sum(dtype=np.int64))
 
 
 def fed_frequency(samples: Samples) -> npt.NDArray[np.float64]:
-    """The share q (N,) of each item among the rows as fed, in expectation over epochs."""
-    fed = np.bincount(samples.positives.item_row, _fed(samples), len(samples.items))
+    """The share q (N,) of each item among the rows as fed."""
+    positives = samples.positives
+    fed = np.bincount(positives.item_row, positives.copies, len(samples.items))
     frequency: npt.NDArray[np.float64] = fed / max(fed.sum(), 1)
     return frequency
-
-
-def _fed(samples: Samples) -> npt.NDArray[np.float64]:
-    """How often each positive is fed in an epoch, in expectation.
-
-    Without time, a click is a target in n - n // 2 of n epochs, where n is the number of its user's clicks.
-    """
-    copies: npt.NDArray[np.float64] = samples.positives.copies.astype(np.float64)
-    if not samples.timed:
-        counts = np.diff(samples.clicks.indptr)
-        copies *= np.repeat((counts - counts // 2) / np.maximum(counts, 1), counts)
-    return copies
 
 
 def _clicked_pairs(samples: Samples) -> Longs:
