@@ -23,6 +23,7 @@ from twotower.cli.line import make_samples, offline_channel, places
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.evaluate.holdout import evaluate
+from twotower.models.towers import Network
 from twotower.samples.read import open_samples
 from twotower.train.checkpoint import Shape, open_checkpoint
 from twotower.train.loop import Loss, Negatives, train
@@ -93,7 +94,7 @@ def one_cell(workspace: Path, loss: str, kind: str, arguments: argparse.Namespac
             report = train(
                 samples,
                 Path(checkpoints),
-                Shape(64, (256, 128), (256, 128), 0.0),
+                Shape(64, Network("dnn", (256, 128)), Network("dnn", (256, 128)), 0.0),
                 loss=LOSSES[loss],
                 negatives=NEGATIVES[kind],
                 batch_size=4096,

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.config import settings as spec
+from twotower.models.towers import Network
 from twotower.samples import build_samples, open_samples
 from twotower.schema import columns as c
 from twotower.train.checkpoint import Shape
@@ -44,7 +45,7 @@ def case(rows: int, items: int, clicked: int, room: float, loss: str, count: int
         report = train(
             samples,
             Path(folder) / "checkpoints",
-            Shape(64, (), (), 0.0),
+            Shape(64, Network("dnn", ()), Network("dnn", ()), 0.0),
             loss=Loss(loss),
             negatives=Negatives() if count is None else Negatives(Shares(0, 1, 0), count=count, shared=not own),
             batch_size=4096,

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from twotower.config import settings as spec
+from twotower.models.towers import Network
 from twotower.samples import build_samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.files import sha256
@@ -65,7 +66,7 @@ def child(samples: Path, checkpoints: Path) -> None:
     print("ready", flush=True)
     if not sys.stdin.readline():  # the parent is gone
         return
-    shape = Shape(dimension=16, user_layers=(32,), item_layers=(32,), dropout=0.1)
+    shape = Shape(16, Network("dnn", (32,)), Network("dnn", (32,)), dropout=0.1)
     train(
         open_samples(samples),
         checkpoints,

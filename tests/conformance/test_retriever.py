@@ -16,6 +16,7 @@ from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
 from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Candidates, Queries, Retriever
+from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
 from twotower.samples import Samples, build_samples, open_samples
 
@@ -34,7 +35,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 
 
 def two_tower(samples: Samples) -> Retriever:
-    model = TwoTower(samples.features, 8, (), (), 0.0, seed=0).eval()
+    model = TwoTower(samples.features, 8, Network("dnn", ()), Network("dnn", ()), 0.0, seed=0).eval()
     history = samples.features.history
     assert history is not None
     index = ExactIndex.build(np.arange(len(samples.items)), model.encode_items(samples.items.features))

@@ -4,7 +4,7 @@ import torch
 
 from twotower.features.fitted import Category, Number
 from twotower.features.vocabulary import Vocabulary
-from twotower.models.towers import Tower, input_width
+from twotower.models.towers import Network, Tower, input_width
 
 
 def features() -> tuple[Category, Number]:
@@ -16,7 +16,7 @@ def test_a_category_is_as_wide_as_its_embedding_and_a_number_has_a_flag() -> Non
 
 
 def test_a_tower_without_layers_is_a_projection_of_features_side_by_side_to_unit_length() -> None:
-    tower = Tower(features(), [], 3)
+    tower = Tower(features(), Network("dnn", ()), 3)
     city, age = torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[0.5, 0.0]])
     expected = tower.projection(torch.cat([city, age], dim=1)).detach().numpy()[0]
     with torch.no_grad():
@@ -25,7 +25,7 @@ def test_a_tower_without_layers_is_a_projection_of_features_side_by_side_to_unit
 
 
 def test_dropout_is_active_in_training_alone() -> None:
-    tower = Tower(features(), [64], 3, dropout=0.5)
+    tower = Tower(features(), Network("dnn", (64,)), 3, dropout=0.5)
     inputs = {"city": torch.ones(1, 4), "age": torch.ones(1, 2)}
     with torch.no_grad():
         assert not torch.equal(tower(inputs), tower(inputs))
@@ -34,10 +34,32 @@ def test_dropout_is_active_in_training_alone() -> None:
 
 
 def test_a_vector_of_zeros_stays_zero_and_is_no_nan() -> None:
-    tower = Tower(features(), [], 3)
+    tower = Tower(features(), Network("dnn", ()), 3)
     torch.nn.init.zeros_(tower.projection.bias)
     vector = tower({"city": torch.zeros(1, 4), "age": torch.zeros(1, 2)})
     vector.sum().backward()
     assert vector.tolist() == [[0, 0, 0]]
     assert tower.projection.weight.grad is not None
     assert torch.isfinite(tower.projection.weight.grad).all()
+
+
+def test_a_cross_network_by_hand() -> None:
+    tower = Tower(features(), Network("dcn", (), crosses=2), 3)
+    first = torch.tensor([[1.0, 2, 3, 4, 0.5, 0.0]])
+    crossed = first
+    for layer in tower.crosses:
+        crossed = first * (crossed @ layer.weight.T + layer.bias) + crossed  # type: ignore[operator,union-attr]
+    expected = tower.projection(crossed).detach().numpy()[0]
+    with torch.no_grad():
+        found = tower({"city": first[:, :4], "age": first[:, 4:]}).numpy()[0]
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected), rtol=1e-5)
+
+
+def test_crosses_stand_beside_the_layers() -> None:
+    tower = Tower(features(), Network("dcn", (7, 5), crosses=3), 3)
+    assert len(tower.crosses) == 3
+    assert tower.projection.in_features == 6 + 5
+    assert Tower(features(), Network("dnn", (7, 5)), 3).projection.in_features == 5
+    inputs = {"city": torch.ones(2, 4), "age": torch.ones(2, 2)}
+    tower(inputs).sum().backward()
+    assert all(parameter.grad is not None for parameter in tower.parameters())

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from twotower.config import settings as spec
-from twotower.features.columns import Bag, Column, take
+from twotower.features.columns import Bag, Beginnings, Column, take
 from twotower.features.feature_set import FeatureSet, encode_table, fit
+from twotower.models.towers import Network
 from twotower.models.two_tower import StepAssembler, TwoTower, tower_inputs
 from twotower.schema import columns as c
 
@@ -67,7 +68,7 @@ def columns(features: FeatureSet) -> tuple[dict[str, Column], dict[str, Column]]
 
 
 def test_inputs_with_gradients_are_those_of_whole_tables_for_every_kind_of_feature(features: FeatureSet) -> None:
-    model = TwoTower(features, 6, [8], [8], 0.0, seed=0)
+    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed=0)
     for table in model.tables.values():
         table.weights[:2] = np.random.default_rng(0).normal(size=(2, table.weights.shape[1]))
     user, item = columns(features)
@@ -84,6 +85,35 @@ def test_inputs_with_gradients_are_those_of_whole_tables_for_every_kind_of_featu
             np.testing.assert_allclose(assembled[name].detach().numpy(), expected, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("encoder", ["attention", "transformer"])
+@pytest.mark.parametrize("network", ["dnn", "dcn"])
+def test_vectors_with_gradients_are_those_of_whole_tables_for_encoded_sequences(encoder: Any, network: str) -> None:
+    sequence = spec.Sequence("sequence", last=4, encoder=encoder)
+    wanted = spec.Features(
+        user={"history": sequence, "bought": sequence, "age": spec.Numeric("numeric")},
+        item={"item_id": spec.Categorical("categorical")},
+    )
+    features = fit(wanted, USERS, ITEMS, {}, 6, 0.5)
+    model = TwoTower(features, 6, Network(network, (8,)), Network("dnn", ()), 0.0, seed=0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    history = Bag(np.array([0, 2, 2, 5, 6, 6, 7, 8, 9, 9]), np.array([4, 2, 1, 3, 3, 9, 5, 0, 6], np.int32))
+    user = encode_table(features.user_columns, USERS) | {"history": history}
+    step = StepAssembler(model).assemble(user, encode_table(features.item, ITEMS))
+    whole = model.encode_users(user)
+    np.testing.assert_allclose(model.user_tower(step.user).detach().numpy(), whole, rtol=1e-5, atol=1e-6)
+    shared = Beginnings(history, np.array([2, 2, 0, 8]), np.array([1, 3, 2, 0]))
+    cut = Bag(np.array([0, 1, 4, 6, 6]), history.rows[[2, 2, 3, 3, 0, 1]])
+    picked = {name: take(column, np.array([2, 2, 0, 8])) for name, column in user.items()}
+    step = StepAssembler(model).assemble(picked | {"history": shared}, encode_table(features.item, ITEMS))
+    vectors = model.user_tower(step.user)
+    np.testing.assert_allclose(vectors.detach().numpy(), model.encode_users(picked | {"history": cut}), atol=1e-6)
+    vectors.square().mean().backward()
+    gradient = step.touched["item_id"].values.grad
+    assert gradient is not None
+    assert torch.isfinite(gradient).all()
+
+
 def test_the_mean_of_a_history_by_hand(features: FeatureSet) -> None:
     table = np.arange(20, dtype=np.float32).reshape(10, 2)
     history = Bag(np.array([0, 2, 2, 3]), np.array([1, 4, 9], np.int32))
@@ -97,7 +127,7 @@ def test_the_mean_of_a_history_by_hand(features: FeatureSet) -> None:
 
 def test_gradients_reach_the_rows_touched_from_every_feature_that_reads_them(features: FeatureSet) -> None:
     """Item ids are read by the item tower and both sequences: their gradients add up."""
-    model = TwoTower(features, 6, [], [], 0.0, seed=0)
+    model = TwoTower(features, 6, Network("dnn", ()), Network("dnn", ()), 0.0, seed=0)
     user, item = columns(features)
     step = StepAssembler(model).assemble(user, item)
     sum(value.sum() for value in (*step.user.values(), *step.item.values()) if value.requires_grad).backward()  # type: ignore[union-attr]
@@ -114,7 +144,7 @@ def test_gradients_reach_the_rows_touched_from_every_feature_that_reads_them(fea
 
 
 def test_vectors_are_of_unit_length_and_training_mode_is_left_as_it_was(features: FeatureSet) -> None:
-    model = TwoTower(features, 6, [8], [8], 0.5, seed=0).train()
+    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.5, seed=0).train()
     user, item = columns(features)
     vectors = model.encode_users(user)
     np.testing.assert_allclose(np.square(vectors).sum(axis=1), 1, rtol=1e-5)
@@ -125,7 +155,7 @@ def test_vectors_are_of_unit_length_and_training_mode_is_left_as_it_was(features
 
 
 def test_vectors_do_not_depend_on_the_rest_of_the_batch(features: FeatureSet) -> None:
-    model = TwoTower(features, 6, [8], [8], 0.0, seed=0)
+    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed=0)
     user, _ = columns(features)
     together = model.encode_users(user)
     for row in range(len(together)):
@@ -134,7 +164,7 @@ def test_vectors_do_not_depend_on_the_rest_of_the_batch(features: FeatureSet) ->
 
 
 def test_no_users_have_no_vectors(features: FeatureSet) -> None:
-    model = TwoTower(features, 6, [8], [8], 0.0, seed=0)
+    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed=0)
     user, _ = columns(features)
     nobody = {name: take(column, np.zeros(0, np.int64)) for name, column in user.items()}
     assert model.encode_users(nobody).shape == (0, 6)
@@ -142,7 +172,7 @@ def test_no_users_have_no_vectors(features: FeatureSet) -> None:
 
 def test_initial_weights_are_those_of_the_seed_and_draw_nothing_from_outside(features: FeatureSet) -> None:
     def weights(seed: int) -> list[bytes]:
-        model = TwoTower(features, 6, [8], [8], 0.0, seed)
+        model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed)
         dense = [parameter.detach().numpy().tobytes() for parameter in model.parameters()]
         return dense + [table.weights.tobytes() for table in model.tables.values()]
 
@@ -161,7 +191,7 @@ def test_towers_without_ids_work(wanted: str, features: FeatureSet) -> None:
         chosen = FeatureSet(_named(features.user, "income"), _named(features.item, "year", "text"), ())
     else:
         chosen = FeatureSet(_named(features.user, "bought"), _named(features.item, "year"), ())
-    model = TwoTower(chosen, 4, [], [5], 0.0, seed=0)
+    model = TwoTower(chosen, 4, Network("dnn", ()), Network("dnn", (5,)), 0.0, seed=0)
     user, item = columns(features)
     if wanted != "numbers alone":
         user["bought"] = Bag(np.zeros(11, np.int64), np.zeros(0, np.int32))  # nobody bought anything

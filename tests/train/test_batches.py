@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from twotower.config import settings as spec
-from twotower.features.columns import Bag, pointers
+from twotower.features.columns import Bag, Beginnings, pointers
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.samples.read import Clicks, Samples
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError
+from twotower.schema.errors import ConfigError, DataError
 from twotower.train.batches import Batch, BatchMaker, RowNegatives, SharedNegatives, fed_frequency
 from twotower.train.negatives import (
     CountedFrequency,
@@ -282,6 +282,55 @@ def test_without_time_each_half_of_the_clicks_is_the_history_of_the_other(build_
     for (user, item, other), times in met.items():
         share = 0 if item == other else (user + 1) / (2 * user + 1)  # two items stand in different halves
         assert abs(times - epochs * share) <= 4.5 * np.sqrt(epochs * share * (1 - share))
+
+
+IN_ORDER = spec.Features(
+    user={
+        "user_id": spec.Categorical("categorical"),
+        "history": spec.Sequence("sequence", last=4, encoder="transformer"),
+    }
+)
+
+
+def test_a_transformer_reads_pieces_of_clicks_that_end_rows_share(build_world: BuildWorld, random_events: Draw) -> None:
+    events = random_events(USERS, ITEMS, EVENTS, True)
+    one = maker(build_world(events, USERS, ITEMS, IN_ORDER), 20)
+    lengths: dict[tuple[int, int], set[int]] = {}
+    for epoch in range(30):
+        batches = list(one.epoch(epoch))
+        assert sorted(pairs(batches)) == sorted((e.user, e.item) for e in events)
+        shared = 0
+        for batch in batches:
+            history = batch.user["history"]
+            assert isinstance(history, Beginnings)
+            shared += len(history.row) - len(history.lists)
+            assert max(map(len, lists(history.lists)), default=0) <= 4
+            found = [
+                lists(history.lists)[row][:length] for row, length in zip(history.row, history.length, strict=True)
+            ]
+            for (user, item), tokens in zip(pairs([batch]), found, strict=True):
+                right = []
+                for event in (e for e in events if (e.user, e.item) == (user, item)):
+                    before = [e for e in events if e.user == user and e.click_ms < event.request_ms]
+                    clicked = [e.item + FIRST for e in sorted(before, key=lambda e: e.click_ms)]
+                    right.append(clicked[len(clicked) - len(tokens) :] == tokens and bool(tokens) == bool(clicked))
+                assert any(right)
+                lengths.setdefault((user, item), set()).add(len(tokens))
+        assert shared > EVENTS / 3  # rows of a piece are in one batch
+    assert sum(found >= {1, 2, 3, 4} for found in lengths.values()) > len(lengths) / 2  # each epoch cuts elsewhere
+
+
+def test_batches_of_pieces_depend_on_seed_epoch_and_step_alone(build_world: BuildWorld, random_events: Draw) -> None:
+    samples = build_world(random_events(USERS, ITEMS, EVENTS, True), USERS, ITEMS, IN_ORDER)
+    first, later = list(maker(samples, 20).epoch(2)), maker(samples, 20).epoch(2, first_step=3)
+    assert all(same(one, other) for one, other in zip(first[3:], later, strict=True))
+    assert not same(first[0], next(maker(samples, 20).epoch(3)))
+
+
+def test_clicks_without_an_order_are_not_for_a_transformer(build_world: BuildWorld) -> None:
+    samples = build_world([_untimed(0, 0), _untimed(0, 1)], 1, 2, IN_ORDER)
+    with pytest.raises(ConfigError, match="reads clicks in their order, and the events have no time"):
+        maker(samples, 20)
 
 
 def _untimed(user: int, item: int) -> Any:

@@ -15,6 +15,7 @@ from twotower.features.columns import Bag
 from twotower.features.feature_set import FeatureSet
 from twotower.models.embedding import EmbeddingTable
 from twotower.models.losses import sampled_softmax
+from twotower.models.towers import Network
 from twotower.samples.read import Clicks, Entities, Positives, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
@@ -25,7 +26,7 @@ from twotower.train.loop import Loss, Negatives, TrainReport, _loss, train
 from twotower.train.negatives import CountedFrequency, EasyNegatives, HardNegatives, Shares
 
 BuildWorld = Callable[..., Samples]
-SHAPE = Shape(8, (16,), (16,), 0.1)
+SHAPE = Shape(8, Network("dnn", (16,)), Network("dnn", (16,)), 0.1)
 ARGUMENTS: dict[str, Any] = {
     "loss": Loss(temperature=0.2),
     "negatives": Negatives(),
@@ -189,7 +190,13 @@ def test_the_loss_falls_to_its_known_minimum(build_world: BuildWorld, tmp_path: 
     ]
     samples = build_world(events, 2, 2)
     report = run(
-        samples, tmp_path, Shape(8, (), (), 0.0), epochs=150, loss=Loss(temperature=0.5), id_dropout=0.0, batch_size=96
+        samples,
+        tmp_path,
+        Shape(8, Network("dnn", ()), Network("dnn", ()), 0.0),
+        epochs=150,
+        loss=Loss(temperature=0.5),
+        id_dropout=0.0,
+        batch_size=96,
     )
     # Opposite vectors, cosines 1 and -1; 48 copies of the other item where 95 / 2 are expected.
     best = np.log1p(np.exp(-4) * 48 / 47.5)

@@ -21,6 +21,7 @@ from twotower.evaluate.holdout import evaluate
 from twotower.index.exact import ExactIndex
 from twotower.models.channel import TwoTowerChannel
 from twotower.models.fit import fit_channels
+from twotower.models.towers import Network
 from twotower.publish.publish import current_path, promote, publish
 from twotower.publish.version import Version, item_tokens, open_version
 from twotower.samples.build import SamplesReport, build_samples
@@ -109,8 +110,8 @@ def train_model(settings: Settings) -> TrainReport:
         where.checkpoints,
         Shape(
             settings.models.dimension,
-            tuple(settings.models.user_tower.layers),
-            tuple(settings.models.item_tower.layers),
+            _network(settings.models.user_tower),
+            _network(settings.models.item_tower),
             options.dropout,
         ),
         loss=Loss(
@@ -136,6 +137,10 @@ def train_model(settings: Settings) -> TrainReport:
     relative = os.path.relpath(report.checkpoint, where.checkpoints)
     write_json(where.checkpoints / LATEST, {"checkpoint": relative})
     return report
+
+
+def _network(tower: spec.Tower) -> Network:
+    return Network(tower.network, tuple(tower.layers), tower.crosses)
 
 
 def _negatives(wanted: spec.Negatives) -> Negatives:

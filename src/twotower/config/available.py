@@ -16,17 +16,10 @@ def check_available(settings: Settings) -> None:
     """
     wanted = [
         ("engine.name", settings.engine.name, ("duckdb",)),
-        ("models.user_tower.network", settings.models.user_tower.network, ("dnn",)),
-        ("models.item_tower.network", settings.models.item_tower.network, ("dnn",)),
         ("index.kind", settings.index.kind, ("exact", "faiss")),
         ("serve.features.kind", settings.serve.features.kind, ("lmdb",)),
         ("stream.log.kind", settings.stream.log.kind, ("local",)),
         *(("models.channels", name, ("two_tower", "item_cf", "popular")) for name in settings.models.channels),
-        *(
-            (f"features.user.{name}.encoder", feature.encoder, ("mean",))
-            for name, feature in settings.features.user.items()
-            if isinstance(feature, Sequence)
-        ),
     ]
     problems = [
         f"{key} = {value!r} is not in this release: use {' or '.join(repr(known) for known in values)}"
@@ -36,6 +29,16 @@ def check_available(settings: Settings) -> None:
     for side, features in (("user", settings.features.user), ("item", settings.features.item)):
         if not features:
             problems.append(f"features.{side} is empty: a tower needs a feature")
+    for name, feature in settings.features.user.items():
+        if (
+            isinstance(feature, Sequence)
+            and feature.encoder == "transformer"
+            and settings.models.dimension % feature.heads
+        ):
+            problems.append(
+                f"features.user.{name}.heads = {feature.heads} does not divide models.dimension = "
+                f"{settings.models.dimension}: a transformer's heads share the width of an item"
+            )
     if "two_tower" not in settings.models.channels:
         problems.append("models.channels must name two_tower")
     if problems:

@@ -100,7 +100,12 @@ class Sequence:
     last: Positive = 50
     """How many of the latest items count."""
     encoder: Literal["mean", "attention", "transformer"] = "mean"
-    """How they become one vector."""
+    """How they become one vector: their mean; a mean weighted by item and age; a small transformer that knows their
+    order."""
+    heads: Positive = 2
+    """`attention`, `transformer`: ways to look at the sequence; of a transformer a divisor of `models.dimension`."""
+    blocks: Positive = 2
+    """`transformer`: how deep it is."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -278,7 +283,9 @@ class Tower:
     network: Literal["dnn", "dcn"] = "dnn"
     """`dnn`: fully connected layers; `dcn`: crosses of features beside them."""
     layers: list[Positive] = field(default_factory=lambda: [256, 128])
-    """Widths of the fully connected layers; empty = the projection alone."""
+    """Widths of the fully connected layers; empty = none."""
+    crosses: Positive = 2
+    """`dcn`: how many cross layers; each adds products of one more feature."""
 
 
 Channel = Literal["two_tower", "item_cf", "swing", "popular", "mind", "mf", "als", "new_items", "same_category"]

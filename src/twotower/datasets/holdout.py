@@ -47,7 +47,14 @@ class LeaveOneOut:
     """The last positive of each user, and what the user did after it."""
 
 
-Holdout = TimeQuantile | Since | LeaveOneOut
+@dataclass(frozen=True)
+class Random:
+    """A share of each user's positives, drawn evenly: for events without time alone."""
+
+    share: float
+
+
+Holdout = TimeQuantile | Since | LeaveOneOut | Random
 
 
 @dataclass(frozen=True)
@@ -94,15 +101,15 @@ def parse_holdout(text: str) -> Holdout:
         return LeaveOneOut()
     if kind == "since":
         return Since(parse_day(value, "--holdout since"))
-    if kind == "time":
+    if kind in ("time", "random"):
         try:
             share = float(value)
         except ValueError:
             share = np.nan
         if 0 < share < 1:
-            return TimeQuantile(share)
-        raise ConfigError(f"--holdout {text}: give a quantile between 0 and 1, such as time:0.9")
-    raise ConfigError(f"--holdout {text}: give time:Q, since:YYYY-MM-DD or leave-one-out")
+            return TimeQuantile(share) if kind == "time" else Random(share)
+        raise ConfigError(f"--holdout {text}: give a share between 0 and 1, such as time:0.9 or random:0.1")
+    raise ConfigError(f"--holdout {text}: give time:Q, since:YYYY-MM-DD, leave-one-out or, without time, random:SHARE")
 
 
 def split(tables: Tables, holdout: Holdout) -> Split:
@@ -120,8 +127,10 @@ def split(tables: Tables, holdout: Holdout) -> Split:
         held = days >= np.datetime64(holdout.day, "D")
         if not held.any() or held.all():
             raise DataError(f"--holdout since:{holdout.day}: the events are of {days.min()} to {days.max()}")
-    else:
+    elif isinstance(holdout, LeaveOneOut):
         held = _from_last_positive(tables)
+    else:
+        held = _drawn(tables, holdout.share)
     positive = pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy()
     return _divide(
         tables.events.filter(pa.array(~held)),
@@ -176,6 +185,23 @@ def _from_last_positive(tables: Tables) -> Mask:
     last = np.full(user.max() + 1, len(user))
     last[user[positive]] = place[positive]  # events are in the order of time: the last assignment stays
     held: Mask = place >= last[user]
+    return held
+
+
+def _drawn(tables: Tables, share: float) -> Mask:
+    """A share of each user's positives, rounded down, always the same of the same events."""
+    if tables.events[c.REQUEST_TS_MS].null_count < tables.events.num_rows:
+        raise ConfigError(
+            f"--holdout random:{share}: {tables.source} has a time, and a random hold-out would be judged by what came "
+            "before its training; use time:Q, since:YYYY-MM-DD or leave-one-out"
+        )
+    user = codes(tables.events[c.USER_ID])
+    positive = np.flatnonzero(pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy())
+    order = positive[np.lexsort((np.random.default_rng(0).random(len(positive)), user[positive]))]
+    counts = np.bincount(user, np.isin(np.arange(len(user)), positive)).astype(np.int64)
+    place = np.arange(len(order)) - (np.cumsum(counts) - counts)[user[order]]
+    held: Mask = np.zeros(len(user), np.bool_)
+    held[order[place < np.floor(counts[user[order]] * share)]] = True
     return held
 
 

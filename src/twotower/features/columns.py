@@ -35,6 +35,18 @@ class Bag:
 Column = Rows | Numbers | Bag
 
 
+@dataclass(frozen=True)
+class Beginnings:
+    """Each of N rows is the beginning of one of S lists, so that what rows have in common is held once."""
+
+    lists: Bag
+    """(S)"""
+    row: npt.NDArray[np.int64]
+    """(N,) the list of each row."""
+    length: npt.NDArray[np.int64]
+    """(N,) how much of it; 0 = nothing."""
+
+
 def ranges(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The numbers start, start + 1, ... (count of them) of every range, one after the other.
 
@@ -57,6 +69,17 @@ def pointers(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     indptr = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=indptr[1:])
     return indptr
+
+
+def padded(lists: Bag) -> npt.NDArray[np.int64]:
+    """Where the entries of each list stand in `rows`, (S, L) with L at least 1; -1 behind the end of a list.
+
+    >>> padded(Bag(np.array([0, 2, 2, 3]), np.array([7, 8, 9], np.int32))).tolist()
+    [[0, 1], [-1, -1], [2, -1]]
+    """
+    counts = np.diff(lists.indptr)
+    column = np.arange(max(1, int(counts.max(initial=0))))
+    return np.where(column < counts[:, None], lists.indptr[:-1, None] + column, -1)
 
 
 def take(column: Column, index: npt.NDArray[np.integer]) -> Column:

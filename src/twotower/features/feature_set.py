@@ -116,7 +116,7 @@ def fit(
     def fit_side(side: str, wanted: Mapping[str, spec.Feature], columns: Mapping[str, Any]) -> Iterable[Fitted]:
         for name, kind in sorted(wanted.items()):
             if isinstance(kind, spec.Sequence) and name == HISTORY and side == "user":
-                yield Items(name, ids, dimension, kind.last, kind.encoder, from_clicks=True)
+                yield Items(name, ids, dimension, kind.last, kind.encoder, True, kind.heads, kind.blocks)
                 continue
             if name not in columns:
                 raise ConfigError(f"features.{side}.{name}: no such column; there are {', '.join(columns) or 'none'}")
@@ -124,7 +124,7 @@ def fit(
             if isinstance(kind, spec.Sequence):
                 if side != "user":
                     raise ConfigError(f"features.{side}.{name}: a sequence of items belongs to features.user")
-                yield Items(name, ids, dimension, kind.last, kind.encoder, from_clicks=False)
+                yield Items(name, ids, dimension, kind.last, kind.encoder, False, kind.heads, kind.blocks)
             elif isinstance(kind, spec.Categorical):
                 if side == "item" and name == c.ITEM_ID:
                     yield Category(name, ids, dimension)

@@ -133,6 +133,8 @@ class Items:
     encoder: str
     from_clicks: bool
     """The sequence is the user's click history, not a column."""
+    heads: int = 2
+    blocks: int = 2
 
     def encode(self, column: pa.Array) -> Bag:
         """A bag of rows for each of N lists of item ids."""

@@ -1,12 +1,34 @@
-"""The dense part of a tower: what features become in, a unit vector out."""
+"""The dense part of a tower: what features become in, a unit vector out.
+
+B batch, D vector, W width of all inputs side by side.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from twotower.features.fitted import Bucket, Categories, Category, Fitted, Items, Number
+from twotower.models.encoders import AttentionPooling, CausalTransformer
+
+LENGTH = ".length"
+"""Behind the name of an encoded sequence: how many items each row has."""
+ROW = ".row"
+"""Behind the name of an encoded sequence: which sequence each row is the beginning of; absent = its own."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """The layers between a tower's features and its projection."""
+
+    kind: str
+    """`dnn`: fully connected layers; `dcn`: crosses of the features beside them."""
+    layers: tuple[int, ...]
+    """Widths of the fully connected layers; empty = none."""
+    crosses: int = 2
+    """`dcn`: how many cross layers."""
 
 
 def input_width(feature: Fitted) -> int:
@@ -16,29 +38,76 @@ def input_width(feature: Fitted) -> int:
     return 2 if isinstance(feature, Number) else feature.size + 1
 
 
+def is_encoded(feature: Fitted) -> bool:
+    """The feature is a sequence whose items enter the tower one by one, not as their mean."""
+    return isinstance(feature, Items) and feature.encoder != "mean"
+
+
 class Tower(nn.Module):
-    """Features side by side, fully connected layers with ReLU, a projection, the L2 norm.
+    """Features side by side, a network, a projection, the L2 norm.
 
     Args:
         features: the tower's features, in the order in which their inputs stand side by side.
-        layers: widths of the hidden layers.
+        network: between them and the projection.
         dimension: D, length of the vector.
         dropout: share of hidden units left out in training.
+
+    Raises:
+        ValueError: a sequence whose heads do not divide its width.
     """
 
-    def __init__(self, features: Sequence[Fitted], layers: Sequence[int], dimension: int, dropout: float = 0.0) -> None:
+    def __init__(self, features: Sequence[Fitted], network: Network, dimension: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.names = [feature.name for feature in features]
-        widths = [sum(input_width(feature) for feature in features), *layers]
+        self.encoders = nn.ModuleDict(
+            {
+                feature.name: _encoder(feature, dropout)
+                for feature in features
+                if isinstance(feature, Items) and is_encoded(feature)
+            }
+        )
+        width = sum(input_width(feature) for feature in features)
         hidden: list[nn.Module] = []
-        for narrow, wide in pairwise(widths):
+        for narrow, wide in pairwise([width, *network.layers]):
             hidden += [nn.Linear(narrow, wide), nn.ReLU(), nn.Dropout(dropout)]
         self.hidden = nn.Sequential(*hidden)
-        self.projection = nn.Linear(widths[-1], dimension)
+        self.crosses = nn.ModuleList(
+            nn.Linear(width, width) for _ in range(network.crosses if network.kind == "dcn" else 0)
+        )
+        deep = network.layers[-1] if network.layers else 0
+        self.projection = nn.Linear(width + deep if self.crosses else deep or width, dimension)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Inputs by feature name, each (B, width), to unit vectors (B, D)."""
-        side_by_side = torch.cat([inputs[name] for name in self.names], dim=1)
-        vector = self.projection(self.hidden(side_by_side))
+        """Inputs by feature name to unit vectors (B, D).
+
+        Each input is (B, width), but an encoded sequence has (S, L, width) rows of its items, (B,) lengths and, where
+        several rows share a sequence, (B,) the row of it.
+        """
+        side_by_side = torch.cat([self._encoded(name, inputs) for name in self.names], dim=1)
+        hidden = self.hidden(side_by_side)
+        if self.crosses:
+            crossed = _cross(side_by_side, self.crosses)
+            hidden = torch.cat([crossed, hidden], dim=1) if len(self.hidden) else crossed
+        vector = self.projection(hidden)
         unit: Tensor = vector * torch.rsqrt(vector.square().sum(dim=1, keepdim=True) + 1e-12)
         return unit
+
+    def _encoded(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        if name not in self.encoders:
+            return inputs[name]
+        vector: Tensor = self.encoders[name](inputs[name], inputs[name + LENGTH], inputs.get(name + ROW))
+        return vector
+
+
+def _encoder(feature: Items, dropout: float) -> nn.Module:
+    if feature.encoder == "attention":
+        return AttentionPooling(feature.dimension, feature.last, feature.heads)
+    return CausalTransformer(feature.dimension, feature.last, feature.heads, feature.blocks, dropout)
+
+
+def _cross(first: Tensor, layers: nn.ModuleList) -> Tensor:
+    """X = x0 * (W x + b) + x for each layer: DCN-v2, Wang et al. 2021, eq. 1. Each adds products of one degree more."""
+    crossed = first
+    for layer in layers:
+        crossed = first * layer(crossed) + crossed
+    return crossed

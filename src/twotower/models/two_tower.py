@@ -14,13 +14,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from twotower.features.columns import Bag, Column, Rows
+from twotower.features.columns import Bag, Beginnings, Column, Rows, padded
 from twotower.features.feature_set import FeatureSet
 from twotower.features.fitted import Bucket, Categories, Category, Fitted, Items
 from twotower.models.embedding import Compactor, EmbeddingTable, Touched, mean_of_bags
-from twotower.models.towers import Tower
+from twotower.models.towers import LENGTH, ROW, Network, Tower, is_encoded
 
 Floats = npt.NDArray[np.float32]
+Longs = npt.NDArray[np.int64]
 
 
 def table_of(feature: Fitted) -> str | None:
@@ -39,8 +40,8 @@ class TwoTower(nn.Module):
     Args:
         features: the fitted features.
         dimension: D.
-        user_layers: hidden layers of the user tower.
-        item_layers: hidden layers of the item tower.
+        user: network of the user tower.
+        item: network of the item tower.
         dropout: share of hidden units left out in training.
         seed: of all initial weights.
     """
@@ -49,8 +50,8 @@ class TwoTower(nn.Module):
         self,
         features: FeatureSet,
         dimension: int,
-        user_layers: Sequence[int],
-        item_layers: Sequence[int],
+        user: Network,
+        item: Network,
         dropout: float,
         seed: int,
     ) -> None:
@@ -58,8 +59,8 @@ class TwoTower(nn.Module):
         self.features = features
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.user_tower = Tower((*features.user, *features.context), user_layers, dimension, dropout)
-            self.item_tower = Tower(features.item, item_layers, dimension, dropout)
+            self.user_tower = Tower((*features.user, *features.context), user, dimension, dropout)
+            self.item_tower = Tower(features.item, item, dimension, dropout)
         generator = np.random.default_rng([seed, 1])
         self.tables = {
             name: EmbeddingTable.new(table.rows, table.dimension, generator) for name, table in features.tables.items()
@@ -93,13 +94,21 @@ class TwoTower(nn.Module):
 
 def tower_inputs(
     features: Iterable[Fitted], columns: Mapping[str, Column], tables: Mapping[str, npt.NDArray[np.float32]]
-) -> dict[str, Floats]:
-    """What enters a tower, by feature name, each (B, width) float32: rows of tables, means of bags, numbers."""
-    inputs: dict[str, Floats] = {}
+) -> dict[str, Floats | Longs]:
+    """What enters a tower, by feature name, each (B, width) float32: rows of tables, means of bags, numbers.
+
+    A sequence that the tower encodes has (B, L, width) rows, zero behind its end, and (B,) lengths.
+    """
+    inputs: dict[str, Floats | Longs] = {}
     for feature in features:
         column, table = columns[feature.name], table_of(feature)
         if table is None:
             inputs[feature.name] = np.ascontiguousarray(column, np.float32)
+        elif isinstance(column, Bag) and is_encoded(feature):
+            place = padded(column)
+            rows = np.concatenate([tables[table][column.rows], np.zeros((1, tables[table].shape[1]), np.float32)])
+            inputs[feature.name] = rows[place]
+            inputs[feature.name + LENGTH] = np.diff(column.indptr)
         elif isinstance(column, Bag):
             inputs[feature.name] = _mean_rows(tables[table], column)
         else:
@@ -133,7 +142,7 @@ class StepAssembler:
         self._model = model
         self._compactors = {name: Compactor(len(table.weights)) for name, table in model.tables.items()}
 
-    def assemble(self, user: Mapping[str, Column], item: Mapping[str, Column]) -> StepInputs:
+    def assemble(self, user: Mapping[str, Column | Beginnings], item: Mapping[str, Column | Beginnings]) -> StepInputs:
         """Inputs of both towers from encoded columns: `user` (B rows, context included), `item` (C rows)."""
         features = self._model.features
         sides = [((*features.user, *features.context), user), (features.item, item)]
@@ -163,7 +172,9 @@ class StepAssembler:
                 place_here = places[table][used[table] : used[table] + count]
                 used[table] += count
                 values = touched[table].values
-                if isinstance(column, Bag):
+                if is_encoded(feature):
+                    side |= _sequence(feature.name, column, values, place_here)
+                elif isinstance(column, Bag):
                     side[feature.name] = mean_of_bags(values, place_here, torch.from_numpy(column.indptr))
                 else:
                     side[feature.name] = torch.nn.functional.embedding(place_here, values)
@@ -171,6 +182,22 @@ class StepAssembler:
         return StepInputs(inputs[0], inputs[1], touched)
 
 
-def _rows_of(column: Column) -> Rows:
+def _sequence(name: str, column: Column | Beginnings, values: Tensor, place: Tensor) -> dict[str, Tensor]:
+    """An encoded sequence: rows of its items (S, L, width), lengths, and the list of each row if rows share them.
+
+    What is behind the end of a list is some row of the table: nothing looks at it.
+    """
+    lists = column.lists if isinstance(column, Beginnings) else column
+    assert isinstance(lists, Bag)
+    where = torch.from_numpy(np.maximum(padded(lists), 0))
+    rows = torch.nn.functional.embedding(place[where] if len(place) else torch.zeros_like(where), values)
+    if isinstance(column, Beginnings):
+        return {name: rows, name + LENGTH: torch.from_numpy(column.length), name + ROW: torch.from_numpy(column.row)}
+    return {name: rows, name + LENGTH: torch.from_numpy(np.diff(lists.indptr))}
+
+
+def _rows_of(column: Column | Beginnings) -> Rows:
+    if isinstance(column, Beginnings):
+        return column.lists.rows
     rows: Rows = column.rows if isinstance(column, Bag) else column  # type: ignore[assignment]
     return rows

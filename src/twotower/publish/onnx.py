@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from twotower.features.columns import Column
 from twotower.features.fitted import Fitted
-from twotower.models.towers import Tower, input_width
+from twotower.models.towers import LENGTH, Tower, input_width, is_encoded
 from twotower.models.two_tower import Floats, tower_inputs
 
 VECTOR = "vector"
@@ -25,20 +25,32 @@ VECTOR = "vector"
 class _ByPosition(nn.Module):
     """A tower with its inputs one after the other, as the exporter wants them."""
 
-    def __init__(self, tower: Tower) -> None:
+    def __init__(self, tower: Tower, names: list[str]) -> None:
         super().__init__()
         self.tower = tower
+        self.names = names
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        vector: Tensor = self.tower(dict(zip(self.tower.names, inputs, strict=True)))
+        vector: Tensor = self.tower(dict(zip(self.names, inputs, strict=True)))
         return vector
 
 
 def export_tower(tower: Tower, features: Sequence[Fitted], path: Path) -> None:
-    """Write a tower with one input for each feature, (B, width) float32, and the output `vector` (B, D)."""
-    names = [f"input.{feature.name}" for feature in features]
-    examples = tuple(torch.zeros(3, input_width(feature)) for feature in features)
+    """Write a tower with the inputs of `tower_inputs`, each behind `input.`, and the output `vector` (B, D).
+
+    A feature is (B, width) float32; a sequence that the tower encodes is (B, L, width), with (B,) int64 lengths.
+    """
     batch = torch.export.Dim("batch", min=1)
+    examples: dict[str, Tensor] = {}
+    shapes: list[dict[int, torch.export.Dim]] = []
+    for place, feature in enumerate(features):
+        if is_encoded(feature):
+            examples[feature.name] = torch.zeros(3, 5, input_width(feature))
+            shapes.append({0: batch, 1: torch.export.Dim(f"length{place}", min=1)})
+            examples[feature.name + LENGTH] = torch.tensor([5, 2, 0])
+        else:
+            examples[feature.name] = torch.zeros(3, input_width(feature))
+        shapes.append({0: batch})
     quiet = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in quiet]
     for logger in quiet:
@@ -47,12 +59,12 @@ def export_tower(tower: Tower, features: Sequence[Fitted], path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
             torch.onnx.export(
-                _ByPosition(tower).eval(),
-                examples,
+                _ByPosition(tower, list(examples)).eval(),
+                tuple(examples.values()),
                 str(path),
-                input_names=names,
+                input_names=[f"input.{name}" for name in examples],
                 output_names=[VECTOR],
-                dynamic_shapes=(tuple({0: batch} for _ in features),),
+                dynamic_shapes=(tuple(shapes),),
                 dynamo=True,
                 external_data=False,
                 verbose=False,

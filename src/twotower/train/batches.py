@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower.features.columns import Bag, Column, Rows, concatenate, pointers, ranges, take
+from twotower.features.columns import Bag, Beginnings, Column, Rows, concatenate, pointers, ranges, take
 from twotower.features.fitted import Fitted
 from twotower.features.vocabulary import UNKNOWN
 from twotower.models.embedding import Compactor
 from twotower.models.losses import Mask
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError
+from twotower.schema.errors import ConfigError, DataError
 from twotower.train.negatives import CountedFrequency, EasyNegatives, HardNegatives, StreamingFrequency
 
 Longs = npt.NDArray[np.int64]
@@ -48,9 +48,9 @@ class RowNegatives:
 class Batch:
     """One step's rows; items stand once each, however often the batch holds them."""
 
-    user: dict[str, Column]
+    user: dict[str, Column | Beginnings]
     """Encoded columns (B rows), history and context included."""
-    item: dict[str, Column]
+    item: dict[str, Column | Beginnings]
     """Encoded columns of the distinct items (C rows), shared negatives first."""
     item_row: Longs
     """(C,) their rows in the catalogue."""
@@ -72,6 +72,8 @@ class Epoch:
     """Catalogue rows of clicks, by user; a history is a stretch of its user's."""
     early: npt.NDArray[np.bool_] | None
     """By training row, whether it is of the half of its user's clicks that stands first; None with time."""
+    cut: Longs | None
+    """By user, how many clicks are missing from the first of the pieces that a transformer reads; None = no pieces."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class BatchMaker:
 
     Raises:
         DataError: an epoch has fewer than two rows, or `batch_size` is below 2.
+        ConfigError: a transformer is to read histories that have no order.
     """
 
     def __init__(
@@ -133,6 +136,12 @@ class BatchMaker:
         )
         history = samples.features.history
         self._item_tokens: Rows | None = history.vocabulary.rows(samples.items.ids) if history else None
+        self._in_pieces = history is not None and history.encoder == "transformer"
+        if self._in_pieces and not samples.timed:
+            raise ConfigError(
+                "features.user.history.encoder = 'transformer' reads clicks in their order, and the events have no "
+                "time: use encoder = 'mean' or 'attention'"
+            )
         self.rows = rows_of_epoch(samples)
         if min(batch_size, self.rows) < 2:
             raise DataError(f"batch_size = {batch_size} with {self.rows} training rows: at least 2 of each are needed")
@@ -156,15 +165,53 @@ class BatchMaker:
         generator = np.random.default_rng([self._seed, epoch, 1])
         positives, clicks = self._samples.positives, self._samples.clicks
         order = generator.permutation(np.repeat(np.arange(len(positives)), positives.copies))
+        if self._in_pieces:
+            return self._order_pieces(order, generator)
         if self._samples.timed:
-            return Epoch(order, clicks.item_row, None)
+            return Epoch(order, clicks.item_row, None, None)
         # Without time, positives and clicks stand in the same order: by user, then item.
         counts = np.diff(clicks.indptr)
         owner = np.repeat(np.arange(len(counts)), counts)
         shuffled = np.lexsort((generator.random(len(owner)), owner))
         early = np.empty(len(owner), bool)
         early[shuffled] = np.arange(len(owner)) < (clicks.indptr[:-1] + counts // 2)[owner]
-        return Epoch(order, clicks.item_row[shuffled], early)
+        return Epoch(order, clicks.item_row[shuffled], early, None)
+
+    def _order_pieces(self, order: Longs, generator: np.random.Generator) -> Epoch:
+        """Rows whose histories end in one piece of their user's clicks side by side, the pieces shuffled.
+
+        One pass over a piece then gives the histories of all of them (Kang and McAuley 2018). A piece has as many
+        clicks as a history, and each epoch cuts the clicks elsewhere, so that a row meets histories of every length.
+        """
+        history = self._samples.features.history
+        assert history is not None
+        cut = generator.integers(history.last, size=len(self._samples.users))
+        user = self._samples.positives.user_row[order].astype(np.int64)
+        piece = self._piece(order, user, cut)
+        _, place = np.unique(user * (1 + int(piece.max(initial=0))) + piece, return_inverse=True)
+        turn = generator.permutation(int(place.max(initial=0)) + 1)
+        return Epoch(order[np.argsort(turn[place], kind="stable")], self._samples.clicks.item_row, None, cut)
+
+    def _piece(self, rows: Longs, user_row: Longs, cut: Longs) -> Longs:
+        """The piece of its user's clicks in which the history of each row (B,) ends; an empty one is in the first."""
+        history = self._samples.features.history
+        assert history is not None
+        end = np.maximum(self._samples.positives.history[rows].astype(np.int64) - 1, 0)
+        piece: Longs = (end + cut[user_row]) // history.last
+        return piece
+
+    def _beginnings(self, rows: Longs, user_row: Longs, cut: Longs, last: int) -> Beginnings:
+        """The histories of training rows (B,) as beginnings of pieces, of catalogue rows."""
+        piece = self._piece(rows, user_row, cut)
+        pieces = 1 + int(piece.max(initial=0))
+        distinct, row = np.unique(user_row * pieces + piece, return_inverse=True)
+        user = distinct // pieces
+        start = np.maximum(distinct % pieces * last - cut[user], 0)
+        length = self._samples.positives.history[rows] - start[row]
+        counts = np.zeros(len(distinct), np.int64)
+        np.maximum.at(counts, row, length)
+        places = ranges(self._samples.clicks.indptr[user] + start, counts)
+        return Beginnings(Bag(pointers(counts), self._samples.clicks.item_row[places]), row, length)
 
     def _histories(
         self, rows: Longs, user_row: npt.NDArray[np.int32], early: npt.NDArray[np.bool_] | None
@@ -257,27 +304,37 @@ class BatchMaker:
         user_row: npt.NDArray[np.int32],
         fed: Epoch,
         generator: np.random.Generator,
-    ) -> dict[str, Column]:
+    ) -> dict[str, Column | Beginnings]:
         """What enters the user tower (B rows)."""
         samples = self._samples
-        user = {name: take(column, user_row) for name, column in samples.users.features.items()}
+        user: dict[str, Column | Beginnings] = {
+            name: take(column, user_row) for name, column in samples.users.features.items()
+        }
         user |= {feature.name: self._context(feature, rows, generator) for feature in samples.features.context}
         self._drop_ids(user, c.USER_ID, generator)
         history = samples.features.history
-        if history is not None and self._item_tokens is not None:
+        if history is None or self._item_tokens is None:
+            return user
+        if fed.cut is not None:
+            begun = self._beginnings(rows, user_row.astype(np.int64), fed.cut, history.last)
+            lists = Bag(begun.lists.indptr, self._item_tokens[begun.lists.rows])
+            user[history.name] = Beginnings(lists, begun.row, begun.length)
+        else:
             stretch = self._histories(rows, user_row, fed.early)
             count = np.minimum(stretch.stop - stretch.start, history.last)
             places = ranges(stretch.stop - count, count)
             user[history.name] = Bag(pointers(count), self._item_tokens[fed.clicked[places]])
         return user
 
-    def _item_columns(self, distinct: Longs, generator: np.random.Generator) -> dict[str, Column]:
+    def _item_columns(self, distinct: Longs, generator: np.random.Generator) -> dict[str, Column | Beginnings]:
         """What enters the item tower (C rows)."""
-        item = {name: take(column, distinct) for name, column in self._samples.items.features.items()}
+        item: dict[str, Column | Beginnings] = {
+            name: take(column, distinct) for name, column in self._samples.items.features.items()
+        }
         self._drop_ids(item, c.ITEM_ID, generator)
         return item
 
-    def _drop_ids(self, side: dict[str, Column], name: str, generator: np.random.Generator) -> None:
+    def _drop_ids(self, side: dict[str, Column | Beginnings], name: str, generator: np.random.Generator) -> None:
         """Replace some ids by the unknown one, in place."""
         if self._id_dropout and isinstance(ids := side.get(name), np.ndarray):
             side[name] = np.where(generator.random(len(ids)) < self._id_dropout, np.int32(UNKNOWN), ids)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE
 from twotower.features.feature_set import load as load_features
+from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
 from twotower.schema.errors import DataError
 from twotower.schema.files import MANIFEST, check_listing, folder_listing, read_json, whole_folder, write_json
@@ -48,8 +49,8 @@ class Shape:
     """What it takes to build a model before its tensors are read."""
 
     dimension: int
-    user_layers: tuple[int, ...]
-    item_layers: tuple[int, ...]
+    user: Network
+    item: Network
     dropout: float
 
 
@@ -136,8 +137,8 @@ def load_model(checkpoint: Checkpoint) -> TwoTower:
     model = TwoTower(
         load_features(checkpoint.path),
         shape["dimension"],
-        shape["user_layers"],
-        shape["item_layers"],
+        Network(**shape["user"]),
+        Network(**shape["item"]),
         shape["dropout"],
         seed=0,
     )

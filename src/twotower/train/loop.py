@@ -142,6 +142,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
     id_dropout: float,
     checkpoint_s: float,
     threads: int,
+    enough: Callable[[int, TwoTower], bool] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainReport:
     """Train the two towers, from the last checkpoint of the same run if there is one.
@@ -164,6 +165,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         id_dropout: share of ids replaced by the unknown one.
         checkpoint_s: seconds between checkpoints.
         threads: threads of a step.
+        enough: is called after each epoch with its number, from 1, and the model; True ends the training there.
         clock: monotonic seconds.
 
     Raises:
@@ -172,7 +174,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
     """
     started = clock()
     settings = {
-        "shape": vars(shape),
+        "shape": asdict(shape),
         "loss": asdict(loss),
         "negatives": asdict(negatives),
         "batch_size": batch_size,
@@ -201,7 +203,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         samples, batch_size, id_dropout, seed, easy_part, frequency, loss.corrected, hard_part.negatives
     )
     form = loss.form()
-    model = TwoTower(samples.features, shape.dimension, shape.user_layers, shape.item_layers, shape.dropout, seed)
+    model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed)
     model.calibrate(loss.scale)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, foreach=True)
     assembler = StepAssembler(model)
@@ -243,6 +245,8 @@ def train(  # noqa: PLR0915  one loop, top to bottom
                 saved = clock()
         progress = Progress(epoch + 1, 0, progress.rows, 0.0, progress.epoch_loss / progress.step)
         log.info("epoch %d/%d done, loss %.4f", epoch + 1, epochs, progress.last_loss)
+        if enough is not None and enough(epoch + 1, model):
+            break
 
     rate = (progress.rows - rows_before) / max(1e-9, clock() - loop_started)
     if not _all_finite(model):

@@ -1,0 +1,55 @@
+"""A part of the training events set aside to choose by, so that the test set is never looked at."""
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from twotower.datasets.holdout import Since, parse_holdout, split
+from twotower.datasets.tables import DAY_MS, Tables
+from twotower.datasets.workspace import HOLDOUT, MANIFEST, ImportReport, Workspace, open_workspace, write_workspace
+from twotower.schema import columns as c
+from twotower.schema.files import read_json
+
+UNTIMED = "random:0.1"
+TIMED = "time:0.9"
+
+
+def hold_out_validation(workspace: Path, out: Path, rule: str | None = None) -> ImportReport:
+    """Make a workspace out of the training events of another, part of them held out.
+
+    Args:
+        workspace: the workspace; its own hold-out is not read, but for the length of a period.
+        out: the new one, a folder that is empty or absent.
+        rule: as of `import --holdout`; None = the rule of the workspace's own hold-out, applied once more: the same
+            quantile, as many days, or the last positive. Without one, or without such a rule, `time:0.9`, and
+            `random:0.1` for events without time.
+
+    Raises:
+        ConfigError: a rule that is unknown or needs a time that the events do not have; something stands at `out`.
+        DataError: tables are missing, or nothing is left to learn from.
+    """
+    whole = open_workspace(workspace)
+    manifest = read_json(workspace / MANIFEST) if (workspace / MANIFEST).exists() else {}
+    events = whole.events()
+    rule = rule or _rule_again(whole, manifest, events)
+    tables = Tables(manifest.get("source", workspace.name), whole.users(), whole.items(), events)
+    held_out = split(tables, parse_holdout(rule))
+    return write_workspace(out, replace(tables, dropped={}), held_out, {"holdout": rule, "of": str(workspace)})
+
+
+def _rule_again(whole: Workspace, manifest: dict[str, Any], events: pa.Table) -> str:
+    """The rule that cuts the training events as the hold-out was cut from all events."""
+    if events[c.REQUEST_TS_MS].null_count:
+        return UNTIMED
+    given = (manifest.get("arguments") or {}).get("holdout") or TIMED
+    parsed = parse_holdout(given)
+    if not isinstance(parsed, Since):
+        return str(given)
+    held = pq.read_table(whole.path / HOLDOUT, columns=[c.TS_MS])[c.TS_MS]
+    last_day = datetime.date(1970, 1, 1) + datetime.timedelta(days=pc.max(held).as_py() // DAY_MS)
+    return f"since:{parsed.day - (last_day - parsed.day) - datetime.timedelta(days=1)}"

@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from twotower.features.columns import Bag, pointers
+from twotower.features.fitted import Items, Number
+from twotower.features.vocabulary import Vocabulary
+from twotower.models.towers import Network, Tower
+from twotower.models.two_tower import tower_inputs
+from twotower.publish.onnx import OnnxTower, export_tower
+
+
+@pytest.mark.parametrize("network", ["dnn", "dcn"])
+@pytest.mark.parametrize("encoder", ["mean", "attention", "transformer"])
+def test_an_exported_tower_gives_the_vectors_of_the_trained_one(encoder: str, network: str, tmp_path: Path) -> None:
+    """For batches and histories of every length: both are free in the exported graph."""
+    known = Vocabulary("item_id", pa.array(range(50)), 60)
+    features = [Items("history", known, 16, 20, encoder, True, heads=4, blocks=2), Number("age", False, 0, 1)]
+    torch.manual_seed(0)
+    tower = Tower(features, Network(network, (32,)), 8, dropout=0.5).eval()
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    export_tower(tower, features, tmp_path / "tower.onnx")
+    generator = np.random.default_rng(0)
+    tables = {"item_id": generator.standard_normal((60, 16), dtype=np.float32)}
+    exported = OnnxTower(tmp_path / "tower.onnx", features, tables)
+    for lengths in ([3, 0, 20], [0], [1], [7] * 40, [0, 0]):
+        counts = np.array(lengths)
+        columns = {
+            "history": Bag(pointers(counts), generator.integers(2, 52, counts.sum()).astype(np.int32)),
+            "age": generator.standard_normal((len(counts), 2), dtype=np.float32),
+        }
+        inputs = {name: torch.tensor(value) for name, value in tower_inputs(features, columns, tables).items()}
+        with torch.no_grad():
+            np.testing.assert_allclose(exported.encode(columns), tower(inputs).numpy(), atol=1e-6)
