@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from twotower.index.exact import ExactIndex
 from twotower.models.channel import TwoTowerChannel
 from twotower.models.fit import fit_channels
 from twotower.models.towers import Network
+from twotower.models.two_tower import TwoTower
 from twotower.publish.publish import current_path, promote, publish
 from twotower.publish.version import Version, item_tokens, open_version
 from twotower.samples.build import SamplesReport, build_samples
@@ -102,12 +104,22 @@ def make_samples(settings: Settings) -> SamplesReport:
 
 def train_model(settings: Settings) -> TrainReport:
     """A checkpoint out of the samples."""
-    check_available(settings)
     where = places(settings)
+    report = train_from(settings, open_samples(where.samples))
+    relative = os.path.relpath(report.checkpoint, where.checkpoints)
+    write_json(where.checkpoints / LATEST, {"checkpoint": relative})
+    return report
+
+
+def train_from(
+    settings: Settings, samples: Samples, enough: Callable[[int, TwoTower], bool] | None = None
+) -> TrainReport:
+    """A checkpoint out of given samples; `enough` as in `train`."""
+    check_available(settings)
     options = settings.train
-    report = train(
-        open_samples(where.samples),
-        where.checkpoints,
+    return train(
+        samples,
+        places(settings).checkpoints,
         Shape(
             settings.models.dimension,
             _network(settings.models.user_tower),
@@ -133,10 +145,8 @@ def train_model(settings: Settings) -> TrainReport:
         id_dropout=options.id_dropout,
         checkpoint_s=options.checkpoint_s,
         threads=options.threads,
+        enough=enough,
     )
-    relative = os.path.relpath(report.checkpoint, where.checkpoints)
-    write_json(where.checkpoints / LATEST, {"checkpoint": relative})
-    return report
 
 
 def _network(tower: spec.Tower) -> Network:
@@ -187,7 +197,11 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
 
 def offline_channel(samples: Samples, checkpoint: Checkpoint) -> TwoTowerChannel:
     """The two-tower channel of a checkpoint over an exact index of the whole catalogue."""
-    model = load_model(checkpoint)
+    return channel_of(load_model(checkpoint), samples)
+
+
+def channel_of(model: TwoTower, samples: Samples) -> TwoTowerChannel:
+    """The same of a model in memory."""
     vectors = model.encode_items(samples.items.features)
     index = ExactIndex.build(np.arange(len(vectors)), vectors)
     return TwoTowerChannel(

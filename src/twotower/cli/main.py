@@ -108,11 +108,18 @@ def samples(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Choose settings by so many trials first.")] = None,
+) -> None:
     """Train the two towers; a killed run goes on from its last checkpoint."""
     from twotower.cli.line import train_model
+    from twotower.cli.tune import tune
 
-    stage(lambda settings: asdict(train_model(settings)), config, overrides)
+    stage(
+        lambda settings: asdict(train_model(settings) if trials is None else tune(settings, trials)), config, overrides
+    )
 
 
 @app.command()

@@ -26,7 +26,15 @@ A feature is written `name = { kind = "..." }`, under `[features.user]`, `[featu
 [features](features.md).
 """
 _Row = tuple[str, str, str, str]
-_WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "features by name"}
+_WORDS = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    Any: "anything",
+    dict: "features by name",
+    spec.Span: "spans by key",
+}
 
 
 def reference() -> str:
@@ -94,7 +102,7 @@ def _type(hint: Any) -> str:
         return " or ".join(_type(choice) for choice in arguments if choice is not type(None))
     if origin is list:
         return f"list of {_type(arguments[0])}"
-    return _WORDS[origin or hint]
+    return _WORDS[arguments[1] if arguments and arguments[1] is spec.Span else origin or hint]
 
 
 def _limits(info: FieldInfo) -> str:

@@ -7,7 +7,7 @@ arguments. Keys whose values are not all available yet say so where they are use
 import datetime
 import math
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -350,6 +350,54 @@ class Train:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Span:
+    """The values that a key may take: `{ low = 0.05, high = 0.2, log = true }` or `{ choices = [64, 128] }`."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    """Even on a logarithmic scale."""
+    whole: bool = False
+    """Whole numbers alone."""
+    choices: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is neither a range nor a list.
+
+        Raises:
+            ValueError: no range, an empty one or list, both, or a logarithm of numbers below 0.
+        """
+        ranged = self.low is not None and self.high is not None
+        if self.choices is not None:
+            if not self.choices or self.low is not None or self.high is not None:
+                raise ValueError("give low and high, or choices that are not empty")
+        elif not ranged:
+            raise ValueError("give low and high, or choices that are not empty")
+        elif not (self.low or 0) < (self.high or 0):
+            raise ValueError(f"low = {self.low:g} is not below high = {self.high:g}")
+        elif self.log and (self.low or 0) <= 0:
+            raise ValueError(f"log needs numbers above 0, and low = {self.low:g}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Tune:
+    """What `twotower train --trials N` tries, and how it judges."""
+
+    space: dict[str, Span] = field(default_factory=dict)
+    """Keys of this file, such as `"train.temperature"`, with the values that they may take; without any, the number of
+    epochs alone is chosen."""
+    holdout: str | None = None
+    """What of the training events is validation: `time:Q`, `since:DAY`, `leave-one-out` or, without time,
+    `random:SHARE`; absent = as the workspace's own hold-out was cut."""
+    metric: Annotated[str, Field(pattern=r"^(recall|ndcg|hit)@[1-9]\d*$")] = "recall@50"
+    """What is to be greatest: `recall@K`, `ndcg@K` or `hit@K`."""
+    patience: Positive = 3
+    """A trial ends after so many epochs that were no better than its best."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the search."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Evaluate:
     """How a model is judged."""
 
@@ -444,6 +492,7 @@ class Settings:
     samples: Samples = field(default_factory=Samples)
     models: Models = field(default_factory=Models)
     train: Train = field(default_factory=Train)
+    tune: Tune = field(default_factory=Tune)
     evaluate: Evaluate = field(default_factory=Evaluate)
     index: Index = field(default_factory=Index)
     serve: Serve = field(default_factory=Serve)

@@ -87,6 +87,12 @@ def evaluate(
     return result
 
 
+def judge(samples: Samples, channel: Retriever, truth: Truth, metric: str) -> float:
+    """One metric of a channel, such as `recall@50`, without what users clicked in training."""
+    k = int(metric.partition("@")[2])
+    return float(_score(samples, channel, truth, [k]).values[metric].mean())
+
+
 def read_truth(path: Path, samples: Samples) -> Truth:
     """Held-out positives as rows of the samples' users and items.
 
