@@ -153,3 +153,53 @@ def test_a_damaged_file_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / VOCABULARY_FILE).write_bytes(b"ARROW1")
     with pytest.raises(DataError, match=r"vocab\.arrow cannot be read"):
         load(tmp_path)
+
+
+SHARING = spec.Features(
+    {"user_id": CATEGORY, "follows": spec.MultiCategorical("multi_categorical", "|", table="author")},
+    {"item_id": CATEGORY, "author": spec.Categorical("categorical", table="author")},
+    {"from_author": spec.Categorical("categorical", table="author")},
+)
+FOLLOWERS = pa.table({"user_id": ["u1", "u2"], "follows": ["ann|bob", None]})
+WRITTEN = pa.table({"item_id": [1, 2], "author": ["bob", "cyd"]})
+
+
+def test_features_of_one_table_share_vocabulary_and_embedding() -> None:
+    found = fit(SHARING, FOLLOWERS, WRITTEN, {"from_author": pa.array(["dan"])}, 16, 0.5)
+    assert found.vocabularies["shared.author"].values.to_pylist() == ["ann", "bob", "cyd", "dan"]
+    assert set(found.tables) == {"user_id", "item_id", "shared.author"}
+    assert found.tables["shared.author"] == Table("shared.author", 6, width(4, 16))
+    follows = encode_table([f for f in found.user if f.name == "follows"], FOLLOWERS)["follows"]
+    author = encode_table([f for f in found.item if f.name == "author"], WRITTEN)["author"]
+    assert (follows.rows.tolist(), author.tolist()) == ([2, 3, 0], [3, 4])
+
+
+def test_a_shared_table_is_saved_and_loaded(tmp_path: Path) -> None:
+    found = fit(SHARING, FOLLOWERS, WRITTEN, {"from_author": pa.array(["dan"])}, 16, 0.5)
+    save(found, tmp_path)
+    assert load(tmp_path) == found
+
+
+def test_a_category_can_share_the_table_of_item_ids() -> None:
+    favourite = spec.Features({"favourite": spec.Categorical("categorical", table="item_id")}, {"item_id": CATEGORY})
+    users = pa.table({"user_id": ["u1"], "favourite": [2]})
+    found = fit(favourite, users, WRITTEN, {}, 16, 0.5)
+    assert list(found.tables) == ["item_id"]
+    assert encode_table(found.user, users)["favourite"].tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"dimension": 3}, "is of one dimension, but features.user.follows has 3 and features.item.author has 5"),
+        ({}, "is of one type, but features.user.follows has string and features.item.author has int64"),
+    ],
+)
+def test_features_that_cannot_share_a_table_are_refused(given: dict[str, int], said: str) -> None:
+    wanted = spec.Features(
+        {"follows": spec.MultiCategorical("multi_categorical", "|", table="author", **given)},
+        {"author": spec.Categorical("categorical", table="author", dimension=5 if given else None)},
+    )
+    written = pa.table({"item_id": [1, 2], "author": ["bob", "cyd"] if given else [4, 5]})
+    with pytest.raises(ConfigError, match=said):
+        fit(wanted, FOLLOWERS, written, {}, 16, 0.5)

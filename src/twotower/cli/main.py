@@ -69,7 +69,9 @@ def import_(
     dataset: Annotated[str, typer.Argument(help="movielens-1m, kuairand, globo or interactions")],
     source: Annotated[Path, typer.Argument(help="The data set's own folder or file.")],
     out: Annotated[Path, typer.Option(help="The workspace to make.")],
-    holdout: Annotated[str | None, typer.Option(help="time:Q, since:DATE or leave-one-out")] = None,
+    holdout: Annotated[
+        str | None, typer.Option(help="time:Q, since:DATE, leave-one-out or, without time, random:SHARE")
+    ] = None,
     test: Annotated[Path | None, typer.Option(help="A file of held-out positives.")] = None,
     positive: Annotated[str, typer.Option(help="all, or the least rating that counts.")] = "all",
     until: Annotated[str | None, typer.Option(help="Last day to read, YYYY-MM-DD.")] = None,

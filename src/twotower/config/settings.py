@@ -63,6 +63,9 @@ class Categorical:
     kind: Literal["categorical"]
     dimension: Positive | None = None
     """Width of the embedding; absent = by the size of the vocabulary, ids have `models.dimension`."""
+    table: str | None = None
+    """Name of a table that features share, on both sides: one vocabulary and one embedding for all of them. `item_id`
+    is that of the item ids."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -74,6 +77,8 @@ class MultiCategorical:
     """Splits a string column; absent for a list column."""
     dimension: Positive | None = None
     """Width of the embedding; absent = by the size of the vocabulary."""
+    table: str | None = None
+    """Name of a table that features share, as of `categorical`."""
 
 
 @dataclass(frozen=True, config=STRICT)

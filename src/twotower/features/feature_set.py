@@ -112,6 +112,12 @@ def fit(
         DataError: a column does not fit its kind.
     """
     ids = fit_vocabulary(c.ITEM_ID, as_values(items.column(c.ITEM_ID), c.ITEM_ID), room)
+    sides = {
+        "user": (features.user, dict(zip(users.column_names, users.columns, strict=True))),
+        "item": (features.item, dict(zip(items.column_names, items.columns, strict=True))),
+        "context": (features.context, context),
+    }
+    shared = {c.ITEM_ID: SharedTable(ids, dimension), **_fit_shared(sides, dimension)}
 
     def fit_side(side: str, wanted: Mapping[str, spec.Feature], columns: Mapping[str, Any]) -> Iterable[Fitted]:
         for name, kind in sorted(wanted.items()):
@@ -129,6 +135,9 @@ def fit(
                 if side == "item" and name == c.ITEM_ID:
                     yield Category(name, ids, dimension)
                     continue
+                if kind.table is not None:
+                    yield Category(name, shared[kind.table].vocabulary, shared[kind.table].dimension)
+                    continue
                 is_id = side == "user" and name == c.USER_ID
                 known = fit_vocabulary(
                     name if is_id else f"{side}.{name}", as_values(column, name), room if is_id else 0.0
@@ -136,6 +145,8 @@ def fit(
                 yield Category(
                     name, known, dimension if is_id else kind.dimension or width(len(known.values), dimension)
                 )
+            elif isinstance(kind, spec.MultiCategorical) and kind.table is not None:
+                yield Categories(name, shared[kind.table].vocabulary, shared[kind.table].dimension, kind.separator)
             elif isinstance(kind, spec.MultiCategorical):
                 known = fit_vocabulary(f"{side}.{name}", as_values(split(column, kind.separator, name).flatten(), name))
                 yield Categories(name, known, kind.dimension or width(len(known.values), dimension), kind.separator)
@@ -144,11 +155,57 @@ def fit(
             else:
                 yield Ready(name, kind.size)
 
-    return FeatureSet(
-        tuple(fit_side("user", features.user, dict(zip(users.column_names, users.columns, strict=True)))),
-        tuple(fit_side("item", features.item, dict(zip(items.column_names, items.columns, strict=True)))),
-        tuple(fit_side("context", features.context, context)),
-    )
+    return FeatureSet(*(tuple(fit_side(side, wanted, columns)) for side, (wanted, columns) in sides.items()))
+
+
+@dataclass(frozen=True)
+class SharedTable:
+    """What the features of one table have in common."""
+
+    vocabulary: Vocabulary
+    dimension: int
+
+
+def _fit_shared(
+    sides: Mapping[str, tuple[Mapping[str, spec.Feature], Mapping[str, Any]]], dimension: int
+) -> dict[str, SharedTable]:
+    """The tables that features share by name, each over the values of all its features.
+
+    Raises:
+        ConfigError: features of one table have other types of values, or other dimensions.
+    """
+    members: dict[str, list[tuple[str, pa.Array, int | None]]] = {}
+    for side, (wanted, columns) in sides.items():
+        for name, kind in sorted(wanted.items()):
+            if not isinstance(kind, spec.Categorical | spec.MultiCategorical) or kind.table is None:
+                continue
+            if name not in columns:
+                continue  # said where the feature itself is fitted
+            column = columns[name].combine_chunks() if isinstance(columns[name], pa.ChunkedArray) else columns[name]
+            values = (
+                split(column, kind.separator, name).flatten() if isinstance(kind, spec.MultiCategorical) else column
+            )
+            members.setdefault(kind.table, []).append(
+                (f"features.{side}.{name}", as_values(values, name), kind.dimension)
+            )
+    tables: dict[str, SharedTable] = {}
+    for table, fitted in members.items():
+        types = {str(values.type): where for where, values, _ in fitted if len(values) > values.null_count}
+        wide = {given: where for where, _, given in fitted if given is not None}
+        for what, found in (("type", types), ("dimension", wide)):
+            if len(found) > 1:
+                told = " and ".join(f"{where} has {seen}" for seen, where in found.items())
+                raise ConfigError(
+                    f"table = {table!r} is of one {what}, but {told}: write them alike, or take two tables"
+                )
+        if table == c.ITEM_ID:
+            if set(wide) - {dimension}:
+                raise ConfigError(f"{next(iter(wide.values()))}: the table of item ids is {dimension} wide")
+            continue
+        kind = next((values.type for _, values, _ in fitted if str(values.type) in types), pa.string())
+        known = fit_vocabulary(f"shared.{table}", pa.concat_arrays([values.cast(kind) for _, values, _ in fitted]))
+        tables[table] = SharedTable(known, next(iter(wide), None) or width(len(known.values), dimension))
+    return tables
 
 
 def fit_numeric(name: str, table: str, kind: spec.Numeric, column: pa.Array, dimension: int) -> Number | Bucket:
