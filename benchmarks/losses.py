@@ -104,6 +104,7 @@ def one_cell(workspace: Path, loss: str, kind: str, arguments: argparse.Namespac
                 table_learning_rate=0.05,
                 weight_decay=0.0,
                 id_dropout=0.1,
+                horizon=0,
                 checkpoint_s=1e9,
                 threads=arguments.threads,
             )

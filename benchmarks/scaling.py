@@ -55,6 +55,7 @@ def case(rows: int, items: int, clicked: int, room: float, loss: str, count: int
             table_learning_rate=0.05,
             weight_decay=0.0,
             id_dropout=0.1,
+            horizon=0,
             checkpoint_s=1e9,
             threads=2,
         )

@@ -80,6 +80,7 @@ def child(samples: Path, checkpoints: Path) -> None:
         table_learning_rate=0.05,
         weight_decay=0.01,
         id_dropout=0.1,
+        horizon=0,
         checkpoint_s=CHECKPOINT_S,
         threads=1,
     )

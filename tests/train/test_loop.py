@@ -37,6 +37,7 @@ ARGUMENTS: dict[str, Any] = {
     "table_learning_rate": 0.1,
     "weight_decay": 0.0,
     "id_dropout": 0.1,
+    "horizon": 0,
     "checkpoint_s": 1e9,
     "threads": 1,
 }
@@ -196,6 +197,7 @@ def test_the_loss_falls_to_its_known_minimum(build_world: BuildWorld, tmp_path: 
         epochs=150,
         loss=Loss(temperature=0.5),
         id_dropout=0.0,
+        horizon=0,
         batch_size=96,
     )
     # Opposite vectors, cosines 1 and -1; 48 copies of the other item where 95 / 2 are expected.

@@ -143,6 +143,7 @@ def train_from(
         table_learning_rate=options.table_learning_rate,
         weight_decay=options.weight_decay,
         id_dropout=options.id_dropout,
+        horizon=options.horizon,
         checkpoint_s=options.checkpoint_s,
         threads=options.threads,
         enough=enough,

@@ -15,6 +15,8 @@ from torch import Tensor
 from twotower.features.vocabulary import FIRST
 
 EPSILON = 1e-10
+INITIAL_LENGTH = 0.1
+"""Of a row, about."""
 
 
 @dataclass
@@ -28,11 +30,14 @@ class EmbeddingTable:
 
     @classmethod
     def new(cls, rows: int, dimension: int, generator: np.random.Generator) -> "EmbeddingTable":
-        """Rows drawn from a normal distribution, of length about one half: alive, but soon moved by data.
+        """Rows drawn from a normal distribution, of length about a tenth: alive, and soon outgrown.
 
-        Missing and unknown begin at zero, so that they say nothing where training never met them.
+        What a row begins with is noise, which row-wise Adagrad never takes back and a cosine does not forgive. Missing
+        and unknown begin at zero, so that they say nothing where training never met them.
         """
-        weights = generator.standard_normal((rows, dimension), dtype=np.float32) * np.float32(0.5 / np.sqrt(dimension))
+        weights = generator.standard_normal((rows, dimension), dtype=np.float32) * np.float32(
+            INITIAL_LENGTH / np.sqrt(dimension)
+        )
         weights[:FIRST] = 0
         return cls(weights, np.zeros(rows, np.float32))
 

@@ -140,6 +140,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
     table_learning_rate: float,
     weight_decay: float,
     id_dropout: float,
+    horizon: int,
     checkpoint_s: float,
     threads: int,
     enough: Callable[[int, TwoTower], bool] | None = None,
@@ -163,6 +164,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         table_learning_rate: of the embedding tables.
         weight_decay: of the networks.
         id_dropout: share of ids replaced by the unknown one.
+        horizon: a history ends up to so many clicks before its request.
         checkpoint_s: seconds between checkpoints.
         threads: threads of a step.
         enough: is called after each epoch with its number, from 1, and the model; True ends the training there.
@@ -184,6 +186,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         "table_learning_rate": table_learning_rate,
         "weight_decay": weight_decay,
         "id_dropout": id_dropout,
+        "horizon": horizon,
         "threads": threads,
         "torch": torch.__version__,
     }
@@ -200,7 +203,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         StreamingFrequency(len(samples.items)) if negatives.streaming else CountedFrequency(fed_frequency(samples))
     )
     batches = BatchMaker(
-        samples, batch_size, id_dropout, seed, easy_part, frequency, loss.corrected, hard_part.negatives
+        samples, batch_size, id_dropout, seed, easy_part, frequency, loss.corrected, hard_part.negatives, horizon
     )
     form = loss.form()
     model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed)
