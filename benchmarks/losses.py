@@ -102,9 +102,9 @@ def one_cell(workspace: Path, loss: str, kind: str, arguments: argparse.Namespac
                 seed=seed,
                 learning_rate=0.001,
                 table_learning_rate=0.05,
+                schedule="constant",
                 weight_decay=0.0,
                 id_dropout=0.1,
-                horizon=0,
                 checkpoint_s=1e9,
                 threads=arguments.threads,
             )

@@ -53,9 +53,9 @@ def case(rows: int, items: int, clicked: int, room: float, loss: str, count: int
             seed=0,
             learning_rate=0.001,
             table_learning_rate=0.05,
+            schedule="constant",
             weight_decay=0.0,
             id_dropout=0.1,
-            horizon=0,
             checkpoint_s=1e9,
             threads=2,
         )

@@ -78,9 +78,9 @@ def child(samples: Path, checkpoints: Path) -> None:
         seed=0,
         learning_rate=0.001,
         table_learning_rate=0.05,
+        schedule="constant",
         weight_decay=0.01,
         id_dropout=0.1,
-        horizon=0,
         checkpoint_s=CHECKPOINT_S,
         threads=1,
     )

@@ -35,9 +35,9 @@ ARGUMENTS: dict[str, Any] = {
     "seed": 0,
     "learning_rate": 0.003,
     "table_learning_rate": 0.1,
+    "schedule": "constant",
     "weight_decay": 0.0,
     "id_dropout": 0.1,
-    "horizon": 0,
     "checkpoint_s": 1e9,
     "threads": 1,
 }
@@ -197,7 +197,6 @@ def test_the_loss_falls_to_its_known_minimum(build_world: BuildWorld, tmp_path: 
         epochs=150,
         loss=Loss(temperature=0.5),
         id_dropout=0.0,
-        horizon=0,
         batch_size=96,
     )
     # Opposite vectors, cosines 1 and -1; 48 copies of the other item where 95 / 2 are expected.

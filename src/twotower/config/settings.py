@@ -342,15 +342,14 @@ class Train:
     """Of the networks (Adam)."""
     table_learning_rate: PositiveReal = 0.05
     """Of the embedding tables (row-wise Adagrad)."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """`linear`: both rates fall to zero over the whole run."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of the networks, decoupled."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a tower's hidden units left out in training."""
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of ids replaced by the unknown id in training, so that new users and items get their features' vector."""
-    horizon: Annotated[int, Field(ge=0)] = 0
-    """A training row's history ends up to so many clicks before its request, drawn evenly: 0 teaches what is clicked
-    next, more teaches what is clicked later too. For data with time."""
     checkpoint_s: PositiveReal = 60.0
     """Seconds between checkpoints that a killed run resumes from."""
     threads: Positive = 2

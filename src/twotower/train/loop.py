@@ -138,9 +138,9 @@ def train(  # noqa: PLR0915  one loop, top to bottom
     seed: int,
     learning_rate: float,
     table_learning_rate: float,
+    schedule: str,
     weight_decay: float,
     id_dropout: float,
-    horizon: int,
     checkpoint_s: float,
     threads: int,
     enough: Callable[[int, TwoTower], bool] | None = None,
@@ -162,9 +162,9 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         seed: of everything that is drawn.
         learning_rate: of the networks.
         table_learning_rate: of the embedding tables.
+        schedule: `constant`, or `linear`: both rates fall to zero over the whole run.
         weight_decay: of the networks.
         id_dropout: share of ids replaced by the unknown one.
-        horizon: a history ends up to so many clicks before its request.
         checkpoint_s: seconds between checkpoints.
         threads: threads of a step.
         enough: is called after each epoch with its number, from 1, and the model; True ends the training there.
@@ -184,9 +184,9 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         "seed": seed,
         "learning_rate": learning_rate,
         "table_learning_rate": table_learning_rate,
+        "schedule": schedule,
         "weight_decay": weight_decay,
         "id_dropout": id_dropout,
-        "horizon": horizon,
         "threads": threads,
         "torch": torch.__version__,
     }
@@ -203,7 +203,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         StreamingFrequency(len(samples.items)) if negatives.streaming else CountedFrequency(fed_frequency(samples))
     )
     batches = BatchMaker(
-        samples, batch_size, id_dropout, seed, easy_part, frequency, loss.corrected, hard_part.negatives, horizon
+        samples, batch_size, id_dropout, seed, easy_part, frequency, loss.corrected, hard_part.negatives
     )
     form = loss.form()
     model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed)
@@ -225,10 +225,13 @@ def train(  # noqa: PLR0915  one loop, top to bottom
             total = _loss(form, users, items, batch, hard_part.share, model.calibration)
             optimizer.zero_grad()
             total.backward()  # type: ignore[no-untyped-call]
+            rate = 1 - progress.rows / (epochs * batches.rows) if schedule == "linear" else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * rate
             optimizer.step()
             for name, touched in inputs.touched.items():
                 if touched.values.grad is not None:
-                    model.tables[name].update(touched.rows, touched.values.grad.numpy(), table_learning_rate)
+                    model.tables[name].update(touched.rows, touched.values.grad.numpy(), table_learning_rate * rate)
             value = float(total.detach())
             if not math.isfinite(value):
                 raise DataError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}: {_remedy(settings)}")
@@ -236,11 +239,11 @@ def train(  # noqa: PLR0915  one loop, top to bottom
             progress = Progress(epoch, step + 1, rows, epoch_loss, progress.last_loss)
             now = clock()
             if now - reported > REPORT_S:
-                rate = (rows - rows_before) / (now - loop_started)
-                left = (epochs * batches.rows - rows) / rate
+                speed = (rows - rows_before) / (now - loop_started)
+                left = (epochs * batches.rows - rows) / speed
                 log.info(
                     "epoch %d/%d  %.0f samples/s  loss %.4f  %.0f s left",
-                    epoch + 1, epochs, rate, epoch_loss / (step + 1), left,
+                    epoch + 1, epochs, speed, epoch_loss / (step + 1), left,
                 )  # fmt: skip
                 reported = now
             if now - saved > checkpoint_s:
@@ -251,14 +254,14 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         if enough is not None and enough(epoch + 1, model):
             break
 
-    rate = (progress.rows - rows_before) / max(1e-9, clock() - loop_started)
+    speed = (progress.rows - rows_before) / max(1e-9, clock() - loop_started)
     if not _all_finite(model):
         raise DataError(f"training ended with numbers that are not finite: {_remedy(settings)}")
     rest = {"loss": progress.last_loss, "settings": settings, "watermark_ms": samples.manifest["watermark_ms"]}
     save_checkpoint(folder / FINISHED, model, optimizer, shape, progress, samples.path, rest, frequency)
     drop_all_but(folder, [FINISHED])
     return TrainReport(
-        str(folder / FINISHED), progress.rows, round(rate, 1), progress.last_loss, round(clock() - started, 3)
+        str(folder / FINISHED), progress.rows, round(speed, 1), progress.last_loss, round(clock() - started, 3)
     )
 
 
