@@ -110,7 +110,7 @@ bench: $(DEV) peers
 	$(BIN)/python benchmarks/index.py --out benchmarks/results/index.json
 	$(BIN)/python benchmarks/samples.py --out benchmarks/results/samples.json
 	$(BIN)/python benchmarks/serve.py --out benchmarks/results/serve.json
-	$(BIN)/python benchmarks/movielens.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/movielens.json
+	$(BIN)/python benchmarks/quality.py --data '$(REAL_DATA)' --out benchmarks/results/quality.json
 	$(BIN)/python benchmarks/losses.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/losses.json
 	$(BIN)/python benchmarks/speed.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/speed.json
 

@@ -62,7 +62,7 @@ def main() -> None:
     if arguments.smoke:
         arguments.seeds, losses, kinds = 1, losses[2:4], kinds[:2]
     with tempfile.TemporaryDirectory() as folder:
-        settings = load(CONFIG, [f"workspace.path={folder}/workspace"])
+        settings = load(CONFIG, [f"workspace.path={folder}/workspace", "features.user.history.last=50"])
         where = places(settings)
         import_dataset("movielens-1m", arguments.data, where.workspace, "time:0.9", None, "4", None)
         make_samples(settings)

@@ -39,6 +39,12 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "examples" / "movielens.toml"
 PEERS = ROOT / ".peers"
 THREADS, BATCH, LAST = 2, 4096, 50
+FEATURES = [
+    f'features.user.history={{ kind = "sequence", last = {LAST}, encoder = "mean" }}',
+    "models.user_tower.layers=[256, 128]",
+    "models.item_tower.layers=[256, 128]",
+    f"train.batch_size={BATCH}",
+]
 
 
 def main() -> None:
@@ -54,7 +60,7 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in ("twotower", *peers)}
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
-        settings = load(CONFIG, [f"workspace.path={folder}/workspace"])
+        settings = load(CONFIG, [f"workspace.path={folder}/workspace", *FEATURES])
         workspace = places(settings).workspace
         import_dataset("movielens-1m", arguments.data, workspace, "time:0.9", None, "4", None)
         make_samples(settings)
@@ -115,7 +121,8 @@ def export(samples: Samples, path: Path) -> None:
 def run_twotower(workspace: Path, turn: int) -> float:
     """Positives a second of `twotower train`, two epochs, the first one included."""
     options = {"workspace.path": workspace, "train.epochs": 2, "train.seed": turn, "train.threads": THREADS}
-    overrides = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
+    changed = [*FEATURES, *(f"{key}={value}" for key, value in options.items())]
+    overrides = [part for change in changed for part in ("--set", change)]
     return float(child([sys.executable, "-m", "twotower", "train", "-c", str(CONFIG), *overrides])["rows_per_s"])
 
 
