@@ -3,11 +3,11 @@
     python benchmarks/quality.py --data DIR [--case NAME ...] [--seeds 3] [--judge SCRIPT] [--set section.key=value ...]
         [--out FILE] [--smoke]
 
-For each case: imports the data set under `--data`, then for each seed trains by the example configuration, publishes and
-writes the recommendations of every held-out user. `--judge` names a script that scores such a file on its own
-(`SCRIPT RECOMMENDATIONS TEST --train TRAIN --k K,K`, one JSON line); without it the figures are computed here, by the
-same definitions. In the same run stand popularity, ItemCF (as of `evaluate`) and EASE (Steck 2019, closed form), and the
-paired bootstrap over users of the difference of the median seed to EASE. Prints one JSON line.
+For each case: imports the data set under `--data`, then for each seed trains by the example configuration, publishes
+and writes the recommendations of every held-out user. `--judge` names a script that scores such a file on its own
+(`SCRIPT RECOMMENDATIONS TEST --train TRAIN --k K,K`, one JSON line); without it the figures are those of `evaluate`. In
+the same run stand popularity, ItemCF and EASE (Steck 2019, closed form), and the paired bootstrap over users of the
+difference of the median seed to EASE. Prints one JSON line.
 """
 
 import argparse
@@ -40,6 +40,8 @@ class Case:
     k: int
     ease: float | None
     """Regularisation of EASE; None = its matrix would be too large, or it does not apply."""
+    hours: tuple[int, ...] = ()
+    """Popularity of the last so many hours of training stands beside the figures."""
 
 
 CASES = {
@@ -54,7 +56,11 @@ CASES = {
         ["interactions", "gowalla/train.parquet", "--test", "gowalla/test.parquet"], "ids_only.toml", 20, None
     ),
     "globo": Case(
-        ["globo", "globo/", "--holdout", "since:2017-10-10", "--until", "2017-10-10"], "globo.toml", 20, None
+        ["globo", "globo/", "--holdout", "since:2017-10-10", "--until", "2017-10-10"],
+        "globo.toml",
+        20,
+        None,
+        (1, 3, 6, 24),
     ),
 }
 
@@ -100,6 +106,8 @@ def one_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         }
         if case.ease is not None:
             found["ease"] = beside_ease(workspace, case, workspace / f"recommendations-{middle}.parquet")
+        for hours in case.hours:
+            found[f"popular_last_{hours}_h"] = {metric: popular_lately(workspace, hours, case.k)}
     print(json.dumps(found), file=sys.stderr, flush=True)
     return found
 
@@ -135,6 +143,26 @@ def one_seed(case: Case, workspace: Path, seed: int, arguments: argparse.Namespa
     return {"figures": figures, **baselines, "cold": cold, "rows_per_s": trained["rows_per_s"], "seconds": seconds}
 
 
+def popular_lately(workspace: Path, hours: int, k: int) -> float:
+    """Recall of the most clicked items of the last hours of training, without what a user clicked."""
+    train, holdout = (pq.read_table(workspace / f"{name}.parquet") for name in ("train_positives", "holdout"))
+    user, item, ts_ms = (train[name].to_numpy() for name in ("user_id", "item_id", "ts_ms"))
+    items, counts = np.unique(item[ts_ms > ts_ms.max() - hours * 3_600_000], return_counts=True)
+    order = items[np.lexsort((items, -counts))]
+    clicked: dict[int, set[int]] = {}
+    for one, of in zip(user.tolist(), item.tolist(), strict=True):
+        clicked.setdefault(one, set()).add(of)
+    held: dict[int, set[int]] = {}
+    for one, of in zip(holdout["user_id"].to_pylist(), holdout["item_id"].to_pylist(), strict=True):
+        held.setdefault(one, set()).add(of)
+    best = order[: 20 * k].tolist()
+    recalls = []
+    for one, truth in held.items():
+        listed = [candidate for candidate in best if candidate not in clicked.get(one, set())][:k]
+        recalls.append(len(truth.intersection(listed)) / len(truth))
+    return round(statistics.mean(recalls), 5)
+
+
 def beside_ease(workspace: Path, case: Case, recommendations: Path) -> dict[str, Any]:
     """EASE on the same training positives and users, and our difference to it."""
     train, holdout = (pq.read_table(workspace / f"{name}.parquet") for name in ("train_positives", "holdout"))
@@ -156,7 +184,9 @@ def beside_ease(workspace: Path, case: Case, recommendations: Path) -> dict[str,
     theirs = np.take_along_axis(truth[judged], best, axis=1).sum(axis=1) / counts
     table = pq.read_table(recommendations, filters=[("rank", "<=", case.k)])
     listed = np.isin(table["item_id"].to_numpy(), items)
-    rows = [np.searchsorted(of, table[name].to_numpy()[listed]) for of, name in ((users, "user_id"), (items, "item_id"))]
+    rows = [
+        np.searchsorted(of, table[name].to_numpy()[listed]) for of, name in ((users, "user_id"), (items, "item_id"))
+    ]
     hits = np.bincount(rows[0], truth[rows[0], rows[1]], len(users))[judged]
     gain = difference(hits / counts, theirs, 2000, 0)
     return {

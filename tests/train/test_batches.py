@@ -38,10 +38,11 @@ def maker(
     corrected: bool = True,
     frequency: CountedFrequency | StreamingFrequency | None = None,
     hard: HardNegatives | None = None,
+    half_life_days: float | None = None,
 ) -> BatchMaker:
     easy = None if shares is None else EasyNegatives(shares, 0.75, count, shared, samples.item_positives)
     q = frequency or CountedFrequency(fed_frequency(samples))
-    return BatchMaker(samples, batch_size, id_dropout, seed, easy, q, corrected, hard)
+    return BatchMaker(samples, batch_size, id_dropout, seed, easy, q, corrected, hard, half_life_days)
 
 
 def shared_of(batch: Batch) -> SharedNegatives:
@@ -361,6 +362,23 @@ def test_weights_go_with_their_rows(build_world: BuildWorld, random_events: Draw
     weighted = [type(e)(e.user, e.item, e.request_ms, e.click_ms, 1.0 + e.item) for e in events]
     for batch in maker(build_world(weighted, USERS, ITEMS), 16, 0.5).epoch(0):
         assert batch.weight.tolist() == (1.0 + batch.item_row[batch.positive]).tolist()
+
+
+def test_a_positive_counts_half_after_a_half_life(build_world: BuildWorld) -> None:
+    day = 86_400_000
+    samples = build_world(
+        [SimpleNamespace(user=u, item=u, request_ms=u * day, click_ms=u * day + 1, weight=1 + u) for u in range(4)],
+        4,
+        4,
+    )
+    (batch,) = maker(samples, 4, half_life_days=2).epoch(0)
+    found = dict(zip((user for user, _ in pairs([batch])), batch.weight.tolist(), strict=True))
+    assert found == pytest.approx({u: (1 + u) * 0.5 ** ((3 - u) / 2) for u in range(4)})
+
+
+def test_positives_without_a_time_do_not_age(build_world: BuildWorld) -> None:
+    with pytest.raises(ConfigError, match="the events have no time: leave it out"):
+        maker(build_world([_untimed(0, 0), _untimed(0, 1)], 1, 2), 2, half_life_days=1)
 
 
 def test_a_single_row_is_refused(build_world: BuildWorld) -> None:

@@ -38,6 +38,7 @@ ARGUMENTS: dict[str, Any] = {
     "schedule": "constant",
     "weight_decay": 0.0,
     "id_dropout": 0.1,
+    "half_life_days": None,
     "checkpoint_s": 1e9,
     "threads": 1,
 }
@@ -197,6 +198,7 @@ def test_the_loss_falls_to_its_known_minimum(build_world: BuildWorld, tmp_path: 
         epochs=150,
         loss=Loss(temperature=0.5),
         id_dropout=0.0,
+        half_life_days=None,
         batch_size=96,
     )
     # Opposite vectors, cosines 1 and -1; 48 copies of the other item where 95 / 2 are expected.

@@ -99,10 +99,11 @@ class BatchMaker:
         corrected: weigh easy negatives for a softmax over the catalogue, by the inverse of their expected counts; else
             for a mean over negatives.
         hard: draws hard negatives; None = none.
+        half_life_days: of the weight of a positive, counted back from the latest request; None = age does not matter.
 
     Raises:
         DataError: an epoch has fewer than two rows, or `batch_size` is below 2.
-        ConfigError: a transformer is to read histories that have no order.
+        ConfigError: a transformer is to read histories that have no order, or positives without a time are to age.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class BatchMaker:
         frequency: CountedFrequency | StreamingFrequency,
         corrected: bool,
         hard: HardNegatives | None,
+        half_life_days: float | None = None,
     ) -> None:
         self._samples = samples
         self._batch_size = batch_size
@@ -127,6 +129,9 @@ class BatchMaker:
         self._items = Compactor(len(samples.items))
         self._users = Compactor(len(samples.users))
         self._column = np.full(len(samples.items), -1, np.int32)
+        self._weight = samples.positives.weight
+        if half_life_days is not None:
+            self._weight = self._weight * _freshness(samples, half_life_days)
         self._weak = len(samples.positives) > int(samples.item_positives.sum())
         pairs = _clicked_pairs(samples)
         self._pairs = pairs if easy and not easy.shared else None
@@ -261,7 +266,7 @@ class BatchMaker:
             positive,
             easy,
             rejected,
-            samples.positives.weight[rows],
+            self._weight[rows],
         )
 
     def _draw_easy(self, item_row: Longs, generator: np.random.Generator) -> Longs:
@@ -360,6 +365,17 @@ class BatchMaker:
         mine = hits[user_place + 1] - hits[user_place]
         mask = Mask(pointers(mine), column[ranges(hits[user_place], mine)])
         return _with_own(mask, positive, negatives) if self._weak else mask
+
+
+def _freshness(samples: Samples, half_life_days: float) -> Reals:
+    """How much each positive (P,) counts for its age: 1 for the latest, half of it a half-life before."""
+    if not samples.timed:
+        raise ConfigError(
+            "train.half_life_days weighs positives by their age, and the events have no time: leave it out"
+        )
+    days = (samples.positives.ts_ms.max(initial=0) - samples.positives.ts_ms) / 86_400_000
+    freshness: Reals = np.exp2(-days / half_life_days).astype(np.float32)
+    return freshness
 
 
 def rows_of_epoch(samples: Samples) -> int:

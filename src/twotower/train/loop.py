@@ -141,6 +141,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
     schedule: str,
     weight_decay: float,
     id_dropout: float,
+    half_life_days: float | None,
     checkpoint_s: float,
     threads: int,
     enough: Callable[[int, TwoTower], bool] | None = None,
@@ -165,6 +166,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         schedule: `constant`, or `linear`: both rates fall to zero over the whole run.
         weight_decay: of the networks.
         id_dropout: share of ids replaced by the unknown one.
+        half_life_days: of the weight of a positive; None = age does not matter.
         checkpoint_s: seconds between checkpoints.
         threads: threads of a step.
         enough: is called after each epoch with its number, from 1, and the model; True ends the training there.
@@ -187,6 +189,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         "schedule": schedule,
         "weight_decay": weight_decay,
         "id_dropout": id_dropout,
+        "half_life_days": half_life_days,
         "threads": threads,
         "torch": torch.__version__,
     }
@@ -203,7 +206,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         StreamingFrequency(len(samples.items)) if negatives.streaming else CountedFrequency(fed_frequency(samples))
     )
     batches = BatchMaker(
-        samples, batch_size, id_dropout, seed, easy_part, frequency, loss.corrected, hard_part.negatives
+        samples, batch_size, id_dropout, seed, easy_part, frequency, loss.corrected, hard_part.negatives, half_life_days
     )
     form = loss.form()
     model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed)

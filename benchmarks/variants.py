@@ -1,0 +1,120 @@
+"""One change at a time: what each of them brings, on MovieLens-1M and KuaiRand.
+
+    python benchmarks/variants.py --data DIR [--table NAME ...] [--seeds 3] [--out FILE] [--smoke]
+
+`encoders`: networks and encoders of the history against each other, with the time of a positive. `ablation`: from the
+plain model (ids alone, in-batch negatives without a correction) to the example configuration. Each figure is the median
+of the seeds on the hold-out, with their range. Prints one JSON line.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from twotower.cli.line import channel_of, make_samples, places, train_from
+from twotower.config import load
+from twotower.datasets.importers import import_dataset
+from twotower.evaluate.holdout import judge, read_truth
+from twotower.samples.read import open_samples
+from twotower.train.checkpoint import load_model, open_checkpoint
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SETS = {
+    "movielens_last": ("movielens-1m", "ml-1m", "leave-one-out", "all", "movielens.toml", "recall@10"),
+    "movielens_time": ("movielens-1m", "ml-1m", "time:0.9", "4", "movielens.toml", "recall@50"),
+    "kuairand": ("kuairand", "kuairand", "since:2022-05-03", "all", "kuairand.toml", "recall@50"),
+}
+NETWORKS = {
+    "dnn": ['models.user_tower.network="dnn"', 'models.item_tower.network="dnn"'],
+    "dcn": ['models.user_tower.network="dcn"', 'models.item_tower.network="dcn"'],
+}
+HIDDEN = ["models.user_tower.layers=[256, 128]", "models.item_tower.layers=[256, 128]"]
+IDS = [
+    'features.user={ user_id = { kind = "categorical" } }',
+    'features.item={ item_id = { kind = "categorical" } }',
+    "features.context={}",
+]
+
+
+def encoder(name: str) -> list[str]:
+    """Another encoder of the history."""
+    return [f'features.user.history.encoder="{name}"']
+
+
+# Of each data set: rows of a table, by what is different from the example configuration.
+ENCODERS = {
+    f"{network}, {name}": [*NETWORKS[network], *HIDDEN, *encoder(name)]
+    for network in NETWORKS
+    for name in ("mean", "attention", "transformer")
+}
+TABLES: dict[str, dict[str, dict[str, list[str]]]] = {
+    "encoders": {"movielens_last": ENCODERS, "kuairand": ENCODERS},
+    "ablation": {},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--table", action="append", choices=list(TABLES), help="absent = all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], dest="changed")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="KuaiRand alone, one seed, one epoch, two variants")
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {
+        "benchmark": "one change at a time",
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "seeds": 1 if arguments.smoke else arguments.seeds,
+        "changed": arguments.changed,
+    }
+    for table in arguments.table or TABLES:
+        for data, variants in TABLES[table].items():
+            if not arguments.smoke or data == "kuairand":
+                result.setdefault(table, {})[data] = one_table(data, variants, arguments)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+def one_table(data: str, variants: dict[str, list[str]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of a table."""
+    name, folder, holdout, positive, config, metric = SETS[data]
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        workspace = Path(scratch) / "workspace"
+        import_dataset(name, arguments.data / folder, workspace, holdout, positive=positive)
+        for variant, changes in list(variants.items())[: 2 if arguments.smoke else None]:
+            found, times = [], []
+            for seed in range(1 if arguments.smoke else arguments.seeds):
+                changed = [f"workspace.path={workspace}", *changes, *arguments.changed, f"train.seed={seed}"]
+                settings = load(EXAMPLES / config, changed + (["train.epochs=1"] if arguments.smoke else []))
+                if seed == 0:
+                    make_samples(settings)
+                samples = open_samples(places(settings).samples)
+                report = train_from(settings, samples)
+                channel = channel_of(load_model(open_checkpoint(Path(report.checkpoint))), samples)
+                truth = read_truth(workspace / "holdout.parquet", samples)
+                found.append(round(judge(samples, channel, truth, metric), 5))
+                times.append(round(1e6 / report.rows_per_s, 2))
+            rows.append(
+                {
+                    "variant": variant,
+                    "changes": changes,
+                    "metric": metric,
+                    "median": statistics.median(found),
+                    "range": [min(found), max(found)],
+                    "microseconds_a_positive": statistics.median(times),
+                }
+            )
+            print(data, rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
