@@ -25,7 +25,6 @@ from twotower.train.checkpoint import load_model, open_checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SETS = {
-    "movielens_last": ("movielens-1m", "ml-1m", "leave-one-out", "all", "movielens.toml", "recall@10"),
     "movielens_time": ("movielens-1m", "ml-1m", "time:0.9", "4", "movielens.toml", "recall@50"),
     "kuairand": ("kuairand", "kuairand", "since:2022-05-03", "all", "kuairand.toml", "recall@50"),
 }
@@ -34,10 +33,20 @@ NETWORKS = {
     "dcn": ['models.user_tower.network="dcn"', 'models.item_tower.network="dcn"'],
 }
 HIDDEN = ["models.user_tower.layers=[256, 128]", "models.item_tower.layers=[256, 128]"]
+FEW = ["train.epochs=3"]
 IDS = [
     'features.user={ user_id = { kind = "categorical" } }',
     'features.item={ item_id = { kind = "categorical" } }',
     "features.context={}",
+]
+POINTWISE = [
+    'train.loss="pointwise"',
+    "samples.negatives.easy={ in_batch = 0, uniform = 1 }",
+    "samples.negatives.shared=false",
+]
+UNTUNED = [
+    *("train.temperature=0.07", "train.batch_size=4096", "train.learning_rate=0.001"),
+    *("train.table_learning_rate=0.05", "train.id_dropout=0.1"),
 ]
 
 
@@ -52,9 +61,31 @@ ENCODERS = {
     for network in NETWORKS
     for name in ("mean", "attention", "transformer")
 }
+MOVIELENS_USER = ", ".join(
+    f'{name} = {{ kind = "categorical" }}' for name in ("user_id", "gender", "age", "occupation")
+)
 TABLES: dict[str, dict[str, dict[str, list[str]]]] = {
-    "encoders": {"movielens_last": ENCODERS, "kuairand": ENCODERS},
-    "ablation": {},
+    "encoders": {
+        "movielens_time": {name: [*changes, *FEW] for name, changes in ENCODERS.items()},
+        "kuairand": ENCODERS,
+    },
+    "ablation": {
+        "movielens_time": {
+            "ids alone, pointwise, 4 uniform negatives": [*IDS, *POINTWISE, *FEW],
+            "softmax, in-batch negatives, log q": [*IDS, *FEW],
+            "features of users and items": [f"features.user={{ {MOVIELENS_USER} }}", *FEW],
+            "history, its mean": [*encoder("mean"), *FEW],
+            "history, a transformer": FEW,
+            "10 epochs": [],
+        },
+        "kuairand": {
+            "ids alone, pointwise, 4 uniform negatives": [*IDS, *POINTWISE, *HIDDEN, *UNTUNED],
+            "softmax, in-batch negatives, log q": [*IDS, *HIDDEN, *UNTUNED],
+            "features, context and histories": [*HIDDEN, *UNTUNED],
+            "no hidden layers": UNTUNED,
+            "temperature, rates, batch and id dropout by trials": [],
+        },
+    },
 }
 
 
