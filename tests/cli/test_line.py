@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from twotower.cli.line import latest_checkpoint, offline_channel, open_served, places, run_line
+from twotower.config import Settings
+from twotower.config.load import as_dict, parse
+from twotower.models.queries import queries_of_users
+from twotower.samples.read import open_samples
+from twotower.serve.request import Asked, retrieve
+from twotower.serve.users import Recent
+
+
+@pytest.mark.parametrize("encoder", ["attention", "transformer"])
+def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
+    encoder: str, own_world: Settings, tmp_path: Path
+) -> None:
+    changes = [
+        f'features.user.history.encoder="{encoder}"',
+        'models.user_tower.network="dcn"',
+        'models.channels=["two_tower"]',
+        "train.epochs=1",
+    ]
+    settings = parse(as_dict(own_world), changes)
+    run_line(settings, promoted=True)
+    samples, version = open_samples(places(settings).samples), open_served(settings)
+    rows = np.arange(60)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
+    trained = offline_channel(samples, latest_checkpoint(settings))
+    np.testing.assert_allclose(version.two_tower.user_vectors(queries), trained.user_vectors(queries), atol=1e-5)
+    # The same user asks twice, with and without a click that the version has not seen.
+    user_id = samples.users.ids[0].as_py()
+    asked = Asked(20, "none", user_id)
+    now = int(version.watermark_ms or 0) + 1000
+    before = retrieve(version, asked, Recent(), now, 1000)
+    clicked = samples.items.ids[0].as_py()
+    after = retrieve(version, asked, Recent(clicks=((now, clicked),)), now, 1000)
+    assert [item.item_id for item in before.items] != [item.item_id for item in after.items]
+    nobody = retrieve(version, Asked(20, "none"), Recent(), now, 1000)
+    assert len(nobody.items) == 20
