@@ -114,7 +114,7 @@ bench: $(DEV) peers
 	$(BIN)/python benchmarks/losses.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/losses.json
 	$(BIN)/python benchmarks/speed.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/speed.json
 	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/scaling.json
-	$(BIN)/python benchmarks/hard.py --out benchmarks/results/hard.json
+	$(BIN)/python benchmarks/hard.py --users 2500 --items 2000 --days 7 --out benchmarks/results/hard.json
 	$(BIN)/python benchmarks/variants.py --data '$(REAL_DATA)' --out benchmarks/results/variants.json
 
 soak: $(DEV)
