@@ -61,7 +61,7 @@ def test_until_is_a_day(plays, tmp_path):
     [
         ({"name": "netflix"}, "no data set 'netflix'; there are movielens-1m, kuairand, globo, interactions"),
         ({"holdout": "time:0.5", "test": Path("t.csv")}, "exclude each other"),
-        ({"holdout": "time:2"}, "quantile between 0 and 1"),
+        ({"holdout": "time:2"}, "share between 0 and 1"),
         ({"name": "globo", "users": Path("u.csv")}, "--users and --items go with `interactions`"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_request_has_the_bytes_that_training_read_for_the_same_user_and_histor
     version = replace(side.version, clicks=none, manifest={**side.version.manifest, "watermark_ms": 0})
     frequency = CountedFrequency(fed_frequency(samples))
     maker = BatchMaker(samples, len(samples.positives), 0.0, 0, None, frequency, True, None)
-    order = maker._timed(0).positives
+    order = maker._order(0).positives
     [batch] = maker.epoch(0)
     for place, row in enumerate(order[:100]):
         user_row = int(samples.positives.user_row[row])
