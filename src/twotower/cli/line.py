@@ -104,6 +104,7 @@ def make_samples(settings: Settings) -> SamplesReport:
 
 def train_model(settings: Settings) -> TrainReport:
     """A checkpoint out of the samples."""
+    check_available(settings)
     where = places(settings)
     report = train_from(settings, open_samples(where.samples))
     relative = os.path.relpath(report.checkpoint, where.checkpoints)
@@ -115,7 +116,6 @@ def train_from(
     settings: Settings, samples: Samples, enough: Callable[[int, TwoTower], bool] | None = None
 ) -> TrainReport:
     """A checkpoint out of given samples; `enough` as in `train`."""
-    check_available(settings)
     options = settings.train
     return train(
         samples,
