@@ -105,6 +105,7 @@ def one_cell(workspace: Path, loss: str, kind: str, arguments: argparse.Namespac
                 schedule="constant",
                 weight_decay=0.0,
                 id_dropout=0.1,
+                horizon=0,
                 half_life_days=None,
                 checkpoint_s=1e9,
                 threads=arguments.threads,

@@ -56,6 +56,7 @@ def case(rows: int, items: int, clicked: int, room: float, loss: str, count: int
             schedule="constant",
             weight_decay=0.0,
             id_dropout=0.1,
+            horizon=0,
             half_life_days=None,
             checkpoint_s=1e9,
             threads=2,

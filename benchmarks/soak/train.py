@@ -81,6 +81,7 @@ def child(samples: Path, checkpoints: Path) -> None:
         schedule="constant",
         weight_decay=0.01,
         id_dropout=0.1,
+        horizon=0,
         half_life_days=None,
         checkpoint_s=CHECKPOINT_S,
         threads=1,

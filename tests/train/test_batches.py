@@ -38,11 +38,12 @@ def maker(
     corrected: bool = True,
     frequency: CountedFrequency | StreamingFrequency | None = None,
     hard: HardNegatives | None = None,
+    horizon: int = 0,
     half_life_days: float | None = None,
 ) -> BatchMaker:
     easy = None if shares is None else EasyNegatives(shares, 0.75, count, shared, samples.item_positives)
     q = frequency or CountedFrequency(fed_frequency(samples))
-    return BatchMaker(samples, batch_size, id_dropout, seed, easy, q, corrected, hard, half_life_days)
+    return BatchMaker(samples, batch_size, id_dropout, seed, easy, q, corrected, hard, horizon, half_life_days)
 
 
 def shared_of(batch: Batch) -> SharedNegatives:
@@ -283,6 +284,30 @@ def test_without_time_each_half_of_the_clicks_is_the_history_of_the_other(build_
     for (user, item, other), times in met.items():
         share = 0 if item == other else (user + 1) / (2 * user + 1)  # two items stand in different halves
         assert abs(times - epochs * share) <= 4.5 * np.sqrt(epochs * share * (1 - share))
+
+
+@pytest.mark.parametrize("encoder", ["mean", "transformer"])
+def test_a_horizon_leaves_out_some_of_the_latest_clicks_and_never_all(
+    encoder: Any, build_world: BuildWorld, random_events: Draw
+) -> None:
+    sequence = spec.Sequence("sequence", last=50, encoder=encoder)
+    wanted = spec.Features(user={"user_id": spec.Categorical("categorical"), "history": sequence})
+    samples = build_world(random_events(USERS, ITEMS, EVENTS, True), USERS, ITEMS, wanted)
+
+    def lengths(horizon: int, epoch: int) -> list[int]:
+        """Of the histories, in the order in which rows are fed, which does not depend on the horizon."""
+        found: list[int] = []
+        for batch in maker(samples, 20, horizon=horizon).epoch(epoch):
+            history: Any = batch.user["history"]
+            found += (history.length if isinstance(history, Beginnings) else np.diff(history.indptr)).tolist()
+        return found
+
+    skipped = []
+    for epoch in range(20):
+        for whole, short in zip(lengths(0, epoch), lengths(3, epoch), strict=True):
+            assert min(whole, 1) <= short <= whole
+            skipped.append(whole - short)
+    assert set(skipped) == {0, 1, 2, 3}
 
 
 IN_ORDER = spec.Features(

@@ -38,6 +38,7 @@ ARGUMENTS: dict[str, Any] = {
     "schedule": "constant",
     "weight_decay": 0.0,
     "id_dropout": 0.1,
+    "horizon": 0,
     "half_life_days": None,
     "checkpoint_s": 1e9,
     "threads": 1,
@@ -198,6 +199,7 @@ def test_the_loss_falls_to_its_known_minimum(build_world: BuildWorld, tmp_path: 
         epochs=150,
         loss=Loss(temperature=0.5),
         id_dropout=0.0,
+        horizon=0,
         half_life_days=None,
         batch_size=96,
     )

@@ -144,6 +144,7 @@ def train_from(
         schedule=options.schedule,
         weight_decay=options.weight_decay,
         id_dropout=options.id_dropout,
+        horizon=options.horizon,
         half_life_days=options.half_life_days,
         checkpoint_s=options.checkpoint_s,
         threads=options.threads,

@@ -350,6 +350,9 @@ class Train:
     """Share of a tower's hidden units left out in training."""
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of ids replaced by the unknown id in training, so that new users and items get their features' vector."""
+    horizon: Annotated[int, Field(ge=0)] = 0
+    """A training row's history ends up to so many clicks before its request, drawn evenly: 0 teaches what is clicked
+    next, more teaches what is clicked later too. For data with time."""
     half_life_days: PositiveReal | None = None
     """Days before the latest request after which a positive counts half; absent = age does not matter."""
     checkpoint_s: PositiveReal = 60.0

@@ -99,6 +99,8 @@ class BatchMaker:
         corrected: weigh easy negatives for a softmax over the catalogue, by the inverse of their expected counts; else
             for a mean over negatives.
         hard: draws hard negatives; None = none.
+        horizon: with time, a history ends up to so many clicks before its request, drawn evenly anew each epoch, so
+            that the model learns what comes later too (all-action prediction, Pancha et al. 2022); 0 = at the request.
         half_life_days: of the weight of a positive, counted back from the latest request; None = age does not matter.
 
     Raises:
@@ -116,6 +118,7 @@ class BatchMaker:
         frequency: CountedFrequency | StreamingFrequency,
         corrected: bool,
         hard: HardNegatives | None,
+        horizon: int = 0,
         half_life_days: float | None = None,
     ) -> None:
         self._samples = samples
@@ -126,6 +129,7 @@ class BatchMaker:
         self._frequency = frequency
         self._corrected = corrected
         self._hard = hard
+        self._horizon = horizon
         self._items = Compactor(len(samples.items))
         self._users = Compactor(len(samples.users))
         self._column = np.full(len(samples.items), -1, np.int32)
@@ -205,7 +209,9 @@ class BatchMaker:
         piece: Longs = (end + cut[user_row]) // history.last
         return piece
 
-    def _beginnings(self, rows: Longs, user_row: Longs, cut: Longs, last: int) -> Beginnings:
+    def _beginnings(
+        self, rows: Longs, user_row: Longs, cut: Longs, last: int, generator: np.random.Generator
+    ) -> Beginnings:
         """The histories of training rows (B,) as beginnings of pieces, of catalogue rows."""
         piece = self._piece(rows, user_row, cut)
         pieces = 1 + int(piece.max(initial=0))
@@ -216,19 +222,28 @@ class BatchMaker:
         counts = np.zeros(len(distinct), np.int64)
         np.maximum.at(counts, row, length)
         places = ranges(self._samples.clicks.indptr[user] + start, counts)
-        return Beginnings(Bag(pointers(counts), self._samples.clicks.item_row[places]), row, length)
+        lists = Bag(pointers(counts), self._samples.clicks.item_row[places])
+        return Beginnings(lists, row, length - self._skipped(length, generator))
+
+    def _skipped(self, most: Longs, generator: np.random.Generator) -> Longs:
+        """How many of the latest clicks before its request a row's history (B,) leaves out; at most all but one."""
+        if not self._horizon:
+            return np.zeros(len(most), np.int64)
+        return generator.integers(np.clip(most, 1, self._horizon + 1))
 
     def _histories(
         self,
         rows: Longs,
         user_row: npt.NDArray[np.int32],
         early: npt.NDArray[np.bool_] | None,
+        generator: np.random.Generator,
     ) -> Stretches:
         """Where the histories of training rows (B,) stand among the clicks of the epoch."""
         indptr = self._samples.clicks.indptr
         first, last = indptr[user_row], indptr[user_row + 1]
         if early is None:
-            return Stretches(first, first + self._samples.positives.history[rows])
+            count = self._samples.positives.history[rows].astype(np.int64)
+            return Stretches(first, first + count - self._skipped(count, generator))
         middle = first + (last - first) // 2
         return Stretches(np.where(early[rows], middle, first), np.where(early[rows], last, middle))
 
@@ -324,11 +339,11 @@ class BatchMaker:
         if history is None or self._item_tokens is None:
             return user
         if fed.cut is not None:
-            begun = self._beginnings(rows, user_row.astype(np.int64), fed.cut, history.last)
+            begun = self._beginnings(rows, user_row.astype(np.int64), fed.cut, history.last, generator)
             lists = Bag(begun.lists.indptr, self._item_tokens[begun.lists.rows])
             user[history.name] = Beginnings(lists, begun.row, begun.length)
         else:
-            stretch = self._histories(rows, user_row, fed.early)
+            stretch = self._histories(rows, user_row, fed.early, generator)
             count = np.minimum(stretch.stop - stretch.start, history.last)
             places = ranges(stretch.stop - count, count)
             user[history.name] = Bag(pointers(count), self._item_tokens[fed.clicked[places]])

@@ -141,6 +141,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
     schedule: str,
     weight_decay: float,
     id_dropout: float,
+    horizon: int,
     half_life_days: float | None,
     checkpoint_s: float,
     threads: int,
@@ -166,6 +167,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         schedule: `constant`, or `linear`: both rates fall to zero over the whole run.
         weight_decay: of the networks.
         id_dropout: share of ids replaced by the unknown one.
+        horizon: a history ends up to so many clicks before its request.
         half_life_days: of the weight of a positive; None = age does not matter.
         checkpoint_s: seconds between checkpoints.
         threads: threads of a step.
@@ -189,6 +191,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         "schedule": schedule,
         "weight_decay": weight_decay,
         "id_dropout": id_dropout,
+        "horizon": horizon,
         "half_life_days": half_life_days,
         "threads": threads,
         "torch": torch.__version__,
@@ -206,7 +209,16 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         StreamingFrequency(len(samples.items)) if negatives.streaming else CountedFrequency(fed_frequency(samples))
     )
     batches = BatchMaker(
-        samples, batch_size, id_dropout, seed, easy_part, frequency, loss.corrected, hard_part.negatives, half_life_days
+        samples,
+        batch_size,
+        id_dropout,
+        seed,
+        easy_part,
+        frequency,
+        loss.corrected,
+        hard_part.negatives,
+        horizon,
+        half_life_days,
     )
     form = loss.form()
     model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed)
