@@ -49,7 +49,7 @@ CASES = {
         ["movielens-1m", "ml-1m/", "--holdout", "time:0.9", "--positive", "4"], "movielens.toml", 50, 2000
     ),
     "movielens_last": Case(
-        ["movielens-1m", "ml-1m/", "--holdout", "leave-one-out", "--positive", "all"], "movielens.toml", 10, 500
+        ["movielens-1m", "ml-1m/", "--holdout", "leave-one-out", "--positive", "all"], "movielens_next.toml", 10, 500
     ),
     "kuairand": Case(["kuairand", "kuairand/", "--holdout", "since:2022-05-03"], "kuairand.toml", 50, 500),
     "gowalla": Case(
