@@ -66,7 +66,7 @@ MOVIELENS_USER = ", ".join(
 )
 TABLES: dict[str, dict[str, dict[str, list[str]]]] = {
     "encoders": {
-        "movielens_time": {name: [*changes, *FEW] for name, changes in ENCODERS.items()},
+        "movielens_time": ENCODERS,
         "kuairand": ENCODERS,
     },
     "ablation": {
@@ -74,9 +74,10 @@ TABLES: dict[str, dict[str, dict[str, list[str]]]] = {
             "ids alone, pointwise, 4 uniform negatives": [*IDS, *POINTWISE, *FEW],
             "softmax, in-batch negatives, log q": [*IDS, *FEW],
             "features of users and items": [f"features.user={{ {MOVIELENS_USER} }}", *FEW],
-            "history, its mean": [*encoder("mean"), *FEW],
-            "history, a transformer": FEW,
-            "10 epochs": [],
+            "history, its mean": [*encoder("mean"), "train.horizon=0", *FEW],
+            "history, a transformer": ["train.horizon=0", *FEW],
+            "a horizon of 100 clicks": FEW,
+            "1 epoch": [],
         },
         "kuairand": {
             "ids alone, pointwise, 4 uniform negatives": [*IDS, *POINTWISE, *HIDDEN, *UNTUNED],
