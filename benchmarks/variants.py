@@ -66,7 +66,7 @@ MOVIELENS_USER = ", ".join(
 )
 TABLES: dict[str, dict[str, dict[str, list[str]]]] = {
     "encoders": {
-        "movielens_time": ENCODERS,
+        "movielens_time": {name: [*changes, *FEW] for name, changes in ENCODERS.items()},
         "kuairand": ENCODERS,
     },
     "ablation": {
@@ -77,7 +77,7 @@ TABLES: dict[str, dict[str, dict[str, list[str]]]] = {
             "history, its mean": [*encoder("mean"), "train.horizon=0", *FEW],
             "history, a transformer": ["train.horizon=0", *FEW],
             "a horizon of 100 clicks": FEW,
-            "1 epoch": [],
+            "5 epochs": [],
         },
         "kuairand": {
             "ids alone, pointwise, 4 uniform negatives": [*IDS, *POINTWISE, *HIDDEN, *UNTUNED],
