@@ -254,10 +254,11 @@ def demo(
 def main() -> None:
     """Run the command line; wrong usage exits with 2. SIGTERM ends a command like Ctrl-C, so that it cleans up.
 
-    Threads that wait for each other sleep instead of spinning: on a busy machine a step of training otherwise takes
-    thirty times as long, because those that wait keep the cores from those that they wait for. torch reads this when it
-    loads.
+    Threads that wait for each other spin for a short while and then sleep. Spinning for long, as by default, they keep
+    the cores of a busy machine from those that they wait for: training then takes many times as long. torch reads this
+    when it loads.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
