@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 Frequency = CountedFrequency | StreamingFrequency
 
-FORMAT = 1
+FORMAT = 2
 TENSORS = "model.safetensors"
 FINISHED = "model"
 DIGEST = "digest"
