@@ -23,7 +23,7 @@ from twotower.evaluate.holdout import judge, read_truth
 from twotower.models.two_tower import TwoTower
 from twotower.samples.read import Samples, open_samples
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import read_json, sha256, write_json
+from twotower.schema.files import read_json, sha256, whole_file, write_json
 from twotower.train.loop import TrainReport
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,8 @@ def tune(settings: Settings, trials: int) -> TuneReport:
                  trial.user_attrs[EPOCHS], chosen or "the configuration as it is")  # fmt: skip
     rows = _table(study, settings.tune.metric)
     write_json(folder / TRIALS, rows)
-    (folder / TRIALS).with_suffix(".md").write_text(_markdown(rows), encoding="utf-8")
+    with whole_file((folder / TRIALS).with_suffix(".md")) as temporary:
+        temporary.write_text(_markdown(rows), encoding="utf-8")
     best = {**rows[0]["settings"], "train.epochs": rows[0][EPOCHS]}
     log.info("best: %s", json.dumps(best))
     final = with_values(settings, best)

@@ -134,7 +134,9 @@ class Items:
     from_clicks: bool
     """The sequence is the user's click history, not a column."""
     heads: int = 2
+    """Of an attention or a transformer that reads it."""
     blocks: int = 2
+    """Of a transformer."""
 
     def encode(self, column: pa.Array) -> Bag:
         """A bag of rows for each of N lists of item ids."""

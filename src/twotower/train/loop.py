@@ -172,6 +172,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         checkpoint_s: seconds between checkpoints.
         threads: threads of a step.
         enough: is called after each epoch with its number, from 1, and the model; True ends the training there.
+            What is finished then is a shorter run under the name of the whole one: keep its folder apart.
         clock: monotonic seconds.
 
     Raises:
