@@ -1,10 +1,12 @@
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
 from twotower.features.fitted import Category, Number
 from twotower.features.vocabulary import Vocabulary
 from twotower.models.towers import Network, Tower, input_width
+from twotower.schema.errors import ConfigError
 
 
 def features() -> tuple[Category, Number]:
@@ -63,3 +65,21 @@ def test_crosses_stand_beside_the_layers() -> None:
     inputs = {"city": torch.ones(2, 4), "age": torch.ones(2, 2)}
     tower(inputs).sum().backward()
     assert all(parameter.grad is not None for parameter in tower.parameters())
+
+
+def test_without_a_network_features_are_added_with_learned_weights() -> None:
+    ids = (
+        Category("user_id", Vocabulary("user_id", pa.array(["u"]), 3), 2),
+        Category("city", Vocabulary("user.city", pa.array(["Bern"]), 3), 2),
+    )
+    tower = Tower(ids, Network("none", ()), 2)
+    with torch.no_grad():
+        tower.gains[1] = 0.5  # type: ignore[index]
+        found = tower({"user_id": torch.tensor([[3.0, 0.0]]), "city": torch.tensor([[0.0, 8.0]])})
+    np.testing.assert_allclose(found.numpy(), [[0.6, 0.8]], rtol=1e-6)
+    assert [name for name, _ in tower.named_parameters()] == ["gains"]
+
+
+def test_features_of_another_width_are_not_added() -> None:
+    with pytest.raises(ConfigError, match="feature age is 2 wide and the vectors 4"):
+        Tower(features(), Network("none", ()), 4)

@@ -285,10 +285,11 @@ class Samples:
 class Tower:
     """One tower: its features, a network, a projection, the L2 norm."""
 
-    network: Literal["dnn", "dcn"] = "dnn"
-    """`dnn`: fully connected layers; `dcn`: crosses of features beside them."""
+    network: Literal["dnn", "dcn", "none"] = "dnn"
+    """`dnn`: fully connected layers; `dcn`: crosses of features beside them; `none`: the features, each of width
+    `models.dimension`, are added, without layers or projection."""
     layers: list[Positive] = field(default_factory=lambda: [256, 128])
-    """Widths of the fully connected layers; empty = none."""
+    """`dnn`, `dcn`: widths of the fully connected layers; empty = none."""
     crosses: Positive = 2
     """`dcn`: how many cross layers; each adds products of one more feature."""
 

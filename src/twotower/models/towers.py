@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from twotower.features.fitted import Bucket, Categories, Category, Fitted, Items, Number
 from twotower.models.encoders import AttentionPooling, CausalTransformer
+from twotower.schema.errors import ConfigError
 
 LENGTH = ".length"
 """Behind the name of an encoded sequence: how many items each row has."""
@@ -24,7 +25,7 @@ class Network:
     """The layers between a tower's features and its projection."""
 
     kind: str
-    """`dnn`: fully connected layers; `dcn`: crosses of the features beside them."""
+    """`dnn`: fully connected layers; `dcn`: crosses of the features beside them; `none`: neither, and no projection."""
     layers: tuple[int, ...]
     """Widths of the fully connected layers; empty = none."""
     crosses: int = 2
@@ -46,6 +47,9 @@ def is_encoded(feature: Fitted) -> bool:
 class Tower(nn.Module):
     """Features side by side, a network, a projection, the L2 norm.
 
+    Without a network (`none`) the features are added, each times a learned number, and nothing is projected: with an id
+    alone this is matrix factorisation.
+
     Args:
         features: the tower's features, in the order in which their inputs stand side by side.
         network: between them and the projection.
@@ -54,11 +58,13 @@ class Tower(nn.Module):
 
     Raises:
         ValueError: a sequence whose heads do not divide its width.
+        ConfigError: features are to be added and one is not D wide.
     """
 
     def __init__(self, features: Sequence[Fitted], network: Network, dimension: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.names = [feature.name for feature in features]
+        self.gains: nn.Parameter | None = None
         self.encoders = nn.ModuleDict(
             {
                 feature.name: _encoder(feature, dropout)
@@ -66,6 +72,10 @@ class Tower(nn.Module):
                 if isinstance(feature, Items) and is_encoded(feature)
             }
         )
+        if network.kind == "none":
+            _refuse_other_widths(features, dimension)
+            self.gains = nn.Parameter(torch.ones(len(features)))
+            return
         width = sum(input_width(feature) for feature in features)
         hidden: list[nn.Module] = []
         for narrow, wide in pairwise([width, *network.layers]):
@@ -83,20 +93,35 @@ class Tower(nn.Module):
         Each input is (B, width), but an encoded sequence has (S, L, width) rows of its items, (B,) lengths and, where
         several rows share a sequence, (B,) the row of it.
         """
-        side_by_side = torch.cat([self._encoded(name, inputs) for name in self.names], dim=1)
+        vector = self._vector([self._encoded(name, inputs) for name in self.names])
+        unit: Tensor = vector * torch.rsqrt(vector.square().sum(dim=1, keepdim=True) + 1e-12)
+        return unit
+
+    def _vector(self, features: Sequence[Tensor]) -> Tensor:
+        if self.gains is not None:
+            return torch.stack([gain * feature for gain, feature in zip(self.gains, features, strict=True)]).sum(dim=0)
+        side_by_side = torch.cat(list(features), dim=1)
         hidden = self.hidden(side_by_side)
         if self.crosses:
             crossed = _cross(side_by_side, self.crosses)
             hidden = torch.cat([crossed, hidden], dim=1) if len(self.hidden) else crossed
-        vector = self.projection(hidden)
-        unit: Tensor = vector * torch.rsqrt(vector.square().sum(dim=1, keepdim=True) + 1e-12)
-        return unit
+        projected: Tensor = self.projection(hidden)
+        return projected
 
     def _encoded(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
         if name not in self.encoders:
             return inputs[name]
         vector: Tensor = self.encoders[name](inputs[name], inputs[name + LENGTH], inputs.get(name + ROW))
         return vector
+
+
+def _refuse_other_widths(features: Sequence[Fitted], dimension: int) -> None:
+    for feature in features:
+        if input_width(feature) != dimension:
+            raise ConfigError(
+                f"feature {feature.name} is {input_width(feature)} wide and the vectors {dimension}: without a network "
+                'the features are added, so give it that width or the tower network = "dnn"'
+            )
 
 
 def _encoder(feature: Items, dropout: float) -> nn.Module:
