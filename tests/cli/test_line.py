@@ -6,6 +6,7 @@ import pytest
 from twotower.cli.line import latest_checkpoint, offline_channel, open_served, places, run_line
 from twotower.config import Settings
 from twotower.config.load import as_dict, parse
+from twotower.models.channel import VectorChannel
 from twotower.models.queries import queries_of_users
 from twotower.samples.read import open_samples
 from twotower.serve.request import Asked, retrieve
@@ -19,7 +20,8 @@ def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
     changes = [
         f'features.user.history.encoder="{encoder}"',
         'models.user_tower.network="dcn"',
-        'models.channels=["two_tower"]',
+        'models.channels=["two_tower", "mind", "mf"]',
+        "models.mf.epochs=2",
         "train.epochs=1",
     ]
     settings = parse(as_dict(own_world), changes)
@@ -27,8 +29,12 @@ def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
     samples, version = open_samples(places(settings).samples), open_served(settings)
     rows = np.arange(60)
     queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
-    trained = offline_channel(samples, latest_checkpoint(settings))
-    np.testing.assert_allclose(version.two_tower.user_vectors(queries), trained.user_vectors(queries), atol=1e-5)
+    for name, served in version.channels.items():
+        assert isinstance(served, VectorChannel)
+        trained = offline_channel(samples, latest_checkpoint(settings, name), name)
+        np.testing.assert_allclose(served.user_vectors(queries), trained.user_vectors(queries), atol=1e-5)
+    assert version.channels["mind"].user_vectors(queries).shape == (60, 4, settings.models.dimension)  # type: ignore[attr-defined]
+    assert latest_checkpoint(settings, "mf").manifest["progress"]["epoch"] == 2
     # The same user asks twice, with and without a click that the version has not seen.
     user_id = samples.users.ids[0].as_py()
     asked = Asked(20, "none", user_id)

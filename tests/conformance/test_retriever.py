@@ -10,8 +10,9 @@ import pytest
 
 from twotower.config import settings as spec
 from twotower.datasets.simulate import simulate_workspace
+from twotower.features.feature_set import FeatureSet
 from twotower.index.exact import ExactIndex
-from twotower.models.channel import TwoTowerChannel
+from twotower.models.channel import VectorChannel
 from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
 from twotower.models.queries import queries_of_users
@@ -35,15 +36,23 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 
 
 def two_tower(samples: Samples) -> Retriever:
-    model = TwoTower(samples.features, 8, Network("dnn", ()), Network("dnn", ()), 0.0, seed=0).eval()
+    return vector_channel("two_tower", samples, samples.features, Network("dnn", ()))
+
+
+def vector_channel(name: str, samples: Samples, features: FeatureSet, network: Network) -> Retriever:
+    model = TwoTower(features, 8, network, network, 0.0, seed=0).eval()
     history = samples.features.history
     assert history is not None
     index = ExactIndex.build(np.arange(len(samples.items)), model.encode_items(samples.items.features))
-    return TwoTowerChannel(samples.features, history.vocabulary.rows(samples.items.ids), model.encode_users, index)
+    return VectorChannel(name, features, history.vocabulary.rows(samples.items.ids), model.encode_users, index)
 
 
 CHANNELS: dict[str, Callable[[Samples], Retriever]] = {
     "two_tower": two_tower,
+    "mind": lambda samples: vector_channel(
+        "mind", samples, samples.features.with_interests(3, 3), Network("dnn", (8,))
+    ),
+    "mf": lambda samples: vector_channel("mf", samples, samples.features.of_ids(), Network("none", ())),
     "item_cf": lambda samples: ItemCF.fit(samples.clicks, len(samples.items)),
     "popular": lambda samples: Popular.fit(samples.item_positives),
 }
@@ -108,7 +117,7 @@ def test_a_user_of_whom_nothing_is_known_is_answered(asked: Asked) -> None:
     found = asked.channel.retrieve(queries, 5)
     check(found, queries, 5, len(asked.samples.items))
     np.testing.assert_array_equal(found.rows[0], found.rows[2])
-    if asked.channel.name != "item_cf":  # which knows nothing without clicks
+    if asked.channel.name not in ("item_cf", "mf"):  # which know nothing without clicks or an id
         assert (found.rows[0] >= 0).all()
 
 

@@ -5,10 +5,10 @@ import pyarrow as pa
 
 from twotower.config import settings as spec
 from twotower.features.columns import Bag, Column
-from twotower.features.feature_set import fit
+from twotower.features.feature_set import FeatureSet, fit
 from twotower.index.exact import ExactIndex
 from twotower.index.protocol import Exclusions
-from twotower.models.channel import TwoTowerChannel
+from twotower.models.channel import VectorChannel
 from twotower.models.retriever import Queries
 from twotower.models.two_tower import Floats
 
@@ -30,9 +30,32 @@ def test_the_encoder_sees_the_latest_clicks_as_rows_of_the_table_and_the_index_i
         return np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
 
     index = ExactIndex.build(np.arange(3), np.array([[1, 0], [0.5, 0.5], [0, 1]], np.float32))
-    channel = TwoTowerChannel(features, history.vocabulary.rows(catalogue), encode, index)
+    channel = VectorChannel("two_tower", features, history.vocabulary.rows(catalogue), encode, index)
     clicks = Bag(np.array([0, 3, 3]), np.array([0, 1, 2], np.int32))
     found = channel.retrieve(Queries({}, clicks, Exclusions.of([[0], []])), 2)
     assert seen[0].indptr.tolist() == [0, 2, 2]
     assert seen[0].rows.tolist() == [1, 3]  # item 20 had no training positive: unknown
     assert found.rows.tolist() == [[1, 2], [2, 1]]
+
+
+def test_interests_are_searched_each_and_an_item_is_as_near_as_the_nearest_of_them() -> None:
+    items = np.array([[1, 0], [0.6, 0.8], [0, 1], [-1, 0]], np.float32)
+    interests = np.array([[[1, 0], [0, 1]], [[-1, 0], [-1, 0]], [[0, 0], [0, 0]]], np.float32)
+    channel = VectorChannel(
+        "mind",
+        fit_ids(),
+        np.zeros(4, np.int32),
+        lambda columns: interests,
+        ExactIndex.build(np.arange(4), items),
+    )
+    queries = Queries({}, Bag(np.zeros(4, np.int64), np.zeros(0, np.int32)), Exclusions.of([[2], [], []]))
+    found = channel.retrieve(queries, 3)
+    assert found.rows.tolist() == [[0, 1, 3], [3, 2, 1], [-1, -1, -1]]
+    np.testing.assert_allclose(found.scores[0], [1, 0.8, 0], atol=1e-6)
+
+
+def fit_ids() -> FeatureSet:
+    wanted = spec.Features(
+        user={"user_id": spec.Categorical("categorical")}, item={"item_id": spec.Categorical("categorical")}
+    )
+    return fit(wanted, pa.table({"user_id": [1]}), pa.table({"item_id": [10, 30]}), {}, 4, 0.0)

@@ -1,9 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from twotower.models.encoders import AttentionPooling, CausalTransformer
+from twotower.models.encoders import AttentionPooling, CausalTransformer, Interests, label_aware
 
 
 def alive(module: torch.nn.Module) -> torch.nn.Module:
@@ -97,3 +99,47 @@ def test_a_longer_sequence_than_any_in_training_is_no_error(encoder: torch.nn.Mo
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(ValueError, match="heads = 4 does not divide the width 6"):
         CausalTransformer(6, 5, 4, 1, 0.0)
+
+
+def test_interests_are_those_of_a_routing_by_hand() -> None:
+    torch.manual_seed(0)
+    encoder = Interests(4, 6, 3, 3)
+    torch.nn.init.normal_(encoder.matrix.weight)
+    items = torch.randn(4, 6, 4)
+    length = torch.tensor([6, 3, 1, 0])
+    with torch.no_grad():
+        found = encoder(items, length).numpy()
+    for user, n in enumerate(length.tolist()):
+        kinds = max(1, min(3, int(math.log2(n)))) if n else 1
+        spoken = (items[user, :n] @ encoder.matrix.weight.T).detach().numpy()
+        logits = encoder.first.numpy()[np.arange(n)[::-1], :kinds].copy()
+        for _ in range(3):
+            share = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+            z = share.T @ spoken
+            square = (z**2).sum(axis=1, keepdims=True)
+            interests = z * np.sqrt(square) / (1 + square)
+            logits += spoken @ interests.T
+        np.testing.assert_allclose(found[user, :kinds], interests, atol=1e-5)
+        np.testing.assert_allclose(found[user, kinds:], np.repeat(interests[:1], 3 - kinds, axis=0), atol=1e-5)
+    assert not found[3].any()
+
+
+def test_two_kinds_of_items_become_two_interests() -> None:
+    torch.manual_seed(0)
+    encoder = Interests(2, 20, 2, 20)
+    items = torch.tensor([[[3.0, 0.0]] * 10 + [[0.0, 3.0]] * 10])
+    with torch.no_grad():
+        found = encoder(items[:, torch.randperm(20)], torch.tensor([20]))[0]
+    unit = found / found.norm(dim=1, keepdim=True)
+    assert sorted(unit.argmax(dim=1).tolist()) == [0, 1]
+    assert (unit.max(dim=1).values > 0.99).all()
+
+
+def test_attention_to_the_positive_takes_the_nearest_interest_the_sharper_the_more() -> None:
+    interests = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    item = torch.tensor([[0.6, 0.8]])
+    even, sharp = label_aware(interests, item, 1e-6), label_aware(interests, item, 1000.0)
+    np.testing.assert_allclose(even.numpy(), [[0.5**0.5, 0.5**0.5]], atol=1e-5)
+    np.testing.assert_allclose(sharp.numpy(), [[0, 1]], atol=1e-5)
+    one = interests[:, :1].expand(-1, 3, -1)
+    np.testing.assert_allclose(label_aware(one, item, 20.0).numpy(), [[1, 0]], atol=1e-5)

@@ -85,15 +85,17 @@ def test_inputs_with_gradients_are_those_of_whole_tables_for_every_kind_of_featu
             np.testing.assert_allclose(assembled[name].detach().numpy(), expected, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("encoder", ["attention", "transformer"])
+@pytest.mark.parametrize("encoder", ["attention", "transformer", "interests"])
 @pytest.mark.parametrize("network", ["dnn", "dcn"])
 def test_vectors_with_gradients_are_those_of_whole_tables_for_encoded_sequences(encoder: Any, network: str) -> None:
-    sequence = spec.Sequence("sequence", last=4, encoder=encoder)
+    sequence = spec.Sequence("sequence", last=4, encoder="attention" if encoder == "interests" else encoder)
     wanted = spec.Features(
         user={"history": sequence, "bought": sequence, "age": spec.Numeric("numeric")},
         item={"item_id": spec.Categorical("categorical")},
     )
     features = fit(wanted, USERS, ITEMS, {}, 6, 0.5)
+    if encoder == "interests":
+        features = features.with_interests(3, 2)
     model = TwoTower(features, 6, Network(network, (8,)), Network("dnn", ()), 0.0, seed=0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from twotower.features.columns import Bag, pointers
-from twotower.features.fitted import Items, Number
+from twotower.features.fitted import Category, Items, Number
 from twotower.features.vocabulary import Vocabulary
 from twotower.models.towers import Network, Tower
 from twotower.models.two_tower import tower_inputs
@@ -14,7 +14,7 @@ from twotower.publish.onnx import OnnxTower, export_tower
 
 
 @pytest.mark.parametrize("network", ["dnn", "dcn"])
-@pytest.mark.parametrize("encoder", ["mean", "attention", "transformer"])
+@pytest.mark.parametrize("encoder", ["mean", "attention", "transformer", "interests"])
 def test_an_exported_tower_gives_the_vectors_of_the_trained_one(encoder: str, network: str, tmp_path: Path) -> None:
     """For batches and histories of every length: both are free in the exported graph."""
     known = Vocabulary("item_id", pa.array(range(50)), 60)
@@ -36,3 +36,14 @@ def test_an_exported_tower_gives_the_vectors_of_the_trained_one(encoder: str, ne
         inputs = {name: torch.tensor(value) for name, value in tower_inputs(features, columns, tables).items()}
         with torch.no_grad():
             np.testing.assert_allclose(exported.encode(columns), tower(inputs).numpy(), atol=1e-6)
+
+
+def test_an_exported_tower_of_added_features_gives_zero_for_nothing_known(tmp_path: Path) -> None:
+    known = Vocabulary("user_id", pa.array(range(5)), 7)
+    features = [Category("user_id", known, 4), Items("history", known, 4, 20, "mean", True)]
+    export_tower(Tower(features, Network("none", ()), 4), features, tmp_path / "tower.onnx")
+    table = np.ones((7, 4), np.float32)
+    table[:2] = 0
+    exported = OnnxTower(tmp_path / "tower.onnx", features, {"user_id": table})
+    columns = {"user_id": np.array([1, 3], np.int32), "history": Bag(np.zeros(3, np.int64), np.zeros(0, np.int32))}
+    np.testing.assert_allclose(exported.encode(columns), [[0] * 4, [0.5] * 4], atol=1e-6)

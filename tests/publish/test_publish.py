@@ -254,7 +254,7 @@ def test_samples_that_changed_since_the_checkpoint_are_refused(own_world: Settin
         with pytest.raises(DataError, match="was trained on other samples"):
             publish(
                 versions_of(own_world),
-                checkpoint,
+                {"two_tower": checkpoint},
                 replace(samples, manifest={**samples.manifest, "files": files}),
                 places(own_world).workspace / "items.parquet",
                 {},

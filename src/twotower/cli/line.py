@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from twotower.config.load import as_dict
 from twotower.config.settings import Settings
 from twotower.evaluate.holdout import evaluate
 from twotower.index.exact import ExactIndex
-from twotower.models.channel import TwoTowerChannel
+from twotower.models.channel import VectorChannel
 from twotower.models.fit import fit_channels
 from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
 from twotower.publish.publish import current_path, promote, publish
-from twotower.publish.version import Version, item_tokens, open_version
+from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, item_tokens, open_version
 from twotower.samples.build import SamplesReport, build_samples
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
@@ -103,29 +103,42 @@ def make_samples(settings: Settings) -> SamplesReport:
 
 
 def train_model(settings: Settings) -> TrainReport:
-    """A checkpoint out of the samples."""
+    """A checkpoint of each trained channel out of the samples; the report is the two towers', the others in it."""
     check_available(settings)
     where = places(settings)
-    report = train_from(settings, open_samples(where.samples))
-    relative = os.path.relpath(report.checkpoint, where.checkpoints)
-    write_json(where.checkpoints / LATEST, {"checkpoint": relative})
-    return report
+    samples = open_samples(where.samples)
+    reports: dict[str, TrainReport] = {}
+    for name in trained_channels(settings):
+        log.info("training %s", name)
+        reports[name] = train_from(settings, samples, channel=name)
+    latest = {name: os.path.relpath(report.checkpoint, where.checkpoints) for name, report in reports.items()}
+    write_json(where.checkpoints / LATEST, {"checkpoints": latest})
+    return replace(reports.pop(TWO_TOWER), channels=reports)
+
+
+def trained_channels(settings: Settings) -> list[str]:
+    """The configured channels that have towers."""
+    return [name for name in settings.models.channels if name in VECTOR_CHANNELS]
 
 
 def train_from(
-    settings: Settings, samples: Samples, enough: Callable[[int, TwoTower], bool] | None = None
+    settings: Settings,
+    samples: Samples,
+    enough: Callable[[int, TwoTower], bool] | None = None,
+    channel: str = TWO_TOWER,
 ) -> TrainReport:
-    """A checkpoint out of given samples; `enough` as in `train`."""
-    options = settings.train
+    """A checkpoint of one channel out of given samples; `enough` as in `train`."""
+    options, models = settings.train, settings.models
+    own = {TWO_TOWER: None, "mf": models.mf.epochs, "mind": models.mind.epochs}
+    shape = Shape(models.dimension, _network(models.user_tower), _network(models.item_tower), options.dropout)
+    if channel == "mf":
+        shape = Shape(models.dimension, Network("none", ()), Network("none", ()), 0.0, ids_alone=True)
+    elif channel == "mind":
+        shape = replace(shape, interests=models.mind.interests, rounds=models.mind.rounds)
     return train(
         samples,
         places(settings).checkpoints,
-        Shape(
-            settings.models.dimension,
-            _network(settings.models.user_tower),
-            _network(settings.models.item_tower),
-            options.dropout,
-        ),
+        shape,
         loss=Loss(
             options.loss,
             options.temperature,
@@ -137,17 +150,18 @@ def train_from(
         ),
         negatives=_negatives(settings.samples.negatives),
         batch_size=options.batch_size,
-        epochs=options.epochs,
+        epochs=own[channel] or options.epochs,
         seed=options.seed,
         learning_rate=options.learning_rate,
         table_learning_rate=options.table_learning_rate,
         schedule=options.schedule,
         weight_decay=options.weight_decay,
-        id_dropout=options.id_dropout,
+        id_dropout=0.0 if channel == "mf" else options.id_dropout,
         horizon=options.horizon,
         half_life_days=options.half_life_days,
         checkpoint_s=options.checkpoint_s,
         threads=options.threads,
+        sharpness=models.mind.sharpness,
         enough=enough,
     )
 
@@ -170,12 +184,13 @@ def _negatives(wanted: spec.Negatives) -> Negatives:
     )
 
 
-def latest_checkpoint(settings: Settings) -> Checkpoint:
-    """The checkpoint that training finished last."""
+def latest_checkpoint(settings: Settings, channel: str = TWO_TOWER) -> Checkpoint:
+    """The checkpoint of a channel that training finished last."""
     checkpoints = places(settings).checkpoints
-    if not (checkpoints / LATEST).exists():
-        raise DataError(f"{checkpoints} has no finished checkpoint: run `twotower train` first")
-    return open_checkpoint(checkpoints / read_json(checkpoints / LATEST)["checkpoint"])
+    latest = read_json(checkpoints / LATEST).get("checkpoints", {}) if (checkpoints / LATEST).exists() else {}
+    if channel not in latest:
+        raise DataError(f"{checkpoints} has no finished checkpoint of {channel}: run `twotower train` first")
+    return open_checkpoint(checkpoints / latest[channel])
 
 
 def evaluate_model(settings: Settings) -> dict[str, Any]:
@@ -198,17 +213,17 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
     return metrics
 
 
-def offline_channel(samples: Samples, checkpoint: Checkpoint) -> TwoTowerChannel:
-    """The two-tower channel of a checkpoint over an exact index of the whole catalogue."""
-    return channel_of(load_model(checkpoint), samples)
+def offline_channel(samples: Samples, checkpoint: Checkpoint, name: str = TWO_TOWER) -> VectorChannel:
+    """A trained channel of a checkpoint over an exact index of the whole catalogue."""
+    return channel_of(load_model(checkpoint), samples, name)
 
 
-def channel_of(model: TwoTower, samples: Samples) -> TwoTowerChannel:
+def channel_of(model: TwoTower, samples: Samples, name: str = TWO_TOWER) -> VectorChannel:
     """The same of a model in memory."""
     vectors = model.encode_items(samples.items.features)
     index = ExactIndex.build(np.arange(len(vectors)), vectors)
-    return TwoTowerChannel(
-        samples.features, item_tokens(samples.features, samples.items.ids), model.encode_users, index
+    return VectorChannel(
+        name, model.features, item_tokens(model.features, samples.items.ids), model.encode_users, index
     )
 
 
@@ -216,12 +231,14 @@ def publish_version(settings: Settings, *, promoted: bool) -> dict[str, Any]:
     """A version out of the latest checkpoint, promoted or not."""
     check_available(settings)
     where = places(settings)
-    samples, checkpoint = open_samples(where.samples), latest_checkpoint(settings)
+    samples = open_samples(where.samples)
+    checkpoints = {name: latest_checkpoint(settings, name) for name in trained_channels(settings)}
+    checkpoint = checkpoints[TWO_TOWER]
     metrics_file = checkpoint.path.parent / METRICS
     metrics = read_json(metrics_file) if metrics_file.exists() else {}
     version = publish(
         where.versions,
-        checkpoint,
+        checkpoints,
         samples,
         where.workspace / "items.parquet",
         fit_channels(

@@ -7,6 +7,9 @@ says so, never a silent default.
 from twotower.config.settings import Sequence, Settings
 from twotower.schema.errors import ConfigError
 
+CHANNELS = ("two_tower", "mind", "mf", "item_cf", "popular")
+"""The recall channels of this release."""
+
 
 def check_available(settings: Settings) -> None:
     """Refuse a configuration that this release cannot carry out.
@@ -19,7 +22,7 @@ def check_available(settings: Settings) -> None:
         ("index.kind", settings.index.kind, ("exact", "faiss")),
         ("serve.features.kind", settings.serve.features.kind, ("lmdb",)),
         ("stream.log.kind", settings.stream.log.kind, ("local",)),
-        *(("models.channels", name, ("two_tower", "item_cf", "popular")) for name in settings.models.channels),
+        *(("models.channels", name, CHANNELS) for name in settings.models.channels),
     ]
     problems = [
         f"{key} = {value!r} is not in this release: use {' or '.join(repr(known) for known in values)}"

@@ -298,6 +298,28 @@ Channel = Literal["two_tower", "item_cf", "swing", "popular", "mind", "mf", "als
 
 
 @dataclass(frozen=True, config=STRICT)
+class MF:
+    """Matrix factorisation: the trainer of the two towers with an id on each side and no network."""
+
+    epochs: Positive | None = None
+    """Passes over the positives; absent = `train.epochs`."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Mind:
+    """Several vectors of a user, one for each interest in the click history; the rest as in the two towers."""
+
+    interests: Annotated[int, Field(ge=2)] = 4
+    """The most vectors of a user."""
+    rounds: Positive = 3
+    """Of the routing of clicks to interests."""
+    sharpness: PositiveReal = 20.0
+    """In training, interests are weighted by a softmax of so many times their cosine to the positive."""
+    epochs: Positive | None = None
+    """Passes over the positives; absent = `train.epochs`."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Models:
     """The recall channels and the shape of the towers."""
 
@@ -311,6 +333,10 @@ class Models:
     """The tower of users and context."""
     item_tower: Tower = field(default_factory=Tower)
     """The tower of items."""
+    mf: MF = field(default_factory=MF)
+    """The channel `mf`."""
+    mind: Mind = field(default_factory=Mind)
+    """The channel `mind`."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,7 +1,7 @@
 """All features of the two towers: fitted once on training data, saved beside the model, used everywhere."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 from twotower.config import settings as spec
 from twotower.features.columns import Column
 from twotower.features.fitted import (
+    INTERESTS,
     Bucket,
     Categories,
     Category,
@@ -60,6 +61,36 @@ class FeatureSet:
     def user_columns(self) -> tuple[Fitted, ...]:
         """The features that are read from `users.parquet`: all but the click history."""
         return tuple(f for f in self.user if not (isinstance(f, Items) and f.from_clicks))
+
+    def of_ids(self) -> "FeatureSet":
+        """The ids of users and of items alone: what matrix factorisation knows.
+
+        Raises:
+            ConfigError: an id is no feature.
+        """
+        user = tuple(f for f in self.user if f.name == c.USER_ID)
+        item = tuple(f for f in self.item if f.name == c.ITEM_ID)
+        if not user or not item:
+            raise ConfigError(
+                "the channel mf multiplies ids: add user_id to features.user and item_id to features.item, or leave mf "
+                "out of models.channels"
+            )
+        return FeatureSet(user, item, ())
+
+    def with_interests(self, count: int, rounds: int) -> "FeatureSet":
+        """The same, but that the click history becomes `count` interests by as many rounds of routing.
+
+        Raises:
+            ConfigError: there is no click history.
+        """
+        history = self.history
+        if history is None:
+            raise ConfigError(
+                'the channel mind finds the interests of a click history: add history = { kind = "sequence" } to '
+                "features.user, or leave mind out of models.channels"
+            )
+        routed = replace(history, encoder=INTERESTS, heads=count, blocks=rounds)
+        return replace(self, user=tuple(routed if f is history else f for f in self.user))
 
     @property
     def tables(self) -> dict[str, Table]:

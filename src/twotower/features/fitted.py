@@ -17,6 +17,8 @@ from twotower.features.columns import Bag, Numbers, Rows, pointers
 from twotower.features.vocabulary import FIRST, MISSING, Vocabulary, as_values
 from twotower.schema.errors import DataError
 
+INTERESTS = "interests"
+"""The encoder that gives a vector for each interest: what the channel `mind` makes of the click history."""
 LIMIT = 1000.0
 """Largest standard score, in deviations; among a million training values none can have a greater one."""
 
@@ -134,9 +136,9 @@ class Items:
     from_clicks: bool
     """The sequence is the user's click history, not a column."""
     heads: int = 2
-    """Of an attention or a transformer that reads it."""
+    """Of an attention or a transformer that reads it; how many interests."""
     blocks: int = 2
-    """Of a transformer."""
+    """Of a transformer; rounds of the routing to interests."""
 
     def encode(self, column: pa.Array) -> Bag:
         """A bag of rows for each of N lists of item ids."""

@@ -1,45 +1,52 @@
-"""The two-tower model as a recall channel: the user's vector, then its nearest item vectors."""
+"""A vector channel: the user's vector, or those of their interests, then the nearest item vectors.
+
+B users, K interests, D vector, k candidates.
+"""
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from twotower.features.columns import Bag, Column, Rows, pointers, ranges
 from twotower.features.feature_set import FeatureSet
-from twotower.index.protocol import VectorIndex
-from twotower.models.retriever import Candidates, Queries
+from twotower.index.protocol import PADDING, Exclusions, VectorIndex
+from twotower.models.retriever import Candidates, Queries, top_of_groups
 from twotower.models.two_tower import Floats
 
 UserEncoder = Callable[[Mapping[str, Column]], Floats]
-"""Encoded columns of B users, history included, to unit vectors (B, D)."""
+"""Encoded columns of B users, history included, to unit vectors (B, D), or (B, K, D) of their interests."""
 
 
-class TwoTowerChannel:
-    """A user encoder and an index of item vectors.
+class VectorChannel:
+    """A user encoder and an index of item vectors: `two_tower`, `mf` and `mind` are such.
+
+    A user of whom the encoder knows nothing at all, whose vector is zero, has no candidates.
 
     Args:
-        features: the fitted features.
+        name: of the channel.
+        features: the fitted features that the encoder reads.
         item_tokens: (N,) row of each catalogue item in the table of item ids.
         encode_users: the user tower, whichever engine runs it.
         index: of the item vectors, by catalogue row.
     """
 
-    name = "two_tower"
-
     def __init__(
         self,
+        name: str,
         features: FeatureSet,
         item_tokens: Rows,
         encode_users: UserEncoder,
         index: VectorIndex,
     ) -> None:
+        self.name = name
         self._features = features
         self._item_tokens = item_tokens
         self._encode_users = encode_users
         self.index = index
 
     def user_vectors(self, queries: Queries) -> Floats:
-        """The vectors (B, D) of users."""
+        """The vectors of users (B, D), or of their interests (B, K, D)."""
         columns = dict(queries.features)
         if (history := self._features.history) is not None:
             columns[history.name] = latest(queries.clicks, self._item_tokens, history.last)
@@ -47,8 +54,38 @@ class TwoTowerChannel:
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""
-        found = self.index.search(self.user_vectors(queries), k, queries.exclude)
+        vectors = self.user_vectors(queries)
+        interests = vectors if vectors.ndim == 3 else vectors[:, None]
+        found = _search(self.index, interests, k, queries.exclude)
+        unknown = ~interests.any(axis=(1, 2))
+        found.rows[unknown], found.scores[unknown] = PADDING, -np.inf
+        return found
+
+
+def _search(index: VectorIndex, interests: Floats, k: int, exclude: Exclusions) -> Candidates:
+    """The k best items of each user, where an item is as near as the nearest of the interests (B, K, D)."""
+    users, count, width = interests.shape
+    if count == 1:
+        found = index.search(interests[:, 0], k, exclude)
         return Candidates(found.rows, found.scores)
+    counts = np.repeat(np.diff(exclude.indptr), count)
+    left_out = Exclusions(pointers(counts), exclude.rows[ranges(np.repeat(exclude.indptr[:-1], count), counts)])
+    found = index.search(np.ascontiguousarray(interests.reshape(-1, width)), k, left_out)
+    return best_of(found.rows.reshape(users, count * k), found.scores.reshape(users, count * k), k)
+
+
+def best_of(rows: npt.NDArray[np.int64], scores: Floats, k: int) -> Candidates:
+    """The k best of each user's entries (B, n), an item that stands there several times once, with its best score.
+
+    >>> best_of(np.array([[4, 7, 4, -1]]), np.array([[0.5, 0.4, 0.9, -np.inf]], np.float32), 3).rows.tolist()
+    [[4, 7, -1]]
+    """
+    owner, place = np.nonzero(rows != PADDING)
+    size = int(rows.max(initial=0)) + 1
+    distinct, entry = np.unique(owner * size + rows[owner, place], return_inverse=True)
+    best = np.full(len(distinct), -np.inf, np.float32)
+    np.maximum.at(best, entry, scores[owner, place])
+    return top_of_groups(distinct // size, distinct % size, best, len(rows), k)
 
 
 def latest(clicks: Bag, item_tokens: Rows, last: int) -> Bag:

@@ -1,6 +1,6 @@
-"""The dense part of a tower: what features become in, a unit vector out.
+"""The dense part of a tower: what features become in, a unit vector out, or one for each interest.
 
-B batch, D vector, W width of all inputs side by side.
+B batch, D vector, K interests, W width of all inputs side by side.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from twotower.features.fitted import Bucket, Categories, Category, Fitted, Items, Number
-from twotower.models.encoders import AttentionPooling, CausalTransformer
+from twotower.features.fitted import INTERESTS, Bucket, Categories, Category, Fitted, Items, Number
+from twotower.models.encoders import AttentionPooling, CausalTransformer, Interests, unit
 from twotower.schema.errors import ConfigError
 
 LENGTH = ".length"
@@ -64,6 +64,7 @@ class Tower(nn.Module):
     def __init__(self, features: Sequence[Fitted], network: Network, dimension: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.names = [feature.name for feature in features]
+        self.interests = next((f.heads for f in features if isinstance(f, Items) and f.encoder == INTERESTS), 0)
         self.gains: nn.Parameter | None = None
         self.encoders = nn.ModuleDict(
             {
@@ -88,23 +89,23 @@ class Tower(nn.Module):
         self.projection = nn.Linear(width + deep if self.crosses else deep or width, dimension)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Inputs by feature name to unit vectors (B, D).
+        """Inputs by feature name to unit vectors (B, D), or (B, K, D) where a sequence is encoded as interests.
 
         Each input is (B, width), but an encoded sequence has (S, L, width) rows of its items, (B,) lengths and, where
         several rows share a sequence, (B,) the row of it.
         """
-        vector = self._vector([self._encoded(name, inputs) for name in self.names])
-        unit: Tensor = vector * torch.rsqrt(vector.square().sum(dim=1, keepdim=True) + 1e-12)
-        return unit
+        return unit(self._vector([self._encoded(name, inputs) for name in self.names]))
 
     def _vector(self, features: Sequence[Tensor]) -> Tensor:
+        if self.interests:
+            features = [f if f.dim() == 3 else f[:, None].expand(-1, self.interests, -1) for f in features]
         if self.gains is not None:
             return torch.stack([gain * feature for gain, feature in zip(self.gains, features, strict=True)]).sum(dim=0)
-        side_by_side = torch.cat(list(features), dim=1)
+        side_by_side = torch.cat(list(features), dim=-1)
         hidden = self.hidden(side_by_side)
         if self.crosses:
             crossed = _cross(side_by_side, self.crosses)
-            hidden = torch.cat([crossed, hidden], dim=1) if len(self.hidden) else crossed
+            hidden = torch.cat([crossed, hidden], dim=-1) if len(self.hidden) else crossed
         projected: Tensor = self.projection(hidden)
         return projected
 
@@ -127,6 +128,8 @@ def _refuse_other_widths(features: Sequence[Fitted], dimension: int) -> None:
 def _encoder(feature: Items, dropout: float) -> nn.Module:
     if feature.encoder == "attention":
         return AttentionPooling(feature.dimension, feature.last, feature.heads)
+    if feature.encoder == INTERESTS:
+        return Interests(feature.dimension, feature.last, feature.heads, feature.blocks)
     return CausalTransformer(feature.dimension, feature.last, feature.heads, feature.blocks, dropout)
 
 

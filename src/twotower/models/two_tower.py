@@ -74,7 +74,7 @@ class TwoTower(nn.Module):
 
     @torch.inference_mode()
     def encode_users(self, columns: Mapping[str, Column]) -> Floats:
-        """Vectors (B, D) of users from encoded columns, `history` among them."""
+        """Vectors (B, D) of users, or (B, K, D) of their interests, from encoded columns, `history` among them."""
         return self._encode(self.user_tower, (*self.features.user, *self.features.context), columns)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The dense part of a tower as ONNX: rows of tables and numbers in, unit vectors out.
+"""The dense part of a tower as ONNX: rows of tables and numbers in, unit vectors out, one or one for each interest.
 
 Looking ids up stays outside, in memory-mapped tables, so that a table can change without the network.
 """
@@ -36,7 +36,8 @@ class _ByPosition(nn.Module):
 
 
 def export_tower(tower: Tower, features: Sequence[Fitted], path: Path) -> None:
-    """Write a tower with the inputs of `tower_inputs`, each behind `input.`, and the output `vector` (B, D).
+    """Write a tower with the inputs of `tower_inputs`, each behind `input.`, and the output `vector`, (B, D) or
+    (B, K, D).
 
     A feature is (B, width) float32; a sequence that the tower encodes is (B, L, width), with (B,) int64 lengths.
     """
@@ -96,7 +97,7 @@ class OnnxTower:
         self._tables = tables
 
     def encode(self, columns: Mapping[str, Column]) -> Floats:
-        """Vectors (B, D) from encoded columns."""
+        """Vectors (B, D), or (B, K, D) of interests, from encoded columns."""
         inputs = tower_inputs(self._features, columns, self._tables)
         vectors: Floats = self._session.run([VECTOR], {f"input.{name}": value for name, value in inputs.items()})[0]
         return vectors

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.features.columns import Column, take, to_arrow
-from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE
+from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, save
 from twotower.index.build import build_index
 from twotower.models.channel import latest
 from twotower.models.item_cf import ItemCF
@@ -76,7 +76,7 @@ class Listed:
 
 def publish(
     versions: Path,
-    checkpoint: Checkpoint,
+    checkpoints: Mapping[str, Checkpoint],
     samples: Samples,
     items_file: Path,
     channels: Mapping[str, Popular | ItemCF],
@@ -89,14 +89,14 @@ def publish(
     seed: int,
     clock_ms: Callable[[], int],
 ) -> str:
-    """Build a version from a checkpoint and the samples it was trained on; it is not promoted.
+    """Build a version from checkpoints and the samples they were trained on; it is not promoted.
 
     Args:
         versions: the folder of all versions.
-        checkpoint: the trained towers.
+        checkpoints: the trained channels by name, `two_tower` among them.
         samples: what they were trained on: users, histories, the catalogue's features.
         items_file: `items.parquet`, for the attributes that a page shows.
-        channels: the fitted channels beside the two towers, by name.
+        channels: the channels that are counted, not trained, by name.
         configuration: the whole configuration, recorded; names the channels.
         metrics: of the evaluation, recorded.
         index_kind: `exact` or `faiss`.
@@ -112,35 +112,43 @@ def publish(
         DataError: checkpoint, samples and items do not belong together, or a vector is not finite.
         VersionError: another process is publishing, or the exported towers are not the trained ones.
     """
-    for name in (FEATURES_FILE, VOCABULARY_FILE):
-        if checkpoint.manifest["files"][name]["sha256"] != samples.manifest["files"][name]["sha256"]:
-            raise DataError(
-                f"{checkpoint.path} was trained on other samples than {samples.path} holds now: train before publishing"
-            )
+    for checkpoint in checkpoints.values():
+        for name in (FEATURES_FILE, VOCABULARY_FILE):
+            if checkpoint.manifest["files"][name]["sha256"] != samples.manifest["files"][name]["sha256"]:
+                raise DataError(
+                    f"{checkpoint.path} was trained on other samples than {samples.path} holds now: train before "
+                    "publishing"
+                )
     catalogue = check_entities(pq.read_table(items_file), c.ITEM_ID, items_file.name)
     if not catalogue.column(c.ITEM_ID).combine_chunks().equals(samples.items.ids):
         raise DataError(f"{items_file} has other items than {samples.path}: run `twotower samples` and train again")
     created_ms = clock_ms()
     moment = datetime.fromtimestamp(created_ms / 1000, UTC)
-    version_id = f"{moment:%Y%m%dT%H%M%S}{created_ms % 1000:03d}-{checkpoint.tensors_sha256[:8]}"
+    tensors = checkpoints[TWO_TOWER].tensors_sha256
+    version_id = f"{moment:%Y%m%dT%H%M%S}{created_ms % 1000:03d}-{tensors[:8]}"
     with _one_writer(versions), whole_folder(_new_path(versions, version_id)) as folder:
-        model = load_model(checkpoint)
-        vectors = model.encode_items(samples.items.features)
-        if not np.isfinite(vectors).all():
-            raise DataError(f"{checkpoint.path}: item vectors are not finite: train again with a lower learning rate")
-        users = _some_users(model, samples)
-        _write_two_tower(folder / "channels" / TWO_TOWER, model, checkpoint, samples, vectors)
-        _check_export(folder / "channels" / TWO_TOWER, model, samples, users, vectors)
-        tuned = build_index(
-            index_kind,
-            np.arange(len(vectors)),
-            vectors,
-            model.encode_users(users),
-            list(index_ks),
-            index_recall,
-            seed,
-        )
-        tuned.save(folder / "channels" / TWO_TOWER / "index")
+        for name, checkpoint in checkpoints.items():
+            log.info("writing channel %s", name)
+            model = load_model(checkpoint)
+            vectors = model.encode_items(samples.items.features)
+            if not np.isfinite(vectors).all():
+                raise DataError(
+                    f"{checkpoint.path}: item vectors are not finite: train again with a lower learning rate"
+                )
+            users = _some_users(model, samples)
+            _write_vector_channel(folder / "channels" / name, model, samples, vectors)
+            _check_export(folder / "channels" / name, model, samples, users, vectors)
+            queries = model.encode_users(users)
+            tuned = build_index(
+                index_kind,
+                np.arange(len(vectors)),
+                vectors,
+                queries.reshape(-1, queries.shape[-1]),
+                list(index_ks),
+                index_recall,
+                seed,
+            )
+            tuned.save(folder / "channels" / name / "index")
         for name, channel in channels.items():
             (folder / "channels" / name).mkdir()
             channel.save(folder / "channels" / name)
@@ -156,7 +164,7 @@ def publish(
             "watermark_ms": samples.manifest["watermark_ms"],
             "configuration": configuration,
             "metrics": metrics,
-            "checkpoint_sha256": checkpoint.tensors_sha256,
+            "checkpoint_sha256": tensors,
         }
         write_manifest(folder, {**manifest, "files": {}})
         write_golden(open_version(folder, check_hashes=False), folder)
@@ -165,14 +173,13 @@ def publish(
     return version_id
 
 
-def _write_two_tower(folder: Path, model: TwoTower, checkpoint: Checkpoint, samples: Samples, vectors: Any) -> None:
+def _write_vector_channel(folder: Path, model: TwoTower, samples: Samples, vectors: Any) -> None:
     folder.mkdir(parents=True)
     features = model.features
     export_tower(model.user_tower, (*features.user, *features.context), folder / "user_tower.onnx")
     export_tower(model.item_tower, features.item, folder / "item_tower.onnx")
     save_tables({name: table.weights for name, table in model.tables.items()}, folder)
-    for name in (FEATURES_FILE, VOCABULARY_FILE):
-        shutil.copyfile(checkpoint.path / name, folder / name)
+    save(features, folder)
     write_table(folder / "items.arrow", pa.table({c.ITEM_ID: samples.items.ids, c.VECTOR: to_arrow(vectors)}))
 
 
@@ -182,7 +189,7 @@ def _some_users(model: TwoTower, samples: Samples) -> dict[str, Column]:
     queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
     columns = dict(queries.features)
     if (history := model.features.history) is not None:
-        columns[history.name] = latest(queries.clicks, item_tokens(samples.features, samples.items.ids), history.last)
+        columns[history.name] = latest(queries.clicks, item_tokens(model.features, samples.items.ids), history.last)
     return columns
 
 

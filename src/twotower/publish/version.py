@@ -16,7 +16,7 @@ from twotower.features.feature_set import FeatureSet, load
 from twotower.features.vocabulary import Positions
 from twotower.fusion.fuse import Fused, quota, reciprocal_rank
 from twotower.index.build import load_index
-from twotower.models.channel import TwoTowerChannel
+from twotower.models.channel import VectorChannel
 from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
 from twotower.models.queries import queries_of_users
@@ -34,6 +34,8 @@ CATALOGUE = "catalogue.arrow"
 GOLDEN = "golden.json"
 FUSED = "fused"
 TWO_TOWER = "two_tower"
+VECTOR_CHANNELS = (TWO_TOWER, "mind", "mf")
+"""The channels that are trained: a user encoder and item vectors each."""
 DIGEST = "digest"
 """Key of a manifest: the SHA-256 of all its other entries, because a flipped digit in JSON is still JSON."""
 
@@ -56,10 +58,10 @@ class Version:
     fusion: str
 
     @property
-    def two_tower(self) -> TwoTowerChannel:
+    def two_tower(self) -> VectorChannel:
         """The channel of the two towers; every version has it."""
         channel = self.channels[TWO_TOWER]
-        assert isinstance(channel, TwoTowerChannel)
+        assert isinstance(channel, VectorChannel)
         return channel
 
     @property
@@ -123,17 +125,11 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
     try:
         if check_hashes and (problems := check_listing(path, manifest["files"])):
             raise VersionError(f"version {path.name} is damaged: {'; '.join(problems)}. Restore it or publish again")
-        folder = path / "channels" / TWO_TOWER
-        features = load(folder)
         catalogue = map_columns(path / CATALOGUE)
-        tower = OnnxTower(folder / "user_tower.onnx", (*features.user, *features.context), map_tables(folder), threads)
-        vectors = map_columns(folder / "items.arrow").column(c.VECTOR)
-        size = vectors.type.list_size
         channels: dict[str, Retriever] = {}
         for name in manifest["configuration"]["models"]["channels"]:
-            if name == TWO_TOWER:
-                tokens = item_tokens(features, catalogue.column(c.ITEM_ID))
-                channels[name] = TwoTowerChannel(features, tokens, tower.encode, load_index(folder / "index"))
+            if name in VECTOR_CHANNELS:
+                channels[name] = _open_vector_channel(path / "channels" / name, catalogue.column(c.ITEM_ID), threads)
             elif name == Popular.name:
                 channels[name] = Popular.load(path / "channels" / name)
             elif name == ItemCF.name:
@@ -142,16 +138,29 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
             path.name,
             path,
             manifest,
-            features,
+            load(path / "channels" / TWO_TOWER),
             open_users(path),
             open_clicks(path),
             catalogue,
-            vectors.flatten().to_numpy(zero_copy_only=True).reshape(-1, size),
+            _item_vectors(path / "channels" / TWO_TOWER),
             channels,
             manifest["configuration"]["serve"]["fusion"],
         )
     except (DataError, KeyError) as error:
         raise VersionError(f"version {path.name} cannot be opened: {error}") from error
+
+
+def _open_vector_channel(folder: Path, item_ids: pa.Array, threads: int) -> VectorChannel:
+    features = load(folder)
+    tower = OnnxTower(folder / "user_tower.onnx", (*features.user, *features.context), map_tables(folder), threads)
+    tokens = item_tokens(features, item_ids)
+    return VectorChannel(folder.name, features, tokens, tower.encode, load_index(folder / "index"))
+
+
+def _item_vectors(folder: Path) -> npt.NDArray[np.float32]:
+    vectors = map_columns(folder / "items.arrow").column(c.VECTOR)
+    stored: npt.NDArray[np.float32] = vectors.flatten().to_numpy(zero_copy_only=True)
+    return stored.reshape(-1, vectors.type.list_size)
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE
+from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, FeatureSet
 from twotower.features.feature_set import load as load_features
 from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
@@ -52,6 +52,22 @@ class Shape:
     user: Network
     item: Network
     dropout: float
+    ids_alone: bool = False
+    """Of all features only the ids: matrix factorisation."""
+    interests: int = 0
+    """Vectors of a user, found by routing the click history; 0 = one vector, no routing."""
+    rounds: int = 3
+    """Of the routing."""
+
+    def features_of(self, features: FeatureSet) -> FeatureSet:
+        """What a model of this shape reads, out of all features.
+
+        Raises:
+            ConfigError: it needs a feature that is not there.
+        """
+        if self.ids_alone:
+            return features.of_ids()
+        return features.with_interests(self.interests, self.rounds) if self.interests else features
 
 
 @dataclass(frozen=True)
@@ -133,15 +149,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def load_model(checkpoint: Checkpoint) -> TwoTower:
     """The model of a checkpoint, ready to encode."""
-    shape = checkpoint.manifest["shape"]
-    model = TwoTower(
-        load_features(checkpoint.path),
-        shape["dimension"],
-        Network(**shape["user"]),
-        Network(**shape["item"]),
-        shape["dropout"],
-        seed=0,
-    )
+    described = checkpoint.manifest["shape"]
+    towers = {side: Network(**described[side]) for side in ("user", "item")}
+    shape = Shape(**{**described, **towers})
+    features = shape.features_of(load_features(checkpoint.path))
+    model = TwoTower(features, shape.dimension, shape.user, shape.item, shape.dropout, seed=0)
     _restore_model(model, load_file(checkpoint.path / TENSORS))
     return model.eval()
 

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twotower.models.encoders import label_aware
 from twotower.models.losses import (
     Form,
     bsl,
@@ -124,9 +125,11 @@ class TrainReport:
     loss: float
     """Mean of the last epoch."""
     seconds: float
+    channels: dict[str, "TrainReport"] = field(default_factory=dict)
+    """The other trained channels, by name."""
 
 
-def train(  # noqa: PLR0915  one loop, top to bottom
+def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
     samples: Samples,
     checkpoints: Path,
     shape: Shape,
@@ -145,6 +148,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
     half_life_days: float | None,
     checkpoint_s: float,
     threads: int,
+    sharpness: float = 20.0,
     enough: Callable[[int, TwoTower], bool] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainReport:
@@ -171,15 +175,18 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         half_life_days: of the weight of a positive; None = age does not matter.
         checkpoint_s: seconds between checkpoints.
         threads: threads of a step.
+        sharpness: of the attention of a user's interests to the positive item (`label_aware`).
         enough: is called after each epoch with its number, from 1, and the model; True ends the training there.
             What is finished then is a shorter run under the name of the whole one: keep its folder apart.
         clock: monotonic seconds.
 
     Raises:
         DataError: the loss or the trained numbers are not finite; fewer than two rows or a `batch_size` of one.
-        ConfigError: negatives that the samples do not have, or that do not fit the batch.
+        ConfigError: negatives that the samples do not have, or that do not fit the batch; a shape that needs a
+            feature that is not there.
     """
     started = clock()
+    samples = replace(samples, features=shape.features_of(samples.features))
     settings = {
         "shape": asdict(shape),
         "loss": asdict(loss),
@@ -195,6 +202,7 @@ def train(  # noqa: PLR0915  one loop, top to bottom
         "horizon": horizon,
         "half_life_days": half_life_days,
         "threads": threads,
+        **({"sharpness": sharpness} if shape.interests else {}),
         "torch": torch.__version__,
     }
     folder = run_folder(checkpoints, samples.manifest, settings)
@@ -238,6 +246,8 @@ def train(  # noqa: PLR0915  one loop, top to bottom
             torch.default_generator.manual_seed(_seed_of_step(seed, epoch, step))  # dropout depends on the step alone
             inputs = assembler.assemble(batch.user, batch.item)
             users, items = model.user_tower(inputs.user), model.item_tower(inputs.item)
+            if shape.interests:
+                users = label_aware(users, items[torch.from_numpy(batch.positive)], sharpness)
             total = _loss(form, users, items, batch, hard_part.share, model.calibration)
             optimizer.zero_grad()
             total.backward()  # type: ignore[no-untyped-call]
