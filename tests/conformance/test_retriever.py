@@ -12,11 +12,14 @@ from twotower.config import settings as spec
 from twotower.datasets.simulate import simulate_workspace
 from twotower.features.feature_set import FeatureSet
 from twotower.index.exact import ExactIndex
+from twotower.models.als import ALS, Options
 from twotower.models.channel import VectorChannel
+from twotower.models.fit import Counted
 from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
 from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Candidates, Queries, Retriever
+from twotower.models.same_category import SameCategory
 from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
 from twotower.samples import Samples, build_samples, open_samples
@@ -54,6 +57,8 @@ CHANNELS: dict[str, Callable[[Samples], Retriever]] = {
     ),
     "mf": lambda samples: vector_channel("mf", samples, samples.features.of_ids(), Network("none", ())),
     "item_cf": lambda samples: ItemCF.fit(samples.clicks, len(samples.items)),
+    "als": lambda samples: ALS.fit(samples.clicks, len(samples.items), Options(factors=8), 1, 0),
+    "same_category": lambda samples: SameCategory.fit(samples, ["category"], 20, 50),
     "popular": lambda samples: Popular.fit(samples.item_positives),
 }
 
@@ -117,7 +122,7 @@ def test_a_user_of_whom_nothing_is_known_is_answered(asked: Asked) -> None:
     found = asked.channel.retrieve(queries, 5)
     check(found, queries, 5, len(asked.samples.items))
     np.testing.assert_array_equal(found.rows[0], found.rows[2])
-    if asked.channel.name not in ("item_cf", "mf"):  # which know nothing without clicks or an id
+    if asked.channel.name in ("two_tower", "mind", "popular"):  # others know nothing without clicks or an id
         assert (found.rows[0] >= 0).all()
 
 
@@ -150,10 +155,10 @@ def test_eight_threads_get_the_answers_of_one(asked: Asked) -> None:
             same(found, alone[place % 30])
 
 
-@pytest.mark.parametrize("name", ["item_cf", "popular"])
+@pytest.mark.parametrize("name", ["item_cf", "als", "same_category", "popular"])
 def test_a_saved_channel_answers_alike_and_saves_the_same_bytes(name: str, samples: Samples, tmp_path: Path) -> None:
     channel = CHANNELS[name](samples)
-    assert isinstance(channel, ItemCF | Popular)
+    assert isinstance(channel, Counted)
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
     channel.save(tmp_path / "one")
@@ -161,5 +166,5 @@ def test_a_saved_channel_answers_alike_and_saves_the_same_bytes(name: str, sampl
     queries = Asked(channel, samples).queries(list(range(60)))
     same(loaded.retrieve(queries, 20), channel.retrieve(queries, 20))
     loaded.save(tmp_path / "two")
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    for path in (tmp_path / "one").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()

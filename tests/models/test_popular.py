@@ -1,9 +1,18 @@
-import numpy as np
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from twotower.config import settings as spec
 from twotower.features.columns import Bag
 from twotower.index.protocol import Exclusions
 from twotower.models.popular import Popular
+from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Queries
+from twotower.samples import Samples, build_samples, open_samples
+from twotower.schema.errors import ConfigError
 
 
 def test_items_stand_by_clicks_then_by_row_without_what_is_excluded_or_never_clicked() -> None:
@@ -12,3 +21,73 @@ def test_items_stand_by_clicks_then_by_row_without_what_is_excluded_or_never_cli
     found = model.retrieve(Queries({}, nobody, Exclusions.of([[], [2, 3, 3, 99]])), 4)
     assert found.rows.tolist() == [[2, 0, 3, 4], [0, 4, -1, -1]]
     assert found.scores.tolist() == [[5, 2, 2, 1], [2, 1, -np.inf, -np.inf]]
+
+
+def test_a_segment_has_its_own_list_and_then_the_wholes() -> None:
+    lists = Bag(np.array([0, 4, 4, 4, 6, 7]), np.array([3, 0, 1, 2, 1, 0, 2], np.int32))
+    model = Popular(lists, np.array([9, 5, 4, 1, 4, 2, 1], np.float32), "country")
+    nobody = Bag(np.zeros(4, np.int64), np.zeros(0, np.int32))
+    queries = Queries({"country": np.array([2, 3, 0], np.int32)}, nobody, Exclusions.of([[0], [3], []]))
+    found = model.retrieve(queries, 3)
+    assert found.rows.tolist() == [[1, 3, 2], [2, 0, 1], [3, 0, 1]]
+    assert found.scores.tolist() == [[4, -1, -4], [1, -2, -3], [-1, -2, -3]]
+    assert model.retrieve(queries, 1).rows.tolist() == [[1], [2], [3]]
+
+
+def samples_of(folder: Path, untimed: bool = False) -> Samples:
+    """Users of two countries; what one of them clicks in the last of three days differs."""
+    day = 86_400_000
+    clicks = [(1, 10, 0), (1, 11, 2), (2, 11, 2), (3, 12, 1), (3, 10, 2), (4, 12, 2), (4, 12, 2)]
+    first = 1_700_000_000_000 // day * day
+    (folder / "events").mkdir(parents=True)
+    pq.write_table(pa.table({"user_id": [1, 2, 3, 4], "country": ["a", "a", "b", "b"]}), folder / "users.parquet")
+    pq.write_table(pa.table({"item_id": [10, 11, 12, 13]}), folder / "items.parquet")
+    for date in ["unknown"] if untimed else range(3):
+        rows = [(n, u, i) for n, (u, i, d) in enumerate(clicks) if untimed or d == date]
+        at = [None if untimed else first + int(date) * day + 1000 * n for n, _, _ in rows]
+        name = date if untimed else f"2023-11-{14 + int(date)}"
+        (folder / "events" / f"date={name}").mkdir()
+        columns = {
+            "event_seq": [n for n, _, _ in rows],
+            "request_id": [str(n) for n, _, _ in rows],
+            "user_id": [u for _, u, _ in rows],
+            "item_id": [i for _, _, i in rows],
+            "request_ts_ms": pa.array(at, pa.int64()),
+            "click_ts_ms": pa.array(at, pa.int64()),
+            "outcome": ["clicked"] * len(rows),
+        }
+        pq.write_table(pa.table(columns), folder / "events" / f"date={name}" / "part.parquet")
+    features = spec.Features(
+        user={"user_id": spec.Categorical("categorical"), "country": spec.Categorical("categorical")},
+        item={"item_id": spec.Categorical("categorical")},
+    )
+    build_samples(folder, folder / "samples", features, 4)
+    return open_samples(folder / "samples")
+
+
+def test_popular_counts_a_window_and_segments(tmp_path: Path) -> None:
+    samples = samples_of(tmp_path)
+    rows = np.array([0, 2])
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
+    assert Popular.of(samples, None, None).retrieve(queries, 4).rows[0].tolist() == [2, 0, 1, -1]
+    recent = Popular.of(samples, 1.0, None).retrieve(queries, 4)
+    assert recent.rows[0].tolist() == [1, 2, 0, -1]
+    assert recent.scores[0, :3].tolist() == [2, 2, 1]
+    found = Popular.of(samples, 1.0, "country").retrieve(queries, 4)
+    assert found.rows.tolist() == [[1, 2, 0, -1], [2, 0, 1, -1]]
+    assert found.scores[1, :3].tolist() == [2, 1, -1]
+
+
+def test_a_saved_channel_with_segments_answers_alike(tmp_path: Path) -> None:
+    samples = samples_of(tmp_path)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.arange(4), {}, None)
+    channel = Popular.of(samples, None, "country")
+    channel.save(tmp_path)
+    np.testing.assert_array_equal(Popular.load(tmp_path).retrieve(queries, 3).rows, channel.retrieve(queries, 3).rows)
+
+
+def test_windows_without_time_and_segments_of_no_feature_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the events have none"):
+        Popular.of(samples_of(tmp_path / "untimed", untimed=True), 1.0, None)
+    with pytest.raises(ConfigError, match=r"segment = 'planet' is no .* there are country, user_id"):
+        Popular.of(samples_of(tmp_path / "timed"), None, "planet")

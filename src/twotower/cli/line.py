@@ -20,8 +20,12 @@ from twotower.config.load import as_dict
 from twotower.config.settings import Settings
 from twotower.evaluate.holdout import evaluate
 from twotower.index.exact import ExactIndex
+from twotower.models.als import ALS, Options
 from twotower.models.channel import VectorChannel
-from twotower.models.fit import fit_channels
+from twotower.models.fit import Recipe, fit_channels
+from twotower.models.item_cf import ItemCF
+from twotower.models.popular import Popular
+from twotower.models.same_category import SameCategory
 from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
 from twotower.publish.publish import current_path, promote, publish
@@ -184,6 +188,27 @@ def _negatives(wanted: spec.Negatives) -> Negatives:
     )
 
 
+def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
+    """How each counted channel is fitted."""
+    models, threads = settings.models, settings.engine.threads
+    factorise = Options(**asdict(models.als))
+    popular, alike = models.popular, models.same_category
+    return {
+        "item_cf": Recipe(
+            {},
+            lambda: ItemCF.fit(samples.clicks, len(samples.items), settings.engine.memory_gb, threads),
+        ),
+        "als": Recipe(
+            {**asdict(models.als), "seed": settings.train.seed},
+            lambda: ALS.fit(samples.clicks, len(samples.items), factorise, threads, settings.train.seed),
+        ),
+        "popular": Recipe(asdict(popular), lambda: Popular.of(samples, popular.window_days, popular.segment)),
+        "same_category": Recipe(
+            asdict(alike), lambda: SameCategory.fit(samples, alike.attributes, alike.last, alike.items)
+        ),
+    }
+
+
 def latest_checkpoint(settings: Settings, channel: str = TWO_TOWER) -> Checkpoint:
     """The checkpoint of a channel that training finished last."""
     checkpoints = places(settings).checkpoints
@@ -198,9 +223,8 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
     check_available(settings)
     where = places(settings)
     samples, checkpoint = open_samples(where.samples), latest_checkpoint(settings)
-    baselines = fit_channels(
-        samples, ("popular", "item_cf"), where.checkpoints, settings.engine.memory_gb, settings.engine.threads
-    )
+    counted = {**_recipes(settings, samples), "popular": Recipe({}, lambda: Popular.fit(samples.item_positives))}
+    baselines = fit_channels(samples, {name: counted[name] for name in ("popular", "item_cf")}, where.checkpoints)
     metrics = evaluate(
         samples,
         where.workspace,
@@ -242,13 +266,16 @@ def publish_version(settings: Settings, *, promoted: bool) -> dict[str, Any]:
         samples,
         where.workspace / "items.parquet",
         fit_channels(
-            samples, settings.models.channels, where.checkpoints, settings.engine.memory_gb, settings.engine.threads
+            samples,
+            {name: recipe for name, recipe in _recipes(settings, samples).items() if name in settings.models.channels},
+            where.checkpoints,
         ),
         configuration=as_dict(settings),
         metrics=metrics,
         index_kind=settings.index.kind,
         index_recall=settings.index.recall,
         index_ks=sorted({*settings.evaluate.k, 500}),
+        most_new_clicks=settings.models.new_items.most_clicks,
         seed=settings.train.seed,
         clock_ms=lambda: time.time_ns() // 1_000_000,
     )

@@ -320,6 +320,50 @@ class Mind:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Als:
+    """Implicit ALS: matrix factorisation over all pairs of users and items, clicked or not."""
+
+    factors: Positive = 64
+    """Numbers of a user and of an item."""
+    regularization: PositiveReal = 0.05
+    """Greater = factors nearer to zero."""
+    confidence: Annotated[float, Field(ge=1)] = 10.0
+    """Weight of a clicked item, where one that was not clicked weighs 1."""
+    iterations: Positive = 15
+    """Rounds in which users and items are solved for in turn."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Popular:
+    """The most clicked items."""
+
+    window_days: PositiveReal | None = None
+    """Count the last days alone, such as 0.25; absent = all."""
+    segment: str | None = None
+    """A categorical or bucketed feature of users or context, each value of which has a list; absent = one for all."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class NewItems:
+    """Items that have hardly been clicked, by their features."""
+
+    most_clicks: Annotated[int, Field(ge=0)] = 0
+    """An item of at most so many training positives is new."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SameCategory:
+    """The most clicked items of the categories, authors, ... that a user clicked."""
+
+    attributes: list[str] = field(default_factory=list)
+    """Categorical or multi-valued features of items; at least one where the channel is used."""
+    last: Positive = 50
+    """A user's latest clicks that count."""
+    items: Positive = 500
+    """Items kept of each category."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Models:
     """The recall channels and the shape of the towers."""
 
@@ -337,6 +381,14 @@ class Models:
     """The channel `mf`."""
     mind: Mind = field(default_factory=Mind)
     """The channel `mind`."""
+    als: Als = field(default_factory=Als)
+    """The channel `als`."""
+    popular: Popular = field(default_factory=Popular)
+    """The channel `popular`; the baseline of an evaluation is always of all clicks."""
+    new_items: NewItems = field(default_factory=NewItems)
+    """The channel `new_items`."""
+    same_category: SameCategory = field(default_factory=SameCategory)
+    """The channel `same_category`."""
 
 
 @dataclass(frozen=True, config=STRICT)

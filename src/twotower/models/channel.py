@@ -4,6 +4,7 @@ B users, K interests, D vector, k candidates.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +52,10 @@ class VectorChannel:
         if (history := self._features.history) is not None:
             columns[history.name] = latest(queries.clicks, self._item_tokens, history.last)
         return self._encode_users(columns)
+
+    def over(self, name: str, index: VectorIndex) -> Self:
+        """A channel with this one's users over another index."""
+        return type(self)(name, self._features, self._item_tokens, self._encode_users, index)
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""

@@ -1,50 +1,55 @@
-"""Fit the channels that are counted, not trained, and keep them beside the checkpoints."""
+"""Fit the channels that are counted, not trained by the loop of the towers, and keep them beside the checkpoints."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from twotower.models.als import ALS
 from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
+from twotower.models.same_category import SameCategory
 from twotower.samples.read import Samples
 from twotower.schema.files import MANIFEST, check_listing, folder_listing, read_json, whole_folder, write_json
 
 log = logging.getLogger(__name__)
 
-Counted = Popular | ItemCF
+Counted = Popular | ItemCF | ALS | SameCategory
+KINDS: dict[str, type[Counted]] = {kind.name: kind for kind in (Popular, ItemCF, ALS, SameCategory)}
+"""The channels by name."""
 
 
-def fit_channels(
-    samples: Samples, names: Sequence[str], checkpoints: Path, memory_gb: float, threads: int
-) -> dict[str, Counted]:
-    """The channels `popular` and `item_cf`, fitted to samples or read back if they were fitted to the same before.
+@dataclass(frozen=True)
+class Recipe:
+    """How one channel is fitted."""
+
+    options: dict[str, Any]
+    """All that the result depends on beside the samples, to be told from others by."""
+    fit: Callable[[], Counted]
+
+
+def fit_channels(samples: Samples, recipes: Mapping[str, Recipe], checkpoints: Path) -> dict[str, Counted]:
+    """Channels by name, fitted to samples or read back if the same were fitted before.
 
     Args:
-        samples: what to fit to.
-        names: of channels; others than these two are passed over.
+        samples: what the recipes fit to.
+        recipes: by name of the channel.
         checkpoints: the folder of all checkpoints.
-        memory_gb: memory of the engine.
-        threads: threads of the engine.
     """
     fitted: dict[str, Counted] = {}
-    identity = hashlib.sha256(json.dumps(samples.manifest["files"], sort_keys=True).encode()).hexdigest()[:12]
-    for name, kind in (("item_cf", ItemCF), ("popular", Popular)):
-        if name not in names:
-            continue
-        folder = checkpoints / f"{name}-{identity}"
+    for name, recipe in recipes.items():
+        identity = json.dumps([samples.manifest["files"], recipe.options], sort_keys=True)
+        folder = checkpoints / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         if not _whole(folder):
             log.info("fitting %s", name)
-            channel: Counted = (
-                ItemCF.fit(samples.clicks, len(samples.items), memory_gb, threads)
-                if kind is ItemCF
-                else Popular.fit(samples.item_positives)
-            )
+            channel = recipe.fit()
             with whole_folder(folder) as temporary:
                 channel.save(temporary)
                 write_json(temporary / MANIFEST, {"kind": name, "files": folder_listing(temporary)})
-        fitted[name] = kind.load(folder)
+        fitted[name] = KINDS[name].load(folder)
     return fitted
 
 

@@ -6,53 +6,144 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from twotower.features.columns import Bag, pointers
+from twotower.features.fitted import Bucket, Category
 from twotower.index.protocol import PADDING
 from twotower.models.retriever import Candidates, Queries
 from twotower.samples.columns_file import map_columns, write_table
+from twotower.samples.read import Samples
+from twotower.schema.errors import ConfigError
 
 FILE = "popular.arrow"
+_SEGMENT = b"segment"
 
 
 class Popular:
-    """Items by falling number of clicks, ties by row; the same for everyone but for what is excluded.
+    """Items by falling number of clicks, ties by row; alike for everyone, or for everyone of a segment.
+
+    Where a segment's list ends, the whole's goes on, with scores below 0: its items' places there.
 
     Args:
-        rows: (n,) catalogue rows in that order.
-        clicks: (n,) their clicks.
+        lists: catalogue rows in that order: the whole's, then, if there are segments, one for each value of the
+            feature, by its row of the feature's table.
+        clicks: (nnz,) their clicks.
+        segment: the feature of users or context; None = there are no segments.
     """
 
     name = "popular"
 
-    def __init__(self, rows: npt.NDArray[np.int32], clicks: npt.NDArray[np.int64]) -> None:
-        self._rows = rows
+    def __init__(self, lists: Bag, clicks: npt.NDArray[np.float32], segment: str | None = None) -> None:
+        self._lists = lists
         self._clicks = clicks
+        self._segment = segment
 
     @classmethod
     def fit(cls, item_positives: npt.NDArray[np.int64]) -> "Popular":
         """Order the catalogue by positives (N,); items without any are left out."""
-        order = np.argsort(-item_positives, kind="stable")
-        order = order[item_positives[order] > 0]
-        return cls(order.astype(np.int32), item_positives[order])
+        rows = np.arange(len(item_positives))
+        return cls(*_ordered(np.zeros_like(rows), rows, item_positives, 1))
+
+    @classmethod
+    def of(cls, samples: Samples, window_days: float | None, segment: str | None) -> "Popular":
+        """Order the catalogue by the positives of the last days, or of each segment.
+
+        Args:
+            samples: with the positives, weak ones included with their weight.
+            window_days: positives older than this before the latest do not count; None = all do.
+            segment: a categorical or bucketed feature of users or context; None = no segments.
+
+        Raises:
+            ConfigError: a window for data without time; no such feature.
+        """
+        if window_days is None and segment is None:
+            return cls.fit(samples.item_positives)
+        positives = samples.positives
+        weight = positives.weight.astype(np.float64)
+        if window_days is not None:
+            if not samples.timed:
+                raise ConfigError("models.popular.window_days counts by time, and the events have none: leave it out")
+            weight = weight * (positives.ts_ms > positives.ts_ms.max(initial=0) - window_days * 86_400_000)
+        size, count = len(samples.items), 1
+        owner, rows = np.zeros(len(positives), np.int64), positives.item_row.astype(np.int64)
+        if segment is not None:
+            tokens, values = _tokens(samples, segment)
+            owner, rows, weight = np.concatenate([owner, 1 + tokens]), np.tile(rows, 2), np.tile(weight, 2)
+            count += values
+        distinct, place = np.unique(owner * size + rows, return_inverse=True)
+        return cls(*_ordered(distinct // size, distinct % size, np.bincount(place, weight), count), segment)
 
     @classmethod
     def load(cls, folder: Path) -> "Popular":
         """Read what `save` wrote, memory-mapped."""
         stored = map_columns(folder / FILE)
-        return cls(stored.column("item_row").to_numpy(), stored.column("clicks").to_numpy())
+        rows, clicks = stored.column("item_row"), stored.column("clicks").flatten()
+        segment = (stored.schema.metadata or {}).get(_SEGMENT, b"").decode() or None
+        return cls(Bag(rows.offsets.to_numpy().astype(np.int64), rows.flatten().to_numpy()), clicks.to_numpy(), segment)
 
     def save(self, folder: Path) -> None:
         """Write all that answering needs into a folder."""
-        write_table(folder / FILE, pa.table({"item_row": pa.array(self._rows), "clicks": pa.array(self._clicks)}))
+        offsets = pa.array(self._lists.indptr)
+        columns = {"item_row": self._lists.rows, "clicks": self._clicks}
+        table = pa.table({name: pa.LargeListArray.from_arrays(offsets, pa.array(v)) for name, v in columns.items()})
+        write_table(folder / FILE, table.replace_schema_metadata({_SEGMENT: self._segment or ""}))
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""
         rows = np.full((len(queries), k), PADDING, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         exclude = queries.exclude
+        tokens = None if self._segment is None else queries.features[self._segment]
+        whole = self._lists.rows[: self._lists.indptr[1]]
         for user in range(len(queries)):
             left_out = exclude.rows[exclude.indptr[user] : exclude.indptr[user + 1]]
-            head = self._rows[: k + len(left_out)]
-            place = np.flatnonzero(~np.isin(head, left_out))[:k]
-            rows[user, : len(place)] = head[place]
-            scores[user, : len(place)] = self._clicks[place]
+            count = 0
+            if tokens is not None:
+                start, stop = self._lists.indptr[1 + tokens[user] : 3 + tokens[user]]  # type: ignore[index]
+                place = start + self._first(self._lists.rows[start:stop], left_out, k)
+                count = len(place)
+                rows[user, :count], scores[user, :count] = self._lists.rows[place], self._clicks[place]
+                left_out = np.concatenate([left_out, rows[user, :count]])
+            place = self._first(whole, left_out, k - count)
+            end = count + len(place)
+            rows[user, count:end] = whole[place]
+            scores[user, count:end] = self._clicks[place] if tokens is None else -1 - place
         return Candidates(rows, scores)
+
+    @staticmethod
+    def _first(ordered: npt.NDArray[np.int32], left_out: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+        """Places of the first k items that are not left out."""
+        head = ordered[: k + len(left_out)]
+        return np.flatnonzero(~np.isin(head, left_out))[:k]
+
+
+def _ordered(
+    group: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    clicks: npt.NDArray[np.int64] | npt.NDArray[np.float64],
+    groups: int,
+) -> tuple[Bag, npt.NDArray[np.float32]]:
+    """The clicked items of each group by falling clicks, ties by row."""
+    kept = clicks > 0
+    group, rows, clicks = group[kept], rows[kept], clicks[kept]
+    order = np.lexsort((rows, -clicks, group))
+    lists = Bag(pointers(np.bincount(group, minlength=groups)), rows[order].astype(np.int32))
+    return lists, clicks[order].astype(np.float32)
+
+
+def _tokens(samples: Samples, segment: str) -> tuple[npt.NDArray[np.int64], int]:
+    """The segment of each positive (P,) as a row of the feature's table, and how many rows the table has."""
+    fitted = {f.name: f for f in (*samples.features.user_columns, *samples.features.context)}
+    feature = fitted.get(segment)
+    if not isinstance(feature, Category | Bucket):
+        fit = [name for name, f in fitted.items() if isinstance(f, Category | Bucket)]
+        raise ConfigError(
+            f"models.popular.segment = {segment!r} is no categorical or bucketed feature of users or context; "
+            f"there are {', '.join(fit) or 'none'}"
+        )
+    size = feature.capacity if isinstance(feature, Bucket) else feature.vocabulary.capacity
+    if segment in samples.positives.context:
+        tokens = samples.positives.context[segment]
+    else:
+        tokens = samples.users.features[segment][samples.positives.user_row]  # type: ignore[index]
+    assert isinstance(tokens, np.ndarray)
+    return tokens.astype(np.int64), size

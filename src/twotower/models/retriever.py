@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from twotower.features.columns import Bag, Column
+from twotower.features.columns import Bag, Column, ranges
 from twotower.index.protocol import PADDING, Exclusions
 
 
@@ -89,3 +89,58 @@ def top_of_groups(
     best[owner[kept], place[kept]] = rows[order][kept]
     score[owner[kept], place[kept]] = scores[order][kept]
     return Candidates(best, score)
+
+
+ENTRIES = 1 << 21
+"""Entries of lists that are summed at a time."""
+
+
+def top_sums(
+    owner: npt.NDArray[np.int64],
+    key: npt.NDArray[np.int64],
+    weight: npt.NDArray[np.float64],
+    lists: Bag,
+    values: npt.NDArray[np.float32],
+    exclude: Exclusions,
+    size: int,
+    count: int,
+    k: int,
+) -> Candidates:
+    """The k rows of the greatest sums: each owner's lists, times their weights, added up and cut.
+
+    Args:
+        owner: (n,) in 0..count-1, ascending.
+        key: (n,) which list.
+        weight: (n,) of the list for its owner.
+        lists: catalogue rows.
+        values: (nnz,) of each entry.
+        exclude: rows that an owner is not offered.
+        size: of the catalogue.
+        count: number of owners.
+        k: rows to keep.
+
+    >>> lists, values = Bag(np.array([0, 2, 3]), np.array([5, 6, 6], np.int32)), np.array([1, 2, 4], np.float32)
+    >>> nothing = Exclusions.of([[]])
+    >>> found = top_sums(np.zeros(2, int), np.arange(2), np.array([1.0, 0.5]), lists, values, nothing, 9, 1, 2)
+    >>> found.rows.tolist(), found.scores.tolist()
+    ([[6, 5]], [[4.0, 1.0]])
+    """
+    entries = lists.indptr[key + 1] - lists.indptr[key]
+    before = np.concatenate([[0], np.cumsum(entries)])[np.searchsorted(owner, np.arange(count + 1))]
+    parts: list[Candidates] = []
+    start = 0
+    while start < count or not parts:
+        stop = max(start + 1, int(np.searchsorted(before, before[start] + ENTRIES, side="right")) - 1)
+        stop = min(stop, count)
+        mine = slice(*np.searchsorted(owner, [start, stop]))
+        places = ranges(lists.indptr[key[mine]], entries[mine])
+        keys = np.repeat(owner[mine] - start, entries[mine]) * size + lists.rows[places]
+        distinct, place = np.unique(keys, return_inverse=True)
+        sums = np.bincount(place, np.repeat(weight[mine], entries[mine]) * values[places], len(distinct))
+        bounds = exclude.indptr[start : stop + 1]
+        left_out = np.repeat(np.arange(stop - start), np.diff(bounds)) * size + exclude.rows[bounds[0] : bounds[-1]]
+        kept = ~np.isin(distinct, left_out)
+        scores = sums[kept].astype(np.float32)
+        parts.append(top_of_groups(distinct[kept] // size, distinct[kept] % size, scores, stop - start, k))
+        start = stop
+    return Candidates(np.concatenate([p.rows for p in parts]), np.concatenate([p.scores for p in parts]))

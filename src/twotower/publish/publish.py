@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import pyarrow.parquet as pq
 from twotower.features.columns import Column, take, to_arrow
 from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, save
 from twotower.index.build import build_index
+from twotower.models.als import ALS
 from twotower.models.channel import latest
-from twotower.models.item_cf import ItemCF
-from twotower.models.popular import Popular
+from twotower.models.fit import Counted
 from twotower.models.queries import queries_of_users
+from twotower.models.retriever import Queries
 from twotower.models.two_tower import Floats, TwoTower
 from twotower.publish.golden import replay, write_golden
 from twotower.publish.onnx import OnnxTower, export_tower
@@ -32,6 +34,7 @@ from twotower.publish.tables import map_tables, save_tables
 from twotower.publish.version import (
     CATALOGUE,
     FORMAT,
+    NEW_ITEMS,
     TWO_TOWER,
     item_tokens,
     open_version,
@@ -79,13 +82,14 @@ def publish(
     checkpoints: Mapping[str, Checkpoint],
     samples: Samples,
     items_file: Path,
-    channels: Mapping[str, Popular | ItemCF],
+    channels: Mapping[str, Counted],
     *,
     configuration: dict[str, Any],
     metrics: dict[str, Any],
     index_kind: str,
     index_recall: float,
     index_ks: Sequence[int],
+    most_new_clicks: int = 0,
     seed: int,
     clock_ms: Callable[[], int],
 ) -> str:
@@ -102,6 +106,7 @@ def publish(
         index_kind: `exact` or `faiss`.
         index_recall: share of the exact answer that the index must find.
         index_ks: list lengths that the index is tuned for.
+        most_new_clicks: an item of at most so many training positives is new to the channel `new_items`.
         seed: of the index.
         clock_ms: milliseconds since 1970.
 
@@ -127,6 +132,7 @@ def publish(
     tensors = checkpoints[TWO_TOWER].tensors_sha256
     version_id = f"{moment:%Y%m%dT%H%M%S}{created_ms % 1000:03d}-{tensors[:8]}"
     with _one_writer(versions), whole_folder(_new_path(versions, version_id)) as folder:
+        tune = partial(build_index, index_kind, ks=list(index_ks), recall=index_recall, seed=seed)
         for name, checkpoint in checkpoints.items():
             log.info("writing channel %s", name)
             model = load_model(checkpoint)
@@ -138,20 +144,20 @@ def publish(
             users = _some_users(model, samples)
             _write_vector_channel(folder / "channels" / name, model, samples, vectors)
             _check_export(folder / "channels" / name, model, samples, users, vectors)
-            queries = model.encode_users(users)
-            tuned = build_index(
-                index_kind,
-                np.arange(len(vectors)),
-                vectors,
-                queries.reshape(-1, queries.shape[-1]),
-                list(index_ks),
-                index_recall,
-                seed,
-            )
-            tuned.save(folder / "channels" / name / "index")
+            queries = model.encode_users(users).reshape(-1, vectors.shape[1])
+            tune(np.arange(len(vectors)), vectors, queries).save(folder / "channels" / name / "index")
+            if name == TWO_TOWER and NEW_ITEMS in configuration["models"]["channels"]:
+                new = np.flatnonzero(samples.item_positives <= most_new_clicks)
+                (folder / "channels" / NEW_ITEMS).mkdir()
+                tune(new, vectors[new], queries).save(folder / "channels" / NEW_ITEMS / "index")
         for name, channel in channels.items():
+            log.info("writing channel %s", name)
             (folder / "channels" / name).mkdir()
-            channel.save(folder / "channels" / name)
+            whole = channel
+            if isinstance(channel, ALS):
+                queries = channel.user_vectors(_some_queries(samples).clicks)
+                whole = channel.with_index(tune(*channel.found, queries[queries.any(axis=1)]))
+            whole.save(folder / "channels" / name)
         for name in ("users.arrow", "clicks.arrow"):
             shutil.copyfile(samples.path / name, folder / name)
         write_table(folder / CATALOGUE, catalogue)
@@ -185,12 +191,16 @@ def _write_vector_channel(folder: Path, model: TwoTower, samples: Samples, vecto
 
 def _some_users(model: TwoTower, samples: Samples) -> dict[str, Column]:
     """Encoded columns of users spread over all, with their clicks: what the version will be asked."""
-    rows = np.unique(np.linspace(0, len(samples.users) - 1, SAMPLED).astype(np.int64))
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
+    queries = _some_queries(samples)
     columns = dict(queries.features)
     if (history := model.features.history) is not None:
         columns[history.name] = latest(queries.clicks, item_tokens(model.features, samples.items.ids), history.last)
     return columns
+
+
+def _some_queries(samples: Samples) -> Queries:
+    rows = np.unique(np.linspace(0, len(samples.users) - 1, SAMPLED).astype(np.int64))
+    return queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
 
 
 def _check_export(

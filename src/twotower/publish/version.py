@@ -17,8 +17,7 @@ from twotower.features.vocabulary import Positions
 from twotower.fusion.fuse import Fused, quota, reciprocal_rank
 from twotower.index.build import load_index
 from twotower.models.channel import VectorChannel
-from twotower.models.item_cf import ItemCF
-from twotower.models.popular import Popular
+from twotower.models.fit import KINDS
 from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Candidates, Queries, Retriever
 from twotower.publish.onnx import OnnxTower
@@ -36,6 +35,8 @@ FUSED = "fused"
 TWO_TOWER = "two_tower"
 VECTOR_CHANNELS = (TWO_TOWER, "mind", "mf")
 """The channels that are trained: a user encoder and item vectors each."""
+NEW_ITEMS = "new_items"
+"""The channel that searches the new items alone with the user's vector of the two towers."""
 DIGEST = "digest"
 """Key of a manifest: the SHA-256 of all its other entries, because a flipped digit in JSON is still JSON."""
 
@@ -126,14 +127,18 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
         if check_hashes and (problems := check_listing(path, manifest["files"])):
             raise VersionError(f"version {path.name} is damaged: {'; '.join(problems)}. Restore it or publish again")
         catalogue = map_columns(path / CATALOGUE)
+        item_ids, folder = catalogue.column(c.ITEM_ID), path / "channels"
+        two_tower = _open_vector_channel(folder / TWO_TOWER, item_ids, threads)
         channels: dict[str, Retriever] = {}
         for name in manifest["configuration"]["models"]["channels"]:
-            if name in VECTOR_CHANNELS:
-                channels[name] = _open_vector_channel(path / "channels" / name, catalogue.column(c.ITEM_ID), threads)
-            elif name == Popular.name:
-                channels[name] = Popular.load(path / "channels" / name)
-            elif name == ItemCF.name:
-                channels[name] = ItemCF.load(path / "channels" / name)
+            if name == TWO_TOWER:
+                channels[name] = two_tower
+            elif name == NEW_ITEMS:
+                channels[name] = two_tower.over(name, load_index(folder / name / "index"))
+            elif name in VECTOR_CHANNELS:
+                channels[name] = _open_vector_channel(folder / name, item_ids, threads)
+            else:
+                channels[name] = KINDS[name].load(folder / name)
         return Version(
             path.name,
             path,
