@@ -34,6 +34,7 @@ _WORDS = {
     Any: "anything",
     dict: "features by name",
     spec.Span: "spans by key",
+    spec.NotNegative: "numbers ≥ 0 by name",
 }
 
 
@@ -102,7 +103,7 @@ def _type(hint: Any) -> str:
         return " or ".join(_type(choice) for choice in arguments if choice is not type(None))
     if origin is list:
         return f"list of {_type(arguments[0])}"
-    return _WORDS[arguments[1] if arguments and arguments[1] is spec.Span else origin or hint]
+    return _WORDS[arguments[1] if origin is dict and arguments[1] in _WORDS else origin or hint]
 
 
 def _limits(info: FieldInfo) -> str:

@@ -4,6 +4,7 @@ B users, C channels, M items of a user's union, k cut-offs. What is raised is re
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,14 +50,14 @@ class Chosen:
 def choose(lists: Mapping[str, Candidates], truth: Bag, ks: Sequence[int], seed: int) -> Chosen:
     """The fusion with the greatest recall whose parts are each worth more than their noise.
 
-    A term weight / (constant + rank) is an estimate of how likely a hit is at that rank; each channel's is fitted to its
-    hits by maximum likelihood, as if no other channel were there. From there, and from the best channel alone, one
+    A term weight / (constant + rank) is an estimate of how likely a hit is at that rank; each channel's is fitted to
+    its hits by maximum likelihood, as if no other channel were there. From there, and from the best channel alone, one
     channel after another is given another weight, none included, or another constant, whichever is best; a change
     stands if it brings more than its standard error over users (paired), and at the end a channel whose loss is less
     than that has weight 0. Quotas are climbed likewise, and taken if they are better by more than the error.
 
-    What was chosen on the users that it is judged on looks better than it is. So the choice is made three times: on each
-    half of the users, for the figures on the other half, and on all of them.
+    What was chosen on the users that it is judged on looks better than it is. So the choice is made three times: on
+    each half of the users, for the figures on the other half, and on all of them.
 
     Args:
         lists: candidates of each channel by name, as long as they will be asked for; excluded items are not in them.
@@ -236,4 +237,5 @@ def _is_gain(change: npt.NDArray[Any]) -> bool:
     (True, False, False)
     """
     mean = float(change.mean())
-    return mean > 0 and mean > float(change.std(ddof=min(1, len(change) - 1))) / np.sqrt(len(change))
+    error = float(change.std(ddof=min(1, len(change) - 1))) / math.sqrt(len(change))
+    return mean > max(error, 0.0)

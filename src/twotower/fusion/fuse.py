@@ -188,19 +188,19 @@ class Union:
         return np.asarray(term[self.ranks[channel]])
 
     def _from_1(self) -> Floats:
-        return np.maximum(np.arange(self.depth + 1.0), 1.0)
+        ranks: Floats = np.maximum(np.arange(self.depth + 1.0), 1.0)
+        return ranks
 
     def best(self, scores: Floats, k: int) -> npt.NDArray[np.bool_]:
         """(B, M) true at the k best items of each user; of equal scores (B, M) the lower rows."""
-        listed = self.rows != PADDING
+        listed: npt.NDArray[np.bool_] = self.rows != PADDING
         if scores.shape[1] <= k:
             return listed
         scores = np.where(listed, scores, -np.inf)
         last = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
-        better, level = scores > last, (scores == last) & listed
-        chosen: npt.NDArray[np.bool_] = better | (
-            level & (np.cumsum(level, axis=1) <= k - better.sum(axis=1, keepdims=True))
-        )
+        chosen: npt.NDArray[np.bool_] = scores > last
+        level = (scores == last) & listed
+        chosen |= level & (np.cumsum(level, axis=1) <= k - chosen.sum(axis=1, keepdims=True))
         return chosen
 
 

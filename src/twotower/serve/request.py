@@ -89,15 +89,16 @@ def retrieve(version: Version, asked: Asked, recent: Recent, now_ms: int, impres
     )
     lists: dict[str, Candidates] = {}
     failed: list[str] = []
+    depth = version.fusion.asked(asked.k, names)
     for name in names:
         try:
-            lists[name] = version.channels[name].retrieve(queries, asked.k)
+            lists[name] = version.channels[name].retrieve(queries, depth)
         except Exception:  # one channel's defect must not take the others down with it
             log.exception("channel %s of %s failed", name, version.id)
             failed.append(name)
     if not lists:
         raise Unanswerable(f"every channel failed: {', '.join(failed)}")
-    fused = version.fuse(lists, asked.k)
+    fused = version.fusion.fuse(lists, asked.k)
     found = fused.candidates.rows[0]
     found = found[found >= 0]
     ids = version.item_ids.take(pa.array(found)).to_pylist()
