@@ -203,7 +203,7 @@ class _Search:
         return _Term(term.weight * (1 / (term.constant + ranks)).sum() / (1 / (constant + ranks)).sum(), constant)
 
     def _total(self, method: str, terms: Sequence[_Term]) -> Floats:
-        total = np.full(self.union.rows.shape, 0.0 if method == RRF else -np.inf)
+        total = self.union.nothing(method)
         for channel, term in enumerate(terms):
             total = self._add(method, total, channel, term)
         return total
@@ -216,8 +216,23 @@ class _Search:
         return np.maximum(total, self.union.due(channel, term.weight))
 
     def _at_each(self, scores: Floats) -> Floats:
-        hits = [(self.union.best(scores, k) & self.hit).sum(axis=1) for k in self.ks]
-        return np.stack(hits, axis=1) / self.counts[:, None]
+        """(B, k) recall by scores (B, M), as `Union.best` decides, but for the hits alone."""
+        most = scores.shape[1]
+        within = [k for k in self.ks if k < most]
+        ordered = np.partition(scores, [most - k for k in within], axis=1) if within else scores
+        user, column = np.nonzero(self.hit)
+        score = scores[user, column]
+        recall = np.empty((len(self.counts), len(self.ks)))
+        for at, k in enumerate(self.ks):
+            inside = np.isfinite(score)
+            if k < most:
+                last = ordered[:, most - k]
+                inside &= score >= last[user]
+                for tie in np.flatnonzero(inside & (score == last[user])):
+                    row, limit = scores[user[tie]], score[tie]
+                    inside[tie] = (row > limit).sum() + (row[: column[tie]] == limit).sum() < k
+            recall[:, at] = np.bincount(user[inside], minlength=len(self.counts)) / self.counts
+        return recall
 
     def _mean_at(self, scores: Floats) -> Floats:
         mean: Floats = self._at_each(scores).mean(axis=1)

@@ -104,7 +104,7 @@ def reciprocal_rank(
     share = shares(weights, lists)
     constant = {name: _checked(constants, lists, "constant").get(name, RRF_CONSTANT) for name in lists}
     union = Union.of(lists)
-    total = np.zeros(union.rows.shape)
+    total = union.nothing(RRF)
     for channel, name in enumerate(union.channels):
         total += union.reciprocal(channel, share[name], constant[name])
     return _best(union, total, k)
@@ -131,7 +131,7 @@ def quota(lists: Mapping[str, Candidates], k: int, weights: Mapping[str, float] 
     """
     share = shares(weights, lists)
     union = Union.of(lists)
-    earliest = np.full(union.rows.shape, -np.inf)
+    earliest = union.nothing(QUOTA)
     for channel, name in enumerate(union.channels):
         np.maximum(earliest, union.due(channel, share[name]), out=earliest)
     return _best(union, earliest, k)
@@ -191,17 +191,23 @@ class Union:
         ranks: Floats = np.maximum(np.arange(self.depth + 1.0), 1.0)
         return ranks
 
+    def nothing(self, method: str) -> Floats:
+        """(B, M) scores before any channel has its say; minus infinity where there is no item."""
+        return np.where(self.rows != PADDING, 0.0 if method == RRF else -np.inf, -np.inf)
+
     def best(self, scores: Floats, k: int) -> npt.NDArray[np.bool_]:
-        """(B, M) true at the k best items of each user; of equal scores (B, M) the lower rows."""
+        """(B, M) true at the k best items of each user by scores (B, M), minus infinity at padding; ties by row."""
         listed: npt.NDArray[np.bool_] = self.rows != PADDING
-        if scores.shape[1] <= k:
+        most = scores.shape[1]
+        if most <= k:
             return listed
-        scores = np.where(listed, scores, -np.inf)
-        last = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
-        chosen: npt.NDArray[np.bool_] = scores > last
-        level = (scores == last) & listed
-        chosen |= level & (np.cumsum(level, axis=1) <= k - chosen.sum(axis=1, keepdims=True))
-        return chosen
+        last = np.partition(scores, most - k, axis=1)[:, most - k, None]
+        chosen: npt.NDArray[np.bool_] = scores >= last
+        over = np.flatnonzero(chosen.sum(axis=1) > k)
+        level = scores[over] == last[over]
+        room = k - (scores[over] > last[over]).sum(axis=1, keepdims=True)
+        chosen[over] &= ~level | (np.cumsum(level, axis=1) <= room)
+        return chosen & listed
 
 
 def shares(weights: Mapping[str, float] | None, channels: Mapping[str, Any] | Sequence[str]) -> dict[str, float]:
