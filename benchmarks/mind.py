@@ -1,6 +1,6 @@
 """MIND against the two towers: where several vectors of a user gain, and where not.
 
-    python benchmarks/mind.py --data DIR [--set section.key=value ...] [--seeds 3] [--out FILE] [--smoke]
+    python benchmarks/mind.py --data DIR [--case NAME ...] [--set section.key=value ...] [--seeds 3] [--out FILE] [--smoke]
 
 Both read the same features and samples and are trained by the same loop: `two_tower` as the example configuration has
 it and with the mean as the encoder of the history, `mind` with its routing in place of that encoder. Judged is recall
@@ -45,20 +45,22 @@ Floats = npt.NDArray[np.float64]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--case", action="append", choices=list(SETS), help="absent = all")
     parser.add_argument("--set", action="append", default=[], dest="changed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="KuaiRand alone, one seed, one epoch")
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.seeds, arguments.changed = 1, [*arguments.changed, "train.epochs=1"]
+        arguments.case, arguments.seeds = ["kuairand"], 1
+        arguments.changed.append("train.epochs=1")
     result: dict[str, Any] = {
         "benchmark": "MIND against the two towers",
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "seeds": arguments.seeds,
         "changed": arguments.changed,
     }
-    for data in ["kuairand"] if arguments.smoke else SETS:
+    for data in arguments.case or SETS:
         result[data] = compare(data, arguments.data, arguments.seeds, arguments.changed)
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
