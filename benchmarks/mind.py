@@ -1,6 +1,7 @@
 """MIND against the two towers: where several vectors of a user gain, and where not.
 
-    python benchmarks/mind.py --data DIR [--case NAME ...] [--set section.key=value ...] [--seeds 3] [--out FILE] [--smoke]
+    python benchmarks/mind.py --data DIR [--case NAME ...] [--set section.key=value ...] [--seeds 3] [--out FILE]
+        [--smoke]
 
 Both read the same features and samples and are trained by the same loop: `two_tower` as the example configuration has
 it and with the mean as the encoder of the history, `mind` with its routing in place of that encoder. Judged is recall
