@@ -1,5 +1,6 @@
 import random
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -255,6 +256,27 @@ def test_spark_listens_on_this_machine_alone(spark: spec.Engine) -> None:
     loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
     assert listening
     assert set(listening) <= loopback
+
+
+def test_spark_ends_with_its_job_and_starts_again_for_the_next_and_prints_nothing(
+    tmp_path: Path, spark: spec.Engine
+) -> None:
+    """In a process of its own, because here one runs."""
+    code = """
+import sys
+from pathlib import Path
+import pyarrow as pa
+from pyspark import SparkContext
+from twotower.samples.spark_engine import open_spark
+for _ in range(2):
+    with open_spark(None, 1, 1.0, {}, Path(sys.argv[1])) as engine:
+        java = SparkContext._gateway.proc
+        assert engine.fetch(engine.put("n", pa.table({"n": [1]}))).to_pydict() == {"n": [1]}
+    assert java.returncode is not None
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
 
 
 def java(folder: Path, version: str) -> Path:
