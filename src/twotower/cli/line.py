@@ -101,8 +101,7 @@ def make_samples(settings: Settings) -> SamplesReport:
         impressed_as_negatives=settings.samples.negatives.impressed_as_negatives_for_experiments,
         seed=settings.samples.seed,
         room=settings.samples.vocabulary_room,
-        memory_gb=settings.engine.memory_gb,
-        threads=settings.engine.threads,
+        engine=settings.engine,
     )
 
 

@@ -102,7 +102,8 @@ def _type(hint: Any) -> str:
         return " or ".join(_type(choice) for choice in arguments if choice is not type(None))
     if origin is list:
         return f"list of {_type(arguments[0])}"
-    return _WORDS[arguments[1] if arguments and arguments[1] is spec.Span else origin or hint]
+    word = arguments[1] if origin is dict and arguments[1] in (spec.Span, str) else origin or hint
+    return "texts by name" if origin is dict and word is str else _WORDS[word]
 
 
 def _limits(info: FieldInfo) -> str:

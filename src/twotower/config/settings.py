@@ -46,14 +46,20 @@ class Workspace:
 
 @dataclass(frozen=True, config=STRICT)
 class Engine:
-    """What runs the batch jobs."""
+    """What runs the batch jobs: samples and item-to-item channels."""
 
     name: Literal["duckdb", "spark"] = "duckdb"
     """`duckdb` is embedded; `spark` is for logs that outgrow one machine."""
     memory_gb: PositiveReal = 2.0
-    """Memory of a whole batch job; beyond it the engine spills to disk."""
+    """Memory of a whole batch job; beyond it the engine spills to disk. On a cluster that of the driver alone."""
     threads: Positive = 2
-    """Threads of a batch job."""
+    """Threads of a batch job; on a cluster `options` say what there is."""
+    url: str | None = None
+    """`spark`: the master, such as `local[4]`, `spark://HOST:7077` or `yarn`; absent = the threads of this machine."""
+    scratch: str | None = None
+    """Folder for what a job keeps on its way, on a cluster one that all machines see; absent = beside the result."""
+    options: dict[str, str] = field(default_factory=dict)
+    """`spark`: further configuration, such as `{ "spark.executor.memory" = "8g" }`."""
 
 
 @dataclass(frozen=True, config=STRICT)
