@@ -353,7 +353,7 @@ def test_a_channel_that_fails_is_named_and_the_others_answer(server, monkeypatch
     assert len(answer["items"]) == 10
     response = server.http.post("/v1/retrieve", json={"channels": ["popular"]})
     assert (response.status_code, response.json()) == (503, {"error": "every channel failed: popular"})
-    assert server.metric('twotower_failed_channels_total{channel="popular"}') == 1
+    assert server.metric('twotower_failed_channels_total{channel="popular",reason="error"}') == 2
 
 
 def test_a_defect_is_a_500_with_a_sentence_and_is_counted(server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
         sync_s=log.sync_s,
         exclude=options.exclude,
         impressed_window_ms=int(options.impressed_window_s * 1000),
+        channel_timeout_ms=options.channel_timeout_ms,
         extend=add_page,
         ready=ready,
     )

@@ -540,6 +540,8 @@ class Serve:
     """What a user is not offered again."""
     impressed_window_s: PositiveReal = 86400.0
     """How long an impression is left out."""
+    channel_timeout_ms: PositiveReal = 200.0
+    """How long a request with several channels waits for them; one that is slower is left out of the answer."""
     features: FeatureStore = field(default_factory=FeatureStore)
     """Where a server keeps what it learns of a user."""
 

@@ -24,6 +24,7 @@ from twotower.logs import Event, EventLog, EventLogError
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
+from twotower.serve.channels import SideBySide
 from twotower.serve.request import Asked, Unanswerable, is_id, retrieve, similar
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST, Recent, RecentUsers
@@ -86,7 +87,12 @@ class Metrics:
             registry=self.registry,
         )
         self.events = Counter("twotower_events", "Events by what became of them.", ["result"], registry=self.registry)
-        self.failed = Counter("twotower_failed_channels", "Channels left out.", ["channel"], registry=self.registry)
+        self.failed = Counter(
+            "twotower_failed_channels",
+            "Channels left out of an answer: error, late (over serve.channel_timeout_ms), busy (with a late call).",
+            ["channel", "reason"],
+            registry=self.registry,
+        )
         self.version = Gauge("twotower_version", "1 for the served version.", ["version"], registry=self.registry)
         self.refused = Gauge("twotower_version_refused", "1 while CURRENT is refused.", registry=self.registry)
 
@@ -195,6 +201,7 @@ def make_app(
     *,
     exclude: str,
     impressed_window_ms: int,
+    channel_timeout_ms: float,
     clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The public application.
@@ -206,6 +213,7 @@ def make_app(
         metrics: counted into.
         exclude: what is left out unless a request says otherwise.
         impressed_window_ms: how long an impression is left out.
+        channel_timeout_ms: how long a request waits for its channels, where it has several.
         clock_ms: milliseconds since 1970.
     """
     app = FastAPI(
@@ -216,6 +224,7 @@ def make_app(
         redoc_url=None,
     )
 
+    channels = SideBySide(channel_timeout_ms / 1000, lambda channel, why: metrics.failed.labels(channel, why).inc())
     searching = threading.BoundedSemaphore(AT_ONCE)
     app.add_middleware(Bounded, most_bytes=MOST_BYTES)
     app.add_middleware(Counted, metrics=metrics)
@@ -240,9 +249,7 @@ def make_app(
             body.k, body.exclude or exclude, body.user_id, body.features, body.context, body.filters, body.channels
         )
         with searching:
-            answer = retrieve(snapshots.version, asked, recent, clock_ms(), impressed_window_ms)
-        for channel in answer.failed_channels:
-            metrics.failed.labels(channel).inc()
+            answer = retrieve(snapshots.version, asked, recent, clock_ms(), impressed_window_ms, channels.ask)
         return json_response(answer)
 
     @app.post("/v1/events", status_code=202)

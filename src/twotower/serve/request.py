@@ -1,6 +1,5 @@
 """The way of a request, top to bottom: who asks, what they did, every channel, one list."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,19 +13,18 @@ from twotower.features.columns import Bag, Column
 from twotower.features.feature_set import encode_request
 from twotower.features.vocabulary import as_values
 from twotower.index.protocol import Exclusions
-from twotower.models.retriever import Candidates, Queries
+from twotower.models.retriever import Queries
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, TwotowerError
+from twotower.serve.channels import ERROR, Ask, ask_in_turn
 from twotower.serve.users import ItemId, Recent, UserId
-
-log = logging.getLogger(__name__)
 
 EXCLUDE = ("clicked", "impressed", "none")
 
 
 class Unanswerable(TwotowerError):
-    """Every channel failed."""
+    """No channel answered."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,14 @@ class Answer:
     failed_channels: list[str]
 
 
-def retrieve(version: Version, asked: Asked, recent: Recent, now_ms: int, impressed_window_ms: int) -> Answer:
+def retrieve(
+    version: Version,
+    asked: Asked,
+    recent: Recent,
+    now_ms: int,
+    impressed_window_ms: int,
+    ask: Ask = ask_in_turn,
+) -> Answer:
     """Answer a request from one version.
 
     Args:
@@ -73,10 +78,11 @@ def retrieve(version: Version, asked: Asked, recent: Recent, now_ms: int, impres
         recent: what the user did since the version was made.
         now_ms: milliseconds since 1970.
         impressed_window_ms: how long an impression is left out.
+        ask: how the channels are asked.
 
     Raises:
         DataError: an unknown feature, channel, attribute or kind of exclusion, or a value of another type.
-        Unanswerable: every channel failed.
+        Unanswerable: no channel answered.
     """
     names = tuple(asked.channels) or tuple(version.channels)
     version.check_channels(names)
@@ -87,26 +93,20 @@ def retrieve(version: Version, asked: Asked, recent: Recent, now_ms: int, impres
         Bag(np.array([0, len(clicks)]), clicks),
         Exclusions.of([left_out(version, asked, clicks, recent, now_ms - impressed_window_ms)]),
     )
-    lists: dict[str, Candidates] = {}
-    failed: list[str] = []
-    for name in names:
-        try:
-            lists[name] = version.channels[name].retrieve(queries, asked.k)
-        except Exception:  # one channel's defect must not take the others down with it
-            log.exception("channel %s of %s failed", name, version.id)
-            failed.append(name)
-    if not lists:
-        raise Unanswerable(f"every channel failed: {', '.join(failed)}")
-    fused = version.fuse(lists, asked.k)
+    brought = ask({name: version.channels[name] for name in names}, queries, asked.k)
+    if not brought.lists:
+        reasons = [name if why == ERROR else f"{name} ({why})" for name, why in brought.left_out.items()]
+        raise Unanswerable(f"every channel failed: {', '.join(reasons)}")
+    fused = version.fuse(brought.lists, asked.k)
     found = fused.candidates.rows[0]
     found = found[found >= 0]
     ids = version.item_ids.take(pa.array(found)).to_pylist()
     scores = fused.candidates.scores[0].tolist()
-    brought = fused.brought_by[0].tolist()
-    places = {bits: place for place, bits in enumerate(brought)}  # few combinations of channels, many items
+    by = fused.brought_by[0].tolist()
+    places = {bits: place for place, bits in enumerate(by)}  # few combinations of channels, many items
     channels = {bits: fused.channels_of(0, place) for bits, place in places.items()}
-    items = [Candidate(ids[i], scores[i], channels[brought[i]]) for i in range(len(ids))]
-    return Answer(version.id, 0, items, failed)
+    items = [Candidate(ids[i], scores[i], channels[by[i]]) for i in range(len(ids))]
+    return Answer(version.id, 0, items, list(brought.left_out))
 
 
 def find_user(version: Version, user_id: UserId | None) -> int:

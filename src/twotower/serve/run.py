@@ -48,6 +48,7 @@ def run_server(
     sync_s: float,
     exclude: str,
     impressed_window_ms: int,
+    channel_timeout_ms: float,
     extend: Callable[[FastAPI, Snapshots, RecentUsers], None],
     ready: Callable[[Address], None],
 ) -> None:
@@ -66,6 +67,7 @@ def run_server(
         sync_s: seconds between flushes with `interval`.
         exclude: what is left out unless a request says otherwise.
         impressed_window_ms: how long an impression is left out.
+        channel_timeout_ms: how long a request waits for its channels, where it has several.
         extend: adds to the public application, such as the page.
         ready: called with the addresses when requests are answered.
 
@@ -85,7 +87,15 @@ def run_server(
         users = RecentUsers(event_log, store)
         if applied := users.catch_up():
             log.info("%d events of the log applied", applied)
-        app = make_app(snapshots, event_log, users, metrics, exclude=exclude, impressed_window_ms=impressed_window_ms)
+        app = make_app(
+            snapshots,
+            event_log,
+            users,
+            metrics,
+            exclude=exclude,
+            impressed_window_ms=impressed_window_ms,
+            channel_timeout_ms=channel_timeout_ms,
+        )
         extend(app, snapshots, users)
         public = opened.enter_context(_listen(host, port))
         admin_url = None
