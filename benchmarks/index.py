@@ -48,14 +48,16 @@ def mixture(
 def latencies_ms(
     index: VectorIndex, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None
 ) -> dict[str, float]:
-    """Median and 99th percentile of queries (Q, D) asked one at a time, all with the same exclusions."""
-    seconds = []
+    """Of queries (Q, D) asked one at a time, all with the same exclusions; `cpu`: of the calling thread alone."""
+    seconds, cpu_seconds = [], []
     for query in queries[:, None]:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.thread_time()
         index.search(query, k, exclude)
+        cpu_seconds.append(time.thread_time() - cpu_start)
         seconds.append(time.perf_counter() - start)
     p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1000
-    return {"p50_ms": round(float(p50), 3), "p99_ms": round(float(p99), 3)}
+    cpu = float(np.median(cpu_seconds)) * 1000
+    return {"p50_ms": round(float(p50), 3), "p99_ms": round(float(p99), 3), "cpu_p50_ms": round(cpu, 3)}
 
 
 def measure(count: int, queries: int) -> list[dict[str, Any]]:

@@ -525,6 +525,19 @@ class FeatureStore:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ImpressedFilter:
+    """A user's impressions beyond the latest 2000: in Bloom filters, which take some other items for shown."""
+
+    items: Positive = 10_000
+    """Items shown to one user within `impressed_window_s` that the filters are made for; of more, the error grows in
+    proportion."""
+    error_rate: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of other items that is left out with them."""
+    periods: Positive = 7
+    """Periods that the window is cut into; an impression may be left out for up to one period longer."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Serve:
     """The HTTP server."""
 
@@ -540,6 +553,8 @@ class Serve:
     """What a user is not offered again."""
     impressed_window_s: PositiveReal = 86400.0
     """How long an impression is left out."""
+    impressed_filter: ImpressedFilter = field(default_factory=ImpressedFilter)
+    """What of a user's impressions is kept beyond the latest 2000."""
     channel_timeout_ms: PositiveReal = 200.0
     """How long a request with several channels waits for them; one that is slower is left out of the answer."""
     features: FeatureStore = field(default_factory=FeatureStore)

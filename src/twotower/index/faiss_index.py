@@ -52,6 +52,8 @@ THINNED: Final = (0.5, 0.9)
 """Shares of hidden rows that a search is tuned for; it is exact where more are hidden."""
 THINNED_QUERIES: Final = 100
 """Tuning queries of these."""
+CELLS: Final = 64
+"""Values of an attribute that filters are tuned for."""
 STEP: Final = 1.4
 """By which the number of scanned vectors grows until the recall is reached."""
 RANKED_AT_ONCE: Final = 1 << 22
@@ -286,8 +288,9 @@ class FaissIndex:
         share = len(self._hidden) / len(self._rows)
         if share <= SPARSE or not self._lists:
             return None
-        factor = next((thinned.factor for thinned in self.thinned if share <= thinned.hidden), np.inf)
-        return self._scan_by(factor, fetch)
+        below = [thinned.factor for thinned in self.thinned if thinned.hidden < share]
+        above = [thinned.factor for thinned in self.thinned if thinned.hidden >= share]
+        return self._scan_by(max(below[-1:] + above[:1]) if above else np.inf, fetch)
 
     def _scan_by(self, factor: float, fetch: int) -> float:
         scan = factor * self._tuned_probes(fetch) * len(self._rows) / self._lists
@@ -300,8 +303,7 @@ class FaissIndex:
         if scan >= self.count():
             scores, positions = self._index.search(queries, fetch, params=self._parameters(self._lists))
             return scores, positions
-        scores = np.empty((len(queries), fetch), np.float32)
-        positions = np.empty((len(queries), fetch), np.int64)
+        parts = []
         step = max(1, RANKED_AT_ONCE // self._lists)
         for start in range(0, len(queries), step):
             part = queries[start : start + step]
@@ -309,19 +311,27 @@ class FaissIndex:
             shown = self._shown_of_each[lists]
             probed = np.cumsum(shown, axis=1) - shown < scan
             most = int(probed.sum(axis=1).max())
-            near = np.ascontiguousarray(near[:, :most])
-            lists = np.where(probed, lists, -1)[:, :most].copy()  # lists of -1 are passed over
-            self._index.search_preassigned_c(  # the wrapper around it takes no selector
-                len(part),
-                faiss.swig_ptr(part),
-                fetch,
-                faiss.swig_ptr(lists),
-                faiss.swig_ptr(near),
-                faiss.swig_ptr(scores[start : start + step]),
-                faiss.swig_ptr(positions[start : start + step]),
-                False,
-                self._parameters(most),
-            )
+            parts.append(self._search_lists(part, fetch, np.where(probed, lists, -1)[:, :most], near[:, :most]))
+        return np.concatenate([scores for scores, _ in parts]), np.concatenate([positions for _, positions in parts])
+
+    def _search_lists(
+        self, queries: NDArray[np.float32], fetch: int, lists: NDArray[np.int64], near: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Scores and positions (B, fetch) out of given lists (B, P), -1 for none, with the scores of their centres."""
+        scores = np.empty((len(queries), fetch), np.float32)
+        positions = np.empty((len(queries), fetch), np.int64)
+        lists, near = np.ascontiguousarray(lists), np.ascontiguousarray(near)
+        self._index.search_preassigned_c(  # the wrapper around it takes no selector
+            len(queries),
+            faiss.swig_ptr(queries),
+            fetch,
+            faiss.swig_ptr(lists),
+            faiss.swig_ptr(near),
+            faiss.swig_ptr(scores),
+            faiss.swig_ptr(positions),
+            False,
+            self._parameters(lists.shape[1]),
+        )
         return scores, positions
 
     @cached_property
@@ -436,33 +446,59 @@ class FaissIndex:
     def _thinned(
         self, sample: NDArray[np.float32], ks: Sequence[int], target: float, oracle: VectorIndex, share: float
     ) -> Thinned:
-        """The least that must be scanned where a share of the rows is hidden: by chance, and one half of the space.
-
-        The second stands for an attribute that goes with the vectors, such as a category: it leaves the lists nearest
-        to some queries empty.
-        """
+        """The least that must be scanned where a share of the rows is hidden, by chance or by an attribute."""
         rng = np.random.default_rng(0)
-        assert self._list_of is not None
-        centres = self._index.quantizer.reconstruct_n(0, self._lists)
-        order = np.argsort(centres @ rng.standard_normal(centres.shape[1], np.float32), kind="stable")
-        ends = np.cumsum(np.bincount(self._list_of, minlength=self._lists)[order])
-        half_space = np.isin(self._list_of, order[ends <= share * len(self._rows)])
         factor, reached = 1.0, 1.0
-        for hidden in (rng.random(len(self._rows)) < share, half_space):
-            out = np.flatnonzero(hidden)
-            view = type(self)(self._index, self._rows, out, self.tuning, (), self._list_of)
-            exact = oracle.without(self._rows[out]).search(sample, ks[-1]).scores
-            for k in (k for k in ks if k <= view.count()):
-                enough = _enough(exact[:, k - 1])
-                while True:
-                    scan = view._scan_by(factor, k)
-                    scores, _ = view._search_thinned(sample, k, scan)
-                    recall = float((scores >= enough).mean())
-                    if recall >= target or scan >= view.count():
-                        break
+        for recall_at in (self._by_chance(sample, oracle, share, rng), self._by_attribute(sample, share, rng)):
+            for k in (k for k in ks if k <= (1 - share) * len(self._rows)):
+                recall, exact = recall_at(k, factor)
+                while recall < target and not exact:
                     factor *= STEP
+                    recall, exact = recall_at(k, factor)
                 reached = min(reached, recall)
         return Thinned(share, factor, reached, len(sample))
+
+    def _by_chance(
+        self, sample: NDArray[np.float32], oracle: VectorIndex, share: float, rng: np.random.Generator
+    ) -> Callable[[int, float], tuple[float, bool]]:
+        """With rows hidden by chance: recall for k and a factor, and whether all of the others were scanned."""
+        out = np.flatnonzero(rng.random(len(self._rows)) < share)
+        view = type(self)(self._index, self._rows, out, self.tuning, (), self._list_of)
+        best = oracle.without(self._rows[out]).search(sample, self.tuning[-1].k).scores
+
+        def recall_at(k: int, factor: float) -> tuple[float, bool]:
+            scan = view._scan_by(factor, k)
+            scores, _ = view._search_thinned(sample, k, scan)
+            return float((scores >= _enough(best[:, k - 1])).mean()), scan >= view.count()
+
+        return recall_at
+
+    def _by_attribute(
+        self, sample: NDArray[np.float32], share: float, rng: np.random.Generator
+    ) -> Callable[[int, float], tuple[float, bool]]:
+        """The same for an attribute that goes with the vectors, such as a category.
+
+        The space is cut into cells of lists, and each query does without its own cell and a share of the others. So its
+        neighbours are far away, where the order of the lists says less.
+        """
+        centres = self._index.quantizer.reconstruct_n(0, self._lists)
+        pivots = centres[rng.choice(self._lists, min(CELLS, self._lists), replace=False)]
+        near, lists = self._index.quantizer.search(sample, self._lists)
+        cells = np.argmax(centres @ pivots.T, axis=1)[lists]
+        hidden = rng.random((len(sample), len(pivots))) < share
+        hidden[np.arange(len(sample)), cells[:, 0]] = True
+        shown = np.where(np.take_along_axis(hidden, cells, axis=1), 0, self._shown_of_each[lists])
+        before = np.cumsum(shown, axis=1) - shown
+        best, found = self._search_lists(sample, self.tuning[-1].k, np.where(shown, lists, -1), near)
+
+        def recall_at(k: int, factor: float) -> tuple[float, bool]:
+            scan = factor * self._tuned_probes(k) * len(self._rows) / self._lists
+            scores, _ = self._search_lists(sample, k, np.where((shown > 0) & (before < scan), lists, -1), near)
+            enough_left = found[:, k - 1] >= 0
+            recalls = (scores >= _enough(best[:, k - 1]))[enough_left]
+            return float(recalls.mean()) if recalls.size else 1.0, scan >= len(self._rows)
+
+        return recall_at
 
     def save(self, folder: Path) -> None:  # noqa: D102
         with whole_folder(folder) as temporary:
