@@ -152,7 +152,7 @@ def test_similar_items_are_whole_ordered_and_never_the_item_itself(asked: Asked,
     rows = np.arange(len(asked.samples.items))
     found = similar_items(asked.channel, rows, k)
     if found is None:
-        assert asked.channel.name == "popular"
+        assert asked.channel.name in ("als", "same_category", "popular")
         return
     itself = Exclusions.of(rows[:, None].tolist())
     queries = Queries({}, Bag(np.zeros(len(rows) + 1, np.int64), np.zeros(0, np.int32)), itself)

@@ -478,7 +478,7 @@ async function toggleSimilar(pressed, item) {
   }
   const took = el("span", "took");
   const message = el("p", "message quiet", "Looking…");
-  const panel = el("div", "similar", el("div", "similar-head", el("span", "", "Similar items, best first, as one channel sees it"), took), message);
+  const panel = el("div", "similar", el("div", "similar-head", el("span", "", "Similar items as each channel sees them"), took), message);
   message.setAttribute("role", "status");
   row.append(panel);
   try {
