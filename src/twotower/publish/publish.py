@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from twotower.features.columns import Column, take, to_arrow
 from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, save
+from twotower.fusion.fuse import Fusion
 from twotower.index.build import build_index
 from twotower.models.als import ALS
 from twotower.models.channel import latest
@@ -85,6 +86,7 @@ def publish(
     items_file: Path,
     channels: Mapping[str, Counted],
     *,
+    fusion: Fusion,
     configuration: dict[str, Any],
     metrics: dict[str, Any],
     index_kind: str,
@@ -102,6 +104,7 @@ def publish(
         samples: what they were trained on: users, histories, the catalogue's features.
         items_file: `items.parquet`, for the attributes that a page shows.
         channels: the channels that are counted, not trained, by name.
+        fusion: how the channels become one list.
         configuration: the whole configuration, recorded; names the channels.
         metrics: of the evaluation, recorded.
         index_kind: `exact` or `faiss`.
@@ -171,6 +174,7 @@ def publish(
             "created_ms": created_ms,
             "watermark_ms": samples.manifest["watermark_ms"],
             "configuration": configuration,
+            "fusion": asdict(fusion),
             "metrics": metrics,
             "checkpoint_sha256": tensors,
         }

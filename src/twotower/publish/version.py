@@ -16,13 +16,13 @@ from twotower.features.bloom import hash_ids
 from twotower.features.columns import Column
 from twotower.features.feature_set import FeatureSet, load
 from twotower.features.vocabulary import Positions
-from twotower.fusion.fuse import Fused, quota, reciprocal_rank
+from twotower.fusion.fuse import Fused, Fusion
 from twotower.index.build import load_index
 from twotower.index.protocol import VectorIndex
 from twotower.models.channel import VectorChannel
 from twotower.models.fit import KINDS
 from twotower.models.queries import queries_of_users
-from twotower.models.retriever import Candidates, Queries, Retriever, WithoutItems
+from twotower.models.retriever import Queries, Retriever, WithoutItems
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import map_tables
 from twotower.samples.columns_file import map_columns
@@ -31,7 +31,7 @@ from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import MANIFEST, check_listing, read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 CATALOGUE = "catalogue.arrow"
 GOLDEN = "golden.json"
 FUSED = "fused"
@@ -59,7 +59,7 @@ class Version:
     item_vectors: npt.NDArray[np.float32]
     """(N, D) unit vectors of the item tower."""
     channels: Mapping[str, Retriever]
-    fusion: str
+    fusion: Fusion
 
     @property
     def two_tower(self) -> VectorChannel:
@@ -99,15 +99,9 @@ class Version:
         return queries_of_users(self.features, self.users, self.clicks, user_rows, context or {}, exclude)
 
     def retrieve(self, queries: Queries, k: int, channels: Sequence[str]) -> Fused:
-        """One list a user from one or several channels; each is asked for k, so that the best k can come from any."""
-        return self.fuse({name: self.channels[name].retrieve(queries, k) for name in channels}, k)
-
-    def fuse(self, lists: Mapping[str, Candidates], k: int) -> Fused:
-        """Several channels' lists as one, in the version's way; one list keeps its own scores."""
-        if len(lists) == 1:
-            name, only = next(iter(lists.items()))
-            return Fused(only, (name,), (only.rows >= 0).astype(np.int64))
-        return quota(lists, k) if self.fusion == "quota" else reciprocal_rank(lists, k)
+        """One list a user from one or several channels, fused in the version's way."""
+        asked = self.fusion.asked(k, channels)
+        return self.fusion.fuse({name: self.channels[name].retrieve(queries, asked) for name in channels}, k)
 
     def check_channels(self, names: Sequence[str]) -> None:
         """Refuse channels that this version does not have.
@@ -159,7 +153,7 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
             catalogue,
             _item_vectors(path / "channels" / TWO_TOWER),
             channels,
-            manifest["configuration"]["serve"]["fusion"],
+            Fusion(**manifest["fusion"]),
         )
     except (DataError, KeyError) as error:
         raise VersionError(f"version {path.name} cannot be opened: {error}") from error

@@ -92,11 +92,12 @@ def retrieve(
         Bag(np.array([0, len(clicks)]), clicks),
         Exclusions.of([left_out(version, asked, clicks, recent, now_ms - impressed_window_ms)]),
     )
-    brought = ask({name: version.channels[name] for name in names}, queries, asked.k)
+    depth = version.fusion.asked(asked.k, names)
+    brought = ask({name: version.channels[name] for name in names}, queries, depth)
     if not brought.lists:
         reasons = [name if why == ERROR else f"{name} ({why})" for name, why in brought.left_out.items()]
         raise Unanswerable(f"every channel failed: {', '.join(reasons)}")
-    fused = version.fuse(brought.lists, asked.k)
+    fused = version.fusion.fuse(brought.lists, asked.k)
     found = fused.candidates.rows[0]
     found = found[found >= 0]
     ids = version.item_ids.take(pa.array(found)).to_pylist()
