@@ -138,11 +138,14 @@ def open_spark(
     with ExitStack() as stack:
         running = SparkSession.getActiveSession()
         if running is None:
+            local_dir = scratch / "spark"
+            local_dir.mkdir(parents=True, exist_ok=True)
             heap_mb = round(1024 * max(_LEAST_HEAP_GB, memory_gb - _BESIDE_HEAP_GB))
             static = {
                 "spark.app.name": "twotower",
                 "spark.driver.memory": f"{heap_mb}m",
-                "spark.local.dir": str(scratch / "spark"),
+                "spark.driver.extraJavaOptions": f'"-Djava.io.tmpdir={local_dir}"',
+                "spark.local.dir": str(local_dir),
                 "spark.log.level": "ERROR",
                 "spark.sql.catalogImplementation": "in-memory",
                 "spark.sql.warehouse.dir": str(scratch / "warehouse"),
