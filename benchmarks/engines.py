@@ -1,12 +1,13 @@
 """DuckDB and Spark on the same logs: seconds, peak memory, and whether the files are the same.
 
-    python benchmarks/engines.py [--smoke] [--events N ...] [--jobs samples ...] [--out benchmarks/results/engines.json]
+    python benchmarks/engines.py [--smoke] [--events N ...] [--jobs NAME ...] [--out benchmarks/results/engines.json]
 
 A log is made once for each size: requests with two clicks, one item that was shown and two that were rejected; items by
 a Zipf law, so that most users have clicked the first one; an eighth of the requests is one crawler's. Each job runs in
 a process of its own. Its peak is that of the resident set, Python's and, with Spark, Java's, which is a process of its
-own. Seconds count the start of the engine; that of Spark is told apart. Progress goes to stderr, one JSON line to
-stdout.
+own. Seconds count the start of the engine; that of Spark is told apart. Where other work shares the processors, their
+seconds (`cpu_s`, Python's and Java's) tell more than those of the clock. With `--out`, what the file holds of other
+sizes and jobs stays. Progress goes to stderr, one JSON line to stdout.
 """
 
 import argparse
@@ -32,7 +33,8 @@ OUTCOMES = ("clicked", "clicked", "impressed", "rank_rejected", "pre_rank_reject
 CRAWLER = 1 / 8
 """Share of the requests of one user."""
 ENGINES = ("duckdb", "spark")
-JOBS = ("samples",)
+JOBS = ("samples", "item_cf")
+"""In this order: the others read the samples of the first."""
 
 
 def generate(workspace: Path, events: int, users: int, items: int) -> None:
@@ -85,17 +87,17 @@ def run_job(workspace: Path, job: str, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=workspace) as scratch, open_engine(engine, Path(scratch)):
         # A Spark that runs is used by the job, so that its start is measured here.
         started = time.perf_counter() - start
-        digest = run_samples(workspace, engine)
+        digest = {"samples": run_samples, "item_cf": run_item_cf}[job](workspace, engine)
         seconds = time.perf_counter() - start
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
         "job": job,
         "engine": name,
         "seconds": round(seconds, 1),
+        "cpu_s": round(sum(usage.ru_utime + usage.ru_stime for usage in used), 1),
         "start_s": round(started, 1) if name == "spark" else 0.0,
-        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
-        "java_peak_rss_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9, 3)
-        if name == "spark"
-        else 0.0,
+        "peak_rss_gb": round(used[0].ru_maxrss * 1024 / 1e9, 3),
+        "java_peak_rss_gb": round(used[1].ru_maxrss * 1024 / 1e9, 3) if name == "spark" else 0.0,
         "sha256": digest,
     }
 
@@ -114,6 +116,18 @@ def run_samples(workspace: Path, engine: Any) -> str:
     folder = workspace / f"samples-{engine.name}"
     build_samples(workspace, folder, parse({"features": document}).features, 64, hot=spec.Hot("sqrt"), engine=engine)
     return hashlib.sha256(json.dumps(open_samples(folder).manifest, sort_keys=True).encode()).hexdigest()
+
+
+def run_item_cf(workspace: Path, engine: Any) -> str:
+    """Fit ItemCF to the samples; the hash of its file."""
+    from twotower.models.item_cf import ItemCF
+    from twotower.samples import open_samples
+
+    samples = open_samples(workspace / "samples-duckdb")
+    folder = workspace / f"item_cf-{engine.name}"
+    folder.mkdir()
+    ItemCF.fit(samples.clicks, len(samples.items), engine, workspace).save(folder)
+    return hashlib.sha256((folder / "neighbours.arrow").read_bytes()).hexdigest()
 
 
 def child(*arguments: object) -> str:
@@ -137,6 +151,10 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes, users, items = ([20_000], 400, 200) if arguments.smoke else (arguments.events, 200_000, 100_000)
     rows = []
+    if arguments.out and arguments.out.exists():
+        anew = {(events, job) for events in sizes for job in arguments.jobs}
+        kept = json.loads(arguments.out.read_text(encoding="utf-8"))["rows"]
+        rows = [row for row in kept if (row["events"], row["job"]) not in anew]
     for events in sizes:
         with tempfile.TemporaryDirectory() as folder:
             workspace = Path(folder, "workspace")
@@ -145,6 +163,7 @@ def main() -> None:
                 for engine in ENGINES:
                     rows.append({"events": events, **json.loads(child("job", workspace, job, engine))})
                     print(json.dumps(rows[-1]), file=sys.stderr)
+    rows.sort(key=lambda row: (JOBS.index(row["job"]), row["events"], row["engine"]))
     result = {
         "benchmark": "engines",
         "smoke": arguments.smoke,

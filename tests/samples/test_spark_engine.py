@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,18 @@ def test_an_empty_result_has_its_columns(engine: Engine) -> None:
     numbers = engine.put("numbers", pa.table({"n": [1, 2, 3]}))
     assert engine.fetch(numbers.filter(numbers["n"] > 5)).to_pydict() == {"n": []}
     assert sum(batch.num_rows for batch in engine.batches(numbers.filter(numbers["n"] > 5))) == 0
+
+
+def count_up(last: int, part: int) -> pa.RecordBatch:
+    """Part 1 has no rows."""
+    return pa.record_batch({"part": [part] * (part != 1), "n": [last - part] * (part != 1)})
+
+
+def test_parts_that_are_spread_come_in_their_order(engine: Engine) -> None:
+    schema = pa.schema([("part", pa.int64()), ("n", pa.int32())])
+    found = pa.Table.from_batches(engine.spread(partial(count_up, 10), 12, schema), schema)
+    assert found.to_pydict() == {"part": [0, *range(2, 12)], "n": [10, *range(8, -2, -1)]}
+    assert list(engine.spread(partial(count_up, 10), 0, schema)) == []
 
 
 def test_spark_listens_on_this_machine_alone(spark: spec.Engine) -> None:

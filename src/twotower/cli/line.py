@@ -203,7 +203,7 @@ def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
     return {
         "item_cf": Recipe(
             {},
-            lambda: ItemCF.fit(samples.clicks, len(samples.items), settings.engine.memory_gb, threads),
+            lambda: ItemCF.fit(samples.clicks, len(samples.items), settings.engine, places(settings).checkpoints),
         ),
         "als": Recipe(
             {**asdict(models.als), "seed": settings.train.seed},

@@ -2,7 +2,8 @@
 
 import glob
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ _FILE = "events_file"
 
 
 class DuckDB:
-    """The five verbs of an engine; a table is an Ibis expression."""
+    """The six verbs of an engine; a table is an Ibis expression."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, threads: int) -> None:
         self._backend = backend
+        self._threads = threads
 
     def read_days(self, partitions: Mapping[str, Sequence[Path]], schema: pa.Schema) -> Any:
         """The events of some days, with the column `date`, the day of their folder.
@@ -64,6 +66,18 @@ class DuckDB:
         """The result of a query in its order, a batch at a time; never more than a few of them are in memory."""
         yield from query.to_pyarrow_batches(chunk_size=BATCH_ROWS)
 
+    def spread(self, work: Callable[[int], pa.RecordBatch], parts: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """The batches of `work(0)` to `work(parts - 1)` in this order, for what SQL does badly; some work at a time.
+
+        Args:
+            work: gives one part; a function of a module, or a `functools.partial` of one, that reads what it needs from
+                files, because it may run in another process or on another machine.
+            parts: how many there are.
+            schema: of the batches.
+        """
+        with ThreadPoolExecutor(self._threads) as pool:
+            yield from (batch.cast(schema) for batch in pool.map(work, range(parts)))
+
 
 @contextmanager
 def open_duckdb(threads: int, memory_gb: float, scratch: Path) -> Iterator[DuckDB]:
@@ -75,6 +89,6 @@ def open_duckdb(threads: int, memory_gb: float, scratch: Path) -> Iterator[DuckD
     )
     try:
         backend.raw_sql("SET enable_progress_bar = false; SET preserve_insertion_order = false")
-        yield DuckDB(backend)
+        yield DuckDB(backend, threads)
     finally:
         backend.disconnect()

@@ -1,7 +1,7 @@
 """The engine of a batch job: DuckDB embedded in the process, or Spark where a log outgrows one machine.
 
-A job is written once in Ibis and knows of an engine only five verbs: `read_days`, `put`, `keep`, `fetch` and `batches`;
-they are documented at `DuckDB`. What the two engines do differently stays in their files.
+A job is written once in Ibis and knows of an engine only six verbs: `read_days`, `put`, `keep`, `fetch`, `batches` and
+`spread`; they are documented at `DuckDB`. What the two engines do differently stays in their files.
 """
 
 import tempfile

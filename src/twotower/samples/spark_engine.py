@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ _FILE = "events_file"
 
 
 class Spark:
-    """The five verbs of an engine, see `DuckDB`."""
+    """The six verbs of an engine, see `DuckDB`."""
 
     def __init__(self, session: Any, scratch: Path) -> None:
         self._session = session
@@ -86,7 +87,7 @@ class Spark:
     def keep(self, name: str, query: Any) -> Any:
         """See `DuckDB.keep`."""
         path = self._scratch / name
-        self._write(query, path)
+        self._run(query).write.parquet(str(path))
         return self._view(name, self._session.read.parquet(_escaped(str(path))))
 
     def fetch(self, query: Any) -> pa.Table:
@@ -95,16 +96,28 @@ class Spark:
 
     def batches(self, query: Any) -> Iterator[pa.RecordBatch]:
         """See `DuckDB.batches`."""
+        yield from self._in_order(self._run(query))
+
+    def spread(self, work: Callable[[int], pa.RecordBatch], parts: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """See `DuckDB.spread`. Each part is a task."""
+        from pyspark.sql.pandas.types import from_arrow_schema
+
+        def worked(numbers: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for batch in numbers:
+                yield from (work(part).cast(schema) for part in batch.column(0).to_pylist())
+
+        numbers = self._session.range(0, parts, 1, max(1, parts))
+        yield from self._in_order(numbers.mapInArrow(worked, from_arrow_schema(schema)))
+
+    def _in_order(self, frame: Any) -> Iterator[pa.RecordBatch]:
+        """A data frame as batches: its partitions are written side by side, and read one after another."""
         path = self._scratch / f"ordered-{uuid.uuid4().hex}"
         try:
-            self._write(query, path)
+            frame.write.parquet(str(path))
             for part in sorted(path.glob("part-*.parquet")):
                 yield from pq.ParquetFile(part).iter_batches(BATCH_ROWS)
         finally:
             shutil.rmtree(path, ignore_errors=True)
-
-    def _write(self, query: Any, path: Path) -> None:
-        self._run(query).write.parquet(str(path))
 
     def _run(self, query: Any) -> Any:
         """A query as a data frame; what is not a table of this engine must be `put` into it first."""
@@ -138,11 +151,14 @@ def open_spark(
     with ExitStack() as stack:
         running = SparkSession.getActiveSession()
         if running is None:
+            local_dir = scratch / "spark"
+            local_dir.mkdir(parents=True, exist_ok=True)
             heap_mb = round(1024 * max(_LEAST_HEAP_GB, memory_gb - _BESIDE_HEAP_GB))
             static = {
                 "spark.app.name": "twotower",
                 "spark.driver.memory": f"{heap_mb}m",
-                "spark.local.dir": str(scratch / "spark"),
+                "spark.driver.extraJavaOptions": f'"-Djava.io.tmpdir={local_dir}"',
+                "spark.local.dir": str(local_dir),
                 "spark.log.level": "ERROR",
                 "spark.sql.catalogImplementation": "in-memory",
                 "spark.sql.warehouse.dir": str(scratch / "warehouse"),
@@ -222,6 +238,9 @@ def _start(session: Any, master: str, options: Mapping[str, str]) -> Any:
             f"engine.url = {master!r} is a Spark Connect server: name a master, such as spark://HOST:7077"
         )
     os.environ["JAVA_HOME"] = str(find_java(os.environ.get("JAVA_HOME")))
+    if master.startswith("local"):
+        # Else the first python3 on the path runs what is spread, be it another version without our packages.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = session.builder.master(master)
     for key, value in options.items():
         builder = builder.config(key, value)
