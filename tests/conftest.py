@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from twotower.config import Settings
+    from twotower.config import settings as spec
 
 REAL_DATA = Path(os.environ.get("TWOTOWER_DATA") or Path(__file__).parents[2] / "shared" / "data")
 ALLOWED_SKIPS = tuple(
@@ -85,6 +86,27 @@ def own_world(world: "Settings", tmp_path: Path) -> "Settings":
     """The same for a test that changes it."""
     copied = shutil.copytree(world.workspace.path, tmp_path / "own")
     return replace(world, workspace=replace(world.workspace, path=str(copied)))
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[spec.Engine]":
+    """The options of a Spark that runs as long as the tests of this process: starting one takes ten seconds."""
+    from twotower.config import settings as spec
+    from twotower.samples.spark_engine import find_java, open_spark
+    from twotower.schema.errors import ConfigError
+
+    try:
+        find_java(os.environ.get("JAVA_HOME"))
+    except ConfigError:
+        pytest.skip("Java 17 is not installed: apt-get install openjdk-17-jre-headless")
+    from pyspark import SparkContext
+
+    with open_spark(None, 2, 2.0, {}, tmp_path_factory.mktemp("spark")):
+        java = SparkContext._gateway.proc
+        # Small data: making Java code for each query would take longer than running it.
+        interpreted = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+        yield spec.Engine("spark", options={**interpreted, "spark.sql.shuffle.partitions": "3"})
+    assert java.returncode is not None, "Java still runs"
 
 
 @pytest.fixture

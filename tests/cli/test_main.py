@@ -27,7 +27,6 @@ STAGES = ("samples", "train", "evaluate", "publish", "run")
         (["train", "--set", "train"], "write section.key=value"),
         (["train", "--set", "train.epoch=3"], "did you mean epochs?"),
         (["train", "--set", "train.epochs=many"], "train.epochs = 'many'"),
-        (["train", "--set", "engine.name=spark"], "is not in this release"),
         (["publish", "--set", "index.kind=milvus"], "is not in this release"),
         (["serve", "--set", "serve.port=70000"], "serve.port"),
         (["versions", "list", "--set", "nothing.at=1"], "nothing"),

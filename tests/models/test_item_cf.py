@@ -1,16 +1,23 @@
+from collections.abc import Callable
+from dataclasses import replace
 from math import log, sqrt
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from twotower.config import settings as spec
+from twotower.datasets.importers import import_dataset
 from twotower.features.columns import Bag, pointers
 from twotower.index.protocol import Exclusions
 from twotower.models import item_cf
 from twotower.models.item_cf import ItemCF
 from twotower.models.retriever import Queries
+from twotower.samples import build_samples, open_samples
+from twotower.samples.engine import open_engine
 from twotower.samples.read import Clicks
 
 Lists = list[list[int]]
@@ -126,10 +133,58 @@ def test_few_users_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_users_and_threads_in_any_number_and_order_give_the_same_bytes(tmp_path: Path) -> None:
     users = [np.random.default_rng(user).permutation(200)[:40].tolist() for user in range(300)]
-    ItemCF.fit(clicks(users), 200, threads=1).save(tmp_path)
+    ItemCF.fit(clicks(users), 200, spec.Engine(threads=1)).save(tmp_path)
     one = (tmp_path / item_cf.FILE).read_bytes()
-    ItemCF.fit(clicks(users[::-1]), 200, threads=4).save(tmp_path)
+    ItemCF.fit(clicks(users[::-1]), 200, spec.Engine(threads=4)).save(tmp_path)
     assert (tmp_path / item_cf.FILE).read_bytes() == one
+
+
+def saved(users: Lists, items: int, engine: spec.Engine, folder: Path) -> bytes:
+    ItemCF.fit(clicks(users), items, engine).save(folder)
+    return (folder / item_cf.FILE).read_bytes()
+
+
+def test_spark_gives_the_same_bytes(tmp_path: Path, spark: spec.Engine) -> None:
+    users = [np.random.default_rng(user).permutation(200)[: user % 50].tolist() for user in range(200)]
+    assert saved(users, 200, spark, tmp_path) == saved(users, 200, spec.Engine(), tmp_path)
+
+
+def test_a_user_of_very_many_items_and_an_item_of_all_users_give_the_same_bytes_on_spark(
+    tmp_path: Path, spark: spec.Engine
+) -> None:
+    """Without a bound, the one user alone would make 200 million pairs."""
+    users = [np.random.default_rng(0).permutation(20_000).tolist(), *([0, user] for user in range(1, 2_000))]
+    one = saved(users, 20_000, spec.Engine(), tmp_path)
+    assert saved(users, 20_000, spark, tmp_path) == one
+    assert len(ItemCF.load(tmp_path)._neighbours.rows) <= 20_000 * item_cf.NEIGHBOURS
+
+
+def test_movielens_gives_the_same_bytes_on_spark(
+    tmp_path: Path, real_data: Callable[[str], Path], spark: spec.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(item_cf, "MOST_ITEMS", 100)  # pairs by the million, not by ten millions
+    import_dataset("movielens-1m", real_data("ml-1m"), tmp_path / "ml", holdout="time:0.9", positive="4")
+    build_samples(tmp_path / "ml", tmp_path / "samples", spec.Features(), 8)
+    samples = open_samples(tmp_path / "samples")
+    written = []
+    for engine in (spec.Engine(), replace(spark, options={})):
+        ItemCF.fit(samples.clicks, len(samples.items), engine).save(tmp_path)
+        written.append((tmp_path / item_cf.FILE).read_bytes())
+    assert written[0] == written[1]
+    assert len(written[0]) > 2_000_000
+
+
+def test_users_of_any_number_of_items_weigh_the_same_on_spark(tmp_path: Path, spark: spec.Engine) -> None:
+    """Each size of a user is there: the logarithms of both engines round to the same whole numbers."""
+    sizes = pa.table({"user": np.repeat(np.arange(500), np.arange(1, 501)), "item": np.arange(125_250)})
+    sizes = sizes.append_column("place", pa.array(np.arange(125_250)))
+    found = []
+    for engine in (spec.Engine(), spark):
+        with open_engine(engine, tmp_path / engine.name) as opened:
+            weights = item_cf._edges(opened.put("clicks", sizes)).select("user", "weight").distinct()
+            found.append(opened.fetch(weights.order_by("user")).column("weight").to_pylist())
+    assert found[0] == found[1]
+    assert found[0] == [round(2**30 / log(2 + size)) for size in range(1, 501)]
 
 
 def test_no_clicks_at_all_give_no_neighbours(tmp_path: Path) -> None:

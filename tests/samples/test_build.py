@@ -375,7 +375,7 @@ REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
         [{**GOOD, c.USER_ID: 5}],
         "events: user_id is of type int64, in users.parquet it is string",
     ),
-    ("fractions as item ids", [{**GOOD, c.ITEM_ID: 1.5}], "events: item_id is of type float64, in items.parquet it is"),
+    ("fractions as item ids", [{**GOOD, c.ITEM_ID: 1.5}], "events: item_id is of type double, in items.parquet it is"),
     (
         "a missing column",
         [{k: v for k, v in GOOD.items() if k != c.OUTCOME}],
@@ -406,8 +406,12 @@ def test_events_that_are_wrong_are_refused(
 @pytest.mark.parametrize(
     ("column", "kind", "message"),
     [
-        (c.REQUEST_TS_MS, pa.timestamp("ms"), "column request_ts_ms is of type timestamp(6), where int64 milliseconds"),
-        (c.CLICK_TS_MS, pa.float64(), "column click_ts_ms is of type float64, where int64 milliseconds"),
+        (
+            c.REQUEST_TS_MS,
+            pa.timestamp("ms"),
+            "column request_ts_ms is of type timestamp[ms], where int64 millis",
+        ),
+        (c.CLICK_TS_MS, pa.float64(), "column click_ts_ms is of type double, where int64 milliseconds"),
         (c.EVENT_SEQ, pa.string(), "column event_seq is of type string, where int64 are due"),
         (c.OUTCOME, pa.int64(), "column outcome is of type int64, where strings are due"),
     ],

@@ -109,8 +109,7 @@ def make_samples(settings: Settings) -> SamplesReport:
         impressed_as_negatives=settings.samples.negatives.impressed_as_negatives_for_experiments,
         seed=settings.samples.seed,
         room=settings.samples.vocabulary_room,
-        memory_gb=settings.engine.memory_gb,
-        threads=settings.engine.threads,
+        engine=settings.engine,
     )
 
 
@@ -204,7 +203,7 @@ def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
     return {
         "item_cf": Recipe(
             {},
-            lambda: ItemCF.fit(samples.clicks, len(samples.items), settings.engine.memory_gb, threads),
+            lambda: ItemCF.fit(samples.clicks, len(samples.items), settings.engine, places(settings).checkpoints),
         ),
         "als": Recipe(
             {**asdict(models.als), "seed": settings.train.seed},

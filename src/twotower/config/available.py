@@ -18,7 +18,7 @@ def check_available(settings: Settings) -> None:
         ConfigError: every such key, with the values that work.
     """
     wanted = [
-        ("engine.name", settings.engine.name, ("duckdb",)),
+        ("engine.name", settings.engine.name, ("duckdb", "spark")),
         ("index.kind", settings.index.kind, ("exact", "faiss")),
         ("serve.features.kind", settings.serve.features.kind, ("lmdb",)),
         ("stream.log.kind", settings.stream.log.kind, ("local",)),

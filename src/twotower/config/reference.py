@@ -32,10 +32,13 @@ _WORDS = {
     str: "text",
     bool: "true or false",
     Any: "anything",
-    dict: "features by name",
+}
+_VALUES = {
+    str: "texts by name",
     spec.Span: "spans by key",
     spec.NotNegative: "numbers ≥ 0 by name",
 }
+"""Of a table, by the type of its values; features otherwise."""
 
 
 def reference() -> str:
@@ -103,7 +106,7 @@ def _type(hint: Any) -> str:
         return " or ".join(_type(choice) for choice in arguments if choice is not type(None))
     if origin is list:
         return f"list of {_type(arguments[0])}"
-    return _WORDS[arguments[1] if origin is dict and arguments[1] in _WORDS else origin or hint]
+    return _VALUES.get(arguments[1], "features by name") if origin is dict else _WORDS[origin or hint]
 
 
 def _limits(info: FieldInfo) -> str:

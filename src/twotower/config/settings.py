@@ -47,14 +47,20 @@ class Workspace:
 
 @dataclass(frozen=True, config=STRICT)
 class Engine:
-    """What runs the batch jobs."""
+    """What runs the batch jobs: samples and item-to-item channels."""
 
     name: Literal["duckdb", "spark"] = "duckdb"
     """`duckdb` is embedded; `spark` is for logs that outgrow one machine."""
     memory_gb: PositiveReal = 2.0
-    """Memory of a whole batch job; beyond it the engine spills to disk."""
+    """Memory of a whole batch job; beyond it the engine spills to disk. On a cluster that of the driver alone."""
     threads: Positive = 2
-    """Threads of a batch job."""
+    """Threads of a batch job; on a cluster `options` say what there is."""
+    url: str | None = None
+    """`spark`: the master, such as `local[4]`, `spark://HOST:7077` or `yarn`; absent = the threads of this machine."""
+    scratch: str | None = None
+    """Folder for what a job keeps on its way, on a cluster one that all machines see; absent = beside the result."""
+    options: dict[str, str] = field(default_factory=dict)
+    """`spark`: further configuration, such as `{ "spark.executor.memory" = "8g" }`."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -539,6 +545,19 @@ class FeatureStore:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ImpressedFilter:
+    """A user's impressions beyond the latest 2000: in Bloom filters, which take some other items for shown."""
+
+    items: Positive = 10_000
+    """Items shown to one user within `impressed_window_s` that the filters are made for; of more, the error grows in
+    proportion."""
+    error_rate: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of other items that is left out with them."""
+    periods: Positive = 7
+    """Periods that the window is cut into; an impression may be left out for up to one period longer."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Serve:
     """The HTTP server."""
 
@@ -554,6 +573,10 @@ class Serve:
     """What a user is not offered again."""
     impressed_window_s: PositiveReal = 86400.0
     """How long an impression is left out."""
+    impressed_filter: ImpressedFilter = field(default_factory=ImpressedFilter)
+    """What of a user's impressions is kept beyond the latest 2000."""
+    channel_timeout_ms: PositiveReal = 200.0
+    """How long a request with several channels waits for them; one that is slower is left out of the answer."""
     features: FeatureStore = field(default_factory=FeatureStore)
     """Where a server keeps what it learns of a user."""
 

@@ -16,10 +16,13 @@ import numpy.typing as npt
 import pyarrow as pa
 from ibis import _
 
+from twotower.config import settings as spec
 from twotower.features.columns import Bag, pointers, ranges
 from twotower.models.retriever import Candidates, Queries, top_of_groups
 from twotower.samples.columns_file import map_columns, write_table
+from twotower.samples.engine import open_engine
 from twotower.samples.read import Clicks
+from twotower.schema.files import TEMPORARY
 
 FILE = "neighbours.arrow"
 NEIGHBOURS = 100
@@ -49,29 +52,32 @@ class ItemCF:
         self._similarity = similarity
 
     @classmethod
-    def fit(cls, clicks: Clicks, items: int, memory_gb: float = 2.0, threads: int = 2) -> "ItemCF":
+    def fit(
+        cls,
+        clicks: Clicks,
+        items: int,
+        engine: spec.Engine = spec.Engine(),  # noqa: B008  frozen
+        scratch: Path | None = None,
+    ) -> "ItemCF":
         """Compute the nearest items of each from all users' clicks, out of core.
 
         Args:
             clicks: every user's clicks.
             items: N, size of the catalogue.
-            memory_gb: memory of the engine; it spills beyond.
-            threads: threads of the engine.
+            engine: what runs the job; every engine gives the same bytes.
+            scratch: folder below which the engine keeps what does not fit in memory; None = the system's.
         """
         users = np.repeat(np.arange(len(clicks.indptr) - 1, dtype=np.int32), np.diff(clicks.indptr))
         place = np.arange(len(users), dtype=np.int64)
-        with TemporaryDirectory() as spill:
-            engine = ibis.duckdb.connect(threads=threads, memory_limit=f"{memory_gb:.2f}GB", temp_directory=spill)
-            engine.raw_sql("SET enable_progress_bar = false")
-            pairs = engine.create_table(
-                "clicks", pa.table({"user": users, "item": pa.array(clicks.item_row), "place": place}), temp=True
-            )
-            engine.create_table("edges", _edges(pairs), temp=True)
-            nearest = _nearest(engine.table("edges")).to_pyarrow()
-            engine.disconnect()
-        counts = np.bincount(nearest.column("item").to_numpy(), minlength=items)
-        rows = nearest.column("neighbour").to_numpy().astype(np.int32)
-        return cls(Bag(pointers(counts), rows), nearest.column("similarity").to_numpy().astype(np.float32))
+        counts = np.zeros(items, np.int64)
+        rows, similarity = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+        with TemporaryDirectory(prefix=TEMPORARY, dir=scratch) as folder, open_engine(engine, Path(folder)) as opened:
+            pairs = opened.put("clicks", pa.table({"user": users, "item": pa.array(clicks.item_row), "place": place}))
+            for batch in opened.batches(_nearest(opened.keep("edges", _edges(pairs)))):
+                counts += np.bincount(batch.column("item").to_numpy(), minlength=items)
+                rows.append(batch.column("neighbour").to_numpy().astype(np.int32))
+                similarity.append(batch.column("similarity").to_numpy().astype(np.float32))
+        return cls(Bag(pointers(counts), np.concatenate(rows)), np.concatenate(similarity))
 
     @classmethod
     def load(cls, folder: Path) -> "ItemCF":
@@ -97,6 +103,15 @@ class ItemCF:
         step = max(1, _ENTRIES // per_user)
         parts = [self._part(queries, start, min(count, start + step), k) for start in range(0, max(1, count), step)]
         return Candidates(np.concatenate([p.rows for p in parts]), np.concatenate([p.scores for p in parts]))
+
+    def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
+        """See `SimilarItems.similar`: the stored neighbours, of which there are at most `NEIGHBOURS`."""
+        begin = self._neighbours.indptr[rows]
+        counts = self._neighbours.indptr[rows + 1] - begin
+        entries = ranges(begin, counts)
+        owner = np.repeat(np.arange(len(rows)), counts)
+        neighbours = self._neighbours.rows[entries].astype(np.int64)
+        return top_of_groups(owner, neighbours, self._similarity[entries], len(rows), k)
 
     def _part(self, queries: Queries, start: int, stop: int, k: int) -> Candidates:
         """The candidates of users start..stop-1."""

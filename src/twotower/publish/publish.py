@@ -40,6 +40,7 @@ from twotower.publish.version import (
     item_tokens,
     open_version,
     read_manifest,
+    unavailable,
     write_manifest,
 )
 from twotower.samples.columns_file import write_table
@@ -130,6 +131,7 @@ def publish(
     catalogue = check_entities(pq.read_table(items_file), c.ITEM_ID, items_file.name)
     if not catalogue.column(c.ITEM_ID).combine_chunks().equals(samples.items.ids):
         raise DataError(f"{items_file} has other items than {samples.path}: run `twotower samples` and train again")
+    unavailable(catalogue)  # refuses a column of another type before anything is built
     created_ms = clock_ms()
     moment = datetime.fromtimestamp(created_ms / 1000, UTC)
     tensors = checkpoints[TWO_TOWER].tensors_sha256

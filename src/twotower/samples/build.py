@@ -1,17 +1,17 @@
-"""The batch job that turns a workspace into samples, written with Ibis so that a bigger engine gives the same rows.
+"""The batch job that turns a workspace into samples, written with Ibis so that every engine gives the same rows.
 
 Every order has a tie-break and nothing is drawn, so the result depends neither on the order of rows and files nor on
 the engine. History is stored as a count: how many of the user's clicks came before the request.
 """
 
-import glob
+import functools
 import itertools
 import logging
+import operator
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from twotower.features.columns import to_arrow
 from twotower.features.feature_set import encode_table, fit, save
 from twotower.features.fitted import Fitted
 from twotower.samples.columns_file import write_columns, write_table
+from twotower.samples.engine import Engine, open_engine
 from twotower.samples.hard import HARD, find_rejected
 from twotower.samples.sampling import (
     COPIES,
@@ -56,13 +57,10 @@ CONTEXT = "context."
 FEATURE = "feature."
 """Before the name of an encoded column of users or items."""
 
-_PYTHON_GB = 0.75
-"""Memory of the process beside the engine: the interpreter, its libraries, one batch in flight and mapped files."""
 _FITTED_NUMBERS = 1_000_000
 """About so many positives are enough for the mean or the quantiles of a number."""
 _PRIME, _FACTOR = 2_147_483_647, 1_103_515_245
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
-_FILE = "events_file"
 _IN_RANGE = "in_range"
 
 
@@ -108,8 +106,7 @@ def build_samples(
     impressed_as_negatives: bool = False,
     seed: int = 0,
     room: float = 0.1,
-    memory_gb: float = 2.0,
-    threads: int = 2,
+    engine: spec.Engine = spec.Engine(),  # noqa: B008
 ) -> SamplesReport:
     """Build the samples of a range of days into the folder `out`, whole or not at all.
 
@@ -128,8 +125,7 @@ def build_samples(
         impressed_as_negatives: what was shown and not clicked is a source of hard negatives, for experiments.
         seed: of the rows that are dropped, repeated or kept by chance.
         room: spare rows of the id tables, as a share of the known ids.
-        memory_gb: memory of the whole job; the engine spills beyond it.
-        threads: threads of the engine.
+        engine: what runs the job, with its memory and threads; every engine gives the same files.
 
     Raises:
         DataError: a table is missing, empty or not of its schema; no positive is left.
@@ -141,62 +137,60 @@ def build_samples(
         raise DataError("items.parquet has one item: there is nothing to choose from")
     context = tuple(features.context)
     files = _chosen(_partitions(workspace / "events"), first_day, last_day)
-    with whole_folder(out) as folder, _engine(memory_gb, threads, folder / "spill") as engine:
-        events = _events(engine, files, context, weight)
-        engine.create_table("user_rows", _numbered(users, c.USER_ID, USER_ROW), temp=True)
-        engine.create_table("item_rows", _numbered(items, c.ITEM_ID, ITEM_ROW), temp=True)
-        counts = _count(events, engine, weight)
-        timed = counts.watermark_ms is not None
-        if not timed and (first_day or last_day):
-            raise ConfigError("samples.first_day and last_day choose by time, but the events have none: leave them out")
-        if not timed and impressed_weight:
-            raise ConfigError(
-                f"samples.impressed_weight = {impressed_weight:g}, but the events have no time: without one, a row's "
-                "history is drawn from the clicks, and a shown item is none"
+    with whole_folder(out) as folder:
+        with open_engine(engine, folder / "spill") as opened:
+            schema = _schema(files, users, items, context, weight)
+            types = {f"{CONTEXT}{name}": schema.field(name).type for name in context}
+            events = opened.read_days(files, schema)
+            user_rows = opened.put("user_rows", _numbered(users, c.USER_ID, USER_ROW))
+            item_rows = opened.put("item_rows", _numbered(items, c.ITEM_ID, ITEM_ROW))
+            counts = _count(opened, events, user_rows, item_rows, weight)
+            timed = _check_timed(counts, bool(first_day or last_day), impressed_weight)
+            known = events.inner_join(user_rows, c.USER_ID).inner_join(item_rows, c.ITEM_ID)
+            clicks = opened.keep("clicks", _rows(known, c.CLICKED, context, weight, first_day))
+            in_range = clicks.filter(clicks[_IN_RANGE]) if first_day else clicks
+            per_user = _tally(opened, clicks, USER_ROW, users.num_rows)
+            per_item = _tally(opened, in_range, ITEM_ROW, items.num_rows)
+            clicked = int(per_item.sum())
+            if not clicked:
+                raise DataError(
+                    f"no positive in {counts.events} events (outcomes: {counts.outcomes}; dropped: {counts.dropped}): "
+                    f"retrieval learns from rows whose outcome is {c.CLICKED}"
+                )
+            _check_distinct(opened, clicks)
+            fed = in_range
+            if impressed_weight:
+                shown = _rows(known, c.IMPRESSED, context, impressed_weight, first_day)
+                fed = opened.keep("fed", union(in_range, shown.filter(shown[_IN_RANGE])))
+            trained = [
+                pa.array(np.flatnonzero(_tally(opened, fed, row, size)))
+                for row, size in ((USER_ROW, users.num_rows), (ITEM_ROW, items.num_rows))
+            ]
+            fitted = fit(
+                features,
+                users.take(trained[0]),
+                items.take(trained[1]),
+                _values(opened, fed, features, clicked, types),
+                dimension,
+                room,
             )
-        known = _known(events, engine)
-        clicks = engine.create_table("clicks", _rows(known, c.CLICKED, context, weight, first_day), temp=True)
-        in_range = clicks.filter(clicks[_IN_RANGE]) if first_day else clicks
-        per_user = _tally(clicks, USER_ROW, users.num_rows)
-        per_item = _tally(in_range, ITEM_ROW, items.num_rows)
-        clicked = int(per_item.sum())
-        if not clicked:
-            raise DataError(
-                f"no positive in {counts.events} events (outcomes: {counts.outcomes}; dropped: {counts.dropped}): "
-                f"retrieval learns from rows whose outcome is {c.CLICKED}"
-            )
-        _check_distinct(clicks)
-        fed = in_range
-        if impressed_weight:
-            shown = _rows(known, c.IMPRESSED, context, impressed_weight, first_day)
-            fed = engine.create_table("fed", union(in_range, shown.filter(shown[_IN_RANGE])), temp=True)
-        trained = [
-            pa.array(np.flatnonzero(_tally(fed, row, size)))
-            for row, size in ((USER_ROW, users.num_rows), (ITEM_ROW, items.num_rows))
-        ]
-        fitted = fit(
-            features,
-            users.take(trained[0]),
-            items.take(trained[1]),
-            _values(fed, features, clicked),
-            dimension,
-            room,
-        )
-        save(fitted, folder)
-        write_table(folder / "items.arrow", _encoded(fitted.item, items, c.ITEM_ID, {POSITIVES: per_item}))
-        write_table(folder / "users.arrow", _encoded(fitted.user_columns, users, c.USER_ID, {CLICKS: per_user}))
-        positives = _with_history(fed, clicks) if timed else fed.mutate(**{HISTORY_COUNT: NO_HISTORY})
-        positives = with_copies(positives, engine, expected_copies(per_item, hot, cold), seed)
-        sources = _hard_sources(counts, timed, impressed_as_negatives)
-        rejected = find_rejected(engine, known, fed, sources, hard_most, first_day, seed)
-        positives = engine.create_table("positives", rejected.count(positives), temp=True)
-        per_item_fed = _tally(positives, ITEM_ROW, items.num_rows, COPIES)
-        _write_positives(folder / "positives.arrow", positives, fitted.context, timed, sources)
-        for source in sources:
-            rows = _stream(rejected.of(positives, source))
-            write_columns(folder / f"{HARD}{source}.arrow", pa.schema([(ITEM_ROW, pa.int32())]), rows)
-        _write_clicks(folder / "clicks.arrow", clicks, timed)
-        weak = int(fed.count().to_pyarrow().as_py()) - clicked
+            save(fitted, folder)
+            write_table(folder / "items.arrow", _encoded(fitted.item, items, c.ITEM_ID, {POSITIVES: per_item}))
+            write_table(folder / "users.arrow", _encoded(fitted.user_columns, users, c.USER_ID, {CLICKS: per_user}))
+            positives = _with_history(fed, clicks) if timed else fed.mutate(**{HISTORY_COUNT: NO_HISTORY})
+            positives = with_copies(opened, positives, expected_copies(per_item, hot, cold), seed)
+            sources = _hard_sources(counts, timed, impressed_as_negatives)
+            rejected = find_rejected(opened, known, fed, sources, hard_most, first_day, seed)
+            positives = opened.keep("positives", rejected.count(positives))
+            per_item_fed = _tally(opened, positives, ITEM_ROW, items.num_rows, COPIES)
+            _write_positives(opened, folder / "positives.arrow", positives, fitted.context, types, timed, sources)
+            for source in sources:
+                rows = opened.batches(rejected.of(positives, source))
+                write_columns(folder / f"{HARD}{source}.arrow", pa.schema([(ITEM_ROW, pa.int32())]), rows)
+            _write_clicks(opened, folder / "clicks.arrow", clicks, timed)
+            weak = opened.fetch(fed.aggregate(rows=_.count())).column("rows")[0].as_py() - clicked
+            with_hard = _share_with_hard(opened, positives, sources)
+        shutil.rmtree(folder / "spill", ignore_errors=True)
         report = SamplesReport(
             str(out),
             counts.events,
@@ -205,13 +199,12 @@ def build_samples(
             len(trained[0]),
             len(trained[1]),
             int(per_item_fed.sum()),
-            _share_with_hard(positives, sources),
+            with_hard,
             _used(counts, timed, clicked, weak, rejected.used),
             {"before": by_decile(per_item, per_item), "after": by_decile(per_item, per_item_fed)},
             counts.dropped,
             counts.watermark_ms,
         )
-        shutil.rmtree(folder / "spill", ignore_errors=True)
         described = {key: value for key, value in asdict(report).items() if key != "path"}
         write_json(
             folder / MANIFEST, {"format": FORMAT, "kind": "samples", **described, "files": folder_listing(folder)}
@@ -236,20 +229,6 @@ def _read(path: Path) -> pa.Table:
         raise DataError(f"{path} does not exist: import or simulate a workspace first") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is no readable Parquet file: {error}") from None
-
-
-@contextmanager
-def _engine(memory_gb: float, threads: int, spill: Path) -> Iterator[Any]:
-    engine = ibis.duckdb.connect(
-        threads=threads,
-        memory_limit=f"{max(0.2, memory_gb - _PYTHON_GB):.2f}GB",
-        temp_directory=str(spill),
-    )
-    try:
-        engine.raw_sql("SET enable_progress_bar = false; SET preserve_insertion_order = false")
-        yield engine
-    finally:
-        engine.disconnect()
 
 
 def _partitions(folder: Path) -> dict[str, list[Path]]:
@@ -284,36 +263,67 @@ def _chosen(partitions: dict[str, list[Path]], first_day: str | None, last_day: 
     return {day: files for day, files in partitions.items() if day <= (last_day or day)}
 
 
-def _events(engine: Any, partitions: dict[str, list[Path]], context: tuple[str, ...], weight: str | None) -> Any:
-    """The events of some partitions with their day; a context column may be absent from some files, not from all."""
-    needed = [
-        c.EVENT_SEQ,
-        c.USER_ID,
-        c.ITEM_ID,
-        c.REQUEST_TS_MS,
-        c.CLICK_TS_MS,
-        c.OUTCOME,
-        *([weight] if weight else []),
-    ]
+def _schema(
+    partitions: dict[str, list[Path]], users: pa.Table, items: pa.Table, context: tuple[str, ...], weight: str | None
+) -> pa.Schema:
+    """The columns to read and the type of each over all files; a context column may be absent from some, not from all.
+
+    Raises:
+        DataError: a file is unreadable, a column is missing or not of the type of joined events.
+        ConfigError: a context column is in no file.
+    """
+    integers = [c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS]
+    needed = [*integers, c.USER_ID, c.ITEM_ID, c.OUTCOME, *([weight] if weight else [])]
+    wanted = dict.fromkeys([*needed, *context, c.POSITION])
     seen: set[str] = set()
+    found: dict[pa.Schema, None] = {}
     for path in itertools.chain(*partitions.values()):
         try:
-            schema = pq.read_schema(path)
+            stored = pq.read_schema(path)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path} is no readable Parquet file: {error}") from None
-        require_columns(schema, needed, "/".join(path.parts[-3:]))
-        seen.update(schema.names)
+        require_columns(stored, needed, "/".join(path.parts[-3:]))
+        seen.update(stored.names)
+        found[pa.schema([(name, _plain(stored.field(name).type)) for name in wanted if name in stored.names])] = None
     if absent := [name for name in context if name not in seen]:
         raise ConfigError(
             f"features.context.{absent[0]}: no such column in events/; there are {', '.join(sorted(seen))}"
         )
-    # Not the engine's own partition columns: those also take any key=value folder above the workspace for one.
-    paths = [glob.escape(str(path.resolve())) for path in itertools.chain(*partitions.values())]
-    events = engine.read_parquet(
-        paths, table_name="events", hive_partitioning=False, union_by_name=True, filename=_FILE
-    )
-    names = dict.fromkeys([*needed, *context, *([c.POSITION] if c.POSITION in seen else [])])
-    return events.select(*names, **{c.DATE: events[_FILE].re_extract(rf"{c.DATE}=([^/]*)/[^/]*$", 1)})
+    try:
+        types = pa.unify_schemas(list(found), promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+        raise DataError(f"events: a column has another type in some files: {error}") from None
+    for name in integers:
+        if not (pa.types.is_integer(types.field(name).type) or pa.types.is_null(types.field(name).type)):
+            due = "int64" if name == c.EVENT_SEQ else "int64 milliseconds"
+            raise DataError(f"events: column {name} is of type {types.field(name).type}, where {due} are due")
+    if not pa.types.is_string(types.field(c.OUTCOME).type):
+        raise DataError(f"events: column {c.OUTCOME} is of type {types.field(c.OUTCOME).type}, where strings are due")
+    if weight and not _is_number(types.field(weight).type):
+        raise DataError(
+            f"events: column {weight} is of type {types.field(weight).type}, where numbers are due as weights"
+        )
+    inner = {name: pa.int64() for name in integers}
+    for table, name in ((users, c.USER_ID), (items, c.ITEM_ID)):
+        inner[name] = table.schema.field(name).type
+        kind = types.field(name).type
+        if not (pa.types.is_string(kind) if pa.types.is_string(inner[name]) else pa.types.is_integer(kind)):
+            raise DataError(
+                f"events: {name} is of type {kind}, in {name.removesuffix('_id')}s.parquet it is {inner[name]}: "
+                "write both alike"
+            )
+    return pa.schema([(name, inner.get(name, types.field(name).type)) for name in wanted if name in types.names])
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type of what a file holds, however it is written."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    return pa.string() if pa.types.is_large_string(kind) else kind
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal))
 
 
 def _numbered(entities: pa.Table, id_column: str, row: str) -> pa.Table:
@@ -323,34 +333,13 @@ def _numbered(entities: pa.Table, id_column: str, row: str) -> pa.Table:
     )
 
 
-def _check_types(events: Any, engine: Any, weight: str | None) -> None:
-    """Refuse columns of another type than that of the joined events."""
-    schema = events.schema()
-    for name in (c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS):
-        if not (schema[name].is_integer() or schema[name].is_null()):
-            due = "int64" if name == c.EVENT_SEQ else "int64 milliseconds"
-            raise DataError(f"events: column {name} is of type {schema[name]}, where {due} are due")
-    if not schema[c.OUTCOME].is_string():
-        raise DataError(f"events: column {c.OUTCOME} is of type {schema[c.OUTCOME]}, where strings are due")
-    if weight and not schema[weight].is_numeric():
-        raise DataError(f"events: column {weight} is of type {schema[weight]}, where numbers are due as weights")
-    for table, name in (("user_rows", c.USER_ID), ("item_rows", c.ITEM_ID)):
-        known = engine.table(table).schema()[name]
-        if not (schema[name].is_string() if known.is_string() else schema[name].is_integer()):
-            raise DataError(
-                f"events: {name} is of type {schema[name]}, in {table.removesuffix('_rows')}s.parquet it is {known}: "
-                "write both alike"
-            )
-
-
-def _count(events: Any, engine: Any, weight: str | None) -> _Counts:
-    """Check types, times, outcomes and weights of all events, and count what will be left out.
+def _count(engine: Engine, events: Any, user_rows: Any, item_rows: Any, weight: str | None) -> _Counts:
+    """Check times, outcomes and weights of all events, and count what will be left out.
 
     Raises:
         DataError: something is not as it must be, with how many rows are so.
     """
-    _check_types(events, engine, weight)
-    joined = events.left_join(engine.table("user_rows"), c.USER_ID).left_join(engine.table("item_rows"), c.ITEM_ID)
+    joined = events.left_join(user_rows, c.USER_ID).left_join(item_rows, c.ITEM_ID)
     request, click, clicked = _[c.REQUEST_TS_MS], _[c.CLICK_TS_MS], _[c.OUTCOME] == c.CLICKED
     bad = {
         f"clicked rows have no {c.EVENT_SEQ}": clicked & _[c.EVENT_SEQ].isnull(),
@@ -367,7 +356,7 @@ def _count(events: Any, engine: Any, weight: str | None) -> _Counts:
         number = _[weight].cast("float64")
         usable = (number >= 0) & (number < float("inf"))
         bad[f"clicked rows have no {weight} that is a finite number of at least 0"] = clicked & ~usable.fill_null(False)
-    grouped = (
+    grouped = engine.fetch(
         joined.mutate(
             left_out=ibis.cases(
                 (_[c.USER_ID].isnull() | _[c.ITEM_ID].isnull(), "null_id"),
@@ -386,7 +375,6 @@ def _count(events: Any, engine: Any, weight: str | None) -> _Counts:
             last_click=click.max(),
             **{name: condition.cast("int64").sum() for name, condition in bad.items()},
         )
-        .to_pyarrow()
     )
     rows = grouped.to_pylist()
     if not rows:
@@ -422,9 +410,21 @@ def _count(events: Any, engine: Any, weight: str | None) -> _Counts:
     )
 
 
-def _known(events: Any, engine: Any) -> Any:
-    """The events of known users and items, with their dense rows."""
-    return events.inner_join(engine.table("user_rows"), c.USER_ID).inner_join(engine.table("item_rows"), c.ITEM_ID)
+def _check_timed(counts: _Counts, days: bool, impressed_weight: float) -> bool:
+    """Whether the events have a time; refuses what cannot be without one.
+
+    Raises:
+        ConfigError: days are chosen, or weak positives wanted, of events without time.
+    """
+    timed = counts.watermark_ms is not None
+    if not timed and days:
+        raise ConfigError("samples.first_day and last_day choose by time, but the events have none: leave them out")
+    if not timed and impressed_weight:
+        raise ConfigError(
+            f"samples.impressed_weight = {impressed_weight:g}, but the events have no time: without one, a row's "
+            "history is drawn from the clicks, and a shown item is none"
+        )
+    return timed
 
 
 def _rows(known: Any, outcome: str, context: tuple[str, ...], weight: str | float | None, first_day: str | None) -> Any:
@@ -439,12 +439,13 @@ def _rows(known: Any, outcome: str, context: tuple[str, ...], weight: str | floa
     )
 
 
-def _share_with_hard(positives: Any, sources: Sequence[str]) -> float:
+def _share_with_hard(engine: Engine, positives: Any, sources: Sequence[str]) -> float:
     """Share of the positives that have a hard negative."""
     if not sources:
         return 0.0
-    counts = ibis.greatest(*(positives[f"{HARD}{source}"] for source in sources))
-    return round(float((counts > 0).cast("float64").mean().to_pyarrow().as_py()), 4)
+    some: Any = functools.reduce(operator.or_, (positives[f"{HARD}{source}"] > 0 for source in sources))
+    found = engine.fetch(positives.aggregate(rows=_.count(), some=some.cast("int64").sum())).to_pylist()[0]
+    return float(round(int(found["some"]) / int(found["rows"]), 4))
 
 
 def _hard_sources(counts: _Counts, timed: bool, impressed: bool) -> list[str]:
@@ -481,10 +482,10 @@ def _used(
     return used
 
 
-def _check_distinct(clicks: Any) -> None:
+def _check_distinct(engine: Engine, clicks: Any) -> None:
     """Refuse a click that is there twice: the usual slip is a file that was copied or written again."""
     repeated = clicks.group_by([USER_ROW, ITEM_ROW, c.EVENT_SEQ]).aggregate(rows=_.count()).filter(_.rows > 1)
-    found = repeated.aggregate(clicks=_.count(), least=_[c.EVENT_SEQ].min()).to_pyarrow().to_pylist()[0]
+    found = engine.fetch(repeated.aggregate(clicks=_.count(), least=_[c.EVENT_SEQ].min())).to_pylist()[0]
     if found["clicks"]:
         raise DataError(
             f"events: {found['clicks']} clicks are there more than once, by user, item and {c.EVENT_SEQ}, such as "
@@ -504,15 +505,19 @@ def _with_history(positives: Any, clicks: Any) -> Any:
     return counted.filter(_.is_click == 0)
 
 
-def _tally(events: Any, row: str, size: int, copies: str | None = None) -> "np.ndarray[Any, np.dtype[np.int64]]":
+def _tally(
+    engine: Engine, events: Any, row: str, size: int, copies: str | None = None
+) -> "np.ndarray[Any, np.dtype[np.int64]]":
     """How many events each dense row has, (size,); an event counts as often as its copies say, if a column does."""
-    counted = events.group_by(row).aggregate(rows=_[copies].sum() if copies else _.count()).to_pyarrow()
+    counted = engine.fetch(events.group_by(row).aggregate(rows=_[copies].sum() if copies else _.count()))
     tally = np.zeros(size, np.int64)
     tally[counted.column(row).to_numpy()] = counted.column("rows").to_numpy()
     return tally
 
 
-def _values(positives: Any, features: spec.Features, rows: int) -> dict[str, pa.ChunkedArray]:
+def _values(
+    engine: Engine, positives: Any, features: spec.Features, rows: int, types: Mapping[str, pa.DataType]
+) -> dict[str, pa.ChunkedArray]:
     """What each context feature is fitted to, never all rows: distinct values, and of numbers about a million.
 
     The million is chosen by a hash of `event_seq`, so that every engine and every order of rows chooses the same.
@@ -529,8 +534,13 @@ def _values(positives: Any, features: spec.Features, rows: int) -> dict[str, pa.
             query = positives.select(column).limit(0)
         else:
             query = positives.select(column).distinct()
-        values[name] = query.to_pyarrow().column(column)
+        values[name] = _as(types[column], engine.fetch(query).column(column))
     return values
+
+
+def _as(kind: pa.DataType, column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """A column in the type of the files: engines have fewer types than files."""
+    return pa.nulls(len(column)) if pa.types.is_null(kind) else column.cast(kind)
 
 
 def _encoded(features: tuple[Fitted, ...], table: pa.Table, id_column: str, counts: dict[str, Any]) -> pa.Table:
@@ -539,12 +549,14 @@ def _encoded(features: tuple[Fitted, ...], table: pa.Table, id_column: str, coun
     return pa.table({id_column: table.column(id_column), **{k: pa.array(v) for k, v in counts.items()}, **encoded})
 
 
-def _stream(query: Any) -> Iterator[pa.RecordBatch]:
-    yield from query.to_pyarrow_batches(chunk_size=1 << 17)
-
-
 def _write_positives(
-    path: Path, positives: Any, context: tuple[Fitted, ...], timed: bool, sources: Sequence[str]
+    engine: Engine,
+    path: Path,
+    positives: Any,
+    context: tuple[Fitted, ...],
+    types: Mapping[str, pa.DataType],
+    timed: bool,
+    sources: Sequence[str],
 ) -> None:
     """One row a positive, in the order of time, context encoded."""
     order = [c.REQUEST_TS_MS, c.EVENT_SEQ, USER_ROW, ITEM_ROW] if timed else [USER_ROW, ITEM_ROW, c.EVENT_SEQ]
@@ -566,15 +578,15 @@ def _write_positives(
     chosen = chosen.select(*(name for name, _type in fields), *(f"{CONTEXT}{feature.name}" for feature in context))
 
     def encoded() -> Iterator[pa.RecordBatch]:
-        for batch in _stream(chosen):
+        for batch in engine.batches(chosen):
             columns = {name: batch.column(name) for name, _type in fields}
             for feature in context:
                 name = f"{CONTEXT}{feature.name}"
-                columns[name] = to_arrow(feature.encode(batch.column(name)))
+                columns[name] = to_arrow(feature.encode(_as(types[name], batch.column(name))))
             yield pa.record_batch(columns)
 
-    types = [(f"{CONTEXT}{feature.name}", _stored(to_arrow(feature.absent(1)).type)) for feature in context]
-    write_columns(path, pa.schema(fields + types), encoded())
+    encodings = [(f"{CONTEXT}{feature.name}", _stored(to_arrow(feature.absent(1)).type)) for feature in context]
+    write_columns(path, pa.schema(fields + encodings), encoded())
 
 
 def _stored(kind: pa.DataType) -> pa.DataType:
@@ -582,9 +594,9 @@ def _stored(kind: pa.DataType) -> pa.DataType:
     return pa.large_list(kind.value_type) if pa.types.is_list(kind) else kind
 
 
-def _write_clicks(path: Path, clicks: Any, timed: bool) -> None:
+def _write_clicks(engine: Engine, path: Path, clicks: Any, timed: bool) -> None:
     """Every user's clicked items in the order of time, users in the order of their rows."""
     at = _[c.CLICK_TS_MS] if timed else ibis.literal(0, "int64")
     order = [USER_ROW, c.CLICK_TS_MS, c.EVENT_SEQ, ITEM_ROW] if timed else [USER_ROW, ITEM_ROW, c.EVENT_SEQ]
     chosen = clicks.order_by(order).mutate(**{c.TS_MS: at}).select(ITEM_ROW, c.TS_MS)
-    write_columns(path, pa.schema([(ITEM_ROW, pa.int32()), (c.TS_MS, pa.int64())]), _stream(chosen))
+    write_columns(path, pa.schema([(ITEM_ROW, pa.int32()), (c.TS_MS, pa.int64())]), engine.batches(chosen))

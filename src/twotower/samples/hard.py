@@ -10,6 +10,7 @@ from typing import Any
 import ibis
 from ibis import _
 
+from twotower.samples.engine import Engine
 from twotower.samples.sampling import ITEM_ROW, USER_ROW, hashed
 from twotower.schema import columns as c
 
@@ -55,14 +56,14 @@ class Rejected:
 
 
 def find_rejected(
-    engine: Any, known: Any, positives: Any, sources: Sequence[str], most: int, first_day: str | None, seed: int
+    engine: Engine, known: Any, positives: Any, sources: Sequence[str], most: int, first_day: str | None, seed: int
 ) -> Rejected:
     """Decide for every rejected row whether it is a hard negative.
 
     An item that its user was shown or clicked anywhere in the days is none: it was good enough there.
 
     Args:
-        engine: the Ibis backend.
+        engine: what runs the job.
         known: events of known users and items, with their rows.
         positives: the training rows.
         sources: the outcomes that are hard negatives.
@@ -108,8 +109,8 @@ def find_rejected(
             )
         },
     )
-    table = engine.create_table("rejected", decided, temp=True)
-    counted = table.group_by([c.OUTCOME, USED]).aggregate(rows=_.count()).to_pyarrow().to_pylist()
+    table = engine.keep("rejected", decided)
+    counted = engine.fetch(table.group_by([c.OUTCOME, USED]).aggregate(rows=_.count())).to_pylist()
     used: dict[str, dict[str, int]] = {source: {} for source in sources}
     for row in sorted(counted, key=lambda row: row[USED]):
         used[row[c.OUTCOME]][row[USED]] = row["rows"]

@@ -12,6 +12,7 @@ import pyarrow as pa
 from ibis import _
 
 from twotower.config import settings as spec
+from twotower.samples.engine import Engine
 from twotower.schema import columns as c
 
 ITEM_ROW = "item_row"
@@ -57,7 +58,7 @@ def expected_copies(clicks: npt.NDArray[np.int64], hot: spec.Hot, cold: spec.Col
     return np.where(clicked, copies, 1.0)
 
 
-def with_copies(positives: Any, engine: Any, copies: npt.NDArray[np.float64], seed: int) -> Any:
+def with_copies(engine: Engine, positives: Any, copies: npt.NDArray[np.float64], seed: int) -> Any:
     """Positives with the number of times that each is fed: the whole part of `copies` (N,), and one more by chance."""
     whole = np.floor(copies)
     table = {
@@ -65,9 +66,9 @@ def with_copies(positives: Any, engine: Any, copies: npt.NDArray[np.float64], se
         _WHOLE: whole.astype(np.int32),
         _CHANCE: np.round((copies - whole) * _PRIME).astype(np.int64),
     }
-    engine.create_table("item_copies", pa.table(table), temp=True)
+    of_item = engine.put("item_copies", pa.table(table))
     drawn = (hashed(seed) < _[_CHANCE]).cast("int32")
-    joined = positives.inner_join(engine.table("item_copies"), ITEM_ROW)
+    joined = positives.inner_join(of_item, ITEM_ROW)
     return joined.mutate(**{COPIES: (_[_WHOLE] + drawn).cast("int32")}).drop(_WHOLE, _CHANCE)
 
 

@@ -1,0 +1,46 @@
+"""The engine of a batch job: DuckDB embedded in the process, or Spark where a log outgrows one machine.
+
+A job is written once in Ibis and knows of an engine only six verbs: `read_days`, `put`, `keep`, `fetch`, `batches` and
+`spread`; they are documented at `DuckDB`. What the two engines do differently stays in their files.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from twotower.config import settings as spec
+from twotower.samples.duckdb_engine import DuckDB, open_duckdb
+from twotower.samples.spark_engine import Spark, open_spark
+from twotower.schema.errors import ConfigError
+
+Engine = DuckDB | Spark
+
+
+@contextmanager
+def open_engine(options: spec.Engine, scratch: Path) -> Iterator[Engine]:
+    """Open the configured engine.
+
+    Args:
+        options: which, and how large.
+        scratch: where it keeps what does not fit in memory, unless the options name a folder; removed by the caller.
+
+    Raises:
+        ConfigError: Spark is asked for, and pyspark or Java is not installed; the configured scratch is no folder.
+
+    >>> import pyarrow as pa, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, open_engine(spec.Engine(), Path(folder)) as engine:
+    ...     numbers = engine.put("numbers", pa.table({"n": [3, 1, 2]}))
+    ...     [batch.column("n").to_pylist() for batch in engine.batches(numbers.order_by("n"))]
+    [[1, 2, 3]]
+    """
+    with ExitStack() as stack:
+        if options.scratch:
+            if not Path(options.scratch).is_dir():
+                raise ConfigError(f"engine.scratch = {options.scratch!r} is no folder: make it, or leave it out")
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twotower-", dir=options.scratch)))
+        if options.name == "spark":
+            opened = open_spark(options.url, options.threads, options.memory_gb, options.options, scratch)
+            yield stack.enter_context(opened)
+        else:
+            yield stack.enter_context(open_duckdb(options.threads, options.memory_gb, scratch))
