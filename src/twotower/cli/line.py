@@ -308,17 +308,19 @@ def fusion_of(settings: Settings) -> Fusion:
         DataError: the choice was made among other channels.
     """
     options, channels, path = settings.fusion, settings.models.channels, places(settings).workspace / FUSION
-    if unknown := sorted({*options.weights, *options.constants} - set(channels)):
+    if unknown := sorted({*options.weights, *options.constants, *options.reserved} - set(channels)):
         raise ConfigError(f"fusion: {', '.join(unknown)} is none of models.channels = {', '.join(channels)}")
     if options.weights or options.constants or not path.exists():
-        return Fusion(settings.serve.fusion, options.weights, options.constants, options.depth)
+        return Fusion(settings.serve.fusion, options.weights, options.constants, options.depth, options.reserved)
     chosen = read_json(path)
     if sorted(chosen["channels"]) != sorted(channels):
         raise DataError(
             f"{path} was chosen for {', '.join(chosen['channels'])}, and models.channels = {', '.join(channels)}: run "
             "`twotower fuse` again, remove the file, or give fusion.weights"
         )
-    return Fusion(**{name: chosen[name] for name in ("method", "weights", "constants", "depth")})
+    return Fusion(
+        **{name: chosen[name] for name in ("method", "weights", "constants", "depth")}, reserved=options.reserved
+    )
 
 
 def publish_version(settings: Settings, *, promoted: bool) -> dict[str, Any]:

@@ -516,6 +516,9 @@ class Fusion:
     `twotower fuse` chose, or else all weigh 1."""
     constants: dict[str, NotNegative] = field(default_factory=dict)
     """`rrf`: of weight / (constant + rank), by channel; one without has 60. Small = its first ones count most."""
+    reserved: dict[str, Share] = field(default_factory=dict)
+    """By channel, the least share of the places of the one list that it has, such as `{ new_items = 0.05 }`, so that
+    new items are shown before anything is known of them; set by hand, whatever the weights are."""
     depth: Positive = 1000
     """Candidates that each channel is asked for where several are fused, and at least as many as are wanted."""
     k: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [200, 500])
