@@ -109,6 +109,7 @@ bench: $(DEV) peers
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/index.py --out benchmarks/results/index.json
 	$(BIN)/python benchmarks/samples.py --out benchmarks/results/samples.json
+	$(BIN)/python benchmarks/engines.py --out benchmarks/results/engines.json
 	$(BIN)/python benchmarks/serve.py --out benchmarks/results/serve.json
 	$(BIN)/python benchmarks/quality.py --data '$(REAL_DATA)' --out benchmarks/results/quality.json
 	$(BIN)/python benchmarks/losses.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/losses.json
