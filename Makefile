@@ -46,7 +46,7 @@ $(BASE):
 $(DEV): $(BASE)
 	@echo "set-up: the tools of development into .venv" >&2
 	@touch .venv/.installing
-	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,dev,spark,tune]'
+	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,dev,spark,swing,tune]'
 	@rm .venv/.installing
 	@touch $@
 
