@@ -86,6 +86,10 @@ class Graph:
     """(U,) w_u."""
     damping: Floats
     """(N,) |U_j|^-popularity, of all users of the item, before the cap."""
+    room: Longs
+    """(N,) slots for the similarities of each item: N where that is little more than it needs, else a power of two."""
+    most_met: int
+    """The most edges that the items of one user have together."""
 
 
 class Swing:
@@ -161,22 +165,26 @@ def click_graph(clicks: Clicks, items: int, options: Options) -> Graph:
     # The later the click, the smaller its place in the reversed order.
     kept = _first(user, last, options.items, users)
     user, item = user[kept], item[kept]
-    weight = np.power(np.bincount(user, minlength=users) + options.offset, -options.activity, dtype=np.float64)
-    clicked = np.maximum(np.bincount(item, minlength=items), 1)
-    damping = np.power(clicked, -options.popularity, dtype=np.float64)
+    user_items = np.maximum(np.bincount(user, minlength=users), 1)
+    item_users = np.maximum(np.bincount(item, minlength=items), 1)
     kept = _first(item, _hash(_hash(user)), options.users, items)
     user, item = user[kept], item[kept]
+    sizes, clicked = np.bincount(user, minlength=users), np.bincount(item, minlength=items)
+    others = np.bincount(item, sizes[user] - 1.0, items)
+    room = 2 ** np.ceil(np.log2(np.maximum(1.5 * others, 1))).astype(np.int64)
     by_item = np.lexsort((user, item))
     place = np.empty(len(user), np.int64)
     place[by_item] = np.arange(len(user))
     return Graph(
-        pointers(np.bincount(user, minlength=users)),
+        pointers(sizes),
         item.astype(np.int32),
         place,
-        pointers(np.bincount(item, minlength=items)),
+        pointers(clicked),
         user[by_item].astype(np.int32),
-        weight,
-        damping,
+        np.power(user_items + options.offset, -options.activity, dtype=np.float64),
+        np.power(item_users, -options.popularity, dtype=np.float64),
+        np.where(others == 0, 0, np.minimum(room, items)),
+        int(np.bincount(user, clicked[item], users).max(initial=0)),
     )
 
 
@@ -209,16 +217,6 @@ def _part(folder: str, ranges: Sequence[tuple[int, int]], alpha: float, neighbou
     return pa.record_batch([found.item, found.neighbour, found.similarity], schema=NEAREST)
 
 
-def _slots(graph: Graph) -> Longs:
-    """Room for the similarities of each item (N,): N where that is little more than it needs, else a power of two."""
-    items = len(graph.item_indptr) - 1
-    sizes = np.diff(graph.user_indptr)
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    others = np.bincount(graph.item, weights=sizes[owner] - 1.0, minlength=items)
-    room = 2 ** np.ceil(np.log2(np.maximum(1.5 * others, 1))).astype(np.int64)
-    return np.where(others == 0, 0, np.minimum(room, items))
-
-
 def parts(graph: Graph, slots: int, threads: int = 1) -> list[tuple[int, int]]:
     """Ranges of items, first and behind the last, that together are all; each has its share of the memory.
 
@@ -227,7 +225,7 @@ def parts(graph: Graph, slots: int, threads: int = 1) -> list[tuple[int, int]]:
         slots: similarities that may be held at a time.
         threads: parts that are computed at a time.
     """
-    room = np.cumsum(_slots(graph))
+    room = np.cumsum(graph.room)
     items, total = len(room), int(room.max(initial=0))
     count = max(threads, -(-total // max(1, slots // threads)))
     edges = np.unique([0, *np.searchsorted(room, total / count * np.arange(1, count)), items])
@@ -250,16 +248,11 @@ def swing_kernel() -> Callable[[Graph, int, int, float, int], Nearest]:
     add, select = (njit(nogil=True, cache=True)(function) for function in (_add_up, _select))
 
     def nearest(graph: Graph, first: int, last: int, alpha: float, neighbours: int) -> Nearest:
-        room = _slots(graph)[first:last]
-        begin = pointers(room)
+        begin = pointers(graph.room[first:last])
         keys, sums = np.full(begin[-1], -1, np.int32), np.zeros(begin[-1])
-        items = len(graph.item_indptr) - 1
-        dense = room == items
-        sizes = np.diff(graph.user_indptr)
-        owner = np.repeat(np.arange(len(sizes)), sizes)
-        met = np.bincount(owner, np.diff(graph.item_indptr)[graph.item], len(sizes))
-        scratch = np.empty(int(met.max(initial=0)), np.int32)
-        width = int(sizes.max(initial=0))
+        dense = graph.room[first:last] == len(graph.room)
+        scratch = np.empty(graph.most_met, np.int32)
+        width = int(np.diff(graph.user_indptr).max(initial=0))
         add(
             graph.user_indptr, graph.item, graph.place, graph.item_indptr, graph.user, graph.weight,
             alpha, first, last, begin, dense, keys, sums, scratch, width,
