@@ -24,6 +24,7 @@ from twotower.evaluate.holdout import evaluate
 from twotower.features.columns import take
 from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
+from twotower.models import item_cf, swing
 from twotower.models.als import ALS, Options
 from twotower.models.channel import VectorChannel
 from twotower.models.fit import Recipe, fit_channels
@@ -31,6 +32,7 @@ from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
 from twotower.models.retriever import Retriever
 from twotower.models.same_category import SameCategory
+from twotower.models.swing import Swing
 from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
 from twotower.publish.publish import current_path, promote, publish
@@ -200,10 +202,28 @@ def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
     models, threads = settings.models, settings.engine.threads
     factorise = Options(**asdict(models.als))
     popular, alike = models.popular, models.same_category
+    scratch = places(settings).checkpoints
     return {
         "item_cf": Recipe(
-            {},
-            lambda: ItemCF.fit(samples.clicks, len(samples.items), settings.engine, places(settings).checkpoints),
+            asdict(models.item_cf),
+            lambda: ItemCF.fit(
+                samples.clicks,
+                len(samples.items),
+                item_cf.Options(**asdict(models.item_cf)),
+                settings.engine,
+                scratch,
+                samples.positives,
+            ),
+        ),
+        "swing": Recipe(
+            asdict(models.swing),
+            lambda: Swing.fit(
+                samples.clicks,
+                len(samples.items),
+                swing.Options(**asdict(models.swing)),
+                settings.engine,
+                scratch,
+            ),
         ),
         "als": Recipe(
             {**asdict(models.als), "seed": settings.train.seed},
