@@ -41,7 +41,16 @@ CASES = {
     "movielens": Case(
         ["movielens-1m", "ml-1m/", "--holdout", "time:0.9", "--positive", "4"], "movielens.toml", [CHANNELS]
     ),
-    "kuairand": Case(["kuairand", "kuairand/", "--holdout", "since:2022-05-03"], "kuairand.toml", [CHANNELS]),
+    "kuairand": Case(
+        ["kuairand", "kuairand/", "--holdout", "since:2022-05-03"],
+        "kuairand.toml",
+        [
+            'models.channels=["two_tower", "mind", "als", "same_category", "popular"]',
+            'models.same_category.attributes=["author_id", "tag"]',
+            'models.popular.segment="onehot_feat1"',
+            "fusion.users=3000",
+        ],
+    ),
     "globo": Case(
         ["globo", "globo/", "--holdout", "since:2017-10-10", "--until", "2017-10-10"],
         "globo.toml",

@@ -45,6 +45,8 @@ def test_weights_chosen_on_validation_are_published_and_every_way_to_ask_agrees(
     assert all(Path(file).exists() for file in report["files"])
     assert json.loads(Path(report["files"][0]).read_text())["recall"] == report["recall"]
 
+    run("train", *config)  # a finished run stays finished, whatever reports stand beside it
+    assert all(Path(file).exists() for file in report["files"])
     version = run("publish", *config)["version"]
     assert run("versions", "verify", version, *config)["ok"]
     out = workspace / "fused.parquet"

@@ -48,7 +48,7 @@ def test_two_channels_that_know_different_things_are_fused_and_noise_is_left_out
 def test_a_channel_that_repeats_another_is_no_gain() -> None:
     lists, truth = world(0, good=0.6, noise=0.0)
     chosen = choose({**lists, "again": lists["good"]}, truth, [50], 0)
-    assert chosen.fusion.weights["noise"] == 0
+    assert chosen.fusion.weights == {"good": 1, "noise": 0, "again": 0}
     assert chosen.gain.value == pytest.approx(0)
     assert chosen.fused == chosen.channels["good"]
 

@@ -57,7 +57,8 @@ def choose(lists: Mapping[str, Candidates], truth: Bag, ks: Sequence[int], seed:
     than that has weight 0. Quotas are climbed likewise, and taken if they are better by more than the error.
 
     What was chosen on the users that it is judged on looks better than it is. So the choice is made three times: on
-    each half of the users, for the figures on the other half, and on all of them.
+    each half of the users, for the figures on the other half, and on all of them. Where these figures are not above
+    those of the best channel by more than their noise, that channel stands first alone, and the others fill up.
 
     Args:
         lists: candidates of each channel by name, as long as they will be asked for; excluded items are not in them.
@@ -75,15 +76,21 @@ def choose(lists: Mapping[str, Candidates], truth: Bag, ks: Sequence[int], seed:
         found = whole.of_users(part).choose()
         fused[~part] = whole.of_users(~part).recall(found)
         alone[~part] = singles[singles[:, part].mean(axis=(1, 2)).argmax(), ~part]
-    log.info("choosing on all of them")
-    fusion = whole.choose()
+    gain = difference(fused.mean(axis=1), alone.mean(axis=1), RESAMPLES, seed)
+    if gain.ci95 is not None and gain.ci95[0] > 0:
+        log.info("choosing on all of them")
+        fusion = whole.choose()
+    else:
+        log.info("no fusion is better than the best channel by more than noise: it stands first, the others fill up")
+        best = union.channels[singles.mean(axis=(1, 2)).argmax()]
+        fusion = Fusion(weights={name: float(name == best) for name in union.channels}, depth=union.depth)
     return Chosen(
         fusion,
         len(half),
         {name: _by_k(values, ks) for name, values in zip(union.channels, singles, strict=True)},
         _by_k(fused, ks),
         _by_k(whole.recall(Fusion(depth=union.depth)), ks),
-        difference(fused.mean(axis=1), alone.mean(axis=1), RESAMPLES, seed),
+        gain,
     )
 
 

@@ -195,10 +195,12 @@ def save_step(
 
 
 def drop_all_but(folder: Path, keep: Iterable[str]) -> None:
-    """Empty the folder of a run, down to some entries; what a killed writer left behind goes too."""
+    """Empty the folder of a run, down to some checkpoints and to the files that evaluation keeps beside them; what a
+    killed writer left behind goes too.
+    """
     kept = set(keep)
     for path in folder.iterdir():
-        if path.name not in kept:
+        if path.is_dir() and path.name not in kept:
             shutil.rmtree(path)
 
 
