@@ -40,7 +40,7 @@ from twotower.publish.version import NEW_ITEMS, TWO_TOWER, VECTOR_CHANNELS, Vers
 from twotower.samples.build import SamplesReport, build_samples
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
-from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.errors import DataError
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.train.checkpoint import Checkpoint, Shape, load_model, open_checkpoint
 from twotower.train.loop import Loss, Negatives, TrainReport, train
@@ -324,23 +324,22 @@ def fusion_of(settings: Settings) -> Fusion:
     """How channels are fused: as the configuration says, else as `twotower fuse` chose, else all alike.
 
     Raises:
-        ConfigError: a weight or constant of no configured channel.
         DataError: the choice was made among other channels.
     """
     options, channels, path = settings.fusion, settings.models.channels, places(settings).workspace / FUSION
-    if unknown := sorted({*options.weights, *options.constants, *options.reserved} - set(channels)):
-        raise ConfigError(f"fusion: {', '.join(unknown)} is none of models.channels = {', '.join(channels)}")
-    if options.weights or options.constants or not path.exists():
-        return Fusion(settings.serve.fusion, options.weights, options.constants, options.depth, options.reserved)
+    weights, constants, reserved = (
+        {str(name): value for name, value in given.items() if name in channels}
+        for given in (options.weights, options.constants, options.reserved)
+    )
+    if weights or constants or not path.exists():
+        return Fusion(settings.serve.fusion, weights, constants, options.depth, reserved)
     chosen = read_json(path)
     if sorted(chosen["channels"]) != sorted(channels):
         raise DataError(
             f"{path} was chosen for {', '.join(chosen['channels'])}, and models.channels = {', '.join(channels)}: run "
             "`twotower fuse` again, remove the file, or give fusion.weights"
         )
-    return Fusion(
-        **{name: chosen[name] for name in ("method", "weights", "constants", "depth")}, reserved=options.reserved
-    )
+    return Fusion(**{name: chosen[name] for name in ("method", "weights", "constants", "depth")}, reserved=reserved)
 
 
 def publish_version(settings: Settings, *, promoted: bool) -> dict[str, Any]:

@@ -570,12 +570,12 @@ class Evaluate:
 class Fusion:
     """How the channels' candidates become one list, and what `twotower fuse` chooses; `serve.fusion` is the method."""
 
-    weights: dict[str, NotNegative] = field(default_factory=dict)
+    weights: dict[Channel, NotNegative] = field(default_factory=dict)
     """By channel; one without weighs 1. 0 = its items only fill places that all others leave free. Absent = what
     `twotower fuse` chose, or else all weigh 1."""
-    constants: dict[str, NotNegative] = field(default_factory=dict)
+    constants: dict[Channel, NotNegative] = field(default_factory=dict)
     """`rrf`: of weight / (constant + rank), by channel; one without has 60. Small = its first ones count most."""
-    reserved: dict[str, Share] = field(default_factory=dict)
+    reserved: dict[Channel, Share] = field(default_factory=dict)
     """By channel, the least share of the places of the one list that it has, such as `{ new_items = 0.05 }`, so that
     new items are shown before anything is known of them; set by hand, whatever the weights are."""
     depth: Positive = 1000
