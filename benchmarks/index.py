@@ -3,7 +3,9 @@
     python benchmarks/index.py [--smoke] [--out benchmarks/results/index.json]
 
 Vectors are a mixture of 200 gaussians brought to unit length; the queries that are measured come from the same mixture
-and are not those that the index was tuned on. Progress goes to stderr, one JSON line to stdout.
+and are not those that the index was tuned on. The second part filters: a share of the items is left out by chance, or
+by an attribute that goes with the vectors (the gaussian), either by one query (`exclude`) or by a view (`without`).
+Progress goes to stderr, one JSON line to stdout.
 """
 
 import argparse
@@ -21,33 +23,41 @@ from numpy.typing import NDArray
 
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
-from twotower.index.protocol import VectorIndex
+from twotower.index.protocol import Exclusions, VectorIndex
 
 DIMENSION = 64
 KS = (50, 500)
 CENTRES = 200
 RECALL = 0.99
 SEED = 0
+SHARES = (0.0, 0.5, 0.9, 0.99)
+"""Shares of items that are filtered out."""
 
 
-def mixture(centres: NDArray[np.float32], count: int, rng: np.random.Generator) -> NDArray[np.float32]:
+def mixture(
+    centres: NDArray[np.float32], count: int, rng: np.random.Generator, centre_of: NDArray[np.int64] | None = None
+) -> NDArray[np.float32]:
     """Unit vectors (count, D) around centres (C, D); noise is .7 of the spread of the centres in each dimension."""
     vectors = rng.standard_normal((count, centres.shape[1]), np.float32)
     vectors *= np.float32(0.7)
-    vectors += centres[rng.integers(len(centres), size=count)]
+    vectors += centres[rng.integers(len(centres), size=count) if centre_of is None else centre_of]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors
 
 
-def latencies_ms(index: VectorIndex, queries: NDArray[np.float32], k: int) -> dict[str, float]:
-    """Median and 99th percentile of queries (Q, D) asked one at a time."""
-    seconds = []
+def latencies_ms(
+    index: VectorIndex, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None
+) -> dict[str, float]:
+    """Of queries (Q, D) asked one at a time, all with the same exclusions; `cpu`: of the calling thread alone."""
+    seconds, cpu_seconds = [], []
     for query in queries[:, None]:
-        start = time.perf_counter()
-        index.search(query, k)
+        start, cpu_start = time.perf_counter(), time.thread_time()
+        index.search(query, k, exclude)
+        cpu_seconds.append(time.thread_time() - cpu_start)
         seconds.append(time.perf_counter() - start)
     p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1000
-    return {"p50_ms": round(float(p50), 3), "p99_ms": round(float(p99), 3)}
+    cpu = float(np.median(cpu_seconds)) * 1000
+    return {"p50_ms": round(float(p50), 3), "p99_ms": round(float(p99), 3), "cpu_p50_ms": round(cpu, 3)}
 
 
 def measure(count: int, queries: int) -> list[dict[str, Any]]:
@@ -94,6 +104,41 @@ def measure(count: int, queries: int) -> list[dict[str, Any]]:
     return entries
 
 
+def measure_filters(count: int, queries: int) -> list[dict[str, Any]]:
+    """One entry for each kind of filter and each share, over `count` vectors, at the largest k."""
+    rng, k = np.random.default_rng(SEED), KS[-1]
+    centres = rng.standard_normal((CENTRES, DIMENSION), np.float32)
+    centre_of = rng.integers(CENTRES, size=count)
+    rows, vectors = np.arange(count), mixture(centres, count, rng, centre_of)
+    tuning, held_out = mixture(centres, 500, rng), mixture(centres, queries, rng)
+    exact = ExactIndex.build(rows, vectors)
+    start = time.perf_counter()
+    index = FaissIndex.build(rows, vectors, SEED, flat_below=0).tune(tuning, KS, RECALL, exact)
+    print(f"{count} vectors: built and tuned in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    entries = []
+    for kind in ("chance", "attribute"):
+        for share in SHARES:
+            out = np.flatnonzero(rng.random(count) < share if kind == "chance" else centre_of < share * CENTRES)
+            exclude, view = Exclusions.of([out]), index.without(out)
+            exact_view = exact.without(out)
+            truth = exact_view.search(held_out, k).rows
+            entry = {"vectors": count, "k": k, "filter": kind, "share": share}
+            for name, found in (
+                ("exclude", [index.search(query, k, exclude).rows[0] for query in held_out[:, None]]),
+                ("without", view.search(held_out, k).rows),
+            ):
+                there = [a[a >= 0] for a in truth]
+                recalls = [len(np.intersect1d(a, b)) / len(a) for a, b in zip(there, found, strict=True)]
+                entry[f"recall_{name}"] = round(float(np.mean(recalls)), 4)
+                entry[f"recall_{name}_worst_query"] = round(min(recalls), 4)
+            entry["exclude"] = latencies_ms(index, held_out, k, exclude)
+            entry["without"] = latencies_ms(view, held_out, k)
+            entry["exact_without"] = latencies_ms(exact_view, held_out, k)
+            print(json.dumps(entry), file=sys.stderr)
+            entries.append(entry)
+    return entries
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="small sizes: shows that it runs, measures nothing")
@@ -110,6 +155,7 @@ def main() -> None:
         "queries": queries,
         "seed": SEED,
         "results": [entry for size in sizes for entry in measure(size, queries)],
+        "filtered": measure_filters(sizes[0] * 2, queries),
     }
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,10 @@
 
     python benchmarks/serve.py --workspace demo/simulated --out benchmarks/results/serve.json
 
-A server process answers for random known users, each connection kept alive and asking again as soon as it is answered
-(a closed loop), fused and from the two towers alone, at k = 100 and 500. The clients are threads of this process and
-compete with the server for the same cores. Without `--workspace` a simulated world is made. Each case is a line of JSON
+A server process answers for random known users, fused and from the two towers alone, at k = 100 and 500: at 50 requests
+a second, where a latency counts from the moment that the request was due, and over connections that ask again as soon
+as they are answered (a closed loop). The clients are threads of this process and compete with the server for the same
+cores. Without `--workspace` a simulated world is made. Each case is a line of JSON
 on stderr; the last line on stdout holds them all.
 """
 
@@ -34,19 +35,31 @@ CONFIG = Path(__file__).parents[1] / "examples" / "demo.toml"
 CONNECTIONS = (1, 4, 16)
 KS = (100, 500)
 CHANNELS: dict[str, list[str]] = {"fused": [], "two_tower": ["two_tower"]}
-WARM_UP = 20
+WARM_UP = 5
+RATE = 50
+"""Requests a second of the open loop, and the connections that they are spread over."""
+RATE_CONNECTIONS = 4
 
 
 def ask_on(
-    url: str, users: list[Any], body: dict[str, Any], until: float, seed: int, latencies_ms: list[float]
+    url: str,
+    users: list[Any],
+    body: dict[str, Any],
+    until: float,
+    seed: int,
+    latencies_ms: list[float],
+    every_s: float = 0.0,
 ) -> None:
-    """Ask over one connection until a moment; latencies of all but the first requests."""
+    """Ask over one connection until a moment, `every_s` or as soon as answered; latencies of all but the first."""
     address, generator = urlsplit(url), random.Random(seed)
     with closing(http.client.HTTPConnection(address.hostname, address.port, timeout=30)) as connection:
         asked = 0
+        due = time.monotonic() + generator.random() * every_s
         while time.monotonic() < until:
             document = json.dumps({**body, "user_id": generator.choice(users)})
-            started = time.monotonic()
+            time.sleep(max(0.0, due - time.monotonic()))
+            started = due if every_s else time.monotonic()
+            due += every_s
             connection.request("POST", "/v1/retrieve", document, {"Content-Type": "application/json"})
             response = connection.getresponse()
             content = response.read()
@@ -57,12 +70,18 @@ def ask_on(
                 latencies_ms.append(1000 * (time.monotonic() - started))
 
 
-def measure(url: str, users: list[Any], channels: str, k: int, connections: int, seconds: float) -> dict[str, Any]:
+def measure(
+    url: str, users: list[Any], channels: str, k: int, connections: int, seconds: float, rate: int | None = None
+) -> dict[str, Any]:
+    """One case; `rate` in requests a second over all connections, None for a closed loop."""
     body = {"k": k, "channels": CHANNELS[channels]}
     latencies_ms: list[list[float]] = [[] for _ in range(connections)]
     started = time.monotonic()
+    every_s = connections / rate if rate else 0.0
     threads = [
-        threading.Thread(target=ask_on, args=(url, users, body, started + seconds, number, latencies_ms[number]))
+        threading.Thread(
+            target=ask_on, args=(url, users, body, started + seconds, number, latencies_ms[number], every_s)
+        )
         for number in range(connections)
     ]
     for thread in threads:
@@ -76,6 +95,7 @@ def measure(url: str, users: list[Any], channels: str, k: int, connections: int,
         "channels": channels,
         "k": k,
         "connections": connections,
+        "rate": rate,
         "requests_per_s": round((len(all_ms) + WARM_UP * connections) / elapsed, 1),
         "p50_ms": round(float(p50), 2),
         "p99_ms": round(float(p99), 2),
@@ -95,8 +115,8 @@ def bench(workspace: Path, seconds: float, connections: tuple[int, ...]) -> dict
             cases = []
             for channels in CHANNELS:
                 for k in KS:
-                    for count in connections:
-                        cases.append(measure(url, users, channels, k, count, seconds))
+                    for count, rate in [(RATE_CONNECTIONS, RATE), *((count, None) for count in connections)]:
+                        cases.append(measure(url, users, channels, k, count, seconds, rate))
                         print(json.dumps(cases[-1]), file=sys.stderr, flush=True)
         finally:
             server.terminate()

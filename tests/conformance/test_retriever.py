@@ -7,18 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from twotower.config import settings as spec
 from twotower.datasets.simulate import simulate_workspace
+from twotower.features.columns import Bag
 from twotower.features.feature_set import FeatureSet
 from twotower.index.exact import ExactIndex
+from twotower.index.protocol import Exclusions
 from twotower.models.als import ALS, Options
 from twotower.models.channel import VectorChannel
 from twotower.models.fit import Counted
 from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
 from twotower.models.queries import queries_of_users
-from twotower.models.retriever import Candidates, Queries, Retriever
+from twotower.models.retriever import Candidates, Queries, Retriever, WithoutItems, similar_items
 from twotower.models.same_category import SameCategory
 from twotower.models.swing import Swing
 from twotower.models.towers import Network
@@ -47,8 +50,10 @@ def vector_channel(name: str, samples: Samples, features: FeatureSet, network: N
     model = TwoTower(features, 8, network, network, 0.0, seed=0).eval()
     history = samples.features.history
     assert history is not None
-    index = ExactIndex.build(np.arange(len(samples.items)), model.encode_items(samples.items.features))
-    return VectorChannel(name, features, history.vocabulary.rows(samples.items.ids), model.encode_users, index)
+    vectors = model.encode_items(samples.items.features)
+    index = ExactIndex.build(np.arange(len(samples.items)), vectors)
+    tokens = history.vocabulary.rows(samples.items.ids)
+    return VectorChannel(name, features, tokens, model.encode_users, index, vectors)
 
 
 CHANNELS: dict[str, Callable[[Samples], Retriever]] = {
@@ -62,7 +67,13 @@ CHANNELS: dict[str, Callable[[Samples], Retriever]] = {
     "als": lambda samples: ALS.fit(samples.clicks, len(samples.items), Options(factors=8), 1, 0),
     "same_category": lambda samples: SameCategory.fit(samples, ["category"], 20, 50),
     "popular": lambda samples: Popular.fit(samples.item_positives),
+    "popular without some": lambda samples: WithoutItems(Popular.fit(samples.item_positives), odd(samples)),
+    "item_cf without some": lambda samples: WithoutItems(ItemCF.fit(samples.clicks, len(samples.items)), odd(samples)),
 }
+
+
+def odd(samples: Samples) -> NDArray[np.bool_]:
+    return np.arange(len(samples.items)) % 2 == 1
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,21 @@ def test_a_user_who_is_offered_nothing_gets_padding(asked: Asked) -> None:
         asked.samples.features, asked.samples.users, clicks, np.array([0, 3]), {}, (whole[0].astype(np.int64), whole[1])
     )
     assert asked.channel.retrieve(queries, 3).rows.tolist() == [[-1] * 3] * 2
+
+
+@pytest.mark.parametrize("k", [1, 7, 500])
+def test_similar_items_are_whole_ordered_and_never_the_item_itself(asked: Asked, k: int) -> None:
+    rows = np.arange(len(asked.samples.items))
+    found = similar_items(asked.channel, rows, k)
+    if found is None:
+        assert asked.channel.name in ("als", "same_category", "popular")
+        return
+    itself = Exclusions.of(rows[:, None].tolist())
+    queries = Queries({}, Bag(np.zeros(len(rows) + 1, np.int64), np.zeros(0, np.int32)), itself)
+    check(found, queries, k, len(rows))
+    some = similar_items(asked.channel, rows[[5, 3]], min(k, 3))
+    assert some is not None
+    same(some, Candidates(found.rows[[5, 3], :3], found.scores[[5, 3], :3]))
 
 
 def test_no_users_get_no_lists(asked: Asked) -> None:

@@ -135,9 +135,72 @@ def test_a_click_changes_history_and_recommendations(
 
     page.locator(ROWS).first.get_by_role("button", name="Items similar to").click()
     expect(page.locator(".similar .item")).to_have_count(8)
+    page.wait_for_timeout(100)  # for the picture: transitions end
     assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
     shoot(page, f"{size}-{scheme}")
     assert seen.complaints == []
+
+
+def test_the_channels_are_a_legend_that_counts_and_chooses(opened: Callable[..., Seen], some_users: list[int]) -> None:
+    seen = opened(f"/?user={some_users[5]}")
+    page = seen.page
+    expect(page.locator(ROWS)).to_have_count(20)
+    for place, name in enumerate(["two_tower", "item_cf", "popular"]):
+        label = page.locator("#channels label", has=page.get_by_role("radio", name=name))
+        brought = page.locator(f"{ROWS} .why .channel-{place}")
+        assert brought.all_text_contents() == [name] * brought.count()
+        expect(label.locator(".tally")).to_have_text(str(brought.count()))
+        colours = [one.evaluate("e => getComputedStyle(e, '::before').backgroundColor") for one in brought.all()]
+        swatch = label.locator(".channel").evaluate("e => getComputedStyle(e, '::before').backgroundColor")
+        assert set(colours) <= {swatch}
+    assert page.locator(f"{ROWS} .why .channel-0").count()
+    page.get_by_role("radio", name="item_cf").check()
+    expect(page.locator("#channels .tally", has_text=re.compile(r"\d"))).to_have_count(0)
+    expect(page.locator(ROWS)).not_to_have_count(0)
+    assert set(page.locator(f"{ROWS} .why .channel").all_text_contents()) == {"item_cf"}
+    page.get_by_role("radio", name="fused").check()
+    expect(page.locator(f"{ROWS} .why .channel-0")).not_to_have_count(0)
+    assert seen.complaints == []
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_similar_items_are_shown_by_each_channel(
+    opened: Callable[..., Seen], url: str, some_users: list[int], size: str
+) -> None:
+    seen = opened(f"/?user={some_users[6]}", size)
+    page = seen.page
+    expect(page.locator(ROWS)).to_have_count(20)
+    item = ids(page, ROWS)[0]
+    with urllib.request.urlopen(f"{url}/v1/items/{item}/similar?k=8") as response:
+        neighbours = {
+            name: [one["item_id"] for one in items] for name, items in json.load(response)["channels"].items()
+        }
+    assert list(neighbours) == ["two_tower", "item_cf"]
+    page.locator(ROWS).first.get_by_role("button", name="Items similar to").click()
+    panel = page.locator(".similar")
+    for name, items in neighbours.items():
+        panel.get_by_role("radio", name=name).check()
+        expect(panel.locator(".item")).to_have_count(len(items))
+        assert ids(page, ".similar .item") == items
+        for line, other in zip(panel.locator(".item").all(), items, strict=True):
+            both = [name] + [also for also in neighbours if also != name and other in neighbours[also]]
+            assert line.locator(".channel").all_text_contents() == both
+        assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+        panel.scroll_into_view_if_needed()
+        shoot(page, f"similar-{name}-{size}")
+    page.locator(ROWS).first.get_by_role("button", name="Items similar to").click()
+    expect(panel).to_have_count(0)
+    assert seen.complaints == []
+
+
+def test_a_channel_that_was_left_out_is_marked(opened: Callable[..., Seen]) -> None:
+    def late(route: Route) -> None:
+        route.fulfill(json={**route.fetch().json(), "failed_channels": ["item_cf"]})
+
+    page = opened(before=lambda page: page.route("**/v1/retrieve", late)).page
+    expect(page.locator("#change")).to_have_text("Failed or too slow, and left out: item_cf.")
+    expect(page.locator("#channels .failed")).to_have_text("item_cfleft out")
+    shoot(page, "left-out")
 
 
 def test_someone_new_starts_empty_and_their_click_counts(opened: Callable[..., Seen]) -> None:

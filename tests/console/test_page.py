@@ -54,7 +54,9 @@ def client(snapshots: Snapshots, tmp_path: Path) -> Iterator[Client]:
     log = LocalEventLog.open(tmp_path / "log", 1)
     store = LmdbFeatureStore(tmp_path / "store")
     users = RecentUsers(log, store)
-    app = make_app(snapshots, log, users, Metrics(), exclude="clicked", impressed_window_ms=0)
+    app = make_app(
+        snapshots, log, users, Metrics(), exclude="clicked", impressed_window_ms=0, channel_timeout_ms=60_000
+    )
     add_page(app, snapshots, users)
     yield Client(app)
     store.close()

@@ -1,51 +1,23 @@
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from twotower.config import settings as spec
 from twotower.evaluate import holdout
 from twotower.evaluate.holdout import evaluate, read_truth
 from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
-from twotower.samples import Samples, build_samples, open_samples
+from twotower.samples import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 
-CLICKS = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (2, 3)]
+Write = Callable[..., None]
 
 
-def write(path: Path, pairs: list[tuple[int, int]], **more: list[str]) -> None:
-    user, item = ([pair[i] for pair in pairs] for i in (0, 1))
-    columns = {c.USER_ID: pa.array(user, pa.int64()), c.ITEM_ID: pa.array(item, pa.int64())}
-    pq.write_table(pa.table({**columns, **more}), path)
-
-
-@pytest.fixture
-def samples(tmp_path: Path) -> Samples:
-    """Four users, the last without clicks, and six items, the last two without."""
-    events = tmp_path / "events" / "date=unknown"
-    events.mkdir(parents=True)
-    pq.write_table(pa.table({c.USER_ID: np.arange(4)}), tmp_path / "users.parquet")
-    pq.write_table(pa.table({c.ITEM_ID: np.arange(6)}), tmp_path / "items.parquet")
-    none = pa.nulls(len(CLICKS), pa.int64())
-    columns = {
-        c.EVENT_SEQ: np.arange(len(CLICKS)),
-        c.USER_ID: [user for user, _ in CLICKS],
-        c.ITEM_ID: [item for _, item in CLICKS],
-        c.REQUEST_TS_MS: none,
-        c.CLICK_TS_MS: none,
-        c.OUTCOME: [c.CLICKED] * len(CLICKS),
-    }
-    pq.write_table(pa.table(columns), events / "0.parquet")
-    build_samples(tmp_path, tmp_path / "samples", spec.Features(), 4)
-    return open_samples(tmp_path / "samples")
-
-
-def test_channels_are_judged_on_the_same_users_without_what_they_clicked(samples: Samples, tmp_path: Path) -> None:
+def test_channels_are_judged_on_the_same_users_without_what_they_clicked(
+    samples: Samples, tmp_path: Path, write: Write
+) -> None:
     write(tmp_path / "holdout.parquet", [(0, 2), (0, 3), (0, 3), (2, 1)])
     channels = [ItemCF.fit(samples.clicks, 6), Popular.fit(samples.item_positives)]
     result = evaluate(samples, tmp_path, channels, [1, 2], resamples=50)
@@ -60,7 +32,7 @@ def test_channels_are_judged_on_the_same_users_without_what_they_clicked(samples
 
 
 def test_cold_users_and_items_are_judged_apart(
-    samples: Samples, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    samples: Samples, tmp_path: Path, write: Write, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path / "holdout.parquet", [(0, 2)])
     reasons = [c.NEW_USER, c.NEW_USER, c.NEW_USER, c.NEW_ITEM]
@@ -74,27 +46,31 @@ def test_cold_users_and_items_are_judged_apart(
     assert "holdout_cold.parquet, new_user: 1 of 3 rows are not of a known user and item and left out" in caplog.text
 
 
-def test_cold_rows_that_are_all_unknown_do_not_end_the_evaluation(samples: Samples, tmp_path: Path) -> None:
+def test_cold_rows_that_are_all_unknown_do_not_end_the_evaluation(
+    samples: Samples, tmp_path: Path, write: Write
+) -> None:
     write(tmp_path / "holdout.parquet", [(0, 2)])
     write(tmp_path / "holdout_cold.parquet", [(99, 1)], reason=[c.NEW_USER])
     assert evaluate(samples, tmp_path, [Popular.fit(samples.item_positives)], [2], 10)["cold"] == {}
 
 
-def test_few_users_at_a_time_give_the_same(samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_users_at_a_time_give_the_same(
+    samples: Samples, tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "holdout.parquet", [(0, 2), (1, 3), (2, 1)])
     whole = evaluate(samples, tmp_path, [Popular.fit(samples.item_positives)], [2], 10)
     monkeypatch.setattr(holdout, "BATCH", 2)
     assert evaluate(samples, tmp_path, [Popular.fit(samples.item_positives)], [2], 10) == whole
 
 
-def test_the_truth_is_distinct_pairs_by_user(samples: Samples, tmp_path: Path) -> None:
+def test_the_truth_is_distinct_pairs_by_user(samples: Samples, tmp_path: Path, write: Write) -> None:
     write(tmp_path / "holdout.parquet", [(2, 5), (0, 3), (2, 1), (0, 3), (77, 0)])
     truth = read_truth(tmp_path / "holdout.parquet", samples)
     assert truth.user_rows.tolist() == [0, 2]
     assert (truth.items.indptr.tolist(), truth.items.rows.tolist()) == ([0, 1, 3], [3, 1, 5])
 
 
-def test_without_a_hold_out_there_is_nothing_to_evaluate(samples: Samples, tmp_path: Path) -> None:
+def test_without_a_hold_out_there_is_nothing_to_evaluate(samples: Samples, tmp_path: Path, write: Write) -> None:
     with pytest.raises(DataError, match="import the data with --holdout or --test"):
         read_truth(tmp_path / "holdout.parquet", samples)
     write(tmp_path / "holdout.parquet", [(77, 0), (0, 88)])

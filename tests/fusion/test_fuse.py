@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.fusion.fuse import Fused, quota, reciprocal_rank
+from twotower.fusion.fuse import Fused, Fusion, quota, reciprocal_rank
 from twotower.models.retriever import Candidates
 from twotower.schema.errors import ConfigError
 
@@ -102,5 +102,76 @@ def test_what_cannot_be_fused_is_refused(fuse: Callable[..., Fused]) -> None:
         fuse({}, 2)
     with pytest.raises(ConfigError, match="weights for b, but the channels are a"):
         fuse(one, 2, {"b": 1.0})
-    with pytest.raises(ConfigError, match="above 0 and finite; leave a channel out"):
-        fuse(one, 2, {"a": 0.0})
+    with pytest.raises(ConfigError, match="a weight is at least 0 and finite"):
+        fuse(one, 2, {"a": -1.0})
+
+
+@given(lists_of_users, st.integers(1, 20))
+def test_every_channel_may_have_its_own_constant(lists: Lists, k: int) -> None:
+    constants = dict.fromkeys(list(lists)[:1], 7.0)
+
+    def score(user: int, row: int) -> float:
+        ranks = {name: brought[user].index(row) + 1 for name, brought in lists.items() if row in brought[user]}
+        return sum(1 / (constants.get(name, 60) + rank) for name, rank in ranks.items())
+
+    check(reciprocal_rank({n: candidates(u) for n, u in lists.items()}, k, None, constants), lists, k, score)
+
+
+@pytest.mark.parametrize("method", ["rrf", "quota"])
+def test_a_channel_of_weight_0_only_fills_what_is_left_in_its_own_order(method: str) -> None:
+    lists = {"long": candidates([[1, 2, 3], [5]]), "filler": candidates([[9, 2, 8, 7], [6, 5, 4, 3]])}
+    fused = Fusion(method, {"filler": 0.0}).fuse(lists, 5)
+    assert [set(row[:3]) for row in fused.candidates.rows.tolist()] == [{1, 2, 3}, {5, 6, 4}]
+    assert fused.candidates.rows[:, 3:].tolist() == [[9, 8], [3, -1]]
+    assert fused.channels_of(1, 0) == ["long", "filler"]
+
+
+def test_a_fusion_takes_the_weights_of_the_channels_that_answered() -> None:
+    fusion = Fusion("rrf", {"a": 3.0, "b": 1.0, "gone": 2.0}, {"gone": 5.0}, depth=100)
+    lists = {"a": candidates([[1, 2]]), "b": candidates([[2, 3]])}
+    same = reciprocal_rank(lists, 3, {"a": 3.0, "b": 1.0})
+    assert fusion.fuse(lists, 3).candidates.rows.tolist() == same.candidates.rows.tolist()
+
+
+def test_one_list_keeps_its_scores_and_is_cut() -> None:
+    one = Candidates(np.array([[4, 2, -1]]), np.array([[0.9, 0.1, -np.inf]], np.float32))
+    fused = Fusion().fuse({"a": one}, 1)
+    assert (fused.candidates.rows.tolist(), fused.candidates.scores.tolist()) == ([[4]], [[pytest.approx(0.9)]])
+    assert fused.channels_of(0, 0) == ["a"]
+
+
+def test_constants_are_checked_like_weights() -> None:
+    one = {"a": candidates([[1]])}
+    with pytest.raises(ConfigError, match="constants for b, but the channels are a"):
+        reciprocal_rank(one, 2, None, {"b": 1.0})
+    with pytest.raises(ConfigError, match="a constant is at least 0 and finite"):
+        reciprocal_rank(one, 2, None, {"a": -2.0})
+
+
+def test_reserved_places_are_even_and_what_stands_early_enough_stays() -> None:
+    near = Candidates(np.arange(40).reshape(1, 40), np.arange(40, 0, -1, dtype=np.float32).reshape(1, 40))
+    new = Candidates(np.array([[1, 90, 91, 92, 93, -1]]), np.ones((1, 6), np.float32))
+    lists = {"two_tower": near, "new_items": new}
+    fused = Fusion("rrf", {"new_items": 1e-6}, reserved={"new_items": 0.25}).fuse(lists, 16)
+    rows = fused.candidates.rows[0].tolist()
+    assert [rows.index(item) for item in (1, 90, 91, 92)] == [1, 7, 11, 15]
+    assert 93 not in rows
+    assert [row for row in rows if row < 40] == list(range(13))
+    assert fused.channels_of(0, 1) == ["two_tower", "new_items"]
+    assert fused.channels_of(0, 7) == ["new_items"]
+    assert (np.diff(fused.candidates.scores[0]) <= 0).all()
+
+
+def test_reserved_places_of_two_channels_and_of_a_short_one() -> None:
+    def one(*rows: int) -> Candidates:
+        return Candidates(np.array([rows]), np.ones((1, len(rows)), np.float32))
+
+    lists = {"a": one(*range(20)), "b": one(50, 51, 52), "c": one(70, -1, -1)}
+    fusion = Fusion("quota", {"b": 0.0, "c": 0.0}, reserved={"b": 0.2, "c": 0.2})
+    rows = fusion.fuse(lists, 10).candidates.rows[0].tolist()
+    assert sorted(set(rows) & {50, 51, 52, 70}) == [50, 51, 70]
+    assert {rows.index(50), rows.index(70)} == {4, 5}
+    assert rows.index(51) == 9
+    assert fusion.fuse({"a": one(3, 4), "b": one(4, -1)}, 5).candidates.rows.tolist() == [[3, 4, -1, -1, -1]]
+    with pytest.raises(ConfigError, match="sum to less than 1"):
+        Fusion(reserved={"a": 0.5, "b": 0.5}).fuse(lists, 4)

@@ -78,7 +78,8 @@ def test_tuning_is_saved_with_the_index(ivf: FaissIndex, exact: ExactIndex, tmp_
     tuned.save(tmp_path / "index")
     loaded = load_index(tmp_path / "index")
     assert isinstance(loaded, FaissIndex)
-    assert loaded.tuning == tuned.tuning
+    assert (loaded.tuning, loaded.thinned) == (tuned.tuning, tuned.thinned)
+    assert [entry.hidden for entry in tuned.thinned] == [0.5, 0.9]
     np.testing.assert_array_equal(loaded.search(queries, 15).rows, tuned.search(queries, 15).rows)
 
 
@@ -89,6 +90,79 @@ def test_probes_follow_the_nearest_tuned_k_above_and_grow_beyond_the_last(ivf: F
     half_hidden = tuned.without(np.arange(0, N, 2))
     assert [half_hidden._probes(fetch) for fetch in (5, 6, 50, 100)] == [4, 30, 30, 60]
     assert ivf._probes(1) == 310
+
+
+@pytest.fixture(scope="module")
+def filtered_catalogue() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Vectors around 100 centres, and the centre of each: an attribute that goes with the vectors."""
+    rng = np.random.default_rng(1)
+    centres, centre_of = rng.normal(size=(100, D)), rng.integers(100, size=30_000)
+    vectors = centres[centre_of] + 0.5 * rng.normal(size=(len(centre_of), D))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32), centre_of
+
+
+@pytest.fixture(scope="module")
+def filtered(filtered_catalogue: tuple[NDArray[np.float32], NDArray[np.int64]]) -> tuple[FaissIndex, ExactIndex]:
+    vectors, _ = filtered_catalogue
+    exact = ExactIndex.build(np.arange(len(vectors)), vectors)
+    built = FaissIndex.build(np.arange(len(vectors)), vectors)
+    return built.tune(vectors[::300], [20, 200], 0.95, exact), exact
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.8, 0.9, 0.99])
+@pytest.mark.parametrize("kind", ["by chance", "by attribute"])
+def test_the_promised_recall_holds_however_much_is_filtered(
+    filtered: tuple[FaissIndex, ExactIndex],
+    filtered_catalogue: tuple[NDArray[np.float32], NDArray[np.int64]],
+    kind: str,
+    share: float,
+) -> None:
+    (index, exact), (vectors, centre_of) = filtered, filtered_catalogue
+    by_chance = np.random.default_rng(2).random(len(vectors)) < share
+    out = np.flatnonzero(by_chance if kind == "by chance" else centre_of < 100 * share)
+    queries = vectors[150::300] + np.float32(0.05)
+    expected = exact.without(out).search(queries, 200).rows
+    view = index.without(out).search(queries, 200).rows
+    alone = index.search(queries, 200, Exclusions.of([out] * len(queries))).rows
+    for found in (view, alone):
+        assert not np.isin(found, out).any()
+        assert np.mean([len(np.intersect1d(a, b)) / 200 for a, b in zip(expected, found, strict=True)]) > 0.945
+        if share == 0.99:
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_fewer_lists_than_all_are_probed_where_half_is_filtered(filtered: tuple[FaissIndex, ExactIndex]) -> None:
+    index, _ = filtered
+    half = index.without(np.arange(0, 30_000, 2))
+    scan = half._scan(20)
+    assert scan is not None
+    assert index._tuned_probes(20) * 30_000 / index._lists <= scan < half.count() / 2
+    assert index.without(np.arange(200))._scan(20) is None
+    assert index.without(np.arange(0, 30_000 - 300))._scan(20) == 300
+
+
+def test_an_index_without_tuning_for_filters_is_exact_under_them(
+    filtered: tuple[FaissIndex, ExactIndex], filtered_catalogue: tuple[NDArray[np.float32], NDArray[np.int64]]
+) -> None:
+    (index, exact), (vectors, centre_of) = filtered, filtered_catalogue
+    older = FaissIndex(index._index, index._rows, index._hidden, index.tuning)
+    out = np.flatnonzero(centre_of < 50)
+    np.testing.assert_array_equal(
+        older.without(out).search(vectors[:20], 50).rows, exact.without(out).search(vectors[:20], 50).rows
+    )
+
+
+@pytest.mark.parametrize("flat_below", [0, 10_000])
+def test_queries_with_many_exclusions_and_with_few_go_together(
+    exact: ExactIndex, monkeypatch: pytest.MonkeyPatch, flat_below: int
+) -> None:
+    monkeypatch.setattr(faiss_index, "FEW", 20)
+    index = FaissIndex.build(np.arange(N), clustered(1, N), flat_below=flat_below).without(np.arange(5))
+    queries = clustered(4, 5)
+    exclude = Exclusions.of([np.arange(3000), [], np.arange(N), np.arange(7), np.arange(2, 30)])
+    found, expected = index.search(queries, 15, exclude), exact.without(np.arange(5)).search(queries, 15, exclude)
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
 
 
 def test_lists_that_hold_too_few_are_probed_again_wider(ivf: FaissIndex, exact: ExactIndex) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from twotower.cli.line import latest_checkpoint, places, publish_version
 from twotower.config import Settings
+from twotower.fusion.fuse import Fusion
 from twotower.models.two_tower import TwoTower
 from twotower.publish import publish as module
 from twotower.publish.publish import (
@@ -259,6 +260,7 @@ def test_samples_that_changed_since_the_checkpoint_are_refused(own_world: Settin
                 replace(samples, manifest={**samples.manifest, "files": files}),
                 places(own_world).workspace / "items.parquet",
                 {},
+                fusion=Fusion(),
                 configuration={},
                 metrics={},
                 index_kind="exact",

@@ -81,7 +81,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
     """Starts servers on the same log and store, one after the other."""
     with ExitStack() as opened:
 
-        def started(settings: Settings) -> Server:
+        def started(settings: Settings, channel_timeout_ms: float = 60_000) -> Server:
             metrics = Metrics()
             snapshots = Snapshots(places(settings).versions, metrics.switched)
             log = LocalEventLog.open(tmp_path / "log", sync="never")
@@ -97,6 +97,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
                 metrics,
                 exclude="impressed",
                 impressed_window_ms=86_400_000,
+                channel_timeout_ms=channel_timeout_ms,
                 clock_ms=lambda: server.now_ms,
             )
             server = Server(Http(app), snapshots, log, users)

@@ -192,10 +192,66 @@ def test_filters_take_missing_values_booleans_and_whole_numbers(odd_server) -> N
     assert found(size=[None]) == {row["item_id"] for row in rows if row["size"] != row["size"]}
 
 
+def test_filters_deny_values_and_allow_others(odd_server) -> None:
+    rows = odd_server.version.catalogue.to_pylist()
+    everything = {row["item_id"] for row in rows}
+
+    def having(attribute: str, *values: object) -> set[int]:
+        return {row["item_id"] for row in rows if row[attribute] in values}
+
+    def found(**filters: dict) -> set[int]:
+        return set(odd_server.items(k=300, exclude="none", filters=filters))
+
+    assert found(kind={"deny": ["kind 1"]}) == everything - having("kind", "kind 1")  # those without a kind remain
+    assert found(kind={"deny": ["kind 1", None]}) == having("kind", "kind 0", "kind 2")
+    assert found(fresh={"deny": [True]}) == having("fresh", False, None)
+    assert found(size={"allow": [1, 2], "deny": [2]}) == having("size", 1.0)
+    assert found(kind={}) == found(kind={"deny": []}) == found(kind={"allow": None}) == everything
+    assert found(kind={"allow": []}) == set()
+    assert found(kind={"deny": ["kind 1"]}, fresh={"allow": [True]}) == having("fresh", True) - having("kind", "kind 1")
+
+
+def test_a_list_has_each_of_its_values(odd_server) -> None:
+    labels = {row["item_id"]: row["labels"] for row in odd_server.version.catalogue.to_pylist()}
+
+    def found(allowed: list | None, denied: list) -> set[int]:
+        filters = {"labels": {"allow": allowed, "deny": denied}}
+        return set(odd_server.items(k=300, exclude="none", filters=filters))
+
+    assert found(["b"], []) == {item for item, has in labels.items() if "b" in has}
+    assert found(["a", "b"], []) == {item for item, has in labels.items() if has}
+    assert found(["a"], ["b"]) == {item for item, has in labels.items() if has == ["a"]}
+    assert found([None], []) == found(None, ["a"]) == {item for item, has in labels.items() if not has}
+
+
+def test_an_attribute_that_a_feature_splits_has_each_of_its_parts(server) -> None:
+    tags = {row["item_id"]: row["tags"].split("|") for row in server.version.catalogue.to_pylist()}
+    tag = next(iter(tags.values()))[0]
+    expected = {item for item, has in tags.items() if tag in has}
+    assert set(server.items(k=300, exclude="none", filters={"tags": [tag]})) == expected
+    assert len(expected) < len(tags)
+
+
+def test_every_channel_respects_filters_and_exclusions(server) -> None:
+    user_id = known_user(server.version)
+    categories = {row["item_id"]: row["category"] for row in server.version.catalogue.to_pylist()}
+    denied = next(iter(categories.values()))
+    for channel in server.version.channels:
+        before = server.items(user_id=user_id, k=300, channels=[channel])
+        server.event("impression", user_id, items=before[:1])
+        after = server.items(user_id=user_id, k=300, channels=[channel], filters={"category": {"deny": [denied]}})
+        assert set(after) == {item for item in before[1:] if categories[item] != denied}, channel
+
+
 @pytest.mark.parametrize(
     ("filters", "message"),
     [
-        ({"labels": ["a"]}, "labels is of type list"),
+        ({"labels": [1]}, "filters: labels is of type list"),
+        ({"kind": {"deny": [1]}}, "filters: kind is of type dictionary"),
+        ({"kind": {"allow": ["kind 1"], "deny": [1]}}, "filters: kind is of type dictionary"),
+        ({"colour": {"deny": ["red"]}}, "items have no attribute colour"),
+        ({"kind": {"forbid": ["kind 1"]}}, "body.filters.kind.forbid: "),
+        ({"kind": {"allow": "kind 1"}}, "body.filters.kind.allow: "),
         ({"added": [5]}, "added is of type timestamp"),
         ({"price": [1.5]}, "price holds numbers with a fraction"),
         ({"size": [1.5]}, "filters: size is of type double, not [1.5]"),
@@ -353,7 +409,7 @@ def test_a_channel_that_fails_is_named_and_the_others_answer(server, monkeypatch
     assert len(answer["items"]) == 10
     response = server.http.post("/v1/retrieve", json={"channels": ["popular"]})
     assert (response.status_code, response.json()) == (503, {"error": "every channel failed: popular"})
-    assert server.metric('twotower_failed_channels_total{channel="popular"}') == 1
+    assert server.metric('twotower_failed_channels_total{channel="popular",reason="error"}') == 2
 
 
 def test_a_defect_is_a_500_with_a_sentence_and_is_counted(server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,6 +428,20 @@ def test_similar_items_are_the_nearest_vectors_without_the_item_itself(server) -
         np.argsort(-scores, kind="stable")[:3]
     ).to_pylist()
     assert answer["version"] == server.version.id
+    assert [item["channels"] for item in answer["items"]] == [["two_tower"]] * 3
+
+
+def test_similar_items_come_from_every_channel_that_can_say(server) -> None:
+    row = int(np.argmax(np.bincount(server.version.clicks.item_row)))
+    item_id = server.version.item_ids[row].as_py()
+    answer = server.http.get(f"/v1/items/{item_id}/similar", params={"k": 4}).json()
+    assert list(answer["channels"]) == ["two_tower", "item_cf"]
+    two_tower, item_cf = answer["channels"].values()
+    assert two_tower == [{key: item[key] for key in ("item_id", "score")} for item in answer["items"]]
+    table = server.version.channels["item_cf"]._neighbours
+    nearest = table.rows[table.indptr[row] : table.indptr[row + 1]]
+    assert [one["item_id"] for one in item_cf] == server.version.item_ids.take(nearest[:4]).to_pylist()
+    assert all(one["item_id"] != item_id for one in two_tower + item_cf)
 
 
 def test_similar_items_of_an_integer_id(odd_server) -> None:

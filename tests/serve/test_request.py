@@ -1,11 +1,14 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from twotower.cli.line import open_served
 from twotower.config import Settings
+from twotower.features.bloom import Seen, Shape, hash_ids
 from twotower.publish.version import Version
+from twotower.serve.filters import Filter
 from twotower.serve.request import Asked, clicked_rows, find_items, left_out, retrieve
 from twotower.serve.users import Recent
 
@@ -36,13 +39,25 @@ def test_exclusions_join_clicks_impressions_of_the_window_and_filters(version: V
     recent = Recent(shown=((100, 5), (99, 6), (100, 77)))
     clicks = np.array([8, 8, 2], np.int32)
 
-    def rows(exclude: str, **filters: list) -> list[int]:
+    def rows(exclude: str, **filters: Filter) -> list[int]:
         return left_out(version, Asked(10, exclude, filters=filters), clicks, recent, 100).tolist()
 
     assert rows("none") == []
     assert rows("clicked") == [2, 8]
     assert rows("impressed") == [2, 5, 8]
-    assert rows("none", item_id=[0, 1]) == list(range(2, 40))
+    assert rows("none", item_id=Filter([0, 1])) == list(range(2, 40))
+    assert rows("clicked", item_id=Filter(deny=[0, 1])) == [0, 1, 2, 8]
+
+
+def test_impressions_in_filters_are_left_out_while_they_are_within_the_window(version: Version) -> None:
+    seen = Seen(Shape.of(700, 7, 70, 0.001)).add([150, 350, 350], hash_ids(pa.array([5, 6, 77])))
+    recent = Recent(shown=((650, 9),), seen=seen)
+
+    def rows(exclude: str, since_ms: int) -> list[int]:
+        return left_out(version, Asked(10, exclude), np.zeros(0, np.int32), recent, since_ms).tolist()
+
+    assert [rows("impressed", since_ms) for since_ms in (150, 200, 650)] == [[5, 6, 9], [6, 9], [9]]
+    assert rows("clicked", 150) == []
 
 
 def test_all_items_of_an_answer_are_of_the_version_that_it_names(version: Version) -> None:

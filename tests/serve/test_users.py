@@ -3,8 +3,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from twotower.features.bloom import Shape, hash_ids
 from twotower.features.store import LmdbFeatureStore
 from twotower.logs import Event, LocalEventLog
 from twotower.serve.users import MOST_CLICKS, MOST_SHOWN, Recent, RecentUsers, items_of
@@ -27,11 +29,11 @@ def reopen(tmp_path: Path) -> Iterator[Callable[[LocalEventLog], RecentUsers]]:
     """Opens the store again, as a restarted server does."""
     stores: list[LmdbFeatureStore] = []
 
-    def opened(log: LocalEventLog) -> RecentUsers:
+    def opened(log: LocalEventLog, shape: Shape | None = None) -> RecentUsers:
         for store in stores:
             store.close()
         stores.append(LmdbFeatureStore(tmp_path / "store"))
-        return RecentUsers(log, stores[-1])
+        return RecentUsers(log, stores[-1], shape)
 
     yield opened
     for store in stores:
@@ -106,6 +108,89 @@ def test_only_the_latest_events_of_a_user_are_kept(log: LocalEventLog, reopen) -
     users.catch_up()
     assert clicks_of(users) == list(range(5, MOST_CLICKS + 5))
     assert [item for _, item in users.get(1).shown] == shown[5:]
+
+
+SHAPE = Shape.of(7 * 86_400_000, 7, 700, 0.01)
+
+
+def impressions(days: int, a_day: int, name: Callable[[int], int | str] = int) -> list[Event]:
+    """Of user 1, different items each time."""
+    return [
+        Event(f"s{day}/{part}", "impression", 1, T + day * 86_400_000, body={"items": [*map(name, range(at, at + 10))]})
+        for day in range(days)
+        for part, at in enumerate(range(day * a_day, (day + 1) * a_day, 10))
+    ]
+
+
+@pytest.mark.parametrize("name", [int, "item {}".format])
+def test_impressions_beyond_the_latest_are_known_as_long_as_the_window(
+    log: LocalEventLog, reopen, monkeypatch: pytest.MonkeyPatch, name: Callable[[int], int | str]
+) -> None:
+    monkeypatch.setattr("twotower.serve.users.MOST_SHOWN", 50)
+    log.append(impressions(20, 100, name))
+    users = reopen(log, SHAPE)
+    users.catch_up()
+    recent = users.get(1)
+    assert [item for _, item in recent.shown] == [name(number) for number in range(1950, 2000)]
+    hashes = hash_ids(pa.array([name(number) for number in range(2000)]))
+    known = recent.seen.contains(hashes, T + 13 * 86_400_000)
+    assert known[1300:1950].all()
+    assert known[:1200].mean() < 0.05
+    again = reopen(log, SHAPE)
+    assert (again.catch_up(), again.get(1)) == (0, recent)
+
+
+def test_what_fits_among_the_latest_needs_no_filter(log: LocalEventLog, reopen) -> None:
+    users = reopen(log, SHAPE)
+    log.append([*impressions(20, 100), click(7, 2)])
+    users.catch_up()
+    assert (len(users.get(1).shown), users.get(1).seen, users.get(2).seen) == (MOST_SHOWN, None, None)
+
+
+def test_filters_and_the_place_in_the_log_are_written_together(
+    log: LocalEventLog, reopen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after any number of writes, the server goes on to the same state."""
+    monkeypatch.setattr("twotower.serve.users.MOST_SHOWN", 50)
+    monkeypatch.setattr("twotower.serve.users._BATCH", 7)
+    log.append(impressions(5, 100))
+    whole = reopen(log, SHAPE)
+    whole.catch_up()
+    expected = whole.get(1)
+    whole._store.clear()
+
+    class Killed(Exception):
+        pass
+
+    for survived in range(3):
+        users = reopen(log, SHAPE)
+        write, writes = users._store.write, []
+
+        def until_killed(changes, write=write, writes=writes, survived=survived) -> None:
+            if len(writes) == survived:
+                raise Killed
+            writes.append(changes)
+            write(changes)
+
+        monkeypatch.setattr(users._store, "write", until_killed)
+        with pytest.raises(Killed):
+            users.catch_up()
+    final = reopen(log, SHAPE)
+    assert final.catch_up() == 50 - 7 * (0 + 1 + 2)
+    assert final.get(1) == expected
+
+
+def test_a_store_of_another_shape_is_made_again(log: LocalEventLog, reopen) -> None:
+    log.append(impressions(1, 100))
+    for shape, applied in [
+        (None, 10),
+        (None, 0),
+        (SHAPE, 10),
+        (SHAPE, 0),
+        (Shape.of(10**6, 2, 9, 0.1), 10),
+        (None, 10),
+    ]:
+        assert reopen(log, shape).catch_up() == applied
 
 
 def test_only_the_asked_partitions_are_read(log: LocalEventLog, reopen) -> None:

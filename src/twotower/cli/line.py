@@ -18,7 +18,11 @@ from twotower.config import settings as spec
 from twotower.config.available import check_available
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
+from twotower.evaluate import page
+from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate
+from twotower.features.columns import take
+from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
 from twotower.models import item_cf, swing
 from twotower.models.als import ALS, Options
@@ -26,17 +30,18 @@ from twotower.models.channel import VectorChannel
 from twotower.models.fit import Recipe, fit_channels
 from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
+from twotower.models.retriever import Retriever
 from twotower.models.same_category import SameCategory
 from twotower.models.swing import Swing
 from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
 from twotower.publish.publish import current_path, promote, publish
-from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, item_tokens, open_version
+from twotower.publish.version import NEW_ITEMS, TWO_TOWER, VECTOR_CHANNELS, Version, item_tokens, open_version
 from twotower.samples.build import SamplesReport, build_samples
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError
-from twotower.schema.files import read_json, write_json
+from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.files import read_json, whole_file, write_json
 from twotower.train.checkpoint import Checkpoint, Shape, load_model, open_checkpoint
 from twotower.train.loop import Loss, Negatives, TrainReport, train
 from twotower.train.negatives import Shares
@@ -45,6 +50,9 @@ log = logging.getLogger(__name__)
 
 LATEST = "latest.json"
 METRICS = "metrics.json"
+CHANNELS = "channels"
+FUSION = "fusion.json"
+"""In a workspace: how `twotower fuse` chose to fuse."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +236,10 @@ def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
     }
 
 
+def _configured(settings: Settings, samples: Samples) -> dict[str, Recipe]:
+    return {name: recipe for name, recipe in _recipes(settings, samples).items() if name in settings.models.channels}
+
+
 def latest_checkpoint(settings: Settings, channel: str = TWO_TOWER) -> Checkpoint:
     """The checkpoint of a channel that training finished last."""
     checkpoints = places(settings).checkpoints
@@ -256,6 +268,30 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
     return metrics
 
 
+def evaluate_channels_of(settings: Settings) -> dict[str, Any]:
+    """What each configured channel and the fused list find of the hold-out; JSON, Markdown and a plot are kept."""
+    check_available(settings)
+    where, fusion = places(settings), fusion_of(settings)
+    samples = open_samples(where.samples)
+    report = evaluate_channels(
+        samples,
+        where.workspace,
+        offline_channels(settings, samples),
+        lambda lists, k: fusion.fuse(lists, k).candidates,
+        settings.evaluate.channels_k,
+        fusion.depth,
+        settings.evaluate.bootstrap,
+        settings.train.seed,
+    )
+    report["fusion"] = asdict(fusion)
+    folder = latest_checkpoint(settings).path.parent
+    write_json(folder / f"{CHANNELS}.json", report)
+    for suffix, text in (("md", page.markdown(report)), ("svg", page.plot(report))):
+        with whole_file(folder / f"{CHANNELS}.{suffix}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return {**report, "files": [str(folder / f"{CHANNELS}.{suffix}") for suffix in ("json", "md", "svg")]}
+
+
 def offline_channel(samples: Samples, checkpoint: Checkpoint, name: str = TWO_TOWER) -> VectorChannel:
     """A trained channel of a checkpoint over an exact index of the whole catalogue."""
     return channel_of(load_model(checkpoint), samples, name)
@@ -270,10 +306,47 @@ def channel_of(model: TwoTower, samples: Samples, name: str = TWO_TOWER) -> Vect
     )
 
 
+def offline_channels(settings: Settings, samples: Samples) -> dict[str, Retriever]:
+    """All configured channels by name as evaluation asks them: vectors are searched exactly, in the whole catalogue."""
+    trained = {name: offline_channel(samples, latest_checkpoint(settings, name), name)
+               for name in trained_channels(settings)}  # fmt: skip
+    counted = fit_channels(samples, _configured(settings, samples), places(settings).checkpoints)
+    channels: dict[str, Retriever] = {**trained, **counted}
+    if NEW_ITEMS in settings.models.channels:
+        model = load_model(latest_checkpoint(settings))
+        new = np.flatnonzero(samples.item_positives <= settings.models.new_items.most_clicks)
+        vectors = model.encode_items({name: take(column, new) for name, column in samples.items.features.items()})
+        channels[NEW_ITEMS] = trained[TWO_TOWER].over(NEW_ITEMS, ExactIndex.build(new, vectors))
+    return {name: channels[name] for name in settings.models.channels}
+
+
+def fusion_of(settings: Settings) -> Fusion:
+    """How channels are fused: as the configuration says, else as `twotower fuse` chose, else all alike.
+
+    Raises:
+        ConfigError: a weight or constant of no configured channel.
+        DataError: the choice was made among other channels.
+    """
+    options, channels, path = settings.fusion, settings.models.channels, places(settings).workspace / FUSION
+    if unknown := sorted({*options.weights, *options.constants, *options.reserved} - set(channels)):
+        raise ConfigError(f"fusion: {', '.join(unknown)} is none of models.channels = {', '.join(channels)}")
+    if options.weights or options.constants or not path.exists():
+        return Fusion(settings.serve.fusion, options.weights, options.constants, options.depth, options.reserved)
+    chosen = read_json(path)
+    if sorted(chosen["channels"]) != sorted(channels):
+        raise DataError(
+            f"{path} was chosen for {', '.join(chosen['channels'])}, and models.channels = {', '.join(channels)}: run "
+            "`twotower fuse` again, remove the file, or give fusion.weights"
+        )
+    return Fusion(
+        **{name: chosen[name] for name in ("method", "weights", "constants", "depth")}, reserved=options.reserved
+    )
+
+
 def publish_version(settings: Settings, *, promoted: bool) -> dict[str, Any]:
     """A version out of the latest checkpoint, promoted or not."""
     check_available(settings)
-    where = places(settings)
+    where, fusion = places(settings), fusion_of(settings)
     samples = open_samples(where.samples)
     checkpoints = {name: latest_checkpoint(settings, name) for name in trained_channels(settings)}
     checkpoint = checkpoints[TWO_TOWER]
@@ -284,16 +357,13 @@ def publish_version(settings: Settings, *, promoted: bool) -> dict[str, Any]:
         checkpoints,
         samples,
         where.workspace / "items.parquet",
-        fit_channels(
-            samples,
-            {name: recipe for name, recipe in _recipes(settings, samples).items() if name in settings.models.channels},
-            where.checkpoints,
-        ),
+        fit_channels(samples, _configured(settings, samples), where.checkpoints),
+        fusion=fusion,
         configuration=as_dict(settings),
         metrics=metrics,
         index_kind=settings.index.kind,
         index_recall=settings.index.recall,
-        index_ks=sorted({*settings.evaluate.k, 500}),
+        index_ks=sorted({*settings.evaluate.k, 500, fusion.depth}),
         most_new_clicks=settings.models.new_items.most_clicks,
         seed=settings.train.seed,
         clock_ms=lambda: time.time_ns() // 1_000_000,

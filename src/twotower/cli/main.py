@@ -126,11 +126,25 @@ def train(
 
 
 @app.command()
-def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def evaluate(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    channels: Annotated[bool, typer.Option("--channels", help="All channels, what each adds, and the fused list.")] = (
+        False
+    ),
+) -> None:
     """Judge the latest checkpoint on the hold-out, beside popularity and ItemCF."""
-    from twotower.cli.line import evaluate_model
+    from twotower.cli.line import evaluate_channels_of, evaluate_model
 
-    stage(evaluate_model, config, overrides)
+    stage(evaluate_channels_of if channels else evaluate_model, config, overrides)
+
+
+@app.command()
+def fuse(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Choose how channels become one list, on a validation split of the training events."""
+    from twotower.cli.fuse import fuse as choose
+
+    stage(lambda settings: asdict(choose(settings)), config, overrides)
 
 
 @app.command()

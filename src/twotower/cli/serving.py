@@ -7,6 +7,7 @@ from twotower.cli.line import places
 from twotower.config.available import check_available
 from twotower.config.settings import Settings
 from twotower.console.page import add_page
+from twotower.features.bloom import Shape
 from twotower.serve.run import Address, run_server
 
 TOKEN = "TWOTOWER_ADMIN_TOKEN"
@@ -16,6 +17,7 @@ def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
     """Serve the promoted version of a workspace until a signal ends it."""
     check_available(settings)
     where, options, log = places(settings), settings.serve, settings.stream.log
+    window_ms, kept = int(options.impressed_window_s * 1000), options.impressed_filter
     run_server(
         versions=where.versions,
         log_folder=where.log,
@@ -28,7 +30,9 @@ def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
         sync=log.sync,
         sync_s=log.sync_s,
         exclude=options.exclude,
-        impressed_window_ms=int(options.impressed_window_s * 1000),
+        impressed_window_ms=window_ms,
+        impressed_shape=Shape.of(window_ms, kept.periods, kept.items, kept.error_rate),
+        channel_timeout_ms=options.channel_timeout_ms,
         extend=add_page,
         ready=ready,
     )

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,7 @@ def tune(settings: Settings, trials: int) -> TuneReport:
     check_available(settings)
     _check_space(settings)
     study, folder = _open_study(settings)
-    validation = folder / "workspace"
-    if not validation.exists():
-        report = hold_out_validation(Path(settings.workspace.path), validation, settings.tune.holdout)
-        log.info("validation: %d events to learn from, %d held out", report.events, report.holdout)
+    validation = validation_workspace(settings, folder)
     while (done := len(_ended(study))) < trials:
         log.info("trial %d of %d", done + 1, trials)
         trial = study.ask()
@@ -110,6 +108,15 @@ def tune(settings: Settings, trials: int) -> TuneReport:
         **asdict(trained), trials=len(rows), metric=settings.tune.metric, value=rows[0]["value"], best=best,
         table=str(folder / TRIALS),
     )  # fmt: skip
+
+
+def validation_workspace(settings: Settings, folder: Path) -> Path:
+    """A workspace of the training events of another, part of them held out; made where it is not there yet."""
+    validation = folder / "workspace"
+    if not validation.exists():
+        report = hold_out_validation(Path(settings.workspace.path), validation, settings.tune.holdout)
+        log.info("validation: %d events to learn from, %d held out", report.events, report.holdout)
+    return validation
 
 
 def with_values(settings: Settings, values: dict[str, Any]) -> Settings:
@@ -156,15 +163,8 @@ def _optuna() -> Any:
 def _open_study(settings: Settings) -> tuple[Any, Path]:
     """The study of this configuration and these events, and its folder; another configuration has another one."""
     optuna = _optuna()
-    workspace = Path(settings.workspace.path)
-    if not (workspace / "events").is_dir():
-        raise DataError(f"{workspace} is no workspace, it has no events: make one with `import` or `simulate`")
-    document = {key: value for key, value in as_dict(settings).items() if key in _DECIDING}
-    events = {
-        str(path.relative_to(workspace)): sha256(path) for path in sorted((workspace / "events").rglob("*.parquet"))
-    }
-    digest = _digest([document, events])
-    folder = workspace / TUNING / digest
+    digest = identity(settings, _DECIDING)
+    folder = Path(settings.workspace.path) / TUNING / digest
     folder.mkdir(parents=True, exist_ok=True)
     backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
     study = optuna.create_study(
@@ -177,8 +177,20 @@ def _open_study(settings: Settings) -> tuple[Any, Path]:
     return study, folder
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+def identity(settings: Settings, sections: Sequence[str]) -> str:
+    """What tells a search from others: some sections of its configuration, and its events.
+
+    Raises:
+        DataError: the workspace has no events.
+    """
+    workspace = Path(settings.workspace.path)
+    if not (workspace / "events").is_dir():
+        raise DataError(f"{workspace} is no workspace, it has no events: make one with `import` or `simulate`")
+    document = {key: value for key, value in as_dict(settings).items() if key in sections}
+    events = {
+        str(path.relative_to(workspace)): sha256(path) for path in sorted((workspace / "events").rglob("*.parquet"))
+    }
+    return hashlib.sha256(json.dumps([document, events], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _ask(trial: Any, space: dict[str, spec.Span]) -> dict[str, Any]:

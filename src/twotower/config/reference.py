@@ -32,9 +32,14 @@ _WORDS = {
     str: "text",
     bool: "true or false",
     Any: "anything",
-    dict: "features by name",
-    spec.Span: "spans by key",
 }
+_VALUES = {
+    str: "texts by name",
+    spec.Span: "spans by key",
+    spec.NotNegative: "numbers ≥ 0 by name",
+    spec.Share: "numbers, 0 to 1, by name",
+}
+"""Of a table, by the type of its values; features otherwise."""
 
 
 def reference() -> str:
@@ -102,8 +107,7 @@ def _type(hint: Any) -> str:
         return " or ".join(_type(choice) for choice in arguments if choice is not type(None))
     if origin is list:
         return f"list of {_type(arguments[0])}"
-    word = arguments[1] if origin is dict and arguments[1] in (spec.Span, str) else origin or hint
-    return "texts by name" if origin is dict and word is str else _WORDS[word]
+    return _VALUES.get(arguments[1], "features by name") if origin is dict else _WORDS[origin or hint]
 
 
 def _limits(info: FieldInfo) -> str:

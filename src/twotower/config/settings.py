@@ -18,6 +18,7 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -543,8 +544,8 @@ class Tune:
     """Keys of this file, such as `"train.temperature"`, with the values that they may take; without any, the number of
     epochs alone is chosen."""
     holdout: str | None = None
-    """What of the training events is validation: `time:Q`, `since:DAY`, `leave-one-out` or, without time,
-    `random:SHARE`; absent = as the workspace's own hold-out was cut."""
+    """What of the training events is validation, for `twotower fuse` too: `time:Q`, `since:DAY`, `leave-one-out` or,
+    without time, `random:SHARE`; absent = as the workspace's own hold-out was cut."""
     metric: Annotated[str, Field(pattern=r"^(recall|ndcg|hit)@[1-9]\d*$")] = "recall@50"
     """What is to be greatest: `recall@K`, `ndcg@K` or `hit@K`."""
     patience: Positive = 3
@@ -561,6 +562,28 @@ class Evaluate:
     """Cut-offs of the metrics."""
     bootstrap: Positive = 1000
     """Resamples of users behind an interval."""
+    channels_k: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [200, 500, 2000])
+    """Cut-offs of `evaluate --channels`; those above the size of the catalogue are cut to it."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Fusion:
+    """How the channels' candidates become one list, and what `twotower fuse` chooses; `serve.fusion` is the method."""
+
+    weights: dict[str, NotNegative] = field(default_factory=dict)
+    """By channel; one without weighs 1. 0 = its items only fill places that all others leave free. Absent = what
+    `twotower fuse` chose, or else all weigh 1."""
+    constants: dict[str, NotNegative] = field(default_factory=dict)
+    """`rrf`: of weight / (constant + rank), by channel; one without has 60. Small = its first ones count most."""
+    reserved: dict[str, Share] = field(default_factory=dict)
+    """By channel, the least share of the places of the one list that it has, such as `{ new_items = 0.05 }`, so that
+    new items are shown before anything is known of them; set by hand, whatever the weights are."""
+    depth: Positive = 1000
+    """Candidates that each channel is asked for where several are fused, and at least as many as are wanted."""
+    k: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [200, 500])
+    """Lengths of the list at which `twotower fuse` raises recall, their mean."""
+    users: Positive = 2000
+    """Users of the validation part that it looks at, at most."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -584,6 +607,19 @@ class FeatureStore:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ImpressedFilter:
+    """A user's impressions beyond the latest 2000: in Bloom filters, which take some other items for shown."""
+
+    items: Positive = 10_000
+    """Items shown to one user within `impressed_window_s` that the filters are made for; of more, the error grows in
+    proportion."""
+    error_rate: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of other items that is left out with them."""
+    periods: Positive = 7
+    """Periods that the window is cut into; an impression may be left out for up to one period longer."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Serve:
     """The HTTP server."""
 
@@ -594,11 +630,15 @@ class Serve:
     admin_port: Annotated[int, Field(ge=0, le=65535)] = 8001
     """Port of the admin verbs, on 127.0.0.1 alone; 0 = any free one."""
     fusion: Literal["quota", "rrf"] = "rrf"
-    """How channels become one list."""
+    """How channels become one list, unless `twotower fuse` has chosen; see `[fusion]`."""
     exclude: Literal["clicked", "impressed", "none"] = "impressed"
     """What a user is not offered again."""
     impressed_window_s: PositiveReal = 86400.0
     """How long an impression is left out."""
+    impressed_filter: ImpressedFilter = field(default_factory=ImpressedFilter)
+    """What of a user's impressions is kept beyond the latest 2000."""
+    channel_timeout_ms: PositiveReal = 200.0
+    """How long a request with several channels waits for them; one that is slower is left out of the answer."""
     features: FeatureStore = field(default_factory=FeatureStore)
     """Where a server keeps what it learns of a user."""
 
@@ -650,6 +690,7 @@ class Settings:
     train: Train = field(default_factory=Train)
     tune: Tune = field(default_factory=Tune)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    fusion: Fusion = field(default_factory=Fusion)
     index: Index = field(default_factory=Index)
     serve: Serve = field(default_factory=Serve)
     stream: Stream = field(default_factory=Stream)

@@ -6,7 +6,7 @@ const POLL_MS = 3000;
 const PATIENCE_MS = 15000;
 const HISTORY = 30;
 const SIMILAR = 8;
-const CHANNEL_COLOURS = 6;
+const CHANNEL_COLOURS = 9;
 const LONGEST_LIST = 6;
 
 const $ = (id) => document.getElementById(id);
@@ -279,19 +279,37 @@ function choose(text, remember = true) {
   load(null);
 }
 
+/** The channels as one control: a legend of their colours, how many items each brought, and which to show alone. */
 function showChannels() {
   const names = ["", ...state.meta.channels];
   if (!names.includes(state.channel)) state.channel = "";
-  $("channels").replaceChildren($("channels").querySelector("legend"), ...names.map((name) => {
-    const input = el("input");
-    Object.assign(input, { type: "radio", name: "channel", value: name, checked: name === state.channel });
-    input.addEventListener("change", () => {
-      state.channel = name;
-      state.shown = [];
-      load(null);
-    });
-    return el("label", "", input, name || "fused");
-  }));
+  $("channels").replaceChildren($("channels").querySelector("legend"), ...names.map((name) => segment("channel", name, name === state.channel, () => {
+    state.channel = name;
+    state.shown = [];
+    load(null);
+  })));
+}
+
+/** One of several lists to choose from: a channel's, or with an empty name the fused one. */
+function segment(group, name, checked, onChange) {
+  const input = el("input");
+  Object.assign(input, { type: "radio", name: group, value: name, checked });
+  input.addEventListener("change", onChange);
+  return el("label", "", input, name ? channelTag(name) : "fused", el("span", "tally"));
+}
+
+/** How many items of the list each channel brought; of a list of one channel that goes without saying. */
+function showTallies(items, failed) {
+  for (const label of $("channels").querySelectorAll("label")) {
+    const name = label.querySelector("input").value;
+    const tally = label.querySelector(".tally");
+    const brought = items.filter((item) => item.channels.includes(name)).length;
+    label.classList.toggle("failed", failed.includes(name));
+    label.title = failed.includes(name)
+      ? `${name} failed or was too slow, and was left out`
+      : name && !state.channel ? `${name} brought ${brought} of these ${plural(items.length, "item")}` : "";
+    tally.textContent = failed.includes(name) ? "left out" : name && !state.channel ? String(brought) : "";
+  }
 }
 
 // ---------------------------------------------------------------- history and recommendations
@@ -400,13 +418,14 @@ function showRecommendations({ content, tookMs }, user, items, cause) {
     if (isNew) row.classList.add("fresh");
     return row;
   }));
+  showTallies(items, content.failed_channels);
   say($("recommendations-empty"), items.length ? "" : "Nothing is left to recommend: this channel has no candidates for this user. Try another channel.");
   const parts = [];
   if (compared) {
     const counts = [entered && `${entered} entered`, left && `${left} left`, moved && `${moved} moved`].filter(Boolean);
     parts.push(`After ${cause}: ${counts.length ? counts.join(", ") : "the list is the same"}.`);
   }
-  if (content.failed_channels.length) parts.push(`Failed and left out: ${content.failed_channels.join(", ")}.`);
+  if (content.failed_channels.length) parts.push(`Failed or too slow, and left out: ${content.failed_channels.join(", ")}.`);
   say($("change"), parts.join(" "));
 }
 
@@ -459,19 +478,39 @@ async function toggleSimilar(pressed, item) {
   }
   const took = el("span", "took");
   const message = el("p", "message quiet", "Looking…");
-  const panel = el("div", "similar", el("div", "similar-head", el("span", "", "Similar by the item tower, best first"), took), message);
+  const panel = el("div", "similar", el("div", "similar-head", el("span", "", "Similar items as each channel sees them"), took), message);
   message.setAttribute("role", "status");
   row.append(panel);
   try {
     const { content, tookMs } = await ask(`/v1/items/${encodeURIComponent(String(item.item_id))}/similar?k=${SIMILAR}`);
-    const items = await describe(content.items);
-    took.textContent = milliseconds(tookMs);
-    if (!items.length) {
-      message.textContent = "There are no other items.";
-      return;
+    const lists = Object.entries(content.channels);
+    const described = await describe(lists.flatMap(([, items]) => items));
+    const by = new Map(); // the channels that have an item among its neighbours
+    for (const [name, items] of lists) {
+      for (const other of items) by.set(String(other.item_id), [...(by.get(String(other.item_id)) ?? []), name]);
     }
-    message.replaceWith(el("ol", "items", ...items.map((other) =>
-      el("li", "item", body(other), el("div", "side", `cosine ${other.score.toFixed(3)}`)))));
+    took.textContent = milliseconds(tookMs);
+    const list = el("ol", "items");
+    const show = (name) => {
+      const at = lists.findIndex(([other]) => other === name);
+      const start = lists.slice(0, at).reduce((sum, [, items]) => sum + items.length, 0);
+      const items = described.slice(start, start + lists[at][1].length);
+      say(message, items.length ? "" : `${name} has no item like this one.`);
+      list.replaceChildren(...items.map((other) => {
+        const channels = [name, ...by.get(String(other.item_id)).filter((also) => also !== name)];
+        const line = el("li", "item", el("div", "",
+          body(other),
+          el("div", "why", ...channels.map(channelTag), scoreOf(other.score))));
+        line.dataset.item = String(other.item_id);
+        return line;
+      }));
+    };
+    const group = `similar-${uuid()}`;
+    const choice = el("fieldset", "segments", el("legend", "hidden", "Channel"),
+      ...lists.map(([name], place) => segment(group, name, place === 0, () => show(name))));
+    message.before(choice);
+    panel.append(list);
+    show(lists[0][0]);
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     message.className = "message error";

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from twotower.evaluate.metrics import Figure, PerUser, difference, score_lists, summarise
 from twotower.features.columns import Bag, pointers
 from twotower.models.queries import queries_of_users
-from twotower.models.retriever import Retriever
+from twotower.models.retriever import Candidates, Retriever
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -73,7 +73,7 @@ def evaluate(
         figures = _plain(summarise(scores[baseline.name], resamples, seed))
         for k in ks:
             ours, theirs = (scores[name].values[f"recall@{k}"] for name in (judged.name, baseline.name))
-            figures[f"recall@{k}"]["difference"] = _figure(difference(ours, theirs, resamples, seed))
+            figures[f"recall@{k}"]["difference"] = figure(difference(ours, theirs, resamples, seed))
         result[baseline.name] = figures
     result["cold"] = {
         reason: {
@@ -82,7 +82,7 @@ def evaluate(
             **{b.name: _plain(summarise(_score(samples, b, truth, ks), resamples, seed)) for b in baselines},
         }
         for reason in (c.NEW_USER, c.NEW_ITEM)
-        if (truth := _cold_truth(workspace / "holdout_cold.parquet", reason, samples)) is not None
+        if (truth := cold_truth(workspace / "holdout_cold.parquet", reason, samples)) is not None
     }
     return result
 
@@ -123,7 +123,7 @@ def _known_truth(table: pa.Table, samples: Samples, where: str) -> Truth | None:
     return Truth(users, Bag(pointers(np.bincount(place)), (pairs % size).astype(np.int32)))
 
 
-def _cold_truth(path: Path, reason: str, samples: Samples) -> Truth | None:
+def cold_truth(path: Path, reason: str, samples: Samples) -> Truth | None:
     """The cold held-out positives of one reason; None where the file has none of known users and items."""
     if not path.exists():
         return None
@@ -138,6 +138,11 @@ def _score(samples: Samples, channel: Retriever, truth: Truth, ks: Sequence[int]
 
 def ranked(samples: Samples, channel: Retriever, user_rows: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
     """The k best items (B, k) of each user by one channel, without what they clicked."""
+    return candidates(samples, channel, user_rows, k).rows
+
+
+def candidates(samples: Samples, channel: Retriever, user_rows: npt.NDArray[np.int64], k: int) -> Candidates:
+    """The same with their scores."""
     clicks = samples.clicks
     parts = [
         channel.retrieve(
@@ -150,16 +155,17 @@ def ranked(samples: Samples, channel: Retriever, user_rows: npt.NDArray[np.int64
                 (clicks.indptr, clicks.item_row),
             ),
             k,
-        ).rows
+        )
         for start in range(0, len(user_rows), BATCH)
     ]
-    return np.concatenate(parts)
+    return Candidates(np.concatenate([part.rows for part in parts]), np.concatenate([part.scores for part in parts]))
 
 
 def _plain(figures: dict[str, Figure]) -> dict[str, Any]:
-    return {name: _figure(figure) for name, figure in figures.items()}
+    return {name: figure(one) for name, one in figures.items()}
 
 
-def _figure(figure: Figure) -> dict[str, Any]:
-    ci95 = None if figure.ci95 is None else [round(bound, 5) for bound in figure.ci95]
-    return {"value": round(figure.value, 5), "ci95": ci95}
+def figure(one: Figure) -> dict[str, Any]:
+    """A figure as it stands in reports, `{"value", "ci95"}`."""
+    ci95 = None if one.ci95 is None else [round(bound, 5) for bound in one.ci95]
+    return {"value": round(one.value, 5), "ci95": ci95}

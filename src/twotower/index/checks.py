@@ -93,6 +93,8 @@ def positions_of(wanted: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[
     >>> positions_of(np.array([7, 3, 9]), np.array([3, 5, 9]))
     array([-1,  0,  2])
     """
+    if len(rows) and rows[-1] == len(rows) - 1:  # the rows are 0, 1, 2, ...: each stands at its own number
+        return np.where((wanted >= 0) & (wanted < len(rows)), wanted, -1)
     positions = np.searchsorted(rows, wanted).astype(np.int64, copy=False)
     inside = positions < len(rows)
     inside[inside] = rows[positions[inside]] == wanted[inside]
@@ -107,7 +109,10 @@ def hidden_with(hidden: NDArray[np.int64], more: NDArray[np.int64], rows: NDArra
     """
     check_rows(more)
     positions = positions_of(more, rows)
-    return np.union1d(hidden, positions[positions >= 0])
+    out = np.zeros(len(rows), np.bool_)
+    out[hidden] = True
+    out[positions[positions >= 0]] = True
+    return np.flatnonzero(out)
 
 
 def excluded_positions(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -43,6 +44,20 @@ TIMED_QUERIES: Final = 100
 """Of these, queries timed one by one."""
 FETCHED_AT_ONCE: Final = 1 << 22
 """Neighbours fetched together, over all queries of a call."""
+FEW: Final = 1 << 12
+"""Rows excluded for one query up to which as many more are fetched and dropped; beyond, the query has its own view."""
+SPARSE: Final = 0.01
+"""Share of hidden rows up to which they are taken to be spread evenly."""
+THINNED: Final = (0.5, 0.9)
+"""Shares of hidden rows that a search is tuned for; it is exact where more are hidden."""
+THINNED_QUERIES: Final = 100
+"""Tuning queries of these."""
+CELLS: Final = 64
+"""Values of an attribute that filters are tuned for."""
+STEP: Final = 1.4
+"""By which the number of scanned vectors grows until the recall is reached."""
+RANKED_AT_ONCE: Final = 1 << 22
+"""Lists ranked together, over all queries of a call."""
 ROUNDING: Final = 1e-6
 """How much lower than the k-th exact score a score may be, relative to 1, and still count as found."""
 
@@ -66,24 +81,62 @@ class Tuned:
     queries: int
 
 
+@dataclass(frozen=True)
+class Thinned:
+    """How much must be scanned where a share of the rows is hidden, as measured when the index was built.
+
+    Attributes:
+        hidden: share of hidden rows, the largest that this is meant for.
+        factor: vectors that are not hidden to be scanned, over the vectors scanned for as many neighbours with nothing
+            hidden.
+        recall: the lowest measured, over kinds of filters and numbers of neighbours.
+        queries: number of tuning queries.
+    """
+
+    hidden: float
+    factor: float
+    recall: float
+    queries: int
+
+
 class FaissIndex:
     """FAISS with inner products: a scan of every vector (Flat), or of the nearest of about 4 sqrt(N) lists (IVF-Flat).
 
     The lists come from k-means (Sivic and Zisserman 2003; in FAISS: Johnson et al. 2017). How many must be probed for a
     recall depends on the data, so it is measured (`tune`); before that every list is probed and the answer is exact.
     Where vectors tie for the last place, which of them FAISS returns is its own choice, the same each time.
+
+    Where many rows are hidden, the lists nearest to a query may hold few of the others: lists are probed until enough
+    vectors that are not hidden have been scanned. How many are enough is measured too.
     """
 
     def __init__(
-        self, index: Any, rows: NDArray[np.int64], hidden: NDArray[np.int64], tuning: tuple[Tuned, ...]
+        self,
+        index: Any,
+        rows: NDArray[np.int64],
+        hidden: NDArray[np.int64],
+        tuning: tuple[Tuned, ...],
+        thinned: tuple[Thinned, ...] = (),
+        list_of: NDArray[np.int32] | None = None,
     ) -> None:
-        """Use `build` or `load`: FAISS index of N positions, rows (N,) rising, hidden positions rising, tuning by k."""
+        """Use `build` or `load`.
+
+        Args:
+            index: of FAISS, over N positions.
+            rows: (N,) rising.
+            hidden: positions, rising.
+            tuning: by rising k.
+            thinned: by rising share.
+            list_of: (N,) the list of each position, as `_list_of_each` gives it; None = read from the index.
+        """
         self._index = index
         self._rows = rows
         self._hidden = hidden
         self._lists = int(index.nlist) if isinstance(index, faiss.IndexIVF) else 0
         self._selector = _all_but(hidden, len(rows)) if hidden.size else None
+        self._list_of = _list_of_each(index, len(rows)) if self._lists and list_of is None else list_of
         self.tuning = tuning
+        self.thinned = thinned
 
     @classmethod
     def build(
@@ -128,6 +181,7 @@ class FaissIndex:
         try:
             count, dimension, size = description["count"], description["dimension"], description["bytes"]
             tuning = tuple(Tuned(**entry) for entry in description["tuning"])
+            thinned = tuple(Thinned(**entry) for entry in description.get("thinned", []))
         except (KeyError, TypeError) as error:
             raise DataError(f"{folder / INDEX_JSON} is incomplete ({error!r}): rebuild the index") from None
         if not path.is_file() or path.stat().st_size != size:
@@ -143,13 +197,15 @@ class FaissIndex:
             raise DataError(
                 f"{path} holds {index.ntotal} vectors of {index.d}, {INDEX_JSON} says {count} of {dimension}"
             )
-        return cls(index, map_array(folder / ROWS, (count,), np.int64), np.empty(0, np.int64), tuning)
+        rows = map_array(folder / ROWS, (count,), np.int64)
+        return cls(index, rows, np.empty(0, np.int64), tuning, thinned)
 
     def count(self) -> int:  # noqa: D102
         return len(self._rows) - len(self._hidden)
 
     def without(self, rows: NDArray[np.int64]) -> Self:  # noqa: D102
-        return type(self)(self._index, self._rows, hidden_with(self._hidden, rows, self._rows), self.tuning)
+        hidden = hidden_with(self._hidden, rows, self._rows)
+        return type(self)(self._index, self._rows, hidden, self.tuning, self.thinned, self._list_of)
 
     def search(self, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
         check_search(queries, k, exclude, self._index.d)
@@ -159,18 +215,33 @@ class FaissIndex:
         if not self.count():
             return found
         queries = np.ascontiguousarray(queries)
+        together = np.arange(len(queries))
+        if exclude is not None and (many := np.diff(exclude.indptr) > FEW).any():
+            together = np.flatnonzero(~many)
+            exclude = self._search_alone(queries, np.flatnonzero(many), exclude, found)
         excluded = excluded_positions(exclude, len(queries), self._rows, self._hidden)
         counts = np.diff(excluded.indptr)
         # Fetch as many more as are left out afterwards. Queries go together by the power of two of that number, so that
         # one user with a long history does not make the whole batch pay.
         classes = np.ceil(np.log2(np.maximum(counts, 0.5)))
-        for size in np.unique(classes):
-            members = np.flatnonzero(classes == size)
+        for size in np.unique(classes[together]):
+            members = together[classes[together] == size]
             fetch = int(min(k + counts[members].max(), self.count()))
             step = max(1, FETCHED_AT_ONCE // fetch)
             for start in range(0, len(members), step):
                 self._search_alike(queries, members[start : start + step], fetch, excluded, found)
         return found
+
+    def _search_alone(
+        self, queries: NDArray[np.float32], members: NDArray[np.int64], exclude: Exclusions, found: Neighbours
+    ) -> Exclusions:
+        """Answer the queries of `members` (n,), each from a view of its own; gives the exclusions of the others."""
+        parts = [exclude.rows[exclude.indptr[b] : exclude.indptr[b + 1]] for b in range(len(queries))]
+        for b in members:
+            alone = self.without(parts[b]).search(queries[b : b + 1], found.rows.shape[1])
+            found.rows[b], found.scores[b] = alone.rows[0], alone.scores[0]
+            parts[b] = np.empty(0, np.int64)
+        return Exclusions.of(parts)
 
     def _search_alike(
         self,
@@ -183,10 +254,14 @@ class FaissIndex:
         """Answer the queries of `members` (n,) by fetching equally many; those left short are probed again, wider."""
         k = found.rows.shape[1]
         nprobe = self._probes(fetch)
+        scan = self._scan(fetch)
         owner = np.repeat(np.arange(len(queries)), np.diff(excluded.indptr))
         excluded_keys = owner * len(self._rows) + excluded.rows
         while members.size:
-            scores, positions = self._index.search(queries[members], fetch, params=self._parameters(nprobe))
+            if scan is None or nprobe >= self._lists:
+                scores, positions = self._index.search(queries[members], fetch, params=self._parameters(nprobe))
+            else:
+                scores, positions = self._search_thinned(queries[members], fetch, scan)
             dropped = positions < 0
             if excluded_keys.size:
                 keys = members[:, None] * len(self._rows) + positions
@@ -202,7 +277,69 @@ class FaissIndex:
                 return
             wanted = np.minimum(k, self.count() - np.diff(excluded.indptr)[members])
             members = members[np.isfinite(scores).sum(axis=1) < wanted]
-            nprobe = min(4 * nprobe, self._lists)
+            nprobe = min(4 * nprobe, self._lists) if scan is None else self._lists
+
+    def _scan(self, fetch: int) -> float | None:
+        """How many vectors to scan for `fetch` neighbours, hidden ones not counted; None where so few are hidden that
+        the number of lists says it.
+
+        All of them, which is exact, where more is hidden than any share tuned for, or most would be scanned anyway.
+        """
+        share = len(self._hidden) / len(self._rows)
+        if share <= SPARSE or not self._lists:
+            return None
+        below = [thinned.factor for thinned in self.thinned if thinned.hidden < share]
+        above = [thinned.factor for thinned in self.thinned if thinned.hidden >= share]
+        return self._scan_by(max(below[-1:] + above[:1]) if above else np.inf, fetch)
+
+    def _scan_by(self, factor: float, fetch: int) -> float:
+        scan = factor * self._tuned_probes(fetch) * len(self._rows) / self._lists
+        return scan if scan < self.count() / 2 else float(self.count())
+
+    def _search_thinned(
+        self, queries: NDArray[np.float32], fetch: int, scan: float
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Scores and positions (B, fetch) out of the nearest lists that hold `scan` vectors which are not hidden."""
+        if scan >= self.count():
+            scores, positions = self._index.search(queries, fetch, params=self._parameters(self._lists))
+            return scores, positions
+        parts = []
+        step = max(1, RANKED_AT_ONCE // self._lists)
+        for start in range(0, len(queries), step):
+            part = queries[start : start + step]
+            near, lists = self._index.quantizer.search(part, self._lists)
+            shown = self._shown_of_each[lists]
+            probed = np.cumsum(shown, axis=1) - shown < scan
+            most = int(probed.sum(axis=1).max())
+            parts.append(self._search_lists(part, fetch, np.where(probed, lists, -1)[:, :most], near[:, :most]))
+        return np.concatenate([scores for scores, _ in parts]), np.concatenate([positions for _, positions in parts])
+
+    def _search_lists(
+        self, queries: NDArray[np.float32], fetch: int, lists: NDArray[np.int64], near: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Scores and positions (B, fetch) out of given lists (B, P), -1 for none, with the scores of their centres."""
+        scores = np.empty((len(queries), fetch), np.float32)
+        positions = np.empty((len(queries), fetch), np.int64)
+        lists, near = np.ascontiguousarray(lists), np.ascontiguousarray(near)
+        self._index.search_preassigned_c(  # the wrapper around it takes no selector
+            len(queries),
+            faiss.swig_ptr(queries),
+            fetch,
+            faiss.swig_ptr(lists),
+            faiss.swig_ptr(near),
+            faiss.swig_ptr(scores),
+            faiss.swig_ptr(positions),
+            False,
+            self._parameters(lists.shape[1]),
+        )
+        return scores, positions
+
+    @cached_property
+    def _shown_of_each(self) -> NDArray[np.int64]:
+        """(lists,) vectors of each list that are not hidden."""
+        assert self._list_of is not None
+        shown = np.bincount(self._list_of, minlength=self._lists)
+        return shown - np.bincount(self._list_of[self._hidden], minlength=self._lists)
 
     def _probes(self, fetch: int) -> int:
         """Lists to probe for `fetch` neighbours.
@@ -210,9 +347,11 @@ class FaissIndex:
         Hidden rows thin the lists out, as if more neighbours were asked for. The nearest tuned k from that number up
         says how many; beyond all of them the largest is scaled in proportion.
         """
+        return self._tuned_probes(fetch * len(self._rows) / self.count())
+
+    def _tuned_probes(self, depth: float) -> int:
         if not self.tuning:
             return self._lists
-        depth = fetch * len(self._rows) / self.count()
         for tuned in self.tuning:
             if tuned.k >= depth:
                 return tuned.nprobe
@@ -266,7 +405,10 @@ class FaissIndex:
         depths = sorted({min(k, len(self._rows)) for k in ks})
         exact = oracle.search(sample, depths[-1]).scores
         tuning = tuple(self._tuned(sample, k, recall, exact[:, k - 1], clock) for k in depths)
-        return type(self)(self._index, self._rows, self._hidden, tuning)
+        tuned = type(self)(self._index, self._rows, self._hidden, tuning, (), self._list_of)
+        few = np.ascontiguousarray(sample[:: max(1, len(sample) // THINNED_QUERIES)])
+        thinned = tuple(tuned._thinned(few, (depths[0], depths[-1]), recall, oracle, share) for share in THINNED)
+        return type(self)(self._index, self._rows, self._hidden, tuning, thinned, self._list_of)
 
     def _tuned(
         self,
@@ -277,11 +419,11 @@ class FaissIndex:
         clock: Callable[[], float],
     ) -> Tuned:
         """The fewest probes that find enough scores not below the exact k-th ones, `last` (Q,)."""
-        enough = last - ROUNDING * np.maximum(1, np.abs(last))
+        enough = _enough(last)
 
         def recall_at(nprobe: int) -> float:
             scores, _ = self._index.search(sample, k, params=faiss.SearchParametersIVF(nprobe=nprobe))
-            return float((scores >= enough[:, None]).mean())
+            return float((scores >= enough).mean())
 
         low, high, reached = 0, 1, recall_at(1)
         while reached < target and high < self._lists:
@@ -301,6 +443,63 @@ class FaissIndex:
             seconds.append(clock() - start)
         return Tuned(k, high, reached, 1000 * float(np.median(seconds)), len(sample))
 
+    def _thinned(
+        self, sample: NDArray[np.float32], ks: Sequence[int], target: float, oracle: VectorIndex, share: float
+    ) -> Thinned:
+        """The least that must be scanned where a share of the rows is hidden, by chance or by an attribute."""
+        rng = np.random.default_rng(0)
+        factor, reached = 1.0, 1.0
+        for recall_at in (self._by_chance(sample, oracle, share, rng), self._by_attribute(sample, share, rng)):
+            for k in (k for k in ks if k <= (1 - share) * len(self._rows)):
+                recall, exact = recall_at(k, factor)
+                while recall < target and not exact:
+                    factor *= STEP
+                    recall, exact = recall_at(k, factor)
+                reached = min(reached, recall)
+        return Thinned(share, factor, reached, len(sample))
+
+    def _by_chance(
+        self, sample: NDArray[np.float32], oracle: VectorIndex, share: float, rng: np.random.Generator
+    ) -> Callable[[int, float], tuple[float, bool]]:
+        """With rows hidden by chance: recall for k and a factor, and whether all of the others were scanned."""
+        out = np.flatnonzero(rng.random(len(self._rows)) < share)
+        view = type(self)(self._index, self._rows, out, self.tuning, (), self._list_of)
+        best = oracle.without(self._rows[out]).search(sample, self.tuning[-1].k).scores
+
+        def recall_at(k: int, factor: float) -> tuple[float, bool]:
+            scan = view._scan_by(factor, k)
+            scores, _ = view._search_thinned(sample, k, scan)
+            return float((scores >= _enough(best[:, k - 1])).mean()), scan >= view.count()
+
+        return recall_at
+
+    def _by_attribute(
+        self, sample: NDArray[np.float32], share: float, rng: np.random.Generator
+    ) -> Callable[[int, float], tuple[float, bool]]:
+        """The same for an attribute that goes with the vectors, such as a category.
+
+        The space is cut into cells of lists, and each query does without its own cell and a share of the others. So its
+        neighbours are far away, where the order of the lists says less.
+        """
+        centres = self._index.quantizer.reconstruct_n(0, self._lists)
+        pivots = centres[rng.choice(self._lists, min(CELLS, self._lists), replace=False)]
+        near, lists = self._index.quantizer.search(sample, self._lists)
+        cells = np.argmax(centres @ pivots.T, axis=1)[lists]
+        hidden = rng.random((len(sample), len(pivots))) < share
+        hidden[np.arange(len(sample)), cells[:, 0]] = True
+        shown = np.where(np.take_along_axis(hidden, cells, axis=1), 0, self._shown_of_each[lists])
+        before = np.cumsum(shown, axis=1) - shown
+        best, found = self._search_lists(sample, self.tuning[-1].k, np.where(shown, lists, -1), near)
+
+        def recall_at(k: int, factor: float) -> tuple[float, bool]:
+            scan = factor * self._tuned_probes(k) * len(self._rows) / self._lists
+            scores, _ = self._search_lists(sample, k, np.where((shown > 0) & (before < scan), lists, -1), near)
+            enough_left = found[:, k - 1] >= 0
+            recalls = scores[enough_left] >= _enough(best[enough_left, k - 1])
+            return float(recalls.mean()) if recalls.size else 1.0, scan >= len(self._rows)
+
+        return recall_at
+
     def save(self, folder: Path) -> None:  # noqa: D102
         with whole_folder(folder) as temporary:
             faiss.write_index(self._index, str(temporary / INDEX_FILE))
@@ -313,11 +512,29 @@ class FaissIndex:
                 "lists": self._lists,
                 "bytes": (temporary / INDEX_FILE).stat().st_size,
                 "tuning": [asdict(tuned) for tuned in self.tuning],
+                "thinned": [asdict(thinned) for thinned in self.thinned],
             }
             write_json(temporary / INDEX_JSON, description)
 
     def close(self) -> None:  # noqa: D102
         pass
+
+
+def _enough(last: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
+    """(Q, 1) the lowest scores that count as found, of exact k-th ones (Q,)."""
+    return np.expand_dims(last - ROUNDING * np.maximum(1, np.abs(last)), 1)
+
+
+def _list_of_each(index: Any, count: int) -> NDArray[np.int32]:
+    """(count,) the list of each position."""
+    list_of = np.empty(count, np.int32)
+    for number in range(index.nlist):
+        size = index.invlists.list_size(number)
+        if size:
+            ids = index.invlists.get_ids(number)
+            list_of[faiss.rev_swig_ptr(ids, size)] = number
+            index.invlists.release_ids(number, ids)
+    return list_of
 
 
 def _all_but(hidden: NDArray[np.int64], count: int) -> Any:

@@ -30,6 +30,7 @@ class VectorChannel:
         item_tokens: (N,) row of each catalogue item in the table of item ids.
         encode_users: the user tower, whichever engine runs it.
         index: of the item vectors, by catalogue row.
+        item_vectors: (N, D) of the catalogue; None = the channel cannot say what is like an item.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class VectorChannel:
         item_tokens: Rows,
         encode_users: UserEncoder,
         index: VectorIndex,
+        item_vectors: Floats | None = None,
     ) -> None:
         self.name = name
         self._features = features
         self._item_tokens = item_tokens
         self._encode_users = encode_users
         self.index = index
+        self._item_vectors = item_vectors
 
     def user_vectors(self, queries: Queries) -> Floats:
         """The vectors of users (B, D), or of their interests (B, K, D)."""
@@ -65,6 +68,14 @@ class VectorChannel:
         unknown = ~interests.any(axis=(1, 2))
         found.rows[unknown], found.scores[unknown] = PADDING, -np.inf
         return found
+
+    def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates | None:
+        """See `SimilarItems.similar`: the nearest item vectors."""
+        if self._item_vectors is None:
+            return None
+        itself = Exclusions(np.arange(len(rows) + 1), rows)
+        found = self.index.search(np.ascontiguousarray(self._item_vectors[rows]), k, itself)
+        return Candidates(found.rows, found.scores)
 
 
 def _search(index: VectorIndex, interests: Floats, k: int, exclude: Exclusions) -> Candidates:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import ibis
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from ibis import _
 
@@ -114,6 +115,10 @@ class ItemCF:
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""
         return self._lists.retrieve(queries, k)
+
+    def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
+        """See `SimilarItems.similar`: the stored neighbours, of which there are at most so many as are kept."""
+        return self._lists.similar(rows, k)
 
 
 def _edges(clicks: Any, options: Options) -> Any:

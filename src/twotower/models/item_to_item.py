@@ -114,6 +114,15 @@ class ItemToItem:
         parts = [self._part(queries, start, min(count, start + step), k) for start in range(0, max(1, count), step)]
         return Candidates(np.concatenate([p.rows for p in parts]), np.concatenate([p.scores for p in parts]))
 
+    def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
+        """See `SimilarItems.similar`: the stored neighbours."""
+        begin = self._neighbours.indptr[rows]
+        counts = self._neighbours.indptr[rows + 1] - begin
+        entries = ranges(begin, counts)
+        owner = np.repeat(np.arange(len(rows)), counts)
+        neighbours = self._neighbours.rows[entries].astype(np.int64)
+        return top_of_groups(owner, neighbours, self._similarity[entries], len(rows), k)
+
     def _part(self, queries: Queries, start: int, stop: int, k: int) -> Candidates:
         """The candidates of users start..stop-1."""
         exclude, size = queries.exclude, len(self._neighbours)

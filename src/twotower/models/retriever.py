@@ -5,7 +5,7 @@ B users, k candidates each. A *row* is an item's place in the version's catalogu
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,75 @@ class Retriever(Protocol):
             k: candidates of each, at least 1.
         """
         ...
+
+
+@runtime_checkable
+class SimilarItems(Protocol):
+    """What a `Retriever` may have besides: it can say which items are like an item."""
+
+    def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates | None:
+        """At most k items like each of some items, never the item itself; None where the channel cannot say after all.
+
+        Equal scores are ordered by catalogue row.
+
+        Args:
+            rows: (B,) catalogue rows.
+            k: items like each, at least 1.
+        """
+        ...
+
+
+def similar_items(channel: Retriever, rows: npt.NDArray[np.int64], k: int) -> Candidates | None:
+    """At most k items like each of some items (B,), None from a channel that cannot say."""
+    return channel.similar(rows, k) if isinstance(channel, SimilarItems) else None
+
+
+class WithoutItems:
+    """A channel that never brings some items, such as those that are not available.
+
+    It asks for more than is wanted and drops them, and for more still while a list is short: unlike the exclusions of
+    queries, this costs nothing where few of them would have come.
+
+    Args:
+        channel: what it asks.
+        out: (N,) True for the catalogue rows that are left out.
+    """
+
+    def __init__(self, channel: Retriever, out: npt.NDArray[np.bool_]) -> None:
+        self.name = channel.name
+        self.channel = channel
+        self._out = out
+        self._most = int(out.sum())
+
+    def retrieve(self, queries: Queries, k: int) -> Candidates:
+        """See `Retriever.retrieve`."""
+        extra = min(k, self._most)
+        found = self.channel.retrieve(queries, k + extra)
+        while (kept := self._kept(found, k)) is None:
+            extra = min(4 * extra, self._most)
+            found = self.channel.retrieve(queries, k + extra)
+        return kept
+
+    def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates | None:
+        """See `SimilarItems.similar`."""
+        extra = min(k, self._most)
+        found = similar_items(self.channel, rows, k + extra)
+        while found is not None and (kept := self._kept(found, k)) is None:
+            extra = min(4 * extra, self._most)
+            found = similar_items(self.channel, rows, k + extra)
+        return None if found is None else kept
+
+    def _kept(self, found: Candidates, k: int) -> Candidates | None:
+        """The k best that are not left out; None where there are too few, but the channel may know more."""
+        kept = (found.rows != PADDING) & ~self._out[found.rows]
+        short = (kept.sum(axis=1) < k) & (found.rows[:, -1] != PADDING)
+        if found.rows.shape[1] < k + self._most and short.any():
+            return None
+        order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
+        kept = np.take_along_axis(kept, order, axis=1)
+        rows = np.where(kept, np.take_along_axis(found.rows, order, axis=1), PADDING)
+        scores = np.where(kept, np.take_along_axis(found.scores, order, axis=1), np.float32(-np.inf))
+        return Candidates(rows, scores)
 
 
 def top_of_groups(

@@ -150,6 +150,10 @@ class Swing:
         """See `Retriever.retrieve`."""
         return self._lists.retrieve(queries, k)
 
+    def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
+        """See `SimilarItems.similar`: the stored neighbours, of which there are at most so many as are kept."""
+        return self._lists.similar(rows, k)
+
 
 def click_graph(clicks: Clicks, items: int, options: Options) -> Graph:
     """The distinct clicks within the caps: of a user the latest items, of an item the users of the least hash.

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from twotower.features.columns import Column, take, to_arrow
 from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, save
+from twotower.fusion.fuse import Fusion
 from twotower.index.build import build_index
 from twotower.models.als import ALS
 from twotower.models.channel import latest
@@ -39,6 +40,7 @@ from twotower.publish.version import (
     item_tokens,
     open_version,
     read_manifest,
+    unavailable,
     write_manifest,
 )
 from twotower.samples.columns_file import write_table
@@ -84,6 +86,7 @@ def publish(
     items_file: Path,
     channels: Mapping[str, Counted],
     *,
+    fusion: Fusion,
     configuration: dict[str, Any],
     metrics: dict[str, Any],
     index_kind: str,
@@ -101,6 +104,7 @@ def publish(
         samples: what they were trained on: users, histories, the catalogue's features.
         items_file: `items.parquet`, for the attributes that a page shows.
         channels: the channels that are counted, not trained, by name.
+        fusion: how the channels become one list.
         configuration: the whole configuration, recorded; names the channels.
         metrics: of the evaluation, recorded.
         index_kind: `exact` or `faiss`.
@@ -127,6 +131,7 @@ def publish(
     catalogue = check_entities(pq.read_table(items_file), c.ITEM_ID, items_file.name)
     if not catalogue.column(c.ITEM_ID).combine_chunks().equals(samples.items.ids):
         raise DataError(f"{items_file} has other items than {samples.path}: run `twotower samples` and train again")
+    unavailable(catalogue)  # refuses a column of another type before anything is built
     created_ms = clock_ms()
     moment = datetime.fromtimestamp(created_ms / 1000, UTC)
     tensors = checkpoints[TWO_TOWER].tensors_sha256
@@ -169,6 +174,7 @@ def publish(
             "created_ms": created_ms,
             "watermark_ms": samples.manifest["watermark_ms"],
             "configuration": configuration,
+            "fusion": asdict(fusion),
             "metrics": metrics,
             "checkpoint_sha256": tensors,
         }

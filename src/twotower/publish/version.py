@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from twotower.features.bloom import hash_ids
 from twotower.features.columns import Column
 from twotower.features.feature_set import FeatureSet, load
 from twotower.features.vocabulary import Positions
-from twotower.fusion.fuse import Fused, quota, reciprocal_rank
+from twotower.fusion.fuse import Fused, Fusion
 from twotower.index.build import load_index
+from twotower.index.protocol import VectorIndex
 from twotower.models.channel import VectorChannel
 from twotower.models.fit import KINDS
 from twotower.models.queries import queries_of_users
-from twotower.models.retriever import Candidates, Queries, Retriever
+from twotower.models.retriever import Queries, Retriever, WithoutItems
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import map_tables
 from twotower.samples.columns_file import map_columns
@@ -28,7 +31,7 @@ from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import MANIFEST, check_listing, read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 CATALOGUE = "catalogue.arrow"
 GOLDEN = "golden.json"
 FUSED = "fused"
@@ -56,7 +59,7 @@ class Version:
     item_vectors: npt.NDArray[np.float32]
     """(N, D) unit vectors of the item tower."""
     channels: Mapping[str, Retriever]
-    fusion: str
+    fusion: Fusion
 
     @property
     def two_tower(self) -> VectorChannel:
@@ -75,6 +78,11 @@ class Version:
         """Where an item stands in the catalogue."""
         return Positions(self.item_ids)
 
+    @cached_property
+    def item_hashes(self) -> npt.NDArray[np.uint64]:
+        """(N,) hashes of the ids of the catalogue, which filters of shown items are asked with."""
+        return hash_ids(self.item_ids)
+
     @property
     def watermark_ms(self) -> int | None:
         """Time of the latest event that the version knows of."""
@@ -91,15 +99,9 @@ class Version:
         return queries_of_users(self.features, self.users, self.clicks, user_rows, context or {}, exclude)
 
     def retrieve(self, queries: Queries, k: int, channels: Sequence[str]) -> Fused:
-        """One list a user from one or several channels; each is asked for k, so that the best k can come from any."""
-        return self.fuse({name: self.channels[name].retrieve(queries, k) for name in channels}, k)
-
-    def fuse(self, lists: Mapping[str, Candidates], k: int) -> Fused:
-        """Several channels' lists as one, in the version's way; one list keeps its own scores."""
-        if len(lists) == 1:
-            name, only = next(iter(lists.items()))
-            return Fused(only, (name,), (only.rows >= 0).astype(np.int64))
-        return quota(lists, k) if self.fusion == "quota" else reciprocal_rank(lists, k)
+        """One list a user from one or several channels, fused in the version's way."""
+        asked = self.fusion.asked(k, channels)
+        return self.fusion.fuse({name: self.channels[name].retrieve(queries, asked) for name in channels}, k)
 
     def check_channels(self, names: Sequence[str]) -> None:
         """Refuse channels that this version does not have.
@@ -127,18 +129,20 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
         if check_hashes and (problems := check_listing(path, manifest["files"])):
             raise VersionError(f"version {path.name} is damaged: {'; '.join(problems)}. Restore it or publish again")
         catalogue = map_columns(path / CATALOGUE)
+        gone = unavailable(catalogue)
         item_ids, folder = catalogue.column(c.ITEM_ID), path / "channels"
-        two_tower = _open_vector_channel(folder / TWO_TOWER, item_ids, threads)
+        two_tower = _open_vector_channel(folder / TWO_TOWER, item_ids, gone, threads)
         channels: dict[str, Retriever] = {}
         for name in manifest["configuration"]["models"]["channels"]:
             if name == TWO_TOWER:
                 channels[name] = two_tower
             elif name == NEW_ITEMS:
-                channels[name] = two_tower.over(name, load_index(folder / name / "index"))
+                channels[name] = two_tower.over(name, _open_index(folder / name, gone))
             elif name in VECTOR_CHANNELS:
-                channels[name] = _open_vector_channel(folder / name, item_ids, threads)
+                channels[name] = _open_vector_channel(folder / name, item_ids, gone, threads)
             else:
-                channels[name] = KINDS[name].load(folder / name)
+                counted = KINDS[name].load(folder / name)
+                channels[name] = WithoutItems(counted, gone) if gone.any() else counted
         return Version(
             path.name,
             path,
@@ -149,23 +153,48 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
             catalogue,
             _item_vectors(path / "channels" / TWO_TOWER),
             channels,
-            manifest["configuration"]["serve"]["fusion"],
+            Fusion(**manifest["fusion"]),
         )
     except (DataError, KeyError) as error:
         raise VersionError(f"version {path.name} cannot be opened: {error}") from error
 
 
-def _open_vector_channel(folder: Path, item_ids: pa.Array, threads: int) -> VectorChannel:
+def _open_vector_channel(folder: Path, item_ids: pa.Array, gone: npt.NDArray[np.bool_], threads: int) -> VectorChannel:
     features = load(folder)
     tower = OnnxTower(folder / "user_tower.onnx", (*features.user, *features.context), map_tables(folder), threads)
     tokens = item_tokens(features, item_ids)
-    return VectorChannel(folder.name, features, tokens, tower.encode, load_index(folder / "index"))
+    index, vectors = _open_index(folder, gone), _item_vectors(folder)
+    return VectorChannel(folder.name, features, tokens, tower.encode, index, vectors)
+
+
+def _open_index(folder: Path, gone: npt.NDArray[np.bool_]) -> VectorIndex:
+    """The index of a channel, without the items that are not available."""
+    index = load_index(folder / "index")
+    return index.without(np.flatnonzero(gone)) if gone.any() else index
 
 
 def _item_vectors(folder: Path) -> npt.NDArray[np.float32]:
     vectors = map_columns(folder / "items.arrow").column(c.VECTOR)
     stored: npt.NDArray[np.float32] = vectors.flatten().to_numpy(zero_copy_only=True)
     return stored.reshape(-1, vectors.type.list_size)
+
+
+def unavailable(catalogue: pa.Table | pa.RecordBatch) -> npt.NDArray[np.bool_]:
+    """(N,) which items are not to be retrieved: those whose `available` is false.
+
+    Raises:
+        DataError: `available` holds something else than booleans.
+    """
+    if c.AVAILABLE not in catalogue.schema.names:
+        return np.zeros(catalogue.num_rows, np.bool_)
+    column = catalogue.column(c.AVAILABLE)
+    if not pa.types.is_boolean(column.type):
+        raise DataError(
+            f"items.parquet: {c.AVAILABLE} is of type {column.type}, where booleans are due: an item that is false is "
+            "never retrieved. Cast it, or give the column another name"
+        )
+    gone: npt.NDArray[np.bool_] = ~column.fill_null(True).to_numpy(zero_copy_only=False)
+    return gone
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:

@@ -20,6 +20,9 @@ REASON: Final = "reason"
 RANK: Final = "rank"
 VECTOR: Final = "vector"
 
+AVAILABLE: Final = "available"
+"""An optional boolean column of `items.parquet`: an item for which it is false is never retrieved."""
+
 DATE: Final = "date"
 """The partition key of `events/`, a day of UTC, or `unknown` without a time."""
 UNKNOWN_DATE: Final = "unknown"

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,6 +24,8 @@ from twotower.logs import Event, EventLog, EventLogError
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
+from twotower.serve.channels import SideBySide
+from twotower.serve.filters import Filter
 from twotower.serve.request import Asked, Unanswerable, is_id, retrieve, similar
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST, Recent, RecentUsers
@@ -46,6 +48,22 @@ def _writable(text: str) -> str:
 Id = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | Annotated[StrictStr, AfterValidator(_writable)]
 
 
+class FilterBody(BaseModel):
+    """What an attribute of an item may be: a list of the values that it may have is short for `allow`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    allow: list[Any] | None = Field(None, description="The item has one of these; absent = anything.")
+    deny: list[Any] = Field(default_factory=list, description="The item has none of these.")
+
+
+def _allowed(value: Any) -> Any:
+    return {"allow": value} if isinstance(value, list) else value
+
+
+Filtered = Annotated[FilterBody, BeforeValidator(_allowed, json_schema_input_type=list[Any] | FilterBody)]
+
+
 class RetrieveBody(BaseModel):
     """A request for candidates."""
 
@@ -58,7 +76,9 @@ class RetrieveBody(BaseModel):
     context: dict[str, Any] = Field(default_factory=dict, description="Context features, by name.")
     k: Annotated[int, Field(ge=1, le=MOST_K, description="Number of candidates.")] = 100
     exclude: str | None = Field(None, description="clicked, impressed or none; absent = as configured.")
-    filters: dict[str, list[Any]] = Field(default_factory=dict, description="Values that an attribute may have.")
+    filters: dict[str, Filtered] = Field(
+        default_factory=dict, description="By attribute: values that it may have, or `allow` and `deny`."
+    )
     channels: list[str] = Field(default_factory=list, description="Channels to ask; empty = all.")
 
 
@@ -86,7 +106,12 @@ class Metrics:
             registry=self.registry,
         )
         self.events = Counter("twotower_events", "Events by what became of them.", ["result"], registry=self.registry)
-        self.failed = Counter("twotower_failed_channels", "Channels left out.", ["channel"], registry=self.registry)
+        self.failed = Counter(
+            "twotower_failed_channels",
+            "Channels left out of an answer: error, late (over serve.channel_timeout_ms), busy (with a late call).",
+            ["channel", "reason"],
+            registry=self.registry,
+        )
         self.version = Gauge("twotower_version", "1 for the served version.", ["version"], registry=self.registry)
         self.refused = Gauge("twotower_version_refused", "1 while CURRENT is refused.", registry=self.registry)
 
@@ -195,6 +220,7 @@ def make_app(
     *,
     exclude: str,
     impressed_window_ms: int,
+    channel_timeout_ms: float,
     clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The public application.
@@ -206,6 +232,7 @@ def make_app(
         metrics: counted into.
         exclude: what is left out unless a request says otherwise.
         impressed_window_ms: how long an impression is left out.
+        channel_timeout_ms: how long a request waits for its channels, where it has several.
         clock_ms: milliseconds since 1970.
     """
     app = FastAPI(
@@ -216,6 +243,7 @@ def make_app(
         redoc_url=None,
     )
 
+    channels = SideBySide(channel_timeout_ms / 1000, lambda channel, why: metrics.failed.labels(channel, why).inc())
     searching = threading.BoundedSemaphore(AT_ONCE)
     app.add_middleware(Bounded, most_bytes=MOST_BYTES)
     app.add_middleware(Counted, metrics=metrics)
@@ -236,13 +264,12 @@ def make_app(
     def post_retrieve(body: RetrieveBody) -> Response:
         """Candidates for a user, best first."""
         recent = Recent() if body.user_id is None else users.get(body.user_id)
+        filters = {name: Filter(wanted.allow, wanted.deny) for name, wanted in body.filters.items()}
         asked = Asked(
-            body.k, body.exclude or exclude, body.user_id, body.features, body.context, body.filters, body.channels
+            body.k, body.exclude or exclude, body.user_id, body.features, body.context, filters, body.channels
         )
         with searching:
-            answer = retrieve(snapshots.version, asked, recent, clock_ms(), impressed_window_ms)
-        for channel in answer.failed_channels:
-            metrics.failed.labels(channel).inc()
+            answer = retrieve(snapshots.version, asked, recent, clock_ms(), impressed_window_ms, channels.ask)
         return json_response(answer)
 
     @app.post("/v1/events", status_code=202)
@@ -262,13 +289,12 @@ def make_app(
 
     @app.get("/v1/items/{item_id:path}/similar")
     def get_similar(item_id: str, k: Annotated[int, Query(ge=1, le=MOST_K)] = 20) -> Response:
-        """The items nearest to an item."""
+        """The items most like an item, by every channel that can say."""
         version = snapshots.version
         try:
-            items = similar(version, parse_id(item_id, version.item_ids.type), k)
+            return json_response(similar(version, parse_id(item_id, version.item_ids.type), k))
         except KeyError:
             return problem(404, f"version {version.id} has no item {item_id}")
-        return json_response({"version": version.id, "items": items})
 
     @app.get("/v1/version")
     def get_version() -> Response:

@@ -1,6 +1,5 @@
 """The way of a request, top to bottom: who asks, what they did, every channel, one list."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,25 +7,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from twotower.features.columns import Bag, Column
 from twotower.features.feature_set import encode_request
-from twotower.features.vocabulary import as_values
 from twotower.index.protocol import Exclusions
-from twotower.models.retriever import Candidates, Queries
-from twotower.publish.version import Version
+from twotower.models.retriever import Queries, similar_items
+from twotower.publish.version import TWO_TOWER, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, TwotowerError
+from twotower.serve.channels import ERROR, Ask, ask_in_turn
+from twotower.serve.filters import Filter, passing
 from twotower.serve.users import ItemId, Recent, UserId
-
-log = logging.getLogger(__name__)
 
 EXCLUDE = ("clicked", "impressed", "none")
 
 
 class Unanswerable(TwotowerError):
-    """Every channel failed."""
+    """No channel answered."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class Asked:
     features: Mapping[str, Any] = field(default_factory=dict)
     """Feature values that replace the stored ones, or describe a new user; None is a missing value."""
     context: Mapping[str, Any] = field(default_factory=dict)
-    filters: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Values that an attribute of an item may have."""
+    filters: Mapping[str, Filter] = field(default_factory=dict)
+    """What attributes of an item may be."""
     channels: Sequence[str] = ()
     """Channels to ask; empty = all."""
 
@@ -64,7 +61,14 @@ class Answer:
     failed_channels: list[str]
 
 
-def retrieve(version: Version, asked: Asked, recent: Recent, now_ms: int, impressed_window_ms: int) -> Answer:
+def retrieve(
+    version: Version,
+    asked: Asked,
+    recent: Recent,
+    now_ms: int,
+    impressed_window_ms: int,
+    ask: Ask = ask_in_turn,
+) -> Answer:
     """Answer a request from one version.
 
     Args:
@@ -73,10 +77,11 @@ def retrieve(version: Version, asked: Asked, recent: Recent, now_ms: int, impres
         recent: what the user did since the version was made.
         now_ms: milliseconds since 1970.
         impressed_window_ms: how long an impression is left out.
+        ask: how the channels are asked.
 
     Raises:
         DataError: an unknown feature, channel, attribute or kind of exclusion, or a value of another type.
-        Unanswerable: every channel failed.
+        Unanswerable: no channel answered.
     """
     names = tuple(asked.channels) or tuple(version.channels)
     version.check_channels(names)
@@ -87,26 +92,21 @@ def retrieve(version: Version, asked: Asked, recent: Recent, now_ms: int, impres
         Bag(np.array([0, len(clicks)]), clicks),
         Exclusions.of([left_out(version, asked, clicks, recent, now_ms - impressed_window_ms)]),
     )
-    lists: dict[str, Candidates] = {}
-    failed: list[str] = []
-    for name in names:
-        try:
-            lists[name] = version.channels[name].retrieve(queries, asked.k)
-        except Exception:  # one channel's defect must not take the others down with it
-            log.exception("channel %s of %s failed", name, version.id)
-            failed.append(name)
-    if not lists:
-        raise Unanswerable(f"every channel failed: {', '.join(failed)}")
-    fused = version.fuse(lists, asked.k)
+    depth = version.fusion.asked(asked.k, names)
+    brought = ask({name: version.channels[name] for name in names}, queries, depth)
+    if not brought.lists:
+        reasons = [name if why == ERROR else f"{name} ({why})" for name, why in brought.left_out.items()]
+        raise Unanswerable(f"every channel failed: {', '.join(reasons)}")
+    fused = version.fusion.fuse(brought.lists, asked.k)
     found = fused.candidates.rows[0]
     found = found[found >= 0]
     ids = version.item_ids.take(pa.array(found)).to_pylist()
     scores = fused.candidates.scores[0].tolist()
-    brought = fused.brought_by[0].tolist()
-    places = {bits: place for place, bits in enumerate(brought)}  # few combinations of channels, many items
+    by = fused.brought_by[0].tolist()
+    places = {bits: place for place, bits in enumerate(by)}  # few combinations of channels, many items
     channels = {bits: fused.channels_of(0, place) for bits, place in places.items()}
-    items = [Candidate(ids[i], scores[i], channels[brought[i]]) for i in range(len(ids))]
-    return Answer(version.id, 0, items, failed)
+    items = [Candidate(ids[i], scores[i], channels[by[i]]) for i in range(len(ids))]
+    return Answer(version.id, 0, items, list(brought.left_out))
 
 
 def find_user(version: Version, user_id: UserId | None) -> int:
@@ -173,46 +173,50 @@ def left_out(
     if asked.exclude == "impressed":
         shown = find_items(version, [item for ts_ms, item in recent.shown if ts_ms >= since_ms])
         parts.append(shown[shown >= 0])
-    for attribute, allowed in asked.filters.items():
-        parts.append(outside(version, attribute, allowed))
-    return np.unique(np.concatenate(parts))
+        if recent.seen is not None:
+            parts.append(np.flatnonzero(recent.seen.contains(version.item_hashes, since_ms)))
+    if not asked.filters:
+        return np.unique(np.concatenate(parts))
+    out = np.zeros(len(version.item_ids), np.bool_)
+    out[np.concatenate(parts)] = True
+    for attribute, wanted in asked.filters.items():
+        out |= ~passing(version, attribute, wanted)
+    return np.flatnonzero(out)
 
 
-def outside(version: Version, attribute: str, allowed: Sequence[Any]) -> npt.NDArray[np.int64]:
-    """Catalogue rows whose attribute has none of the allowed values.
+@dataclass(frozen=True)
+class Neighbour:
+    """One item like another, as one channel has it."""
 
-    Raises:
-        DataError: no such attribute, or values of another type.
-    """
-    names = version.catalogue.schema.names
-    if attribute not in names:
-        raise DataError(f"filters: items have no attribute {attribute}; they have {', '.join(names)}")
-    kind = version.catalogue.schema.field(attribute).type
-    try:
-        column = as_values(version.catalogue.column(attribute), attribute)
-    except DataError as error:
-        raise DataError(f"filters: {error}") from None
-    try:
-        wanted = as_values(pa.array(list(allowed)), attribute)
-    except (DataError, pa.ArrowException, TypeError, OverflowError, UnicodeError):
-        wanted = None
-    if wanted is None or (wanted.type != column.type and wanted.null_count < len(wanted)):
-        raise DataError(f"filters: {attribute} is of type {kind}, not {list(allowed)[:3]!r}")
-    inside = pc.is_in(column, wanted.cast(column.type))
-    return np.flatnonzero(~inside.to_numpy(zero_copy_only=False)).astype(np.int64)
+    item_id: ItemId
+    score: float
 
 
-def similar(version: Version, item_id: ItemId, k: int) -> list[Candidate]:
-    """The items whose vectors are nearest to an item's.
+@dataclass(frozen=True)
+class Similar:
+    """Items like an item, best first."""
+
+    version: str
+    items: list[Candidate]
+    """The nearest by the vectors of the two towers."""
+    channels: dict[str, list[Neighbour]]
+    """The same of every channel that can say."""
+
+
+def similar(version: Version, item_id: ItemId, k: int) -> Similar:
+    """The items most like an item, by every channel that can say.
 
     Raises:
         KeyError: the version does not have the item.
     """
-    row = int(find_items(version, [item_id])[0])
-    if row < 0:
+    row = find_items(version, [item_id])
+    if row[0] < 0:
         raise KeyError(item_id)
-    channel = version.two_tower
-    found = channel.index.search(version.item_vectors[row : row + 1], k, Exclusions.of([[row]]))
-    rows = found.rows[0][found.rows[0] >= 0]
-    ids = version.item_ids.take(pa.array(rows)).to_pylist()
-    return [Candidate(ids[i], float(found.scores[0, i]), [channel.name]) for i in range(len(ids))]
+    by_channel: dict[str, list[Neighbour]] = {}
+    for name, channel in version.channels.items():
+        found = similar_items(channel, row, k)
+        if found is not None:
+            ids = version.item_ids.take(pa.array(found.rows[0][found.rows[0] >= 0])).to_pylist()
+            by_channel[name] = [Neighbour(ids[i], float(found.scores[0, i])) for i in range(len(ids))]
+    nearest = by_channel[TWO_TOWER]
+    return Similar(version.id, [Candidate(one.item_id, one.score, [TWO_TOWER]) for one in nearest], by_channel)

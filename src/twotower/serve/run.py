@@ -13,6 +13,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from twotower.features.bloom import Shape
 from twotower.features.store import LmdbFeatureStore
 from twotower.logs import LocalEventLog
 from twotower.logs.local import Sync
@@ -48,6 +49,8 @@ def run_server(
     sync_s: float,
     exclude: str,
     impressed_window_ms: int,
+    impressed_shape: Shape,
+    channel_timeout_ms: float,
     extend: Callable[[FastAPI, Snapshots, RecentUsers], None],
     ready: Callable[[Address], None],
 ) -> None:
@@ -66,6 +69,8 @@ def run_server(
         sync_s: seconds between flushes with `interval`.
         exclude: what is left out unless a request says otherwise.
         impressed_window_ms: how long an impression is left out.
+        impressed_shape: of the filters of impressions before the latest.
+        channel_timeout_ms: how long a request waits for its channels, where it has several.
         extend: adds to the public application, such as the page.
         ready: called with the addresses when requests are answered.
 
@@ -82,10 +87,18 @@ def run_server(
         opened.callback(event_log.close)
         store = LmdbFeatureStore(store_folder)
         opened.callback(store.close)
-        users = RecentUsers(event_log, store)
+        users = RecentUsers(event_log, store, impressed_shape)
         if applied := users.catch_up():
             log.info("%d events of the log applied", applied)
-        app = make_app(snapshots, event_log, users, metrics, exclude=exclude, impressed_window_ms=impressed_window_ms)
+        app = make_app(
+            snapshots,
+            event_log,
+            users,
+            metrics,
+            exclude=exclude,
+            impressed_window_ms=impressed_window_ms,
+            channel_timeout_ms=channel_timeout_ms,
+        )
         extend(app, snapshots, users)
         public = opened.enter_context(_listen(host, port))
         admin_url = None

@@ -2,7 +2,7 @@
 
 It is a function of the event log alone: events are applied in the order of the log, together with the place up to
 which it was read, in one change of the store. A server that was killed goes on from there; a lost store, or one that is
-of another log, is made again.
+of another log or of other settings, is made again.
 """
 
 import hashlib
@@ -13,7 +13,9 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import orjson
+import pyarrow as pa
 
+from twotower.features.bloom import Seen, Shape, hash_ids
 from twotower.features.store import FeatureStore
 from twotower.logs import Event, EventLog
 from twotower.schema import columns as c
@@ -29,12 +31,14 @@ OUTCOMES = "outcomes"
 
 MOST_CLICKS = 500
 MOST_SHOWN = 2000
-"""Latest clicks and impressions kept of a user."""
+"""Latest clicks and impressions kept of a user; earlier impressions are in filters."""
 
 _BATCH = 1000
 _LONG = 256
 _PLACES = b"places"
 """Key of what was read of the log."""
+_SHAPE = b"shape"
+"""Key of the shape of the filters."""
 
 UserId = int | str
 ItemId = int | str
@@ -48,6 +52,8 @@ class Recent:
     """(time in milliseconds, item) of each click."""
     shown: tuple[tuple[int, ItemId], ...] = ()
     """The same of each impression."""
+    seen: Seen | None = None
+    """Filters of the impressions before those; None where there were none."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +70,38 @@ class RecentUsers:
 
     Args:
         log: the event log.
-        store: where they are kept; emptied where it holds what was read from another log.
+        store: where they are kept; emptied where it holds what was read from another log, or with another shape.
+        shape: of the filters of impressions before the latest; None = these are forgotten.
     """
 
-    def __init__(self, log: EventLog, store: FeatureStore) -> None:
+    def __init__(self, log: EventLog, store: FeatureStore, shape: Shape | None = None) -> None:
         self._log = log
         self._store = store
+        self._shape = shape
         self._applying = threading.Lock()
         stored = store.get(_PLACES)
         self._places = [None if place is None else _Place(*place) for place in orjson.loads(stored or b"[]")]
-        if not self._is_of_this_log():
+        described = orjson.dumps(shape)
+        if not self._is_of_this_log() or (store.get(_SHAPE) or b"null") != described:
             if stored:
-                _LOGGER.warning("what was learned of users is not of this log: reading the log again")
+                _LOGGER.warning("what was learned of users is not of this log and settings: reading the log again")
             store.clear()
+            store.write({_SHAPE: described})
             self._places = [None] * log.partitions
 
     def get(self, user_id: UserId) -> Recent:
         """A user's recent events; empty for someone never seen."""
-        value = self._store.get(_user_key(user_id))
-        return Recent() if value is None else _decode(value)
+        user_key = _user_key(user_id)
+        value = self._store.get(user_key)
+        if value is None:
+            return Recent()
+        clicks, shown = orjson.loads(value)
+        seen = self._store.get(_seen_key(user_key)) if self._shape and len(shown) == MOST_SHOWN else None
+        return Recent(
+            tuple(_pair(entry) for entry in clicks),
+            tuple(_pair(entry) for entry in shown),
+            None if seen is None or self._shape is None else Seen.decode(self._shape, seen),
+        )
 
     def catch_up(self, partitions: Iterable[int] | None = None) -> int:
         """Apply what the log holds beyond what was applied; gives the number of events.
@@ -100,16 +119,37 @@ class RecentUsers:
                     for record in records:
                         user_key = _user_key(record.event.user_id)
                         before = changed.get(user_key) or self.get(record.event.user_id)
-                        changed[user_key] = _after(before, record.event)
+                        changed[user_key] = self._after(before, record.event)
                     last = records[-1]
                     offset = last.next_offset
                     places = list(self._places)
                     places[partition] = _Place(last.offset, offset, last.event.event_id)
-                    values = {user_key: _encode(recent) for user_key, recent in changed.items()}
+                    values: dict[bytes, bytes | None] = {}
+                    for user_key, recent in changed.items():
+                        values[user_key] = orjson.dumps([recent.clicks, recent.shown])
+                        if recent.seen is not None:
+                            values[_seen_key(user_key)] = recent.seen.encode()
                     self._store.write({**values, _PLACES: orjson.dumps([place and astuple(place) for place in places])})
                     self._places = places
                     applied += len(records)
         return applied
+
+    def _after(self, recent: Recent, event: Event) -> Recent:
+        """What is known of a user after one more event; impressions beyond the latest enter filters."""
+        clicked, shown = items_of(event)
+        if not clicked and not shown:
+            return recent
+        clicks = (*recent.clicks, *((event.ts_ms, item) for item in clicked))
+        impressions = (*recent.shown, *((event.ts_ms, item) for item in shown))
+        earlier, seen = impressions[:-MOST_SHOWN], recent.seen
+        if earlier and self._shape is not None:
+            seen = seen or Seen(self._shape)
+            for kind, type_ in ((int, pa.int64()), (str, pa.string())):
+                some = [(ts_ms, item) for ts_ms, item in earlier if type(item) is kind]
+                if some:
+                    ids = pa.array([item for _, item in some], type_)
+                    seen = seen.add([ts_ms for ts_ms, _ in some], hash_ids(ids))
+        return Recent(clicks[-MOST_CLICKS:], impressions[-MOST_SHOWN:], seen)
 
     def _is_of_this_log(self) -> bool:
         """The log still holds the last event applied of each partition, where it was."""
@@ -150,15 +190,6 @@ def items_of(event: Event) -> tuple[list[ItemId], list[ItemId]]:
     return [], []
 
 
-def _after(recent: Recent, event: Event) -> Recent:
-    clicked, shown = items_of(event)
-    if not clicked and not shown:
-        return recent
-    clicks = (*recent.clicks, *((event.ts_ms, item) for item in clicked))
-    impressions = (*recent.shown, *((event.ts_ms, item) for item in shown))
-    return Recent(clicks[-MOST_CLICKS:], impressions[-MOST_SHOWN:])
-
-
 def _user_key(user_id: UserId) -> bytes:
     """The user's key; 1 and "1" are different users, and an id too long for a key stands by its digest."""
     if isinstance(user_id, int):
@@ -167,13 +198,8 @@ def _user_key(user_id: UserId) -> bytes:
     return b"user/s/" + name if len(name) <= _LONG else b"user/d/" + hashlib.blake2b(name).digest()
 
 
-def _encode(recent: Recent) -> bytes:
-    return orjson.dumps([recent.clicks, recent.shown])
-
-
-def _decode(value: bytes) -> Recent:
-    clicks, shown = orjson.loads(value)
-    return Recent(tuple(_pair(entry) for entry in clicks), tuple(_pair(entry) for entry in shown))
+def _seen_key(user_key: bytes) -> bytes:
+    return b"seen/" + user_key
 
 
 def _pair(entry: list[Any]) -> tuple[int, ItemId]:

@@ -1,0 +1,122 @@
+"""Fused lists against the best single channel of the same length, on public data sets, through the command line.
+
+    python benchmarks/fusion.py --data DIR [--case NAME ...] [--work DIR] [--set section.key=value ...] [--out FILE]
+        [--smoke]
+
+For each case: imports the data set under `--data`, builds samples and trains all channels by the example configuration,
+chooses how to fuse on a validation part of the training events (`twotower fuse`), and then looks at the test set once
+(`twotower evaluate --channels`): recall at 200 and 500 of each channel, of their union and of the fused list, and the
+paired difference of the fused list to the best single channel, which is picked on the test set itself. `--work` keeps
+the workspaces, so that what is finished is not done again. Prints one JSON line; beside the file of `--out` come the
+reports of all cases (Markdown) and plots (SVG).
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+KS = (200, 500)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A data set with its hold-out, and what differs from the example configuration."""
+
+    source: list[str]
+    """Arguments of `import`; those with a slash are paths below the data."""
+    config: str
+    changes: list[str]
+
+
+CHANNELS = 'models.channels=["two_tower", "item_cf", "als", "popular"]'
+CASES = {
+    "movielens": Case(
+        ["movielens-1m", "ml-1m/", "--holdout", "time:0.9", "--positive", "4"], "movielens.toml", [CHANNELS]
+    ),
+    "kuairand": Case(["kuairand", "kuairand/", "--holdout", "since:2022-05-03"], "kuairand.toml", [CHANNELS]),
+    "globo": Case(
+        ["globo", "globo/", "--holdout", "since:2017-10-10", "--until", "2017-10-10"],
+        "globo.toml",
+        [CHANNELS, "models.popular.window_days=0.1"],
+    ),
+    # Half the epochs of the example: two trainings, on all events and on those before validation, are the cost here.
+    "gowalla": Case(
+        ["interactions", "gowalla/train.parquet", "--test", "gowalla/test.parquet"],
+        "ids_only.toml",
+        [CHANNELS, "train.epochs=10"],
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--case", action="append", choices=list(CASES), help="absent = all")
+    parser.add_argument("--work", type=Path, help="keeps the workspaces; absent = a temporary folder")
+    parser.add_argument("--set", action="append", default=[], dest="changed")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="KuaiRand alone, one epoch, few users to choose on")
+    arguments = parser.parse_args()
+    names = ["kuairand"] if arguments.smoke else arguments.case or list(CASES)
+    with tempfile.TemporaryDirectory() as scratch:
+        result = {
+            "benchmark": "fused lists against the best single channel",
+            "machine": f"{platform.machine()}, Python {platform.python_version()}",
+            "cases": {name: one_case(name, arguments.work or Path(scratch), arguments) for name in names},
+        }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+def one_case(name: str, work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one data set."""
+    case, workspace = CASES[name], work / name / "workspace"
+    if not workspace.exists():
+        workspace.parent.mkdir(parents=True, exist_ok=True)
+        source = [str(arguments.data / part) if "/" in part else part for part in case.source]
+        twotower("import", *source, "--out", str(workspace))
+    changed = [*case.changes, f"workspace.path={workspace}", f"evaluate.channels_k={list(KS)}", *arguments.changed]
+    changed += ["train.epochs=1", "fusion.users=200", "evaluate.bootstrap=50"] if arguments.smoke else []
+    options = ["-c", str(EXAMPLES / case.config), *(part for change in changed for part in ("--set", change))]
+    if not (workspace / "samples").exists():
+        twotower("samples", *options)
+    twotower("train", *options)
+    if not (workspace / "fusion.json").exists():
+        twotower("fuse", *options)
+    chosen = json.loads((workspace / "fusion.json").read_text(encoding="utf-8"))
+    report = twotower("evaluate", *options, "--channels")
+    if arguments.out:
+        for file in map(Path, report["files"]):
+            if file.suffix != ".json":
+                shutil.copyfile(file, arguments.out.with_name(f"{arguments.out.stem}_{name}{file.suffix}"))
+    found = {
+        "config": case.config,
+        "changed": [*case.changes, *arguments.changed],
+        "fusion": report["fusion"],
+        "validation": chosen["validation"],
+        **{key: report[key] for key in ("users", "pairs", "recall", "best", "unique", "overlap", "cold")},
+        "gain_is_above_zero": {k: best["difference"]["ci95"][0] > 0 for k, best in report["best"].items()},
+    }
+    print(name, json.dumps({key: found[key] for key in ("fusion", "recall", "best")}), file=sys.stderr, flush=True)
+    return found
+
+
+def twotower(*arguments: str) -> dict[str, Any]:
+    """Run a command and give its JSON line."""
+    command = [sys.executable, "-m", "twotower", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    parsed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return parsed
+
+
+if __name__ == "__main__":
+    main()

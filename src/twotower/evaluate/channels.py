@@ -1,0 +1,231 @@
+"""What each channel brings: alone, that no other brings, and in the fused list.
+
+B users, k cut-offs, P held-out pairs of a user and an item, N items.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.evaluate.holdout import Truth, candidates, cold_truth, figure, read_truth
+from twotower.evaluate.metrics import PerUser, difference, summarise
+from twotower.features.columns import Bag, take
+from twotower.index.protocol import PADDING
+from twotower.models.retriever import Candidates, Retriever
+from twotower.samples.read import Samples
+from twotower.schema import columns as c
+
+log = logging.getLogger(__name__)
+
+UNION, FUSED = "union", "fused"
+CELLS = 50_000_000
+"""Users of a batch times items, at most."""
+DECILES = 10
+
+Fuse = Callable[[Mapping[str, Candidates], int], Candidates]
+"""Lists of several channels, and how long the one list is to be."""
+
+
+def evaluate_channels(
+    samples: Samples,
+    workspace: Path,
+    channels: Mapping[str, Retriever],
+    fuse: Fuse,
+    ks: Sequence[int],
+    depth: int,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every channel alone, all together and fused, on the hold-out, without what users clicked in training.
+
+    Args:
+        samples: what the channels were trained on.
+        workspace: with `holdout.parquet` and, if there are cold ones, `holdout_cold.parquet`.
+        channels: by name.
+        fuse: makes one list of the channels' lists.
+        ks: cut-offs; one above the size of the catalogue is cut to it.
+        depth: candidates that each channel is asked for before fusing, if more than k.
+        resamples: of users, behind each interval.
+        seed: of the resampling.
+
+    Returns:
+        `users`, `pairs`, `ks`, `channels`; `recall`: of each channel, `union` (an item counts that any channel lists)
+        and `fused`, by cut-off, with intervals; `best`: by cut-off the best single channel, and `difference`, fused
+        minus it, paired; `unique`: by channel and cut-off the `share` of all held-out pairs that it alone finds, and
+        the `loss`, recall of the union minus that without it; `overlap`: by cut-off, `[a][b]` the share of a's list
+        that is in b's; `deciles`: recall over pairs in ten groups of them by training positives of the item; `cold`:
+        `users` and `recall` by reason.
+
+    Raises:
+        DataError: there is no hold-out, or none of its users and items are known.
+    """
+    size = len(samples.items)
+    cut = sorted({min(k, size) for k in ks})
+    if cut != sorted(set(ks)):
+        log.info("cut-offs %s: the catalogue has %d items", cut, size)
+    truth = read_truth(workspace / "holdout.parquet", samples)
+    found = find(samples, channels, fuse, truth, cut, depth)
+    return {
+        "users": len(truth.user_rows),
+        "pairs": len(truth.items.rows),
+        "ks": cut,
+        "channels": list(channels),
+        "recall": found.recall(resamples, seed),
+        "best": found.best(resamples, seed),
+        "unique": found.unique(resamples, seed),
+        "overlap": found.overlap(),
+        "deciles": found.deciles(samples.item_positives),
+        "cold": {
+            reason: {
+                "users": len(cold.user_rows),
+                "recall": find(samples, channels, fuse, cold, cut, depth).recall(resamples, seed),
+            }
+            for reason in (c.NEW_USER, c.NEW_ITEM)
+            if (cold := cold_truth(workspace / "holdout_cold.parquet", reason, samples)) is not None
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Found:
+    """Which held-out pairs stand in which list."""
+
+    items: Bag
+    """The held-out items of B users, P in all."""
+    ks: Sequence[int]
+    """Cut-offs, rising."""
+    hits: Mapping[str, npt.NDArray[np.bool_]]
+    """By channel, `union` and `fused`: (k, P) the pair is in the list of that length."""
+    both: Mapping[tuple[str, str], npt.NDArray[np.int64]]
+    """By two lists: (k,) how many places of the first are in the second."""
+    places: Mapping[str, npt.NDArray[np.int64]]
+    """By list: (k,) how many places it has."""
+
+    @property
+    def singles(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """The hits of the channels alone."""
+        return {name: hit for name, hit in self.hits.items() if name not in (UNION, FUSED)}
+
+    def _per_user(self, hit: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+        """(B,) share of a user's pairs that are hits, of hits (P,)."""
+        counts = np.diff(self.items.indptr)
+        owner = np.repeat(np.arange(len(counts)), counts)
+        return np.bincount(owner, weights=hit, minlength=len(counts)) / counts
+
+    def recall(self, resamples: int, seed: int) -> dict[str, Any]:
+        """Recall of every list, with intervals."""
+        values = {(name, k): self._per_user(hit[at]) for name, hit in self.hits.items() for at, k in enumerate(self.ks)}
+        figures = summarise(PerUser({f"{name}@{k}": one for (name, k), one in values.items()}, {}, {}), resamples, seed)
+        return {name: {str(k): figure(figures[f"{name}@{k}"]) for k in self.ks} for name in self.hits}
+
+    def best(self, resamples: int, seed: int) -> dict[str, Any]:
+        """The best single channel at each cut-off, and how much better the fused list is."""
+        result = {}
+        for at, k in enumerate(self.ks):
+            recalls = {name: self._per_user(hit[at]) for name, hit in self.singles.items()}
+            name = max(recalls, key=lambda one: recalls[one].mean())
+            fused = self._per_user(self.hits[FUSED][at])
+            result[str(k)] = {
+                "channel": name,
+                "difference": figure(difference(fused, recalls[name], resamples, seed)),
+            }
+        return result
+
+    def unique(self, resamples: int, seed: int) -> dict[str, Any]:
+        """What each channel finds that no other does."""
+        result: dict[str, Any] = {}
+        for name, hit in self.singles.items():
+            others = [other for one, other in self.singles.items() if one != name]
+            rest = np.logical_or.reduce(others) if others else np.zeros_like(hit)
+            result[name] = {
+                str(k): {
+                    "share": round(float((hit[at] & ~rest[at]).mean()), 5),
+                    "loss": figure(
+                        difference(self._per_user(hit[at] | rest[at]), self._per_user(rest[at]), resamples, seed)
+                    ),
+                }
+                for at, k in enumerate(self.ks)
+            }
+        return result
+
+    def overlap(self) -> dict[str, Any]:
+        """Shares of each list that are in each other, over all users' lists together."""
+        return {
+            str(k): {
+                first: {
+                    second: round(float(self.both[first, second][at] / max(1, self.places[first][at])), 4)
+                    for second in self.places
+                }
+                for first in self.places
+            }
+            for at, k in enumerate(self.ks)
+        }
+
+    def deciles(self, item_positives: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Recall over pairs in ten groups from rare to popular items; ties stay together, so groups differ in size.
+
+        Args:
+            item_positives: (N,) training positives of each item.
+        """
+        positives = item_positives[self.items.rows]
+        rank = np.searchsorted(np.sort(positives), positives, side="left")
+        group = rank * DECILES // max(1, len(positives))
+        return [
+            {
+                "positives": [int(positives[inside].min()), int(positives[inside].max())],
+                "pairs": int(inside.sum()),
+                "recall": {
+                    name: {str(k): round(float(hit[at][inside].mean()), 5) for at, k in enumerate(self.ks)}
+                    for name, hit in self.hits.items()
+                },
+            }
+            for decile in range(DECILES)
+            if (inside := group == decile).any()
+        ]
+
+
+def find(
+    samples: Samples, channels: Mapping[str, Retriever], fuse: Fuse, truth: Truth, ks: Sequence[int], depth: int
+) -> Found:
+    """Ask all channels for all users, a batch at a time, and look the held-out pairs up in their lists."""
+    size, names = len(samples.items), [*channels, FUSED]
+    hits: dict[str, list[npt.NDArray[np.bool_]]] = {name: [] for name in names}
+    both = {(first, second): np.zeros(len(ks), np.int64) for first in names for second in names}
+    places = {name: np.zeros(len(ks), np.int64) for name in names}
+    batch = max(1, min(1024, CELLS // size))
+    for start in range(0, len(truth.user_rows), batch):
+        users = truth.user_rows[start : start + batch]
+        items = take(truth.items, np.arange(start, start + len(users)))
+        assert isinstance(items, Bag)
+        owner = np.repeat(np.arange(len(users)), np.diff(items.indptr))
+        asked = min(size, max(*ks, depth))
+        lists = {name: candidates(samples, channel, users, asked) for name, channel in channels.items()}
+        # One fused list for each length: what channels are asked for depends on it.
+        at_k = {name: [found.rows[:, :k] for k in ks] for name, found in lists.items()}
+        at_k[FUSED] = [fuse({n: _first(found, max(k, depth)) for n, found in lists.items()}, k).rows for k in ks]
+        listed = np.zeros((len(users), size), bool)
+        for second in names:
+            hit = np.zeros((len(ks), len(owner)), bool)
+            for at, rows in enumerate(at_k[second]):
+                user, place = np.nonzero(rows != PADDING)
+                listed[:] = False
+                listed[user, rows[user, place]] = True
+                hit[at] = listed[owner, items.rows]
+                places[second][at] += len(user)
+                for first in names:
+                    inside = listed[np.arange(len(users))[:, None], at_k[first][at]] & (at_k[first][at] != PADDING)
+                    both[first, second][at] += inside.sum()
+            hits[second].append(hit)
+        log.info("%d of %d users", start + len(users), len(truth.user_rows))
+    joined = {name: np.concatenate(parts, axis=1) for name, parts in hits.items()}
+    union = np.logical_or.reduce([joined[name] for name in channels])
+    return Found(truth.items, ks, {**joined, UNION: union}, both, places)
+
+
+def _first(found: Candidates, k: int) -> Candidates:
+    return Candidates(found.rows[:, :k], found.scores[:, :k])

@@ -1,0 +1,184 @@
+"""What a user was shown over days or weeks, in a few kilobytes: a Bloom filter for each period.
+
+A Bloom filter (Bloom 1970) never forgets what was put in; of everything else it takes a small share for known. There is
+no taking out, so the window is cut into periods with a filter each, and the oldest falls away whole.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from twotower.schema.errors import ConfigError
+
+Hashes = npt.NDArray[np.uint64]
+
+MOST_OVER: Final = 4
+"""Someone who is shown more than was expected gets more filters, up to so many times as many."""
+_LEAST_BITS: Final = 4096
+"""Two hashes that agree on the first place and on the step agree on all places: in smaller filters that is not rare."""
+_AT_ONCE: Final = 1 << 16
+"""Ids hashed together."""
+_HEAD: Final = struct.Struct("<qI")
+_PRIME: Final = np.uint64(0x100000001B3)
+
+
+def hash_ids(ids: pa.Array) -> Hashes:
+    """A hash of each id (n,), int64 or string without nulls; the same in every process and release.
+
+    >>> hash_ids(pa.array([7, 8])).tolist() == [hash_ids(pa.array([x]))[0] for x in (7, 8)]
+    True
+    """
+    if len(ids) > _AT_ONCE:
+        return np.concatenate([hash_ids(ids.slice(start, _AT_ONCE)) for start in range(0, len(ids), _AT_ONCE)])
+    if ids.type == pa.int64():
+        return _mixed(ids.to_numpy(zero_copy_only=False).astype(np.uint64))
+    offsets = np.frombuffer(ids.buffers()[1], np.int32)[ids.offset : ids.offset + len(ids) + 1].astype(np.int64)
+    lengths = np.diff(offsets)
+    content = np.frombuffer(ids.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]] if len(ids) else np.zeros(0)
+    place = np.arange(len(content)) - np.repeat(offsets[:-1] - offsets[:1], lengths)
+    powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _PRIME))
+    sums = np.concatenate(
+        [np.zeros(1, np.uint64), np.cumsum((content.astype(np.uint64) + np.uint64(1)) * powers[place])]
+    )
+    starts = offsets - offsets[:1]
+    return _mixed(sums[starts[1:]] - sums[starts[:-1]])  # a polynomial of each id's bytes, modulo 2^64
+
+
+def _mixed(values: Hashes) -> Hashes:
+    """Every bit of a value spread over all bits (the finaliser of SplitMix64, Steele et al. 2014)."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of filters, and the time that each stands for."""
+
+    period_ms: int
+    filters: int
+    """That a window touches: one more than the periods in it."""
+    items: int
+    """That one filter is made for."""
+    bits: int
+    """Of one filter, a power of two."""
+    hashes: int
+
+    @classmethod
+    def of(cls, window_ms: int, periods: int, items: int, error_rate: float) -> Self:
+        """Filters for a window.
+
+        With n items in m bits and h hashes, a filter takes (1 - exp(-h n / m))^h of other items for known;
+        m = -n ln p / ln(2)^2 and h = log2(1 / p) keep that at p. The window's filters are asked together, so each has
+        its share of the error.
+
+        Args:
+            window_ms: how long an item counts as shown.
+            periods: that the window is cut into.
+            items: shown to one user within the window, as expected.
+            error_rate: share of other items taken for shown, once that many were.
+
+        Raises:
+            ConfigError: periods shorter than a millisecond.
+
+        >>> Shape.of(7 * 86_400_000, 7, 7000, 0.008)
+        Shape(period_ms=86400000, filters=8, items=1000, bits=16384, hashes=10)
+        """
+        if window_ms < periods:
+            raise ConfigError(
+                f"a window of {window_ms} ms cannot be cut into {periods} periods: lower serve.impressed_filter.periods"
+            )
+        each = error_rate / (periods + 1)
+        count = -(-items // periods)
+        bits = max(_LEAST_BITS, 2 ** int(np.ceil(np.log2(-count * np.log(each) / np.log(2) ** 2))))
+        return cls(-(-window_ms // periods), periods + 1, count, bits, int(np.ceil(-np.log2(each))))
+
+    def places(self, hashes: Hashes, number: int) -> npt.NDArray[np.uint32]:
+        """The bit of each hash (n,) for one of the hash functions (Kirsch and Mitzenmacher 2006)."""
+        step = (hashes >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+        return (hashes.astype(np.uint32) + np.uint32(number) * step) & np.uint32(self.bits - 1)
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """One filter."""
+
+    period: int
+    count: int
+    content: bytes
+
+    def add(self, shape: Shape, hashed: Hashes) -> "_Filter":
+        """With one more hash (1,), unless it is known."""
+        bits = np.frombuffer(self.content, np.uint8).copy()
+        places = np.concatenate([shape.places(hashed, number) for number in range(shape.hashes)])
+        at, bit = places >> 3, np.uint8(1) << (places & 7).astype(np.uint8)
+        if (bits[at] & bit).all():
+            return self
+        np.bitwise_or.at(bits, at, bit)
+        return _Filter(self.period, self.count + 1, bits.tobytes())
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One user's filters, by rising period; immutable."""
+
+    shape: Shape
+    filters: tuple[_Filter, ...] = ()
+
+    def add(self, times_ms: Sequence[int], hashes: Hashes) -> Self:
+        """With items that were shown at some times; the filters of the earliest periods make room."""
+        filters = list(self.filters)
+        for ts_ms, hashed in zip(times_ms, hashes[:, None], strict=True):
+            period = ts_ms // self.shape.period_ms
+            place = next((i for i, f in enumerate(filters) if f.period == period and f.count < self.shape.items), None)
+            if place is None:
+                filters.append(_Filter(period, 0, bytes(self.shape.bits // 8)))
+                filters.sort(key=lambda f: f.period)  # stable: of a period the newest last
+                place = max(i for i, f in enumerate(filters) if f.period == period)
+            filters[place] = filters[place].add(self.shape, hashed)
+        return replace(self, filters=tuple(filters[-MOST_OVER * self.shape.filters :]))
+
+    def contains(self, hashes: Hashes, since_ms: int) -> npt.NDArray[np.bool_]:
+        """Which items (n,) were shown since a time, or up to a period before it."""
+        asked = [f for f in self.filters if (f.period + 1) * self.shape.period_ms > since_ms]
+        found = np.zeros(len(hashes), np.bool_)
+        for start in range(0, len(asked), 64):
+            found |= self._in_any(asked[start : start + 64], hashes)
+        return found
+
+    def _in_any(self, filters: Sequence[_Filter], hashes: Hashes) -> npt.NDArray[np.bool_]:
+        """Which items (n,) are in one of at most 64 filters."""
+        # A bit of `table` for each filter: all are asked at once, and most items drop out after a few hashes.
+        table = np.zeros(self.shape.bits, np.uint64)
+        for number, one in enumerate(filters):
+            bits = np.unpackbits(np.frombuffer(one.content, np.uint8), bitorder="little")
+            table |= bits.astype(np.uint64) << np.uint64(number)
+        left = np.arange(len(hashes))
+        within = np.full(len(hashes), np.iinfo(np.uint64).max, np.uint64)
+        for number in range(self.shape.hashes):
+            within = within & table[self.shape.places(hashes[left], number)]
+            left, within = left[within != 0], within[within != 0]
+        found = np.zeros(len(hashes), np.bool_)
+        found[left] = True
+        return found
+
+    def encode(self) -> bytes:
+        """As bytes."""
+        return b"".join(_HEAD.pack(f.period, f.count) + f.content for f in self.filters)
+
+    @classmethod
+    def decode(cls, shape: Shape, value: bytes) -> Self:
+        """From the bytes of `encode`, with the same shape."""
+        size = _HEAD.size + shape.bits // 8
+        parts = [value[start : start + size] for start in range(0, len(value), size)]
+        filters = []
+        for part in parts:
+            period, count = _HEAD.unpack(part[: _HEAD.size])
+            filters.append(_Filter(period, count, part[_HEAD.size :]))
+        return cls(shape, tuple(filters))

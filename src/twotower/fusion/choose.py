@@ -1,0 +1,256 @@
+"""Choosing how channels are fused, on lists of users whose held-out items are known.
+
+B users, C channels, M items of a user's union, k cut-offs. What is raised is recall, the mean over the cut-offs.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.evaluate.metrics import Figure, difference
+from twotower.features.columns import Bag
+from twotower.fusion.fuse import QUOTA, RRF, RRF_CONSTANT, Floats, Fusion, Union
+from twotower.index.protocol import PADDING
+from twotower.models.retriever import Candidates
+
+log = logging.getLogger(__name__)
+
+CONSTANTS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
+"""Constants that a channel's hits by rank are fitted with."""
+STEPS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Factors of a weight that are tried."""
+BENDS = (0.25, 4.0)
+"""Factors of a constant that are tried."""
+ROUNDS = 3
+"""Times that every channel is looked at, at most."""
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A fusion, and how good it is on validation."""
+
+    fusion: Fusion
+    users: int
+    channels: dict[str, dict[str, float]]
+    """Recall of each channel alone, by name and cut-off."""
+    fused: dict[str, float]
+    """Recall of a fusion that was chosen on the other half of the users."""
+    equal: dict[str, float]
+    """Recall of reciprocal rank fusion as in its paper: equal weights, 60."""
+    gain: Figure
+    """Mean recall of such a fusion minus that of the channel that was best on the other half, paired."""
+
+
+def choose(lists: Mapping[str, Candidates], truth: Bag, ks: Sequence[int], seed: int) -> Chosen:
+    """The fusion with the greatest recall whose parts are each worth more than their noise.
+
+    A term weight / (constant + rank) is an estimate of how likely a hit is at that rank; each channel's is fitted to
+    its hits by maximum likelihood, as if no other channel were there. From there, and from the best channel alone, one
+    channel after another is given another weight, none included, or another constant, whichever is best; a change
+    stands if it brings more than its standard error over users (paired), and at the end a channel whose loss is less
+    than that has weight 0. Quotas are climbed likewise, and taken if they are better by more than the error.
+
+    What was chosen on the users that it is judged on looks better than it is. So the choice is made three times: on
+    each half of the users, for the figures on the other half, and on all of them.
+
+    Args:
+        lists: candidates of each channel by name, as long as they will be asked for; excluded items are not in them.
+        truth: the distinct held-out items of the same users; none is empty.
+        ks: cut-offs.
+        seed: of the halves.
+    """
+    union = Union.of(lists)
+    whole = _Search.of(union, truth, ks)
+    half = np.random.default_rng(seed).permutation(len(truth)) % 2 == 0
+    fused, alone = np.zeros((2, len(half), len(ks)))
+    singles = whole.singles()
+    for part in (half, ~half):
+        log.info("choosing on half of %d users", len(half))
+        found = whole.of_users(part).choose()
+        fused[~part] = whole.of_users(~part).recall(found)
+        alone[~part] = singles[singles[:, part].mean(axis=(1, 2)).argmax(), ~part]
+    log.info("choosing on all of them")
+    fusion = whole.choose()
+    return Chosen(
+        fusion,
+        len(half),
+        {name: _by_k(values, ks) for name, values in zip(union.channels, singles, strict=True)},
+        _by_k(fused, ks),
+        _by_k(whole.recall(Fusion(depth=union.depth)), ks),
+        difference(fused.mean(axis=1), alone.mean(axis=1), RESAMPLES, seed),
+    )
+
+
+def _by_k(recall: Floats, ks: Sequence[int]) -> dict[str, float]:
+    return {f"recall@{k}": round(float(value), 5) for k, value in zip(ks, recall.mean(axis=0), strict=True)}
+
+
+@dataclass(frozen=True)
+class _Term:
+    """What a channel adds to the score of its items; weight 0 = nothing."""
+
+    weight: float
+    constant: float
+
+
+@dataclass(frozen=True)
+class _Search:
+    union: Union
+    hit: npt.NDArray[np.bool_]
+    """(B, M) the item is held out."""
+    counts: npt.NDArray[np.int64]
+    """(B,) held-out items."""
+    ks: Sequence[int]
+
+    @classmethod
+    def of(cls, union: Union, truth: Bag, ks: Sequence[int]) -> "_Search":
+        counts = np.diff(truth.indptr)
+        size = 1 + max(int(union.rows.max(initial=0)), int(truth.rows.max(initial=0)))
+        owners = np.arange(len(counts))
+        hit = np.isin(owners[:, None] * size + union.rows, np.repeat(owners, counts) * size + truth.rows)
+        return cls(union, hit & (union.rows != PADDING), counts, ks)
+
+    def of_users(self, users: npt.NDArray[np.bool_]) -> "_Search":
+        union = Union(self.union.channels, self.union.rows[users], self.union.ranks[:, users], self.union.depth)
+        return _Search(union, self.hit[users], self.counts[users], self.ks)
+
+    def singles(self) -> Floats:
+        """(C, B, k) recall of each channel alone."""
+        ranks = self.union.ranks
+        hits = [(self.hit & (ranks > 0) & (ranks <= k)).sum(axis=2) for k in self.ks]
+        return np.stack(hits, axis=2) / self.counts[:, None]
+
+    def recall(self, fusion: Fusion) -> Floats:
+        """(B, k) recall of a fusion."""
+        terms = [
+            _Term(fusion.weights.get(name, 1.0), fusion.constants.get(name, RRF_CONSTANT))
+            for name in self.union.channels
+        ]
+        return self._at_each(self._total(fusion.method, terms))
+
+    def choose(self) -> Fusion:
+        single = self.singles().mean(axis=(1, 2))
+        fitted = [self._fit(channel) for channel in range(len(single))]
+        best = [
+            term if channel == single.argmax() else _Term(0.0, term.constant) for channel, term in enumerate(fitted)
+        ]
+        method, terms = RRF, max((self._climb(RRF, start, fitted) for start in (best, fitted)), key=self._mean)
+        even = [_Term(float(term.weight > 0), term.constant) for term in best]
+        other = self._climb(QUOTA, even, [_Term(1.0, term.constant) for term in fitted])
+        if _is_gain(self._mean_of(QUOTA, other) - self._mean_of(RRF, terms)):
+            method, terms = QUOTA, other
+        largest = max(term.weight for term in terms)
+        names = self.union.channels
+        return Fusion(
+            method,
+            {name: float(f"{term.weight / largest:.4g}") for name, term in zip(names, terms, strict=True)},
+            {name: term.constant for name, term in zip(names, terms, strict=True)} if method == RRF else {},
+            self.union.depth,
+        )
+
+    def _climb(self, method: str, start: Sequence[_Term], fitted: Sequence[_Term]) -> list[_Term]:
+        """Change one channel after another, the best ones first, until nothing brings more than its error."""
+        terms, now = list(start), self._mean_of(method, start)
+        order = np.argsort(-self.singles().mean(axis=(1, 2)), kind="stable")
+        for _ in range(ROUNDS):
+            moved = False
+            for channel in order:
+                base = terms[channel] if terms[channel].weight else fitted[channel]
+                tried = [_Term(base.weight * step, base.constant) for step in STEPS]
+                if method == RRF:
+                    tried += [self._bent(base, base.constant * bend) for bend in BENDS]
+                tried += [_Term(0.0, base.constant)] if sum(term.weight > 0 for term in terms) > 1 else []
+                tried = [term for term in tried if term != terms[channel]]
+                others = self._total(method, [*terms[:channel], _Term(0.0, 1.0), *terms[channel + 1 :]])
+                means = [self._mean_at(self._add(method, others, channel, term)) for term in tried]
+                first = int(np.argmax([mean.mean() for mean in means]))
+                if _is_gain(means[first] - now):
+                    terms[channel], now, moved = tried[first], means[first], True
+            if not moved:
+                break
+        for channel in order[::-1]:
+            without = [*terms[:channel], _Term(0.0, terms[channel].constant), *terms[channel + 1 :]]
+            if terms[channel].weight and any(term.weight for term in without):
+                less = self._mean_of(method, without)
+                if not _is_gain(now - less):
+                    terms, now = without, less
+        return terms
+
+    def _fit(self, channel: int) -> _Term:
+        """The weight and the constant under which the channel's hits by rank are likeliest (Poisson)."""
+        depth = self.union.depth
+        hits = np.bincount(self.union.ranks[channel][self.hit], minlength=depth + 1)[1:].astype(np.float64)
+        listed = np.bincount(self.union.ranks[channel].ravel(), minlength=depth + 1)[1:].astype(np.float64)
+        fits = []
+        for constant in CONSTANTS:
+            shape = 1 / (constant + np.arange(1, depth + 1))
+            # An even half of a hit a channel keeps one without any from a weight of 0.
+            weight = (hits.sum() + 0.5) / max((listed * shape).sum(), 1e-12)
+            expected = weight * shape
+            fits.append(((hits * np.log(expected) - listed * expected).sum(), weight, constant))
+        _, weight, constant = max(fits)
+        return _Term(weight, constant)
+
+    def _bent(self, term: _Term, constant: float) -> _Term:
+        """Another constant, with the weight that keeps the sum over the list."""
+        ranks = np.arange(1, self.union.depth + 1)
+        return _Term(term.weight * (1 / (term.constant + ranks)).sum() / (1 / (constant + ranks)).sum(), constant)
+
+    def _total(self, method: str, terms: Sequence[_Term]) -> Floats:
+        total = self.union.nothing(method)
+        for channel, term in enumerate(terms):
+            total = self._add(method, total, channel, term)
+        return total
+
+    def _add(self, method: str, total: Floats, channel: int, term: _Term) -> Floats:
+        if not term.weight:
+            return total
+        if method == RRF:
+            return total + self.union.reciprocal(channel, term.weight, term.constant)
+        return np.maximum(total, self.union.due(channel, term.weight))
+
+    def _at_each(self, scores: Floats) -> Floats:
+        """(B, k) recall by scores (B, M), as `Union.best` decides, but for the hits alone."""
+        most = scores.shape[1]
+        within = [k for k in self.ks if k < most]
+        ordered = np.partition(scores, [most - k for k in within], axis=1) if within else scores
+        user, column = np.nonzero(self.hit)
+        score = scores[user, column]
+        recall = np.empty((len(self.counts), len(self.ks)))
+        for at, k in enumerate(self.ks):
+            inside = np.isfinite(score)
+            if k < most:
+                last = ordered[:, most - k]
+                inside &= score >= last[user]
+                for tie in np.flatnonzero(inside & (score == last[user])):
+                    row, limit = scores[user[tie]], score[tie]
+                    inside[tie] = (row > limit).sum() + (row[: column[tie]] == limit).sum() < k
+            recall[:, at] = np.bincount(user[inside], minlength=len(self.counts)) / self.counts
+        return recall
+
+    def _mean_at(self, scores: Floats) -> Floats:
+        mean: Floats = self._at_each(scores).mean(axis=1)
+        return mean
+
+    def _mean_of(self, method: str, terms: Sequence[_Term]) -> Floats:
+        return self._mean_at(self._total(method, terms))
+
+    def _mean(self, terms: Sequence[_Term]) -> float:
+        return float(self._mean_of(RRF, terms).mean())
+
+
+def _is_gain(change: npt.NDArray[Any]) -> bool:
+    """A paired change over users (B,) is above its standard error.
+
+    >>> _is_gain(np.array([0.1, 0.0, 0.1, 0.0])), _is_gain(np.array([0.1, -0.1, 0.1, 0.0])), _is_gain(np.zeros(3))
+    (True, False, False)
+    """
+    mean = float(change.mean())
+    error = float(change.std(ddof=min(1, len(change) - 1))) / math.sqrt(len(change))
+    return mean > max(error, 0.0)

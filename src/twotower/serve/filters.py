@@ -1,0 +1,85 @@
+"""Which items a request allows and denies by their attributes.
+
+N items.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.features.fitted import Categories, split
+from twotower.features.vocabulary import as_values
+from twotower.publish.version import Version
+from twotower.schema.errors import DataError
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What an attribute of an item may be; a value of None stands for a missing one."""
+
+    allow: Sequence[Any] | None = None
+    """It has one of these; None = anything."""
+    deny: Sequence[Any] = ()
+    """It has none of these."""
+
+
+def passing(version: Version, attribute: str, wanted: Filter) -> Mask:
+    """(N,) the items that a filter lets pass.
+
+    An attribute of several values, which is a list or what a feature splits at its separator, has each of them.
+
+    Raises:
+        DataError: no such attribute, or values of another type.
+    """
+    names = version.catalogue.schema.names
+    if attribute not in names:
+        raise DataError(f"filters: items have no attribute {attribute}; they have {', '.join(names)}")
+    column = version.catalogue.column(attribute)
+    try:
+        lists = _several(version, attribute, column)
+        values = as_values(column if lists is None else lists.flatten(), attribute)
+    except DataError as error:
+        raise DataError(f"filters: {error}") from None
+
+    def has_one_of(asked: Sequence[Any]) -> Mask:
+        found = _is_in(values, asked, attribute, column.type)
+        if lists is None:
+            return found
+        lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+        owner = np.repeat(np.arange(len(lists)), lengths)
+        some: Mask = np.bincount(owner[found], minlength=len(lists)) > 0
+        none: Mask = (lengths == 0) & (None in asked)
+        return some | none
+
+    passed = np.ones(version.catalogue.num_rows, np.bool_) if wanted.allow is None else has_one_of(wanted.allow)
+    return passed & ~has_one_of(wanted.deny) if wanted.deny else passed
+
+
+def _several(version: Version, attribute: str, column: pa.Array) -> pa.Array | None:
+    """The values of an attribute that has several, as lists; None where it has one."""
+    for feature in version.features.item:
+        if isinstance(feature, Categories) and feature.name == attribute:
+            return split(column, feature.separator, attribute)
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return split(column, None, attribute)
+    return None
+
+
+def _is_in(values: pa.Array, asked: Sequence[Any], attribute: str, kind: pa.DataType) -> Mask:
+    """Which values (n,) are among those asked for."""
+    try:
+        wanted = as_values(pa.array(list(asked)), attribute)
+    except (DataError, pa.ArrowException, TypeError, OverflowError, UnicodeError):
+        wanted = None
+    if wanted is None or (wanted.type != values.type and wanted.null_count < len(wanted)):
+        raise DataError(f"filters: {attribute} is of type {kind}, not {list(asked)[:3]!r}")
+    found: Mask = pc.is_in(values, wanted.cast(values.type)).to_numpy(zero_copy_only=False)
+    return found
