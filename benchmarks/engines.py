@@ -171,6 +171,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             workspace = Path(folder, "workspace")
             child("generate", workspace, events, users, items)
+            if "samples" not in arguments.jobs:
+                child("job", workspace, "samples", "duckdb")
             for job in arguments.jobs:
                 for engine in ENGINES:
                     rows.append({"events": events, **json.loads(child("job", workspace, job, engine))})

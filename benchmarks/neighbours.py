@@ -27,6 +27,7 @@ import numpy as np
 
 from twotower.cli.line import make_samples, places
 from twotower.config import load
+from twotower.config import settings as spec
 from twotower.datasets.importers import import_dataset
 from twotower.evaluate.holdout import ranked, read_truth
 from twotower.evaluate.metrics import score_lists
@@ -155,7 +156,7 @@ def our_fit(method: str, samples: Samples) -> Callable[[], Answer]:
     kind.fit(few, 2)
 
     def fit() -> Answer:
-        channel = kind.fit(samples.clicks, len(samples.items), threads=THREADS)
+        channel = kind.fit(samples.clicks, len(samples.items), engine=spec.Engine(threads=THREADS))
         return lambda user_rows, k: ranked(samples, channel, user_rows, k)
 
     return fit

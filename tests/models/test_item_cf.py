@@ -1,5 +1,3 @@
-from collections.abc import Callable
-from dataclasses import replace
 from math import log, sqrt
 from pathlib import Path
 
@@ -9,13 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twotower.config import settings as spec
-from twotower.datasets.importers import import_dataset
 from twotower.features.columns import Bag, pointers
 from twotower.index.protocol import Exclusions
 from twotower.models.item_cf import ItemCF, Options
 from twotower.models.item_to_item import FILE
 from twotower.models.retriever import Queries
-from twotower.samples import build_samples, open_samples
 from twotower.samples.read import Clicks, Positives
 
 Lists = list[list[int]]
@@ -181,21 +177,6 @@ def test_a_user_of_everything_and_an_item_of_everyone_give_the_same_bytes_on_spa
 ) -> None:
     users = [list(range(20_000)), *([0, user] for user in range(1, 2_000))]
     assert same_on_spark(users, 20_000, Options(), spark, tmp_path)
-
-
-def test_movielens_gives_the_same_bytes_on_spark(
-    tmp_path: Path, real_data: Callable[[str], Path], spark: spec.Engine
-) -> None:
-    """Of each user the latest hundred items, so that pairs come by the million, not by ten millions."""
-    import_dataset("movielens-1m", real_data("ml-1m"), tmp_path / "ml", holdout="time:0.9", positive="4")
-    build_samples(tmp_path / "ml", tmp_path / "samples", spec.Features(), 8)
-    samples = open_samples(tmp_path / "samples")
-    written = []
-    for engine in (spec.Engine(), replace(spark, options={})):
-        ItemCF.fit(samples.clicks, len(samples.items), Options(items=100), engine).save(tmp_path)
-        written.append((tmp_path / FILE).read_bytes())
-    assert written[0] == written[1]
-    assert len(written[0]) > 3_000_000
 
 
 def test_no_clicks_at_all_give_no_neighbours(tmp_path: Path) -> None:
