@@ -29,7 +29,7 @@ _UNITS = 2.0**30
 """Of the weights that are added; whole numbers, so that a sum does not depend on the order in which an engine adds."""
 _DEGREES = 2.0**20
 """Of an interest other than 1."""
-_DAMPING = 2.0**40
+_DAMPING = 2.0**30
 """Of an item's share in the denominator: engines differ in the last bit of a power, not in the rounded one. Whatever is
 divided is cast to float64: Spark takes 1024.0 for a decimal, and would divide whole numbers by it as decimals."""
 
