@@ -46,7 +46,7 @@ $(BASE):
 $(DEV): $(BASE)
 	@echo "set-up: the tools of development into .venv" >&2
 	@touch .venv/.installing
-	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,dev,spark,tune]'
+	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,dev,spark,swing,tune]'
 	@rm .venv/.installing
 	@touch $@
 
@@ -109,6 +109,7 @@ bench: $(DEV) peers
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/index.py --out benchmarks/results/index.json
 	$(BIN)/python benchmarks/samples.py --out benchmarks/results/samples.json
+	$(BIN)/python benchmarks/engines.py --out benchmarks/results/engines.json
 	$(BIN)/python benchmarks/serve.py --out benchmarks/results/serve.json
 	$(BIN)/python benchmarks/quality.py --data '$(REAL_DATA)' --out benchmarks/results/quality.json
 	$(BIN)/python benchmarks/losses.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/losses.json
@@ -117,6 +118,7 @@ bench: $(DEV) peers
 	$(BIN)/python benchmarks/hard.py --users 2500 --items 2000 --days 7 --out benchmarks/results/hard.json
 	$(BIN)/python benchmarks/variants.py --data '$(REAL_DATA)' --out benchmarks/results/variants.json
 	$(BIN)/python benchmarks/fusion.py --data '$(REAL_DATA)' --out benchmarks/results/fusion.json
+	$(BIN)/python benchmarks/neighbours.py --data '$(REAL_DATA)' --out benchmarks/results/neighbours.json
 
 soak: $(DEV)
 	@mkdir -p benchmarks/results

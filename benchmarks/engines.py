@@ -33,7 +33,7 @@ OUTCOMES = ("clicked", "clicked", "impressed", "rank_rejected", "pre_rank_reject
 CRAWLER = 1 / 8
 """Share of the requests of one user."""
 ENGINES = ("duckdb", "spark")
-JOBS = ("samples", "item_cf")
+JOBS = ("samples", "item_cf", "swing")
 """In this order: the others read the samples of the first."""
 
 
@@ -87,7 +87,7 @@ def run_job(workspace: Path, job: str, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=workspace) as scratch, open_engine(engine, Path(scratch)):
         # A Spark that runs is used by the job, so that its start is measured here.
         started = time.perf_counter() - start
-        digest = {"samples": run_samples, "item_cf": run_item_cf}[job](workspace, engine)
+        digest = {"samples": run_samples, "item_cf": run_item_cf, "swing": run_swing}[job](workspace, engine)
         seconds = time.perf_counter() - start
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
@@ -126,7 +126,19 @@ def run_item_cf(workspace: Path, engine: Any) -> str:
     samples = open_samples(workspace / "samples-duckdb")
     folder = workspace / f"item_cf-{engine.name}"
     folder.mkdir()
-    ItemCF.fit(samples.clicks, len(samples.items), engine, workspace).save(folder)
+    ItemCF.fit(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
+    return hashlib.sha256((folder / "neighbours.arrow").read_bytes()).hexdigest()
+
+
+def run_swing(workspace: Path, engine: Any) -> str:
+    """Fit Swing to the samples; the hash of its file."""
+    from twotower.models.swing import Swing
+    from twotower.samples import open_samples
+
+    samples = open_samples(workspace / "samples-duckdb")
+    folder = workspace / f"swing-{engine.name}"
+    folder.mkdir()
+    Swing.fit(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
     return hashlib.sha256((folder / "neighbours.arrow").read_bytes()).hexdigest()
 
 

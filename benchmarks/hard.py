@@ -23,6 +23,7 @@ from twotower.samples.read import open_samples
 from twotower.train.checkpoint import open_checkpoint
 
 CONFIG = Path(__file__).parent.parent / "examples" / "demo.toml"
+ALONE = 'models.channels=["two_tower"]'
 METRICS = ("recall@20", "recall@50", "recall@200", "pop_pct@50")
 CASES = {
     "0 % hard": ["samples.negatives.hard_share=0"],
@@ -80,7 +81,7 @@ def main() -> None:
 
 def one_case(workspace: Path, name: str, seed: int) -> dict[str, float]:
     """Figures of one model."""
-    settings = load(CONFIG, [f"workspace.path={workspace}", f"train.seed={seed}", *CASES[name]])
+    settings = load(CONFIG, [f"workspace.path={workspace}", f"train.seed={seed}", ALONE, *CASES[name]])
     make_samples(settings)
     report = train_model(settings)
     samples = open_samples(places(settings).samples)

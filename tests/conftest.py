@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from twotower.config import Settings
     from twotower.config import settings as spec
 
+FEW = 'models.channels=["two_tower", "item_cf", "popular"]'
 REAL_DATA = Path(os.environ.get("TWOTOWER_DATA") or Path(__file__).parents[2] / "shared" / "data")
 ALLOWED_SKIPS = tuple(
     line
@@ -34,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
 
     path = tmp_path_factory.mktemp("world") / "workspace"
     simulate_workspace(path, users=300, items=300, days=3, seed=1)
-    overrides = [f"workspace.path={path}", "train.epochs=2", "train.batch_size=256", "models.dimension=16"]
+    overrides = [f"workspace.path={path}", "train.epochs=2", "train.batch_size=256", "models.dimension=16", FEW]
     settings = load(Path(__file__).parents[1] / "examples" / "demo.toml", overrides)
     run_line(settings, promoted=True)
     return settings

@@ -144,6 +144,7 @@ def soak(settings: Settings, seconds: float, promotions: int, rate: float) -> di
     users = known.users.ids.to_pylist()
     command = [sys.executable, "-m", "twotower", "serve", "-c", str(ROOT / "examples" / "demo.toml")]
     command += ["--set", f"workspace.path={json.dumps(workspace)}", "--set", "serve.port=0"]
+    command += ["--set", "serve.channel_timeout_ms=60000"]  # answers are compared with those of all channels
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None
         try:

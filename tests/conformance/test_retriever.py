@@ -23,6 +23,7 @@ from twotower.models.popular import Popular
 from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Candidates, Queries, Retriever, WithoutItems, similar_items
 from twotower.models.same_category import SameCategory
+from twotower.models.swing import Swing
 from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
 from twotower.samples import Samples, build_samples, open_samples
@@ -62,6 +63,7 @@ CHANNELS: dict[str, Callable[[Samples], Retriever]] = {
     ),
     "mf": lambda samples: vector_channel("mf", samples, samples.features.of_ids(), Network("none", ())),
     "item_cf": lambda samples: ItemCF.fit(samples.clicks, len(samples.items)),
+    "swing": lambda samples: Swing.fit(samples.clicks, len(samples.items)),
     "als": lambda samples: ALS.fit(samples.clicks, len(samples.items), Options(factors=8), 1, 0),
     "same_category": lambda samples: SameCategory.fit(samples, ["category"], 20, 50),
     "popular": lambda samples: Popular.fit(samples.item_positives),
@@ -181,7 +183,7 @@ def test_eight_threads_get_the_answers_of_one(asked: Asked) -> None:
             same(found, alone[place % 30])
 
 
-@pytest.mark.parametrize("name", ["item_cf", "als", "same_category", "popular"])
+@pytest.mark.parametrize("name", ["item_cf", "swing", "als", "same_category", "popular"])
 def test_a_saved_channel_answers_alike_and_saves_the_same_bytes(name: str, samples: Samples, tmp_path: Path) -> None:
     channel = CHANNELS[name](samples)
     assert isinstance(channel, Counted)

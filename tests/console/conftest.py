@@ -28,6 +28,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "models.user_tower.layers=[16]",
         "models.item_tower.layers=[16]",
         "train.epochs=1",
+        'models.channels=["two_tower", "item_cf", "popular"]',
     ]
 
 

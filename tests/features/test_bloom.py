@@ -67,6 +67,14 @@ def test_late_impressions_enter_the_filter_of_their_period() -> None:
     assert [one.period for one in seen.filters] == list(range(7))
 
 
+def test_a_window_may_have_more_periods_than_a_word_has_bits() -> None:
+    shape = Shape.of(100 * DAY_MS, 100, 2000, 0.01)
+    seen, items = shown(shape, 101, 10)
+    assert len(seen.filters) == 101
+    assert seen.contains(hash_ids(pa.array(items.ravel())), 0).all()
+    assert seen.contains(hash_ids(pa.array(np.arange(10**9, 10**9 + 50_000))), 0).mean() < 0.01
+
+
 def test_filters_survive_being_written_down() -> None:
     seen, _ = shown(SHAPE, 9, 30)
     assert Seen.decode(SHAPE, seen.encode()) == seen

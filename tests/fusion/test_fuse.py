@@ -146,3 +146,32 @@ def test_constants_are_checked_like_weights() -> None:
         reciprocal_rank(one, 2, None, {"b": 1.0})
     with pytest.raises(ConfigError, match="a constant is at least 0 and finite"):
         reciprocal_rank(one, 2, None, {"a": -2.0})
+
+
+def test_reserved_places_are_even_and_what_stands_early_enough_stays() -> None:
+    near = Candidates(np.arange(40).reshape(1, 40), np.arange(40, 0, -1, dtype=np.float32).reshape(1, 40))
+    new = Candidates(np.array([[1, 90, 91, 92, 93, -1]]), np.ones((1, 6), np.float32))
+    lists = {"two_tower": near, "new_items": new}
+    fused = Fusion("rrf", {"new_items": 1e-6}, reserved={"new_items": 0.25}).fuse(lists, 16)
+    rows = fused.candidates.rows[0].tolist()
+    assert [rows.index(item) for item in (1, 90, 91, 92)] == [1, 7, 11, 15]
+    assert 93 not in rows
+    assert [row for row in rows if row < 40] == list(range(13))
+    assert fused.channels_of(0, 1) == ["two_tower", "new_items"]
+    assert fused.channels_of(0, 7) == ["new_items"]
+    assert (np.diff(fused.candidates.scores[0]) <= 0).all()
+
+
+def test_reserved_places_of_two_channels_and_of_a_short_one() -> None:
+    def one(*rows: int) -> Candidates:
+        return Candidates(np.array([rows]), np.ones((1, len(rows)), np.float32))
+
+    lists = {"a": one(*range(20)), "b": one(50, 51, 52), "c": one(70, -1, -1)}
+    fusion = Fusion("quota", {"b": 0.0, "c": 0.0}, reserved={"b": 0.2, "c": 0.2})
+    rows = fusion.fuse(lists, 10).candidates.rows[0].tolist()
+    assert sorted(set(rows) & {50, 51, 52, 70}) == [50, 51, 70]
+    assert {rows.index(50), rows.index(70)} == {4, 5}
+    assert rows.index(51) == 9
+    assert fusion.fuse({"a": one(3, 4), "b": one(4, -1)}, 5).candidates.rows.tolist() == [[3, 4, -1, -1, -1]]
+    with pytest.raises(ConfigError, match="sum to less than 1"):
+        Fusion(reserved={"a": 0.5, "b": 0.5}).fuse(lists, 4)

@@ -67,6 +67,7 @@ def kinds_of_files(settings: Settings) -> list[str]:
 def test_a_version_has_the_parts_that_its_layout_promises(world: Settings) -> None:
     assert kinds_of_files(world) == [
         "catalogue.arrow",
+        "channels/item_cf/answering.json",
         "channels/item_cf/neighbours.arrow",
         "channels/popular/popular.arrow",
         "channels/two_tower/features.json",

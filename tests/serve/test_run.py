@@ -153,7 +153,7 @@ def test_the_admin_port_promotes_and_a_store_left_from_another_log_is_made_again
     again = serve()
     offered = httpx.post(f"{again.ready['url']}/v1/retrieve", json={"user_id": user_id}).json()["items"]
     assert first == offered[0]["item_id"]
-    assert "is not of this log: reading the log again" in again.end()[2]
+    assert "is not of this log and settings: reading the log again" in again.end()[2]
 
 
 def flip(path: Path) -> None:

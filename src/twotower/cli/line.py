@@ -24,6 +24,7 @@ from twotower.evaluate.holdout import evaluate
 from twotower.features.columns import take
 from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
+from twotower.models import item_cf, swing
 from twotower.models.als import ALS, Options
 from twotower.models.channel import VectorChannel
 from twotower.models.fit import Recipe, fit_channels
@@ -31,6 +32,7 @@ from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
 from twotower.models.retriever import Retriever
 from twotower.models.same_category import SameCategory
+from twotower.models.swing import Swing
 from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
 from twotower.publish.publish import current_path, promote, publish
@@ -38,7 +40,7 @@ from twotower.publish.version import NEW_ITEMS, TWO_TOWER, VECTOR_CHANNELS, Vers
 from twotower.samples.build import SamplesReport, build_samples
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
-from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.errors import DataError
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.train.checkpoint import Checkpoint, Shape, load_model, open_checkpoint
 from twotower.train.loop import Loss, Negatives, TrainReport, train
@@ -200,10 +202,28 @@ def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
     models, threads = settings.models, settings.engine.threads
     factorise = Options(**asdict(models.als))
     popular, alike = models.popular, models.same_category
+    scratch = places(settings).checkpoints
     return {
         "item_cf": Recipe(
-            {},
-            lambda: ItemCF.fit(samples.clicks, len(samples.items), settings.engine, places(settings).checkpoints),
+            asdict(models.item_cf),
+            lambda: ItemCF.fit(
+                samples.clicks,
+                len(samples.items),
+                item_cf.Options(**asdict(models.item_cf)),
+                settings.engine,
+                scratch,
+                samples.positives,
+            ),
+        ),
+        "swing": Recipe(
+            asdict(models.swing),
+            lambda: Swing.fit(
+                samples.clicks,
+                len(samples.items),
+                swing.Options(**asdict(models.swing)),
+                settings.engine,
+                scratch,
+            ),
         ),
         "als": Recipe(
             {**asdict(models.als), "seed": settings.train.seed},
@@ -304,21 +324,22 @@ def fusion_of(settings: Settings) -> Fusion:
     """How channels are fused: as the configuration says, else as `twotower fuse` chose, else all alike.
 
     Raises:
-        ConfigError: a weight or constant of no configured channel.
         DataError: the choice was made among other channels.
     """
     options, channels, path = settings.fusion, settings.models.channels, places(settings).workspace / FUSION
-    if unknown := sorted({*options.weights, *options.constants} - set(channels)):
-        raise ConfigError(f"fusion: {', '.join(unknown)} is none of models.channels = {', '.join(channels)}")
-    if options.weights or options.constants or not path.exists():
-        return Fusion(settings.serve.fusion, options.weights, options.constants, options.depth)
+    weights, constants, reserved = (
+        {str(name): value for name, value in given.items() if name in channels}
+        for given in (options.weights, options.constants, options.reserved)
+    )
+    if weights or constants or not path.exists():
+        return Fusion(settings.serve.fusion, weights, constants, options.depth, reserved)
     chosen = read_json(path)
     if sorted(chosen["channels"]) != sorted(channels):
         raise DataError(
             f"{path} was chosen for {', '.join(chosen['channels'])}, and models.channels = {', '.join(channels)}: run "
             "`twotower fuse` again, remove the file, or give fusion.weights"
         )
-    return Fusion(**{name: chosen[name] for name in ("method", "weights", "constants", "depth")})
+    return Fusion(**{name: chosen[name] for name in ("method", "weights", "constants", "depth")}, reserved=reserved)
 
 
 def publish_version(settings: Settings, *, promoted: bool) -> dict[str, Any]:

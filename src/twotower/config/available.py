@@ -7,7 +7,7 @@ says so, never a silent default.
 from twotower.config.settings import Sequence, Settings
 from twotower.schema.errors import ConfigError
 
-CHANNELS = ("two_tower", "mind", "mf", "als", "item_cf", "popular", "new_items", "same_category")
+CHANNELS = ("two_tower", "mind", "mf", "als", "item_cf", "swing", "popular", "new_items", "same_category")
 """The recall channels of this release."""
 
 

@@ -37,6 +37,7 @@ _VALUES = {
     str: "texts by name",
     spec.Span: "spans by key",
     spec.NotNegative: "numbers ≥ 0 by name",
+    spec.Share: "numbers, 0 to 1, by name",
 }
 """Of a table, by the type of its values; features otherwise."""
 

@@ -371,6 +371,61 @@ class SameCategory:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ItemCF:
+    """Items clicked by the same users: w_u l_ui l_uj summed over the users u of both, over
+    n_i^(1 - popularity) n_j^popularity, with l the interest of a user in an item, n the sum of its squares over the
+    users of an item, and w_u = (items of u)^-activity.
+    """
+
+    neighbours: Positive = 200
+    """Nearest items kept of each item."""
+    latest: Positive = 200
+    """A user's latest clicks that are looked up."""
+    items: Positive = 500
+    """Distinct items of a user that count, the latest."""
+    popularity: Share = 0.3
+    """How much the popularity of a candidate counts against it; 0.5 = the cosine."""
+    activity: Annotated[float, Field(ge=0, le=2)] = 0.5
+    """How much the number of a user's items counts against each; 0 = not at all."""
+    interest: Literal["clicked", "clicks", "weight"] = "clicked"
+    """Degree of interest in an item: `clicked`: 1; `clicks`: 1 + ln(number of clicks), also when asked; `weight`: the
+    sum of the weights of its training rows (`samples.weight`, `samples.impressed_weight`)."""
+    recency: Annotated[float, Field(ge=0)] = 0.0
+    """A click that c later ones followed counts (1 + c)^-recency; 0 = all alike."""
+    normalise: bool = True
+    """The similarities of an item's neighbours are divided by their sum."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Swing:
+    """Items that many pairs of users with little else in common clicked: w_u w_v / (alpha + common items of u and v)
+    summed over the pairs of users of both items, over (users of the candidate)^popularity, with
+    w_u = (items of u + offset)^-activity.
+    """
+
+    neighbours: Positive = 100
+    """Nearest items kept of each item."""
+    latest: Positive = 200
+    """A user's latest clicks that are looked up."""
+    items: Positive = 500
+    """Distinct items of a user that count, the latest."""
+    users: Positive = 1000
+    """Users of an item that count, chosen by a hash; time grows with its square."""
+    alpha: PositiveReal = 1.0
+    """Greater = it matters less how much two users have in common."""
+    activity: Annotated[float, Field(ge=0, le=2)] = 0.35
+    """How much the number of a user's items counts against each pair."""
+    offset: Annotated[float, Field(ge=0)] = 5.0
+    """Added to that number."""
+    popularity: Share = 0.2
+    """How much the popularity of a candidate counts against it; 0 = Swing as published."""
+    recency: Annotated[float, Field(ge=0)] = 0.0
+    """A click that c later ones followed counts (1 + c)^-recency; 0 = all alike."""
+    normalise: bool = True
+    """The similarities of an item's neighbours are divided by their sum."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Models:
     """The recall channels and the shape of the towers."""
 
@@ -396,6 +451,10 @@ class Models:
     """The channel `new_items`."""
     same_category: SameCategory = field(default_factory=SameCategory)
     """The channel `same_category`."""
+    item_cf: ItemCF = field(default_factory=ItemCF)
+    """The channel `item_cf`."""
+    swing: Swing = field(default_factory=Swing)
+    """The channel `swing`."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -511,11 +570,14 @@ class Evaluate:
 class Fusion:
     """How the channels' candidates become one list, and what `twotower fuse` chooses; `serve.fusion` is the method."""
 
-    weights: dict[str, NotNegative] = field(default_factory=dict)
+    weights: dict[Channel, NotNegative] = field(default_factory=dict)
     """By channel; one without weighs 1. 0 = its items only fill places that all others leave free. Absent = what
     `twotower fuse` chose, or else all weigh 1."""
-    constants: dict[str, NotNegative] = field(default_factory=dict)
+    constants: dict[Channel, NotNegative] = field(default_factory=dict)
     """`rrf`: of weight / (constant + rank), by channel; one without has 60. Small = its first ones count most."""
+    reserved: dict[Channel, Share] = field(default_factory=dict)
+    """By channel, the least share of the places of the one list that it has, such as `{ new_items = 0.05 }`, so that
+    new items are shown before anything is known of them; set by hand, whatever the weights are."""
     depth: Positive = 1000
     """Candidates that each channel is asked for where several are fused, and at least as many as are wanted."""
     k: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [200, 500])

@@ -19,6 +19,10 @@ Hashes = npt.NDArray[np.uint64]
 
 MOST_OVER: Final = 4
 """Someone who is shown more than was expected gets more filters, up to so many times as many."""
+_LEAST_BITS: Final = 4096
+"""Two hashes that agree on the first place and on the step agree on all places: in smaller filters that is not rare."""
+_AT_ONCE: Final = 1 << 16
+"""Ids hashed together."""
 _HEAD: Final = struct.Struct("<qI")
 _PRIME: Final = np.uint64(0x100000001B3)
 
@@ -29,6 +33,8 @@ def hash_ids(ids: pa.Array) -> Hashes:
     >>> hash_ids(pa.array([7, 8])).tolist() == [hash_ids(pa.array([x]))[0] for x in (7, 8)]
     True
     """
+    if len(ids) > _AT_ONCE:
+        return np.concatenate([hash_ids(ids.slice(start, _AT_ONCE)) for start in range(0, len(ids), _AT_ONCE)])
     if ids.type == pa.int64():
         return _mixed(ids.to_numpy(zero_copy_only=False).astype(np.uint64))
     offsets = np.frombuffer(ids.buffers()[1], np.int32)[ids.offset : ids.offset + len(ids) + 1].astype(np.int64)
@@ -90,7 +96,7 @@ class Shape:
             )
         each = error_rate / (periods + 1)
         count = -(-items // periods)
-        bits = max(8, 2 ** int(np.ceil(np.log2(-count * np.log(each) / np.log(2) ** 2))))
+        bits = max(_LEAST_BITS, 2 ** int(np.ceil(np.log2(-count * np.log(each) / np.log(2) ** 2))))
         return cls(-(-window_ms // periods), periods + 1, count, bits, int(np.ceil(-np.log2(each))))
 
     def places(self, hashes: Hashes, number: int) -> npt.NDArray[np.uint32]:
@@ -141,13 +147,20 @@ class Seen:
     def contains(self, hashes: Hashes, since_ms: int) -> npt.NDArray[np.bool_]:
         """Which items (n,) were shown since a time, or up to a period before it."""
         asked = [f for f in self.filters if (f.period + 1) * self.shape.period_ms > since_ms]
+        found = np.zeros(len(hashes), np.bool_)
+        for start in range(0, len(asked), 64):
+            found |= self._in_any(asked[start : start + 64], hashes)
+        return found
+
+    def _in_any(self, filters: Sequence[_Filter], hashes: Hashes) -> npt.NDArray[np.bool_]:
+        """Which items (n,) are in one of at most 64 filters."""
         # A bit of `table` for each filter: all are asked at once, and most items drop out after a few hashes.
         table = np.zeros(self.shape.bits, np.uint64)
-        for number, one in enumerate(asked):
+        for number, one in enumerate(filters):
             bits = np.unpackbits(np.frombuffer(one.content, np.uint8), bitorder="little")
             table |= bits.astype(np.uint64) << np.uint64(number)
-        left = np.arange(len(hashes)) if asked else np.zeros(0, np.int64)
-        within = np.full(len(left), np.iinfo(np.uint64).max, np.uint64)
+        left = np.arange(len(hashes))
+        within = np.full(len(hashes), np.iinfo(np.uint64).max, np.uint64)
         for number in range(self.shape.hashes):
             within = within & table[self.shape.places(hashes[left], number)]
             left, within = left[within != 0], within[within != 0]

@@ -49,6 +49,8 @@ class Fusion:
     """Of `rrf`, by channel; a channel without one has 60."""
     depth: int = 1
     """Candidates that each channel is asked for, if there are several and k is smaller."""
+    reserved: Mapping[str, float] = field(default_factory=dict)
+    """By channel, the least share of the places that it has, evenly from the first to the last."""
 
     def asked(self, k: int, channels: Sequence[str]) -> int:
         """How many candidates each of some channels is asked for, so that they give one list of k.
@@ -68,11 +70,15 @@ class Fusion:
             name, only = next(iter(lists.items()))
             rows, scores = only.rows[:, :k], only.scores[:, :k]
             return Fused(Candidates(rows, scores), (name,), (rows != PADDING).astype(np.int64))
+        reserved = {name: share for name, share in self.reserved.items() if share and name in lists}
+        most = sum(candidates.rows.shape[1] for candidates in lists.values()) if reserved else k
         weights = {name: weight for name, weight in self.weights.items() if name in lists}
         if self.method == QUOTA:
-            return quota(lists, k, weights)
-        constants = {name: constant for name, constant in self.constants.items() if name in lists}
-        return reciprocal_rank(lists, k, weights, constants)
+            fused = quota(lists, most, weights)
+        else:
+            constants = {name: constant for name, constant in self.constants.items() if name in lists}
+            fused = reciprocal_rank(lists, most, weights, constants)
+        return reserve(fused, lists, k, reserved) if reserved else fused
 
 
 def reciprocal_rank(
@@ -135,6 +141,57 @@ def quota(lists: Mapping[str, Candidates], k: int, weights: Mapping[str, float] 
     for channel, name in enumerate(union.channels):
         np.maximum(earliest, union.due(channel, share[name]), out=earliest)
     return _best(union, earliest, k)
+
+
+def reserve(fused: Fused, lists: Mapping[str, Candidates], k: int, shares: Mapping[str, float]) -> Fused:
+    """A fused list cut to k, in which some channels have at least their share of the places.
+
+    The item at rank r of a channel with share s is due at place r / s. One that stands behind is moved there; scores
+    stay with the places, so that they go on falling.
+
+    Args:
+        fused: all that the channels brought, of the same users.
+        lists: the channels' candidates by name.
+        k: candidates of the one list.
+        shares: by channel.
+
+    Raises:
+        ConfigError: the shares leave nothing for the others.
+
+    >>> a = Candidates(np.array([[1, 2, 3, 4]]), np.array([[9, 8, 7, 6]], np.float32))
+    >>> b = Candidates(np.array([[7, 8]]), np.array([[5, 4]], np.float32))
+    >>> both = Fusion("rrf", {"b": 0.0}, reserved={"b": 0.5}).fuse({"a": a, "b": b}, 4)
+    >>> both.candidates.rows.tolist(), both.channels_of(0, 1)
+    ([[1, 7, 2, 8]], ['b'])
+    """
+    if not sum(shares.values()) < 1 or min(shares.values()) < 0:
+        raise ConfigError(f"reserved shares {dict(shares)}: each is at least 0, and they sum to less than 1")
+    rows = fused.candidates.rows
+    order = np.tile(np.arange(rows.shape[1]), (len(rows), 1))
+    for user, listed in enumerate(rows):
+        place = {row: at for at, row in enumerate(listed.tolist()) if row != PADDING}
+        due = sorted(
+            (round(rank / share) - 1, place[row])
+            for name, share in shares.items()
+            for rank, row in enumerate(lists[name].rows[user, : int(k * share)].tolist(), 1)
+            if row != PADDING
+        )
+        key = np.arange(rows.shape[1], dtype=np.float64)
+        moved, behind = 0, -1.0
+        for wanted, at in due:
+            if key[at] > wanted:
+                behind = max(behind, wanted - moved - 0.5)  # those moved before it push it back by one each
+                key[at], moved = behind, moved + 1
+        order[user] = np.argsort(key, kind="stable")
+    width = min(k, rows.shape[1])
+    chosen = order[:, :width]
+    whole = np.full((len(rows), k), PADDING, np.int64)
+    whole[:, :width] = np.take_along_axis(rows, chosen, axis=1)
+    scores = np.full((len(rows), k), -np.inf, np.float32)
+    scores[:, :width] = fused.candidates.scores[:, :width]
+    brought = np.zeros((len(rows), k), np.int64)
+    brought[:, :width] = np.take_along_axis(fused.brought_by, chosen, axis=1)
+    return Fused(Candidates(whole, scores), fused.channels, brought)
 
 
 @dataclass(frozen=True)

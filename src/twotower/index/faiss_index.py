@@ -495,7 +495,7 @@ class FaissIndex:
             scan = factor * self._tuned_probes(k) * len(self._rows) / self._lists
             scores, _ = self._search_lists(sample, k, np.where((shown > 0) & (before < scan), lists, -1), near)
             enough_left = found[:, k - 1] >= 0
-            recalls = (scores >= _enough(best[:, k - 1]))[enough_left]
+            recalls = scores[enough_left] >= _enough(best[enough_left, k - 1])
             return float(recalls.mean()) if recalls.size else 1.0, scan >= len(self._rows)
 
         return recall_at

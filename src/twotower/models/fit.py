@@ -12,13 +12,14 @@ from twotower.models.als import ALS
 from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
 from twotower.models.same_category import SameCategory
+from twotower.models.swing import Swing
 from twotower.samples.read import Samples
 from twotower.schema.files import MANIFEST, check_listing, folder_listing, read_json, whole_folder, write_json
 
 log = logging.getLogger(__name__)
 
-Counted = Popular | ItemCF | ALS | SameCategory
-KINDS: dict[str, type[Counted]] = {kind.name: kind for kind in (Popular, ItemCF, ALS, SameCategory)}
+Counted = Popular | ItemCF | Swing | ALS | SameCategory
+KINDS: dict[str, type[Counted]] = {kind.name: kind for kind in (Popular, ItemCF, Swing, ALS, SameCategory)}
 """The channels by name."""
 
 

@@ -1,0 +1,183 @@
+"""ItemCF and Swing beside the item-item recommenders of the library `implicit`: time, memory and recall.
+
+    python benchmarks/neighbours.py --data DIR [--case NAME ...] [--rounds 3] [--out FILE] [--smoke]
+
+For each case the data set under `--data` is imported and its samples are built; then every method fits to the same
+clicks, in turns, so that a busy machine slows all of them. Each run is a process of its own, with two threads; its
+seconds and its processor seconds are those of the fit alone, its peak is the resident set of the whole process. The
+recall of the held-out positives is that of `evaluate`, without what users clicked, in the first round. Swing's kernel
+is compiled before the clock starts. Prints one JSON line.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twotower.cli.line import make_samples, places
+from twotower.config import load
+from twotower.datasets.importers import import_dataset
+from twotower.evaluate.holdout import ranked, read_truth
+from twotower.evaluate.metrics import score_lists
+from twotower.models.item_cf import ItemCF
+from twotower.models.swing import Swing
+from twotower.samples.read import Clicks, Samples, open_samples
+
+CONFIG = Path(__file__).parent.parent / "examples" / "ids_only.toml"
+THREADS, NEIGHBOURS = 2, 200
+CASES: dict[str, tuple[int, Callable[[Path, Path], object]]] = {
+    "movielens": (
+        50,
+        lambda data, out: import_dataset("movielens-1m", data / "ml-1m", out, "time:0.9", None, "4", None),
+    ),
+    "kuairand": (
+        50,
+        lambda data, out: import_dataset("kuairand", data / "kuairand", out, "since:2022-05-03"),
+    ),
+    "globo": (
+        20,
+        lambda data, out: import_dataset("globo", data / "globo", out, "since:2017-10-10", None, "all", "2017-10-10"),
+    ),
+    "gowalla": (
+        20,
+        lambda data, out: import_dataset(
+            "interactions",
+            data / "gowalla" / "train.parquet",
+            out,
+            None,
+            data / "gowalla" / "test.parquet",
+            "all",
+            None,
+        ),
+    ),
+}
+"""Cut-off of the recall, and the import."""
+IMPLICIT = {
+    "implicit cosine": "CosineRecommender",
+    "implicit tf-idf": "TFIDFRecommender",
+    "implicit bm25": "BM25Recommender",
+}
+METHODS = ("item_cf", "swing", *IMPLICIT)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["run"]:
+        print(json.dumps(one_run(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "True")))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--case", action="append", choices=list(CASES), help="absent = all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="one round of MovieLens")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.case, arguments.rounds = ["movielens"], 1
+    result = {
+        "benchmark": "item-to-item neighbours",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "threads": THREADS,
+        "implicit_neighbours": NEIGHBOURS,
+        "cases": {name: one_case(name, arguments.data, arguments.rounds) for name in arguments.case or CASES},
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+def one_case(name: str, data: Path, rounds: int) -> dict[str, Any]:
+    """All methods on one data set, in turns."""
+    k, importer = CASES[name]
+    runs: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Path(folder) / "workspace"
+        importer(data, workspace)
+        make_samples(load(CONFIG, [f"workspace.path={workspace}"]))
+        clicks = len(open_samples(workspace / "samples").clicks.item_row)
+        for turn in range(rounds):
+            for method in METHODS:
+                command = [sys.executable, __file__, "run", method, str(workspace), str(k), str(turn == 0)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                runs[method].append(json.loads(done.stdout.splitlines()[-1]))
+                print(name, method, runs[method][-1], file=sys.stderr, flush=True)
+    return {
+        "clicks": clicks,
+        "methods": {
+            method: {
+                **{
+                    figure: {
+                        "median": statistics.median(one[figure] for one in found),
+                        "rounds": [one[figure] for one in found],
+                    }
+                    for figure in ("fit_s", "processor_s", "peak_gb")
+                },
+                f"recall@{k}": found[0]["recall"],
+            }
+            for method, found in runs.items()
+        },
+    }
+
+
+def one_run(method: str, workspace: Path, k: int, judged: bool) -> dict[str, float]:
+    """Fit one method in this process."""
+    samples = open_samples(places(load(CONFIG, [f"workspace.path={workspace}"])).samples)
+    fit = implicit_fit(method, samples) if method in IMPLICIT else our_fit(method, samples)
+    started, processor = time.perf_counter(), time.process_time()
+    answer = fit()
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    found = {"fit_s": round(seconds, 2), "processor_s": round(processor, 2), "peak_gb": round(peak, 2)}
+    if judged:
+        truth = read_truth(workspace / "holdout.parquet", samples)
+        scores = score_lists(answer(truth.user_rows, k), truth.items, samples.item_positives, [k])
+        found["recall"] = round(float(scores.values[f"recall@{k}"].mean()), 5)
+    return found
+
+
+Answer = Callable[[Any, int], Any]
+
+
+def our_fit(method: str, samples: Samples) -> Callable[[], Answer]:
+    """Fit a channel by its default options."""
+    kind = {"item_cf": ItemCF, "swing": Swing}[method]
+    few = Clicks(np.array([0, 2, 4]), np.array([0, 1, 0, 1], np.int32), np.arange(4))
+    kind.fit(few, 2)
+
+    def fit() -> Answer:
+        channel = kind.fit(samples.clicks, len(samples.items), threads=THREADS)
+        return lambda user_rows, k: ranked(samples, channel, user_rows, k)
+
+    return fit
+
+
+def implicit_fit(method: str, samples: Samples) -> Callable[[], Answer]:
+    """Fit a recommender of the library to users' distinct clicks; the matrix is made before."""
+    from implicit import nearest_neighbours
+    from scipy.sparse import csr_matrix
+
+    clicks, items = samples.clicks, len(samples.items)
+    users = len(clicks.indptr) - 1
+    pairs = np.unique(np.repeat(np.arange(users), np.diff(clicks.indptr)) * items + clicks.item_row)
+    clicked = csr_matrix((np.ones(len(pairs)), (pairs // items, pairs % items)), (users, items))
+    model = getattr(nearest_neighbours, IMPLICIT[method])(NEIGHBOURS, num_threads=THREADS)
+
+    def fit() -> Answer:
+        model.fit(clicked, show_progress=False)
+        return lambda user_rows, k: model.recommend(user_rows, clicked[user_rows], k)[0].astype(np.int64)
+
+    return fit
+
+
+if __name__ == "__main__":
+    main()
