@@ -3,8 +3,8 @@
     python benchmarks/losses.py --data DIR [--seeds 3] [--epochs 2] [--out FILE] [--smoke]
 
 Imports `time:0.9` with ratings of 4 and more as positives and trains one model a cell and seed, everything else as in
-`examples/movielens.toml`. The figures are recall@50 and the mean popularity percentile of what is recommended. Prints
-a table on stderr and one JSON line.
+`examples/movielens_next.toml`. The figures are recall@50 and the mean popularity percentile of what is recommended.
+Prints a table on stderr and one JSON line.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from twotower.train.checkpoint import Shape, open_checkpoint
 from twotower.train.loop import Loss, Negatives, train
 from twotower.train.negatives import Shares
 
-CONFIG = Path(__file__).parent.parent / "examples" / "movielens.toml"
+CONFIG = Path(__file__).parent.parent / "examples" / "movielens_next.toml"
 LOSSES = {
     "pointwise": Loss("pointwise"),
     "triplet_hinge": Loss("triplet_hinge"),

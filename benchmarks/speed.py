@@ -36,7 +36,7 @@ from twotower.samples.read import Samples, open_samples
 from twotower.train.batches import fed_frequency
 
 ROOT = Path(__file__).parent.parent
-CONFIG = ROOT / "examples" / "movielens.toml"
+CONFIG = ROOT / "examples" / "movielens_next.toml"
 PEERS = ROOT / ".peers"
 THREADS, BATCH, LAST = 2, 4096, 50
 FEATURES = [

@@ -33,7 +33,6 @@ NETWORKS = {
     "dcn": ['models.user_tower.network="dcn"', 'models.item_tower.network="dcn"'],
 }
 HIDDEN = ["models.user_tower.layers=[256, 128]", "models.item_tower.layers=[256, 128]"]
-FEW = ["train.epochs=3"]
 IDS = [
     'features.user={ user_id = { kind = "categorical" } }',
     'features.item={ item_id = { kind = "categorical" } }',
@@ -43,6 +42,10 @@ POINTWISE = [
     'train.loss="pointwise"',
     "samples.negatives.easy={ in_batch = 0, uniform = 1 }",
     "samples.negatives.shared=false",
+]
+PLAIN = [
+    *("models.dimension=64", "train.temperature=0.07", "train.id_dropout=0.1"),
+    'train.schedule="constant"',
 ]
 UNTUNED = [
     *("train.temperature=0.07", "train.batch_size=4096", "train.learning_rate=0.001"),
@@ -61,23 +64,19 @@ ENCODERS = {
     for network in NETWORKS
     for name in ("mean", "attention", "transformer")
 }
-MOVIELENS_USER = ", ".join(
-    f'{name} = {{ kind = "categorical" }}' for name in ("user_id", "gender", "age", "occupation")
-)
 TABLES: dict[str, dict[str, dict[str, list[str]]]] = {
     "encoders": {
-        "movielens_time": {name: [*changes, *FEW] for name, changes in ENCODERS.items()},
+        "movielens_time": ENCODERS,
         "kuairand": ENCODERS,
     },
     "ablation": {
         "movielens_time": {
-            "ids alone, pointwise, 4 uniform negatives": [*IDS, *POINTWISE, *FEW],
-            "softmax, in-batch negatives, log q": [*IDS, *FEW],
-            "features of users and items": [f"features.user={{ {MOVIELENS_USER} }}", *FEW],
-            "history, its mean": [*encoder("mean"), "train.horizon=0", *FEW],
-            "history, a transformer": ["train.horizon=0", *FEW],
-            "a horizon of 100 clicks": FEW,
-            "5 epochs": [],
+            "ids alone, pointwise, 4 uniform negatives": [*IDS, *POINTWISE, *HIDDEN, *PLAIN],
+            "softmax, in-batch negatives, log q": [*IDS, *HIDDEN, *PLAIN],
+            "features, the history instead of the user's id": [*HIDDEN, *PLAIN, "train.horizon=0"],
+            "a horizon of 1000 clicks": [*HIDDEN, *PLAIN],
+            "no hidden layers": PLAIN,
+            "128 numbers, temperature 0.1, a linear schedule": [],
         },
         "kuairand": {
             "ids alone, pointwise, 4 uniform negatives": [*IDS, *POINTWISE, *HIDDEN, *UNTUNED],

@@ -47,8 +47,17 @@ def test_clicks_become_events_with_their_context(tmp_path):
         "referrer_type": 1,
         "hour": 5,
     }
-    assert tables.users.column_names == ["user_id"]
     assert tables.items.column_names == ["item_id"]
+
+
+def test_a_user_has_the_device_and_the_place_of_their_first_click(tmp_path):
+    later = clicks().set_column(5, "click_deviceGroup", pa.array([1, 3, 1], pa.int8()))
+    later = later.set_column(4, "click_timestamp", pa.array([T + 5, T, T + 1]))  # the second row is 59's first click
+    pq.write_table(later, tmp_path / "clicks_1001.parquet")
+    assert assemble(read_globo(tmp_path, "all")).users.to_pylist() == [
+        {"user_id": 59, "first_device_group": 3, "first_os": 2, "first_country": 4, "first_region": 4},
+        {"user_id": 79, "first_device_group": 1, "first_os": 17, "first_country": 2, "first_region": 2},
+    ]
 
 
 def test_files_in_any_order_and_either_format_give_the_same(tmp_path):
@@ -59,6 +68,7 @@ def test_files_in_any_order_and_either_format_give_the_same(tmp_path):
     pa_csv.write_csv(clicks().slice(0, 1), tmp_path / "many/clicks_hour_001.csv")
     one, many = (assemble(read_globo(tmp_path / name, "all")) for name in ("one", "many"))
     assert one.events.equals(many.events)
+    assert one.users.equals(many.users)
 
 
 def test_ratings_and_missing_files_are_refused(tmp_path):

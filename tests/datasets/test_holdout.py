@@ -4,7 +4,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from twotower.datasets.holdout import LeaveOneOut, Since, TimeQuantile, parse_holdout, split, split_given
+from twotower.datasets.holdout import LeaveOneOut, Pause, Since, TimeQuantile, parse_holdout, split, split_given
 from twotower.datasets.tables import Source, assemble
 from twotower.schema.errors import ConfigError, DataError
 
@@ -100,6 +100,26 @@ def test_cold_positives_say_why_and_a_new_user_wins():
     assert pairs(got.holdout) == [(1, 2)]
 
 
+def test_what_users_did_after_they_came_back_is_held_out():
+    def clicks(user, before, pause, after):
+        """Clicks a millisecond apart, with one pause."""
+        return [(user, n, n + pause * (n >= before), 1) for n in range(before + after)]
+
+    rows = [
+        *clicks(1, 6, 3 * DAY, 10),
+        *clicks(2, 6, 3 * DAY - 2, 10),  # not quite so long
+        *clicks(3, 4, 3 * DAY, 10),  # too few before
+        *clicks(4, 6, 3 * DAY, 9),  # too few after
+        (1, 20, 3 * DAY + 8, 0),
+        (1, 21, 9 * DAY, 1),  # after another pause
+    ]
+    got = split(tables(rows), Pause(3))
+    assert pairs(got.holdout) == [(1, n) for n in range(6, 16)]
+    assert pairs(got.holdout_cold) == [(1, 21)]  # nobody else clicked it
+    assert got.dropped == {"held_out_not_positive": 1}
+    assert got.train_positives.num_rows == 6 + 16 + 14 + 15
+
+
 def test_a_pair_that_was_clicked_before_stays_in_the_hold_out():
     got = split(tables([(1, 1, 0, 1), (1, 2, 1, 1), (1, 1, 9, 1)]), TimeQuantile(0.9))
     assert pairs(got.holdout) == [(1, 1)]
@@ -131,7 +151,7 @@ def test_a_test_with_times_leaves_out_its_pairs_where_the_events_have_none():
     assert pairs(got.events) == [(1, 2), (2, 1)]
 
 
-@pytest.mark.parametrize("rule", ["time:0.5", "since:2016-07-18", "leave-one-out"])
+@pytest.mark.parametrize("rule", ["time:0.5", "since:2016-07-18", "leave-one-out", "pause:3"])
 def test_hold_outs_by_time_are_refused_without_one(rule):
     with pytest.raises(ConfigError, match="shop has no time; give the held-out pairs as a file with --test"):
         split(tables([(1, 1, None, 1), (1, 2, None, 1)]), parse_holdout(rule))
@@ -154,6 +174,7 @@ def test_rules_are_read():
     assert parse_holdout("time:0.9") == TimeQuantile(0.9)
     assert parse_holdout("since:2022-05-03") == Since(datetime.date(2022, 5, 3))
     assert parse_holdout("leave-one-out") == LeaveOneOut()
+    assert parse_holdout("pause:0.5") == Pause(0.5)
 
 
 NO_RULES = [
@@ -166,6 +187,9 @@ NO_RULES = [
     "since:20220503",
     "last",
     "leave-one-out:2",
+    "pause",
+    "pause:0",
+    "pause:inf",
 ]
 
 

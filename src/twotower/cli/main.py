@@ -71,7 +71,7 @@ def import_(
     source: Annotated[Path, typer.Argument(help="The data set's own folder or file.")],
     out: Annotated[Path, typer.Option(help="The workspace to make.")],
     holdout: Annotated[
-        str | None, typer.Option(help="time:Q, since:DATE, leave-one-out or, without time, random:SHARE")
+        str | None, typer.Option(help="time:Q, since:DATE, leave-one-out, pause:DAYS or, without time, random:SHARE")
     ] = None,
     test: Annotated[Path | None, typer.Option(help="A file of held-out positives.")] = None,
     positive: Annotated[str, typer.Option(help="all, or the least rating that counts.")] = "all",

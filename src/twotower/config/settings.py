@@ -544,8 +544,8 @@ class Tune:
     """Keys of this file, such as `"train.temperature"`, with the values that they may take; without any, the number of
     epochs alone is chosen."""
     holdout: str | None = None
-    """What of the training events is validation, for `twotower fuse` too: `time:Q`, `since:DAY`, `leave-one-out` or,
-    without time, `random:SHARE`; absent = as the workspace's own hold-out was cut."""
+    """What of the training events is validation, for `twotower fuse` too: `time:Q`, `since:DAY`, `leave-one-out`,
+    `pause:DAYS` or, without time, `random:SHARE`; absent = as the workspace's own hold-out was cut."""
     metric: Annotated[str, Field(pattern=r"^(recall|ndcg|hit)@[1-9]\d*$")] = "recall@50"
     """What is to be greatest: `recall@K`, `ndcg@K` or `hit@K`."""
     patience: Positive = 3

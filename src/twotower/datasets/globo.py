@@ -1,8 +1,12 @@
-"""Globo (G1 news): clicks with session, device, region and referrer; articles live for hours."""
+"""Globo (G1 news): clicks with session, device, region and referrer; articles live for hours.
+
+A hold-out has no contexts. What the first click of a user tells of them stays true later, and is kept as features.
+"""
 
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -28,11 +32,16 @@ _CLICKS: Final = {
     "click_referrer_type": "referrer_type",
 }
 
+FIRST: Final = "first_"
+"""Before the name of what a user's first click tells of them."""
+_OF_USERS: Final = ("device_group", "os", "country", "region")
+
 
 def read_globo(src: Path, positive: str) -> Source:
     """Read a folder with `clicks_*.parquet`, or the original `clicks_hour_*.csv`; or one such file.
 
-    Every row is a click; `request_id` is the session, `hour` that of UTC. Articles and people have ids only.
+    Every row is a click; `request_id` is the session, `hour` that of UTC. Articles have ids only; people have the
+    device, system, country and region of their first click, which no later click can change.
 
     Args:
         src: the folder or file.
@@ -49,4 +58,16 @@ def read_globo(src: Path, positive: str) -> Source:
     if not pa.types.is_integer(ts_ms.type):
         raise DataError(f"{src}: click_timestamp is of type {ts_ms.type}, not whole milliseconds")
     days = pc.multiply(pc.divide(ts_ms, DAY_MS), DAY_MS)
-    return Source(name=NAME, events=clicks.append_column(HOUR, pc.divide(pc.subtract(ts_ms, days), HOUR_MS)))
+    events = clicks.append_column(HOUR, pc.divide(pc.subtract(ts_ms, days), HOUR_MS))
+    return Source(name=NAME, events=events, users=_users(clicks))
+
+
+def _users(clicks: pa.Table) -> pa.Table:
+    """The device, system, country and region of each user's first click; of those at one time, the lowest codes."""
+    clicks = clicks.select([c.USER_ID, c.TS_MS, *_OF_USERS]).filter(pc.is_valid(clicks[c.USER_ID]))
+    clicks = clicks.sort_by([(name, "ascending") for name in (c.USER_ID, c.TS_MS, *_OF_USERS)])
+    user = clicks[c.USER_ID].to_numpy()
+    first = np.ones(len(user), np.bool_)
+    first[1:] = user[1:] != user[:-1]
+    users = clicks.filter(pa.array(first)).drop_columns([c.TS_MS])
+    return users.rename_columns([c.USER_ID, *(FIRST + name for name in _OF_USERS)])

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.datasets.tables import HELD_OUT_NOT_POSITIVE, Tables, calendar_days, codes, number
+from twotower.datasets.tables import DAY_MS, HELD_OUT_NOT_POSITIVE, Tables, calendar_days, codes, number
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import holdout as holdout_schema
@@ -54,7 +54,21 @@ class Random:
     share: float
 
 
-Holdout = TimeQuantile | Since | LeaveOneOut | Random
+@dataclass(frozen=True)
+class Pause:
+    """What users did after their first pause of so many days between two positives.
+
+    Of those alone who have `BEFORE_PAUSE` positives and more before it and `AFTER_PAUSE` and more after it: people who
+    came back, at whatever time.
+    """
+
+    days: float
+
+
+BEFORE_PAUSE: Final = 5
+AFTER_PAUSE: Final = 10
+
+Holdout = TimeQuantile | Since | LeaveOneOut | Pause | Random
 
 
 @dataclass(frozen=True)
@@ -101,15 +115,21 @@ def parse_holdout(text: str) -> Holdout:
         return LeaveOneOut()
     if kind == "since":
         return Since(parse_day(value, "--holdout since"))
+    try:
+        number = float(value)
+    except ValueError:
+        number = np.nan
     if kind in ("time", "random"):
-        try:
-            share = float(value)
-        except ValueError:
-            share = np.nan
-        if 0 < share < 1:
-            return TimeQuantile(share) if kind == "time" else Random(share)
+        if 0 < number < 1:
+            return TimeQuantile(number) if kind == "time" else Random(number)
         raise ConfigError(f"--holdout {text}: give a share between 0 and 1, such as time:0.9 or random:0.1")
-    raise ConfigError(f"--holdout {text}: give time:Q, since:YYYY-MM-DD, leave-one-out or, without time, random:SHARE")
+    if kind == "pause":
+        if 0 < number < np.inf:
+            return Pause(number)
+        raise ConfigError(f"--holdout {text}: give a number of days above 0, such as pause:3")
+    raise ConfigError(
+        f"--holdout {text}: give time:Q, since:YYYY-MM-DD, leave-one-out, pause:DAYS or, without time, random:SHARE"
+    )
 
 
 def split(tables: Tables, holdout: Holdout) -> Split:
@@ -129,6 +149,8 @@ def split(tables: Tables, holdout: Holdout) -> Split:
             raise DataError(f"--holdout since:{holdout.day}: the events are of {days.min()} to {days.max()}")
     elif isinstance(holdout, LeaveOneOut):
         held = _from_last_positive(tables)
+    elif isinstance(holdout, Pause):
+        held = _after_pause(tables, holdout.days)
     else:
         held = _drawn(tables, holdout.share)
     positive = pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy()
@@ -188,12 +210,30 @@ def _from_last_positive(tables: Tables) -> Mask:
     return held
 
 
+def _after_pause(tables: Tables, days: float) -> Mask:
+    ts_ms = _times(tables, f"--holdout pause:{days:g}")
+    user = codes(tables.events[c.USER_ID])
+    positive = np.flatnonzero(pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy())
+    order = positive[np.argsort(user[positive], kind="stable")]  # by user, then time
+    counts = np.bincount(user[order], minlength=int(user.max()) + 1)
+    start = np.cumsum(counts) - counts
+    paused = np.diff(ts_ms[order]) >= days * DAY_MS
+    ends = 1 + np.flatnonzero(paused & (np.diff(user[order]) == 0))  # the first positive after each pause
+    who, first = np.unique(user[order[ends]], return_index=True)
+    before = ends[first] - start[who]
+    chosen = (before >= BEFORE_PAUSE) & (counts[who] - before >= AFTER_PAUSE)
+    since = np.full(len(counts), np.iinfo(np.int64).max)
+    since[who[chosen]] = ts_ms[order[ends[first[chosen]]]]
+    held: Mask = ts_ms >= since[user]
+    return held
+
+
 def _drawn(tables: Tables, share: float) -> Mask:
     """A share of each user's positives, rounded down, always the same of the same events."""
     if tables.events[c.REQUEST_TS_MS].null_count < tables.events.num_rows:
         raise ConfigError(
             f"--holdout random:{share}: {tables.source} has a time, and a random hold-out would be judged by what came "
-            "before its training; use time:Q, since:YYYY-MM-DD or leave-one-out"
+            "before its training; use time:Q, since:YYYY-MM-DD, leave-one-out or pause:DAYS"
         )
     user = codes(tables.events[c.USER_ID])
     positive = np.flatnonzero(pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy())

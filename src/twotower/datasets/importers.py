@@ -30,7 +30,7 @@ def import_dataset(
         name: one of `DATASETS`.
         src: its folder or file.
         out: the workspace, a folder that is empty or absent.
-        holdout: `time:Q`, `since:YYYY-MM-DD`, `leave-one-out` or `random:SHARE`; absent = none.
+        holdout: `time:Q`, `since:YYYY-MM-DD`, `leave-one-out`, `pause:DAYS` or `random:SHARE`; absent = none.
         test: held-out interactions as a file; excludes `holdout`.
         positive: `all`, or the least rating of a positive.
         until: the last day to import, YYYY-MM-DD; absent = all.
