@@ -36,7 +36,7 @@ class Case:
     changes: list[str]
 
 
-CHANNELS = 'models.channels=["two_tower", "item_cf", "als", "popular"]'
+CHANNELS = 'models.channels=["two_tower", "item_cf", "swing", "als", "popular"]'
 CASES = {
     "movielens": Case(
         ["movielens-1m", "ml-1m/", "--holdout", "time:0.9", "--positive", "4"], "movielens.toml", [CHANNELS]
@@ -45,7 +45,7 @@ CASES = {
         ["kuairand", "kuairand/", "--holdout", "since:2022-05-03"],
         "kuairand.toml",
         [
-            'models.channels=["two_tower", "mind", "als", "same_category", "popular"]',
+            'models.channels=["two_tower", "mind", "swing", "als", "same_category", "popular"]',
             'models.same_category.attributes=["author_id", "tag"]',
             'models.popular.segment="onehot_feat1"',
             "fusion.users=3000",
