@@ -448,6 +448,27 @@ def test_days_that_the_log_does_not_have_are_refused(
         build(world(USERS, ITEMS, days()), first_day=first_day, last_day=last_day)
 
 
+def test_the_last_days_are_counted_back_from_the_last(world: World, build: Build) -> None:
+    workspace = world(USERS, ITEMS, days())
+    for some, same in (
+        ({"days": 1}, {"first_day": "2024-01-03"}),
+        ({"days": 2}, {"first_day": "2024-01-02"}),
+        ({"days": 1, "last_day": "2024-01-02"}, {"first_day": "2024-01-02", "last_day": "2024-01-02"}),
+        ({"days": 9}, {"first_day": "2023-12-26"}),
+    ):
+        assert histories(build(workspace, **some)) == histories(build(workspace, **same))
+
+
+def test_two_beginnings_are_refused(world: World, build: Build) -> None:
+    with pytest.raises(ConfigError, match="both choose a beginning: give one"):
+        build(world(USERS, ITEMS, days()), first_day="2024-01-03", days=1)
+
+
+def test_the_last_days_of_data_without_time_are_refused(world: World, build: Build) -> None:
+    with pytest.raises(ConfigError, match=r"samples\.days chooses by time, but the events have none"):
+        build(world(USERS, ITEMS, {"date=unknown/a.parquet": [event(0, "u1", 10, None)]}), days=1)
+
+
 def test_days_around_the_whole_log_are_the_whole_log(world: World, build: Build) -> None:
     samples = build(world(USERS, ITEMS, days()), first_day="2020-01-01", last_day="2030-01-01")
     assert len(samples.positives) == 4

@@ -102,6 +102,7 @@ def make_samples(settings: Settings) -> SamplesReport:
         settings.features,
         settings.models.dimension,
         first_day=settings.samples.first_day,
+        days=settings.samples.days,
         last_day=settings.samples.last_day,
         weight=settings.samples.weight,
         impressed_weight=settings.samples.impressed_weight,

@@ -272,6 +272,8 @@ class Samples:
     """First day of positives; absent = the first of the log."""
     last_day: Day | None = None
     """Last day, of positives and of histories; absent = the last of the log."""
+    days: Positive | None = None
+    """Positives of so many days up to the last, in place of `first_day`; absent = no such limit."""
     hot: Hot = field(default_factory=Hot)
     """Down-sampling of hot items."""
     cold: Cold = field(default_factory=Cold)

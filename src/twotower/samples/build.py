@@ -4,6 +4,7 @@ Every order has a tie-break and nothing is drawn, so the result depends neither 
 the engine. History is stored as a count: how many of the user's clicks came before the request.
 """
 
+import datetime
 import functools
 import itertools
 import logging
@@ -90,7 +91,7 @@ class SamplesReport:
     """The latest time of any event read; None without time."""
 
 
-def build_samples(
+def build_samples(  # noqa: PLR0915  one job, top to bottom
     workspace: Path,
     out: Path,
     features: spec.Features,
@@ -98,6 +99,7 @@ def build_samples(
     *,
     first_day: str | None = None,
     last_day: str | None = None,
+    days: int | None = None,
     weight: str | None = None,
     impressed_weight: float = 0.0,
     hot: spec.Hot = spec.Hot(),  # noqa: B008  frozen
@@ -117,6 +119,7 @@ def build_samples(
         dimension: width of the id embeddings.
         first_day: first day of positives, `YYYY-MM-DD`; None = the first of the log. Histories reach further back.
         last_day: last day of positives and histories.
+        days: positives of so many days up to the last, in place of `first_day`; None = no such limit.
         weight: column of events that weighs a positive; None = all weigh 1.
         impressed_weight: weight of what was shown and not clicked as a weak positive; 0 = it is none.
         hot: down-sampling of hot items.
@@ -136,7 +139,10 @@ def build_samples(
     if items.num_rows < 2:
         raise DataError("items.parquet has one item: there is nothing to choose from")
     context = tuple(features.context)
-    files = _chosen(_partitions(workspace / "events"), first_day, last_day)
+    partitions = _partitions(workspace / "events")
+    if days is not None:
+        first_day = _first_of(partitions, first_day, last_day, days)
+    files = _chosen(partitions, first_day, last_day)
     with whole_folder(out) as folder:
         with open_engine(engine, folder / "spill") as opened:
             schema = _schema(files, users, items, context, weight)
@@ -244,6 +250,18 @@ def _partitions(folder: Path) -> dict[str, list[Path]]:
     if c.UNKNOWN_DATE in partitions and len(partitions) > 1:
         raise DataError(f"{folder} has days and date={c.UNKNOWN_DATE}: give all events a time, or none")
     return partitions
+
+
+def _first_of(partitions: dict[str, list[Path]], first_day: str | None, last_day: str | None, days: int) -> str:
+    """The first of so many days up to the last one that the log has."""
+    if first_day:
+        raise ConfigError(
+            f"samples.first_day = {first_day} and samples.days = {days} both choose a beginning: give one"
+        )
+    if c.UNKNOWN_DATE in partitions:
+        raise ConfigError("samples.days chooses by time, but the events have none: leave it out")
+    last = max((day for day in partitions if day <= (last_day or day)), default=max(partitions))
+    return str(datetime.date.fromisoformat(last) - datetime.timedelta(days=days - 1))
 
 
 def _chosen(partitions: dict[str, list[Path]], first_day: str | None, last_day: str | None) -> dict[str, list[Path]]:
