@@ -48,6 +48,8 @@ class TuneReport:
     rows_per_s: float
     loss: float
     seconds: float
+    channels: dict[str, Any]
+    """The other trained channels, by name: what `TrainReport` says of each."""
     trials: int
     """Ended trials, those of earlier calls included."""
     metric: str
