@@ -117,6 +117,7 @@ bench: $(DEV) peers
 	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/scaling.json
 	$(BIN)/python benchmarks/hard.py --users 2500 --items 2000 --days 7 --out benchmarks/results/hard.json
 	$(BIN)/python benchmarks/variants.py --data '$(REAL_DATA)' --out benchmarks/results/variants.json
+	$(BIN)/python benchmarks/mind.py --data '$(REAL_DATA)' --out benchmarks/results/mind.json
 	$(BIN)/python benchmarks/fusion.py --data '$(REAL_DATA)' --out benchmarks/results/fusion.json
 	$(BIN)/python benchmarks/neighbours.py --data '$(REAL_DATA)' --out benchmarks/results/neighbours.json
 
