@@ -21,7 +21,6 @@ from twotower.config.settings import Settings
 from twotower.evaluate import page
 from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate
-from twotower.features.columns import take
 from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
 from twotower.models import item_cf, swing
@@ -314,10 +313,10 @@ def offline_channels(settings: Settings, samples: Samples) -> dict[str, Retrieve
     counted = fit_channels(samples, _configured(settings, samples), places(settings).checkpoints)
     channels: dict[str, Retriever] = {**trained, **counted}
     if NEW_ITEMS in settings.models.channels:
-        model = load_model(latest_checkpoint(settings))
-        new = np.flatnonzero(samples.item_positives <= settings.models.new_items.most_clicks)
-        vectors = model.encode_items({name: take(column, new) for name, column in samples.items.features.items()})
-        channels[NEW_ITEMS] = trained[TWO_TOWER].over(NEW_ITEMS, ExactIndex.build(new, vectors))
+        towers, most = trained[TWO_TOWER], settings.models.new_items.most_clicks
+        channels[NEW_ITEMS] = towers.over(
+            NEW_ITEMS, towers.index.without(np.flatnonzero(samples.item_positives > most))
+        )
     return {name: channels[name] for name in settings.models.channels}
 
 

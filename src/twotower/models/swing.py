@@ -31,6 +31,7 @@ from twotower.models.item_to_item import NEAREST, Answering, ItemToItem, Nearest
 from twotower.models.retriever import Candidates, Queries
 from twotower.samples.engine import open_engine
 from twotower.samples.read import Clicks
+from twotower.samples.sampling import FACTOR, PRIME
 from twotower.schema.errors import ConfigError
 from twotower.schema.files import TEMPORARY
 
@@ -38,7 +39,6 @@ Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-_PRIME, _FACTOR = 2_147_483_647, 1_103_515_245
 _SLOT_BYTES = 12
 
 
@@ -202,7 +202,7 @@ def _first(group: Longs, order: Longs, most: int, groups: int) -> Longs:
 
 def _hash(value: Longs) -> Longs:
     """One turn of the multiplicative hash of `samples.sampling`."""
-    hashed: Longs = (value + 1) % _PRIME * _FACTOR % _PRIME
+    hashed: Longs = (value + 1) % PRIME * FACTOR % PRIME
     return hashed
 
 

@@ -32,7 +32,9 @@ from twotower.samples.engine import Engine, open_engine
 from twotower.samples.hard import HARD, find_rejected
 from twotower.samples.sampling import (
     COPIES,
+    FACTOR,
     ITEM_ROW,
+    PRIME,
     USER_ROW,
     by_decile,
     expected_copies,
@@ -60,7 +62,6 @@ FEATURE = "feature."
 
 _FITTED_NUMBERS = 1_000_000
 """About so many positives are enough for the mean or the quantiles of a number."""
-_PRIME, _FACTOR = 2_147_483_647, 1_103_515_245
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _IN_RANGE = "in_range"
 
@@ -541,7 +542,7 @@ def _values(
     The million is chosen by a hash of `event_seq`, so that every engine and every order of rows chooses the same.
     """
     step = -(-rows // _FITTED_NUMBERS)
-    hashed = _[c.EVENT_SEQ] % _PRIME * _FACTOR % _PRIME
+    hashed = _[c.EVENT_SEQ] % PRIME * FACTOR % PRIME
     chosen = positives.filter(hashed % step == 0) if step > 1 else positives
     values = {}
     for name, kind in features.context.items():

@@ -19,20 +19,21 @@ ITEM_ROW = "item_row"
 USER_ROW = "user_row"
 COPIES = "copies"
 
-_PRIME, _FACTOR = 2_147_483_647, 1_103_515_245
+PRIME, FACTOR = 2_147_483_647, 1_103_515_245
+"""Of the hash: x -> x * FACTOR modulo PRIME."""
 _WHOLE, _CHANCE = "whole", "chance"
 
 
 def hashed(seed: int) -> Any:
     """A number in 0..2^31 - 2 for each row, from its event, user and item alone."""
-    value = _hash(_[c.EVENT_SEQ] % _PRIME + seed % _PRIME)
+    value = _hash(_[c.EVENT_SEQ] % PRIME + seed % PRIME)
     value = _hash(value + _[USER_ROW])
     return _hash(value + _[ITEM_ROW])
 
 
 def _hash(value: Any) -> Any:
     """One turn of a multiplicative hash; all steps stay within 64 bits."""
-    return (value.cast("int64") % _PRIME) * _FACTOR % _PRIME
+    return (value.cast("int64") % PRIME) * FACTOR % PRIME
 
 
 def expected_copies(clicks: npt.NDArray[np.int64], hot: spec.Hot, cold: spec.Cold) -> npt.NDArray[np.float64]:
@@ -64,7 +65,7 @@ def with_copies(engine: Engine, positives: Any, copies: npt.NDArray[np.float64],
     table = {
         ITEM_ROW: np.arange(len(copies), dtype=np.int32),
         _WHOLE: whole.astype(np.int32),
-        _CHANCE: np.round((copies - whole) * _PRIME).astype(np.int64),
+        _CHANCE: np.round((copies - whole) * PRIME).astype(np.int64),
     }
     of_item = engine.put("item_copies", pa.table(table))
     drawn = (hashed(seed) < _[_CHANCE]).cast("int32")
