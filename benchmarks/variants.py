@@ -1,10 +1,11 @@
 """One change at a time: what each of them brings, on MovieLens-1M and KuaiRand.
 
-    python benchmarks/variants.py --data DIR [--table NAME ...] [--seeds 3] [--out FILE] [--smoke]
+    python benchmarks/variants.py --data DIR [--table NAME ...] [--on SET ...] [--seeds 3] [--out FILE] [--smoke]
 
 `encoders`: networks and encoders of the history against each other, with the time of a positive. `ablation`: from the
 plain model (ids alone, in-batch negatives without a correction) to the example configuration. Each figure is the median
-of the seeds on the hold-out, with their range. Prints one JSON line.
+of the seeds on the hold-out, with their range; times are those of the processor. Tables of an earlier run stay in FILE.
+Prints one JSON line.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +95,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--table", action="append", choices=list(TABLES), help="absent = all")
+    parser.add_argument("--on", action="append", choices=list(SETS), help="absent = all data sets")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], dest="changed")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="KuaiRand alone, one seed, one epoch, two variants")
     arguments = parser.parse_args()
+    earlier = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
     result: dict[str, Any] = {
+        **{table: rows for table, rows in earlier.items() if table in TABLES},
         "benchmark": "one change at a time",
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "seeds": 1 if arguments.smoke else arguments.seeds,
@@ -106,10 +111,10 @@ def main() -> None:
     }
     for table in arguments.table or TABLES:
         for data, variants in TABLES[table].items():
-            if not arguments.smoke or data == "kuairand":
+            if data in (["kuairand"] if arguments.smoke else arguments.on or SETS):
                 result.setdefault(table, {})[data] = one_table(data, variants, arguments)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                if arguments.out:
+                    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 
@@ -128,11 +133,12 @@ def one_table(data: str, variants: dict[str, list[str]], arguments: argparse.Nam
                 if seed == 0:
                     make_samples(settings)
                 samples = open_samples(places(settings).samples)
+                started = time.process_time()
                 report = train_from(settings, samples)
+                times.append(round(1e6 * (time.process_time() - started) / report.rows, 2))
                 channel = channel_of(load_model(open_checkpoint(Path(report.checkpoint))), samples)
                 truth = read_truth(workspace / "holdout.parquet", samples)
                 found.append(round(judge(samples, channel, truth, metric), 5))
-                times.append(round(1e6 / report.rows_per_s, 2))
             rows.append(
                 {
                     "variant": variant,
