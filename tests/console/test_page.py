@@ -15,6 +15,7 @@ from twotower.features.store import LmdbFeatureStore
 from twotower.logs import LocalEventLog
 from twotower.publish.version import Version
 from twotower.serve.app import Metrics, make_app
+from twotower.serve.funnel import Sizes
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import RecentUsers
 
@@ -55,7 +56,15 @@ def client(snapshots: Snapshots, tmp_path: Path) -> Iterator[Client]:
     store = LmdbFeatureStore(tmp_path / "store")
     users = RecentUsers(log, store)
     app = make_app(
-        snapshots, log, users, Metrics(), exclude="clicked", impressed_window_ms=0, channel_timeout_ms=60_000
+        snapshots,
+        log,
+        users,
+        Metrics(),
+        exclude="clicked",
+        impressed_window_ms=0,
+        channel_timeout_ms=60_000,
+        sizes=Sizes(),
+        page=10,
     )
     add_page(app, snapshots, users)
     yield Client(app)

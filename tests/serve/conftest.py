@@ -15,9 +15,11 @@ from twotower.features.store import LmdbFeatureStore
 from twotower.logs import LocalEventLog
 from twotower.publish.version import Version
 from twotower.serve.app import Metrics, make_app
+from twotower.serve.funnel import Sizes
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import RecentUsers
 
+SIZES = Sizes(retrieve=120, pre_rank=60, rank=30, explore_share=0.5, logged=7)
 NOW_MS = 1_800_000_000_000
 
 
@@ -98,6 +100,8 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
                 exclude="impressed",
                 impressed_window_ms=86_400_000,
                 channel_timeout_ms=channel_timeout_ms,
+                sizes=SIZES,
+                page=10,
                 clock_ms=lambda: server.now_ms,
             )
             server = Server(Http(app), snapshots, log, users)

@@ -8,6 +8,7 @@ from twotower.config.available import check_available
 from twotower.config.settings import Settings
 from twotower.console.page import add_page
 from twotower.features.bloom import Shape
+from twotower.serve.funnel import Sizes
 from twotower.serve.run import Address, run_server
 
 TOKEN = "TWOTOWER_ADMIN_TOKEN"
@@ -17,6 +18,7 @@ def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
     """Serve the promoted version of a workspace until a signal ends it."""
     check_available(settings)
     where, options, log = places(settings), settings.serve, settings.stream.log
+    funnel = settings.funnel
     window_ms, kept = int(options.impressed_window_s * 1000), options.impressed_filter
     run_server(
         versions=where.versions,
@@ -33,6 +35,8 @@ def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
         impressed_window_ms=window_ms,
         impressed_shape=Shape.of(window_ms, kept.periods, kept.items, kept.error_rate),
         channel_timeout_ms=options.channel_timeout_ms,
+        sizes=Sizes(funnel.retrieve, funnel.pre_rank, funnel.rank, funnel.explore_share, funnel.logged),
+        page=funnel.page,
         extend=add_page,
         ready=ready,
     )

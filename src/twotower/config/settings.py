@@ -5,6 +5,7 @@ arguments. Keys whose values are not all available yet say so where they are use
 """
 
 import datetime
+import itertools
 import math
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -646,6 +647,35 @@ class Serve:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Funnel:
+    """What `POST /v1/recommend` does with candidates: each stage hands so many on to the next."""
+
+    retrieve: Positive = 2000
+    """Candidates of the fused list, for the pre-ranker."""
+    pre_rank: Positive = 200
+    """The pre-ranker's best, for the ranker; without a pre-ranker so many are retrieved."""
+    rank: Positive = 50
+    """The ranker's best, good enough to be shown; the others of its order are its tail."""
+    page: Positive = 10
+    """Items of a page, unless a request says otherwise."""
+    explore_share: Share = 0.1
+    """Of requests, whose last place goes to a candidate that has no place, drawn evenly."""
+    logged: Positive = 20
+    """Items of each outcome but `impressed` that a request's record has."""
+
+    def __post_init__(self) -> None:
+        """Refuse stages that widen.
+
+        Raises:
+            ValueError: a stage lets more items through than it gets.
+        """
+        sizes = {name: getattr(self, name) for name in ("retrieve", "pre_rank", "rank", "page")}
+        for (before, most), (name, size) in itertools.pairwise(sizes.items()):
+            if size > most:
+                raise ValueError(f"{name} = {size}, but {before} = {most}: a stage cannot hand on more than it gets")
+
+
+@dataclass(frozen=True, config=STRICT)
 class EventLog:
     """The append-only log of raw events."""
 
@@ -695,5 +725,6 @@ class Settings:
     fusion: Fusion = field(default_factory=Fusion)
     index: Index = field(default_factory=Index)
     serve: Serve = field(default_factory=Serve)
+    funnel: Funnel = field(default_factory=Funnel)
     stream: Stream = field(default_factory=Stream)
     update: Update = field(default_factory=Update)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ FUSED = "fused"
 TWO_TOWER = "two_tower"
 VECTOR_CHANNELS = (TWO_TOWER, "mind", "mf")
 """The channels that are trained: a user encoder and item vectors each."""
+PRE_RANK, RANK = "pre_rank", "rank"
+"""The rankers that a version may have: what orders candidates, and what orders those that go on."""
 NEW_ITEMS = "new_items"
 """The channel that searches the new items alone with the user's vector of the two towers."""
 DIGEST = "digest"
@@ -60,6 +62,7 @@ class Version:
     """(N, D) unit vectors of the item tower."""
     channels: Mapping[str, Retriever]
     fusion: Fusion
+    rankers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def two_tower(self) -> VectorChannel:

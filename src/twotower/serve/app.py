@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -24,8 +25,10 @@ from twotower.logs import Event, EventLog, EventLogError
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
-from twotower.serve.channels import SideBySide
+from twotower.schema.tables import EARLIEST_MS, LATEST_MS
+from twotower.serve.channels import Ask, SideBySide
 from twotower.serve.filters import Filter
+from twotower.serve.funnel import Sizes, explain, page_of, recommend
 from twotower.serve.request import Asked, Unanswerable, is_id, retrieve, similar
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST, Recent, RecentUsers
@@ -33,6 +36,7 @@ from twotower.serve.users import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST, Re
 log = logging.getLogger(__name__)
 
 MOST_K = 10_000
+MOST_PAGE = 200
 MOST_EVENTS = 10_000
 MOST_BYTES = 16 * 2**20
 """Of a request's body."""
@@ -82,6 +86,32 @@ class RetrieveBody(BaseModel):
     channels: list[str] = Field(default_factory=list, description="Channels to ask; empty = all.")
 
 
+class RecommendBody(BaseModel):
+    """A request for a page."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: Id | None = Field(None, description="Absent for someone of whom nothing is known; nothing is logged then.")
+    features: dict[str, Any] = Field(default_factory=dict, description="As of retrieve.")
+    context: dict[str, Any] = Field(default_factory=dict, description="Context features, by name.")
+    k: Annotated[int, Field(ge=1, le=MOST_PAGE)] | None = Field(None, description="Items; absent = as configured.")
+    exclude: str | None = Field(None, description="clicked, impressed or none; absent = as configured.")
+    filters: dict[str, Filtered] = Field(default_factory=dict, description="As of retrieve.")
+    channels: list[str] = Field(default_factory=list, description="Channels to ask; empty = all.")
+    request_id: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_writable)] | None = Field(
+        None, description="Names the request in the log; absent = made by the server."
+    )
+    ts_ms: Annotated[StrictInt, Field(ge=EARLIEST_MS, le=LATEST_MS)] | None = Field(
+        None, description="When it happened, milliseconds since 1970; absent = now."
+    )
+
+
+class ExplainBody(RecommendBody):
+    """A question why an item is, or is not, on a user's page."""
+
+    item_id: Id
+
+
 class EventsBody(BaseModel):
     """Raw events for the log."""
 
@@ -111,6 +141,15 @@ class Metrics:
             "Channels left out of an answer: error, late (over serve.channel_timeout_ms), busy (with a late call).",
             ["channel", "reason"],
             registry=self.registry,
+        )
+        self.funnel = Counter(
+            "twotower_funnel_items",
+            "Candidates of recommend by how far they came.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.unlogged = Counter(
+            "twotower_unlogged_requests", "Pages whose record could not be logged.", registry=self.registry
         )
         self.version = Gauge("twotower_version", "1 for the served version.", ["version"], registry=self.registry)
         self.refused = Gauge("twotower_version_refused", "1 while CURRENT is refused.", registry=self.registry)
@@ -221,6 +260,8 @@ def make_app(
     exclude: str,
     impressed_window_ms: int,
     channel_timeout_ms: float,
+    sizes: Sizes,
+    page: int,
     clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The public application.
@@ -233,6 +274,8 @@ def make_app(
         exclude: what is left out unless a request says otherwise.
         impressed_window_ms: how long an impression is left out.
         channel_timeout_ms: how long a request waits for its channels, where it has several.
+        sizes: of the stages of a request for a page.
+        page: items of a page, unless a request says otherwise.
         clock_ms: milliseconds since 1970.
     """
     app = FastAPI(
@@ -263,11 +306,7 @@ def make_app(
     @app.post("/v1/retrieve")
     def post_retrieve(body: RetrieveBody) -> Response:
         """Candidates for a user, best first."""
-        recent = Recent() if body.user_id is None else users.get(body.user_id)
-        filters = {name: Filter(wanted.allow, wanted.deny) for name, wanted in body.filters.items()}
-        asked = Asked(
-            body.k, body.exclude or exclude, body.user_id, body.features, body.context, filters, body.channels
-        )
+        asked, recent = _asked(body, body.k, exclude), _recent(body, users)
         with searching:
             answer = retrieve(snapshots.version, asked, recent, clock_ms(), impressed_window_ms, channels.ask)
         return json_response(answer)
@@ -286,6 +325,11 @@ def make_app(
         metrics.events.labels("accepted").inc(len(acks) - duplicates)
         metrics.events.labels("duplicate").inc(duplicates)
         return json_response({"accepted": len(acks), "duplicates": duplicates}, 202)
+
+    _add_funnel(
+        app, snapshots, event_log, users, metrics, exclude, impressed_window_ms, channels.ask, searching, sizes, page,
+        clock_ms,
+    )  # fmt: skip
 
     @app.get("/v1/items/{item_id:path}/similar")
     def get_similar(item_id: str, k: Annotated[int, Query(ge=1, le=MOST_K)] = 20) -> Response:
@@ -328,6 +372,66 @@ def make_app(
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _add_funnel(
+    app: FastAPI,
+    snapshots: Snapshots,
+    event_log: EventLog,
+    users: RecentUsers,
+    metrics: Metrics,
+    exclude: str,
+    impressed_window_ms: int,
+    ask: Ask,
+    searching: threading.BoundedSemaphore,
+    sizes: Sizes,
+    page: int,
+    clock_ms: Callable[[], int],
+) -> None:
+    """The routes of pages: recommend and explain."""
+
+    @app.post("/v1/recommend")
+    def post_recommend(body: RecommendBody) -> Response:
+        """A page for a user, through the whole funnel; what became of every candidate goes into the log."""
+        asked, recent = _asked(body, body.k or page, exclude), _recent(body, users)
+        now_ms = clock_ms() if body.ts_ms is None else body.ts_ms
+        request_id = body.request_id or uuid.uuid4().hex
+        with searching:
+            served = recommend(snapshots.version, asked, recent, now_ms, impressed_window_ms, sizes, request_id, ask)
+        page_given, logged = served.page, False
+        if served.record is not None:
+            try:
+                ack = event_log.append([served.record])[0]
+                users.catch_up([ack.partition])
+                if ack.duplicate:
+                    page_given = page_of(event_log.read(ack.partition, ack.offset, 1)[0].event)
+                metrics.events.labels("duplicate" if ack.duplicate else "accepted").inc()
+                logged = True
+            except (EventLogError, FeatureStoreError, DataError):
+                # a page is worth more than its record
+                log.exception("the record of request %s is not logged", request_id)
+                metrics.unlogged.inc()
+        for outcome, count in page_given.counts.items():
+            metrics.funnel.labels(outcome).inc(count)
+        return json_response({**asdict(page_given), "logged": logged})
+
+    @app.post("/v1/explain")
+    def post_explain(body: ExplainBody) -> Response:
+        """Why, or why not, an item for a user: its place in each channel and stage, and what leaves it out."""
+        asked, recent = _asked(body, body.k or page, exclude), _recent(body, users)
+        now_ms = clock_ms() if body.ts_ms is None else body.ts_ms
+        with searching:
+            told = explain(snapshots.version, asked, body.item_id, recent, now_ms, impressed_window_ms, sizes)
+        return json_response(told)
+
+
+def _asked(body: RetrieveBody | RecommendBody, k: int, exclude: str) -> Asked:
+    filters = {name: Filter(wanted.allow, wanted.deny) for name, wanted in body.filters.items()}
+    return Asked(k, body.exclude or exclude, body.user_id, body.features, body.context, filters, body.channels)
+
+
+def _recent(body: RetrieveBody | RecommendBody, users: RecentUsers) -> Recent:
+    return Recent() if body.user_id is None else users.get(body.user_id)
 
 
 def parse_id(text: str, kind: pa.DataType) -> int | str:

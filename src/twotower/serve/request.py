@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from twotower.features.columns import Bag, Column
 from twotower.features.feature_set import encode_request
+from twotower.fusion.fuse import Fused
 from twotower.index.protocol import Exclusions
 from twotower.models.retriever import Queries, similar_items
 from twotower.publish.version import TWO_TOWER, Version
@@ -61,6 +62,24 @@ class Answer:
     failed_channels: list[str]
 
 
+@dataclass(frozen=True)
+class Found:
+    """What the channels of one request found."""
+
+    queries: Queries
+    """Who asked, as the channels saw them."""
+    fused: Fused
+    left_out: dict[str, str]
+    """Why a channel is not among them."""
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """(n,) catalogue rows, best first."""
+        rows: npt.NDArray[np.int64] = self.fused.candidates.rows[0]
+        found: npt.NDArray[np.int64] = rows[rows >= 0]
+        return found
+
+
 def retrieve(
     version: Version,
     asked: Asked,
@@ -83,30 +102,37 @@ def retrieve(
         DataError: an unknown feature, channel, attribute or kind of exclusion, or a value of another type.
         Unanswerable: no channel answered.
     """
-    names = tuple(asked.channels) or tuple(version.channels)
+    queries = queries_of(version, asked, recent, now_ms - impressed_window_ms)
+    found = find(version, asked.channels, queries, asked.k, ask)
+    ids = version.item_ids.take(pa.array(found.rows)).to_pylist()
+    scores = found.fused.candidates.scores[0].tolist()
+    by = found.fused.brought_by[0].tolist()
+    places = {bits: place for place, bits in enumerate(by)}  # few combinations of channels, many items
+    channels = {bits: found.fused.channels_of(0, place) for bits, place in places.items()}
+    items = [Candidate(ids[i], scores[i], channels[by[i]]) for i in range(len(ids))]
+    return Answer(version.id, 0, items, list(found.left_out))
+
+
+def find(version: Version, channels: Sequence[str], queries: Queries, k: int, ask: Ask = ask_in_turn) -> Found:
+    """The k candidates of one user as catalogue rows; arguments and errors as of `retrieve`."""
+    names = tuple(channels) or tuple(version.channels)
     version.check_channels(names)
-    user_row = find_user(version, asked.user_id)
-    clicks = clicked_rows(version, user_row, recent)
-    queries = Queries(
-        user_columns(version, user_row, asked),
-        Bag(np.array([0, len(clicks)]), clicks),
-        Exclusions.of([left_out(version, asked, clicks, recent, now_ms - impressed_window_ms)]),
-    )
-    depth = version.fusion.asked(asked.k, names)
-    brought = ask({name: version.channels[name] for name in names}, queries, depth)
+    brought = ask({name: version.channels[name] for name in names}, queries, version.fusion.asked(k, names))
     if not brought.lists:
         reasons = [name if why == ERROR else f"{name} ({why})" for name, why in brought.left_out.items()]
         raise Unanswerable(f"every channel failed: {', '.join(reasons)}")
-    fused = version.fusion.fuse(brought.lists, asked.k)
-    found = fused.candidates.rows[0]
-    found = found[found >= 0]
-    ids = version.item_ids.take(pa.array(found)).to_pylist()
-    scores = fused.candidates.scores[0].tolist()
-    by = fused.brought_by[0].tolist()
-    places = {bits: place for place, bits in enumerate(by)}  # few combinations of channels, many items
-    channels = {bits: fused.channels_of(0, place) for bits, place in places.items()}
-    items = [Candidate(ids[i], scores[i], channels[by[i]]) for i in range(len(ids))]
-    return Answer(version.id, 0, items, list(brought.left_out))
+    return Found(queries, version.fusion.fuse(brought.lists, k), brought.left_out)
+
+
+def queries_of(version: Version, asked: Asked, recent: Recent, since_ms: int) -> Queries:
+    """Who asks, as the channels see them; impressions count from `since_ms` on."""
+    user_row = find_user(version, asked.user_id)
+    clicks = clicked_rows(version, user_row, recent)
+    return Queries(
+        user_columns(version, user_row, asked),
+        Bag(np.array([0, len(clicks)]), clicks),
+        Exclusions.of([left_out(version, asked, clicks, recent, since_ms)]),
+    )
 
 
 def find_user(version: Version, user_id: UserId | None) -> int:

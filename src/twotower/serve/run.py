@@ -20,6 +20,7 @@ from twotower.logs.local import Sync
 from twotower.schema.errors import ConfigError
 from twotower.serve.admin import make_admin_app
 from twotower.serve.app import Metrics, make_app
+from twotower.serve.funnel import Sizes
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import RecentUsers
 
@@ -51,6 +52,8 @@ def run_server(
     impressed_window_ms: int,
     impressed_shape: Shape,
     channel_timeout_ms: float,
+    sizes: Sizes,
+    page: int,
     extend: Callable[[FastAPI, Snapshots, RecentUsers], None],
     ready: Callable[[Address], None],
 ) -> None:
@@ -71,6 +74,8 @@ def run_server(
         impressed_window_ms: how long an impression is left out.
         impressed_shape: of the filters of impressions before the latest.
         channel_timeout_ms: how long a request waits for its channels, where it has several.
+        sizes: of the stages of a request for a page.
+        page: items of a page, unless a request says otherwise.
         extend: adds to the public application, such as the page.
         ready: called with the addresses when requests are answered.
 
@@ -98,6 +103,8 @@ def run_server(
             exclude=exclude,
             impressed_window_ms=impressed_window_ms,
             channel_timeout_ms=channel_timeout_ms,
+            sizes=sizes,
+            page=page,
         )
         extend(app, snapshots, users)
         public = opened.enter_context(_listen(host, port))

@@ -1,0 +1,449 @@
+"""The funnel of a request: retrieve, pre-rank, rank, a page, and the record of what became of every candidate.
+
+n candidates of the request, in the order of the fused list.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from twotower.features.fitted import Items
+from twotower.index.protocol import Exclusions
+from twotower.logs import Event
+from twotower.models.retriever import Queries
+from twotower.publish.version import PRE_RANK, RANK, Version, unavailable
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+from twotower.serve.channels import Ask, ask_in_turn
+from twotower.serve.filters import passing
+from twotower.serve.request import Asked, Found, find, find_items, find_user, left_out, queries_of
+from twotower.serve.users import ITEMS, OUTCOMES, REQUEST, ItemId, Recent, UserId
+
+Ints = npt.NDArray[np.int64]
+Reals = npt.NDArray[np.float32]
+
+# Fields of a request's record.
+POSITIONS: Final = "positions"
+SCORES: Final = "scores"
+CHANNELS: Final = "channels"
+PROBABILITIES: Final = "probabilities"
+PROPENSITIES: Final = "propensities"
+HISTORY: Final = "history"
+COUNTS: Final = "counts"
+RETRIEVED: Final = "retrieved"
+VERSION: Final = "version"
+DELTA_SEQ: Final = "delta_seq"
+FAILED: Final = "failed_channels"
+
+STAGES: Final = (c.PRE_RANK_REJECTED, c.RANK_REJECTED, c.RANKED_NOT_SHOWN, c.IMPRESSED)
+"""Where a candidate ends in a request; a click comes later."""
+PRE_RANKED_OUT, RANKED_OUT, NOT_SHOWN, SHOWN = range(4)
+
+MOST_RANKS = 10_000
+"""How deep an explanation looks for an item in a channel's list."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many items go on after each stage of a request."""
+
+    retrieve: int = 2000
+    """Candidates of the fused list."""
+    pre_rank: int = 200
+    """Of them the pre-ranker's best go on to the ranker."""
+    rank: int = 50
+    """Of these the ranker's best are good enough to be shown; the others are its tail."""
+    explore_share: float = 0.1
+    """Of requests, whose last place goes to a candidate drawn evenly from those that have no place."""
+    logged: int = 20
+    """Items of each other outcome that a request's record has beside those shown."""
+
+    def candidates(self, version: Version) -> int:
+        """How many candidates are retrieved: without a pre-ranker no more than go on."""
+        return self.retrieve if PRE_RANK in version.rankers else min(self.retrieve, self.pre_rank)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One item of a page."""
+
+    item_id: ItemId
+    position: int
+    """From 1."""
+    score: float | None
+    """The ranker's probability of a click at the first position; without rankers that of the fused list."""
+    channels: list[str]
+    explored: bool
+
+
+@dataclass(frozen=True)
+class Page:
+    """The answer to a request for recommendations."""
+
+    request_id: str
+    version: str
+    delta_seq: int
+    items: list[Shown]
+    counts: dict[str, int]
+    """Candidates retrieved, and how many of them ended in each stage."""
+    failed_channels: list[str]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The candidates of a request after both rankers."""
+
+    rows: Ints
+    """(n,) catalogue rows, in the order of the fused list."""
+    order: Ints
+    """(n,) places in `rows`, best first: what the pre-ranker kept in the ranker's order, then the others in its own."""
+    kept: int
+    """How many the pre-ranker kept."""
+    pre_rank: Reals | None
+    """(n,) the pre-ranker's probabilities; None without one."""
+    rank: Reals | None
+    """(n,) the ranker's, NaN where it saw none; None without one."""
+
+    @property
+    def scores(self) -> Reals | None:
+        """(n,) of the last ranker that there is."""
+        return self.pre_rank if self.rank is None else self.rank
+
+
+@dataclass(frozen=True)
+class Served:
+    """A page and what goes into the log."""
+
+    page: Page
+    record: Event | None
+    """None for someone without a user id, whose events nobody could join."""
+
+
+def recommend(
+    version: Version,
+    asked: Asked,
+    recent: Recent,
+    now_ms: int,
+    impressed_window_ms: int,
+    sizes: Sizes,
+    request_id: str,
+    ask: Ask = ask_in_turn,
+) -> Served:
+    """A page for a user: retrieve, pre-rank, rank, explore a little.
+
+    What is drawn by chance depends on the request's id alone.
+
+    Args:
+        version: the snapshot that the request holds.
+        asked: the request; `k` is the length of the page.
+        recent: what the user did since the version was made.
+        now_ms: milliseconds since 1970.
+        impressed_window_ms: how long an impression is left out.
+        sizes: of the stages.
+        request_id: names the request.
+        ask: how the channels are asked.
+
+    Raises:
+        DataError: as `retrieve`.
+        Unanswerable: no channel answered.
+    """
+    queries = queries_of(version, asked, recent, now_ms - impressed_window_ms)
+    found = find(version, asked.channels, queries, max(sizes.candidates(version), asked.k), ask)
+    ranked = rank(version, queries, found.rows, max(sizes.pre_rank, asked.k))
+    rng = np.random.default_rng(int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest()))
+    page = ranked.order[: asked.k]
+    explored, propensity = None, 0.0
+    others = ranked.order[asked.k :]
+    if asked.k > 1 and len(others) and rng.random() < sizes.explore_share:
+        explored, propensity = int(rng.choice(others)), sizes.explore_share / len(others)
+        page = np.append(page[:-1], explored)
+        ranked = _with_score(version, queries, ranked, explored)
+
+    ended = np.full(len(ranked.rows), PRE_RANKED_OUT)
+    tail = max(sizes.rank, asked.k) if RANK in version.rankers else ranked.kept
+    ended[ranked.order[: ranked.kept]] = RANKED_OUT
+    ended[ranked.order[:tail]] = NOT_SHOWN
+    ended[page] = SHOWN
+    counts = np.bincount(ended, minlength=len(STAGES)).tolist()
+    scores = _rounded(found, ranked, page)
+    ids = version.item_ids.take(pa.array(ranked.rows[page])).to_pylist()
+    answer = Page(
+        request_id,
+        version.id,
+        0,
+        [
+            Shown(ids[i], i + 1, scores[i], found.fused.channels_of(0, at), at == explored)
+            for i, at in enumerate(page.tolist())
+        ],
+        {RETRIEVED: len(ended), **dict(zip(STAGES, counts, strict=True))},
+        list(found.left_out),
+    )
+    if asked.user_id is None:
+        return Served(answer, None)
+    logged = [page]
+    probability = np.ones(len(ended))
+    for stage in (NOT_SHOWN, RANKED_OUT, PRE_RANKED_OUT):
+        others = np.flatnonzero(ended == stage)
+        if len(others):
+            logged.append(rng.permutation(others)[: sizes.logged])
+            probability[others] = len(logged[-1]) / len(others)
+    drawn = {} if explored is None else {explored: propensity}
+    body = _body(version, asked, found, ranked, ended, np.concatenate(logged), len(page), probability, drawn)
+    return Served(
+        answer,
+        Event(
+            f"{REQUEST}/{request_id}",
+            REQUEST,
+            asked.user_id,
+            now_ms,
+            request_id,
+            {**body, VERSION: version.id, DELTA_SEQ: 0, COUNTS: answer.counts, FAILED: answer.failed_channels},
+        ),
+    )
+
+
+def page_of(record: Event) -> Page:
+    """The page that a request's record tells of: what a request that was sent again gets.
+
+    Raises:
+        DataError: the record is none of this server's.
+    """
+    body = record.body
+    try:
+        shown = [at for at, position in enumerate(body[POSITIONS]) if position is not None]
+        items = [
+            Shown(
+                body[ITEMS][at],
+                body[POSITIONS][at],
+                body[SCORES][at],
+                list(body[CHANNELS][at]),
+                body[PROPENSITIES][at] is not None,
+            )
+            for at in shown
+        ]
+        return Page(
+            str(record.request_id), body[VERSION], body[DELTA_SEQ], items, dict(body[COUNTS]), list(body[FAILED])
+        )
+    except (KeyError, IndexError, TypeError) as error:
+        raise DataError(f"the log's record of request {record.request_id} is no page: {error!r}") from None
+
+
+def rank(version: Version, queries: Queries, rows: Ints, kept: int) -> Ranked:
+    """Candidates of one user (n,) through the pre-ranker, and its `kept` best through the ranker; ties by place."""
+    pre_rank = _scores(version, PRE_RANK, queries, rows)
+    order = np.arange(len(rows)) if pre_rank is None else np.argsort(-pre_rank, kind="stable")
+    kept = min(kept, len(rows))
+    if RANK not in version.rankers:
+        return Ranked(rows, order, kept, pre_rank, None)
+    scores = np.full(len(rows), np.nan, np.float32)
+    scores[order[:kept]] = _scores(version, RANK, queries, rows[order[:kept]])
+    order[:kept] = order[:kept][np.argsort(-scores[order[:kept]], kind="stable")]
+    return Ranked(rows, order, kept, pre_rank, scores)
+
+
+def _scores(version: Version, name: str, queries: Queries, rows: Ints) -> Reals | None:
+    ranker = version.rankers.get(name)
+    return None if ranker is None else ranker.score(queries.features, queries.clicks, rows)
+
+
+def _with_score(version: Version, queries: Queries, ranked: Ranked, place: int) -> Ranked:
+    """The same with the ranker's score of one more candidate."""
+    if ranked.rank is None or np.isfinite(ranked.rank[place]):
+        return ranked
+    scores = ranked.rank.copy()
+    scores[[place]] = _scores(version, RANK, queries, ranked.rows[[place]])
+    return replace(ranked, rank=scores)
+
+
+def _body(
+    version: Version,
+    asked: Asked,
+    found: Found,
+    ranked: Ranked,
+    ended: Ints,
+    logged: Ints,
+    shown: int,
+    probability: npt.NDArray[np.float64],
+    drawn: Mapping[int, float],
+) -> dict[str, Any]:
+    """What a request's record says: the page, then the sampled others, with all that the request knew."""
+    clicks, last = found.queries.clicks.rows, _longest_history(version)
+    history = clicks[max(0, len(clicks) - last) :]
+    return {
+        ITEMS: version.item_ids.take(pa.array(ranked.rows[logged])).to_pylist(),
+        OUTCOMES: [STAGES[stage] for stage in ended[logged].tolist()],
+        POSITIONS: [*range(1, shown + 1), *([None] * (len(logged) - shown))],
+        SCORES: _rounded(found, ranked, logged),
+        CHANNELS: [found.fused.channels_of(0, at) for at in logged.tolist()],
+        PROBABILITIES: [round(one, 6) for one in probability[logged].tolist()],
+        PROPENSITIES: [drawn.get(at) for at in logged.tolist()],
+        "context": dict(asked.context),
+        "features": dict(asked.features),
+        HISTORY: version.item_ids.take(pa.array(history)).to_pylist(),
+    }
+
+
+def _rounded(found: Found, ranked: Ranked, places: Ints) -> list[float | None]:
+    """The scores of candidates by the last stage that there is; None where it did not see one."""
+    scores = found.fused.candidates.scores[0] if ranked.scores is None else ranked.scores
+    return [round(score, 6) if np.isfinite(score) else None for score in scores[places].tolist()]
+
+
+def _longest_history(version: Version) -> int:
+    """The most clicks that a feature of the user reads."""
+    return max((one.last for one in version.features.user if isinstance(one, Items) and one.from_clicks), default=0)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an item stands in a list."""
+
+    rank: int | None = None
+    """From 1; None where it is not in the list."""
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an item is, or is not, on a user's page."""
+
+    version: str
+    delta_seq: int
+    item_id: ItemId
+    outcome: str
+    """`impressed` or the stage in which it ends; `not_retrieved`, `filtered` or `unknown_item`."""
+    why: str
+    user_id: UserId | None
+    known_user: bool
+    """The version has the user."""
+    clicks: int
+    """How many of the user's clicks the channels see."""
+    filtered: list[str] = field(default_factory=list)
+    """What leaves it out: `unavailable`, `clicked`, `impressed`, or the attribute of a filter."""
+    channels: dict[str, Place] = field(default_factory=dict)
+    """In the list of each channel, up to the 10,000th place."""
+    fused: Place = field(default_factory=Place)
+    """Among the candidates that are retrieved."""
+    pre_rank: Place | None = None
+    """Among them by the pre-ranker; None without one."""
+    rank: Place | None = None
+    """Among what the pre-ranker keeps by the ranker; None without one."""
+    failed_channels: list[str] = field(default_factory=list)
+
+
+def explain(
+    version: Version,
+    asked: Asked,
+    item_id: ItemId,
+    recent: Recent,
+    now_ms: int,
+    impressed_window_ms: int,
+    sizes: Sizes,
+) -> Explanation:
+    """Why, or why not, an item for a user: its place in each channel and stage, and what leaves it out.
+
+    Exploration is left aside, and channels have as much time as they take. An item that is left out is followed as if
+    it were not, except that no channel has an unavailable one.
+
+    Args:
+        version: the snapshot that the request holds.
+        asked: the request; `k` is the length of the page.
+        item_id: the item.
+        recent: what the user did since the version was made.
+        now_ms: milliseconds since 1970.
+        impressed_window_ms: how long an impression is left out.
+        sizes: of the stages.
+
+    Raises:
+        DataError: as `retrieve`.
+        Unanswerable: no channel answered.
+    """
+    since_ms = now_ms - impressed_window_ms
+    queries = queries_of(version, asked, recent, since_ms)
+    told = Explanation(
+        version.id, 0, item_id, "unknown_item", f"version {version.id} has no item {item_id}",
+        asked.user_id, find_user(version, asked.user_id) >= 0, len(queries.clicks.rows),
+    )  # fmt: skip
+    row = int(find_items(version, [item_id])[0])
+    if row < 0:
+        return told
+    told = replace(told, filtered=_filters_of(version, asked, queries, recent, row, since_ms))
+    others = queries.exclude.rows
+    queries = replace(queries, exclude=Exclusions.of([others[others != row]]))
+    names = tuple(asked.channels) or tuple(version.channels)
+    found = find(version, names, queries, max(sizes.candidates(version), asked.k))
+    deep = ask_in_turn(
+        {name: version.channels[name] for name in names}, queries, min(MOST_RANKS, len(version.item_ids))
+    )
+    ranked = rank(version, queries, found.rows, max(sizes.pre_rank, asked.k))
+    at = np.flatnonzero(found.rows == row)
+    told = replace(
+        told,
+        channels={name: _place(lists.rows[0], lists.scores[0], row) for name, lists in deep.lists.items()},
+        fused=_place(found.rows, found.fused.candidates.scores[0], row),
+        pre_rank=None if ranked.pre_rank is None else _place_by(ranked.pre_rank, at),
+        rank=None if ranked.rank is None else _place_by(ranked.rank, at),
+        failed_channels=list(deep.left_out),
+    )
+    return replace(told, **asdict(_verdict(told, ranked, at, asked.k, sizes)))
+
+
+def _filters_of(version: Version, asked: Asked, queries: Queries, recent: Recent, row: int, since_ms: int) -> list[str]:
+    """Everything that leaves an item out of a request."""
+    names = []
+    if unavailable(version.catalogue)[row]:
+        names.append("unavailable")
+    if asked.exclude != "none" and row in queries.clicks.rows:
+        names.append("clicked")
+    shown = left_out(version, replace(asked, filters={}), np.zeros(0, np.int32), recent, since_ms)
+    if row in shown:
+        names.append("impressed")
+    return names + [name for name, wanted in asked.filters.items() if not passing(version, name, wanted)[row]]
+
+
+def _place(rows: Ints, scores: Reals, row: int) -> Place:
+    at = np.flatnonzero(rows == row)
+    return Place(int(at[0]) + 1, float(scores[at[0]])) if len(at) else Place()
+
+
+def _place_by(scores: Reals, at: Ints) -> Place:
+    """The place of a candidate by scores (n,), NaN where there is none."""
+    if not len(at) or np.isnan(scores[at[0]]):
+        return Place()
+    return Place(int((scores > scores[at[0]]).sum()) + 1, float(scores[at[0]]))
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    outcome: str
+    why: str
+
+
+def _verdict(told: Explanation, ranked: Ranked, at: Ints, page: int, sizes: Sizes) -> _Verdict:
+    """Where an item ends, and why there."""
+    if told.filtered:
+        return _Verdict("filtered", f"left out by {', '.join(told.filtered)}")
+    if not len(at):
+        placed = {name: place.rank for name, place in told.channels.items() if place.rank is not None}
+        best = min(placed, key=lambda name: placed[name], default=None)
+        most = "no channel has it" if best is None else f"its best place is {placed[best]} of {best}"
+        return _Verdict("not_retrieved", f"not among the {len(ranked.rows)} candidates: {most}")
+    place = int(np.flatnonzero(ranked.order == at[0])[0]) + 1
+    if place <= page:
+        return _Verdict(c.IMPRESSED, f"on the page, at position {place}")
+    if place > ranked.kept:
+        return _Verdict(
+            c.PRE_RANK_REJECTED,
+            f"the pre-ranker has it at place {place} of {len(ranked.rows)}, and {ranked.kept} go on",
+        )
+    good = max(sizes.rank, page) if ranked.rank is not None else ranked.kept
+    by = "the ranker" if ranked.rank is not None else "the last stage"
+    where = f"{by} has it at place {place} of {ranked.kept}"
+    if place > good:
+        return _Verdict(c.RANK_REJECTED, f"{where}, and {good} are good enough")
+    return _Verdict(c.RANKED_NOT_SHOWN, f"{where}, and the page has room for {page}")
