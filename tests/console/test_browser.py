@@ -193,6 +193,34 @@ def test_similar_items_are_shown_by_each_channel(
     assert seen.complaints == []
 
 
+@pytest.mark.parametrize("size", list(SIZES))
+def test_the_page_of_the_funnel_is_shown_explained_and_clicked_within_its_request(
+    opened: Callable[..., Seen], some_users: list[int], size: str
+) -> None:
+    seen = opened(f"/?user={some_users[8 + list(SIZES).index(size)]}", size)
+    page = seen.page
+    expect(page.locator(ROWS)).to_have_count(20)
+    with page.expect_response("**/v1/recommend") as answered:
+        page.get_by_role("radio", name="page", exact=True).check()
+    answer = answered.value.json()
+    shown = [item["item_id"] for item in answer["items"]]
+    expect(page.locator("#change")).to_contain_text(f"Of {answer['counts']['retrieved']} candidates")
+    assert ids(page, ROWS) == shown
+    page.locator(ROWS).nth(2).get_by_role("button", name="Why").click()
+    panel = page.locator(".explained")
+    expect(panel.locator(".message")).to_contain_text("In the funnel:")
+    expect(panel.locator("tr")).to_contain_text(["two_tower", "item_cf", "popular", "fused"])
+    assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+    panel.scroll_into_view_if_needed()
+    shoot(page, f"why-{size}")
+    with page.expect_request("**/v1/events") as posted:
+        page.locator(ROWS).first.get_by_role("button", name="Click").click()
+    event = posted.value.post_data_json["events"][0]
+    assert (event["request_id"], event["item_id"]) == (answer["request_id"], shown[0])
+    expect(page.locator("#change")).to_contain_text("After the click")
+    assert seen.complaints == []
+
+
 def test_a_channel_that_was_left_out_is_marked(opened: Callable[..., Seen]) -> None:
     def late(route: Route) -> None:
         route.fulfill(json={**route.fetch().json(), "failed_channels": ["item_cf"]})

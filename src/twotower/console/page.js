@@ -8,6 +8,7 @@ const HISTORY = 30;
 const SIMILAR = 8;
 const CHANNEL_COLOURS = 9;
 const LONGEST_LIST = 6;
+const PAGE = "page"; // the list that the whole funnel gives
 
 const $ = (id) => document.getElementById(id);
 
@@ -279,9 +280,9 @@ function choose(text, remember = true) {
   load(null);
 }
 
-/** The channels as one control: a legend of their colours, how many items each brought, and which to show alone. */
+/** The lists as one control: the fused one, the channels (a legend of their colours), and the page of the funnel. */
 function showChannels() {
-  const names = ["", ...state.meta.channels];
+  const names = ["", ...state.meta.channels, PAGE];
   if (!names.includes(state.channel)) state.channel = "";
   $("channels").replaceChildren($("channels").querySelector("legend"), ...names.map((name) => segment("channel", name, name === state.channel, () => {
     state.channel = name;
@@ -290,12 +291,12 @@ function showChannels() {
   })));
 }
 
-/** One of several lists to choose from: a channel's, or with an empty name the fused one. */
+/** One of several lists to choose from: a channel's, the funnel's page, or with an empty name the fused one. */
 function segment(group, name, checked, onChange) {
   const input = el("input");
   Object.assign(input, { type: "radio", name: group, value: name, checked });
   input.addEventListener("change", onChange);
-  return el("label", "", input, name ? channelTag(name) : "fused", el("span", "tally"));
+  return el("label", "", input, name && name !== PAGE ? channelTag(name) : name || "fused", el("span", "tally"));
 }
 
 /** How many items of the list each channel brought; of a list of one channel that goes without saying. */
@@ -304,11 +305,12 @@ function showTallies(items, failed) {
     const name = label.querySelector("input").value;
     const tally = label.querySelector(".tally");
     const brought = items.filter((item) => item.channels.includes(name)).length;
+    const told = state.meta.channels.includes(name) && (!state.channel || state.channel === PAGE);
     label.classList.toggle("failed", failed.includes(name));
     label.title = failed.includes(name)
       ? `${name} failed or was too slow, and was left out`
-      : name && !state.channel ? `${name} brought ${brought} of these ${plural(items.length, "item")}` : "";
-    tally.textContent = failed.includes(name) ? "left out" : name && !state.channel ? String(brought) : "";
+      : told ? `${name} brought ${brought} of these ${plural(items.length, "item")}` : "";
+    tally.textContent = failed.includes(name) ? "left out" : told ? String(brought) : "";
   }
 }
 
@@ -336,7 +338,9 @@ async function load(cause) {
   const loaded = await guarded(async () => {
     const [clicks, answer] = await Promise.all([
       ask(`/console/history?n=${HISTORY}&user_id=${encodeURIComponent(String(user))}`),
-      ask("/v1/retrieve", { user_id: user, k: Number($("k").value), channels: channel ? [channel] : [] }),
+      channel === PAGE // a page that people look at again is to be the same: what was shown on it stays
+        ? ask("/v1/recommend", { user_id: user, k: Number($("k").value), exclude: "clicked" })
+        : ask("/v1/retrieve", { user_id: user, k: Number($("k").value), channels: channel ? [channel] : [] }),
     ]);
     const items = await describe(answer.content.items);
     if (mine !== state.load) return;
@@ -404,7 +408,7 @@ function showRecommendations({ content, tookMs }, user, items, cause) {
 
   $("recommendations-count").textContent = items.length < Number($("k").value) ? `${items.length} found` : "";
   $("recommendations-took").textContent = milliseconds(tookMs);
-  $("recommendations-took").title = `POST /v1/retrieve as measured in this browser, version ${content.version}`;
+  $("recommendations-took").title = `POST ${content.request_id ? "/v1/recommend" : "/v1/retrieve"} as measured in this browser, version ${content.version}`;
   $("recommendation-items").replaceChildren(...items.map((item, place) => {
     const earlier = before.get(ids[place]);
     const isNew = compared && earlier === undefined;
@@ -412,8 +416,8 @@ function showRecommendations({ content, tookMs }, user, items, cause) {
       el("div", "rank", String(place + 1), isNew ? el("span", "moved new", "new") : compared ? shift(earlier - place) : null),
       el("div", "",
         body(item),
-        el("div", "why", ...item.channels.map(channelTag), scoreOf(item.score), el("code", "", ids[place]))),
-      actions(item, user));
+        el("div", "why", ...item.channels.map(channelTag), scoreOf(item.score), item.explored ? el("span", "tag", "explored") : null, el("code", "", ids[place]))),
+      actions(item, user, content.request_id));
     row.dataset.item = ids[place];
     if (isNew) row.classList.add("fresh");
     return row;
@@ -424,6 +428,10 @@ function showRecommendations({ content, tookMs }, user, items, cause) {
   if (compared) {
     const counts = [entered && `${entered} entered`, left && `${left} left`, moved && `${moved} moved`].filter(Boolean);
     parts.push(`After ${cause}: ${counts.length ? counts.join(", ") : "the list is the same"}.`);
+  }
+  if (content.counts) {
+    const { retrieved, pre_rank_rejected: early, rank_rejected: late, ranked_not_shown: room } = content.counts;
+    parts.push(`Of ${plural(retrieved, "candidate")} the pre-ranker rejected ${early}, the ranker ${late}, and ${room} found no room.`);
   }
   if (content.failed_channels.length) parts.push(`Failed or too slow, and left out: ${content.failed_channels.join(", ")}.`);
   say($("change"), parts.join(" "));
@@ -438,25 +446,29 @@ function shift(places) {
 }
 
 function scoreOf(score) {
+  if (score === null) return null;
   return el("span", "score", `score ${score === 0 ? "0" : Number(score.toPrecision(3))}`);
 }
 
-function actions(item, user) {
+function actions(item, user, requestId) {
   const name = String(item.title ?? item.item_id);
-  const like = button("Similar", "small", () => toggleSimilar(like, item));
+  const why = button("Why", "small", () => togglePanel(why, "explained", (panel) => explain(panel, user, item)));
+  why.setAttribute("aria-expanded", "false");
+  why.setAttribute("aria-label", `Why ${name}`);
+  const like = button("Similar", "small", () => togglePanel(like, "similar", (panel) => showSimilar(panel, item)));
   like.setAttribute("aria-expanded", "false");
   like.setAttribute("aria-label", `Items similar to ${name}`);
-  const click = button("Click", "small click", () => post(click, user, item, name));
+  const click = button("Click", "small click", () => post(click, user, item, name, requestId));
   click.setAttribute("aria-label", `Click ${name} as this user`);
-  return el("div", "actions", like, click);
+  return el("div", "actions", why, like, click);
 }
 
 /** Post a click of the user whose list it is, then load what it changed. */
-async function post(pressed, user, item, name) {
+async function post(pressed, user, item, name, requestId) {
   pressed.disabled = true;
-  const posted = await guarded(() => ask("/v1/events", {
-    events: [{ event_id: uuid(), type: "click", user_id: user, item_id: item.item_id, ts_ms: Date.now() }],
-  }));
+  const event = { event_id: uuid(), type: "click", user_id: user, item_id: item.item_id, ts_ms: Date.now() };
+  if (requestId) event.request_id = requestId;
+  const posted = await guarded(() => ask("/v1/events", { events: [event] }));
   pressed.disabled = false;
   if (!posted || user !== state.user) return;
   await load(`the click on “${name}”`);
@@ -468,54 +480,76 @@ function uuid() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-async function toggleSimilar(pressed, item) {
+/** Open or close a panel below an item; `fill` asks for what it shows, and its failure becomes a sentence in it. */
+async function togglePanel(pressed, kind, fill) {
   const row = pressed.closest(".item");
-  const open = row.querySelector(".similar");
+  const open = row.querySelector(`.${kind}`);
   pressed.setAttribute("aria-expanded", String(!open));
   if (open) {
     open.remove();
     return;
   }
-  const took = el("span", "took");
   const message = el("p", "message quiet", "Looking…");
-  const panel = el("div", "similar", el("div", "similar-head", el("span", "", "Similar items as each channel sees them"), took), message);
   message.setAttribute("role", "status");
+  const panel = el("div", `below ${kind}`, message);
   row.append(panel);
   try {
-    const { content, tookMs } = await ask(`/v1/items/${encodeURIComponent(String(item.item_id))}/similar?k=${SIMILAR}`);
-    const lists = Object.entries(content.channels);
-    const described = await describe(lists.flatMap(([, items]) => items));
-    const by = new Map(); // the channels that have an item among its neighbours
-    for (const [name, items] of lists) {
-      for (const other of items) by.set(String(other.item_id), [...(by.get(String(other.item_id)) ?? []), name]);
-    }
-    took.textContent = milliseconds(tookMs);
-    const list = el("ol", "items");
-    const show = (name) => {
-      const at = lists.findIndex(([other]) => other === name);
-      const start = lists.slice(0, at).reduce((sum, [, items]) => sum + items.length, 0);
-      const items = described.slice(start, start + lists[at][1].length);
-      say(message, items.length ? "" : `${name} has no item like this one.`);
-      list.replaceChildren(...items.map((other) => {
-        const channels = [name, ...by.get(String(other.item_id)).filter((also) => also !== name)];
-        const line = el("li", "item", el("div", "",
-          body(other),
-          el("div", "why", ...channels.map(channelTag), scoreOf(other.score))));
-        line.dataset.item = String(other.item_id);
-        return line;
-      }));
-    };
-    const group = `similar-${uuid()}`;
-    const choice = el("fieldset", "segments", el("legend", "hidden", "Channel"),
-      ...lists.map(([name], place) => segment(group, name, place === 0, () => show(name))));
-    message.before(choice);
-    panel.append(list);
-    show(lists[0][0]);
+    await fill(panel);
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     message.className = "message error";
     message.textContent = error.message;
   }
+}
+
+/** Why an item is, or is not, on this user's page: what each stage makes of it. */
+async function explain(panel, user, item) {
+  const { content, tookMs } = await ask("/v1/explain", {
+    user_id: user, item_id: item.item_id, k: Math.min(Number($("k").value), 200), exclude: "clicked",
+  });
+  const stages = [...Object.entries(content.channels), ["fused", content.fused], ["pre-ranker", content.pre_rank], ["ranker", content.rank]];
+  const lines = stages.filter(([, place]) => place !== null).map(([name, place]) => el("tr", "",
+    el("th", "", state.meta.channels.includes(name) ? channelTag(name) : name),
+    el("td", "", place.rank === null ? "not in its list" : `place ${place.rank.toLocaleString()}`),
+    el("td", "", scoreOf(place.score))));
+  const outcome = content.outcome.replaceAll("_", " ");
+  panel.querySelector(".message").textContent = `In the funnel: ${outcome}, ${content.why}.`;
+  panel.prepend(el("div", "below-head", el("span", "", "Where each channel and each stage has it"), el("span", "took", milliseconds(tookMs))));
+  panel.append(el("table", "places", el("tbody", "", ...lines)));
+}
+
+/** Items like an item, as each channel sees them. */
+async function showSimilar(panel, item) {
+  const message = panel.querySelector(".message");
+  const { content, tookMs } = await ask(`/v1/items/${encodeURIComponent(String(item.item_id))}/similar?k=${SIMILAR}`);
+  panel.prepend(el("div", "below-head", el("span", "", "Similar items as each channel sees them"), el("span", "took", milliseconds(tookMs))));
+  const lists = Object.entries(content.channels);
+  const described = await describe(lists.flatMap(([, items]) => items));
+  const by = new Map(); // the channels that have an item among its neighbours
+  for (const [name, items] of lists) {
+    for (const other of items) by.set(String(other.item_id), [...(by.get(String(other.item_id)) ?? []), name]);
+  }
+  const list = el("ol", "items");
+  const show = (name) => {
+    const at = lists.findIndex(([other]) => other === name);
+    const start = lists.slice(0, at).reduce((sum, [, items]) => sum + items.length, 0);
+    const items = described.slice(start, start + lists[at][1].length);
+    say(message, items.length ? "" : `${name} has no item like this one.`);
+    list.replaceChildren(...items.map((other) => {
+      const channels = [name, ...by.get(String(other.item_id)).filter((also) => also !== name)];
+      const line = el("li", "item", el("div", "",
+        body(other),
+        el("div", "why", ...channels.map(channelTag), scoreOf(other.score))));
+      line.dataset.item = String(other.item_id);
+      return line;
+    }));
+  };
+  const group = `similar-${uuid()}`;
+  const choice = el("fieldset", "segments", el("legend", "hidden", "Channel"),
+    ...lists.map(([name], place) => segment(group, name, place === 0, () => show(name))));
+  message.before(choice);
+  panel.append(list);
+  show(lists[0][0]);
 }
 
 // ---------------------------------------------------------------- the page
