@@ -1,12 +1,12 @@
-"""Requests a second and latency of `POST /v1/retrieve`, over real sockets.
+"""Requests a second and latency of `POST /v1/retrieve` and `POST /v1/recommend`, over real sockets.
 
     python benchmarks/serve.py --workspace demo/simulated --out benchmarks/results/serve.json
 
-A server process answers for random known users, fused and from the two towers alone, at k = 100 and 500: at 50 requests
-a second, where a latency counts from the moment that the request was due, and over connections that ask again as soon
-as they are answered (a closed loop). The clients are threads of this process and compete with the server for the same
-cores. Without `--workspace` a simulated world is made. Each case is a line of JSON
-on stderr; the last line on stdout holds them all.
+A server process answers for random known users: candidates, fused and from the two towers alone, at k = 100 and 500;
+pages of 10 through the whole funnel, each with its record in the log. At 50 requests a second, where a latency counts
+from the moment that the request was due, and over connections that ask again as soon as they are answered (a closed
+loop). The clients are threads of this process and compete with the server for the same cores. Without
+`--workspace` a simulated world is made. Each case is a line of JSON on stderr; the last line on stdout holds them all.
 """
 
 import argparse
@@ -35,6 +35,7 @@ CONFIG = Path(__file__).parents[1] / "examples" / "demo.toml"
 CONNECTIONS = (1, 4, 16)
 KS = (100, 500)
 CHANNELS: dict[str, list[str]] = {"fused": [], "two_tower": ["two_tower"]}
+PAGE = 10
 WARM_UP = 5
 RATE = 50
 """Requests a second of the open loop, and the connections that they are spread over."""
@@ -43,6 +44,7 @@ RATE_CONNECTIONS = 4
 
 def ask_on(
     url: str,
+    route: str,
     users: list[Any],
     body: dict[str, Any],
     until: float,
@@ -60,7 +62,7 @@ def ask_on(
             time.sleep(max(0.0, due - time.monotonic()))
             started = due if every_s else time.monotonic()
             due += every_s
-            connection.request("POST", "/v1/retrieve", document, {"Content-Type": "application/json"})
+            connection.request("POST", f"/v1/{route}", document, {"Content-Type": "application/json"})
             response = connection.getresponse()
             content = response.read()
             if response.status != 200:
@@ -71,7 +73,14 @@ def ask_on(
 
 
 def measure(
-    url: str, users: list[Any], channels: str, k: int, connections: int, seconds: float, rate: int | None = None
+    url: str,
+    route: str,
+    users: list[Any],
+    channels: str,
+    k: int,
+    connections: int,
+    seconds: float,
+    rate: int | None = None,
 ) -> dict[str, Any]:
     """One case; `rate` in requests a second over all connections, None for a closed loop."""
     body = {"k": k, "channels": CHANNELS[channels]}
@@ -80,7 +89,7 @@ def measure(
     every_s = connections / rate if rate else 0.0
     threads = [
         threading.Thread(
-            target=ask_on, args=(url, users, body, started + seconds, number, latencies_ms[number], every_s)
+            target=ask_on, args=(url, route, users, body, started + seconds, number, latencies_ms[number], every_s)
         )
         for number in range(connections)
     ]
@@ -92,6 +101,7 @@ def measure(
     all_ms = np.concatenate(latencies_ms)
     p50, p99 = np.percentile(all_ms, [50, 99])
     return {
+        "route": route,
         "channels": channels,
         "k": k,
         "connections": connections,
@@ -113,11 +123,11 @@ def bench(workspace: Path, seconds: float, connections: tuple[int, ...]) -> dict
         try:
             url = json.loads(server.stdout.readline())["url"]
             cases = []
-            for channels in CHANNELS:
-                for k in KS:
-                    for count, rate in [(RATE_CONNECTIONS, RATE), *((count, None) for count in connections)]:
-                        cases.append(measure(url, users, channels, k, count, seconds, rate))
-                        print(json.dumps(cases[-1]), file=sys.stderr, flush=True)
+            asked = [("retrieve", channels, k) for channels in CHANNELS for k in KS] + [("recommend", "fused", PAGE)]
+            for route, channels, k in asked:
+                for count, rate in [(RATE_CONNECTIONS, RATE), *((count, None) for count in connections)]:
+                    cases.append(measure(url, route, users, channels, k, count, seconds, rate))
+                    print(json.dumps(cases[-1]), file=sys.stderr, flush=True)
         finally:
             server.terminate()
     return {
