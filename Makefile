@@ -9,8 +9,8 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 .PHONY: help setup demo test lint packages wheel bench peers soak
 
-# What the tests need beyond Python: a browser for the page, a font for the browser, and Java for Spark.
-DEBIAN_PACKAGES ?= chromium fonts-dejavu-core openjdk-17-jre-headless
+# What the tests need beyond Python: a browser for the page, a font for the browser, Java for Spark, and Redis.
+DEBIAN_PACKAGES ?= chromium fonts-dejavu-core openjdk-17-jre-headless redis-server
 
 REAL_DATA := $(or $(TWOTOWER_DATA),../shared/data)
 
@@ -46,7 +46,7 @@ $(BASE):
 $(DEV): $(BASE)
 	@echo "set-up: the tools of development into .venv" >&2
 	@touch .venv/.installing
-	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,dev,spark,swing,tune]'
+	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,dev,kafka,redis,spark,swing,tune]'
 	@rm .venv/.installing
 	@touch $@
 

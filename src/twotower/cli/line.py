@@ -81,6 +81,16 @@ class Places:
         return self.workspace / "log"
 
     @property
+    def events(self) -> Path:
+        """Joined events, a folder a day."""
+        return self.workspace / "events"
+
+    @property
+    def shards(self) -> Path:
+        """What the joiner made of the event log."""
+        return self.workspace / "shards"
+
+    @property
     def feature_store(self) -> Path:
         """What a server has learned of users since the version."""
         return self.workspace / "features"

@@ -252,6 +252,22 @@ def serve(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def join(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on for ever; a signal ends it.")] = False,
+    flush: Annotated[
+        bool, typer.Option("--flush", help="At the end, close windows that are still open: no more clicks will come.")
+    ] = False,
+    share: Annotated[str, typer.Option(help="K/N: the K-th of N joiners, each has every N-th partition.")] = "1/1",
+) -> None:
+    """Join the event log into TFRecord shards and daily partitions."""
+    from twotower.cli.streaming import join_log
+
+    stage(lambda settings: asdict(join_log(settings, follow=follow, flush=flush, share=share)), config, overrides)
+
+
+@app.command()
 def demo(
     data: Annotated[Path | None, typer.Option(help="Folder of a public data set; absent = a simulated world.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the workspace.")] = Path("demo"),

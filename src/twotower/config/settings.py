@@ -699,7 +699,17 @@ class Stream:
     log: EventLog = field(default_factory=EventLog)
     """The append-only log of raw events."""
     window_s: PositiveReal = 600.0
-    """How long a click may follow its request."""
+    """How long a click may follow its request: what was not clicked leaves the joiner then. Event time."""
+    lateness_s: NotNegative = 30.0
+    """How far events may be out of order; a click waits so long for a request that comes after it."""
+    late_s: NotNegative = 3600.0
+    """How long after its window a request is remembered: a click that comes then still gets what was logged with it."""
+    shard_events: Positive = 10_000
+    """Events of the log that one shard is made of at most."""
+    merged_mb: Positive = 256
+    """Shards of one hour are merged up to this size."""
+    follow_s: PositiveReal = 0.25
+    """`join --follow`: pause between two looks at the log."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -19,7 +19,7 @@ from twotower.datasets.holdout import Split
 from twotower.datasets.tables import DAY_MS, Tables
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import whole_folder, write_json
+from twotower.schema.files import parquet_files, whole_folder, write_json
 
 FORMAT: Final = 1
 MANIFEST: Final = "workspace.json"
@@ -81,8 +81,11 @@ class Workspace:
         days = [date for date in self.dates() if (first_day or "") <= date <= (last_day or "~")]
         if not days:
             raise DataError(f"{self.path} has events of {self.dates()[0]} to {self.dates()[-1]}, none in the range")
-        files = [file for day in days for file in sorted((self.path / EVENTS / f"{c.DATE}={day}").glob("*.parquet"))]
-        return pa.concat_tables([_read(file) for file in files]).sort_by(c.EVENT_SEQ)
+        files = [file for day in days for file in parquet_files(self.path / EVENTS / f"{c.DATE}={day}")]
+        try:
+            return pa.concat_tables([_read(file) for file in files], promote_options="permissive").sort_by(c.EVENT_SEQ)
+        except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+            raise DataError(f"{self.path / EVENTS}: a column has another type in some files: {error}") from None
 
     def holdout(self) -> pa.Table:
         """Held-out positives of users and items that have a training positive."""

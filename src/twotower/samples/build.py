@@ -43,7 +43,7 @@ from twotower.samples.sampling import (
 )
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import MANIFEST, folder_listing, whole_folder, write_json
+from twotower.schema.files import MANIFEST, folder_listing, parquet_files, whole_folder, write_json
 from twotower.schema.tables import check_entities, check_milliseconds, check_outcomes, require_columns
 
 log = logging.getLogger(__name__)
@@ -241,8 +241,9 @@ def _read(path: Path) -> pa.Table:
 def _partitions(folder: Path) -> dict[str, list[Path]]:
     """The files of each day of `events/`, days in their order, or of the one partition without time."""
     partitions: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob(f"{c.DATE}=*/*.parquet")):
-        partitions.setdefault(path.parent.name.removeprefix(f"{c.DATE}="), []).append(path)
+    for day in sorted(folder.glob(f"{c.DATE}=*")):
+        if files := parquet_files(day):
+            partitions[day.name.removeprefix(f"{c.DATE}=")] = files
     if not partitions:
         raise DataError(f"{folder} has no date=*/*.parquet: import or simulate a workspace first")
     for day in partitions.keys() - {c.UNKNOWN_DATE}:

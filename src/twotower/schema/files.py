@@ -81,6 +81,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files of a folder, by name, without those that are still being written."""
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith(TEMPORARY))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON document, whole or not at all; keys are sorted, so that the same content gives the same bytes."""
     with whole_file(path) as temporary:

@@ -91,6 +91,17 @@ def as_ids(column: pa.ChunkedArray | pa.Array, where: str) -> pa.ChunkedArray:
     raise DataError(f"{where} is of type {column.type}: an id is an integer or a string, convert it first")
 
 
+def is_id(value: object, kind: pa.DataType) -> bool:
+    """A value can be an id of a type, int64 or string.
+
+    >>> is_id(7, pa.int64()), is_id("7", pa.int64()), is_id(True, pa.int64()), is_id(2**63, pa.int64())
+    (True, False, False, False)
+    """
+    if kind == pa.int64():
+        return type(value) is int and -(2**63) <= value < 2**63
+    return type(value) is str
+
+
 def check_entities(table: pa.Table, id_column: str, where: str) -> pa.Table:
     """A table of users or items with its ids in their inner type, ordered by id.
 

@@ -25,11 +25,11 @@ from twotower.logs import Event, EventLog, EventLogError
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
-from twotower.schema.tables import EARLIEST_MS, LATEST_MS
+from twotower.schema.tables import EARLIEST_MS, LATEST_MS, is_id
 from twotower.serve.channels import Ask, SideBySide
 from twotower.serve.filters import Filter
 from twotower.serve.funnel import Sizes, explain, page_of, recommend
-from twotower.serve.request import Asked, Unanswerable, is_id, retrieve, similar
+from twotower.serve.request import Asked, Unanswerable, retrieve, similar
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST, Recent, RecentUsers
 

@@ -16,6 +16,7 @@ from twotower.models.retriever import Queries, similar_items
 from twotower.publish.version import TWO_TOWER, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, TwotowerError
+from twotower.schema.tables import is_id
 from twotower.serve.channels import ERROR, Ask, ask_in_turn
 from twotower.serve.filters import Filter, passing
 from twotower.serve.users import ItemId, Recent, UserId
@@ -153,17 +154,6 @@ def find_items(version: Version, item_ids: Sequence[ItemId]) -> npt.NDArray[np.i
     """Catalogue rows of items (n,), -1 for those that the version does not have."""
     known = version.item_ids.type
     return version.items.find(pa.array([item if is_id(item, known) else None for item in item_ids], known))
-
-
-def is_id(value: object, kind: pa.DataType) -> bool:
-    """A value can be an id of a type, int64 or string.
-
-    >>> is_id(7, pa.int64()), is_id("7", pa.int64()), is_id(True, pa.int64()), is_id(2**63, pa.int64())
-    (True, False, False, False)
-    """
-    if kind == pa.int64():
-        return type(value) is int and -(2**63) <= value < 2**63
-    return type(value) is str
 
 
 def clicked_rows(version: Version, user_row: int, recent: Recent) -> npt.NDArray[np.int32]:

@@ -1,0 +1,134 @@
+"""Daily partitions: every joined row of a day once, out of the shards, for `samples` and the full update.
+
+    events/date=YYYY-MM-DD/joined-0000.parquet      the rows of one partition of the log
+
+They stand beside imported files and have the same columns. A file is written anew, as a whole, when its day has new
+rows; it is a function of the log alone, whatever was killed on the way.
+"""
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from twotower.datasets.tables import DAY_MS, codes
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+from twotower.schema.files import whole_file
+from twotower.schema.tables import joined_events
+from twotower.stream.rows import CONTEXT, Types
+from twotower.stream.shards import Manifest, read_shard
+
+ROWS: Final = b"twotower.rows"
+"""Key of a file's metadata: all rows of its day with a number below are in it."""
+_DAY_BITS: Final = 40
+_ROW: Final = "row"
+_RANK: Final = "rank"
+_TEXT: Final = "text"
+
+
+def joined_path(events: Path, day: str, partition: int) -> Path:
+    """The file of a day and a partition."""
+    return events / f"{c.DATE}={day}" / f"joined-{partition:04d}.parquet"
+
+
+def stale_days(events: Path, shards: Sequence[Manifest]) -> list[str]:
+    """The days that have rows in some shard which are not in the day's file yet, in their order.
+
+    Args:
+        events: the folder of all days.
+        shards: all shards of one partition.
+    """
+    last_row: dict[str, int] = {}
+    for shard in shards:
+        last_row.update((day, found.last_row) for day, found in shard.days.items())
+    return sorted(day for day, last in last_row.items() if _written(joined_path(events, day, shard.partition)) <= last)
+
+
+def write_day(events: Path, folder: Path, day: str, shards: Sequence[Manifest], types: Types, partitions: int) -> int:
+    """Write a day's file of one partition, whole or not at all; gives its rows.
+
+    Of the rows of one request, user and item the one that came furthest is kept, the latest of equals: so a click that
+    came after its window takes the place of the impression.
+
+    Args:
+        events: the folder of all days.
+        folder: of all shards.
+        day: `YYYY-MM-DD`.
+        shards: all shards of the partition.
+        types: of ids and values.
+        partitions: of the log; rows of different ones never have the same `event_seq`.
+    """
+    holding = [shard for shard in shards if day in shard.days]
+    partition, end_row = holding[0].partition, 1 + max(shard.days[day].last_row for shard in holding)
+    begin_ms = DAY_MS * (datetime.date.fromisoformat(day) - datetime.date(1970, 1, 1)).days
+    parts = []
+    for shard in holding:
+        rows = read_shard(folder, shard)
+        rows = rows.append_column(_ROW, pa.array(np.arange(shard.first_row, shard.end_row)))
+        at = rows[c.REQUEST_TS_MS]
+        parts.append(rows.filter(pc.and_(pc.greater_equal(at, begin_ms), pc.less(at, begin_ms + DAY_MS))))
+    rows = _furthest(pa.concat_tables(parts, promote_options="default"))
+    numbers = ((begin_ms // DAY_MS) << _DAY_BITS) + np.arange(rows.num_rows, dtype=np.int64) * partitions + partition
+    schema = joined_schema(types)
+    columns = {c.EVENT_SEQ: pa.array(numbers)}
+    columns |= {name: rows[name] for name in schema.names if name in rows.column_names}
+    columns |= {name: rows[f"{CONTEXT}{name}"] for name in types.context if f"{CONTEXT}{name}" in rows.column_names}
+    missing = {name: pa.nulls(rows.num_rows, schema.field(name).type) for name in schema.names if name not in columns}
+    try:
+        table = pa.table({name: (columns | missing)[name] for name in schema.names}).cast(schema)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"the shards of {day} hold values of another type than events/ ({error})") from None
+    with whole_file(joined_path(events, day, partition)) as temporary:
+        pq.write_table(table.replace_schema_metadata({ROWS: str(end_row)}), temporary, compression="zstd")
+    return len(numbers)
+
+
+def joined_schema(types: Types) -> pa.Schema:
+    """The columns of a daily file: those of joined events, what the funnel knows, and the context."""
+    schema = joined_events(types.user_id, types.item_id)
+    for name, kind in (
+        (c.POSITION, pa.int32()),
+        (c.SCORE, pa.float32()),
+        (c.CHANNEL, pa.string()),
+        (c.PROBABILITY, pa.float32()),
+        (c.PROPENSITY, pa.float32()),
+        *types.context.items(),
+    ):
+        schema = schema.append(pa.field(name, kind))
+    return schema
+
+
+def _written(path: Path) -> int:
+    """The number of the first row that is not in a day's file."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except FileNotFoundError:
+        return 0
+    except (pa.ArrowInvalid, OSError):  # damaged: it is written again
+        return 0
+    return int(metadata.get(ROWS, b"0"))
+
+
+def _furthest(rows: pa.Table) -> pa.Table:
+    """One row of each item of a request, in the order of time, then user, request and place in the request's record."""
+    ranks = pc.index_in(rows[c.OUTCOME], pa.array(c.OUTCOMES)).to_numpy()
+    number = rows[_ROW].to_numpy()
+    request, user, item = (codes(rows[name]) for name in (c.REQUEST_ID, c.USER_ID, c.ITEM_ID))
+    named = rows[c.REQUEST_ID].is_valid().to_numpy()
+    request = np.where(named, request, -1 - number)  # a row without a request stands alone
+    best = np.lexsort((number, ranks, item, request, user))
+    last = np.ones(len(best), np.bool_)
+    last[:-1] = (
+        (item[best][1:] != item[best][:-1])
+        | (request[best][1:] != request[best][:-1])
+        | (user[best][1:] != user[best][:-1])
+    )
+    kept = best[last]
+    order = np.lexsort((number[kept], rows[c.REQUEST_TS_MS].to_numpy()[kept]))
+    return rows.take(pa.array(kept[order]))

@@ -1,0 +1,320 @@
+"""`tf.train.Example` messages to Arrow columns, all messages of a chunk at once.
+
+A protobuf message is a run of fields, and where one begins is known only when the one before it was read. Here the
+first field of every message is read by NumPy at the same time, then every second one, and so on: the loops are over the
+fields of a message, never over messages. N messages; M fields of all of them together.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from twotower.features.columns import pointers, ranges
+from twotower.schema.errors import DataError
+from twotower.stream.example import BYTES_LIST, FLOAT_LIST, INT64_LIST, list_of
+from twotower.stream.tfrecord import Records
+
+Places = npt.NDArray[np.int64]
+
+_CHUNK: Final = 8192
+_SPARE: Final = 16
+"""Zero bytes behind the data, so that reading a number never leaves it."""
+_LONGEST: Final = 10
+"""Bytes of the longest varint."""
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+"""Wire types."""
+_LISTS: Final = {1: BYTES_LIST, 2: FLOAT_LIST, 3: INT64_LIST}
+
+
+class _Malformed(Exception):
+    """A field is none: the numbers of messages in which this is so."""
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Fields of messages, in the order of the messages' number and then of their place."""
+
+    owner: Places
+    """(M,) the message that a field is of."""
+    number: Places
+    """(M,) of the field."""
+    wire: Places
+    """(M,) wire type."""
+    start: Places
+    """(M,) where its content begins."""
+    end: Places
+    """(M,) where that ends."""
+
+    def take(self, mask: Any) -> "_Fields":
+        return _Fields(self.owner[mask], self.number[mask], self.wire[mask], self.start[mask], self.end[mask])
+
+    def of(self, number: int) -> "_Fields":
+        """Those with a number, which have a length."""
+        return self.take((self.number == number) & (self.wire == _LENGTH))
+
+
+def decode(records: Records, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema out of the records of a file.
+
+    Args:
+        records: N records, an Example each.
+        schema: int64, int32, bool, float32 and string columns, and lists of int64, float32 and string. Features that
+            it does not name are passed over.
+
+    Returns:
+        (N,) rows; null where a record has no such feature.
+
+    Raises:
+        DataError: a record is no Example, a feature is of another kind than its column, a scalar has several values,
+            or text is not UTF-8.
+    """
+    chunks = [
+        _decode(records, begin, min(begin + _CHUNK, len(records)), schema) for begin in range(0, len(records), _CHUNK)
+    ]
+    return pa.Table.from_batches(chunks, schema)
+
+
+def _decode(records: Records, begin: int, end: int, schema: pa.Schema) -> pa.RecordBatch:
+    """The rows of the records from `begin` to `end`."""
+    base = int(records.starts[begin])
+    raw = records.data[base : int(records.ends[end - 1])]
+    data = np.frombuffer(raw + bytes(_SPARE), np.uint8)
+    starts, ends = records.starts[begin:end] - base, records.ends[begin:end] - base
+    try:
+        features = _split(data, np.arange(end - begin), starts, ends).of(1)
+        entries = _split(data, features.owner, features.start, features.end).of(1)
+        inner = _split(data, np.arange(len(entries.owner)), entries.start, entries.end)
+    except _Malformed as error:
+        raise DataError(f"record {begin + error.args[0]} is no tf.train.Example") from None
+    keys, values = _last(inner.of(1), len(entries.owner)), _last(inner.of(2), len(entries.owner))
+    lookup = _Names(data, keys)
+    columns = []
+    for field in schema:
+        found = lookup.find(field.name)
+        found = found[values.start[found] >= 0]
+        # Of two features of one name the last counts, as in protobuf.
+        owner = entries.owner[found]
+        latest = np.flatnonzero(np.r_[owner[1:] != owner[:-1], True]) if len(owner) else np.zeros(0, np.int64)
+        found = found[latest]
+        columns.append(
+            _column(data, field, end - begin, entries.owner[found], values.start[found], values.end[found], begin)
+        )
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _column(
+    data: npt.NDArray[np.uint8], field: pa.Field, size: int, owner: Places, start: Places, end: Places, begin: int
+) -> pa.Array:
+    """One column of `size` rows out of the Features (M,) that its rows `owner` have."""
+    is_list = pa.types.is_list(field.type)
+    kind = field.type.value_type if is_list else field.type
+    wanted = list_of(field.type)
+    try:
+        lists = _split(data, np.arange(len(owner)), start, end)
+        lists = _last_field(lists, len(owner))
+        other = lists.number != next(number for number, name in _LISTS.items() if name == wanted)
+        if (has := lists.number > 0).any() and (wrong := has & other).any():
+            seen = _LISTS.get(int(lists.number[wrong][0]), "another kind")
+            raise DataError(f"record {begin + int(owner[wrong][0])}: {field.name} is a {seen}, where a {wanted} is due")
+        owner, lists = owner[has], lists.take(has)
+        values, counts = _values(data, lists, kind)
+    except _Malformed as error:
+        raise DataError(f"record {begin + int(owner[error.args[0]])}: {field.name} is no tf.train.Feature") from None
+    if is_list:
+        lengths = np.zeros(size, np.int64)
+        lengths[owner] = counts
+        missing = np.ones(size, np.bool_)
+        missing[owner] = False
+        offsets = pointers(lengths).astype(np.int32)
+        return pa.ListArray.from_arrays(offsets, values, type=field.type, mask=pa.array(missing))
+    if (counts > 1).any():
+        several = int(np.flatnonzero(counts > 1)[0])
+        raise DataError(
+            f"record {begin + int(owner[several])}: {field.name} has {int(counts[several])} values, where one is due"
+        )
+    places = np.full(size, -1, np.int64)
+    places[owner[counts == 1]] = np.arange(len(values))
+    return values.take(pa.array(places, mask=places < 0))
+
+
+def _values(data: npt.NDArray[np.uint8], lists: _Fields, kind: pa.DataType) -> tuple[pa.Array, Places]:
+    """All values of the lists (M,), one after the other, and how many each has (M,)."""
+    size = len(lists.owner)
+    items = _split(data, np.arange(size), lists.start, lists.end)
+    items = items.take(items.number == 1)
+    if pa.types.is_string(kind):
+        _require(items, _LENGTH)
+        lengths = items.end - items.start
+        content = data[ranges(items.start, lengths)]
+        offsets = pa.py_buffer(pointers(lengths).astype(np.int32))
+        text = pa.StringArray.from_buffers(len(lengths), offsets, pa.py_buffer(content))
+        try:
+            text.validate(full=True)
+        except pa.ArrowInvalid:
+            raise DataError("a text is not UTF-8") from None
+        return text, np.bincount(items.owner, minlength=size)
+    if pa.types.is_floating(kind):
+        unpacked = items.wire == _FIXED32
+        _require(items.take(~unpacked), _LENGTH)
+        width = items.end - items.start
+        if (width % 4).any():
+            raise _Malformed(int(items.owner[width % 4 != 0][0]))
+        starts = ranges(items.start // 1, width // 4)
+        within = starts - np.repeat(items.start, width // 4)
+        at = np.repeat(items.start, width // 4) + 4 * within
+        four = np.lib.stride_tricks.as_strided(data, (max(0, len(data) - 3), 4), (1, 1))
+        numbers = np.ascontiguousarray(four[at]).view("<f4").reshape(-1)
+        counts = np.bincount(items.owner, weights=width // 4, minlength=size).astype(np.int64)
+        return pa.array(numbers, pa.float32()), counts
+    unpacked = items.wire == _VARINT
+    _require(items.take(~unpacked), _LENGTH)
+    numbers, counts = _varints(data, items)
+    owners = np.bincount(items.owner, weights=counts, minlength=size).astype(np.int64)
+    if pa.types.is_boolean(kind):
+        return pa.array(numbers != 0), owners
+    return pa.array(numbers.view(np.int64)).cast(kind), owners
+
+
+def _require(items: _Fields, wire: int) -> None:
+    if len(items.wire) and (wrong := items.wire != wire).any():
+        raise _Malformed(int(items.owner[wrong][0]))
+
+
+def _varints(data: npt.NDArray[np.uint8], items: _Fields) -> tuple[npt.NDArray[np.uint64], Places]:
+    """The varints that fill the contents (M,), one after the other, and how many are in each (M,)."""
+    widths = items.end - items.start
+    content = data[ranges(items.start, widths)]
+    is_last = content < 0x80
+    edges = pointers(widths)
+    if len(content) and not is_last[edges[1:][widths > 0] - 1].all():
+        bad = np.flatnonzero(widths > 0)[~is_last[edges[1:][widths > 0] - 1]]
+        raise _Malformed(int(items.owner[bad[0]]))
+    counted = pointers(is_last.astype(np.int64))
+    counts = counted[edges[1:]] - counted[edges[:-1]]
+    if not len(content):
+        return np.zeros(0, np.uint64), counts
+    begins = np.flatnonzero(np.r_[True, is_last[:-1]])
+    place = np.arange(len(content)) - np.repeat(begins, np.diff(np.r_[begins, len(content)]))
+    if place.max() >= _LONGEST:
+        far = int(np.flatnonzero(place >= _LONGEST)[0])
+        raise _Malformed(int(items.owner[np.searchsorted(edges, far, side="right") - 1]))
+    parts = (content & np.uint8(0x7F)).astype(np.uint64) << (7 * place).astype(np.uint64)
+    return np.bitwise_or.reduceat(parts, begins), counts
+
+
+def _split(data: npt.NDArray[np.uint8], owner: Places, start: Places, end: Places) -> _Fields:
+    """The fields of the messages (M,) that stand from `start` to `end`, each under its message's owner."""
+    found = list(_steps(data, np.asarray(owner, np.int64), start, end))
+    if not found:
+        none = np.zeros(0, np.int64)
+        return _Fields(none, none, none, none, none)
+    message = np.concatenate([step[0] for step in found])
+    order = np.argsort(message, kind="stable")
+    columns = [np.concatenate([step[place] for step in found])[order] for place in range(1, 6)]
+    return _Fields(*columns)
+
+
+def _steps(
+    data: npt.NDArray[np.uint8], owner: Places, start: Places, end: Places
+) -> Iterator[tuple[Places, Places, Places, Places, Places, Places]]:
+    """The first field of every message, then every second one, and so on: message, owner, number, wire, start, end."""
+    message = np.flatnonzero(start < end)
+    position, limit = start[message], end[message]
+    while len(message):
+        tag, position = _read_varints(data, position, owner[message])
+        wire, number = tag & 7, tag >> 3
+        length = np.zeros(len(message), np.int64)
+        content = position
+        if (sized := wire == _LENGTH).all():
+            length, content = _read_varints(data, position, owner[message])
+        else:
+            if sized.any():
+                length[sized], content = _read_some(data, position, sized, owner[message])
+            if (varint := wire == _VARINT).any():
+                _, after = _read_some(data, position, varint, owner[message])
+                length[varint] = (after - position)[varint]
+            length[wire == _FIXED64] = 8
+            length[wire == _FIXED32] = 4
+        known = sized | (wire == _VARINT) | (wire == _FIXED64) | (wire == _FIXED32)
+        after = content + length
+        bad = ~known | (number < 1) | (length < 0) | (after > limit)
+        if bad.any():
+            raise _Malformed(int(owner[message[bad]][0]))
+        yield message, owner[message], number, wire, content, after
+        going = after < limit
+        message, position, limit = message[going], after[going], limit[going]
+
+
+def _read_varints(data: npt.NDArray[np.uint8], position: Places, owner: Places) -> tuple[Places, Places]:
+    """The varint at each position (M,), and where it ends (M,). Nearly all have one byte or two."""
+    if len(position) and position.max() >= len(data):
+        raise _Malformed(int(owner[np.argmax(position)]))
+    byte = data[position].astype(np.int64)
+    value, after = byte & 0x7F, position + 1
+    going = np.flatnonzero(byte >= 0x80)
+    for place in range(1, _LONGEST):
+        if not len(going):
+            return value, after
+        if after[going].max() >= len(data):
+            break
+        byte = data[after[going]].astype(np.int64)
+        value[going] |= (byte & 0x7F) << (7 * place)
+        after[going] += 1
+        going = going[byte >= 0x80]
+    if len(going):
+        raise _Malformed(int(owner[going[0]]))
+    return value, after
+
+
+def _read_some(
+    data: npt.NDArray[np.uint8], position: Places, mask: npt.NDArray[np.bool_], owner: Places
+) -> tuple[Places, Places]:
+    """As `_read_varints` of those positions that `mask` marks; the others stay where they are."""
+    value, ends = _read_varints(data, position[mask], owner[mask])
+    after = position.copy()
+    after[mask] = ends
+    return value, after
+
+
+def _last(fields: _Fields, size: int) -> _Fields:
+    """The last field of each of `size` messages; start -1 where a message has none."""
+    found = _Fields(np.arange(size), *(np.full(size, filler, np.int64) for filler in (0, 0, -1, -1)))
+    for into, out in ((found.number, fields.number), (found.wire, fields.wire)):
+        into[fields.owner] = out
+    found.start[fields.owner] = fields.start
+    found.end[fields.owner] = fields.end
+    return found
+
+
+def _last_field(fields: _Fields, size: int) -> _Fields:
+    """The last of a Feature's three lists: it is the one that counts."""
+    return _last(fields.take((fields.number >= 1) & (fields.number <= 3) & (fields.wire == _LENGTH)), size)
+
+
+class _Names:
+    """Finds the entries of a map by their name.
+
+    Args:
+        data: that the names are in.
+        keys: (M,) the name of each entry.
+    """
+
+    def __init__(self, data: npt.NDArray[np.uint8], keys: _Fields) -> None:
+        self._data = data
+        self._start = np.where(keys.start >= 0, keys.start, 0)
+        self._length = np.where(keys.start >= 0, keys.end - keys.start, 0)
+        self._by_length: dict[int, Places] = {}
+
+    def find(self, name: str) -> Places:
+        """The entries of a name, ascending."""
+        wanted = np.frombuffer(name.encode(), np.uint8)
+        if len(wanted) not in self._by_length:
+            self._by_length[len(wanted)] = np.flatnonzero(self._length == len(wanted))
+        found = self._by_length[len(wanted)]
+        for place, byte in enumerate(wanted):
+            found = found[self._data[self._start[found] + place] == byte]
+        return found

@@ -1,0 +1,164 @@
+"""Rows of a table as `tf.train.Example` messages, written with protobuf, in a descriptor of our own.
+
+A feature is a list of integers, floats or bytes under a name. A value that is null has no feature; an empty list has
+one without values. `decode.py` reads them back as columns.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import pyarrow as pa
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from twotower.features.feature_set import HISTORY
+from twotower.schema import columns as c
+from twotower.stream.rows import CONTEXT, DELTA_SEQ, FEATURES, VERSION, Asked, Row, Types
+
+INT64_LIST: Final = "int64_list"
+FLOAT_LIST: Final = "float_list"
+BYTES_LIST: Final = "bytes_list"
+
+_FIELDS: Final = descriptor_pb2.FieldDescriptorProto
+_SHARED_TAG: Final = b"\x0a"
+"""Of the field `features` of an Example."""
+
+
+def _messages() -> tuple[Any, Any]:
+    """The classes of Example and Features, in a pool of their own: TensorFlow may have its in the same process."""
+    file = descriptor_pb2.FileDescriptorProto(
+        name="twotower/example.proto", package="twotower.example", syntax="proto3"
+    )
+
+    def message(name: str, parent: Any = file.message_type) -> Any:
+        return parent.add(name=name)
+
+    def field(of: Any, name: str, number: int, kind: int, type_name: str = "", repeated: bool = False) -> Any:
+        label = _FIELDS.LABEL_REPEATED if repeated else _FIELDS.LABEL_OPTIONAL
+        return of.field.add(name=name, number=number, type=kind, label=label, type_name=type_name or None)
+
+    for name, kind in (
+        ("BytesList", _FIELDS.TYPE_BYTES),
+        ("FloatList", _FIELDS.TYPE_FLOAT),
+        ("Int64List", _FIELDS.TYPE_INT64),
+    ):
+        field(message(name), "value", 1, kind, repeated=True)
+    feature = message("Feature")
+    feature.oneof_decl.add(name="kind")
+    for number, (name, kind) in enumerate(
+        ((BYTES_LIST, "BytesList"), (FLOAT_LIST, "FloatList"), (INT64_LIST, "Int64List")), 1
+    ):
+        field(feature, name, number, _FIELDS.TYPE_MESSAGE, f".twotower.example.{kind}").oneof_index = 0
+    features = message("Features")
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    field(entry, "key", 1, _FIELDS.TYPE_STRING)
+    field(entry, "value", 2, _FIELDS.TYPE_MESSAGE, ".twotower.example.Feature")
+    field(features, "feature", 1, _FIELDS.TYPE_MESSAGE, ".twotower.example.Features.FeatureEntry", repeated=True)
+    field(message("Example"), "features", 1, _FIELDS.TYPE_MESSAGE, ".twotower.example.Features")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    found = [
+        message_factory.GetMessageClass(pool.FindMessageTypeByName(f"twotower.example.{name}"))
+        for name in ("Example", "Features")
+    ]
+    return found[0], found[1]
+
+
+Example, Features = _messages()
+
+
+def list_of(kind: pa.DataType) -> str:
+    """The list of a feature that holds values of a type, or lists of it.
+
+    >>> list_of(pa.list_(pa.string())), list_of(pa.bool_())
+    ('bytes_list', 'int64_list')
+    """
+    if pa.types.is_list(kind):
+        return list_of(kind.value_type)
+    if pa.types.is_string(kind):
+        return BYTES_LIST
+    return FLOAT_LIST if pa.types.is_floating(kind) else INT64_LIST
+
+
+def encode_rows(rows: Iterable[Row], types: Types) -> Iterator[bytes]:
+    """Each row as the bytes of an Example, the same for the same row.
+
+    What the rows of one request share is written once: the bytes of two `Features` one after the other are those of
+    both together.
+    """
+    kinds = {field.name: list_of(field.type) for field in types.schema()}
+    shared: dict[bool, bytes] = {}
+    asked: Asked | None = None
+    for row in rows:
+        if row.asked is not asked:
+            asked, shared = row.asked, {}
+        shown = row.outcome in (c.IMPRESSED, c.CLICKED)
+        if shown not in shared:
+            shared[shown] = _bytes(_shared(row.asked, shown), kinds)
+        content = _bytes(_own(row), kinds) + shared[shown]
+        yield _SHARED_TAG + _varint(len(content)) + content
+
+
+def _own(row: Row) -> dict[str, Any]:
+    return {
+        c.ITEM_ID: row.item_id,
+        c.OUTCOME: row.outcome,
+        c.CLICK_TS_MS: row.click_ts_ms,
+        c.WEIGHT: row.weight,
+        c.POSITION: row.position,
+        c.SCORE: row.score,
+        c.CHANNEL: row.channel,
+        c.PROBABILITY: row.probability,
+        c.PROPENSITY: row.propensity,
+    }
+
+
+def _shared(asked: Asked, shown: bool) -> dict[str, Any]:
+    """What the rows of a request share; history and features are for models of what was shown, not for rejects."""
+    values: dict[str, Any] = {
+        c.USER_ID: asked.user_id,
+        c.REQUEST_ID: asked.request_id,
+        c.REQUEST_TS_MS: asked.ts_ms,
+        VERSION: asked.version,
+        DELTA_SEQ: asked.delta_seq,
+    }
+    values |= {f"{CONTEXT}{name}": value for name, value in asked.context.items()}
+    if shown:
+        values |= {f"{FEATURES}{name}": value for name, value in asked.features.items()}
+        values[HISTORY] = asked.history
+    return values
+
+
+def _bytes(values: dict[str, Any], kinds: dict[str, str]) -> bytes:
+    """Features of those values that are not null, ordered by name."""
+    message = Features()
+    for name, value in values.items():
+        if value is None:
+            continue
+        many = value if isinstance(value, list | tuple) else (value,)
+        kind = kinds[name]
+        values_of = getattr(message.feature[name], kind)
+        if not many:
+            values_of.SetInParent()
+        elif kind == BYTES_LIST:
+            values_of.value.extend([text.encode() for text in many])
+        elif kind == INT64_LIST:
+            values_of.value.extend(map(int, many))  # protobuf takes no booleans for integers
+        else:
+            values_of.value.extend(many)
+    found: bytes = message.SerializeToString(deterministic=True)
+    return found
+
+
+def _varint(number: int) -> bytes:
+    r"""A number in protobuf's base 128.
+
+    >>> _varint(300)
+    b'\xac\x02'
+    """
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)

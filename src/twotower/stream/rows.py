@@ -1,0 +1,231 @@
+"""A joined row: one item of one request, with what became of it and what was known when it was asked for.
+
+Shards and daily partitions have the same rows. Values are those that the request carried, in the types of the
+workspace's own tables.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from twotower.config import settings as spec
+from twotower.features.feature_set import HISTORY
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.files import parquet_files
+
+log = logging.getLogger(__name__)
+
+CONTEXT: Final = "context."
+"""Before the name of a context value in a shard; a daily partition has the name alone."""
+FEATURES: Final = "features."
+"""Before the name of a user feature that came with a request."""
+VERSION: Final = "version"
+DELTA_SEQ: Final = "delta_seq"
+
+_LARGEST: Final = 3.4e38
+"""About the largest float32."""
+
+UserId = int | str
+ItemId = int | str
+Value = int | float | str | bool | Sequence[Any] | None
+
+
+@dataclass(frozen=True)
+class Types:
+    """The types of ids and of raw values, as a workspace has them."""
+
+    user_id: pa.DataType
+    """int64 or string."""
+    item_id: pa.DataType
+    features: Mapping[str, pa.DataType]
+    """Of each user feature that a request may carry."""
+    context: Mapping[str, pa.DataType]
+    """Of each context feature."""
+
+    def schema(self) -> pa.Schema:
+        """The columns of a shard."""
+        return pa.schema(
+            [
+                (c.REQUEST_ID, pa.string()),
+                (c.USER_ID, self.user_id),
+                (c.ITEM_ID, self.item_id),
+                (c.REQUEST_TS_MS, pa.int64()),
+                (c.CLICK_TS_MS, pa.int64()),
+                (c.OUTCOME, pa.string()),
+                (c.WEIGHT, pa.float32()),
+                (c.POSITION, pa.int32()),
+                (c.SCORE, pa.float32()),
+                (c.CHANNEL, pa.string()),
+                (c.PROBABILITY, pa.float32()),
+                (c.PROPENSITY, pa.float32()),
+                (VERSION, pa.string()),
+                (DELTA_SEQ, pa.int64()),
+                *((f"{CONTEXT}{name}", kind) for name, kind in self.context.items()),
+                *((f"{FEATURES}{name}", kind) for name, kind in self.features.items()),
+                (HISTORY, pa.list_(self.item_id)),
+            ]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the rows of one request share."""
+
+    user_id: UserId
+    request_id: str | None
+    ts_ms: int
+    context: Mapping[str, Value] = field(default_factory=dict)
+    features: Mapping[str, Value] = field(default_factory=dict)
+    history: Sequence[ItemId] | None = None
+    """Clicks that the model saw, oldest first; None = the request does not say."""
+    version: str | None = None
+    delta_seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One item of one request."""
+
+    asked: Asked
+    item_id: ItemId
+    outcome: str
+    click_ts_ms: int | None = None
+    weight: float | None = None
+    position: int | None = None
+    score: float | None = None
+    channel: str | None = None
+    probability: float | None = None
+    propensity: float | None = None
+
+
+def read_types(workspace: Path, user: Mapping[str, spec.Feature], context: Mapping[str, spec.Feature]) -> Types:
+    """The types of a workspace's ids and of its configured features.
+
+    Args:
+        workspace: with `users.parquet`, `items.parquet` and `events/`.
+        user: the configured features of users.
+        context: the configured features of requests.
+
+    Raises:
+        DataError: a table is missing.
+        ConfigError: a configured user feature is no column of `users.parquet`.
+    """
+    users, items = _schema(workspace / "users.parquet"), _schema(workspace / "items.parquet")
+    for table, name in ((users, c.USER_ID), (items, c.ITEM_ID)):
+        if name not in table.names:
+            raise DataError(f"{workspace / name.removesuffix('_id')}s.parquet has no column {name}")
+    item_id = _id_type(items.field(c.ITEM_ID).type)
+    features = {}
+    for name, feature in user.items():
+        if name == c.USER_ID or (name == HISTORY and isinstance(feature, spec.Sequence)):
+            continue
+        if name not in users.names:
+            raise ConfigError(
+                f"features.user.{name}: users.parquet has no such column; it has {', '.join(users.names)}"
+            )
+        features[name] = _raw_type(users.field(name).type, feature, item_id)
+    found = _context_types(workspace / "events", set(context))
+    return Types(
+        _id_type(users.field(c.USER_ID).type),
+        item_id,
+        features,
+        {name: _raw_type(found.get(name, pa.null()), feature, item_id) for name, feature in context.items()},
+    )
+
+
+def as_value(value: Any, kind: pa.DataType) -> Value:
+    """A value of JSON in the type of a column; whole floats and booleans count as integers, NaN as null.
+
+    Raises:
+        ValueError: it is none of that type.
+
+    >>> as_value(3.0, pa.int64()), as_value(3, pa.float32()), as_value(["a"], pa.list_(pa.string()))
+    (3, 3.0, ['a'])
+    """
+    if value is None:
+        return None
+    if pa.types.is_list(kind):
+        right = isinstance(value, list)
+    elif pa.types.is_string(kind):
+        right = isinstance(value, str)
+    elif pa.types.is_boolean(kind):
+        right = isinstance(value, bool)
+    else:
+        return _as_number(value, kind)
+    if not right:
+        raise ValueError(f"{value!r} is no {kind}")
+    return [as_value(one, kind.value_type) for one in value if one is not None] if pa.types.is_list(kind) else value
+
+
+def _as_number(value: Any, kind: pa.DataType) -> int | float | None:
+    if isinstance(value, int | float):
+        if not math.isfinite(value):
+            return None
+        if pa.types.is_floating(kind):
+            if abs(value) <= _LARGEST:
+                return float(value)
+        elif value == math.floor(value) and -(2 ** (kind.bit_width - 1)) <= value < 2 ** (kind.bit_width - 1):
+            return int(value)
+    raise ValueError(f"{value!r} is no {kind}")
+
+
+def _schema(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: import or simulate a workspace first") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no readable Parquet file: {error}") from None
+
+
+def _id_type(kind: pa.DataType) -> pa.DataType:
+    return pa.int64() if pa.types.is_integer(kind) else pa.string()
+
+
+def _context_types(events: Path, wanted: set[str]) -> dict[str, pa.DataType]:
+    """The type of each context column in the first file that has values of it."""
+    found: dict[str, pa.DataType] = {}
+    for folder in sorted(events.glob(f"{c.DATE}=*")):
+        for path in parquet_files(folder):
+            if wanted <= found.keys():
+                return found
+            stored = _schema(path)
+            for name in wanted.intersection(stored.names) - found.keys():
+                if not pa.types.is_null(stored.field(name).type):
+                    found[name] = stored.field(name).type
+    return found
+
+
+def _raw_type(kind: pa.DataType, feature: spec.Feature, item_id: pa.DataType) -> pa.DataType:
+    """The type of raw values of a feature: of numbers and sequences what its kind says, of categories their column's.
+
+    Categories of which no file has any are strings.
+    """
+    if isinstance(feature, spec.Numeric):
+        return pa.float32()
+    if isinstance(feature, spec.Vector):
+        return pa.list_(pa.float32())
+    if isinstance(feature, spec.Sequence):
+        return pa.list_(item_id)
+    if pa.types.is_null(kind):
+        listed = isinstance(feature, spec.MultiCategorical) and feature.separator is None
+        return pa.list_(pa.string()) if listed else pa.string()
+    return _category_type(kind)
+
+
+def _category_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return _category_type(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(_category_type(kind.value_type))
+    if pa.types.is_boolean(kind):
+        return pa.bool_()
+    whole = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return pa.int64() if whole else pa.string()

@@ -1,0 +1,274 @@
+"""The joiner over a log on disk: shards, daily partitions, and what is left when it is interrupted."""
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from twotower.logs import Event, LocalEventLog
+from twotower.schema.errors import DataError
+from twotower.stream import join as join_module
+from twotower.stream.join import JoinReport, Taken, Windows, join
+from twotower.stream.rows import Types
+from twotower.stream.shards import day_of, manifests, partitions, read_rows
+
+WINDOWS = Windows(600_000, 30_000, 3_600_000)
+
+
+@pytest.fixture
+def run(tmp_path: Path, types: Types) -> Callable[..., JoinReport]:
+    """Joins a log into `out` of the test's folder."""
+
+    def ran(log_folder: Path, out: str = "out", **options: object) -> JoinReport:
+        given: dict[str, object] = {"shard_events": 50, "merged_bytes": 1 << 30, "flush": True, **options}
+        event_log = LocalEventLog.reader(log_folder)
+        folder = tmp_path / out
+        return join(event_log, folder / "shards", folder / "events", types, WINDOWS, **given)  # type: ignore[arg-type]
+
+    return ran
+
+
+def rows_of(folder: Path) -> list[pa.Table]:
+    return [read_rows(folder / "shards", partition) for partition in partitions(folder / "shards")]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_every_request_leaves_once_and_every_click_too(run, make_log, make_events, tmp_path: Path) -> None:
+    events = make_events(400)
+    report = run(make_log(events))
+    rows = pa.concat_tables(rows_of(tmp_path / "out"))
+    assert report.rows == rows.num_rows
+    assert report.events == len(events)
+    clicks = {(e.user_id, e.request_id, e.body["item_id"]) for e in events if e.type == "click"}
+    assert report.duplicates == sum(e.type == "click" for e in events) - len(clicks)
+    clicked = [row for row in rows.to_pylist() if row["outcome"] == "clicked"]
+    assert sorted((row["user_id"], row["request_id"], row["item_id"]) for row in clicked) == sorted(clicks)
+    assert [row for row in clicked if not row["history"] or row["version"] != "v1"] == []
+    assert report.late > 0
+    assert rows.num_rows == 400 * 5 + report.late
+
+
+def test_a_daily_partition_has_each_item_of_a_request_once(run, make_log, make_events, tmp_path: Path) -> None:
+    events = make_events(400)
+    report = run(make_log(events))
+    files = sorted((tmp_path / "out" / "events").rglob("*.parquet"))
+    assert [str(path.relative_to(tmp_path / "out" / "events")) for path in files] == [
+        f"date={day}/joined-{partition:04d}.parquet" for day in report.days for partition in (0, 1)
+    ]
+    assert report.days == ["2023-11-14", "2023-11-15"]
+    table = pa.concat_tables([pq.ParquetFile(path).read() for path in files])
+    keys = [(row["user_id"], row["request_id"], row["item_id"]) for row in table.to_pylist()]
+    assert len(keys) == len(set(keys)) == 400 * 5
+    clicks = {(e.user_id, e.request_id, e.body["item_id"]) for e in events if e.type == "click"}
+    assert {key for key, row in zip(keys, table.to_pylist(), strict=True) if row["outcome"] == "clicked"} == clicks
+    sequence = table["event_seq"].to_pylist()
+    assert len(set(sequence)) == len(sequence)
+    for path in files:
+        own = pq.ParquetFile(path).read()
+        assert own["request_ts_ms"].to_pylist() == sorted(own["request_ts_ms"].to_pylist())
+        assert own["event_seq"].to_pylist() == sorted(own["event_seq"].to_pylist())
+        assert {f"date={day_of(ts_ms)}" for ts_ms in own["request_ts_ms"].to_pylist()} == {path.parent.name}
+
+
+def test_what_is_joined_in_pieces_is_what_is_joined_at_once(run, make_log, make_events, tmp_path: Path) -> None:
+    events = make_events(300)
+    run(make_log(events), "whole")
+    draw = random.Random(0)
+    done = 0
+    while done < len(events):
+        done += draw.choice([1, 5, 40])
+        run(make_log(events[:done]), "pieces", shard_events=draw.choice([3, 50]), flush=False)
+    run(make_log(events), "pieces")
+    assert rows_of(tmp_path / "pieces") == rows_of(tmp_path / "whole")
+    assert hashes(tmp_path / "pieces" / "events") == hashes(tmp_path / "whole" / "events")
+
+
+def test_a_second_run_has_nothing_to_do(run, make_log, make_events, tmp_path: Path) -> None:
+    log = make_log(make_events(100))
+    first = run(log)
+    before = hashes(tmp_path / "out")
+    again = run(log)
+    assert (again.shards, again.rows, again.events, again.days) == (0, 0, 0, [])
+    assert again.watermark_ms == first.watermark_ms
+    assert hashes(tmp_path / "out") == before
+
+
+def test_without_a_flush_open_windows_wait_for_more(run, make_log, make_events, tmp_path: Path) -> None:
+    events = make_events(50)
+    waiting = run(make_log(events), flush=False)
+    assert waiting.outcomes.get("rank_rejected", 0) < 2 * 50
+    later = run(make_log([*events, *make_events(5, seed=3)[:0]]), flush=True)
+    assert waiting.outcomes["rank_rejected"] + later.outcomes["rank_rejected"] == 2 * 50
+
+
+def test_a_click_after_a_flush_takes_the_place_of_its_impression(run, make_log, make_events, tmp_path: Path) -> None:
+    events = [event for event in make_events(40) if event.type == "request"]
+    run(make_log(events))
+    asked = events[-1]
+    late = Event(
+        "late", "click", asked.user_id, asked.ts_ms + 5000, asked.request_id, {"item_id": asked.body["items"][0]}
+    )
+    report = run(make_log([*events, late]))
+    assert (report.late, report.rows, report.days) == (1, 1, [day_of(asked.ts_ms)])
+    rows = pa.concat_tables([pq.ParquetFile(path).read() for path in (tmp_path / "out" / "events").rglob("*.parquet")])
+    assert rows.num_rows == 40 * 5
+    [row] = [row for row in rows.to_pylist() if row["outcome"] == "clicked"]
+    assert (row["request_id"], row["position"], row["click_ts_ms"]) == (asked.request_id, 1, asked.ts_ms + 5000)
+    shards = [row["outcome"] for row in pa.concat_tables(rows_of(tmp_path / "out")).to_pylist()
+              if (row["request_id"], row["item_id"]) == (row["request_id"], asked.body["items"][0])
+              and row["request_id"] == asked.request_id]  # fmt: skip
+    assert shards == ["impressed", "clicked"]
+
+
+def test_small_shards_are_merged_by_the_hour_and_rows_keep_their_numbers(run, make_log, make_events, tmp_path) -> None:
+    log = make_log(make_events(400))
+    run(log, "small", merged_bytes=1)
+    run(log, "merged")
+    small, merged = (manifests(tmp_path / out / "shards", 0) for out in ("small", "merged"))
+    assert len(small) > len(merged)
+    hours = [shard.hour for shard in merged[:-2]]
+    assert len(set(hours)) == len(hours)
+    assert rows_of(tmp_path / "small") == rows_of(tmp_path / "merged")
+    assert (small[-1].end_row, small[-1].end) == (merged[-1].end_row, merged[-1].end)
+    left = {path.stem for path in (tmp_path / "merged" / "shards" / "partition-0000").glob("*.tfrecord")}
+    assert left == {shard.name for shard in merged}
+    assert read_rows(tmp_path / "merged" / "shards", 0, 100, 37) == rows_of(tmp_path / "small")[0].slice(100, 37)
+
+
+def test_merged_shards_have_the_same_bytes_wherever_the_small_ones_ended(run, make_log, make_events, tmp_path) -> None:
+    log = make_log(make_events(400))
+    for out, size in (("a", 7), ("b", 60)):
+        run(log, out, shard_events=size)
+    a, b = (
+        {path.name: path.read_bytes() for path in (tmp_path / out / "shards" / "partition-0001").glob("*.tfrecord")}
+        for out in ("a", "b")
+    )
+    common = set(a) & set(b)
+    assert len(common) >= len(b) - 3
+    assert all(a[name] == b[name] for name in common)
+
+
+class Killed(Exception):
+    """Stands for a kill at a moment of the commit."""
+
+
+@pytest.mark.parametrize("moment", ["write_records", "write_manifest", "merge", "write_day"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_joiner_that_ends_within_a_commit_loses_and_doubles_nothing(
+    run, make_log, make_events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, seed: int
+) -> None:
+    from twotower.stream import shards as shards_module
+
+    log = make_log(make_events(300, seed))
+    run(log, "undisturbed")
+    where = join_module if moment in ("merge", "write_day") else shards_module
+    original, draw = getattr(where, moment), random.Random(seed)
+
+    def dying(*arguments: object, **named: object) -> object:
+        if draw.random() < 0.3:
+            if draw.random() < 0.5:
+                original(*arguments, **named)
+            raise Killed
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(where, moment, dying)
+    killed = 0
+    for _ in range(200):
+        try:
+            run(log, "disturbed")
+            break
+        except Killed:
+            killed += 1
+    assert killed
+    assert hashes(tmp_path / "disturbed" / "events") == hashes(tmp_path / "undisturbed" / "events")
+    assert rows_of(tmp_path / "disturbed") == rows_of(tmp_path / "undisturbed")
+    names = ("late", "duplicates", "unjoined", "events")
+    counted = []
+    for out in ("disturbed", "undisturbed"):
+        counts = [shard.counts for partition in (0, 1) for shard in manifests(tmp_path / out / "shards", partition)]
+        counted.append([sum(getattr(one, name) for one in counts) for name in names])
+    assert counted[0] == counted[1]
+
+
+def test_joiners_share_partitions_and_none_takes_anothers(run, make_log, make_events, tmp_path: Path, types) -> None:
+    log = make_log(make_events(200))
+    run(log, "one")
+    first, second = run(log, "two", share=(1, 2)), run(log, "two", share=(2, 2))
+    assert first.rows > 0 < second.rows
+    assert rows_of(tmp_path / "two") == rows_of(tmp_path / "one")
+    held = join_module.PartitionJoin(LocalEventLog.reader(log), tmp_path / "two" / "shards", 1, types, WINDOWS, 9, 9)
+    run(log, "two", share=(1, 2))
+    with pytest.raises(Taken, match="another joiner has"):
+        run(log, "two")
+    held.close()
+    run(log, "two")
+
+
+def test_another_log_is_refused(run, make_log, make_events) -> None:
+    run(make_log(make_events(100)))
+    with pytest.raises(DataError, match=r"not of this log|is it another log"):
+        run(make_log(make_events(10), "other"))
+
+
+def test_a_damaged_shard_is_named(run, make_log, make_events, tmp_path: Path) -> None:
+    run(make_log(make_events(100)))
+    path = next((tmp_path / "out" / "shards").rglob("*.tfrecord"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(DataError, match=f"{path.name}.*is damaged"):
+        rows_of(tmp_path / "out")
+
+
+def test_a_shard_that_was_cut_after_a_whole_record_is_named(run, make_log, make_events, tmp_path: Path) -> None:
+    run(make_log(make_events(100)))
+    shard = manifests(tmp_path / "out" / "shards", 0)[0]
+    path = tmp_path / "out" / "shards" / "partition-0000" / f"{shard.name}.tfrecord"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=f"has 0 rows, the manifest says {shard.rows}"):
+        rows_of(tmp_path / "out")
+
+
+def test_a_shard_that_is_missing_in_between_is_seen(run, make_log, make_events, tmp_path: Path) -> None:
+    run(make_log(make_events(300)))
+    shard = manifests(tmp_path / "out" / "shards", 0)[1]
+    (tmp_path / "out" / "shards" / "partition-0000" / f"{shard.name}.json").unlink()
+    with pytest.raises(DataError, match="restore the shards in between"):
+        manifests(tmp_path / "out" / "shards", 0)
+
+
+def test_manifests_come_back_as_they_were_written(run, make_log, make_events, tmp_path: Path) -> None:
+    run(make_log(make_events(100)))
+    for shard in manifests(tmp_path / "out" / "shards", 0):
+        assert shard.rows == sum(shard.outcomes.values()) == sum(day.rows for day in shard.days.values())
+        assert dataclasses.replace(shard) == shard
+        assert shard.schema.names[:3] == ["request_id", "user_id", "item_id"]
+
+
+def test_following_goes_on_until_it_is_stopped(run, make_log, make_events, tmp_path: Path) -> None:
+    events = make_events(200)
+    run(make_log(events), "once")
+    seen = iter([len(events) // 2] * 10 + [len(events)] * 10)
+
+    def stopped() -> bool:
+        more = next(seen, None)
+        if more is not None:
+            make_log(events[:more], "live")
+        return more is None
+
+    make_log([], "live")
+    run(tmp_path / "live", "followed", follow_s=0.01, stopped=stopped, shard_events=10_000)
+    assert rows_of(tmp_path / "followed") == rows_of(tmp_path / "once")
+    assert hashes(tmp_path / "followed" / "events") == hashes(tmp_path / "once" / "events")

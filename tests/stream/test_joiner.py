@@ -1,0 +1,329 @@
+"""The rules of the joiner, one by one, and its memory against a log of random events."""
+
+import random
+from collections.abc import Iterator
+from itertools import count
+
+import pyarrow as pa
+import pytest
+
+from twotower.logs import Event, Record
+from twotower.stream.joiner import Clock, Joiner
+from twotower.stream.rows import Row, Types
+
+T0 = 1_700_000_000_000
+WINDOW_MS, LATENESS_MS, LATE_MS = 600_000, 30_000, 3_600_000
+TYPES = Types(pa.int64(), pa.int64(), {"age": pa.float32()}, {"scene": pa.string(), "hour": pa.int64()})
+_numbers = count()
+
+
+def request(at_s: float, request_id: str = "r", user_id: int | str = 1, **body: object) -> Event:
+    given = {"items": [1, 2, 3], "outcomes": ["impressed", "impressed", "rank_rejected"], **body}
+    return Event(f"q{next(_numbers)}", "request", user_id, T0 + round(at_s * 1000), request_id, given)
+
+
+def click(at_s: float, item: object = 1, request_id: str | None = "r", user_id: int | str = 1, **body: object) -> Event:
+    return Event(f"c{next(_numbers)}", "click", user_id, T0 + round(at_s * 1000), request_id, {"item_id": item, **body})
+
+
+def shown(at_s: float, *items: int, request_id: str | None = "r") -> Event:
+    return Event(f"i{next(_numbers)}", "impression", 1, T0 + round(at_s * 1000), request_id, {"items": list(items)})
+
+
+def tick(at_s: float) -> Event:
+    """An event that only says what time it is."""
+    return request(at_s, f"tick{next(_numbers)}", 2, items=[], outcomes=[])
+
+
+def joiner_of(records: list[Record], **windows: int) -> Joiner:
+    given = {"window_ms": WINDOW_MS, "lateness_ms": LATENESS_MS, "late_ms": LATE_MS, **windows}
+    return Joiner(TYPES, fetch=lambda offset: next(r.event for r in records if r.offset == offset), **given)
+
+
+def log_of(*events: Event) -> list[Record]:
+    return [Record(10 * place, 10 * place + 10, event) for place, event in enumerate(events)]
+
+
+def feed(*events: Event) -> tuple[Joiner, list[list[tuple[int | str, str]]]]:
+    """What leaves at each event: items and outcomes."""
+    records = log_of(*events)
+    joiner = joiner_of(records)
+    return joiner, [[(row.item_id, row.outcome) for row in joiner.feed(record)] for record in records]
+
+
+def test_a_click_leaves_at_once_and_the_rest_when_its_window_closes():
+    joiner, left = feed(request(0), click(5), tick(600 + 29.999), tick(600 + 30))
+    assert left == [[], [(1, "clicked")], [], [(2, "impressed"), (3, "rank_rejected")]]
+    assert joiner.take_counts().late == 0
+
+
+def test_a_click_has_what_was_logged_at_its_request():
+    asked = request(
+        0, context={"scene": "home", "hour": 7, "other": 1}, features={"age": 30}, history=[8, 9], version="v1",
+        delta_seq=4, positions=[1, 2, None], scores=[0.5, 0.25, None], channels=[["a", "b"], [], ["a"]],
+        probabilities=[1, 1, 0.1], propensities=[0.2, None, None],
+    )  # fmt: skip
+    records = log_of(asked, click(5, weight=2.5))
+    joiner = joiner_of(records)
+    joiner.feed(records[0])
+    [row] = joiner.feed(records[1])
+    assert (row.asked.ts_ms, row.click_ts_ms, row.weight) == (T0, T0 + 5000, 2.5)
+    assert (row.position, row.score, row.channel, row.probability, row.propensity) == (1, 0.5, "a|b", 1.0, 0.2)
+    assert (row.asked.context, row.asked.features) == ({"scene": "home", "hour": 7}, {"age": 30.0})
+    assert (row.asked.history, row.asked.version, row.asked.delta_seq) == ([8, 9], "v1", 4)
+    rejected = joiner.flush()[-1]
+    assert (rejected.item_id, rejected.position, rejected.probability, rejected.click_ts_ms) == (3, None, 0.1, None)
+
+
+def test_a_click_that_comes_before_its_request_waits_for_it():
+    joiner, left = feed(click(5), tick(20), request(0))
+    assert left == [[], [], [(1, "clicked")]]
+    assert joiner.take_counts().unjoined == 0
+
+
+def test_a_click_whose_request_does_not_come_leaves_alone():
+    records = log_of(click(5, 7), tick(35), request(0))
+    joiner = joiner_of(records)
+    assert joiner.feed(records[0]) == []
+    [row] = joiner.feed(records[1])
+    assert (row.item_id, row.outcome, row.asked.ts_ms, row.click_ts_ms) == (7, "clicked", T0 + 5000, T0 + 5000)
+    assert joiner.take_counts().unjoined == 1
+    assert joiner.feed(records[2]) == []
+    assert [row.item_id for row in joiner.flush()] == [1, 2, 3]
+
+
+def test_a_click_without_a_request_is_a_positive_of_its_own():
+    records = log_of(click(5, request_id=None, context={"scene": "home"}))
+    joiner = joiner_of(records)
+    [row] = joiner.feed(records[0])
+    assert (row.asked.request_id, row.asked.ts_ms, row.click_ts_ms) == (None, T0 + 5000, T0 + 5000)
+    assert row.asked.context == {"scene": "home"}
+    assert joiner.take_counts().unjoined == 1
+
+
+def test_a_late_click_is_a_positive_with_its_request_and_is_counted():
+    joiner, left = feed(request(0), tick(700), click(650, 2))
+    assert left[1] == [(1, "impressed"), (2, "impressed"), (3, "rank_rejected")]
+    assert left[2] == [(2, "clicked")]
+    assert joiner.take_counts().late == 1
+
+
+def test_a_late_click_reads_its_request_again():
+    records = log_of(request(0, history=[4], scores=[0.5, 0.25, None]), tick(700), click(650, 2))
+    joiner = joiner_of(records)
+    *_, [row] = [joiner.feed(record) for record in records]
+    assert (row.asked.ts_ms, row.asked.history, row.score) == (T0, [4], 0.25)
+
+
+def test_a_request_is_forgotten_after_its_late_time():
+    joiner, left = feed(request(0), tick(600 + 30 + 3600), click(650, 2))
+    assert left[2] == [(2, "clicked")]
+    assert joiner.take_counts().unjoined == 1
+
+
+def test_a_second_click_of_an_item_is_a_duplicate():
+    joiner, left = feed(request(0), click(5), click(6), click(7, 2))
+    assert left == [[], [(1, "clicked")], [], [(2, "clicked")]]
+    assert joiner.take_counts().duplicates == 1
+
+
+def test_a_second_request_of_one_id_is_a_duplicate():
+    joiner, left = feed(request(0), request(1), tick(700))
+    assert len(left[2]) == 3
+    assert joiner.take_counts().duplicates == 1
+
+
+def test_the_same_request_id_of_two_users_is_two_requests():
+    _, left = feed(request(0), request(0, user_id=2), click(5, user_id=2), tick(700))
+    assert left[2] == [(1, "clicked")]
+    assert len(left[3]) == 5
+
+
+def test_impressions_raise_what_a_request_recorded():
+    records = log_of(request(0, outcomes=["ranked_not_shown"] * 3), shown(1, 2, 9), click(2, 9), tick(700))
+    joiner = joiner_of(records)
+    left = [joiner.feed(record) for record in records]
+    assert [(row.item_id, row.outcome) for row in left[3]] == [
+        (1, "ranked_not_shown"), (2, "impressed"), (3, "ranked_not_shown"),
+    ]  # fmt: skip
+
+
+def test_impressions_without_their_request_are_a_request_of_their_own():
+    joiner, left = feed(shown(0, 4, 5), click(3, 5), tick(33), tick(700))
+    assert left == [[], [], [(5, "clicked")], [(4, "impressed")]]
+    assert joiner.take_counts().unjoined == 1
+
+
+def test_an_impression_after_the_window_is_late():
+    joiner, left = feed(request(0, outcomes=["ranked_not_shown"] * 3), tick(700), shown(1, 2), shown(1, 2))
+    assert left[2:] == [[(2, "impressed")], []]
+    assert joiner.take_counts().late == 1
+
+
+def test_impressions_that_name_no_request_are_dropped_and_counted():
+    joiner, left = feed(shown(0, 4, 5, request_id=None))
+    assert left == [[]]
+    assert joiner.take_counts().dropped == {"impression_without_request_id": 2}
+
+
+def test_a_request_may_say_itself_what_was_clicked():
+    _, left = feed(request(0, outcomes=["clicked", "impressed", "rank_rejected"]), click(3))
+    assert left == [[(1, "clicked")], []]
+
+
+def test_a_click_stamped_before_its_request_takes_its_time():
+    records = log_of(request(10), click(8))
+    joiner = joiner_of(records)
+    joiner.feed(records[0])
+    [row] = joiner.feed(records[1])
+    assert row.click_ts_ms == row.asked.ts_ms == T0 + 10_000
+    assert joiner.take_counts().before_request == 1
+
+
+def test_a_request_that_comes_after_its_window_leaves_at_once_and_is_late():
+    joiner, left = feed(tick(700), request(0))
+    assert len(left[1]) == 3
+    assert joiner.take_counts().late == 1
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (Event("e", "view", 1, T0), {"other_type": 1}),
+        (request(0, user_id="1"), {"wrong_user_id": 1}),
+        (click(0, "x"), {"wrong_item_id": 1}),
+        (click(0, 2**63), {"wrong_item_id": 1}),
+        (Event("e", "click", 1, T0, "r"), {"no_item": 1}),
+        (request(0, outcomes=["impressed"]), {"bad_request": 1}),
+        (request(0, outcomes=["impressed", "bought", "impressed"]), {"bad_request": 1}),
+        (request(0, positions=[1]), {"bad_request": 1}),
+        (request(0, items="abc", outcomes=["impressed"] * 3), {"bad_request": 1}),
+        (request(0, scores=["high", 1, 1]), {"bad_value": 1}),
+        (request(0, context={"scene": 3}), {"bad_value": 1}),
+        (request(0, context=[1]), {"bad_value": 1}),
+        (request(0, items=[1, 1, 2]), {"item_twice": 1}),
+        (request(0, items=[1, "b", 2]), {"wrong_item_id": 1}),
+        (click(0, request_id=None, weight=-1), {"bad_value": 1}),
+    ],
+)
+def test_what_cannot_be_used_is_dropped_and_counted(event: Event, reason: dict[str, int]):
+    joiner, _ = feed(event)
+    joiner.flush()
+    assert joiner.take_counts().dropped == reason
+
+
+def test_of_an_item_that_is_twice_in_a_request_the_furthest_counts():
+    joiner, _ = feed(request(0, items=[1, 1, 2], outcomes=["rank_rejected", "impressed", "impressed"]))
+    assert [(row.item_id, row.outcome) for row in joiner.flush()] == [(1, "impressed"), (2, "impressed")]
+
+
+def test_a_client_with_a_wrong_clock_closes_nobodys_window():
+    joiner, left = feed(request(0), click(40 * 86400, 9, "other", 3), click(5), tick(20))
+    assert left == [[], [], [(1, "clicked")], []]
+    assert joiner.watermark_ms == T0 + 20_000 - LATENESS_MS
+
+
+def test_a_flush_closes_everything_and_clicks_after_it_are_late():
+    records = log_of(request(0), click(5), request(7, "s"), click(8, 2, "s"), click(9))
+    joiner = joiner_of(records)
+    for record in records[:3]:
+        joiner.feed(record)
+    assert joiner.has_open
+    assert [(row.asked.request_id, row.item_id) for row in joiner.flush()] == [
+        ("r", 2), ("r", 3), ("s", 1), ("s", 2), ("s", 3),
+    ]  # fmt: skip
+    assert not joiner.has_open
+    assert joiner.watermark_ms == T0 + 7000
+    assert [row.outcome for row in joiner.feed(records[3])] == ["clicked"]
+    assert joiner.take_counts().late == 1
+    assert joiner.flush() == []
+
+
+def test_before_any_event_there_is_no_watermark():
+    joiner = joiner_of([])
+    assert (joiner.clock, joiner.watermark_ms, joiner.flush()) == (Clock(), None, [])
+
+
+def random_log(seed: int, size: int) -> list[Record]:
+    """Events of few users and request ids, out of order, with everything that can go wrong."""
+    draw = random.Random(seed)
+    events: list[Event] = []
+    for _ in range(size):
+        at_s = len(events) * 12 + draw.choice([0, 0, 0, -20, -100, -700, -2000, -5000, 3, 9_000])
+        name, user = (
+            draw.choice([f"r{draw.randrange(len(events) // 8 + 1)}", f"r{len(events) // 8}"]),
+            draw.randrange(2),
+        )
+        kind = draw.random()
+        if kind < 0.3:
+            outcomes = draw.choices(["impressed", "rank_rejected", "ranked_not_shown", "clicked"], [6, 2, 2, 1], k=3)
+            events.append(request(max(0, at_s), name, user, outcomes=outcomes))
+        elif kind < 0.8:
+            events.append(click(max(0, at_s), draw.randrange(5), draw.choice([name, name, name, None]), user))
+        else:
+            events.append(shown(max(0, at_s), draw.randrange(5), request_id=name))
+    return log_of(*events)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_joiner_that_is_made_again_from_the_log_goes_on_as_if_nothing_had_been(seed: int):
+    records = random_log(seed, 250)
+    windows = {"window_ms": 300_000, "lateness_ms": 60_000, "late_ms": 600_000}
+    draw = random.Random(seed)
+    flushed = set(draw.sample(range(len(records)), 3))
+
+    def run(killed: set[int]) -> tuple[list[Row], list[object]]:
+        joiner, rows, flushes, counts = joiner_of(records, **windows), [], [], []
+        for place, record in enumerate(records):
+            if place in flushed and joiner.has_open:
+                rows += joiner.flush()
+                flushes.append(record.offset)
+            if place in killed:
+                counts.append(joiner.take_counts())
+                replay = joiner.replay(record.offset)
+
+                def again(begin: int = replay.offset, end: int = record.offset) -> Iterator[Record]:
+                    return (record for record in records if begin <= record.offset < end)
+
+                joiner = Joiner.resume(
+                    TYPES, *windows.values(), joiner._fetch, replay=replay,
+                    flushes=[offset for offset in flushes if offset > replay.offset], records=again(),
+                    end=record.offset,
+                )  # fmt: skip
+            rows += joiner.feed(record)
+        rows += joiner.flush()
+        counts.append(joiner.take_counts())
+        fields = ("late", "duplicates", "unjoined", "before_request", "events")
+        return rows, [sum(getattr(one, name) for one in counts) for name in fields]
+
+    undisturbed = run(set())
+    assert run(set(draw.sample(range(len(records)), 20))) == undisturbed
+    assert run(set(range(len(records)))) == undisturbed
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_is_lost_and_nothing_leaves_twice(seed: int):
+    records = random_log(seed, 250)
+    joiner = joiner_of(records, window_ms=300_000, lateness_ms=60_000, late_ms=10**9)  # nothing is forgotten
+    rows = [row for record in records for row in joiner.feed(record)] + joiner.flush()
+    clicked = {
+        (e.user_id, e.request_id, e.body["item_id"])
+        for e in (record.event for record in records)
+        if e.type == "click" and e.request_id
+    }
+    first: dict[tuple[object, object], Event] = {}
+    for event in (record.event for record in records):
+        if event.type == "request":
+            first.setdefault((event.user_id, event.request_id), event)
+    for (user, name), event in first.items():
+        pairs = zip(event.body["items"], event.body["outcomes"], strict=True)
+        clicked |= {(user, name, item) for item, outcome in pairs if outcome == "clicked"}
+    named = [
+        (row.asked.user_id, row.asked.request_id, row.item_id, row.outcome) for row in rows if row.asked.request_id
+    ]
+    assert sorted(key[:3] for key in named if key[3] == "clicked") == sorted(clicked)
+    assert len(named) == len(set(named))
+    unnamed = sum(record.event.type == "click" and record.event.request_id is None for record in records)
+    assert sum(row.asked.request_id is None for row in rows) == unnamed
+    got = {key[:3] for key in named}
+    assert {(user, name, item) for (user, name), event in first.items() for item in event.body["items"]} <= got
