@@ -241,9 +241,9 @@ def _read(path: Path) -> pa.Table:
 def _partitions(folder: Path) -> dict[str, list[Path]]:
     """The files of each day of `events/`, days in their order, or of the one partition without time."""
     partitions: dict[str, list[Path]] = {}
-    for day in sorted(folder.glob(f"{c.DATE}=*")):
-        if files := parquet_files(day):
-            partitions[day.name.removeprefix(f"{c.DATE}=")] = files
+    for own in sorted(folder.glob(f"{c.DATE}=*")):
+        if files := parquet_files(own):
+            partitions[own.name.removeprefix(f"{c.DATE}=")] = files
     if not partitions:
         raise DataError(f"{folder} has no date=*/*.parquet: import or simulate a workspace first")
     for day in partitions.keys() - {c.UNKNOWN_DATE}:

@@ -10,9 +10,9 @@ from typing import Any, Final
 import pyarrow as pa
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from twotower.features.feature_set import HISTORY
 from twotower.schema import columns as c
-from twotower.stream.rows import CONTEXT, DELTA_SEQ, FEATURES, VERSION, Asked, Row, Types
+from twotower.serve.funnel import DELTA_SEQ, HISTORY, VERSION
+from twotower.stream.rows import CONTEXT, FEATURES, Asked, Row, Types
 
 INT64_LIST: Final = "int64_list"
 FLOAT_LIST: Final = "float_list"

@@ -17,12 +17,12 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from twotower.features.feature_set import HISTORY
 from twotower.logs import Event, Record
 from twotower.schema import columns as c
 from twotower.schema.tables import is_id
+from twotower.serve.funnel import CHANNELS, DELTA_SEQ, HISTORY, POSITIONS, PROBABILITIES, PROPENSITIES, SCORES, VERSION
 from twotower.serve.users import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST
-from twotower.stream.rows import DELTA_SEQ, VERSION, Asked, ItemId, Row, Types, UserId, Value, as_value
+from twotower.stream.rows import Asked, ItemId, Row, Types, UserId, Value, as_value
 
 log = logging.getLogger(__name__)
 
@@ -532,7 +532,7 @@ class Joiner:
             return None
 
 
-_PACKED: Final = ("positions", "scores", "channels", "probabilities", "propensities")
+_PACKED: Final = (POSITIONS, SCORES, CHANNELS, PROBABILITIES, PROPENSITIES)
 _RANK: Final = {outcome: rank for rank, outcome in enumerate(c.OUTCOMES)}
 
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.config import settings as spec
-from twotower.features.feature_set import HISTORY
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import parquet_files
+from twotower.serve.funnel import DELTA_SEQ, HISTORY, VERSION
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,6 @@ CONTEXT: Final = "context."
 """Before the name of a context value in a shard; a daily partition has the name alone."""
 FEATURES: Final = "features."
 """Before the name of a user feature that came with a request."""
-VERSION: Final = "version"
-DELTA_SEQ: Final = "delta_seq"
 
 _LARGEST: Final = 3.4e38
 """About the largest float32."""
