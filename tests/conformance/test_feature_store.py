@@ -60,6 +60,12 @@ def test_what_was_written_is_there_when_the_store_is_opened_again(open_store: Op
     again.close()
 
 
+def test_a_scan_gives_what_begins_with_a_prefix_and_nothing_else(store: FeatureStore) -> None:
+    store.write({b"a": b"0", b"b/1": b"1", b"b/2": b"2", b"b": b"3", b"b0": b"4", b"c": b"5"})
+    assert store.scan(b"b/") == {b"b/1": b"1", b"b/2": b"2"}
+    assert store.scan(b"d") == {}
+
+
 def test_clear_deletes_every_key_and_leaves_a_store_to_write_to(store: FeatureStore) -> None:
     store.write({b"a": b"1", b"b": b"2"})
     store.clear()

@@ -17,11 +17,23 @@ from numpy.typing import NDArray
 from twotower.index.build import load_index
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
+from twotower.index.overlaid import OverlaidIndex
 from twotower.index.protocol import Exclusions, Neighbours, VectorIndex
 from twotower.schema.errors import DataError
 
 Build = Callable[[NDArray[np.int64], NDArray[np.float32]], VectorIndex]
+
+
+def build_overlaid(rows: NDArray[np.int64], vectors: NDArray[np.float32]) -> OverlaidIndex:
+    """Half of the vectors over a base that has all rows, the newer ones with other vectors."""
+    ExactIndex.build(rows, vectors)  # refuses what cannot be indexed
+    newer = np.arange(len(rows)) % 2 == 1
+    stale = np.where(newer[:, None], vectors + 1, vectors)
+    return OverlaidIndex.over(ExactIndex.build(rows, stale), rows[newer], vectors[newer])
+
+
 BUILDS: dict[str, Build] = {
+    "overlaid": build_overlaid,
     "exact": ExactIndex.build,
     "faiss_flat": FaissIndex.build,
     "faiss_ivf_all_lists": partial(FaissIndex.build, flat_below=0),
@@ -187,9 +199,11 @@ def test_a_saved_index_answers_alike_and_saves_the_same_bytes(build: Build, tmp_
     loaded.save(tmp_path / "two")
     build(rows, vectors).save(tmp_path / "three")
     loaded.close()
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
-        assert path.read_bytes() == (tmp_path / "three" / path.name).read_bytes()
+    for path in (tmp_path / "one").rglob("*"):
+        name = path.relative_to(tmp_path / "one")
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "two" / name).read_bytes()
+            assert path.read_bytes() == (tmp_path / "three" / name).read_bytes()
 
 
 def test_eight_threads_get_the_answers_of_one(build: Build, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from twotower.features.store import LmdbFeatureStore
 from twotower.logs import LocalEventLog
 from twotower.publish.version import Version
 from twotower.serve.app import Metrics, make_app
+from twotower.serve.entities import add_entities
 from twotower.serve.funnel import Sizes
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import RecentUsers
@@ -52,11 +53,17 @@ class Server:
     snapshots: Snapshots
     log: LocalEventLog
     users: RecentUsers
+    store: LmdbFeatureStore
     now_ms: int = NOW_MS
 
     @property
     def version(self) -> Version:
         return self.snapshots.version
+
+    def close(self) -> None:
+        """Let another server take the log and the store."""
+        self.log.close()
+        self.store.close()
 
     def retrieve(self, **body: Any) -> Any:
         response = self.http.post("/v1/retrieve", json=body)
@@ -85,13 +92,14 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
 
         def started(settings: Settings, channel_timeout_ms: float = 60_000) -> Server:
             metrics = Metrics()
-            snapshots = Snapshots(places(settings).versions, metrics.switched)
             log = LocalEventLog.open(tmp_path / "log", sync="never")
             opened.callback(log.close)
             store = LmdbFeatureStore(tmp_path / "store")
             opened.callback(store.close)
             users = RecentUsers(log, store)
             users.catch_up()
+            where = places(settings)
+            snapshots = Snapshots(where.versions, metrics.switched, where.deltas, lambda: users.entities)
             app = make_app(
                 snapshots,
                 log,
@@ -104,7 +112,8 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
                 page=10,
                 clock_ms=lambda: server.now_ms,
             )
-            server = Server(Http(app), snapshots, log, users)
+            add_entities(app, snapshots, log, users, lambda: server.now_ms)
+            server = Server(Http(app), snapshots, log, users, store)
             return server
 
         yield started

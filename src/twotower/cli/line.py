@@ -76,6 +76,11 @@ class Places:
         return self.workspace / "versions"
 
     @property
+    def deltas(self) -> Path:
+        """What was learned since a version, by version."""
+        return self.workspace / "deltas"
+
+    @property
     def log(self) -> Path:
         """The event log."""
         return self.workspace / "log"

@@ -22,6 +22,7 @@ def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
     window_ms, kept = int(options.impressed_window_s * 1000), options.impressed_filter
     run_server(
         versions=where.versions,
+        deltas=where.deltas,
         log_folder=where.log,
         store_folder=where.feature_store,
         host=options.host,

@@ -35,6 +35,10 @@ class FeatureStore(Protocol):
         """
         ...
 
+    def scan(self, prefix: bytes) -> dict[bytes, bytes]:
+        """The values of all keys that begin with a prefix."""
+        ...
+
     def clear(self) -> None:
         """Delete every key."""
         ...
@@ -81,6 +85,17 @@ class LmdbFeatureStore:
                     transaction.delete(key)
                 else:
                     transaction.put(key, value)
+
+    def scan(self, prefix: bytes) -> dict[bytes, bytes]:
+        """See `FeatureStore.scan`."""
+        found: dict[bytes, bytes] = {}
+        with self._transaction(write=False) as transaction:
+            cursor = transaction.cursor()
+            for key, value in cursor if cursor.set_range(prefix) else ():
+                if not key.startswith(prefix):
+                    break
+                found[key] = value
+        return found
 
     def clear(self) -> None:
         """See `FeatureStore.clear`."""

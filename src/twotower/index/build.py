@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from twotower.index.checks import INDEX_JSON
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
+from twotower.index.overlaid import BASE, OverlaidIndex
 from twotower.index.protocol import VectorIndex
 from twotower.schema.errors import ConfigError
 from twotower.schema.files import read_json
@@ -53,6 +54,8 @@ def load_index(folder: Path) -> VectorIndex:
     """
     description = read_json(folder / INDEX_JSON)
     kind = description.get("kind") if isinstance(description, dict) else None
+    if kind == "overlaid":
+        return OverlaidIndex.load(folder, load_index(folder / BASE))
     _check_kind(kind)
     return ExactIndex.load(folder) if kind == "exact" else FaissIndex.load(folder)
 

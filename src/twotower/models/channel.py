@@ -13,7 +13,7 @@ from twotower.features.columns import Bag, Column, Rows, pointers, ranges
 from twotower.features.feature_set import FeatureSet
 from twotower.index.protocol import PADDING, Exclusions, VectorIndex
 from twotower.models.retriever import Candidates, Queries, top_of_groups
-from twotower.models.two_tower import Floats
+from twotower.models.two_tower import Floats, Table
 
 UserEncoder = Callable[[Mapping[str, Column]], Floats]
 """Encoded columns of B users, history included, to unit vectors (B, D), or (B, K, D) of their interests."""
@@ -40,7 +40,7 @@ class VectorChannel:
         item_tokens: Rows,
         encode_users: UserEncoder,
         index: VectorIndex,
-        item_vectors: Floats | None = None,
+        item_vectors: Table | None = None,
     ) -> None:
         self.name = name
         self._features = features
@@ -59,6 +59,24 @@ class VectorChannel:
     def over(self, name: str, index: VectorIndex) -> Self:
         """A channel with this one's users over another index."""
         return type(self)(name, self._features, self._item_tokens, self._encode_users, index)
+
+    def newer(
+        self, item_tokens: Rows, index: VectorIndex, item_vectors: Table | None, encode_users: UserEncoder | None = None
+    ) -> Self:
+        """The same channel with what changed since; see the class. None = the same encoder."""
+        return type(self)(
+            self.name, self._features, item_tokens, encode_users or self._encode_users, index, item_vectors
+        )
+
+    @property
+    def item_tokens(self) -> Rows:
+        """(N,) row of each catalogue item in the table of item ids."""
+        return self._item_tokens
+
+    @property
+    def item_vectors(self) -> Table | None:
+        """(N, D) of the catalogue, where the channel has them."""
+        return self._item_vectors
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""

@@ -8,6 +8,7 @@ share.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,17 @@ from twotower.models.towers import LENGTH, ROW, Network, Tower, is_encoded
 
 Floats = npt.NDArray[np.float32]
 Longs = npt.NDArray[np.int64]
+
+
+class Table(Protocol):
+    """What a tower reads an embedding table by: an array (rows, D), mapped or laid over another."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and D."""
+
+    def __getitem__(self, rows: Any, /) -> Any:
+        """The values (n, D) of some rows (n,)."""
 
 
 def table_of(feature: Fitted) -> str | None:
@@ -93,7 +105,7 @@ class TwoTower(nn.Module):
 
 
 def tower_inputs(
-    features: Iterable[Fitted], columns: Mapping[str, Column], tables: Mapping[str, npt.NDArray[np.float32]]
+    features: Iterable[Fitted], columns: Mapping[str, Column], tables: Mapping[str, Table]
 ) -> dict[str, Floats | Longs]:
     """What enters a tower, by feature name, each (B, width) float32: rows of tables, means of bags, numbers.
 
@@ -116,7 +128,7 @@ def tower_inputs(
     return inputs
 
 
-def _mean_rows(table: npt.NDArray[np.float32], bag: Bag) -> Floats:
+def _mean_rows(table: Table, bag: Bag) -> Floats:
     counts = np.diff(bag.indptr)
     means = np.zeros((len(counts), table.shape[1]), np.float32)
     filled = np.flatnonzero(counts)

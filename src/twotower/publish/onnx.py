@@ -3,13 +3,13 @@
 Looking ids up stays outside, in memory-mapped tables, so that a table can change without the network.
 """
 
+import copy
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
-import numpy as np
-import numpy.typing as npt
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from twotower.features.columns import Column
 from twotower.features.fitted import Fitted
 from twotower.models.towers import LENGTH, Tower, input_width, is_encoded
-from twotower.models.two_tower import Floats, tower_inputs
+from twotower.models.two_tower import Floats, Table, tower_inputs
 
 VECTOR = "vector"
 
@@ -85,9 +85,7 @@ class OnnxTower:
         threads: threads of one call.
     """
 
-    def __init__(
-        self, path: Path, features: Sequence[Fitted], tables: Mapping[str, npt.NDArray[np.float32]], threads: int = 1
-    ) -> None:
+    def __init__(self, path: Path, features: Sequence[Fitted], tables: Mapping[str, Table], threads: int = 1) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -95,6 +93,12 @@ class OnnxTower:
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._features = tuple(features)
         self._tables = tables
+
+    def with_tables(self, tables: Mapping[str, Table]) -> Self:
+        """The same network over other tables."""
+        other = copy.copy(self)
+        other._tables = tables
+        return other
 
     def encode(self, columns: Mapping[str, Column]) -> Floats:
         """Vectors (B, D), or (B, K, D) of interests, from encoded columns."""

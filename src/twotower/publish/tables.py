@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,36 @@ from safetensors.numpy import save_file
 from twotower.schema.errors import DataError
 
 FILE = "tables.safetensors"
+
+
+class LaidRows:
+    """A table that is read by the row, some of whose rows are newer: the base stays mapped and as it is.
+
+    Args:
+        base: (N, D).
+        rows: (M,) int64, ascending; some may stand behind the base.
+        values: (M, D) of these rows.
+
+    >>> table = LaidRows(np.zeros((3, 1), np.float32), np.array([1, 3]), np.array([[5], [7]], np.float32))
+    >>> table[np.array([0, 1, 3])].ravel().tolist(), table.shape
+    ([0.0, 5.0, 7.0], (4, 1))
+    """
+
+    def __init__(
+        self, base: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], values: npt.NDArray[np.float32]
+    ) -> None:
+        self._base = base
+        self._rows = rows
+        self._values = values
+        self.shape: tuple[int, ...] = (max(len(base), int(rows[-1]) + 1 if len(rows) else 0), base.shape[1])
+
+    def __getitem__(self, index: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+        """The values of some rows (n,)."""
+        place = np.searchsorted(self._rows, index)
+        newer = self._rows[np.minimum(place, len(self._rows) - 1)] == index if len(self._rows) else index < 0
+        found: npt.NDArray[np.float32] = self._base[np.where(newer, 0, index)]
+        found[newer] = self._values[place[newer]]
+        return found
 
 
 def save_tables(tables: dict[str, npt.NDArray[np.float32]], folder: Path) -> None:

@@ -19,12 +19,13 @@ from twotower.features.vocabulary import Positions
 from twotower.fusion.fuse import Fused, Fusion
 from twotower.index.build import load_index
 from twotower.index.protocol import VectorIndex
+from twotower.logs.entities import Entity, EntityId
 from twotower.models.channel import VectorChannel
 from twotower.models.fit import KINDS
 from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Queries, Retriever, WithoutItems
 from twotower.publish.onnx import OnnxTower
-from twotower.publish.tables import map_tables
+from twotower.publish.tables import LaidRows, map_tables
 from twotower.samples.columns_file import map_columns
 from twotower.samples.read import Clicks, Entities, open_clicks, open_users
 from twotower.schema import columns as c
@@ -46,9 +47,45 @@ DIGEST = "digest"
 """Key of a manifest: the SHA-256 of all its other entries, because a flipped digit in JSON is still JSON."""
 
 
+class ItemKeys:
+    """The ids of a catalogue, by row: those of the version in ascending order, then those put since, too.
+
+    Args:
+        ids: (N,) of the catalogue.
+        base: how many of them are the version's own.
+    """
+
+    def __init__(self, ids: pa.Array, base: int) -> None:
+        self.ids = ids
+        self.base = base
+
+    def find(self, ids: pa.Array) -> npt.NDArray[np.int64]:
+        """The row of each id (n,), -1 where it is null or not in the catalogue."""
+        rows = Positions(self.ids.slice(0, self.base)).find(ids)
+        if self.base == len(self.ids):
+            return rows
+        added = Positions(self.ids.slice(self.base)).find(ids)
+        return np.where(added >= 0, added + self.base, rows)
+
+    @cached_property
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """(N,) hashes of the ids, which filters of shown items are asked with."""
+        return hash_ids(self.ids)
+
+
+@dataclass(frozen=True)
+class Since:
+    """What was learned of users since the version was made."""
+
+    tokens: Mapping[EntityId, int] = field(default_factory=dict)
+    """Rows of the table of user ids, of users who have one of their own since."""
+    users: Mapping[EntityId, Entity] = field(default_factory=dict)
+    """Users who were put or deleted."""
+
+
 @dataclass(frozen=True)
 class Version:
-    """An opened version; immutable, shared by all requests that began with it."""
+    """An opened version, as it is or with what was learned since; immutable, shared by requests that began with it."""
 
     id: str
     path: Path
@@ -57,11 +94,21 @@ class Version:
     users: Entities
     clicks: Clicks
     catalogue: pa.RecordBatch
-    """Items with their attributes, in ascending order of ids; a row of it is what all channels mean by a row."""
-    item_vectors: npt.NDArray[np.float32]
+    """Items with their attributes, in ascending order of ids; a row of it is what all channels mean by a row. Items put
+    since the version was made follow."""
+    item_vectors: npt.NDArray[np.float32] | LaidRows
     """(N, D) unit vectors of the item tower."""
     channels: Mapping[str, Retriever]
     fusion: Fusion
+    user_tower: OnnxTower
+    """Of the two towers."""
+    items: ItemKeys
+    """Where an item stands in the catalogue."""
+    gone: npt.NDArray[np.bool_]
+    """(N,) deleted or not available: in no answer."""
+    delta_seq: int = 0
+    """The latest delta that is laid over it."""
+    since: Since = field(default_factory=Since)
     rankers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,14 +124,14 @@ class Version:
         return self.catalogue.column(c.ITEM_ID)
 
     @property
-    def items(self) -> Positions:
-        """Where an item stands in the catalogue."""
-        return Positions(self.item_ids)
+    def base_items(self) -> int:
+        """How many items are the version's own: rows from this one on were put since."""
+        return self.items.base
 
-    @cached_property
+    @property
     def item_hashes(self) -> npt.NDArray[np.uint64]:
         """(N,) hashes of the ids of the catalogue, which filters of shown items are asked with."""
-        return hash_ids(self.item_ids)
+        return self.items.hashes
 
     @property
     def watermark_ms(self) -> int | None:
@@ -134,7 +181,8 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
         catalogue = map_columns(path / CATALOGUE)
         gone = unavailable(catalogue)
         item_ids, folder = catalogue.column(c.ITEM_ID), path / "channels"
-        two_tower = _open_vector_channel(folder / TWO_TOWER, item_ids, gone, threads)
+        user_tower = _open_user_tower(folder / TWO_TOWER, threads)
+        two_tower = _open_vector_channel(folder / TWO_TOWER, item_ids, gone, user_tower)
         channels: dict[str, Retriever] = {}
         for name in manifest["configuration"]["models"]["channels"]:
             if name == TWO_TOWER:
@@ -142,7 +190,9 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
             elif name == NEW_ITEMS:
                 channels[name] = two_tower.over(name, _open_index(folder / name, gone))
             elif name in VECTOR_CHANNELS:
-                channels[name] = _open_vector_channel(folder / name, item_ids, gone, threads)
+                channels[name] = _open_vector_channel(
+                    folder / name, item_ids, gone, _open_user_tower(folder / name, threads)
+                )
             else:
                 counted = KINDS[name].load(folder / name)
                 channels[name] = WithoutItems(counted, gone) if gone.any() else counted
@@ -157,14 +207,23 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
             _item_vectors(path / "channels" / TWO_TOWER),
             channels,
             Fusion(**manifest["fusion"]),
+            user_tower,
+            ItemKeys(item_ids, len(item_ids)),
+            gone,
         )
     except (DataError, KeyError) as error:
         raise VersionError(f"version {path.name} cannot be opened: {error}") from error
 
 
-def _open_vector_channel(folder: Path, item_ids: pa.Array, gone: npt.NDArray[np.bool_], threads: int) -> VectorChannel:
+def _open_user_tower(folder: Path, threads: int) -> OnnxTower:
     features = load(folder)
-    tower = OnnxTower(folder / "user_tower.onnx", (*features.user, *features.context), map_tables(folder), threads)
+    return OnnxTower(folder / "user_tower.onnx", (*features.user, *features.context), map_tables(folder), threads)
+
+
+def _open_vector_channel(
+    folder: Path, item_ids: pa.Array, gone: npt.NDArray[np.bool_], tower: OnnxTower
+) -> VectorChannel:
+    features = load(folder)
     tokens = item_tokens(features, item_ids)
     index, vectors = _open_index(folder, gone), _item_vectors(folder)
     return VectorChannel(folder.name, features, tokens, tower.encode, index, vectors)
@@ -202,7 +261,7 @@ def unavailable(catalogue: pa.Table | pa.RecordBatch) -> npt.NDArray[np.bool_]:
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Write a version's manifest, with the hash of its own content."""
-    write_json(folder / MANIFEST, {**content, DIGEST: _digest(content)})
+    write_json(folder / MANIFEST, {**content, DIGEST: digest(content)})
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -217,14 +276,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise VersionError(f"{path} is no whole version: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != "version" or manifest.get("format") != FORMAT:
         raise VersionError(f"{path} is no version of format {FORMAT}: publish again with this release")
-    if manifest.get(DIGEST) != _digest({key: value for key, value in manifest.items() if key != DIGEST}):
+    if manifest.get(DIGEST) != digest({key: value for key, value in manifest.items() if key != DIGEST}):
         raise VersionError(
             f"version {path.name} is damaged: {MANIFEST} does not have its own SHA-256. Restore it or publish again"
         )
     return manifest
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest(content: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest's content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.features.store import FeatureStoreError
 from twotower.logs import Event, EventLog, EventLogError
+from twotower.logs.entities import CATALOGUE, TYPES
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -153,6 +154,19 @@ class Metrics:
         )
         self.version = Gauge("twotower_version", "1 for the served version.", ["version"], registry=self.registry)
         self.refused = Gauge("twotower_version_refused", "1 while CURRENT is refused.", registry=self.registry)
+        self.delta_seq = Gauge("twotower_delta_seq", "The latest delta that is served.", registry=self.registry)
+        self.refused_delta = Gauge("twotower_delta_refused", "1 while a delta is refused.", registry=self.registry)
+        self.freshness = Gauge(
+            "twotower_freshness_seconds", "Age of the latest event that what is served has learned of.",
+            registry=self.registry,
+        )  # fmt: skip
+
+    def learned(self, snapshots: Snapshots, now_ms: int) -> None:
+        """Note how far what is served has learned."""
+        self.delta_seq.set(snapshots.version.delta_seq)
+        self.refused_delta.set(snapshots.refused_delta is not None)
+        if snapshots.watermark_ms is not None:
+            self.freshness.set((now_ms - snapshots.watermark_ms) / 1000)
 
     def switched(self, version_id: str) -> None:
         """Note the version that went live."""
@@ -347,11 +361,12 @@ def make_app(
         return json_response(
             {
                 "version": version.id,
-                "delta_seq": 0,
+                "delta_seq": version.delta_seq,
                 "created_ms": version.manifest["created_ms"],
-                "watermark_ms": version.watermark_ms,
+                "watermark_ms": snapshots.watermark_ms,
                 "channels": list(version.channels),
                 "refused": asdict(snapshots.refused) if snapshots.refused else None,
+                "refused_delta": asdict(snapshots.refused_delta) if snapshots.refused_delta else None,
             }
         )
 
@@ -369,6 +384,7 @@ def make_app(
     def get_metrics() -> Response:
         """Counters and gauges for Prometheus."""
         metrics.refused.set(snapshots.refused is not None)
+        metrics.learned(snapshots, clock_ms())
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
@@ -461,6 +477,8 @@ def _checked(document: dict[str, Any], place: int, version: Version) -> Event:
         event = Event.from_json(document)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
+    if event.type in TYPES or event.user_id == CATALOGUE:
+        raise DataError(f"{where}: type {event.type!r} is the server's own: PUT or DELETE /v1/{event.type}s/ID instead")
     known = version.users.ids.type
     if not is_id(event.user_id, known):
         raise DataError(f"{where}: user_id {event.user_id!r}, but the ids of users are {known}")

@@ -16,7 +16,7 @@ from twotower.features.fitted import Items
 from twotower.index.protocol import Exclusions
 from twotower.logs import Event
 from twotower.models.retriever import Queries
-from twotower.publish.version import PRE_RANK, RANK, Version, unavailable
+from twotower.publish.version import PRE_RANK, RANK, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.serve.channels import Ask, ask_in_turn
@@ -202,7 +202,13 @@ def recommend(
             asked.user_id,
             now_ms,
             request_id,
-            {**body, VERSION: version.id, DELTA_SEQ: 0, COUNTS: answer.counts, FAILED: answer.failed_channels},
+            {
+                **body,
+                VERSION: version.id,
+                DELTA_SEQ: version.delta_seq,
+                COUNTS: answer.counts,
+                FAILED: answer.failed_channels,
+            },
         ),
     )
 
@@ -366,7 +372,7 @@ def explain(
     since_ms = now_ms - impressed_window_ms
     queries = queries_of(version, asked, recent, since_ms)
     told = Explanation(
-        version.id, 0, item_id, "unknown_item", f"version {version.id} has no item {item_id}",
+        version.id, version.delta_seq, item_id, "unknown_item", f"version {version.id} has no item {item_id}",
         asked.user_id, find_user(version, asked.user_id) >= 0, len(queries.clicks.rows),
     )  # fmt: skip
     row = int(find_items(version, [item_id])[0])
@@ -396,7 +402,7 @@ def explain(
 def _filters_of(version: Version, asked: Asked, queries: Queries, recent: Recent, row: int, since_ms: int) -> list[str]:
     """Everything that leaves an item out of a request."""
     names = []
-    if unavailable(version.catalogue)[row]:
+    if version.gone[row]:
         names.append("unavailable")
     if asked.exclude != "none" and row in queries.clicks.rows:
         names.append("clicked")

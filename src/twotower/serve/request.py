@@ -111,7 +111,7 @@ def retrieve(
     places = {bits: place for place, bits in enumerate(by)}  # few combinations of channels, many items
     channels = {bits: found.fused.channels_of(0, place) for bits, place in places.items()}
     items = [Candidate(ids[i], scores[i], channels[by[i]]) for i in range(len(ids))]
-    return Answer(version.id, 0, items, list(found.left_out))
+    return Answer(version.id, version.delta_seq, items, list(found.left_out))
 
 
 def find(version: Version, channels: Sequence[str], queries: Queries, k: int, ask: Ask = ask_in_turn) -> Found:
@@ -147,6 +147,8 @@ def find_user(version: Version, user_id: UserId | None) -> int:
     known = version.users.ids.type
     if not is_id(user_id, known):
         raise DataError(f"user_id {user_id!r} is a {type(user_id).__name__}: the ids of users are {known}")
+    if (entity := version.since.users.get(user_id)) is not None and (entity.deleted or entity.fresh):
+        return -1
     return int(version.users.positions.find(pa.array([user_id], known))[0])
 
 
@@ -172,9 +174,25 @@ def user_columns(version: Version, user_row: int, asked: Asked) -> dict[str, Col
     """The user's encoded features: stored ones, replaced by those of the request, and the context."""
     columns = dict(version.queries(np.array([user_row])).features)
     own = [feature for feature in version.features.user_columns if feature.name != c.USER_ID]
+    if asked.user_id is not None:
+        columns |= columns_since(version, asked.user_id)
     encoded = encode_request(own, asked.features, "features")
     columns |= {name: encoded[name] for name in asked.features}
     return columns | encode_request(version.features.context, asked.context, "context")
+
+
+def columns_since(version: Version, user_id: UserId) -> dict[str, Column]:
+    """What a user's encoded features are since the version was made, where that is something else."""
+    columns: dict[str, Column] = {}
+    entity = version.since.users.get(user_id)
+    for feature in version.features.user_columns:
+        if feature.name == c.USER_ID:
+            if user_id in version.since.tokens:
+                columns[c.USER_ID] = np.array([version.since.tokens[user_id]], np.int32)
+        elif entity is not None and entity.features is not None:
+            value = {feature.name: entity.features[feature.name]} if feature.name in entity.features else {}
+            columns |= encode_request([feature], value, f"user {user_id!r}")
+    return columns
 
 
 def left_out(

@@ -20,6 +20,7 @@ from twotower.logs.local import Sync
 from twotower.schema.errors import ConfigError
 from twotower.serve.admin import make_admin_app
 from twotower.serve.app import Metrics, make_app
+from twotower.serve.entities import add_entities
 from twotower.serve.funnel import Sizes
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import RecentUsers
@@ -39,6 +40,7 @@ class Address:
 def run_server(
     *,
     versions: Path,
+    deltas: Path,
     log_folder: Path,
     store_folder: Path,
     host: str,
@@ -61,6 +63,7 @@ def run_server(
 
     Args:
         versions: the folder of all versions.
+        deltas: the folder of the deltas of all versions.
         log_folder: the event log.
         store_folder: the feature store.
         host: address of the public port.
@@ -86,8 +89,6 @@ def run_server(
     """
     metrics = Metrics()
     with ExitStack() as opened:
-        snapshots = Snapshots(versions, metrics.switched)
-        opened.callback(snapshots.close)
         event_log = LocalEventLog.open(log_folder, partitions, sync, sync_s)
         opened.callback(event_log.close)
         store = LmdbFeatureStore(store_folder)
@@ -95,6 +96,8 @@ def run_server(
         users = RecentUsers(event_log, store, impressed_shape)
         if applied := users.catch_up():
             log.info("%d events of the log applied", applied)
+        snapshots = Snapshots(versions, metrics.switched, deltas, lambda: users.entities)
+        opened.callback(snapshots.close)
         app = make_app(
             snapshots,
             event_log,
@@ -106,6 +109,7 @@ def run_server(
             sizes=sizes,
             page=page,
         )
+        add_entities(app, snapshots, event_log, users)
         extend(app, snapshots, users)
         public = opened.enter_context(_listen(host, port))
         admin_url = None
@@ -113,7 +117,7 @@ def run_server(
             admin = opened.enter_context(_listen("127.0.0.1", admin_port))
             admin_url = _url("127.0.0.1", admin)
             opened.enter_context(_in_background(_server(make_admin_app(snapshots, versions, admin_token)), admin))
-        snapshots.follow()
+        snapshots.follow(users.catch_up)
         address = Address(_url(host, public), admin_url, snapshots.version.id)
         server = _server(app)
         with _ended_by_signals(server):

@@ -1,6 +1,8 @@
-"""The served version, and its replacement while requests go on.
+"""The served version with what was learned since, and its replacement while requests go on.
 
-A request takes the snapshot once and keeps it to its end; a switch replaces one reference. A version that is damaged or
+Deltas are taken up in their order within a fifth of a second, each in one step; so are users and items that were put or
+deleted. One that is damaged or was learned on something else is refused, visibly, and what was served stays. A
+request takes the snapshot once and keeps it to its end; a switch replaces one reference. A version that is damaged or
 does not repeat its golden answers is refused, visibly, and the old one stays.
 """
 
@@ -10,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from twotower.publish.delta import base_digest, delta_digest, delta_folder, read_delta
 from twotower.publish.golden import replay
+from twotower.publish.overlay import Entities, Overlay
 from twotower.publish.publish import current, existing_path
 from twotower.publish.version import Version, open_version
 from twotower.schema.errors import TwotowerError, VersionError
@@ -18,14 +22,31 @@ from twotower.schema.errors import TwotowerError, VersionError
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
+_NOTHING = Entities()
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A version that did not go live."""
+    """A version or a delta that did not go live."""
 
     version: str
     problem: str
+    delta_seq: int | None = None
+    """The delta; None = the version itself."""
+
+
+@dataclass
+class _Serving:
+    """A version with what was learned since, as far as it has been taken up."""
+
+    overlay: Overlay
+    follows: str
+    """Digest of the latest delta, or of the version."""
+    version: Version
+    """What requests see; replaced in one step."""
+    shown: Entities = _NOTHING
+    refused: Refusal | None = None
+    """The delta that did not go live, if there is one."""
 
 
 class Snapshots:
@@ -34,14 +55,24 @@ class Snapshots:
     Args:
         versions: the folder of all versions.
         on_switch: called with the id of each version that goes live.
+        deltas: the folder of the deltas of all versions; None = none are taken up.
+        entities: gives the users and items that were put or deleted.
 
     Raises:
         VersionError: there is none yet, or it cannot be opened.
     """
 
-    def __init__(self, versions: Path, on_switch: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        versions: Path,
+        on_switch: Callable[[str], None] = lambda _: None,
+        deltas: Path | None = None,
+        entities: Callable[[], Entities] = lambda: _NOTHING,
+    ) -> None:
         self._versions = versions
         self._on_switch = on_switch
+        self._deltas = deltas
+        self._entities = entities
         self._stop = threading.Event()
         self._reloading = threading.Lock()
         self._follower: threading.Thread | None = None
@@ -49,39 +80,47 @@ class Snapshots:
         version_id = current(versions)
         if version_id is None:
             raise VersionError(f"{versions} names no served version: run `twotower run` or `twotower publish` first")
-        self._version = self._open(version_id)
+        self._serving = self._open(version_id)
         on_switch(version_id)
 
     @property
     def version(self) -> Version:
         """The served version; hold on to it for the whole of a request."""
-        return self._version
+        return self._serving.version
+
+    @property
+    def refused_delta(self) -> Refusal | None:
+        """The delta of the served version that did not go live."""
+        return self._serving.refused
+
+    @property
+    def watermark_ms(self) -> int | None:
+        """Event time up to which what is served has learned."""
+        return self._serving.overlay.watermark_ms
 
     def reload(self) -> str:
-        """Switch to what `CURRENT` names, if it is another version; gives the id that is served then."""
-        with self._reloading:
-            version_id = current(self._versions)
-            if version_id is None or version_id == self._version.id:
-                self.refused = None
-                return self._version.id
-            if self.refused is not None and self.refused.version == version_id:
-                return self._version.id
-            try:
-                opened = self._open(version_id)
-            except Exception as error:  # whatever is wrong with the new version, the old one answers on
-                self.refused = Refusal(version_id, str(error) or repr(error))
-                unexpected = not isinstance(error, TwotowerError)
-                log.error("%s is refused, %s stays: %s", version_id, self._version.id, error, exc_info=unexpected)
-                return self._version.id
-            self._version = opened
-            self.refused = None
-            self._on_switch(version_id)
-            log.info("now serving %s", version_id)
-            return version_id
+        """Switch to what `CURRENT` names, if it is another version, and take up what was learned and put since.
 
-    def follow(self) -> None:
-        """Start to look for another version every fifth of a second."""
-        self._follower = threading.Thread(target=self._follow, name="versions", daemon=True)
+        Returns:
+            The id of the version that is served then.
+        """
+        with self._reloading:
+            self._switch()
+            self._advance(self._serving)
+            return self._serving.version.id
+
+    def refresh(self) -> None:
+        """Take up what was learned and put since."""
+        with self._reloading:
+            self._advance(self._serving)
+
+    def follow(self, before: Callable[[], object] = lambda: None) -> None:
+        """Start to look for another version, deltas and entities every fifth of a second.
+
+        Args:
+            before: called each time before, such as to read what others wrote to the log.
+        """
+        self._follower = threading.Thread(target=self._follow, args=(before,), name="versions", daemon=True)
         self._follower.start()
 
     def close(self) -> None:
@@ -91,18 +130,67 @@ class Snapshots:
             self._follower.join()
 
     def forget_refusal(self) -> None:
-        """Let the next reload try a refused version again, after it was restored."""
-        self.refused = None
+        """Let the next reload try a refused version or delta again, after it was restored."""
+        self.refused = self._serving.refused = None
 
-    def _follow(self) -> None:
+    def _follow(self, before: Callable[[], object]) -> None:
         while not self._stop.wait(POLL_S):
             try:
+                before()
                 self.reload()
-            except OSError:
-                log.exception("looking for a new version failed; the served one stays")
+            except (OSError, TwotowerError):
+                log.exception("looking for what is new failed; what is served stays")
 
-    def _open(self, version_id: str) -> Version:
+    def _switch(self) -> None:
+        """Serve what `CURRENT` names, with all that was learned since, in one step."""
+        version_id = current(self._versions)
+        if version_id is None or version_id == self._serving.version.id:
+            self.refused = None
+            return
+        if self.refused is not None and self.refused.version == version_id:
+            return
+        try:
+            opened = self._open(version_id)
+        except Exception as error:  # whatever is wrong with the new version, the old one answers on
+            self.refused = Refusal(version_id, str(error) or repr(error))
+            unexpected = not isinstance(error, TwotowerError)
+            log.error("%s is refused, %s stays: %s", version_id, self._serving.version.id, error, exc_info=unexpected)
+            return
+        self._serving = opened
+        self.refused = None
+        self._on_switch(version_id)
+        log.info("now serving %s", version_id)
+
+    def _open(self, version_id: str) -> _Serving:
         version = open_version(existing_path(self._versions, version_id))
         if problems := replay(version):
             raise VersionError(f"version {version_id} does not repeat its golden answers: {'; '.join(problems[:3])}")
-        return version
+        serving = _Serving(Overlay(version), base_digest(version.path), version)
+        self._advance(serving)
+        return serving
+
+    def _advance(self, serving: _Serving) -> None:
+        """Take up further deltas and entities, in one step."""
+        learned = self._learn(serving)
+        entities = self._entities()
+        if learned or (entities is not serving.shown and entities != serving.shown):
+            serving.version = serving.overlay.lay(entities)
+        serving.shown = entities
+
+    def _learn(self, serving: _Serving) -> bool:
+        """Read the deltas behind the served one, in order, up to one that is refused; gives whether there was one."""
+        overlay, learned = serving.overlay, False
+        base = overlay.base.id
+        while self._deltas is not None and serving.refused is None:
+            seq = overlay.seq + 1
+            if not delta_folder(self._deltas, base, seq).is_dir():
+                break
+            try:
+                overlay.learn(read_delta(self._deltas, base, seq, serving.follows))
+                serving.follows = delta_digest(self._deltas, base, seq)
+                learned = True
+            except Exception as error:  # whatever is wrong with the delta, what is served stays
+                serving.refused = Refusal(base, str(error) or repr(error), seq)
+                unexpected = not isinstance(error, TwotowerError)
+                log.error("delta %d of %s is refused, %d stays: %s", seq, base, overlay.seq, error, exc_info=unexpected)
+        return learned

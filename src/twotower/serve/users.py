@@ -1,4 +1,4 @@
-"""What a server has learned of users since the version: their latest clicks and impressions.
+"""What a server has learned since the version: users' latest clicks and impressions, users and items put or deleted.
 
 It is a function of the event log alone: events are applied in the order of the log, together with the place up to
 which it was read, in one change of the store. A server that was killed goes on from there; a lost store, or one that is
@@ -18,6 +18,8 @@ import pyarrow as pa
 from twotower.features.bloom import Seen, Shape, hash_ids
 from twotower.features.store import FeatureStore
 from twotower.logs import Event, EventLog
+from twotower.logs.entities import ITEM, TYPES, Entity, EntityId, after, entity_of, is_deletion
+from twotower.publish.overlay import Entities
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 
@@ -37,6 +39,8 @@ _BATCH = 1000
 _LONG = 256
 _PLACES = b"places"
 """Key of what was read of the log."""
+_ENTITY = b"entity/"
+"""Before the keys of users and items that were put or deleted."""
 _SHAPE = b"shape"
 """Key of the shape of the filters."""
 
@@ -88,6 +92,12 @@ class RecentUsers:
             store.clear()
             store.write({_SHAPE: described})
             self._places = [None] * log.partitions
+        self._entities = _read_entities(store)
+
+    @property
+    def entities(self) -> Entities:
+        """The users and items that were put or deleted; the same object until there is another one."""
+        return self._entities
 
     def get(self, user_id: UserId) -> Recent:
         """A user's recent events; empty for someone never seen."""
@@ -116,7 +126,11 @@ class RecentUsers:
                 offset = 0 if place is None else place.next_offset
                 while records := self._log.read(partition, offset, _BATCH):
                     changed: dict[bytes, Recent] = {}
+                    put: dict[tuple[str, EntityId], Entity] = {}
                     for record in records:
+                        if record.event.type in TYPES:
+                            self._put(record.event, put, changed)
+                            continue
                         user_key = _user_key(record.event.user_id)
                         before = changed.get(user_key) or self.get(record.event.user_id)
                         changed[user_key] = self._after(before, record.event)
@@ -129,10 +143,25 @@ class RecentUsers:
                         values[user_key] = orjson.dumps([recent.clicks, recent.shown])
                         if recent.seen is not None:
                             values[_seen_key(user_key)] = recent.seen.encode()
+                        if recent == Recent():
+                            values[user_key] = values[_seen_key(user_key)] = None
+                    values |= {_entity_key(*key): orjson.dumps([*key, entity]) for key, entity in put.items()}
                     self._store.write({**values, _PLACES: orjson.dumps([place and astuple(place) for place in places])})
                     self._places = places
+                    if put:
+                        self._entities = _with_entities(self._entities, put)
                     applied += len(records)
         return applied
+
+    def _put(self, event: Event, put: dict[tuple[str, EntityId], Entity], changed: dict[bytes, Recent]) -> None:
+        """Take in a user or an item that was put or deleted; of a deleted user everything before is forgotten."""
+        entity_id = entity_of(event)
+        if entity_id is None:
+            return
+        known = self._entities.items if event.type == ITEM else self._entities.users
+        put[event.type, entity_id] = after(put.get((event.type, entity_id), known.get(entity_id)), event)
+        if event.type != ITEM and is_deletion(event):
+            changed[_user_key(entity_id)] = Recent()
 
     def _after(self, recent: Recent, event: Event) -> Recent:
         """What is known of a user after one more event; impressions beyond the latest enter filters."""
@@ -190,12 +219,33 @@ def items_of(event: Event) -> tuple[list[ItemId], list[ItemId]]:
     return [], []
 
 
+def _read_entities(store: FeatureStore) -> Entities:
+    found: dict[tuple[str, EntityId], Entity] = {}
+    for value in store.scan(_ENTITY).values():
+        kind, entity_id, entity = orjson.loads(value)
+        found[kind, entity_id] = Entity(**entity)
+    return _with_entities(Entities(), found)
+
+
+def _with_entities(entities: Entities, put: dict[tuple[str, EntityId], Entity]) -> Entities:
+    items, users = entities.items, entities.users
+    if mine := {entity_id: entity for (kind, entity_id), entity in put.items() if kind == ITEM}:
+        items = {**items, **mine}
+    if mine := {entity_id: entity for (kind, entity_id), entity in put.items() if kind != ITEM}:
+        users = {**users, **mine}
+    return Entities(items, users)
+
+
 def _user_key(user_id: UserId) -> bytes:
     """The user's key; 1 and "1" are different users, and an id too long for a key stands by its digest."""
     if isinstance(user_id, int):
         return b"user/i/%d" % user_id
     name = user_id.encode()
     return b"user/s/" + name if len(name) <= _LONG else b"user/d/" + hashlib.blake2b(name).digest()
+
+
+def _entity_key(kind: str, entity_id: EntityId) -> bytes:
+    return _ENTITY + kind.encode() + b"/" + _user_key(entity_id)
 
 
 def _seen_key(user_key: bytes) -> bytes:

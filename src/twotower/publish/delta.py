@@ -1,0 +1,254 @@
+"""A delta: what was learned since a version or the delta before, as an overlay of it; whole or absent.
+
+    deltas/<version>/<seq>/           seq in 8 digits, from 1, without gaps
+      manifest.json                   base version, seq, hash of what it follows, watermark, offsets, files and hashes
+      tables.safetensors              for each touched ID table `<table>.rows` (n,) int64 and `<table>.values` (n, D)
+      new_ids.arrow                   table, raw id (`number` or `text`), row: ids that have a row of their own from now
+      items.arrow                     item_id, vector: of the items that a touched row enters
+      optimizer.safetensors           for the updater alone: accumulators of the touched rows, and its further arrays
+      state.json                      for the updater alone
+
+The rename that gives the folder its name is the commit. What is served is the version and its deltas in their order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from twotower.features.columns import from_arrow, to_arrow
+from twotower.publish.version import DIGEST, digest, read_manifest
+from twotower.samples.columns_file import map_columns, write_table
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError, VersionError
+from twotower.schema.files import MANIFEST, check_listing, folder_listing, read_json, whole_folder, write_json
+
+FORMAT = 1
+TABLES, NEW_IDS, ITEMS, OPTIMIZER, STATE = (
+    *("tables.safetensors", "new_ids.arrow", "items.arrow", "optimizer.safetensors", "state.json"),
+)
+
+Longs = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a table (N, D), newer than those below."""
+
+    rows: Longs
+    """(n,) ascending, distinct."""
+    values: Floats
+    """(n, D)"""
+
+    @classmethod
+    def none(cls, dimension: int) -> "Rows":
+        """No row."""
+        return cls(np.zeros(0, np.int64), np.zeros((0, dimension), np.float32))
+
+    def with_newer(self, other: "Rows") -> "Rows":
+        """Both, where the other's values hold for the rows that both have.
+
+        >>> old = Rows(np.array([1, 3]), np.array([[1.0], [3.0]], np.float32))
+        >>> both = old.with_newer(Rows(np.array([2, 3]), np.array([[2.0], [9.0]], np.float32)))
+        >>> both.rows.tolist(), both.values.ravel().tolist()
+        ([1, 2, 3], [1.0, 2.0, 9.0])
+        """
+        if not len(other.rows):
+            return self
+        rows = np.concatenate([other.rows, self.rows])
+        distinct, first = np.unique(rows, return_index=True)  # the first occurrence is the other's
+        return Rows(distinct, np.concatenate([other.values, self.values])[first])
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step of the incremental chain changed."""
+
+    version: str
+    """The base."""
+    seq: int
+    watermark_ms: int | None
+    """Event time up to which it has learned."""
+    tables: Mapping[str, Rows]
+    """Touched rows by table."""
+    new_ids: Mapping[str, pa.Table]
+    """By table, columns `id` and `row` (int32) of the ids that have a row of their own from now on."""
+    item_ids: pa.Array
+    """(m,) items whose vectors changed."""
+    item_vectors: Floats
+    """(m, D)"""
+    offsets: Mapping[str, Any]
+    """How far the shards and the log have been read."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """Counts and figures of the gate, for who reads the manifest."""
+    optimizer: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+def chain_folder(deltas: Path, version_id: str) -> Path:
+    """The deltas of a version."""
+    return deltas / version_id
+
+
+def delta_folder(deltas: Path, version_id: str, seq: int) -> Path:
+    """One delta."""
+    return chain_folder(deltas, version_id) / f"{seq:08d}"
+
+
+def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
+    """Commit a delta; gives the digest that the next one is to follow.
+
+    Args:
+        deltas: the folder of the chains of all versions.
+        delta: what to write.
+        follows: digest of the manifest of the version, or of the delta before.
+
+    Raises:
+        VersionError: the delta is there already.
+    """
+    path = delta_folder(deltas, delta.version, delta.seq)
+    if path.exists():
+        raise VersionError(f"{path} exists, and a delta is never replaced: another updater wrote it")
+    with whole_folder(path) as folder:
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        for name, rows in delta.tables.items():
+            tensors |= {f"{name}.rows": rows.rows, f"{name}.values": np.ascontiguousarray(rows.values)}
+        save_file(tensors, folder / TABLES)
+        write_table(folder / NEW_IDS, _ids_table(delta.new_ids))
+        write_table(folder / ITEMS, pa.table({c.ITEM_ID: delta.item_ids, c.VECTOR: to_arrow(delta.item_vectors)}))
+        save_file(dict(delta.optimizer), folder / OPTIMIZER)
+        write_json(folder / STATE, delta.state)
+        manifest = {
+            "format": FORMAT,
+            "kind": "delta",
+            "version": delta.version,
+            "seq": delta.seq,
+            "follows": follows,
+            "watermark_ms": delta.watermark_ms,
+            "offsets": delta.offsets,
+            "report": delta.report,
+            "rows": {name: len(rows.rows) for name, rows in delta.tables.items()},
+            "files": folder_listing(folder),
+        }
+        manifest[DIGEST] = digest(manifest)
+        write_json(folder / MANIFEST, manifest)
+    return str(manifest[DIGEST])
+
+
+def read_delta_manifest(deltas: Path, version_id: str, seq: int) -> dict[str, Any]:
+    """The manifest of a delta, checked against its own hash.
+
+    Raises:
+        VersionError: missing, damaged, of another format or of another base.
+    """
+    path = delta_folder(deltas, version_id, seq)
+    try:
+        manifest = read_json(path / MANIFEST)
+    except DataError as error:
+        raise VersionError(f"{path} is no whole delta: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != "delta" or manifest.get("format") != FORMAT:
+        raise VersionError(f"{path} is no delta of format {FORMAT}")
+    if manifest.get(DIGEST) != digest({key: value for key, value in manifest.items() if key != DIGEST}):
+        raise VersionError(f"{path} is damaged: {MANIFEST} does not have its own SHA-256")
+    if (manifest["version"], manifest["seq"]) != (version_id, seq):
+        raise VersionError(
+            f"{path} is delta {manifest['seq']} of version {manifest['version']}: it is none of {version_id}"
+        )
+    return manifest
+
+
+def read_delta(deltas: Path, version_id: str, seq: int, follows: str) -> Delta:
+    """A delta, its files checked against their hashes, and that it follows what is served.
+
+    Raises:
+        VersionError: missing, damaged, of another base, or it follows something else than was given.
+    """
+    path = delta_folder(deltas, version_id, seq)
+    manifest = read_delta_manifest(deltas, version_id, seq)
+    if manifest["follows"] != follows:
+        raise VersionError(
+            f"{path} follows {manifest['follows'][:12]}, but what is served is {follows[:12]}: it was learned on "
+            "another base"
+        )
+    if problems := check_listing(path, manifest["files"]):
+        raise VersionError(f"{path} is damaged: {'; '.join(problems)}")
+    try:
+        tensors = load_file(path / TABLES)
+        ids = map_columns(path / NEW_IDS)
+        items = map_columns(path / ITEMS)
+        vectors = from_arrow(items.column(c.VECTOR))
+        assert isinstance(vectors, np.ndarray)
+        return Delta(
+            version_id,
+            seq,
+            manifest["watermark_ms"],
+            {
+                name.removesuffix(".rows"): Rows(rows, tensors[f"{name.removesuffix('.rows')}.values"])
+                for name, rows in tensors.items()
+                if name.endswith(".rows")
+            },
+            _new_ids(ids),
+            items.column(c.ITEM_ID),
+            vectors.astype(np.float32),
+            manifest["offsets"],
+            manifest["report"],
+            load_file(path / OPTIMIZER),
+            read_json(path / STATE),
+        )
+    except (DataError, SafetensorError, KeyError, OSError) as error:
+        raise VersionError(f"{path} cannot be read: {error!r}") from error
+
+
+def last_seq(deltas: Path, version_id: str) -> int:
+    """The number of the latest delta of a version, 0 before there is one."""
+    folder = chain_folder(deltas, version_id)
+    if not folder.is_dir():
+        return 0
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
+
+
+def base_digest(version_path: Path) -> str:
+    """What the first delta of a version follows: the hash of the version's manifest, and so of all its files."""
+    return str(read_manifest(version_path)[DIGEST])
+
+
+def delta_digest(deltas: Path, version_id: str, seq: int) -> str:
+    """What the delta behind this one follows."""
+    return str(read_delta_manifest(deltas, version_id, seq)[DIGEST])
+
+
+def _ids_table(new_ids: Mapping[str, pa.Table]) -> pa.Table:
+    schema = pa.schema([("table", pa.string()), ("number", pa.int64()), ("text", pa.string()), ("row", pa.int32())])
+    pieces = []
+    for name, ids in sorted(new_ids.items()):
+        number = ids.column("id").type == pa.int64()
+        none = pa.nulls(ids.num_rows, pa.string() if number else pa.int64())
+        pieces.append(
+            pa.table(
+                {
+                    "table": pa.array([name] * ids.num_rows, pa.string()),
+                    "number": ids.column("id") if number else none,
+                    "text": none if number else ids.column("id"),
+                    "row": ids.column("row"),
+                },
+                schema=schema,
+            )
+        )
+    return pa.concat_tables([schema.empty_table(), *pieces]).combine_chunks()
+
+
+def _new_ids(stored: pa.RecordBatch) -> dict[str, pa.Table]:
+    found = {}
+    names = stored.column("table").to_numpy(zero_copy_only=False)
+    for name in sorted(set(names.tolist())):
+        mine = pa.table(stored).filter(pa.array(names == name))
+        number = not mine.column("number").null_count
+        found[name] = pa.table({"id": mine.column("number" if number else "text"), "row": mine.column("row")})
+    return found

@@ -1,0 +1,225 @@
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from twotower.cli.line import latest_checkpoint, open_served
+from twotower.config import Settings
+from twotower.features.vocabulary import UNKNOWN
+from twotower.logs.entities import Entity
+from twotower.publish.delta import Delta, Rows
+from twotower.publish.overlay import Entities, Overlay, check_item
+from twotower.publish.tables import map_tables
+from twotower.publish.version import Version
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+from twotower.serve.filters import Filter, passing
+from twotower.serve.request import Asked, retrieve, similar
+from twotower.serve.users import Recent
+from twotower.train.checkpoint import load_model
+
+K = 1000
+
+
+@pytest.fixture(scope="module")
+def base(world: Settings) -> Version:
+    return open_served(world)
+
+
+def asked(user_id: Any = None, **options: Any) -> Asked:
+    return Asked(K, "none", user_id, **options)
+
+
+def answer(version: Version, user_id: Any = None, recent: Recent = Recent(), **options: Any) -> list[Any]:  # noqa: B008
+    return retrieve(version, asked(user_id, **options), recent, 0, 0).items
+
+
+def ids(version: Version, *args: Any, **options: Any) -> list[Any]:
+    return [item.item_id for item in answer(version, *args, **options)]
+
+
+def delta(base: Version, seq: int = 1, **fields: Any) -> Delta:
+    nothing = pa.array([], base.item_ids.type)
+    width = base.item_vectors.shape[1]
+    empty = Delta(base.id, seq, 1, {}, {}, nothing, np.zeros((0, width), np.float32), {})
+    return replace(empty, **fields)
+
+
+def a_user(base: Version, place: int) -> Any:
+    """A user with a row of their own."""
+    trained = np.flatnonzero(base.users.features[c.USER_ID] > UNKNOWN)
+    return base.users.ids[int(trained[place])].as_py()
+
+
+def test_a_touched_user_row_changes_that_users_answers_alone(base: Version) -> None:
+    moved, other = a_user(base, 3), a_user(base, 4)
+    row = int(base.users.features[c.USER_ID][base.users.positions.find(pa.array([moved]))[0]])
+    values = np.full((1, base.item_vectors.shape[1]), 3, np.float32)
+    overlay = Overlay(base)
+    overlay.learn(delta(base, tables={c.USER_ID: Rows(np.array([row]), values)}))
+    laid = overlay.lay(Entities())
+    assert laid.delta_seq == 1
+    assert answer(laid, moved, channels=["two_tower"]) != answer(base, moved, channels=["two_tower"])
+    assert answer(laid, other) == answer(base, other)
+    assert retrieve(laid, asked(moved), Recent(), 0, 0).delta_seq == 1
+
+
+def test_a_new_user_has_a_row_from_the_delta_that_admits_them(base: Version) -> None:
+    spare = map_tables(base.path / "channels" / "two_tower")[c.USER_ID].shape[0] - 1
+    newcomer = 987_654 if base.users.ids.type == pa.int64() else "newcomer"
+    overlay = Overlay(base)
+    overlay.learn(
+        delta(
+            base,
+            tables={c.USER_ID: Rows(np.array([spare]), np.full((1, base.item_vectors.shape[1]), 3, np.float32))},
+            new_ids={c.USER_ID: pa.table({"id": [newcomer], "row": pa.array([spare], pa.int32())})},
+        )
+    )
+    laid = overlay.lay(Entities())
+    assert answer(laid, newcomer, channels=["two_tower"]) != answer(base, newcomer, channels=["two_tower"])
+
+
+def test_touched_vectors_are_found_like_those_of_an_index_built_anew(base: Version) -> None:
+    generator = np.random.default_rng(0)
+    rows = np.sort(generator.choice(len(base.item_ids), 40, replace=False))
+    vectors = generator.standard_normal((40, base.item_vectors.shape[1])).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    overlay = Overlay(base)
+    overlay.learn(delta(base, item_ids=base.item_ids.take(pa.array(rows[::-1])), item_vectors=vectors[::-1].copy()))
+    laid = overlay.lay(Entities())
+    whole = np.array(base.item_vectors)
+    whole[rows] = vectors
+    queries = laid.queries(np.arange(50))
+    users = laid.two_tower.user_vectors(queries)
+    found = laid.two_tower.retrieve(queries, 20)
+    best = np.sort(users @ whole.T, axis=1)[:, ::-1][:, :20]
+    np.testing.assert_allclose(found.scores, best, atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(users @ whole.T, found.rows, axis=1), found.scores, atol=1e-5)
+    np.testing.assert_array_equal(laid.item_vectors[rows], vectors)
+
+
+def put(base: Version, like: int) -> dict[str, Any]:
+    """Features as those of an item."""
+    row = base.catalogue.slice(like, 1).to_pylist()[0]
+    return {name: value for name, value in row.items() if name not in (c.ITEM_ID, c.AVAILABLE)}
+
+
+def new_id(base: Version, number: int = 1) -> Any:
+    return 10**9 + number if base.item_ids.type == pa.int64() else f"zz new {number}"
+
+
+def test_an_item_that_is_put_is_retrieved_from_its_features_by_the_frozen_tower(base: Version, world: Settings) -> None:
+    one = new_id(base)
+    laid = Overlay(base).lay(Entities(items={one: Entity(features=put(base, 7))}))
+    assert one in ids(laid, channels=["two_tower"])
+    model, samples = load_model(latest_checkpoint(world)), base.features.item
+    table = pa.Table.from_batches([base.catalogue.slice(7, 1)])
+    columns = {f.name: f.encode(table.column(f.name).combine_chunks()) for f in samples}
+    columns[c.ITEM_ID] = np.array([UNKNOWN], np.int32)
+    np.testing.assert_allclose(
+        laid.item_vectors[np.array([len(base.item_ids)])], model.encode_items(columns), atol=1e-5
+    )
+    assert one not in ids(base)
+    assert one in [item.item_id for item in similar(laid, base.item_ids[7].as_py(), K).items]
+    assert similar(laid, one, 5).channels["item_cf"] == []
+
+
+def test_clicks_on_an_item_that_was_put_are_a_history_and_exclude_it(base: Version) -> None:
+    one = new_id(base)
+    laid = Overlay(base).lay(Entities(items={one: Entity(features=put(base, 7))}))
+    recent = Recent(clicks=((base.watermark_ms + 1, one),), shown=((base.watermark_ms + 1, one),))
+    for exclude in ("clicked", "impressed"):
+        found = retrieve(laid, Asked(K, exclude, a_user(base, 1)), recent, base.watermark_ms + 2, 100)
+        assert found.failed_channels == []
+        assert one not in [item.item_id for item in found.items]
+
+
+def test_features_that_are_put_for_a_known_item_change_its_vector_and_its_attributes(base: Version) -> None:
+    mine, other = (
+        base.item_ids[3].as_py(),
+        next(row for row in range(len(base.item_ids)) if put(base, row)["category"] != put(base, 3)["category"]),
+    )
+    laid = Overlay(base).lay(Entities(items={mine: Entity(features=put(base, other))}))
+    assert not np.array_equal(laid.item_vectors[np.array([3])], base.item_vectors[[3]])
+    wanted = Filter([put(base, other)["category"]])
+    assert (passing(base, "category", wanted)[3], passing(laid, "category", wanted)[3]) == (False, True)
+    changed = passing(base, "category", wanted) != passing(laid, "category", wanted)
+    assert np.flatnonzero(changed).tolist() == [3]
+    assert len(laid.item_ids) == len(base.item_ids)
+
+
+@pytest.mark.parametrize("gone", [Entity(deleted=True, fresh=True), Entity(available=False)])
+def test_an_item_that_is_gone_is_in_no_channel(base: Version, gone: Entity) -> None:
+    popular = ids(base, channels=["popular"])[0]
+    laid = Overlay(base).lay(Entities(items={popular: gone}))
+    for channel in base.channels:
+        assert popular not in ids(laid, channels=[channel])
+        assert len(ids(laid, channels=[channel])) == len(ids(base, channels=[channel])) - (
+            popular in ids(base, channels=[channel])
+        )
+
+
+def test_an_item_that_is_put_after_it_was_deleted_has_nothing_of_before(base: Version) -> None:
+    mine = base.item_ids[3].as_py()
+    laid = Overlay(base).lay(Entities(items={mine: Entity(features=put(base, 3), fresh=True)}))
+    again = Overlay(base).lay(Entities(items={new_id(base): Entity(features=put(base, 3))}))
+    np.testing.assert_array_equal(laid.item_vectors[np.array([3])], again.item_vectors[np.array([len(base.item_ids)])])
+
+
+def test_replicas_that_learned_step_by_step_and_at_once_have_the_same_bytes(base: Version) -> None:
+    width = base.item_vectors.shape[1]
+    generator = np.random.default_rng(1)
+    deltas = [
+        delta(
+            base,
+            seq,
+            tables={
+                c.USER_ID: Rows(np.arange(2, 30), generator.standard_normal((28, width)).astype(np.float32)),
+                c.ITEM_ID: Rows(np.arange(5, 40), generator.standard_normal((35, width)).astype(np.float32)),
+            },
+            item_ids=base.item_ids.slice(seq, 20),
+            item_vectors=generator.standard_normal((20, width)).astype(np.float32),
+        )
+        for seq in (1, 2, 3)
+    ]
+    first = {new_id(base, 2): Entity(features=put(base, 9))}
+    items = {**first, new_id(base, 1): Entity(features=put(base, 8)), base.item_ids[0].as_py(): Entity(deleted=True)}
+    slow, fast = Overlay(base), Overlay(base)
+    slow.lay(Entities(items=first))
+    for one in deltas:
+        slow.learn(one)
+        slow.lay(Entities(items=first))
+        fast.learn(one)
+    one, two = slow.lay(Entities(items=items)), fast.lay(Entities(items=dict(reversed(items.items()))))
+    every = np.arange(len(one.item_ids))
+    assert one.item_ids.equals(two.item_ids)
+    assert one.item_vectors[every].tobytes() == two.item_vectors[every].tobytes()
+    queries = one.queries(np.arange(len(base.users)))
+    assert one.two_tower.user_vectors(queries).tobytes() == two.two_tower.user_vectors(queries).tobytes()
+    for name in base.channels:
+        found, other = one.channels[name].retrieve(queries, 50), two.channels[name].retrieve(queries, 50)
+        assert found.rows.tobytes() == other.rows.tobytes()
+        assert found.scores.tobytes() == other.scores.tobytes()
+
+
+def test_features_that_items_do_not_have_or_of_another_type_are_refused(base: Version) -> None:
+    check_item(base, put(base, 0))
+    check_item(base, {})
+    with pytest.raises(DataError, match="no attribute colour"):
+        check_item(base, {"colour": "red"})
+    with pytest.raises(DataError, match="price"):
+        check_item(base, {"price": "dear"})
+
+
+def test_the_history_reads_the_rows_that_a_delta_touched(base: Version) -> None:
+    clicked = base.item_ids[5].as_py()
+    token = int(base.two_tower.item_tokens[5])
+    recent = Recent(clicks=((base.watermark_ms + 1, clicked),))
+    values = np.full((1, base.item_vectors.shape[1]), 2, np.float32)
+    overlay = Overlay(base)
+    overlay.learn(delta(base, tables={c.ITEM_ID: Rows(np.array([token]), values)}))
+    laid = overlay.lay(Entities())
+    assert answer(laid, None, recent, channels=["two_tower"]) != answer(base, None, recent, channels=["two_tower"])
+    assert answer(laid, channels=["two_tower"]) == answer(base, channels=["two_tower"])
