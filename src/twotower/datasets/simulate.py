@@ -8,7 +8,6 @@ that splits its sums among threads.
 Dimensions: U users, N items, C categories, R requests of one step, K candidates of a request.
 """
 
-import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,14 +23,16 @@ from twotower.datasets.inhabitants import NAMES, Bools, Floats, Ints, strings, z
 from twotower.datasets.natures import DEFAULT
 from twotower.datasets.tables import DAY_MS, Tables
 from twotower.datasets.workspace import ITEMS, MANIFEST, USERS, ImportReport, write_workspace
-from twotower.datasets.world import FIRST_DAY_MS, NOTHING, SCENES, Requests, Truth, World, make_world, rng_of
+from twotower.datasets.world import FIRST_DAY_MS, NOTHING, SCENES, Requests, Truth, World, date_of, make_world, rng_of
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import read_json, whole_file
+from twotower.schema.files import read_json, whole_file, write_json
 from twotower.schema.tables import joined_events
 
 SOURCE: Final = "simulate"
 """Of a workspace, in its manifest."""
+HORIZON: Final = "horizon"
+"""In the manifest: the first day of which nothing is in the tables, if they grew beyond the log."""
 
 # The funnel: how many candidates a source gives, and how many go on.
 CHANNELS: Final = ("same_category", "popular", "random", "new_items")
@@ -161,9 +162,8 @@ def simulate_workspace(path: Path, users: int, items: int, days: int, seed: int,
         raise ConfigError(f"days={days}: the last day is held out, so simulate at least 2")
     simulation = simulate(users, items, days, seed, like)
     tables = Tables(SOURCE, simulation.users, simulation.items, simulation.events)
-    last_day = datetime.datetime.fromtimestamp(FIRST_DAY_MS / 1000, datetime.UTC).date() + datetime.timedelta(days - 1)
     arguments = {"users": users, "items": items, "days": days, "seed": seed, "like": like}
-    return write_workspace(path, tables, split(tables, Since(last_day)), arguments)
+    return write_workspace(path, tables, split(tables, Since(date_of(days - 1))), arguments)
 
 
 def world_of(workspace: Path, horizon: int | None = None) -> World | None:
@@ -171,38 +171,45 @@ def world_of(workspace: Path, horizon: int | None = None) -> World | None:
 
     Args:
         workspace: the workspace.
-        horizon: how many days can be asked about; absent, or below those of the log = those of the log.
+        horizon: how many days can be asked about; at least those of the log and of what came into its tables later.
 
     Raises:
-        DataError: its manifest is missing, or of an older release.
+        DataError: it was simulated by a release with other worlds.
     """
+    if not (workspace / MANIFEST).exists():
+        return None
     manifest = read_json(workspace / MANIFEST)
     if manifest.get("source") != SOURCE:
         return None
     arguments = manifest["arguments"]
     if arguments.keys() != {"users", "items", "days", "seed", "like"}:
         raise DataError(f"{workspace} was simulated by another release: simulate it again")
-    return make_world(**arguments, horizon=max(horizon or 0, arguments["days"]))
+    return make_world(**arguments, horizon=max(horizon or 0, manifest.get(HORIZON, 0), arguments["days"]))
 
 
 def add_arrivals(workspace: Path, world: World, day: int) -> Arrivals:
     """Write everyone and everything there by the end of a day into the tables of a workspace, if they are not.
 
-    Ages become those of that day. What was removed or changed by hand comes back as it was.
+    Ages become those of that day. What was changed by hand in these tables is as the world has it again.
 
     Args:
         workspace: simulated in this world.
         world: with a horizon beyond the day.
         day: from 0.
     """
-    tables = {USERS: world.users(day), ITEMS: world.items(day)}
-    new = []
-    for name, table in tables.items():
-        new.append(table.num_rows - pq.read_metadata(workspace / name).num_rows)
-        if new[-1] > 0:
-            with whole_file(workspace / name) as temporary:
-                pq.write_table(table, temporary, compression="zstd")
-    return Arrivals(*(max(0, count) for count in new))
+    manifest = read_json(workspace / MANIFEST)
+    before = max(manifest.get(HORIZON, 0), world.days)
+    if day < before:
+        return Arrivals(0, 0)
+    for name, table in ((USERS, world.users(day)), (ITEMS, world.items(day))):
+        with whole_file(workspace / name) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+    write_json(workspace / MANIFEST, {**manifest, HORIZON: day + 1})
+    came = [
+        world.users(day).num_rows - world.users(before - 1).num_rows,
+        world.items(day).num_rows - world.items(before - 1).num_rows,
+    ]
+    return Arrivals(*came)
 
 
 def _run_funnel(requests: Requests, world: World, days: int) -> _Rows:

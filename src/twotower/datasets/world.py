@@ -8,6 +8,7 @@ is clicked alike. A world made for more days is the same on the days that it sha
 Dimensions: U users, N items, C categories, D the hidden vectors, R requests, P places of a page.
 """
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, TypeVar
@@ -63,7 +64,6 @@ ACCIDENTS: Final = 0.01
 POSITION_EXPONENT: Final = 0.3
 
 SCENES: Final = ("home", "detail", "search")
-SCENE_EFFECT: Final = (0.0, 0.2, 0.5)
 SCENES_OF_DEVICE: Final = ((0.7, 0.22, 0.08), (0.75, 0.18, 0.07), (0.5, 0.28, 0.22), (0.9, 0.08, 0.02))
 
 _SHARED, _ITEMS, _USERS, _TREND, _REQUESTS, _MOOD, _PHASE, _CLICK, _DELAY = range(9)
@@ -72,6 +72,15 @@ _REQUESTS_A_DAY: Final = 10**9
 """More than there are: request numbers of different days differ."""
 _AT_ONCE: Final = 1 << 21
 """Utilities computed at a time."""
+
+
+def date_of(day: int) -> datetime.date:
+    """The date of a day of a world.
+
+    >>> str(date_of(6))
+    '2026-01-11'
+    """
+    return datetime.datetime.fromtimestamp(FIRST_DAY_MS / 1000, datetime.UTC).date() + datetime.timedelta(day)
 
 
 def rng_of(seed: int, part: int, day: int = 0) -> np.random.Generator:
@@ -93,7 +102,7 @@ def uniform(seed: int, *keys: Ints | int) -> Floats:
     for key in keys:
         state = _mixed(state ^ _mixed(np.asarray(key).astype(np.uint64)))
     result: Floats = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return result
+    return result.reshape(np.broadcast_shapes(*map(np.shape, keys)))
 
 
 def _mixed(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -214,7 +223,7 @@ class Truth:
         category = self.category[item]
         daily = self.daily_mood[np.asarray(ts_ms) // HOUR_MS % 24 // 6, category]
         of_all = self.quality[item] + daily + self.trend_at(category, ts_ms) + self.freshness_at(item, ts_ms)
-        total: Floats = affinity + of_all + np.asarray(SCENE_EFFECT)[scene]
+        total: Floats = affinity + of_all + np.asarray(self.nature.scene_effect)[scene]
         return total
 
 
