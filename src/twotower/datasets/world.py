@@ -395,7 +395,7 @@ def make_world(
 
     >>> world = make_world(users=20, items=100, days=2, seed=0, horizon=5)
     >>> world.items(1).num_rows, world.items(4).num_rows
-    (100, 109)
+    (100, 106)
     """
     nature = nature_of(like)
     horizon = days if horizon is None else horizon
