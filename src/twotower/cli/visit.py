@@ -113,7 +113,9 @@ class Site:
             return page
         positions = [int(item[c.POSITION]) for item in items]
         if sorted(positions) != list(range(1, len(items) + 1)) or len(items) > self.page:
-            raise DataError(f"{self.url} answered {len(items)} items at {positions} where at most {self.page} are due")
+            raise DataError(
+                f"{self.url} answered {len(items)} items at positions {positions} where at most {self.page} are due"
+            )
         rows = self.world.item_rows(pa.array([item[c.ITEM_ID] for item in items]))
         self.unknown_items += int((rows == NOTHING).sum())
         page[np.array(positions) - 1] = rows
