@@ -18,9 +18,11 @@ from twotower.config import settings as spec
 from twotower.config.available import check_available
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
+from twotower.datasets.simulate import world_of
 from twotower.evaluate import page
 from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate
+from twotower.evaluate.truth import evaluate_by_truth
 from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
 from twotower.models import item_cf, swing
@@ -271,14 +273,11 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
     samples, checkpoint = open_samples(where.samples), latest_checkpoint(settings)
     counted = {**_recipes(settings, samples), "popular": Recipe({}, lambda: Popular.fit(samples.item_positives))}
     baselines = fit_channels(samples, {name: counted[name] for name in ("popular", "item_cf")}, where.checkpoints)
-    metrics = evaluate(
-        samples,
-        where.workspace,
-        [offline_channel(samples, checkpoint), baselines["popular"], baselines["item_cf"]],
-        settings.evaluate.k,
-        settings.evaluate.bootstrap,
-        settings.train.seed,
-    )
+    channels = [offline_channel(samples, checkpoint), baselines["popular"], baselines["item_cf"]]
+    options = (settings.evaluate.k, settings.evaluate.bootstrap, settings.train.seed)
+    metrics = evaluate(samples, where.workspace, channels, *options)
+    if (world := world_of(where.workspace)) is not None:
+        metrics["truth"] = evaluate_by_truth(samples, where.workspace, world, channels, *options)
     write_json(checkpoint.path.parent / METRICS, metrics)
     return metrics
 

@@ -94,12 +94,13 @@ def simulate(
     items: Annotated[int, typer.Option(help="Number of items.")] = 1500,
     days: Annotated[int, typer.Option(help="Number of days; the last is held out.")] = 7,
     seed: Annotated[int, typer.Option(help="The same seed gives the same world.")] = 0,
+    like: Annotated[str, typer.Option(help="default, or near to a real log: kuairand, globo.")] = "default",
 ) -> None:
     """Make a workspace out of a simulated world."""
     from twotower.datasets.simulate import simulate_workspace
 
     with command():
-        answer(vars(simulate_workspace(out, users, items, days, seed)))
+        answer(vars(simulate_workspace(out, users, items, days, seed, like)))
 
 
 @app.command()
@@ -249,6 +250,21 @@ def serve(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
     with command():
         serve_settings(load(config, overrides or []), lambda address: answer(asdict(address)))
+
+
+@app.command()
+def visit(
+    url: Annotated[str, typer.Option(help="Of the running server.")],
+    day: Annotated[int, typer.Option(help="Of the world, from 0; it may lie after the simulated log.")],
+    requests: Annotated[int | None, typer.Option(help="So many requests only; absent = all of the day.")] = None,
+    page: Annotated[int, typer.Option(help="Items of a page.")] = 8,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Let the users of a simulated world meet a running server for a day: they ask, see pages and click."""
+    from twotower.cli.visit import visit_server
+
+    stage(lambda settings: asdict(visit_server(settings, url, day, requests, page)), config, overrides)
 
 
 @app.command()

@@ -1,0 +1,311 @@
+"""The simulated world beside real logs: what its numbers are, and theirs.
+
+    python benchmarks/world.py --data ../shared/data --out benchmarks/results/world.json [--seeds 3] [--smoke]
+
+Each log is measured in the same way, whether people made it or `twotower simulate`. Real ones are imported from the
+data sets' own folders (`kuairand`, `globo`; one that is absent is left out). A world of each nature is made as large as
+given. Writes the figures as JSON, and a plot (SVG) and a table (Markdown) beside it; prints one JSON line.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.datasets.importers import import_dataset
+from twotower.datasets.natures import NATURES
+from twotower.datasets.simulate import simulate
+from twotower.datasets.tables import DAY_MS, codes
+from twotower.datasets.workspace import open_workspace
+from twotower.schema import columns as c
+
+REAL = {"kuairand": "since:2022-05-04", "globo": "since:2017-10-10"}
+"""Data sets with the hold-out that the import takes away; the days before it are measured."""
+CONTEXT = {"kuairand": "tab", "globo": None}
+"""The context that decides the click rate; a simulated world's is its scene."""
+HOUR_MS = 3_600_000
+SESSION_GAP_MS = 30 * 60_000
+SETTLED_DAYS = 4
+"""New items are counted on the last days alone: on the first ones every item is new to the log."""
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Of the clicked items, most clicked first: the points of the plotted curve."""
+SIZES = {"default": (4000, 3000), "kuairand": (12_000, 3000), "globo": (12_000, 3000)}
+"""Users and items of the simulated worlds."""
+DAYS = 8
+
+
+@dataclass(frozen=True)
+class Log:
+    """The shown items of a log, N of them in the order of time."""
+
+    user: npt.NDArray[np.int64]
+    item: npt.NDArray[np.int64]
+    ts_ms: npt.NDArray[np.int64]
+    clicked: npt.NDArray[np.bool_]
+    context: npt.NDArray[Any] | None
+    """Of each row, its value of the context that decides the click rate."""
+    has_impressions: bool
+
+    @classmethod
+    def of(cls, events: pa.Table, context: str | None) -> "Log":
+        """The shown rows of joined events."""
+        shown = events.filter(pc.is_in(events[c.OUTCOME], pa.array([c.IMPRESSED, c.CLICKED])))
+        clicked = pc.equal(shown[c.OUTCOME], c.CLICKED).to_numpy()
+        return cls(
+            codes(shown[c.USER_ID]),
+            codes(shown[c.ITEM_ID]),
+            shown[c.REQUEST_TS_MS].to_numpy(),
+            clicked,
+            None if context is None else shown[context].to_numpy(),
+            not bool(clicked.all()),
+        )
+
+
+def measure(log: Log) -> dict[str, Any]:
+    """The figures of a log."""
+    first_day = int(log.ts_ms.min()) // DAY_MS
+    day = log.ts_ms // DAY_MS - first_day
+    clicks = np.bincount(log.item[log.clicked])
+    by_user = np.bincount(log.user[log.clicked])
+    by_user = by_user[by_user > 0]
+    whole_days = [d for d in range(int(day.max()) + 1) if (day == d).sum() > 0.2 * len(day) / (day.max() + 1)]
+    return {
+        "days": len(whole_days),
+        "users": len(np.unique(log.user)),
+        "items": len(np.unique(log.item)),
+        "shown": len(log.item) if log.has_impressions else None,
+        "clicks": int(log.clicked.sum()),
+        "zipf": zipf_slope(clicks),
+        "zipf_of_a_day": statistics.mean(
+            zipf_slope(np.bincount(log.item[log.clicked & (day == d)])) for d in whole_days
+        ),
+        "top_1_percent": top_share(clicks, 0.01),
+        "top_10_percent": top_share(clicks, 0.1),
+        "top_shares": [top_share(clicks, share) for share in SHARES],
+        **new_items(log, day),
+        "click_rate": float(log.clicked.mean()) if log.has_impressions else None,
+        "click_rate_by_context": click_rates(log) if log.has_impressions else None,
+        "hours": (np.bincount(log.ts_ms // HOUR_MS % 24, minlength=24) / len(log.ts_ms)).round(4).tolist(),
+        "clicks_a_user_and_day": float(by_user.mean() / len(whole_days)),
+        "clicks_of_users": dict(zip(map(str, QUANTILES), np.quantile(by_user, QUANTILES).tolist(), strict=True)),
+        "clicks_of_users_cv": float(by_user.std() / by_user.mean()),
+        **sessions(log),
+    }
+
+
+def zipf_slope(clicks: npt.NDArray[np.int64]) -> float:
+    """Slope of log clicks over log rank, from the tenth item to the middle of those that were clicked."""
+    counts = np.sort(clicks[clicks > 0])[::-1]
+    rank = np.arange(10, len(counts) // 2)
+    return float(np.polyfit(np.log(rank), np.log(counts[rank - 1]), 1)[0])
+
+
+def top_share(clicks: npt.NDArray[np.int64], share: float) -> float:
+    """What the most clicked share of the clicked items has of all clicks."""
+    counts = np.sort(clicks[clicks > 0])[::-1]
+    return float(counts[: max(1, int(len(counts) * share))].sum() / counts.sum())
+
+
+def new_items(log: Log, day: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Share of a day's clicks on items that the log first saw on that day, or within 24 hours, on settled days."""
+    first = np.full(int(log.item.max()) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first, log.item, log.ts_ms)
+    first_seen = first[log.item]
+    same_day, within = [], []
+    for late in range(max(1, int(day.max()) + 1 - SETTLED_DAYS), int(day.max()) + 1):
+        rows = log.clicked & (day == late)
+        same_day.append(float((first_seen[rows] // DAY_MS == log.ts_ms[rows] // DAY_MS).mean()))
+        within.append(float((log.ts_ms[rows] - first_seen[rows] < DAY_MS).mean()))
+    return {"new_that_day": statistics.mean(same_day), "new_within_24_h": statistics.mean(within)}
+
+
+def click_rates(log: Log) -> dict[str, dict[str, float]]:
+    """Share of the shown and click rate of each value of the context that has 1 % of them."""
+    if log.context is None:
+        return {}
+    values, code = np.unique(log.context, return_inverse=True)
+    shown, clicked = np.bincount(code), np.bincount(code, log.clicked)
+    return {
+        str(value): {"share": float(shown[row] / len(code)), "click_rate": float(clicked[row] / shown[row])}
+        for row, value in enumerate(values)
+        if shown[row] >= 0.01 * len(code)
+    }
+
+
+def sessions(log: Log) -> dict[str, Any]:
+    """Sessions end with half an hour without anything; how soon users come back."""
+    key = np.unique(np.stack([log.user, log.ts_ms]), axis=1)  # a page counts once
+    gap = np.diff(key[1])[np.diff(key[0]) == 0]
+    pause_h = gap[gap >= SESSION_GAP_MS] / HOUR_MS
+    count = key.shape[1] - int((gap < SESSION_GAP_MS).sum())
+    back = {f"back_within_{hours}_h": float((pause_h < hours).mean()) for hours in (1, 3, 6, 24)}
+    return {"requests_a_session": key.shape[1] / count, **back}
+
+
+def real(name: str, data: Path, folder: Path) -> dict[str, Any]:
+    """The figures of a data set."""
+    import_dataset(name, data / name, folder / name, REAL[name])
+    return measure(Log.of(open_workspace(folder / name).events(), CONTEXT[name]))
+
+
+def simulated(nature: str, users: int, items: int, days: int, seeds: Sequence[int]) -> dict[str, Any]:
+    """The median figures of some worlds of a nature."""
+    return median([measure(Log.of(simulate(users, items, days, seed, nature).events, "scene")) for seed in seeds])
+
+
+def median(figures: Sequence[Any]) -> Any:
+    """The median of each figure, through dictionaries and lists."""
+    first = figures[0]
+    if isinstance(first, Mapping):
+        return {name: median([one[name] for one in figures]) for name in first}
+    if isinstance(first, list):
+        return [median(list(values)) for values in zip(*figures, strict=True)]
+    return None if first is None else statistics.median(figures)
+
+
+ROWS = (
+    ("users", "users", "{:,.0f}"),
+    ("items that were shown", "items", "{:,.0f}"),
+    ("clicks", "clicks", "{:,.0f}"),
+    ("Zipf slope of clicks over items, all days", "zipf", "{:.2f}"),
+    ("the same of a day, mean", "zipf_of_a_day", "{:.2f}"),
+    ("clicks on the first 1 % of the clicked items", "top_1_percent", "{:.1%}"),
+    ("on the first 10 %", "top_10_percent", "{:.1%}"),
+    ("clicks on items first seen that day", "new_that_day", "{:.1%}"),
+    ("within 24 hours", "new_within_24_h", "{:.1%}"),
+    ("click rate of the shown", "click_rate", "{:.1%}"),
+    ("clicks a day of a user who clicks", "clicks_a_user_and_day", "{:.2f}"),
+    ("their spread: standard deviation / mean", "clicks_of_users_cv", "{:.2f}"),
+    ("requests a session", "requests_a_session", "{:.2f}"),
+    ("pauses between sessions under 1 hour", "back_within_1_h", "{:.1%}"),
+    ("under 3 hours", "back_within_3_h", "{:.1%}"),
+    ("under 24 hours", "back_within_24_h", "{:.1%}"),
+)
+"""What the table shows: the words, the figure, its form."""
+
+
+def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures of all logs as Markdown."""
+    lines = ["| | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
+    for words, key, form in ROWS:
+        cells = ["-" if of[key] is None else form.format(of[key]) for of in figures.values()]
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    for name, of in figures.items():
+        if of["click_rate_by_context"]:
+            rates = ", ".join(
+                f"{value} {one['click_rate']:.0%} of {one['share']:.0%}"
+                for value, one in sorted(of["click_rate_by_context"].items(), key=lambda pair: -pair[1]["share"])
+            )
+            lines += ["", f"{name}, click rate by context (of which share of the shown): {rates}."]
+    return "\n".join(lines) + "\n"
+
+
+COLOURS = {"kuairand": "#ee6677", "globo": "#4477aa", "default": "#228833"}
+WIDTH, HEIGHT, LEFT, TOP = 900, 320, 60, 50
+
+
+def plot(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Concentration of clicks and volume by hour, a line a log, worlds dashed, as SVG."""
+    panels = [
+        _panel(
+            "share of the clicks on the most clicked items (share of the clicked items, log scale)",
+            {name: of["top_shares"] for name, of in figures.items()},
+            [f"{share:.1%}".replace(".0%", "%") for share in SHARES],
+            1.0,
+            0,
+        ),
+        _panel(
+            "share of the shown (clicks on Globo) by hour, UTC",
+            {name: of["hours"] for name, of in figures.items()},
+            [str(hour) for hour in range(24)],
+            0.12,
+            HEIGHT + 2 * TOP,
+        ),
+    ]
+    height = 2 * (HEIGHT + 2 * TOP) + 30
+    legend = "".join(
+        f'<path d="M{LEFT + 165 * place} {height - 16}h28" {_stroke(name)}/>'
+        f'<text x="{LEFT + 34 + 165 * place}" y="{height - 12}">{escape(name)}</text>'
+        for place, name in enumerate(figures)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
+        f'font-size="13"><rect width="{WIDTH}" height="{height}" fill="white"/>{"".join(panels)}{legend}</svg>\n'
+    )
+
+
+def _panel(title: str, lines: Mapping[str, Sequence[float]], labels: Sequence[str], most: float, top: int) -> str:
+    def y(value: float) -> float:
+        return top + TOP + HEIGHT * (1 - value / most)
+
+    step = (WIDTH - LEFT - 40) / (len(labels) - 1)
+    parts = [f'<text x="{LEFT}" y="{top + 28}" font-size="15">{escape(title)}</text>']
+    for value in np.linspace(0.0, most, 7 if most < 1 else 6):
+        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - 20}" stroke="#dddddd"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.0%}</text>')
+    for place, label in enumerate(labels):
+        x = LEFT + 10 + step * place
+        parts.append(
+            f'<text x="{x:.1f}" y="{top + TOP + HEIGHT + 18}" text-anchor="middle" font-size="11">{label}</text>'
+        )
+    for name, values in lines.items():
+        points = " ".join(f"{LEFT + 10 + step * place:.1f},{y(value):.1f}" for place, value in enumerate(values))
+        parts.append(f'<polyline points="{points}" fill="none" {_stroke(name)}/>')
+    return "".join(parts)
+
+
+def _stroke(name: str) -> str:
+    of = name.rsplit(maxsplit=1)[-1].lower()
+    dashed = ' stroke-dasharray="6 4"' if name.startswith("world") else ""
+    return f'stroke="{COLOURS[of]}" stroke-width="2"{dashed}'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder that holds kuairand/ and globo/")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="the JSON file; .svg and .md are written beside it")
+    parser.add_argument("--smoke", action="store_true", help="one small world of each nature")
+    arguments = parser.parse_args()
+    started, figures = time.monotonic(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, words in (("kuairand", "KuaiRand"), ("globo", "Globo")):
+            if arguments.data is not None and (arguments.data / name).is_dir():
+                figures[words] = real(name, arguments.data, Path(folder))
+                print(words, figures[words], file=sys.stderr, flush=True)
+    for nature in NATURES:
+        users, items = (2000, 400) if arguments.smoke else SIZES[nature]
+        seeds = range(1 if arguments.smoke else arguments.seeds)
+        figures[f"world {nature}"] = simulated(nature, users, items, DAYS, seeds)
+        print(nature, figures[f"world {nature}"], file=sys.stderr, flush=True)
+    result = {
+        "benchmark": "the simulated world beside real logs",
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "seeds": arguments.seeds,
+        "days": DAYS,
+        "seconds": round(time.monotonic() - started),
+        "logs": figures,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        arguments.out.with_suffix(".svg").write_text(plot(figures), encoding="utf-8")
+        arguments.out.with_suffix(".md").write_text(table(figures), encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

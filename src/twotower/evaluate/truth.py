@@ -1,0 +1,139 @@
+"""How good lists are by a simulated world's truth, beside what its log says of them.
+
+A log knows of an item only if it was shown: a list of what users would like and were never shown scores nothing there.
+
+B users, K candidates of a list, P places of a page.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from twotower.datasets.world import NOTHING, Requests, World
+from twotower.evaluate.holdout import figure, ranked, read_truth
+from twotower.evaluate.metrics import PerUser, summarise
+from twotower.models.retriever import Retriever
+from twotower.samples.read import Samples
+from twotower.schema import columns as c
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+WANTED: Final = 50
+"""How many of the items that a user likes best are looked for."""
+PAGE: Final = 8
+"""Places of the page whose clicks are expected."""
+BEST: Final = "best"
+"""In a report: what could be had at most."""
+
+
+def evaluate_by_truth(
+    samples: Samples,
+    workspace: Path,
+    world: World,
+    channels: Sequence[Retriever],
+    ks: Sequence[int],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """True recall and expected clicks of channels, for the users of the hold-out when they first click in it.
+
+    The lists are those of `evaluate`, whose recall against logged clicks stands beside this.
+
+    Args:
+        samples: what the channels were trained on.
+        workspace: with `holdout.parquet`.
+        world: in which it was simulated.
+        channels: to judge.
+        ks: cut-offs.
+        resamples: of users, behind each interval.
+        seed: of the resampling.
+
+    Returns:
+        By channel, and for `best`, the best possible lists: `true_recall@k` and `page_clicks`, each
+        `{"value", "ci95"}`; besides `wanted` and `page`, their sizes.
+    """
+    rows = read_truth(workspace / "holdout.parquet", samples).user_rows
+    user = world.user_rows(samples.users.ids.take(pa.array(rows)))
+    ts_ms = _first_times(workspace / "holdout.parquet", world)[user]
+    item = world.item_rows(samples.items.ids)
+    clicked = _clicked(samples, world, item)
+    requests = Requests(np.arange(len(user)), user, ts_ms, np.zeros(len(user), np.int64))
+    most = max(ks)
+    lists = {BEST: world.top(user, ts_ms, most, clicked)}
+    for channel in channels:
+        found = ranked(samples, channel, rows, most)
+        lists[channel.name] = np.where(found == NOTHING, NOTHING, item[found])
+    report: dict[str, Any] = {"users": len(user), "wanted": WANTED, "page": PAGE}
+    for name, listed in lists.items():
+        values = true_recall(world, user, ts_ms, listed, ks, WANTED, clicked)
+        values["page_clicks"] = page_clicks(world, requests, listed[:, :PAGE])
+        figures = summarise(PerUser(values, {}, {}), resamples, seed)
+        report[name] = {metric: figure(one) for metric, one in figures.items()}
+    return report
+
+
+def _first_times(holdout: Path, world: World) -> Ints:
+    """(U,) the time of each user's first held-out click."""
+    table = pq.read_table(holdout)
+    first = np.full(len(world.truth.taste), np.iinfo(np.int64).max)
+    np.minimum.at(first, world.user_rows(table[c.USER_ID]), table[c.TS_MS].to_numpy())
+    return first
+
+
+def _clicked(samples: Samples, world: World, item: Ints) -> Bools:
+    """(U, N) what each user of the world has clicked."""
+    clicked = np.zeros((len(world.truth.taste), len(world.truth.item_vector)), np.bool_)
+    user = np.repeat(world.user_rows(samples.users.ids), np.diff(samples.clicks.indptr))
+    clicked_item = item[samples.clicks.item_row]
+    known = clicked_item != NOTHING  # a server's own items are not of the world
+    clicked[user[known], clicked_item[known]] = True
+    return clicked
+
+
+def true_recall(
+    world: World,
+    user: Ints,
+    ts_ms: Ints,
+    lists: Ints,
+    ks: Sequence[int],
+    n: int = WANTED,
+    clicked: Bools | None = None,
+) -> dict[str, Floats]:
+    """`true_recall@k` of each user: the share of the n items that they like best then which are among the first k.
+
+    Those are the n of greatest utility among the items alive at that time which the user has not clicked.
+
+    Args:
+        world: with a horizon beyond these times.
+        user: (B,) rows of users.
+        ts_ms: (B,) milliseconds since 1970.
+        lists: (B, K) rows of the world's items, best first, -1 = the list has ended.
+        ks: cut-offs, at most K.
+        n: how many items are wanted.
+        clicked: (U, N) items that are not wanted again; absent = none.
+    """
+    wanted = world.top(user, ts_ms, n, clicked)
+    size = len(world.truth.birth_day)
+    owner = np.arange(len(user))[:, None] * size
+    hit = np.isin(owner + lists, (owner + wanted)[wanted != NOTHING]) & (lists != NOTHING)
+    possible = np.maximum((wanted != NOTHING).sum(axis=1), 1)
+    return {f"true_recall@{k}": hit[:, :k].sum(axis=1) / possible for k in ks}
+
+
+def page_clicks(world: World, requests: Requests, pages: Ints) -> Floats:
+    """The clicks to expect on each page (R,); no chance is left in it but that of who asks when.
+
+    Args:
+        world: with a horizon beyond these requests.
+        requests: R of them.
+        pages: (R, P) rows of the world's items from the first position on, -1 = nothing.
+    """
+    expected: Floats = world.chances(requests, pages).sum(axis=1)
+    return expected
