@@ -89,6 +89,7 @@ def run_server(
     """
     metrics = Metrics()
     with ExitStack() as opened:
+        snapshots = Snapshots(versions, metrics.switched, deltas)  # first: without a version nothing is made
         event_log = LocalEventLog.open(log_folder, partitions, sync, sync_s)
         opened.callback(event_log.close)
         store = LmdbFeatureStore(store_folder)
@@ -96,8 +97,8 @@ def run_server(
         users = RecentUsers(event_log, store, impressed_shape)
         if applied := users.catch_up():
             log.info("%d events of the log applied", applied)
-        snapshots = Snapshots(versions, metrics.switched, deltas, lambda: users.entities)
         opened.callback(snapshots.close)
+        snapshots.heed(lambda: users.entities)
         app = make_app(
             snapshots,
             event_log,

@@ -109,6 +109,11 @@ class Snapshots:
             self._advance(self._serving)
             return self._serving.version.id
 
+    def heed(self, entities: Callable[[], Entities]) -> None:
+        """Take up the users and items that were put or deleted from another source, now and from now on."""
+        self._entities = entities
+        self.refresh()
+
     def refresh(self) -> None:
         """Take up what was learned and put since."""
         with self._reloading:
