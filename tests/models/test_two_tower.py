@@ -72,7 +72,7 @@ def test_inputs_with_gradients_are_those_of_whole_tables_for_every_kind_of_featu
     for table in model.tables.values():
         table.weights[:2] = np.random.default_rng(0).normal(size=(2, table.weights.shape[1]))
     user, item = columns(features)
-    step = StepAssembler(model).assemble(user, item)
+    step = StepAssembler(model.features, model.tables).assemble(user, item)
     tables = {name: table.weights for name, table in model.tables.items()}
     assert set(step.touched) == {"user_id", "item_id", "user.age", "item.genres", "context.hour", "context.scenes"}
     for assembled, side, encoded in (
@@ -101,13 +101,15 @@ def test_vectors_with_gradients_are_those_of_whole_tables_for_encoded_sequences(
         torch.nn.init.normal_(parameter, std=0.4)
     history = Bag(np.array([0, 2, 2, 5, 6, 6, 7, 8, 9, 9]), np.array([4, 2, 1, 3, 3, 9, 5, 0, 6], np.int32))
     user = encode_table(features.user_columns, USERS) | {"history": history}
-    step = StepAssembler(model).assemble(user, encode_table(features.item, ITEMS))
+    step = StepAssembler(model.features, model.tables).assemble(user, encode_table(features.item, ITEMS))
     whole = model.encode_users(user)
     np.testing.assert_allclose(model.user_tower(step.user).detach().numpy(), whole, rtol=1e-5, atol=1e-6)
     shared = Beginnings(history, np.array([2, 2, 0, 8]), np.array([1, 3, 2, 0]))
     cut = Bag(np.array([0, 1, 4, 6, 6]), history.rows[[2, 2, 3, 3, 0, 1]])
     picked = {name: take(column, np.array([2, 2, 0, 8])) for name, column in user.items()}
-    step = StepAssembler(model).assemble(picked | {"history": shared}, encode_table(features.item, ITEMS))
+    step = StepAssembler(model.features, model.tables).assemble(
+        picked | {"history": shared}, encode_table(features.item, ITEMS)
+    )
     vectors = model.user_tower(step.user)
     np.testing.assert_allclose(vectors.detach().numpy(), model.encode_users(picked | {"history": cut}), atol=1e-6)
     vectors.square().mean().backward()
@@ -131,7 +133,7 @@ def test_gradients_reach_the_rows_touched_from_every_feature_that_reads_them(fea
     """Item ids are read by the item tower and both sequences: their gradients add up."""
     model = TwoTower(features, 6, Network("dnn", ()), Network("dnn", ()), 0.0, seed=0)
     user, item = columns(features)
-    step = StepAssembler(model).assemble(user, item)
+    step = StepAssembler(model.features, model.tables).assemble(user, item)
     sum(value.sum() for value in (*step.user.values(), *step.item.values()) if value.requires_grad).backward()  # type: ignore[union-attr]
     touched = step.touched["item_id"]
     expected = np.zeros(len(model.tables["item_id"].weights))
@@ -197,7 +199,7 @@ def test_towers_without_ids_work(wanted: str, features: FeatureSet) -> None:
     user, item = columns(features)
     if wanted != "numbers alone":
         user["bought"] = Bag(np.zeros(11, np.int64), np.zeros(0, np.int32))  # nobody bought anything
-    step = StepAssembler(model).assemble(user, item)
+    step = StepAssembler(model.features, model.tables).assemble(user, item)
     (model.user_tower(step.user).sum() + model.item_tower(step.item).sum()).backward()
     assert model.encode_users(user).shape == (10, 4)
 

@@ -260,6 +260,7 @@ def test_samples_that_changed_since_the_checkpoint_are_refused(own_world: Settin
                 replace(samples, manifest={**samples.manifest, "files": files}),
                 places(own_world).workspace / "items.parquet",
                 {},
+                {},
                 fusion=Fusion(),
                 configuration={},
                 metrics={},

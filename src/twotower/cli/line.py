@@ -31,13 +31,23 @@ from twotower.models.channel import VectorChannel
 from twotower.models.fit import Recipe, fit_channels
 from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
+from twotower.models.ranker import RankerShape
 from twotower.models.retriever import Retriever
 from twotower.models.same_category import SameCategory
 from twotower.models.swing import Swing
 from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
 from twotower.publish.publish import current_path, promote, publish
-from twotower.publish.version import NEW_ITEMS, TWO_TOWER, VECTOR_CHANNELS, Version, item_tokens, open_version
+from twotower.publish.version import (
+    NEW_ITEMS,
+    PRE_RANK,
+    RANK,
+    TWO_TOWER,
+    VECTOR_CHANNELS,
+    Version,
+    item_tokens,
+    open_version,
+)
 from twotower.samples.build import SamplesReport, build_samples
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
@@ -46,6 +56,7 @@ from twotower.schema.files import read_json, whole_file, write_json
 from twotower.train.checkpoint import Checkpoint, Shape, load_model, open_checkpoint
 from twotower.train.loop import Loss, Negatives, TrainReport, train
 from twotower.train.negatives import Shares
+from twotower.train.ranking import RankerReport, train_ranker
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +137,7 @@ def make_samples(settings: Settings) -> SamplesReport:
         cold=settings.samples.cold,
         hard_most=settings.samples.negatives.hard_most,
         impressed_as_negatives=settings.samples.negatives.impressed_as_negatives_for_experiments,
+        impressions=bool(settings.models.rankers),
         seed=settings.samples.seed,
         room=settings.samples.vocabulary_room,
         engine=settings.engine,
@@ -133,7 +145,7 @@ def make_samples(settings: Settings) -> SamplesReport:
 
 
 def train_model(settings: Settings) -> TrainReport:
-    """A checkpoint of each trained channel out of the samples; the report is the two towers', the others in it."""
+    """A checkpoint of each trained channel and ranker; the report is the two towers', the others in it."""
     check_available(settings)
     where = places(settings)
     samples = open_samples(where.samples)
@@ -141,9 +153,37 @@ def train_model(settings: Settings) -> TrainReport:
     for name in trained_channels(settings):
         log.info("training %s", name)
         reports[name] = train_from(settings, samples, channel=name)
-    latest = {name: os.path.relpath(report.checkpoint, where.checkpoints) for name, report in reports.items()}
+    rankers: dict[str, RankerReport] = {}
+    for name in settings.models.rankers:
+        log.info("training %s", name)
+        rankers[name] = train_ranker_from(settings, samples, name)
+    latest = {
+        name: os.path.relpath(report.checkpoint, where.checkpoints) for name, report in {**reports, **rankers}.items()
+    }
     write_json(where.checkpoints / LATEST, {"checkpoints": latest})
-    return replace(reports.pop(TWO_TOWER), channels=reports)
+    return replace(reports.pop(TWO_TOWER), channels=reports, rankers=rankers)
+
+
+def train_ranker_from(settings: Settings, samples: Samples, name: str) -> RankerReport:
+    """A checkpoint of one ranker, `pre_rank` or `rank`, out of given samples."""
+    options = {PRE_RANK: settings.pre_rank, RANK: settings.rank}[name]
+    network = Network(options.network, tuple(options.layers), options.crosses)
+    return train_ranker(
+        samples,
+        places(settings).checkpoints,
+        name,
+        RankerShape(network, options.dropout, options.history, options.attention, options.positions),
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        seed=settings.train.seed,
+        learning_rate=options.learning_rate,
+        table_learning_rate=options.table_learning_rate,
+        weight_decay=options.weight_decay,
+        id_dropout=options.id_dropout,
+        calibration_share=options.calibration_share,
+        checkpoint_s=settings.train.checkpoint_s,
+        threads=settings.train.threads,
+    )
 
 
 def trained_channels(settings: Settings) -> list[str]:
@@ -371,6 +411,7 @@ def publish_version(settings: Settings, *, promoted: bool) -> dict[str, Any]:
         samples,
         where.workspace / "items.parquet",
         fit_channels(samples, _configured(settings, samples), where.checkpoints),
+        {name: latest_checkpoint(settings, name) for name in settings.models.rankers},
         fusion=fusion,
         configuration=as_dict(settings),
         metrics=metrics,

@@ -436,6 +436,8 @@ class Models:
         default_factory=lambda: ["two_tower", "item_cf", "popular"]
     )
     """Channels to train, publish and serve."""
+    rankers: list[Literal["pre_rank", "rank"]] = field(default_factory=list)
+    """Rankers of the funnel to train, publish and serve; for logs that say what was shown and not clicked."""
     dimension: Positive = 64
     """Length of the vectors, and of the id embeddings."""
     user_tower: Tower = field(default_factory=Tower)
@@ -458,6 +460,40 @@ class Models:
     """The channel `item_cf`."""
     swing: Swing = field(default_factory=Swing)
     """The channel `swing`."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Ranker:
+    """An early-fusion network that scores candidates, trained on what was shown, clicked or not."""
+
+    history: Literal["mean", "target"] = "mean"
+    """How it reads sequences of items: their mean; or each weighted by how it meets the candidate (DIN)."""
+    attention: Positive = 16
+    """`target`: hidden units of that weight."""
+    network: Literal["dnn", "dcn"] = "dnn"
+    """`dnn`: fully connected layers; `dcn`: crosses of features beside them."""
+    layers: list[Positive] = field(default_factory=lambda: [64])
+    """Widths of the fully connected layers; empty = none."""
+    crosses: Positive = 2
+    """`dcn`: how many cross layers."""
+    positions: Positive = 50
+    """Positions of a page that have a bias of their own; later ones share that of the last."""
+    batch_size: Positive = 1024
+    """Impressions in a step."""
+    epochs: Positive = 2
+    """Passes over the impressions."""
+    learning_rate: PositiveReal = 0.001
+    """Of the network (Adam)."""
+    table_learning_rate: PositiveReal = 0.02
+    """Of the embedding tables (row-wise Adagrad)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of the network, decoupled."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of hidden units left out in training."""
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of ids replaced by the unknown id in training, and of contexts made missing."""
+    calibration_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The latest impressions are not trained on: log-odds are scaled to fit them."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -730,6 +766,8 @@ class Settings:
     samples: Samples = field(default_factory=Samples)
     models: Models = field(default_factory=Models)
     train: Train = field(default_factory=Train)
+    pre_rank: Ranker = field(default_factory=Ranker)
+    rank: Ranker = field(default_factory=lambda: Ranker(history="target", layers=[128, 64]))
     tune: Tune = field(default_factory=Tune)
     evaluate: Evaluate = field(default_factory=Evaluate)
     fusion: Fusion = field(default_factory=Fusion)

@@ -78,15 +78,9 @@ class Tower(nn.Module):
             self.gains = nn.Parameter(torch.ones(len(features)))
             return
         width = sum(input_width(feature) for feature in features)
-        hidden: list[nn.Module] = []
-        for narrow, wide in pairwise([width, *network.layers]):
-            hidden += [nn.Linear(narrow, wide), nn.ReLU(), nn.Dropout(dropout)]
-        self.hidden = nn.Sequential(*hidden)
-        self.crosses = nn.ModuleList(
-            nn.Linear(width, width) for _ in range(network.crosses if network.kind == "dcn" else 0)
-        )
-        deep = network.layers[-1] if network.layers else 0
-        self.projection = nn.Linear(width + deep if self.crosses else deep or width, dimension)
+        self.hidden = hidden_layers(width, network, dropout)
+        self.crosses = cross_layers(width, network)
+        self.projection = nn.Linear(width_behind(width, network), dimension)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Inputs by feature name to unit vectors (B, D), or (B, K, D) where a sequence is encoded as interests.
@@ -101,12 +95,7 @@ class Tower(nn.Module):
             features = [f if f.dim() == 3 else f[:, None].expand(-1, self.interests, -1) for f in features]
         if self.gains is not None:
             return torch.stack([gain * feature for gain, feature in zip(self.gains, features, strict=True)]).sum(dim=0)
-        side_by_side = torch.cat(list(features), dim=-1)
-        hidden = self.hidden(side_by_side)
-        if self.crosses:
-            crossed = _cross(side_by_side, self.crosses)
-            hidden = torch.cat([crossed, hidden], dim=-1) if len(self.hidden) else crossed
-        projected: Tensor = self.projection(hidden)
+        projected: Tensor = self.projection(through(torch.cat(list(features), dim=-1), self.hidden, self.crosses))
         return projected
 
     def _encoded(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -131,6 +120,34 @@ def _encoder(feature: Items, dropout: float) -> nn.Module:
     if feature.encoder == INTERESTS:
         return Interests(feature.dimension, feature.last, feature.heads, feature.blocks)
     return CausalTransformer(feature.dimension, feature.last, feature.heads, feature.blocks, dropout)
+
+
+def hidden_layers(width: int, network: Network, dropout: float) -> nn.Sequential:
+    """The fully connected layers of a network whose input is so wide."""
+    layers: list[nn.Module] = []
+    for narrow, wide in pairwise([width, *network.layers]):
+        layers += [nn.Linear(narrow, wide), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
+
+
+def cross_layers(width: int, network: Network) -> nn.ModuleList:
+    """Its cross layers; none but of `dcn`."""
+    return nn.ModuleList(nn.Linear(width, width) for _ in range(network.crosses if network.kind == "dcn" else 0))
+
+
+def width_behind(width: int, network: Network) -> int:
+    """How many numbers `through` gives for so many."""
+    deep = network.layers[-1] if network.layers else 0
+    return width + deep if network.kind == "dcn" and network.crosses else deep or width
+
+
+def through(features: Tensor, hidden: nn.Sequential, crosses: nn.ModuleList) -> Tensor:
+    """Features (..., width) through both kinds of layers, their outputs side by side."""
+    deep: Tensor = hidden(features)
+    if not crosses:
+        return deep
+    crossed = _cross(features, crosses)
+    return torch.cat([crossed, deep], dim=-1) if len(hidden) else crossed
 
 
 def _cross(first: Tensor, layers: nn.ModuleList) -> Tensor:

@@ -148,15 +148,21 @@ class StepInputs:
 
 
 class StepAssembler:
-    """Assembles tower inputs that pass gradients to the rows they touch."""
+    """Assembles the inputs of both sides that pass gradients to the rows they touch.
 
-    def __init__(self, model: TwoTower) -> None:
-        self._model = model
-        self._compactors = {name: Compactor(len(table.weights)) for name, table in model.tables.items()}
+    Args:
+        features: of both sides.
+        tables: the embedding tables that they read.
+    """
+
+    def __init__(self, features: FeatureSet, tables: Mapping[str, EmbeddingTable]) -> None:
+        self._features = features
+        self._tables = tables
+        self._compactors = {name: Compactor(len(table.weights)) for name, table in tables.items()}
 
     def assemble(self, user: Mapping[str, Column | Beginnings], item: Mapping[str, Column | Beginnings]) -> StepInputs:
         """Inputs of both towers from encoded columns: `user` (B rows, context included), `item` (C rows)."""
-        features = self._model.features
+        features = self._features
         sides = [((*features.user, *features.context), user), (features.item, item)]
         asked: dict[str, list[Rows]] = {}
         for wanted, columns in sides:
@@ -168,7 +174,7 @@ class StepAssembler:
         places: dict[str, Tensor] = {}
         for table, pieces in asked.items():
             distinct, place = self._compactors[table].compact(np.concatenate(pieces))
-            values = torch.from_numpy(self._model.tables[table].weights[distinct]).requires_grad_()
+            values = torch.from_numpy(self._tables[table].weights[distinct]).requires_grad_()
             touched[table] = Touched(distinct, values)
             places[table] = torch.from_numpy(place)
         used = dict.fromkeys(asked, 0)

@@ -52,6 +52,28 @@ def export_tower(tower: Tower, features: Sequence[Fitted], path: Path) -> None:
         else:
             examples[feature.name] = torch.zeros(3, input_width(feature))
         shapes.append({0: batch})
+    names = [f"input.{name}" for name in examples]
+    export(_ByPosition(tower, list(examples)), tuple(examples.values()), names, VECTOR, tuple(shapes), path)
+
+
+def export(
+    module: nn.Module,
+    examples: tuple[Tensor, ...],
+    names: list[str],
+    output: str,
+    shapes: tuple[dict[int, torch.export.Dim], ...],
+    path: Path,
+) -> None:
+    """Write a module as ONNX.
+
+    Args:
+        module: takes the inputs one after the other.
+        examples: of the inputs.
+        names: of the inputs.
+        output: name of what it gives.
+        shapes: for each input, its dimensions that are free.
+        path: the file.
+    """
     quiet = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in quiet]
     for logger in quiet:
@@ -60,12 +82,12 @@ def export_tower(tower: Tower, features: Sequence[Fitted], path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
             torch.onnx.export(
-                _ByPosition(tower, list(examples)).eval(),
-                tuple(examples.values()),
+                module.eval(),
+                examples,
                 str(path),
-                input_names=[f"input.{name}" for name in examples],
-                output_names=[VECTOR],
-                dynamic_shapes=(tuple(shapes),),
+                input_names=names,
+                output_names=[output],
+                dynamic_shapes=(shapes,),
                 dynamo=True,
                 external_data=False,
                 verbose=False,
@@ -73,6 +95,15 @@ def export_tower(tower: Tower, features: Sequence[Fitted], path: Path) -> None:
     finally:
         for logger, level in zip(quiet, levels, strict=True):
             logger.setLevel(level)
+
+
+def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """ONNX Runtime with a network, on so many threads a call."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 class OnnxTower:
@@ -86,11 +117,7 @@ class OnnxTower:
     """
 
     def __init__(self, path: Path, features: Sequence[Fitted], tables: Mapping[str, Table], threads: int = 1) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = open_session(path, threads)
         self._features = tuple(features)
         self._tables = tables
 

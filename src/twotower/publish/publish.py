@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
-from twotower.features.columns import Column, take, to_arrow
+from twotower.features.columns import Bag, Column, take, to_arrow
 from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, save
 from twotower.fusion.fuse import Fusion
 from twotower.index.build import build_index
@@ -27,15 +28,18 @@ from twotower.models.als import ALS
 from twotower.models.channel import latest
 from twotower.models.fit import Counted
 from twotower.models.queries import queries_of_users
+from twotower.models.ranker import Ranker
 from twotower.models.retriever import Queries
 from twotower.models.two_tower import Floats, TwoTower
 from twotower.publish.golden import replay, write_golden
 from twotower.publish.onnx import OnnxTower, export_tower
+from twotower.publish.ranker import OnnxRanker, write_ranker
 from twotower.publish.tables import map_tables, save_tables
 from twotower.publish.version import (
     CATALOGUE,
     FORMAT,
     NEW_ITEMS,
+    RANKERS,
     TWO_TOWER,
     item_tokens,
     open_version,
@@ -44,7 +48,7 @@ from twotower.publish.version import (
     write_manifest,
 )
 from twotower.samples.columns_file import write_table
-from twotower.samples.read import Samples
+from twotower.samples.read import ITEMS, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import (
@@ -56,13 +60,15 @@ from twotower.schema.files import (
     whole_folder,
 )
 from twotower.schema.tables import check_entities
-from twotower.train.checkpoint import Checkpoint, load_model
+from twotower.train.checkpoint import Checkpoint, load_model, load_ranker
 
 log = logging.getLogger(__name__)
 
 CURRENT = "CURRENT"
 LOCK = ".lock"
 PROMOTING = ".promoting"
+RANKED = 20
+"""Users that compare an exported ranker with the trained one."""
 SAMPLED = 500
 """Users that the index is tuned on; as many users and items compare the exported towers with the trained ones."""
 ROUNDING = 1e-5
@@ -85,6 +91,7 @@ def publish(
     samples: Samples,
     items_file: Path,
     channels: Mapping[str, Counted],
+    rankers: Mapping[str, Checkpoint],
     *,
     fusion: Fusion,
     configuration: dict[str, Any],
@@ -104,6 +111,7 @@ def publish(
         samples: what they were trained on: users, histories, the catalogue's features.
         items_file: `items.parquet`, for the attributes that a page shows.
         channels: the channels that are counted, not trained, by name.
+        rankers: the trained rankers, by name.
         fusion: how the channels become one list.
         configuration: the whole configuration, recorded; names the channels.
         metrics: of the evaluation, recorded.
@@ -121,7 +129,7 @@ def publish(
         DataError: checkpoint, samples and items do not belong together, or a vector is not finite.
         VersionError: another process is publishing, or the exported towers are not the trained ones.
     """
-    for checkpoint in checkpoints.values():
+    for checkpoint in (*checkpoints.values(), *rankers.values()):
         for name in (FEATURES_FILE, VOCABULARY_FILE):
             if checkpoint.manifest["files"][name]["sha256"] != samples.manifest["files"][name]["sha256"]:
                 raise DataError(
@@ -163,6 +171,14 @@ def publish(
                 queries = channel.user_vectors(_some_queries(samples).clicks)
                 whole = channel.with_index(tune(*channel.found, queries[queries.any(axis=1)]))
             whole.save(folder / "channels" / name)
+        for name, checkpoint in rankers.items():
+            log.info("writing ranker %s", name)
+            ranker = load_ranker(checkpoint)
+            about = {key: checkpoint.manifest[key] for key in ("calibration", "position")}
+            write_ranker(folder / RANKERS / name, ranker, about)
+            _check_ranker(folder / RANKERS / name, ranker, samples)
+        if rankers:
+            shutil.copyfile(samples.path / ITEMS, folder / RANKERS / ITEMS)
         for name in ("users.arrow", "clicks.arrow"):
             shutil.copyfile(samples.path / name, folder / name)
         write_table(folder / CATALOGUE, catalogue)
@@ -230,6 +246,32 @@ def _check_export(
             raise VersionError(
                 f"{name} differs by {off:.2g} from the trained tower: report this, with your versions of "
                 "torch and onnxruntime"
+            )
+
+
+def _check_ranker(folder: Path, model: Ranker, samples: Samples) -> None:
+    """Run an exported ranker on users and items spread over all, as another process would.
+
+    Raises:
+        VersionError: its probabilities are not those of the trained one.
+    """
+    exported = OnnxRanker(folder, samples.items)
+    rows = np.unique(np.linspace(0, len(samples.items) - 1, SAMPLED).astype(np.int64))
+    items = {name: take(column, rows) for name, column in samples.items.features.items()}
+    queries = _some_queries(samples)
+    for place in np.unique(np.linspace(0, len(queries) - 1, RANKED).astype(np.int64)):
+        user = {name: take(column, np.array([place])) for name, column in queries.features.items()}
+        clicks = take(queries.clicks, np.array([place]))
+        assert isinstance(clicks, Bag)
+        columns = dict(user)
+        if (history := model.features.history) is not None:
+            columns[history.name] = latest(clicks, item_tokens(model.features, samples.items.ids), history.last)
+        trained = model.probability(torch.from_numpy(model.score(columns, items))).numpy()
+        off = np.abs(exported.score(user, clicks, rows) - trained).max()
+        if not off <= ROUNDING:
+            raise VersionError(
+                f"{folder.name}: the exported ranker differs by {off:.2g} from the trained one: report this, with your "
+                "versions of torch and onnxruntime"
             )
 
 

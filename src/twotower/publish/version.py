@@ -25,9 +25,10 @@ from twotower.models.fit import KINDS
 from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Queries, Retriever, WithoutItems
 from twotower.publish.onnx import OnnxTower
+from twotower.publish.ranker import OnnxRanker
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.samples.columns_file import map_columns
-from twotower.samples.read import Clicks, Entities, open_clicks, open_users
+from twotower.samples.read import Clicks, Entities, open_clicks, open_items, open_users
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import MANIFEST, check_listing, read_json, write_json
@@ -39,6 +40,7 @@ FUSED = "fused"
 TWO_TOWER = "two_tower"
 VECTOR_CHANNELS = (TWO_TOWER, "mind", "mf")
 """The channels that are trained: a user encoder and item vectors each."""
+RANKERS = "rankers"
 PRE_RANK, RANK = "pre_rank", "rank"
 """The rankers that a version may have: what orders candidates, and what orders those that go on."""
 NEW_ITEMS = "new_items"
@@ -110,6 +112,7 @@ class Version:
     """The latest delta that is laid over it."""
     since: Since = field(default_factory=Since)
     rankers: Mapping[str, Any] = field(default_factory=dict)
+    """By name, those that the version has: `OnnxRanker`, or what an overlay laid over it."""
 
     @property
     def two_tower(self) -> VectorChannel:
@@ -196,6 +199,7 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
             else:
                 counted = KINDS[name].load(folder / name)
                 channels[name] = WithoutItems(counted, gone) if gone.any() else counted
+        rankers = manifest["configuration"]["models"].get("rankers", [])  # versions of before there were any
         return Version(
             path.name,
             path,
@@ -210,6 +214,7 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
             user_tower,
             ItemKeys(item_ids, len(item_ids)),
             gone,
+            rankers=_open_rankers(path / RANKERS, rankers, threads),
         )
     except (DataError, KeyError) as error:
         raise VersionError(f"version {path.name} cannot be opened: {error}") from error
@@ -227,6 +232,13 @@ def _open_vector_channel(
     tokens = item_tokens(features, item_ids)
     index, vectors = _open_index(folder, gone), _item_vectors(folder)
     return VectorChannel(folder.name, features, tokens, tower.encode, index, vectors)
+
+
+def _open_rankers(folder: Path, names: Sequence[str], threads: int) -> dict[str, OnnxRanker]:
+    if not names:
+        return {}
+    items = open_items(folder)
+    return {name: OnnxRanker(folder / name, items, threads) for name in names}
 
 
 def _open_index(folder: Path, gone: npt.NDArray[np.bool_]) -> VectorIndex:

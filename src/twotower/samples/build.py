@@ -52,6 +52,10 @@ FORMAT = 2
 HISTORY_COUNT = "history"
 CLICKS = "clicks"
 POSITIVES = "positives"
+LABEL = "is_clicked"
+IMPRESSIONS = "impressions.arrow"
+NO_POSITION = 0
+"""Position of an item of which the log does not say where it was shown."""
 NO_HISTORY = -1
 """History count of data without time: the trainer draws histories anew each epoch."""
 
@@ -107,6 +111,7 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
     cold: spec.Cold = spec.Cold(),  # noqa: B008
     hard_most: int = 20,
     impressed_as_negatives: bool = False,
+    impressions: bool = False,
     seed: int = 0,
     room: float = 0.1,
     engine: spec.Engine = spec.Engine(),  # noqa: B008
@@ -127,13 +132,14 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
         cold: over-sampling of cold items.
         hard_most: hard negatives of a request that are kept of each source.
         impressed_as_negatives: what was shown and not clicked is a source of hard negatives, for experiments.
+        impressions: write what was shown, clicked or not, too: what rankers learn from.
         seed: of the rows that are dropped, repeated or kept by chance.
         room: spare rows of the id tables, as a share of the known ids.
         engine: what runs the job, with its memory and threads; every engine gives the same files.
 
     Raises:
         DataError: a table is missing, empty or not of its schema; no positive is left.
-        ConfigError: a configured column or day does not exist.
+        ConfigError: a configured column or day does not exist; impressions are wanted of a log that has none.
     """
     users = check_entities(_read(workspace / "users.parquet"), c.USER_ID, "users.parquet")
     items = check_entities(_read(workspace / "items.parquet"), c.ITEM_ID, "items.parquet")
@@ -153,6 +159,8 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
             item_rows = opened.put("item_rows", _numbered(items, c.ITEM_ID, ITEM_ROW))
             counts = _count(opened, events, user_rows, item_rows, weight)
             timed = _check_timed(counts, bool(first_day or last_day), impressed_weight)
+            if impressions:
+                _check_impressions(counts, timed)
             known = events.inner_join(user_rows, c.USER_ID).inner_join(item_rows, c.ITEM_ID)
             clicks = opened.keep("clicks", _rows(known, c.CLICKED, context, weight, first_day))
             in_range = clicks.filter(clicks[_IN_RANGE]) if first_day else clicks
@@ -195,6 +203,9 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
                 rows = opened.batches(rejected.of(positives, source))
                 write_columns(folder / f"{HARD}{source}.arrow", pa.schema([(ITEM_ROW, pa.int32())]), rows)
             _write_clicks(opened, folder / "clicks.arrow", clicks, timed)
+            if impressions:
+                shown = _shown(known, clicks, context, first_day or "")
+                _write_impressions(opened, folder / IMPRESSIONS, shown, fitted.context, types)
             weak = opened.fetch(fed.aggregate(rows=_.count())).column("rows")[0].as_py() - clicked
             with_hard = _share_with_hard(opened, positives, sources)
         shutil.rmtree(folder / "spill", ignore_errors=True)
@@ -459,6 +470,33 @@ def _rows(known: Any, outcome: str, context: tuple[str, ...], weight: str | floa
     )
 
 
+def _check_impressions(counts: _Counts, timed: bool) -> None:
+    """Refuse rankers where the log does not say what was shown and not clicked.
+
+    Raises:
+        ConfigError: it has no such rows, or no time.
+    """
+    if c.IMPRESSED not in counts.outcomes or not timed:
+        seen = f"outcomes: {counts.outcomes}" if timed else "the events have no time"
+        raise ConfigError(
+            f"models.rankers learn from what was shown and not clicked, rows of outcome {c.IMPRESSED} with a time, and "
+            f"this log has none ({seen}): leave models.rankers out"
+        )
+
+
+def _shown(known: Any, clicks: Any, context: tuple[str, ...], first_day: str) -> Any:
+    """What was shown from a day on, clicked or not, with the number of the user's clicks before."""
+    chosen = known.filter(known[c.OUTCOME].isin([c.IMPRESSED, c.CLICKED]) & (known[c.DATE] >= first_day))
+    position = chosen[c.POSITION].fill_null(NO_POSITION) if c.POSITION in chosen.columns else ibis.literal(NO_POSITION)
+    shown = chosen.select(
+        *(c.EVENT_SEQ, USER_ROW, ITEM_ROW, c.REQUEST_TS_MS, c.CLICK_TS_MS),
+        **{LABEL: (chosen[c.OUTCOME] == c.CLICKED).cast("int8"), c.POSITION: position.cast("int32")},
+        **{f"{CONTEXT}{name}": chosen[name] for name in context},
+    )
+    unlabelled = {LABEL: ibis.literal(1, "int8"), c.POSITION: ibis.literal(NO_POSITION, "int32")}
+    return _with_history(shown, clicks.mutate(**unlabelled).select(*shown.columns))
+
+
 def _share_with_hard(engine: Engine, positives: Any, sources: Sequence[str]) -> float:
     """Share of the positives that have a hard negative."""
     if not sources:
@@ -595,7 +633,38 @@ def _write_positives(
             c.TS_MS: _[c.REQUEST_TS_MS] if timed else ibis.literal(0, "int64"),
         }
     )
-    chosen = chosen.select(*(name for name, _type in fields), *(f"{CONTEXT}{feature.name}" for feature in context))
+    _write_encoded(engine, path, chosen, fields, context, types)
+
+
+def _write_impressions(
+    engine: Engine, path: Path, shown: Any, context: tuple[Fitted, ...], types: Mapping[str, pa.DataType]
+) -> None:
+    """One row for each item that was shown, in the order of time, a request's by position, context encoded."""
+    fields = [
+        (USER_ROW, pa.int32()),
+        (ITEM_ROW, pa.int32()),
+        (HISTORY_COUNT, pa.int32()),
+        (LABEL, pa.int8()),
+        (c.POSITION, pa.int32()),
+        (c.TS_MS, pa.int64()),
+    ]
+    order = [c.REQUEST_TS_MS, USER_ROW, c.POSITION, c.EVENT_SEQ, ITEM_ROW, LABEL]
+    chosen = shown.order_by(order).mutate(
+        **{HISTORY_COUNT: _[HISTORY_COUNT].cast("int32"), c.TS_MS: _[c.REQUEST_TS_MS]}
+    )
+    _write_encoded(engine, path, chosen, fields, context, types)
+
+
+def _write_encoded(
+    engine: Engine,
+    path: Path,
+    rows: Any,
+    fields: list[tuple[str, pa.DataType]],
+    context: tuple[Fitted, ...],
+    types: Mapping[str, pa.DataType],
+) -> None:
+    """Rows in their order: some columns as they are, those of the context encoded."""
+    chosen = rows.select(*(name for name, _type in fields), *(f"{CONTEXT}{feature.name}" for feature in context))
 
     def encoded() -> Iterator[pa.RecordBatch]:
         for batch in engine.batches(chosen):

@@ -17,6 +17,8 @@ from twotower.samples.build import (
     FEATURE,
     FORMAT,
     HISTORY_COUNT,
+    IMPRESSIONS,
+    LABEL,
     NO_HISTORY,
     POSITIVES,
 )
@@ -26,6 +28,8 @@ from twotower.samples.sampling import COPIES, ITEM_ROW, USER_ROW
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import MANIFEST, read_json
+
+ITEMS = "items.arrow"
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -46,6 +50,25 @@ class Positives:
     """How often the row is fed in an epoch: 0 if it was down-sampled, more than 1 if it was over-sampled."""
     hard: dict[str, Bag]
     """By source, the catalogue rows of the items that were rejected in the row's request."""
+
+    def __len__(self) -> int:
+        return len(self.user_row)
+
+
+@dataclass(frozen=True)
+class Impressions:
+    """What was shown (R,), in the order of time: what rankers learn from."""
+
+    user_row: Ints
+    item_row: Ints
+    history: Ints
+    """How many of the user's clicks came before the request."""
+    clicked: npt.NDArray[np.int8]
+    """1 = clicked, 0 = shown and not clicked."""
+    position: Ints
+    """Place on the page, from 1; 0 = the log does not say."""
+    ts_ms: Longs
+    context: dict[str, Column]
 
     def __len__(self) -> int:
         return len(self.user_row)
@@ -90,6 +113,8 @@ class Samples:
     clicks: Clicks
     item_positives: Longs
     """(items,) clicked training rows of each item, before sampling."""
+    impressions: Impressions | None = None
+    """None where no ranker is configured."""
 
     @property
     def timed(self) -> bool:
@@ -123,16 +148,32 @@ def open_samples(folder: Path) -> Samples:
             if name.startswith(HARD)
         },
     )
-    items = map_columns(folder / "items.arrow")
+    items = map_columns(folder / ITEMS)
     return Samples(
         folder,
         manifest,
         load(folder),
         positives,
         open_users(folder),
-        Entities(items.column(c.ITEM_ID), _prefixed(items, FEATURE)),
+        open_items(folder),
         open_clicks(folder),
         _numpy(items, POSITIVES),
+        _open_impressions(folder / IMPRESSIONS),
+    )
+
+
+def _open_impressions(path: Path) -> Impressions | None:
+    if not path.exists():
+        return None
+    rows = map_columns(path)
+    return Impressions(
+        _numpy(rows, USER_ROW),
+        _numpy(rows, ITEM_ROW),
+        _numpy(rows, HISTORY_COUNT),
+        _numpy(rows, LABEL),
+        _numpy(rows, c.POSITION),
+        _numpy(rows, c.TS_MS),
+        _prefixed(rows, CONTEXT),
     )
 
 
@@ -140,6 +181,12 @@ def open_users(folder: Path) -> Entities:
     """The users of a samples folder or of a version."""
     users = map_columns(folder / "users.arrow")
     return Entities(users.column(c.USER_ID), _prefixed(users, FEATURE))
+
+
+def open_items(folder: Path) -> Entities:
+    """The items of a samples folder or of the rankers of a version."""
+    items = map_columns(folder / ITEMS)
+    return Entities(items.column(c.ITEM_ID), _prefixed(items, FEATURE))
 
 
 def open_clicks(folder: Path) -> Clicks:

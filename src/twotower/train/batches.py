@@ -3,7 +3,7 @@
 B batch, C distinct items of the batch, K shared negatives, n and H negatives of each row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -333,8 +333,10 @@ class BatchMaker:
         user: dict[str, Column | Beginnings] = {
             name: take(column, user_row) for name, column in samples.users.features.items()
         }
-        user |= {feature.name: self._context(feature, rows, generator) for feature in samples.features.context}
-        self._drop_ids(user, c.USER_ID, generator)
+        for feature in samples.features.context:
+            column = take(samples.positives.context[feature.name], rows)
+            user[feature.name] = some_missing(feature, column, self._id_dropout, generator)
+        drop_ids(user, c.USER_ID, self._id_dropout, generator)
         history = samples.features.history
         if history is None or self._item_tokens is None:
             return user
@@ -354,19 +356,8 @@ class BatchMaker:
         item: dict[str, Column | Beginnings] = {
             name: take(column, distinct) for name, column in self._samples.items.features.items()
         }
-        self._drop_ids(item, c.ITEM_ID, generator)
+        drop_ids(item, c.ITEM_ID, self._id_dropout, generator)
         return item
-
-    def _drop_ids(self, side: dict[str, Column | Beginnings], name: str, generator: np.random.Generator) -> None:
-        """Replace some ids by the unknown one, in place."""
-        if self._id_dropout and isinstance(ids := side.get(name), np.ndarray):
-            side[name] = np.where(generator.random(len(ids)) < self._id_dropout, np.int32(UNKNOWN), ids)
-
-    def _context(self, feature: Fitted, rows: Longs, generator: np.random.Generator) -> Column:
-        """A context column; some rows are made missing, so that a request without it has a meaning."""
-        column = take(self._samples.positives.context[feature.name], rows)
-        silent = generator.random(len(rows)) < self._id_dropout
-        return take(concatenate([column, feature.absent(len(rows))]), np.arange(len(rows)) + len(rows) * silent)
 
     def _mask(self, user_row: npt.NDArray[np.int32], positive: Longs, negatives: int) -> Mask:
         """Each user's positives met with the shared negatives: once a user, then spread to its rows."""
@@ -380,6 +371,21 @@ class BatchMaker:
         mine = hits[user_place + 1] - hits[user_place]
         mask = Mask(pointers(mine), column[ranges(hits[user_place], mine)])
         return _with_own(mask, positive, negatives) if self._weak else mask
+
+
+def drop_ids(
+    side: MutableMapping[str, Column | Beginnings], name: str, share: float, generator: np.random.Generator
+) -> None:
+    """Replace a share of the ids of one side by the unknown one, in place."""
+    if share and isinstance(ids := side.get(name), np.ndarray):
+        side[name] = np.where(generator.random(len(ids)) < share, np.int32(UNKNOWN), ids)
+
+
+def some_missing(feature: Fitted, column: Column, share: float, generator: np.random.Generator) -> Column:
+    """A context column of which a share is made missing, so that a request without it has a meaning."""
+    count = len(column)
+    silent = generator.random(count) < share
+    return take(concatenate([column, feature.absent(count)]), np.arange(count) + count * silent)
 
 
 def _freshness(samples: Samples, half_life_days: float) -> Reals:

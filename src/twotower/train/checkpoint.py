@@ -23,6 +23,7 @@ from torch import Tensor
 
 from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, FeatureSet
 from twotower.features.feature_set import load as load_features
+from twotower.models.ranker import Ranker, RankerShape
 from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
 from twotower.schema.errors import DataError
@@ -32,6 +33,7 @@ from twotower.train.negatives import CountedFrequency, StreamingFrequency
 log = logging.getLogger(__name__)
 
 Frequency = CountedFrequency | StreamingFrequency
+Model = TwoTower | Ranker
 
 FORMAT = 2
 TENSORS = "model.safetensors"
@@ -107,13 +109,13 @@ def run_folder(checkpoints: Path, samples_manifest: dict[str, Any], settings: di
 
 def save_checkpoint(
     folder: Path,
-    model: TwoTower,
+    model: Model,
     optimizer: torch.optim.Adam,
-    shape: Shape,
+    shape: Shape | RankerShape,
     progress: Progress,
     features_from: Path,
     rest: Any,
-    frequency: Frequency,
+    frequency: Frequency | None = None,
 ) -> None:
     """Write a checkpoint with everything that a later step or an update needs."""
     with whole_folder(folder) as temporary:
@@ -158,7 +160,40 @@ def load_model(checkpoint: Checkpoint) -> TwoTower:
     return model.eval()
 
 
-def resume(folder: Path, model: TwoTower, optimizer: torch.optim.Adam, frequency: Frequency) -> Progress | None:
+def load_ranker(checkpoint: Checkpoint) -> Ranker:
+    """The ranker of a checkpoint, ready to score."""
+    described = checkpoint.manifest["shape"]
+    shape = RankerShape(**{**described, "network": Network(**described["network"])})
+    model = Ranker(shape.features_of(load_features(checkpoint.path)), shape, seed=0)
+    _restore_model(model, load_file(checkpoint.path / TENSORS))
+    return model.eval()
+
+
+def finished(folder: Path) -> Checkpoint | None:
+    """The finished checkpoint of a run, if there is one; a damaged one is made again."""
+    if not (folder / FINISHED).exists():
+        return None
+    try:
+        return open_checkpoint(folder / FINISHED)
+    except DataError as error:
+        log.warning("training again: %s", error)
+        return None
+
+
+def all_finite(model: Model) -> bool:
+    """No number of a model is infinite or none at all."""
+    dense = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+    return dense and all(bool(np.isfinite(table.weights).all()) for table in model.tables.values())
+
+
+def seed_of_step(seed: int, epoch: int, step: int) -> int:
+    """What dropout begins with in a step, so that it depends on the step alone."""
+    return int(np.random.default_rng([seed, epoch, step, 3]).integers(1 << 63))
+
+
+def resume(
+    folder: Path, model: Model, optimizer: torch.optim.Adam, frequency: Frequency | None = None
+) -> Progress | None:
     """Load the latest whole checkpoint of a run into model, optimizer and q, or say that there is none.
 
     Damaged ones are removed on the way, with a warning.
@@ -174,7 +209,8 @@ def resume(folder: Path, model: TwoTower, optimizer: torch.optim.Adam, frequency
         _restore_model(model, tensors)
         _restore_optimizer(model, optimizer, tensors)
         kept = {key: value.numpy() for key, value in tensors.items() if key.startswith(FREQUENCY)}
-        frequency.restore({key.removeprefix(FREQUENCY): value for key, value in kept.items()})
+        if frequency is not None:
+            frequency.restore({key.removeprefix(FREQUENCY): value for key, value in kept.items()})
         done = manifest["progress"]
         return Progress(**{**done, "last_loss": math.nan if done["last_loss"] is None else done["last_loss"]})
     return None
@@ -182,12 +218,12 @@ def resume(folder: Path, model: TwoTower, optimizer: torch.optim.Adam, frequency
 
 def save_step(
     folder: Path,
-    model: TwoTower,
+    model: Model,
     optimizer: torch.optim.Adam,
-    shape: Shape,
+    shape: Shape | RankerShape,
     progress: Progress,
     features_from: Path,
-    frequency: Frequency,
+    frequency: Frequency | None = None,
 ) -> None:
     """Write a checkpoint for resuming into the folder of a run; older ones go, when it is on disk."""
     save_checkpoint(folder / f"step-{progress.rows}", model, optimizer, shape, progress, features_from, {}, frequency)
@@ -217,7 +253,7 @@ def _plain(progress: Progress) -> dict[str, Any]:
     return {**asdict(progress), "last_loss": None if math.isnan(progress.last_loss) else progress.last_loss}
 
 
-def _tensors(model: TwoTower, optimizer: torch.optim.Adam, frequency: Frequency) -> dict[str, Tensor]:
+def _tensors(model: Model, optimizer: torch.optim.Adam, frequency: Frequency | None) -> dict[str, Tensor]:
     tensors = {f"dense.{name}": value.detach() for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -225,12 +261,12 @@ def _tensors(model: TwoTower, optimizer: torch.optim.Adam, frequency: Frequency)
     for name, table in model.tables.items():
         tensors[f"table.{name}"] = torch.from_numpy(table.weights)
         tensors[f"accumulator.{name}"] = torch.from_numpy(table.accumulator)
-    for name, value in frequency.state().items():
+    for name, value in ({} if frequency is None else frequency.state()).items():
         tensors[f"{FREQUENCY}{name}"] = torch.from_numpy(value)
     return {name: value.contiguous() for name, value in sorted(tensors.items())}
 
 
-def _restore_model(model: TwoTower, tensors: dict[str, Tensor]) -> None:
+def _restore_model(model: Model, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict({k.removeprefix("dense."): v for k, v in tensors.items() if k.startswith("dense.")})
     for name, table in model.tables.items():
         # Copied: a mapped table would be paged in from a file that the run removes.
@@ -238,7 +274,7 @@ def _restore_model(model: TwoTower, tensors: dict[str, Tensor]) -> None:
         np.copyto(table.accumulator, tensors[f"accumulator.{name}"].numpy())
 
 
-def _restore_optimizer(model: TwoTower, optimizer: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:
+def _restore_optimizer(model: Model, optimizer: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         keys = [key for key in tensors if key.startswith("adam.") and key.split(".", 2)[2] == name]
         optimizer.state[parameter] = {key.split(".")[1]: tensors[key].clone() for key in keys}

@@ -31,15 +31,16 @@ from twotower.schema.errors import ConfigError, DataError
 from twotower.train.batches import Batch, BatchMaker, RowNegatives, SharedNegatives, fed_frequency
 from twotower.train.checkpoint import (
     FINISHED,
-    Checkpoint,
     Progress,
     Shape,
+    all_finite,
     drop_all_but,
-    open_checkpoint,
+    finished,
     resume,
     run_folder,
     save_checkpoint,
     save_step,
+    seed_of_step,
 )
 from twotower.train.negatives import (
     ROW_COUNT,
@@ -49,6 +50,7 @@ from twotower.train.negatives import (
     Shares,
     StreamingFrequency,
 )
+from twotower.train.ranking import RankerReport
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,8 @@ class TrainReport:
     seconds: float
     channels: dict[str, "TrainReport"] = field(default_factory=dict)
     """The other trained channels, by name."""
+    rankers: dict[str, RankerReport] = field(default_factory=dict)
+    """The rankers, by name."""
 
 
 def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
@@ -206,7 +210,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
         "torch": torch.__version__,
     }
     folder = run_folder(checkpoints, samples.manifest, settings)
-    if (done := _finished(folder)) is not None:
+    if (done := finished(folder)) is not None:
         log.info("this run is finished: %s", done.path)
         drop_all_but(folder, [FINISHED])
         return TrainReport(str(done.path), done.manifest["progress"]["rows"], 0.0, done.manifest["loss"], 0.0)
@@ -233,7 +237,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
     model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed)
     model.calibrate(loss.scale)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, foreach=True)
-    assembler = StepAssembler(model)
+    assembler = StepAssembler(model.features, model.tables)
     progress = resume(folder, model, optimizer, frequency) or Progress(0, 0, 0, 0.0, math.nan)
     if progress.rows:
         log.info("resuming %s at epoch %d, step %d", folder.name, progress.epoch + 1, progress.step)
@@ -243,7 +247,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
 
     for epoch in range(progress.epoch, epochs):
         for step, batch in enumerate(batches.epoch(epoch, progress.step), progress.step):
-            torch.default_generator.manual_seed(_seed_of_step(seed, epoch, step))  # dropout depends on the step alone
+            torch.default_generator.manual_seed(seed_of_step(seed, epoch, step))  # dropout depends on the step alone
             inputs = assembler.assemble(batch.user, batch.item)
             users, items = model.user_tower(inputs.user), model.item_tower(inputs.item)
             if shape.interests:
@@ -281,7 +285,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
             break
 
     speed = (progress.rows - rows_before) / max(1e-9, clock() - loop_started)
-    if not _all_finite(model):
+    if not all_finite(model):
         raise DataError(f"training ended with numbers that are not finite: {_remedy(settings)}")
     rest = {"loss": progress.last_loss, "settings": settings, "watermark_ms": samples.manifest["watermark_ms"]}
     save_checkpoint(folder / FINISHED, model, optimizer, shape, progress, samples.path, rest, frequency)
@@ -372,26 +376,6 @@ def _easy_negatives(negatives: Negatives, hard_share: float, samples: Samples) -
     if not negatives.shared:
         count = round((count or ROW_COUNT) * (1 - hard_share))
     return EasyNegatives(negatives.easy, negatives.alpha, count, negatives.shared, samples.item_positives)
-
-
-def _seed_of_step(seed: int, epoch: int, step: int) -> int:
-    return int(np.random.default_rng([seed, epoch, step, 3]).integers(1 << 63))
-
-
-def _finished(folder: Path) -> Checkpoint | None:
-    """The finished checkpoint of a run, if there is one; a damaged one is made again."""
-    if not (folder / FINISHED).exists():
-        return None
-    try:
-        return open_checkpoint(folder / FINISHED)
-    except DataError as error:
-        log.warning("training again: %s", error)
-        return None
-
-
-def _all_finite(model: TwoTower) -> bool:
-    dense = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
-    return dense and all(bool(np.isfinite(table.weights).all()) for table in model.tables.values())
 
 
 def _remedy(settings: dict[str, Any]) -> str:

@@ -1,0 +1,142 @@
+"""A ranker in a version: the dense part as ONNX, tables, features, and the encoded columns of the catalogue."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from twotower.features.columns import Bag, Column, concatenate, take
+from twotower.features.feature_set import load, save
+from twotower.features.vocabulary import UNKNOWN
+from twotower.models.channel import latest
+from twotower.models.ranker import Ranker
+from twotower.models.towers import LENGTH, input_width, is_encoded
+from twotower.models.two_tower import tower_inputs
+from twotower.publish.onnx import export, open_session
+from twotower.publish.tables import map_tables, save_tables
+from twotower.samples.read import Entities
+from twotower.schema import columns as c
+from twotower.schema.files import read_json, write_json
+
+NETWORK = "ranker.onnx"
+ABOUT = "ranker.json"
+PROBABILITY = "probability"
+USER, ITEM = "user.", "item."
+"""Before the names of inputs: a column of users and one of items may have the same name."""
+
+
+class OnnxRanker:
+    """A ranker run by ONNX Runtime over memory-mapped tables; safe to call from several threads.
+
+    Args:
+        folder: of the ranker in a version.
+        items: the catalogue with its encoded features.
+        threads: threads of one call.
+    """
+
+    def __init__(self, folder: Path, items: Entities, threads: int = 1) -> None:
+        self._features = load(folder)
+        self._tables = map_tables(folder)
+        self._session = open_session(folder / NETWORK, threads)
+        self._items = items
+        history = self._features.history
+        self._tokens = history.vocabulary.rows(items.ids) if history else np.zeros(len(items), np.int32)
+        self.about: dict[str, Any] = read_json(folder / ABOUT)
+        """`calibration` and `position`, as training told of them."""
+
+    def score(self, user: Mapping[str, Column], clicks: Bag, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Calibrated probabilities (n,) that a user clicks candidates at the first position.
+
+        Args:
+            user: encoded features of one user and the context, one row each.
+            clicks: catalogue rows of what the user clicked, oldest first.
+            rows: (n,) catalogue rows. One beyond the catalogue that the ranker knows is an item without features.
+        """
+        if not len(rows):
+            return np.zeros(0, np.float32)
+        columns = dict(user)
+        if (history := self._features.history) is not None:
+            known = Bag(clicks.indptr, np.minimum(clicks.rows, len(self._items)).astype(np.int32))
+            columns[history.name] = latest(known, np.append(self._tokens, np.int32(UNKNOWN)), history.last)
+        sides = (
+            (USER, (*self._features.user, *self._features.context), columns),
+            (ITEM, self._features.item, self._columns_of(rows)),
+        )
+        inputs = {
+            f"{side}{name}": value
+            for side, features, of in sides
+            for name, value in tower_inputs(features, of, self._tables).items()
+        }
+        probabilities: npt.NDArray[np.float32] = self._session.run([PROBABILITY], inputs)[0]
+        return probabilities
+
+    def _columns_of(self, rows: npt.NDArray[np.int64]) -> dict[str, Column]:
+        beyond = rows >= len(self._items)
+        if not beyond.any():
+            return {f.name: take(self._items.features[f.name], rows) for f in self._features.item}
+        kept, place = rows[~beyond], np.cumsum(~beyond) - 1
+        columns: dict[str, Column] = {}
+        for feature in self._features.item:
+            absent = np.full(1, UNKNOWN, np.int32) if feature.name == c.ITEM_ID else feature.absent(1)
+            both = concatenate([take(self._items.features[feature.name], kept), absent])
+            columns[feature.name] = take(both, np.where(beyond, len(kept), place))
+        return columns
+
+
+def write_ranker(folder: Path, model: Ranker, about: Mapping[str, Any]) -> None:
+    """Write all that `OnnxRanker` needs beside the items into a folder.
+
+    Args:
+        folder: made here.
+        model: calibrated.
+        about: JSON values, kept beside it.
+    """
+    folder.mkdir(parents=True)
+    export_ranker(model, folder / NETWORK)
+    save_tables({name: table.weights for name, table in model.tables.items()}, folder)
+    save(model.features, folder)
+    write_json(folder / ABOUT, dict(about))
+
+
+class _ByPosition(nn.Module):
+    """A ranker with its inputs one after the other, as the exporter wants them."""
+
+    def __init__(self, model: Ranker, user: list[str], item: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.user = user
+        self.item = item
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        user = dict(zip(self.user, inputs[: len(self.user)], strict=True))
+        item = dict(zip(self.item, inputs[len(self.user) :], strict=True))
+        return self.model.probability(self.model(user, item))
+
+
+def export_ranker(model: Ranker, path: Path) -> None:
+    """Write the dense part for one user: its inputs (1, width), those of candidates (n, width), probabilities (n,)."""
+    candidates = torch.export.Dim("candidates", min=1)
+    user: dict[str, Tensor] = {}
+    shapes: list[dict[int, torch.export.Dim]] = []
+    for place, feature in enumerate(model.user_features):
+        if is_encoded(feature):
+            user[feature.name] = torch.zeros(1, 5, input_width(feature))
+            user[feature.name + LENGTH] = torch.tensor([3])
+            shapes += [{1: torch.export.Dim(f"length{place}", min=1)}, {}]
+        else:
+            user[feature.name] = torch.zeros(1, input_width(feature))
+            shapes.append({})
+    item = {feature.name: torch.zeros(7, input_width(feature)) for feature in model.features.item}
+    shapes += [{0: candidates} for _ in item]
+    export(
+        _ByPosition(model, list(user), list(item)),
+        (*user.values(), *item.values()),
+        [*(f"{USER}{name}" for name in user), *(f"{ITEM}{name}" for name in item)],
+        PROBABILITY,
+        tuple(shapes),
+        path,
+    )

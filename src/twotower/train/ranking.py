@@ -1,0 +1,326 @@
+"""The training of a ranker, top to bottom: impressions in, a calibrated checkpoint out."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from twotower.evaluate.calibration import Platt, calibration_error, fit_platt
+from twotower.features.columns import Bag, Beginnings, Column, Rows, pointers, ranges, take
+from twotower.features.vocabulary import MISSING, UNKNOWN
+from twotower.models.ranker import FIRST_POSITION, Ranker, RankerShape
+from twotower.models.two_tower import StepAssembler
+from twotower.samples.build import NO_POSITION
+from twotower.samples.read import Impressions, Samples
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+from twotower.train.batches import drop_ids, some_missing
+from twotower.train.checkpoint import (
+    FINISHED,
+    Progress,
+    all_finite,
+    drop_all_but,
+    finished,
+    resume,
+    run_folder,
+    save_checkpoint,
+    save_step,
+    seed_of_step,
+)
+
+log = logging.getLogger(__name__)
+
+REPORT_S = 5.0
+SCORED = 8192
+"""Impressions that are scored at a time."""
+
+Longs = npt.NDArray[np.int64]
+Side = dict[str, Column | Beginnings]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """How log-odds became probabilities, judged on the impressions that they were fitted to."""
+
+    rows: int
+    scale: float
+    offset: float
+    ece_before: float
+    """Expected calibration error of the network's own probabilities."""
+    ece: float
+    """After the scaling."""
+
+
+@dataclass(frozen=True)
+class RankerReport:
+    """What `twotower train` says of a ranker."""
+
+    checkpoint: str
+    rows: int
+    """Impressions seen in all epochs."""
+    rows_per_s: float
+    """Of this process; 0 where the run was already finished."""
+    loss: float
+    """Mean of the last epoch."""
+    calibration: Calibrated
+    position: list[float]
+    """What each position adds to the log-odds, from the first on, as far as the log has them."""
+    seconds: float
+
+
+def train_ranker(  # noqa: PLR0915  one loop, top to bottom
+    samples: Samples,
+    checkpoints: Path,
+    name: str,
+    shape: RankerShape,
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    learning_rate: float,
+    table_learning_rate: float,
+    weight_decay: float,
+    id_dropout: float,
+    calibration_share: float,
+    checkpoint_s: float,
+    threads: int,
+    clock: Callable[[], float] = time.monotonic,
+) -> RankerReport:
+    """Train a ranker on impressions, from the last checkpoint of the same run if there is one, and calibrate it.
+
+    It is calibrated on the latest impressions, which it does not train on: what it is asked when it serves comes later
+    than what it learned from, of the same users. (Users set apart by a hash would be strangers to it, whose ids it
+    never met.) The same run gives the same bytes, however often it was killed and resumed.
+
+    Args:
+        samples: with impressions.
+        checkpoints: the folder of all runs.
+        name: `pre_rank` or `rank`.
+        shape: of the network.
+        batch_size: impressions in a step.
+        epochs: passes over the impressions.
+        seed: of everything that is drawn.
+        learning_rate: of the network.
+        table_learning_rate: of the embedding tables.
+        weight_decay: of the network.
+        id_dropout: share of ids replaced by the unknown one, and of contexts made missing.
+        calibration_share: of the impressions, the latest.
+        checkpoint_s: seconds between checkpoints.
+        threads: threads of a step.
+        clock: monotonic seconds.
+
+    Raises:
+        DataError: there are no impressions, or none of both kinds in a part; the loss or the numbers are not finite.
+        ConfigError: the shape needs a feature that is not there.
+    """
+    started = clock()
+    shown = _both_kinds(samples, calibration_share)
+    settings = {
+        "ranker": name,
+        "shape": asdict(shape),
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "table_learning_rate": table_learning_rate,
+        "weight_decay": weight_decay,
+        "id_dropout": id_dropout,
+        "calibration_share": calibration_share,
+        "threads": threads,
+        "torch": torch.__version__,
+    }
+    folder = run_folder(checkpoints, samples.manifest, settings)
+    if (done := finished(folder)) is not None:
+        log.info("this run is finished: %s", done.path)
+        drop_all_but(folder, [FINISHED])
+        kept = done.manifest
+        return RankerReport(
+            str(done.path), kept["progress"]["rows"], 0.0, kept["loss"], Calibrated(**kept["calibration"]),
+            kept["position"], 0.0,
+        )  # fmt: skip
+
+    torch.set_num_threads(threads)
+    model = Ranker(shape.features_of(samples.features), shape, seed)
+    model.begin_at(float(shown.impressions.clicked[: shown.cut].mean()))
+    batches = ImpressionBatches(samples, shown.impressions, model, id_dropout)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, foreach=True)
+    assembler = StepAssembler(model.features, model.tables)
+    progress = resume(folder, model, optimizer) or Progress(0, 0, 0, 0.0, math.nan)
+    if progress.rows:
+        log.info("resuming %s at epoch %d, step %d", folder.name, progress.epoch + 1, progress.step)
+    model.train()
+    loop_started = reported = saved = clock()
+    rows_before, steps = progress.rows, -(-shown.cut // batch_size)
+
+    for epoch in range(progress.epoch, epochs):
+        order = np.random.default_rng([seed, epoch, 1]).permutation(shown.cut)
+        for step in range(progress.step, steps):
+            rows = order[shown.cut * step // steps : shown.cut * (step + 1) // steps]
+            torch.default_generator.manual_seed(seed_of_step(seed, epoch, step))  # dropout depends on the step alone
+            batch = batches.drawn(rows, np.random.default_rng([seed, epoch, step, 2]))
+            inputs = assembler.assemble(batch.user, batch.item)
+            logits = model(inputs.user, inputs.item) + model.bias(torch.from_numpy(batch.position))
+            loss = binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.clicked))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            for table, touched in inputs.touched.items():
+                if touched.values.grad is not None:
+                    model.tables[table].update(touched.rows, touched.values.grad.numpy(), table_learning_rate)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise DataError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}: {_remedy(name)}")
+            progress = Progress(
+                epoch, step + 1, progress.rows + len(rows), progress.epoch_loss + value * len(rows), progress.last_loss
+            )
+            now = clock()
+            if now - reported > REPORT_S:
+                speed = (progress.rows - rows_before) / (now - loop_started)
+                log.info("%s: epoch %d/%d  %.0f impressions/s", name, epoch + 1, epochs, speed)
+                reported = now
+            if now - saved > checkpoint_s:
+                save_step(folder, model, optimizer, shape, progress, samples.path)
+                saved = clock()
+        progress = Progress(epoch + 1, 0, progress.rows, 0.0, progress.epoch_loss / shown.cut)
+        log.info("%s: epoch %d/%d done, loss %.4f", name, epoch + 1, epochs, progress.last_loss)
+
+    speed = (progress.rows - rows_before) / max(1e-9, clock() - loop_started)
+    if not all_finite(model):
+        raise DataError(f"training ended with numbers that are not finite: {_remedy(name)}")
+    calibrated = _calibrate(model, batches, shown)
+    curve = model.curve()[: max(1, int(shown.impressions.position.max(initial=0)))]
+    rest = {
+        "ranker": name,
+        "loss": progress.last_loss,
+        "settings": settings,
+        "calibration": asdict(calibrated),
+        "position": curve,
+        "watermark_ms": samples.manifest["watermark_ms"],
+    }
+    save_checkpoint(folder / FINISHED, model, optimizer, shape, progress, samples.path, rest)
+    drop_all_but(folder, [FINISHED])
+    return RankerReport(
+        str(folder / FINISHED), progress.rows, round(speed, 1), progress.last_loss, calibrated, curve,
+        round(clock() - started, 3),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Parted:
+    """Impressions to train on, and behind them those to calibrate on."""
+
+    impressions: Impressions
+    cut: int
+    """The first of the latter, in the order of time."""
+
+
+def _both_kinds(samples: Samples, calibration_share: float) -> _Parted:
+    """Part the impressions between two requests, and see that both parts can teach something."""
+    shown = samples.impressions
+    if shown is None:
+        raise DataError(
+            f"{samples.path} has no impressions, which rankers learn from: set models.rankers and build them again "
+            "with `twotower samples`"
+        )
+    begins = shown.ts_ms[min(len(shown) - 1, int(len(shown) * (1 - calibration_share)))]
+    cut = int(np.searchsorted(shown.ts_ms, begins, side="left"))
+    for part, what in ((shown.clicked[:cut], "train on"), (shown.clicked[cut:], "calibrate on")):
+        clicks = int(part.sum())
+        if not 0 < clicks < len(part):
+            raise DataError(
+                f"{len(part)} impressions to {what}, {clicks} of them clicked: a ranker needs some of both kinds. "
+                "Choose more days, or another calibration_share"
+            )
+    return _Parted(shown, cut)
+
+
+@dataclass(frozen=True)
+class ImpressionBatch:
+    """Impressions (B,) as the network reads them."""
+
+    user: Side
+    item: Side
+    position: Longs
+    clicked: npt.NDArray[np.float32]
+
+
+class ImpressionBatches:
+    """Gathers impressions: their users and contexts, what was clicked before, their items.
+
+    An id that no training row clicked has no row in the tables, and each of its impressions here is one without a
+    click. To train the unknown id by them would teach that strangers never click and that new items are never clicked.
+    So they are trained as missing ones, which no request has, and the unknown id by a share of all ids alone.
+
+    Args:
+        samples: they are of.
+        impressions: the rows.
+        model: that reads them.
+        id_dropout: share of ids replaced by the unknown one, and of contexts made missing.
+    """
+
+    def __init__(self, samples: Samples, impressions: Impressions, model: Ranker, id_dropout: float) -> None:
+        self._samples = samples
+        self._shown = impressions
+        self._features = model.features
+        self._id_dropout = id_dropout
+        history = model.features.history
+        self._tokens: Rows | None = history.vocabulary.rows(samples.items.ids) if history else None
+        self._has_positions = bool((impressions.position != NO_POSITION).any())
+
+    def drawn(self, rows: Longs, generator: np.random.Generator) -> ImpressionBatch:
+        """Impressions (B,) to train on, some of their ids unknown and some of their contexts missing."""
+        batch = self.plain(rows)
+        for feature in self._features.context:
+            column = batch.user[feature.name]
+            assert not isinstance(column, Beginnings)
+            batch.user[feature.name] = some_missing(feature, column, self._id_dropout, generator)
+        for side, name in ((batch.user, c.USER_ID), (batch.item, c.ITEM_ID)):
+            if isinstance(ids := side.get(name), np.ndarray):
+                side[name] = np.where(ids == UNKNOWN, np.int32(MISSING), ids)
+            drop_ids(side, name, self._id_dropout, generator)
+        return batch
+
+    def plain(self, rows: Longs) -> ImpressionBatch:
+        """Impressions (B,) as a server would meet them, but for their positions."""
+        samples, shown = self._samples, self._shown
+        user_row = shown.user_row[rows]
+        user: Side = {f.name: take(samples.users.features[f.name], user_row) for f in self._features.user_columns}
+        user |= {f.name: take(shown.context[f.name], rows) for f in self._features.context}
+        if (history := self._features.history) is not None and self._tokens is not None:
+            count = shown.history[rows].astype(np.int64)
+            stop, count = samples.clicks.indptr[user_row] + count, np.minimum(count, history.last)
+            places = ranges(stop - count, count)
+            user[history.name] = Bag(pointers(count), self._tokens[samples.clicks.item_row[places]])
+        item: Side = {name: take(column, shown.item_row[rows]) for name, column in samples.items.features.items()}
+        # A log without positions has one bias, which is the network's own.
+        position = shown.position[rows].astype(np.int64) if self._has_positions else np.full(len(rows), FIRST_POSITION)
+        return ImpressionBatch(user, item, position, shown.clicked[rows].astype(np.float32))
+
+    def parts(self, first: int, last: int) -> Iterator[ImpressionBatch]:
+        """Impressions first..last - 1 in their order, as a server would meet them."""
+        for start in range(first, last, SCORED):
+            yield self.plain(np.arange(start, min(start + SCORED, last)))
+
+
+def _calibrate(model: Ranker, batches: ImpressionBatches, shown: _Parted) -> Calibrated:
+    """Fit the scaling of log-odds, where items were shown, to the impressions that were kept apart; in place."""
+    found = [
+        (model.score(batch.user, batch.item, batch.position.astype(np.int32)), batch.clicked)  # type: ignore[arg-type]
+        for batch in batches.parts(shown.cut, len(shown.impressions))
+    ]
+    logits, clicked = (np.concatenate(part).astype(np.float64) for part in zip(*found, strict=True))
+    platt = fit_platt(logits, clicked)
+    model.calibration.copy_(torch.tensor([platt.scale, platt.offset]))
+    before, after = (calibration_error(one.probability(logits), clicked) for one in (Platt(1.0, 0.0), platt))
+    return Calibrated(len(logits), round(platt.scale, 4), round(platt.offset, 4), round(before, 5), round(after, 5))
+
+
+def _remedy(name: str) -> str:
+    return f"lower {name}.learning_rate or {name}.table_learning_rate"
