@@ -82,6 +82,17 @@ def test_a_version_has_the_parts_that_its_layout_promises(world: Settings) -> No
         "clicks.arrow",
         "golden.json",
         "manifest.json",
+        "rankers/items.arrow",
+        "rankers/pre_rank/features.json",
+        "rankers/pre_rank/ranker.json",
+        "rankers/pre_rank/ranker.onnx",
+        "rankers/pre_rank/tables.safetensors",
+        "rankers/pre_rank/vocab.arrow",
+        "rankers/rank/features.json",
+        "rankers/rank/ranker.json",
+        "rankers/rank/ranker.onnx",
+        "rankers/rank/tables.safetensors",
+        "rankers/rank/vocab.arrow",
         "users.arrow",
     ]
     path = current_path(versions_of(world))
