@@ -157,9 +157,10 @@ def train_model(settings: Settings) -> TrainReport:
     for name in settings.models.rankers:
         log.info("training %s", name)
         rankers[name] = train_ranker_from(settings, samples, name)
-    latest = {
-        name: os.path.relpath(report.checkpoint, where.checkpoints) for name, report in {**reports, **rankers}.items()
+    finished = {name: one.checkpoint for name, one in reports.items()} | {
+        n: one.checkpoint for n, one in rankers.items()
     }
+    latest = {name: os.path.relpath(checkpoint, where.checkpoints) for name, checkpoint in finished.items()}
     write_json(where.checkpoints / LATEST, {"checkpoints": latest})
     return replace(reports.pop(TWO_TOWER), channels=reports, rankers=rankers)
 
