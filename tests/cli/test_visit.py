@@ -1,4 +1,7 @@
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,14 +87,14 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def world(settings: Settings) -> World:
-    made = world_of(Path(settings.workspace.path), DAY + 1)
-    assert made is not None
-    return made
+def made(settings: Settings) -> World:
+    world = world_of(Path(settings.workspace.path), DAY + 1)
+    assert world is not None
+    return world
 
 
-def test_a_visit_over_http_is_that_of_the_world_in_this_process(settings: Settings, world: World) -> None:
-    shop = Shop(world)
+def test_a_visit_over_http_is_that_of_the_world_in_this_process(settings: Settings, made: World) -> None:
+    shop = Shop(made)
 
     def same(requests: Requests) -> np.ndarray:
         pages = shop.rows(requests.user, requests.ts_ms)
@@ -100,19 +103,19 @@ def test_a_visit_over_http_is_that_of_the_world_in_this_process(settings: Settin
 
     with serving(shop) as url:
         report = visit_server(settings, url + "/", DAY, requests=60, page=8)
-    visited = visit(world, DAY, same, requests=60)
+    visited = visit(made, DAY, same, requests=60)
     assert report.requests == len(shop.asked) == 60
     assert report.impressions == 60 * 8
     assert report.unknown_items == 60
     assert report.clicks == len(visited.clicks) == len(shop.events) > 20
-    assert report.expected_clicks == pytest.approx(world.chances(visited.requests, visited.pages).sum(), abs=0.06)
+    assert report.expected_clicks == pytest.approx(made.chances(visited.requests, visited.pages).sum(), abs=0.06)
     assert report.date == "2026-01-09"
     numbers = visited.requests.number.tolist()
     clicks = visited.clicks
     for event, number, item, ts_ms in zip(
         shop.events,
         clicks.request.tolist(),
-        world.item_ids(clicks.item).to_pylist(),
+        made.item_ids(clicks.item).to_pylist(),
         clicks.ts_ms.tolist(),
         strict=True,
     ):
@@ -125,12 +128,12 @@ def test_a_visit_over_http_is_that_of_the_world_in_this_process(settings: Settin
     assert times == sorted(times), "clicks are known to the first request after them"
 
 
-def test_requests_carry_their_context_and_new_users_their_features(settings: Settings, world: World) -> None:
-    shop = Shop(world)
+def test_requests_carry_their_context_and_new_users_their_features(settings: Settings, made: World) -> None:
+    shop = Shop(made)
     with serving(shop) as url:
         report = visit_server(settings, url, DAY, None, 8)
-    assert report.requests == len(world.requests(DAY))
-    late = {1000 + 7 * row for row in np.flatnonzero(world.truth.start_day >= 3).tolist()}
+    assert report.requests == len(made.requests(DAY))
+    late = {1000 + 7 * row for row in np.flatnonzero(made.truth.start_day >= 3).tolist()}
     assert {body["user_id"] for body in shop.asked} & late
     for body in shop.asked:
         assert body["context"]["hour"] == body["ts_ms"] // 3_600_000 % 24
@@ -140,16 +143,16 @@ def test_requests_carry_their_context_and_new_users_their_features(settings: Set
         assert set(body["features"]) == ({"age", "gender", "city", "device"} if body["user_id"] in late else set())
 
 
-def test_users_and_items_of_later_days_come_into_the_tables_once(settings: Settings, world: World) -> None:
+def test_users_and_items_of_later_days_come_into_the_tables_once(settings: Settings, made: World) -> None:
     workspace = Path(settings.workspace.path)
     before = pq.read_table(workspace / "items.parquet")
-    with serving(Shop(world)) as url:
+    with serving(Shop(made)) as url:
         first = visit_server(settings, url, DAY, 5, 8)
         again = visit_server(settings, url, DAY, 5, 8)
         earlier = visit_server(settings, url, 1, 5, 8)
     users, items = (pq.read_table(workspace / f"{name}.parquet") for name in ("users", "items"))
-    assert users.equals(world.users(DAY))
-    assert items.equals(world.items(DAY))
+    assert users.equals(made.users(DAY))
+    assert items.equals(made.items(DAY))
     assert (first.new_users, first.new_items) == (users.num_rows - 120, items.num_rows - 150)
     assert first.new_items > 0
     assert (again.new_users, again.new_items, earlier.new_users, earlier.new_items) == (0, 0, 0, 0)
@@ -159,8 +162,8 @@ def test_users_and_items_of_later_days_come_into_the_tables_once(settings: Setti
     assert remade.horizon == DAY + 1
 
 
-def test_a_server_that_does_not_answer_as_it_should_is_named(settings: Settings, world: World) -> None:
-    shop = Shop(world)
+def test_a_server_that_does_not_answer_as_it_should_is_named(settings: Settings, made: World) -> None:
+    shop = Shop(made)
     with serving(shop) as url:
         shop.status = 503
         with pytest.raises(UnreachableError, match=r'/v1/recommend answered 503: \{"error": "busy"\}'):
@@ -183,3 +186,24 @@ def test_only_a_simulated_world_can_visit(settings: Settings) -> None:
         visit_server(settings, "http://127.0.0.1:9", 0, 5, 8)
     with pytest.raises(ConfigError, match="day=-1, page=8"):
         visit_server(settings, "http://127.0.0.1:9", -1, 5, 8)
+
+
+def test_a_real_server_is_visited_and_every_click_is_joined_to_its_request(own_world: Settings, run: Any) -> None:
+    config = Path(__file__).parents[2] / "examples" / "demo.toml"
+    options = ["-c", str(config), "--set", f"workspace.path={own_world.workspace.path}", "--set", "serve.port=0"]
+    command = [sys.executable, "-m", "twotower", "serve", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        url = json.loads(server.stdout.readline())["url"]
+        report = run("visit", *options, "--url", url, "--day", 3, "--requests", 40)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+    joined = run("join", *options, "--flush")
+    assert report["requests"] == 40
+    assert report["impressions"] == 320
+    assert report["unknown_items"] == 0
+    assert report["clicks"] > 10
+    assert joined["outcomes"]["clicked"] == report["clicks"]
+    assert joined["outcomes"]["impressed"] == 320 - report["clicks"]
+    assert joined["unjoined"] == joined["late"] == joined["before_request"] == 0
+    assert joined["days"] == [report["date"]] == ["2026-01-08"]
