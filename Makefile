@@ -120,6 +120,7 @@ bench: $(DEV) peers
 	$(BIN)/python benchmarks/mind.py --data '$(REAL_DATA)' --out benchmarks/results/mind.json
 	$(BIN)/python benchmarks/fusion.py --data '$(REAL_DATA)' --out benchmarks/results/fusion.json
 	$(BIN)/python benchmarks/neighbours.py --data '$(REAL_DATA)' --out benchmarks/results/neighbours.json
+	$(BIN)/python benchmarks/world.py --data '$(REAL_DATA)' --out benchmarks/results/world.json
 
 soak: $(DEV)
 	@mkdir -p benchmarks/results

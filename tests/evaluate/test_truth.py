@@ -102,6 +102,9 @@ def test_the_report_has_what_could_be_had_beside_what_channels_find(world: "Sett
     assert report["best"]["true_recall@50"]["value"] == 1.0
     assert report["popular"]["true_recall@50"]["value"] < 0.7
     assert report["popular"]["page_clicks"]["value"] < report["best"]["page_clicks"]["value"]
+    for metric in ("true_recall@10", "page_clicks"):
+        more = report["oracle"][metric]["value"] - report["popular"][metric]["value"]
+        assert report["popular"][metric]["difference"]["value"] == pytest.approx(more, abs=2e-5)
     low, high = report["popular"]["page_clicks"]["ci95"]
     assert low < report["popular"]["page_clicks"]["value"] < high
     assert (report["users"], report["wanted"], report["page"]) == (len(rows), 50, 8)

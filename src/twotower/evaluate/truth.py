@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from twotower.datasets.world import NOTHING, Requests, World
 from twotower.evaluate.holdout import figure, ranked, read_truth
-from twotower.evaluate.metrics import PerUser, summarise
+from twotower.evaluate.metrics import PerUser, difference, summarise
 from twotower.models.retriever import Retriever
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
@@ -50,14 +50,15 @@ def evaluate_by_truth(
         samples: what the channels were trained on.
         workspace: with `holdout.parquet`.
         world: in which it was simulated.
-        channels: to judge.
+        channels: the judged one first, then baselines.
         ks: cut-offs.
         resamples: of users, behind each interval.
         seed: of the resampling.
 
     Returns:
         By channel, and for `best`, the best possible lists: `true_recall@k` and `page_clicks`, each
-        `{"value", "ci95"}`; besides `wanted` and `page`, their sizes.
+        `{"value", "ci95"}`, of baselines also `difference` of the judged channel to them; besides `users`, and `wanted`
+        and `page`, their sizes.
     """
     rows = read_truth(workspace / "holdout.parquet", samples).user_rows
     user = world.user_rows(samples.users.ids.take(pa.array(rows)))
@@ -70,12 +71,17 @@ def evaluate_by_truth(
     for channel in channels:
         found = ranked(samples, channel, rows, most)
         lists[channel.name] = np.where(found == NOTHING, NOTHING, item[found])
+    values = {name: true_recall(world, user, ts_ms, found, ks, WANTED, clicked) for name, found in lists.items()}
+    for name, found in lists.items():
+        values[name]["page_clicks"] = page_clicks(world, requests, found[:, :PAGE])
     report: dict[str, Any] = {"users": len(user), "wanted": WANTED, "page": PAGE}
-    for name, listed in lists.items():
-        values = true_recall(world, user, ts_ms, listed, ks, WANTED, clicked)
-        values["page_clicks"] = page_clicks(world, requests, listed[:, :PAGE])
-        figures = summarise(PerUser(values, {}, {}), resamples, seed)
-        report[name] = {metric: figure(one) for metric, one in figures.items()}
+    judged = channels[0].name
+    for name, of in values.items():
+        report[name] = {metric: figure(one) for metric, one in summarise(PerUser(of, {}, {}), resamples, seed).items()}
+        if name not in (judged, BEST):
+            for metric, theirs in of.items():
+                between = difference(values[judged][metric], theirs, resamples, seed)
+                report[name][metric]["difference"] = figure(between)
     return report
 
 
