@@ -1,7 +1,4 @@
 import json
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -186,24 +183,3 @@ def test_only_a_simulated_world_can_visit(settings: Settings) -> None:
         visit_server(settings, "http://127.0.0.1:9", 0, 5, 8)
     with pytest.raises(ConfigError, match="day=-1, page=8"):
         visit_server(settings, "http://127.0.0.1:9", -1, 5, 8)
-
-
-def test_a_real_server_is_visited_and_every_click_is_joined_to_its_request(own_world: Settings, run: Any) -> None:
-    config = Path(__file__).parents[2] / "examples" / "demo.toml"
-    options = ["-c", str(config), "--set", f"workspace.path={own_world.workspace.path}", "--set", "serve.port=0"]
-    command = [sys.executable, "-m", "twotower", "serve", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        url = json.loads(server.stdout.readline())["url"]
-        report = run("visit", *options, "--url", url, "--day", 3, "--requests", 40)
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0
-    joined = run("join", *options, "--flush")
-    assert report["requests"] == 40
-    assert report["impressions"] == 320
-    assert report["unknown_items"] == 0
-    assert report["clicks"] > 10
-    assert joined["outcomes"]["clicked"] == report["clicks"]
-    assert joined["outcomes"]["impressed"] == 320 - report["clicks"]
-    assert joined["unjoined"] == joined["late"] == joined["before_request"] == 0
-    assert joined["days"] == [report["date"]] == ["2026-01-08"]
