@@ -56,13 +56,16 @@ class Interval:
 
     def document(self) -> dict[str, Any]:
         """As it stands in reports."""
-        rounded = {name: round(getattr(self, name), 6) for name in ("value", "low", "high")}
+        numbers = {name: getattr(self, name) for name in ("value", "low", "high")}
+        rounded = {name: round(one, 6) if math.isfinite(one) else None for name, one in numbers.items()}
         return {**rounded, "seeds": self.seeds, "users": self.users}
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> "Interval":
         """Out of a report."""
-        return cls(*(document[name] for name in ("value", "low", "high", "seeds", "users")))
+        low, high = document["low"], document["high"]
+        ends = (-math.inf, math.inf) if low is None else (low, high)
+        return cls(document["value"], *ends, document["seeds"], document["users"])
 
 
 def interval(by_seed: Sequence[Floats], *, same_users: bool) -> Interval:
