@@ -36,9 +36,7 @@ def run_lab(name: str, out: Path, seeds: int | None, smoke: bool, data: Path | N
         raise ConfigError(f"--data {data} is no folder: it holds a folder of each real log, such as kuairand")
     words = ["twotower lab run", name, *(["--seeds", str(seeds)] if seeds else []), *(["--smoke"] if smoke else [])]
     command = " ".join([*words, "--jobs", str(jobs), "--out", "DIR"])
-    return run(
-        SYSTEM, name, out, seeds=seeds, smoke=smoke, data=data or _real_logs(), jobs=jobs, command=command
-    )
+    return run(SYSTEM, name, out, seeds=seeds, smoke=smoke, data=data or _real_logs(), jobs=jobs, command=command)
 
 
 def _real_logs() -> Path | None:

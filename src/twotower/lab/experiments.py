@@ -104,10 +104,6 @@ class Experiment:
     """Further measures that the table of the report has, with what they are."""
 
 
-def _arms(**changes: str) -> dict[str, Arm]:
-    return {name: Arm((change,)) for name, change in changes.items()}
-
-
 _IDS = (
     'features.user={ user_id = { kind = "categorical" }, history = { kind = "sequence", last = 50 } }',
     'features.item={ item_id = { kind = "categorical" } }',
@@ -117,13 +113,8 @@ _NO_HARD = "samples.negatives.hard_share=0"
 _UNCORRECTED = "samples.negatives.uncorrected_for_experiments=true"
 _DOWN = 'samples.hot={ form = "sqrt", threshold = 1.0 }'
 _UP = 'samples.cold={ form = "sqrt", threshold = 0.5 }'
-_FEATURES = (
-    'features.user={ user_id = { kind = "categorical" }, history = { kind = "sequence", last = 30 }, '
-    'age = { kind = "numeric" }, gender = { kind = "categorical" }, city = { kind = "categorical" } }'
-)
 _POPULARITY = {"pop_pct@50": "mean popularity percentile of the first 50"}
 _EXPLORE = "funnel.explore_share=1.0"
-_HELD = (_DOWN,)
 
 
 def _easy(in_batch: float = 0, uniform: float = 0, clicks: float = 0) -> str:
@@ -263,7 +254,7 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
     ),
     "shown": Experiment(
         "Is what was shown and not clicked a negative of retrieval?",
-        "It came through the whole funnel: it is among the best there was. As a negative it teaches to avoid good items.",
+        "It came through the whole funnel, among the best there was: as a negative it teaches to avoid good items.",
         {
             "no hard negatives": Arm((_NO_HARD,)),
             "shown ones among the hard": Arm(
@@ -336,10 +327,7 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
     "channels": Experiment(
         "Do several channels, fused, find more than the best of them alone?",
         "Each channel knows what another does not: the last click, the crowd, the category, the new.",
-        {
-            name: Arm()
-            for name in ("fused", "two_tower", "mf", "item_cf", "same_category", "popular")
-        },
+        {name: Arm() for name in ("fused", "two_tower", "mf", "item_cf", "same_category", "popular")},
         (
             Claim(
                 "The fused list finds more than any channel alone",
@@ -366,7 +354,7 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
     ),
     "index": Experiment(
         "What does an approximate index cost in what is found at the end?",
-        "An index is tuned by the share of the exact neighbours that it finds. Are those that it misses the wanted ones?",
+        "An index is tuned by the share of the exact neighbours that it finds, and may miss those that nobody wants.",
         {
             "exact": Arm(('index.kind="exact"',)),
             ".99": Arm(("index.recall=0.99",)),
@@ -378,7 +366,7 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
             Claim("Exact search finds more than an index of recall .99", "exact", (".99",)),
             Claim("Exact search finds more than an index of recall .8", "exact", (".8",)),
             Claim(
-                "An index of recall .8 keeps more than .8 of what exact search finds",
+                "An index keeps more of what exact search finds than its own recall says",
                 ".8",
                 (),
                 "spared recall@50",
@@ -409,15 +397,26 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
             ),
             Claim("log q holds it", "log q", ("nothing holds it",), None, "gini, last days", lower=True),
             Claim(
-                "An exploration slot holds it further", "log q, exploration", ("log q",), None, "gini, last days",
+                "An exploration slot holds it further",
+                "log q, exploration",
+                ("log q",),
+                None,
+                "gini, last days",
                 lower=True,
             ),
             Claim(
-                "Down-sampling of hot items holds it further", "log q, hot down", ("log q",), None, "gini, last days",
+                "Down-sampling of hot items holds it further",
+                "log q, hot down",
+                ("log q",),
+                None,
+                "gini, last days",
                 lower=True,
             ),
             Claim(
-                "All three give better pages than nothing", "all three", ("nothing holds it",), None,
+                "All three give better pages than nothing",
+                "all three",
+                ("nothing holds it",),
+                None,
                 "page_clicks, last days",
             ),
             Claim(

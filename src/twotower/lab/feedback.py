@@ -20,7 +20,7 @@ from twotower.config.settings import Settings
 from twotower.datasets.simulate import add_arrivals, world_of
 from twotower.datasets.tables import DAY_MS
 from twotower.datasets.visit import Clicks, Visited, visit
-from twotower.datasets.workspace import EVENTS
+from twotower.datasets.workspace import EVENTS, open_workspace
 from twotower.datasets.world import NOTHING, SCENES, Requests, World, date_of
 from twotower.evaluate.metrics import score_lists
 from twotower.evaluate.truth import page_clicks, true_recall
@@ -82,7 +82,7 @@ class Site:
             )
             items = [one.item_id for one in served.page.items]
             self.shown.setdefault(user, []).extend((ts_ms, item) for item in items)
-            pages[place, : len(items)] = self.world.item_rows(pa.array(items))
+            pages[place, : len(items)] = self.world.item_rows(pa.array(items, self.version.item_ids.type))
         return pages
 
     def tell(self, clicks: Clicks) -> None:
@@ -125,6 +125,7 @@ def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, 
     funnel = settings.funnel
     sizes = Sizes(funnel.retrieve, funnel.pre_rank, funnel.rank, funnel.explore_share, funnel.logged)
     window_ms = round(1000 * settings.serve.impressed_window_s)
+    schema = open_workspace(workspace).events().schema
     site: Site | None = None
     series: dict[str, list[float]] = {}
     for day in range(first, first + days):
@@ -135,7 +136,7 @@ def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, 
             site = Site(world, sizes, window_ms, version)
         site.next_day(version, begin_ms)
         visited = visit(world, day, site.answer, site.tell)
-        events = visited.events(world, day * SEQUENCE)
+        events = _like(visited.events(world, day * SEQUENCE), schema)
         with whole_file(workspace / EVENTS / f"{c.DATE}={date_of(day)}" / "part-0.parquet") as temporary:
             pq.write_table(events, temporary, compression="zstd")
         found = measure(world, day, visited, version)
@@ -148,6 +149,15 @@ def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, 
         values[f"{name}, last days"] = np.array([end])
         values[f"{name}, growth"] = np.array([end - begin])
     return values, {"series": series}
+
+
+def _like(events: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Events with the columns of the first log: what this system does not say is null."""
+    size = events.num_rows
+    columns = [
+        events[field.name] if field.name in events.column_names else pa.nulls(size, field.type) for field in schema
+    ]
+    return pa.table(columns, schema=schema)
 
 
 def _morning(system: System, settings: Settings) -> Version:
@@ -163,8 +173,8 @@ def measure(world: World, day: int, visited: Visited, version: Version) -> dict[
 
     Returns:
         Of exposure: `gini`, `entropy` (1 = even), `top 1 %` (share of the most shown hundredth of the items alive),
-        `coverage` (share of them that was shown). Of the pages: `page_clicks` to be expected, mean `utility` of what was
-        shown. Of the version's two towers for users who clicked that day: `recall@50` of what they clicked, and
+        `coverage` (share of them that was shown). Of the pages: `page_clicks` to be expected, mean `utility` of what
+        was shown. Of the version's two towers for users who clicked that day: `recall@50` of what they clicked, and
         `true_recall@50` of what they like best.
     """
     alive = world.alive(day)
@@ -232,5 +242,3 @@ def _recalls(world: World, clicks: Clicks, version: Version) -> dict[str, float]
     listed = np.where(found == NOTHING, NOTHING, item[found])
     true = true_recall(world, user, first_ms, listed, [K], K, clicked)[f"true_recall@{K}"]
     return {f"recall@{K}": float(logged.mean()), f"true_recall@{K}": float(true.mean())}
-
-

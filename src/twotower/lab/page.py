@@ -6,13 +6,15 @@ from html import escape
 from typing import Any, Final
 
 from twotower.evaluate.page import COLOURS
-from twotower.lab.verdict import BLIND, DEPENDS, DOES_NOT, HOLDS, LIES, OPEN, RULE
+from twotower.lab.verdict import AGREES, BLIND, DEPENDS, DOES_NOT, HOLDS, LIES, OPEN, RULE, SEES_MORE
 
 TRUE, LOGGED = "true", "logged"
 KINDS: Final = {TRUE: ("by the truth", "#aa3377"), LOGGED: ("by clicks", "#4477aa")}
 WIDTH, LABEL, RIGHT = 820, 250, 150
 ROW, HEAD, FOOT = 34, 58, 30
 LINES_HEIGHT: Final = 190
+SAID: Final = {LIES: ("clicks lie", "#a3333d"), BLIND: ("clicks blind", "#777"), SEES_MORE: ("clicks see it", "#777")}
+"""What the plot says beside a difference."""
 SERIES: Final = {
     "gini": "Gini coefficient of exposure (0 = even)",
     "top 1 %": "share of exposure of the most shown hundredth",
@@ -84,9 +86,9 @@ def _forest(panel: Mapping[str, Any]) -> tuple[float, str]:
         y = HEAD + ROW * (place + 0.5)
         word = panel["offline"].get(arm, "")
         parts.append(f'<text x="10" y="{y + 4:.1f}">{escape(arm)}</text>')
-        if word in (LIES, BLIND):
-            colour = "#a3333d" if word == LIES else "#777"
-            parts.append(f'<text x="{WIDTH - RIGHT + 76}" y="{y + 4:.1f}" fill="{colour}">clicks {word[:6]}</text>')
+        if word in SAID:
+            said, colour = SAID[word]
+            parts.append(f'<text x="{WIDTH - RIGHT + 70}" y="{y + 4:.1f}" fill="{colour}" font-size="12">{said}</text>')
         for kind, offset in zip(kinds, (-6, 6) if len(kinds) == 2 else (0,), strict=True):
             if kind in row:
                 low, high = _bounds(row[kind])
@@ -105,7 +107,7 @@ def _forest(panel: Mapping[str, Any]) -> tuple[float, str]:
 def _bounds(one: Mapping[str, Any]) -> tuple[float, float]:
     """An interval's ends; a single number has none but itself."""
     low, high = one["low"], one["high"]
-    return (one["value"], one["value"]) if low is None else (low, high)
+    return (float(one["value"]), float(one["value"])) if low is None else (float(low), float(high))
 
 
 def _days(title: str, by_data: Mapping[str, Mapping[str, Mapping[str, Any]]], measure: str) -> tuple[float, str]:
@@ -122,17 +124,18 @@ def _days(title: str, by_data: Mapping[str, Mapping[str, Mapping[str, Any]]], me
         return left + (right - left) * (day + 0.5) / count
 
     def y_of(value: float) -> float:
-        return HEAD - 20 + (bottom - HEAD + 20) * (high - value) / (high - low)
+        return float(HEAD - 20 + (bottom - HEAD + 20) * (high - value) / (high - low))
 
     parts = [f'<text x="10" y="22" font-size="15">{escape(title)}</text>']
+    digits = max(2, 1 - math.floor(math.log10(high - low)))
     for part in range(5):
         value = low + (high - low) * part / 4
         parts.append(f'<path d="M{left} {y_of(value):.1f}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{y_of(value) + 4:.1f}" text-anchor="end" fill="#555">{value:.2f}</text>')
-    for day in range(count):
         parts.append(
-            f'<text x="{x_of(day):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#555">{day + 1}</text>'
+            f'<text x="{left - 8}" y="{y_of(value) + 4:.1f}" text-anchor="end" fill="#555">{value:.{digits}f}</text>'
         )
+    for day in range(count):
+        parts.append(f'<text x="{x_of(day):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#555">{day + 1}</text>')
     for place, seeds in enumerate(series.values()):
         colour = COLOURS[place]
         upper = [f"{x_of(day):.1f},{y_of(max(days[day] for days in seeds)):.1f}" for day in range(count)]
@@ -151,15 +154,17 @@ def _legend(entries: Sequence[tuple[str, str]], left: float = 60, top: float = 1
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 5 times a power of ten.
+    """The next round number.
 
     >>> _round_up(0.013), _round_up(0.0), _round_up(0.05)
-    (0.02, 0.001, 0.05)
+    (0.015, 0.001, 0.05)
     """
     if value <= 0:
         return 0.001
     power = 10.0 ** math.floor(math.log10(value))
-    return next(float(f"{step * power:.6g}") for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9))
+    return next(
+        float(f"{step * power:.6g}") for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * power >= value * (1 - 1e-9)
+    )
 
 
 def report(results: Sequence[Mapping[str, Any]]) -> str:
@@ -185,16 +190,20 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _badge(verdict: str) -> str:
-    name = {HOLDS: "holds", DOES_NOT: "doesnot", DEPENDS: "depends", OPEN: "notasked"}[verdict]
-    return f'<span class="verdict {name}">{escape(verdict)}</span>'
+def _badge(claim: Mapping[str, Any]) -> str:
+    """The verdict, and whether the opposite was found or just no difference."""
+    said = claim["verdict"]
+    name = {HOLDS: "holds", DOES_NOT: "doesnot", DEPENDS: "depends", OPEN: "notasked"}[said]
+    opposite = any(one["judged"] and one["sign"] < 0 for one in claim["conditions"])
+    note = f"<br><small>{'the opposite' if opposite else 'no difference seen'}</small>" if said == DOES_NOT else ""
+    return f'<span class="verdict {name}">{escape(said)}</span>{note}'
 
 
 def _overview(result: Mapping[str, Any]) -> Iterator[str]:
     for place, claim in enumerate(result["claims"]):
         name = f'<a href="#{result["name"]}">{result["name"]}</a>' if place == 0 else ""
         found = "<br>".join(_condition(one) for one in claim["conditions"] if one["judged"])
-        yield f"<tr><td>{name}</td><td>{escape(claim['text'])}</td><td>{_badge(claim['verdict'])}</td>"
+        yield f"<tr><td>{name}</td><td>{escape(claim['text'])}</td><td>{_badge(claim)}</td>"
         yield f'<td class="number">{found}</td></tr>'
 
 
@@ -214,52 +223,58 @@ def _with_interval(one: Mapping[str, Any]) -> str:
 
 
 def _lies(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Every pair of arms of which clicks and truth say something else."""
-    lines = []
+    """Every pair of arms of which clicks and truth say something else, and where another arm is best by them."""
+    rows: dict[str, list[str]] = {LIES: [], BLIND: [], SEES_MORE: []}
+    others = []
     for result in results:
+        for word, row in (*_of_panels(result), *_of_days(result)):
+            if word in rows:
+                rows[word].append(row)
         for panel in result["panels"]:
-            for arm, word in panel["offline"].items():
-                if word in (LIES, BLIND):
-                    true, logged = (panel["rows"][arm][kind] for kind in (TRUE, LOGGED))
-                    lines.append(
-                        (
-                            word != LIES,
-                            f"<tr><td>{escape(result['name'])}, {escape(panel['data'])}</td><td>{escape(arm)} against "
-                            f"{escape(panel['first'])}</td><td>{escape(panel['measures'][TRUE])}</td>"
-                            f'<td class="number">{_with_interval(true)}</td><td class="number">{_with_interval(logged)}'
-                            f'</td><td class="{"lies" if word == LIES else ""}">{word}</td></tr>',
-                        )
-                    )
             best = panel["best"]
             if len(best) == 2 and best[TRUE] != best[LOGGED]:
-                lines.append(
-                    (
-                        True,
-                        f"<tr><td>{escape(result['name'])}, {escape(panel['data'])}</td><td colspan=4>best by the truth "
-                        f"({escape(panel['measures'][TRUE])}): {escape(best[TRUE])}; best by clicks "
-                        f"({escape(panel['measures'][LOGGED])}): {escape(best[LOGGED])}</td><td>another best</td></tr>",
-                    )
-                )
-        for claim in result["claims"] if result["kind"] == "feedback" else ():
-            for one in claim["conditions"]:
-                if one.get("offline") in (LIES, BLIND):
-                    true = next(o for o in claim["conditions"] if o["data"] == one["data"] and o["kind"] == TRUE)
-                    lines.append(
-                        (
-                            one["offline"] != LIES,
-                            f"<tr><td>{escape(result['name'])}, {escape(one['data'])}</td><td>{escape(claim['better'])} "
-                            f"against {escape(one['against'] or 'nothing')}</td><td>{escape(true['measure'])}</td>"
-                            f'<td class="number">{_with_interval(true)}</td><td class="number">{_with_interval(one)}</td>'
-                            f'<td class="{"lies" if one["offline"] == LIES else ""}">{one["offline"]}</td></tr>',
-                        )
-                    )
-    if not lines:
-        yield "<p>Nowhere in these results.</p>"
-        return
-    yield '<div class="wide"><table><tr><th>where</th><th>arms</th><th>measure</th><th>by the truth</th>'
-    yield "<th>by clicks</th><th></th></tr>"
-    yield from (line for _, line in sorted(lines, key=lambda pair: pair[0]))
-    yield "</table></div>"
+                cells = (f"{result['name']}, {panel['data']}", panel["measures"][TRUE], best[TRUE], best[LOGGED])
+                others.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    titles = "".join(f"<th>{title}</th>" for title in ("where", "arms", "measure", "by the truth", "by clicks"))
+    head = f'<div class="wide"><table><tr>{titles}</tr>'
+    if rows[LIES]:
+        yield "<p>It says the opposite of the truth of these arms:</p>"
+        yield f"{head}{''.join(rows[LIES])}</table></div>"
+    else:
+        yield "<p>Nowhere in these results does it say the opposite of the truth.</p>"
+    if others:
+        yield "<p>Another arm is best by it than by the truth, though not always by more than chance:</p>"
+        yield '<div class="wide"><table><tr><th>where</th><th>measure</th><th>best by the truth</th>'
+        yield f"<th>best by clicks</th></tr>{''.join(others)}</table></div>"
+    for word, text in ((BLIND, "that it does not see"), (SEES_MORE, "that it sees and the truth does not")):
+        if rows[word]:
+            yield f"<details><summary>{len(rows[word])} differences {text}</summary>"
+            yield f"{head}{''.join(rows[word])}</table></div></details>"
+
+
+def _of_panels(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the log says of each arm against the first, and a row on it."""
+    for panel in result["panels"]:
+        for arm, word in panel["offline"].items():
+            row = panel["rows"][arm]
+            where = f"{result['name']}, {panel['data']}"
+            yield word, _told(where, arm, panel["first"], panel["measures"][TRUE], row[TRUE], row[LOGGED])
+
+
+def _of_days(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The same of the claims about a feedback loop, which has no such panels."""
+    for claim in result["claims"] if result["series"] else ():
+        by_kind = {one["kind"]: one for one in claim["conditions"]}
+        if len(by_kind) == 2:
+            true, logged = by_kind[TRUE], by_kind[LOGGED]
+            where, against = f"{result['name']}, {true['data']}", true["against"] or "nothing"
+            yield logged["offline"], _told(where, claim["better"], against, true["measure"], true, logged)
+
+
+def _told(where: str, arm: str, against: str, measure: str, true: Mapping[str, Any], logged: Mapping[str, Any]) -> str:
+    words = "".join(f"<td>{escape(cell)}</td>" for cell in (where, f"{arm} against {against}", measure))
+    numbers = "".join(f'<td class="number">{_with_interval(one)}</td>' for one in (true, logged))
+    return f"<tr>{words}{numbers}</tr>"
 
 
 def _section(result: Mapping[str, Any]) -> Iterator[str]:
@@ -277,11 +292,14 @@ def _section(result: Mapping[str, Any]) -> Iterator[str]:
     for claim in result["claims"]:
         rows = claim["conditions"] or [None]
         for place, one in enumerate(rows):
-            head = f"<td>{escape(claim['text'])}</td><td>{_badge(claim['verdict'])}</td>" if place == 0 else "<td></td><td></td>"
+            head = f"<td>{escape(claim['text'])}</td><td>{_badge(claim)}</td>" if place == 0 else "<td></td>" * 2
             if one is None:
                 yield f"<tr>{head}<td>-</td><td>-</td><td>-</td></tr>"
                 continue
-            word = f' <span class="lies">clicks {one["offline"]}</span>' if one.get("offline") in (LIES, BLIND) else ""
+            word = ""
+            if one.get("offline", AGREES) != AGREES:
+                style = "lies" if one["offline"] == LIES else "unjudged"
+                word = f'<br><span class="{style}">the log {one["offline"]}</span>'
             quiet = "" if one["judged"] else ' class="unjudged"'
             sign = ", less is better" if claim["lower"] else ""
             yield f"<tr>{head}<td{quiet}>{escape(one['data'])}, {escape(one['measure'])}{sign}{word}</td>"

@@ -1,9 +1,9 @@
 """Run experiments: their units on the cores of this machine, then a result, a plot, and one report of all in a folder.
 
-    DIR/NAME/arms/DATA/SEED/ARM.json   what an arm found, user by user; made once
-    DIR/NAME/result.json               differences, intervals, verdicts
-    DIR/NAME/plot.svg
-    DIR/report.html                    of all experiments that the folder holds
+DIR/NAME/arms/DATA/SEED/ARM.json   what an arm found, user by user; made once
+DIR/NAME/result.json               differences, intervals, verdicts
+DIR/NAME/plot.svg
+DIR/report.html                    of all experiments that the folder holds
 """
 
 import datetime
@@ -143,9 +143,7 @@ def _processor() -> str:
     return named[0] if named else platform.machine()
 
 
-def _done(
-    system: System, todo: Mapping[str, Sequence[Unit]], out: Path, data: Path | None, jobs: int
-) -> Iterator[str]:
+def _done(system: System, todo: Mapping[str, Sequence[Unit]], out: Path, data: Path | None, jobs: int) -> Iterator[str]:
     """Run all units; gives each experiment when its last unit is finished."""
     if jobs == 1:
         for name, of_one in todo.items():
@@ -314,7 +312,7 @@ def _panels(experiment: Experiment, data: str, arms: Found) -> Iterator[dict[str
                 "measures": {kind: measure for kind, measure in kinds.items() if kind in means},
                 "first": names[0],
                 "rows": rows,
-                "best": {kind: max(of_kind, key=lambda arm, by=of_kind: by[arm]) for kind, of_kind in means.items()},
+                "best": {kind: max(of_kind, key=of_kind.__getitem__) for kind, of_kind in means.items()},
                 "offline": {
                     arm: offline(*(Interval.of(row[kind]).sign for kind in ("true", "logged")))
                     for arm, row in rows.items()

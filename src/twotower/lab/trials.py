@@ -26,7 +26,7 @@ from twotower.index.build import build_index
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
 from twotower.index.protocol import PADDING
-from twotower.lab.experiments import DATA, EXPERIMENTS, Experiment, LogData, WorldData
+from twotower.lab.experiments import DATA, EXPERIMENTS, LogData, WorldData
 from twotower.lab.feedback import feed_back
 from twotower.lab.score import K, score
 from twotower.lab.system import System
@@ -43,7 +43,7 @@ FORMAT: Final = 1
 ONE_THREAD: Final = ("engine.threads=1", "train.threads=1")
 """Several arms run beside each other, each on a core."""
 SMOKE: Final = ("train.epochs=1", "train.batch_size=256", "models.dimension=16")
-SMOKE_WORLD: Final = {"users": 250, "items": 200, "days": 3}
+SMOKE_USERS, SMOKE_ITEMS, SMOKE_DAYS = 250, 200, 3
 SMOKE_LOOP_DAYS: Final = 2
 INDEXED_QUERIES: Final = 500
 """Users that an index is tuned on."""
@@ -63,7 +63,9 @@ class Unit:
 
     def __str__(self) -> str:
         """Its name in the log."""
-        return f"{self.experiment}: {self.data}, seed {self.seed}" + (f", {self.arms[0]}" if len(self.arms) == 1 else "")
+        return f"{self.experiment}: {self.data}, seed {self.seed}" + (
+            f", {self.arms[0]}" if len(self.arms) == 1 else ""
+        )
 
 
 def units(name: str, data: str, seeds: int, smoke: bool) -> Iterator[Unit]:
@@ -156,9 +158,7 @@ class Result:
     """Numbers of the whole arm."""
 
 
-def _models(
-    system: System, settings: dict[str, Settings], workspace: Path, world: World | None
-) -> Iterator[Result]:
+def _models(system: System, settings: dict[str, Settings], workspace: Path, world: World | None) -> Iterator[Result]:
     """Each arm is a model of its own; samples are made again only where they differ."""
     made = None
     for arm, configured in settings.items():
@@ -172,9 +172,7 @@ def _models(
         yield Result(arm, _found(samples, workspace, channel, world), {"train_s": round(seconds, 2)})
 
 
-def _channels(
-    system: System, settings: dict[str, Settings], workspace: Path, world: World | None
-) -> Iterator[Result]:
+def _channels(system: System, settings: dict[str, Settings], workspace: Path, world: World | None) -> Iterator[Result]:
     """All arms are lists of one set of models."""
     configured = next(iter(settings.values()))
     system.make_samples(configured)
@@ -194,9 +192,7 @@ def _channels(
             yield Result(arm, score(samples, workspace, fused, world), {})
 
 
-def _indexes(
-    system: System, settings: dict[str, Settings], workspace: Path, world: World | None
-) -> Iterator[Result]:
+def _indexes(system: System, settings: dict[str, Settings], workspace: Path, world: World | None) -> Iterator[Result]:
     """One model, and an index of each arm over its vectors."""
     configured = next(iter(settings.values()))
     system.make_samples(configured)
@@ -247,7 +243,9 @@ def _of_samples(settings: Settings) -> Any:
 
 def _data(unit: Unit) -> WorldData | LogData:
     data = DATA[unit.data]
-    return replace(data, **SMOKE_WORLD) if unit.smoke and isinstance(data, WorldData) else data
+    if unit.smoke and isinstance(data, WorldData):
+        return replace(data, users=SMOKE_USERS, items=SMOKE_ITEMS, days=SMOKE_DAYS)
+    return data
 
 
 def _loop_days(unit: Unit) -> int:

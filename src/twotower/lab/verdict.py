@@ -21,16 +21,16 @@ STUDENT: Final = (
 MOST_SEEDS: Final = len(STUDENT) + 1
 
 HOLDS, DOES_NOT, DEPENDS, OPEN = "holds", "does not", "depends", "not asked"
-LIES, BLIND, AGREES = "lies", "is blind", "agrees"
+LIES, BLIND, SEES_MORE, AGREES = "lies", "is blind", "sees more", "agrees"
 
 RULE: Final = (
-    "An interval of 95 % is the wider of two: over seeds (Student's t on the means of the seeds) and over users (normal, "
-    "on their paired differences, seeds weighing alike). Of a world every seed has other users; of a real log the users "
-    "are the same, and a user's differences are first averaged over the seeds. A claim is judged by the true taste on a "
-    "world and by held-out clicks on a real log. It holds if an interval is above zero somewhere and none is below it, it "
-    "does not if none is above, and it depends if one is above and another below. The offline metric lies where clicks "
-    "and true taste of the same arms have intervals on different sides of zero, and is blind where the truth's is off "
-    "zero and the clicks' is not."
+    "An interval of 95 % is the wider of two: over seeds (Student's t on the means of the seeds) and over users "
+    "(normal, on their paired differences, seeds weighing alike). Of a world every seed has other users; of a real log "
+    "the users are the same, and a user's differences are first averaged over the seeds. A claim is judged by the true "
+    "taste on a world and by held-out clicks on a real log. It holds if an interval is above zero somewhere and none "
+    "is below it, it does not if none is above, and it depends if one is above and another below. The offline metric "
+    "lies where clicks and true taste of the same arms have intervals on different sides of zero; it is blind where "
+    "only the truth's is off zero, and sees more than there is where only the clicks' is."
 )
 
 
@@ -65,7 +65,7 @@ class Interval:
         """Out of a report."""
         low, high = document["low"], document["high"]
         ends = (-math.inf, math.inf) if low is None else (low, high)
-        return cls(document["value"], *ends, document["seeds"], document["users"])
+        return cls(document["value"], ends[0], ends[1], document["seeds"], document["users"])
 
 
 def interval(by_seed: Sequence[Floats], *, same_users: bool) -> Interval:
@@ -122,9 +122,11 @@ def verdict(signs: Sequence[int]) -> str:
 def offline(true: int, logged: int) -> str:
     """What the log's metric does where the truth is known.
 
-    >>> offline(1, -1), offline(-1, 0), offline(1, 1), offline(0, 1), offline(0, 0)
-    ('lies', 'is blind', 'agrees', 'agrees', 'agrees')
+    >>> offline(1, -1), offline(-1, 0), offline(0, 1), offline(1, 1), offline(0, 0)
+    ('lies', 'is blind', 'sees more', 'agrees', 'agrees')
     """
-    if true * logged < 0:
+    if true == logged:
+        return AGREES
+    if true and logged:
         return LIES
-    return BLIND if true and not logged else AGREES
+    return BLIND if true else SEES_MORE
