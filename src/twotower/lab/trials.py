@@ -80,7 +80,9 @@ def units(name: str, data: str, seeds: int, smoke: bool) -> Iterator[Unit]:
 def key_of(unit: Unit, arm: str) -> str:
     """A digest of everything that an arm's result depends on, except the code."""
     experiment, data = EXPERIMENTS[unit.experiment], _data(unit)
-    what = [FORMAT, experiment.kind, experiment.base, experiment.arms[arm].changes, asdict(data), unit.seed, unit.smoke]
+    changes = [*experiment.base, *experiment.arms[arm].changes]
+    described = {name: value for name, value in asdict(data).items() if name != "seeds"}
+    what = [FORMAT, experiment.kind, changes, described, unit.seed, unit.smoke]
     if experiment.kind == "feedback":
         what.append(_loop_days(unit))
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
@@ -200,6 +202,7 @@ def _indexes(system: System, settings: dict[str, Settings], workspace: Path, wor
     system.publish(configured)
     samples, version = open_samples(workspace / "samples"), system.served(configured)
     vectors, rows = version.item_vectors, np.arange(len(samples.items))
+    assert isinstance(vectors, np.ndarray)  # nothing is laid over a version that is new
     channel = version.two_tower.over(TWO_TOWER, ExactIndex.build(rows, vectors))
     users = np.flatnonzero(np.diff(samples.clicks.indptr))
     users = users[np.linspace(0, len(users) - 1, INDEXED_QUERIES).astype(np.int64)]
