@@ -113,7 +113,7 @@ def test_units_share_a_workspace_except_those_that_change_it() -> None:
     shared = list(units("shown", "kuairand", 2, False))
     assert [unit.seed for unit in shared] == [0, 1]
     assert "rejected ones alone" not in shared[0].arms
-    assert [len(unit.arms) for unit in units("feedback", "small_world", 1, True)] == [1] * 5
+    assert [len(unit.arms) for unit in units("feedback", "small_world", 1, True)] == [1] * 6
 
 
 def test_a_claim_over_several_arms_is_judged_by_the_strongest_of_them() -> None:

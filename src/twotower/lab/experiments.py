@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-Kind = Literal["train", "channels", "index", "feedback"]
+Kind = Literal["train", "channels", "index", "fusion", "feedback"]
+
+ALONE: Final = ('models.channels=["two_tower"]', "models.rankers=[]")
+"""The two towers by themselves, unless an experiment is about more."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class WorldData:
     days: int
     """Of its log, the last of which is held out; but a feedback loop learns from all and goes on after it."""
     config: str = "demo.toml"
-    changes: tuple[str, ...] = ('models.channels=["two_tower"]',)
+    changes: tuple[str, ...] = ALONE
     seeds: int = 6
 
 
@@ -35,7 +38,7 @@ class LogData:
     holdout: str
     config: str
     positive: str = "all"
-    changes: tuple[str, ...] = ('models.channels=["two_tower"]',)
+    changes: tuple[str, ...] = ALONE
     seeds: int = 5
 
 
@@ -49,7 +52,7 @@ DATA: Final[Mapping[str, WorldData | LogData]] = {
         items=800,
         days=4,
         seeds=5,
-        changes=('models.channels=["two_tower"]', "train.epochs=3", "samples.days=7", "index.kind='exact'"),
+        changes=(*ALONE, "train.epochs=3", "samples.days=7", "index.kind='exact'"),
     ),
     KUAIRAND: LogData("kuairand", "kuairand", "since:2022-05-03", "kuairand.toml"),
     MOVIELENS: LogData("movielens-1m", "ml-1m", "time:0.9", "movielens.toml", positive="4", seeds=3),
@@ -95,7 +98,8 @@ class Experiment:
     """Changes in every arm."""
     kind: Kind = "train"
     """`train`: each arm is a model; `channels`: of one set of models, each channel and their fusion; `index`: of one
-    model, several indexes; `feedback`: each arm serves a world, day after day."""
+    model, several indexes; `fusion`: of one version, rankers behind more or fewer candidates; `feedback`: each arm
+    serves a world, day after day."""
     plotted: tuple[tuple[str, str | None], ...] = (("true_recall@50", "recall@50"),)
     """Pairs of measures, by the truth and by the log, that the plot shows."""
     loop_days: int = 0
@@ -324,6 +328,58 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
         (Claim("DCN-v2 finds more than a DNN", "DCN-v2", ("DNN",)),),
         facts={"train_s": "processor seconds of training"},
     ),
+    "late_and_early": Experiment(
+        "Is early fusion better than late fusion, and what does it cost?",
+        "Where user and item meet in one network it can say more than a cosine; but it must score every item.",
+        {
+            "two towers": Arm(("models.rankers=[]",)),
+            "ranker over everything": Arm(('models.rankers=["rank"]', "funnel.retrieve=10000000")),
+            "pre-ranker over everything": Arm(
+                ('models.rankers=["pre_rank"]', "funnel.retrieve=10000000", "funnel.pre_rank=10000000")
+            ),
+            "two towers, ranker": Arm(('models.rankers=["rank"]', "funnel.retrieve=200", "funnel.pre_rank=200")),
+            "two towers, pre-ranker, ranker": Arm(("funnel.retrieve=400", "funnel.pre_rank=100")),
+        },
+        (
+            Claim("A ranker over everything finds more than two towers", "ranker over everything", ("two towers",)),
+            Claim(
+                "A ranker behind two towers gives better pages than two towers alone",
+                "two towers, ranker",
+                ("two towers",),
+                "ndcg@20",
+                "page_clicks",
+            ),
+            Claim(
+                "A ranker over everything gives better pages than one behind two towers",
+                "ranker over everything",
+                ("two towers, ranker",),
+                "ndcg@20",
+                "page_clicks",
+            ),
+            Claim(
+                "The whole funnel gives better pages than two towers and ranker",
+                "two towers, pre-ranker, ranker",
+                ("two towers, ranker",),
+                "ndcg@20",
+                "page_clicks",
+            ),
+            Claim(
+                "Over a million items, two towers and ranker cost less than the pre-ranker alone",
+                "two towers, ranker",
+                ("pre-ranker over everything",),
+                "ms, million items",
+                "ms, million items",
+                lower=True,
+            ),
+        ),
+        base=('models.rankers=["pre_rank", "rank"]',),
+        kind="fusion",
+        plotted=(("true_recall@50", "recall@50"), ("page_clicks", "ndcg@20")),
+        facts={
+            "ms": "processor milliseconds for a user of this catalogue",
+            "ms, million items": "the same over a million items, searched exactly",
+        },
+    ),
     "channels": Experiment(
         "Do several channels, fused, find more than the best of them alone?",
         "Each channel knows what another does not: the last click, the crowd, the category, the new.",
@@ -381,54 +437,66 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
         "Does popularity bias grow when a system learns from what it showed itself, and what holds it?",
         "What is shown can be clicked, what is clicked is learned, what is learned is shown.",
         {
-            "nothing holds it": Arm((_UNCORRECTED,)),
-            "log q": Arm(),
-            "log q, exploration": Arm((_EXPLORE,)),
-            "log q, hot down": Arm((_DOWN,)),
-            "all three": Arm((_DOWN, _EXPLORE)),
+            "as configured": Arm(),
+            "learns no more": Arm(('samples.last_day="2026-01-07"',)),
+            "no log q": Arm((_UNCORRECTED,)),
+            "exploration": Arm((_EXPLORE,)),
+            "hot down": Arm((_DOWN,)),
+            "exploration, hot down": Arm((_EXPLORE, _DOWN)),
         },
         (
+            Claim("Left alone, exposure becomes more unequal", "as configured", (), None, "gini, growth"),
             Claim(
-                "Where nothing holds it, exposure becomes more unequal",
-                "nothing holds it",
-                (),
+                "It is the loop that makes it so",
+                "as configured",
+                ("learns no more",),
                 None,
                 "gini, growth",
             ),
-            Claim("log q holds it", "log q", ("nothing holds it",), None, "gini, last days", lower=True),
+            Claim("log q holds it", "as configured", ("no log q",), None, "gini, last days", lower=True),
             Claim(
-                "An exploration slot holds it further",
-                "log q, exploration",
-                ("log q",),
+                "An exploration slot holds it", "exploration", ("as configured",), None, "gini, last days", lower=True
+            ),
+            Claim(
+                "Down-sampling of hot items holds it",
+                "hot down",
+                ("as configured",),
                 None,
                 "gini, last days",
                 lower=True,
             ),
             Claim(
-                "Down-sampling of hot items holds it further",
-                "log q, hot down",
-                ("log q",),
-                None,
-                "gini, last days",
-                lower=True,
-            ),
-            Claim(
-                "All three give better pages than nothing",
-                "all three",
-                ("nothing holds it",),
+                "Exploration and down-sampling give better pages in the end",
+                "exploration, hot down",
+                ("as configured",),
                 None,
                 "page_clicks, last days",
             ),
             Claim(
-                "With all three, more of what users like is found",
-                "all three",
-                ("nothing holds it",),
+                "Learning every day gives better pages than learning no more",
+                "as configured",
+                ("learns no more",),
+                None,
+                "page_clicks, last days",
+            ),
+            Claim(
+                "The loop finds less and less of what users like",
+                "as configured",
+                (),
+                "recall@50, growth",
+                "true_recall@50, growth",
+                lower=True,
+            ),
+            Claim(
+                "With exploration, more of what users like is found in the end",
+                "exploration",
+                ("as configured",),
                 "recall@50, last days",
                 "true_recall@50, last days",
             ),
         ),
         data=("small_world",),
-        base=(_NO_HARD, "funnel.explore_share=0.0", "funnel.retrieve=100", "funnel.pre_rank=100", "funnel.rank=50"),
+        base=(_NO_HARD, "funnel.explore_share=0.0", "funnel.retrieve=400", "funnel.pre_rank=400"),
         kind="feedback",
         loop_days=14,
     ),

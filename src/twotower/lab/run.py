@@ -252,7 +252,8 @@ def _judged(claim: Claim, found: Mapping[str, Found]) -> dict[str, Any]:
     for data, arms in found.items():
         world = isinstance(DATA[data], WorldData)
         signs: dict[str, int] = {}
-        for kind, measure in (("true", claim.true if world else None), ("logged", claim.logged)):
+        logged = None if world and claim.logged == claim.true else claim.logged
+        for kind, measure in (("true", claim.true if world else None), ("logged", logged)):
             against = [
                 (than, one)
                 for than in (claim.than or (None,))

@@ -17,7 +17,7 @@ from twotower.datasets.world import NOTHING, Requests, World
 from twotower.evaluate.holdout import Truth, cold_truth, read_truth
 from twotower.evaluate.metrics import score_lists
 from twotower.evaluate.truth import PAGE, clicked_by, first_times, page_clicks, true_recall
-from twotower.features.columns import Bag, pointers
+from twotower.features.columns import Bag, pointers, take
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 
@@ -51,10 +51,19 @@ class Group:
     """How many of them, by the truth of a world."""
 
 
-def groups(samples: Samples, workspace: Path) -> Iterator[Group]:
-    """The held-out clicks of known users and items, then of rare items, of new users and of new items."""
+def groups(samples: Samples, workspace: Path, most: int | None = None) -> Iterator[Group]:
+    """The held-out clicks of known users and items, then of rare items, of new users and of new items.
+
+    With `most` those of so many users at most, of the first group alone.
+    """
     every = np.ones(len(samples.items), np.bool_)
     warm = read_truth(workspace / HOLDOUT, samples)
+    if most is not None:
+        some = np.unique(np.linspace(0, len(warm.user_rows) - 1, most).astype(np.int64))
+        items = take(warm.items, some)
+        assert isinstance(items, Bag)
+        yield Group("", Truth(warm.user_rows[some], items), every, K)
+        return
     yield Group("", warm, every, K)
     clicks = samples.item_positives
     rare = clicks <= np.quantile(clicks[warm.items.rows], RARE)
@@ -77,7 +86,9 @@ def _only(truth: Truth, wanted: Bools) -> Truth | None:
     return Truth(truth.user_rows[users], Bag(pointers(np.bincount(place)), truth.items.rows[kept]))
 
 
-def score(samples: Samples, workspace: Path, lists: Lists, world: World | None) -> dict[str, Floats]:
+def score(
+    samples: Samples, workspace: Path, lists: Lists, world: World | None, most: int | None = None
+) -> dict[str, Floats]:
     """All measures by user: those of arms on the same workspace are of the same users, in the same order.
 
     Args:
@@ -85,13 +96,14 @@ def score(samples: Samples, workspace: Path, lists: Lists, world: World | None) 
         workspace: with a hold-out.
         lists: of the arm.
         world: in which the workspace was simulated; None = of a real log nobody knows the truth.
+        most: see `groups`.
 
     Returns:
         `recall@50`, `ndcg@20`, `pop_pct@50`, and of a world `true_recall@50` and `page_clicks`; recall also of `rare`
         items, of a `new_user` and of a `new_item`, as `rare recall@50`. (B,) each.
     """
     values: dict[str, Floats] = {}
-    for group in groups(samples, workspace):
+    for group in groups(samples, workspace, most):
         found = lists(group.truth.user_rows)
         logged = score_lists(found, group.truth.items, samples.item_positives, [FEW, K]).values
         values[f"{group.name}recall@{K}"] = logged[f"recall@{K}"]

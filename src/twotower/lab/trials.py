@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from twotower.index.protocol import PADDING
 from twotower.lab.experiments import DATA, EXPERIMENTS, LogData, WorldData
 from twotower.lab.feedback import feed_back
 from twotower.lab.score import K, score
+from twotower.lab.stages import Stages
 from twotower.lab.system import System
 from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Retriever
@@ -46,6 +48,10 @@ SMOKE: Final = ("train.epochs=1", "train.batch_size=256", "models.dimension=16")
 SMOKE_USERS, SMOKE_ITEMS, SMOKE_DAYS = 250, 200, 3
 SMOKE_LOOP_DAYS: Final = 2
 INDEXED_QUERIES: Final = 500
+FUSED_USERS: Final = 300
+"""Users whose lists come from rankers over the whole catalogue."""
+MANY, FEW_ITEMS = 1_000_000, 20_000
+"""Items over which the cost of an answer is measured, and the same in a smoke run."""
 """Users that an index is tuned on."""
 
 Values = dict[str, npt.NDArray[np.float64]]
@@ -140,8 +146,11 @@ def run_unit(system: System, unit: Unit, out: Path, data: Path | None) -> None:
             return
         world = world_of(workspace)
         runs: dict[str, Callable[..., Iterator[Result]]] = {
-            "train": _models, "channels": _channels, "index": _indexes,
-        }  # fmt: skip
+            "train": _models,
+            "channels": _channels,
+            "index": _indexes,
+            "fusion": partial(_fusions, items=FEW_ITEMS if unit.smoke else MANY),
+        }
         started = time.process_time()
         settings = {arm: _settings(system, unit, arm, workspace) for arm in missing}
         for result in runs[experiment.kind](system, settings, workspace, world):
@@ -219,6 +228,24 @@ def _indexes(system: System, settings: dict[str, Settings], workspace: Path, wor
             facts["scanned"] = index.tuning[0].nprobe
         spared = {f"spared {name}": values[name] - kept * exact[name] for name in values if "recall" in name}
         yield Result(arm, values | spared, facts)
+
+
+def _fusions(
+    system: System, settings: dict[str, Settings], workspace: Path, world: World | None, items: int
+) -> Iterator[Result]:
+    """One version with two towers and rankers; arms differ in how many items reach which ranker."""
+    configured = max(settings.values(), key=lambda one: len(one.models.rankers))
+    system.make_samples(configured)
+    system.train(configured)
+    system.publish(configured)
+    samples, version = open_samples(workspace / "samples"), system.served(configured)
+    for arm, of_arm in settings.items():
+        funnel = Stages(version, of_arm.models.rankers, of_arm.funnel.retrieve, of_arm.funnel.pre_rank)
+        started = time.process_time()
+        values = score(samples, workspace, funnel.lists, world, FUSED_USERS)
+        each_ms = 1000 * (time.process_time() - started) / len(values[f"recall@{K}"])
+        million_ms = funnel.cost_ms(items)
+        yield Result(arm, values | {"ms, million items": np.array([million_ms])}, {"ms": round(each_ms, 3)})
 
 
 def _share_of(best: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> float:
