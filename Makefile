@@ -1,4 +1,4 @@
-# make setup | demo [CHECK=1] [DATA=DIR] | test | lint | bench | peers | soak
+# make setup | demo [CHECK=1] [DATA=DIR] | test | lint | lab | bench | peers | soak
 #
 # Each command does the set-up that it needs: everything goes into .venv, once for each state of constraints.txt and
 # pyproject.toml. `make demo` needs neither root nor Debian packages nor the tools of development.
@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint packages wheel bench peers soak
+.PHONY: help setup demo test lint packages wheel lab lab-smoke bench peers soak
 
 # What the tests need beyond Python: a browser for the page, a font for the browser, Java for Spark, and Redis.
 DEBIAN_PACKAGES ?= chromium fonts-dejavu-core openjdk-17-jre-headless redis-server
@@ -60,6 +60,7 @@ lint: $(DEV)
 
 test: packages lint
 	$(BIN)/pytest -n 2 --dist worksteal -r fEsX
+	@$(MAKE) --no-print-directory lab-smoke
 	@$(MAKE) --no-print-directory wheel
 
 packages:
@@ -104,6 +105,15 @@ peers: .peers/tfrs/.stamp .peers/torch_rechub/.stamp
 	@if grep -q '^torch==' $<; then .peers/$*/bin/python -m pip install --quiet "$$(grep '^torch==' $<)"; fi
 	@.peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
+
+# Every experiment of docs/lab.md; interrupted, it goes on where it was.
+lab: $(DEV)
+	$(BIN)/twotower lab run all $(if $(wildcard $(REAL_DATA)),--data '$(REAL_DATA)') --out $(or $(OUT),lab)
+
+# All of them on tiny worlds, in a minute or two: that they run.
+lab-smoke: $(DEV)
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(BIN)/twotower lab run all --smoke --jobs 2 --out "$$folder" >/dev/null
 
 bench: $(DEV) peers
 	@mkdir -p benchmarks/results

@@ -8,6 +8,9 @@ from twotower.cli.main import app
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 
 
+LAB = {"lab list", "lab run"}
+
+
 def commands() -> dict[str, list[str]]:
     """Every command of the program, and the names of its options."""
     found = {}
@@ -27,8 +30,12 @@ def test_the_page_lists_every_command_and_no_other() -> None:
 
 
 def test_every_command_but_those_that_make_a_workspace_takes_a_configuration() -> None:
-    assert {name for name, options in commands().items() if "--set" not in options} == {"import", "simulate"}
-    assert {name for name, options in commands().items() if "--config" not in options} == {"import", "simulate", "demo"}
+    assert {name for name, options in commands().items() if "--set" not in options} == {"import", "simulate"} | LAB
+    assert {name for name, options in commands().items() if "--config" not in options} == {
+        "import",
+        "simulate",
+        "demo",
+    } | LAB
 
 
 def test_the_options_that_the_page_names_exist() -> None:

@@ -83,16 +83,16 @@ class Oracle:
 def test_the_report_has_what_could_be_had_beside_what_channels_find(world: "Settings") -> None:
     from twotower.datasets.simulate import world_of
     from twotower.evaluate.holdout import read_truth
-    from twotower.evaluate.truth import _clicked, _first_times
+    from twotower.evaluate.truth import clicked_by, first_times
     from twotower.samples.read import open_samples
 
     workspace = Path(world.workspace.path)
     samples, of = open_samples(workspace / "samples"), world_of(workspace)
     assert of is not None
     rows = read_truth(workspace / "holdout.parquet", samples).user_rows
-    clicked = _clicked(samples, of, np.arange(300))
+    clicked = clicked_by(samples, of, np.arange(300))
     assert clicked.sum() == len({*zip(*np.nonzero(clicked), strict=True)}) > 100
-    ts_ms = _first_times(workspace / "holdout.parquet", of)[rows]
+    ts_ms = first_times(workspace / "holdout.parquet", of)[rows]
     oracle = Oracle(of.top(rows, ts_ms, 100, clicked))
     popular = Oracle(np.tile(np.argsort(-samples.item_positives), (len(rows), 1)))
     popular.name = "popular"

@@ -252,6 +252,7 @@ def _negatives(wanted: spec.Negatives) -> Negatives:
         wanted.hard_share,
         wanted.hard_count,
         wanted.impressed_as_negatives_for_experiments,
+        wanted.uncorrected_for_experiments,
     )
 
 

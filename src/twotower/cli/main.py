@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 versions_app = typer.Typer(help="List, check, promote and roll back published versions.", no_args_is_help=True)
 app.add_typer(versions_app, name="versions")
+lab_app = typer.Typer(help="Experiments that test the claims behind the system.", no_args_is_help=True)
+app.add_typer(lab_app, name="lab")
 
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Configuration (TOML); absent = the defaults.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")]
@@ -295,6 +297,33 @@ def demo(
 
     with command():
         run_demo(data, out, overrides or [], check, answer)
+
+
+@lab_app.command("list")
+def lab_list() -> None:
+    """All experiments, with their arms and claims."""
+    from twotower.lab.run import listed
+
+    with command():
+        answer({"experiments": listed()})
+
+
+@lab_app.command("run")
+def lab_run(
+    name: Annotated[str, typer.Argument(help="An experiment, or all.")],
+    out: Annotated[Path, typer.Option(help="Folder of results; what it holds of other experiments stays.")],
+    seeds: Annotated[int | None, typer.Option(help="Seeds of each data set; absent = its own number.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Tiny worlds, one seed: to see that everything runs.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of real logs; absent = $TWOTOWER_DATA, else ../shared/data.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes beside each other.")] = os.cpu_count() or 1,
+) -> None:
+    """Run experiments; an interrupted run goes on where it was."""
+    from twotower.cli.lab import run_lab
+
+    with command():
+        answer(run_lab(name, out, seeds, smoke, data, jobs))
 
 
 def main() -> None:

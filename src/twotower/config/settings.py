@@ -263,6 +263,9 @@ class Negatives:
     """Hard ones of a positive that are kept of each source."""
     impressed_as_negatives_for_experiments: bool = False
     """Use shown-but-not-clicked rows as negatives, which is wrong: for experiments that show it."""
+    uncorrected_for_experiments: bool = False
+    """Every easy negative counts alike, however often it is drawn (no log q): for experiments that show what the
+    correction does."""
 
 
 @dataclass(frozen=True, config=STRICT)

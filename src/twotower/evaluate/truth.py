@@ -62,9 +62,9 @@ def evaluate_by_truth(
     """
     rows = read_truth(workspace / "holdout.parquet", samples).user_rows
     user = world.user_rows(samples.users.ids.take(pa.array(rows)))
-    ts_ms = _first_times(workspace / "holdout.parquet", world)[user]
+    ts_ms = first_times(workspace / "holdout.parquet", world)[user]
     item = world.item_rows(samples.items.ids)
-    clicked = _clicked(samples, world, item)
+    clicked = clicked_by(samples, world, item)
     requests = Requests(np.arange(len(user)), user, ts_ms, np.zeros(len(user), np.int64))
     most = max(ks)
     lists = {BEST: world.top(user, ts_ms, most, clicked)}
@@ -85,7 +85,7 @@ def evaluate_by_truth(
     return report
 
 
-def _first_times(holdout: Path, world: World) -> Ints:
+def first_times(holdout: Path, world: World) -> Ints:
     """(U,) the time of each user's first held-out click."""
     table = pq.read_table(holdout)
     first = np.full(len(world.truth.taste), np.iinfo(np.int64).max)
@@ -93,7 +93,7 @@ def _first_times(holdout: Path, world: World) -> Ints:
     return first
 
 
-def _clicked(samples: Samples, world: World, item: Ints) -> Bools:
+def clicked_by(samples: Samples, world: World, item: Ints) -> Bools:
     """(U, N) what each user of the world has clicked."""
     clicked = np.zeros((len(world.truth.taste), len(world.truth.item_vector)), np.bool_)
     user = np.repeat(world.user_rows(samples.users.ids), np.diff(samples.clicks.indptr))

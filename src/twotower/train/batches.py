@@ -102,6 +102,7 @@ class BatchMaker:
         horizon: with time, a history ends up to so many clicks before its request, drawn evenly anew each epoch, so
             that the model learns what comes later too (all-action prediction, Pancha et al. 2022); 0 = at the request.
         half_life_days: of the weight of a positive, counted back from the latest request; None = age does not matter.
+        uncorrected: easy negatives count alike, whatever `corrected` says: for experiments.
 
     Raises:
         DataError: an epoch has fewer than two rows, or `batch_size` is below 2.
@@ -120,6 +121,7 @@ class BatchMaker:
         hard: HardNegatives | None,
         horizon: int = 0,
         half_life_days: float | None = None,
+        uncorrected: bool = False,
     ) -> None:
         self._samples = samples
         self._batch_size = batch_size
@@ -128,6 +130,7 @@ class BatchMaker:
         self._easy = easy
         self._frequency = frequency
         self._corrected = corrected
+        self._uncorrected = uncorrected
         self._hard = hard
         self._horizon = horizon
         self._items = Compactor(len(samples.items))
@@ -304,6 +307,8 @@ class BatchMaker:
     def _log_weight(self, items: Longs, batch: int) -> npt.NDArray[np.float64]:
         """Log of how much one draw of an item counts among a row's easy negatives (n,)."""
         assert self._easy is not None
+        if self._uncorrected:
+            return np.zeros(len(items))
         expected = self._easy.log_expected(items, self._frequency.log_q(items), self._easy.draws(batch))
         return -expected if self._corrected else self._easy.log_target(items) - expected
 

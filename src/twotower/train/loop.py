@@ -113,6 +113,8 @@ class Negatives:
     """Hard ones of a positive in a step, where the easy ones are shared."""
     impressed_for_experiments: bool = False
     """As many of what was shown and not clicked as hard ones: wrong, and here to show it."""
+    uncorrected_for_experiments: bool = False
+    """Easy ones count alike, however often each is drawn."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
         hard_part.negatives,
         horizon,
         half_life_days,
+        negatives.uncorrected_for_experiments,
     )
     form = loss.form()
     model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed)

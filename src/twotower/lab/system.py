@@ -1,0 +1,31 @@
+"""The system as the lab calls it: the commands of the line, handed in by the command line, which alone wires stages."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower.config.settings import Settings
+from twotower.fusion.fuse import Fusion
+from twotower.models.retriever import Retriever
+from twotower.publish.version import Version
+from twotower.samples.read import Samples
+
+
+@dataclass(frozen=True)
+class System:
+    """Functions of a configuration; top-level ones, so that worker processes can be told of them."""
+
+    examples: Path
+    """Folder of the example configurations."""
+    make_samples: Callable[[Settings], Any]
+    """Samples out of the workspace, into it."""
+    train: Callable[[Settings], Any]
+    """A checkpoint of each trained channel."""
+    channels: Callable[[Settings, Samples], dict[str, Retriever]]
+    """The latest checkpoints and the counted channels as evaluation asks them."""
+    fusion: Callable[[Settings], Fusion]
+    publish: Callable[[Settings], Any]
+    """A version, promoted."""
+    served: Callable[[Settings], Version]
+    """The promoted version, opened."""

@@ -1,0 +1,132 @@
+"""Intervals of paired differences, and the rule by which a claim holds, does not, or depends. Fixed before any run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.schema.errors import ConfigError
+
+Floats = npt.NDArray[np.float64]
+
+NORMAL: Final = 1.959964
+STUDENT: Final = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+)
+"""97.5 % quantiles of Student's t by degrees of freedom from 1."""
+MOST_SEEDS: Final = len(STUDENT) + 1
+
+HOLDS, DOES_NOT, DEPENDS, OPEN = "holds", "does not", "depends", "not asked"
+LIES, BLIND, SEES_MORE, AGREES = "lies", "is blind", "sees more", "agrees"
+
+RULE: Final = (
+    "An interval of 95 % is the wider of two: over seeds (Student's t on the means of the seeds) and over users "
+    "(normal, on their paired differences, seeds weighing alike). Of a world every seed has other users; of a real log "
+    "the users are the same, and a user's differences are first averaged over the seeds. A claim is judged by the true "
+    "taste on a world and by held-out clicks on a real log. It holds if an interval is above zero somewhere and none "
+    "is below it, it does not if none is above, and it depends if one is above and another below. The offline metric "
+    "lies where clicks and true taste of the same arms have intervals on different sides of zero; it is blind where "
+    "only the truth's is off zero, and sees more than there is where only the clicks' is."
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its interval of 95 %."""
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+    users: int
+    """Of all seeds together; of a real log those of one."""
+
+    @property
+    def sign(self) -> int:
+        """1 above zero, -1 below it, 0 around it."""
+        return int(self.low > 0) - int(self.high < 0)
+
+    def flipped(self) -> "Interval":
+        """Of the negative."""
+        return Interval(-self.value, -self.high, -self.low, self.seeds, self.users)
+
+    def document(self) -> dict[str, Any]:
+        """As it stands in reports."""
+        numbers = {name: getattr(self, name) for name in ("value", "low", "high")}
+        rounded = {name: round(one, 6) if math.isfinite(one) else None for name, one in numbers.items()}
+        return {**rounded, "seeds": self.seeds, "users": self.users}
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> "Interval":
+        """Out of a report."""
+        low, high = document["low"], document["high"]
+        ends = (-math.inf, math.inf) if low is None else (low, high)
+        return cls(document["value"], ends[0], ends[1], document["seeds"], document["users"])
+
+
+def interval(by_seed: Sequence[Floats], *, same_users: bool) -> Interval:
+    """The mean of values, or of paired differences, of users by seed; see `RULE`.
+
+    One seed has the interval over users alone, a single number a seed that over seeds alone, and one number alone has
+    none: its interval is without end.
+
+    Args:
+        by_seed: (B,) of each seed.
+        same_users: the users of all seeds are the same, in the same order.
+
+    Raises:
+        ConfigError: more seeds than there are quantiles for.
+
+    >>> interval([np.array([1.0, 3.0]), np.array([2.0, 2.0])], same_users=False).value
+    2.0
+    """
+    seeds = len(by_seed)
+    if seeds > MOST_SEEDS:
+        raise ConfigError(f"seeds={seeds}: intervals are made of at most {MOST_SEEDS}")
+    means = np.array([values.mean() for values in by_seed])
+    value = float(means.mean())
+    halves = []
+    if seeds > 1:
+        halves.append(STUDENT[seeds - 2] * float(means.std(ddof=1)) / math.sqrt(seeds))
+    if same_users:
+        by_user = np.mean(by_seed, axis=0)
+        users = len(by_user)
+        if users > 1:
+            halves.append(NORMAL * math.sqrt(float(by_user.var(ddof=1)) / users))
+    else:
+        users = sum(len(values) for values in by_seed)
+        if min(len(values) for values in by_seed) > 1:
+            error = sum(float(values.var(ddof=1)) / len(values) for values in by_seed) / seeds**2
+            halves.append(NORMAL * math.sqrt(error))
+    half = max(halves, default=math.inf)
+    return Interval(value, value - half, value + half, seeds, users)
+
+
+def verdict(signs: Sequence[int]) -> str:
+    """What the signs of a claim's intervals say, one for each data set on which it could be asked.
+
+    >>> verdict([1, 0]), verdict([0, -1]), verdict([0]), verdict([1, -1]), verdict([])
+    ('holds', 'does not', 'does not', 'depends', 'not asked')
+    """
+    if not signs:
+        return OPEN
+    if 1 not in signs:
+        return DOES_NOT
+    return DEPENDS if -1 in signs else HOLDS
+
+
+def offline(true: int, logged: int) -> str:
+    """What the log's metric does where the truth is known.
+
+    >>> offline(1, -1), offline(-1, 0), offline(0, 1), offline(1, 1), offline(0, 0)
+    ('lies', 'is blind', 'sees more', 'agrees', 'agrees')
+    """
+    if true == logged:
+        return AGREES
+    if true and logged:
+        return LIES
+    return BLIND if true else SEES_MORE

@@ -1,0 +1,26 @@
+import json
+from pathlib import Path
+
+from twotower.lab.experiments import EXPERIMENTS
+
+
+def test_the_lab_lists_its_experiments(run) -> None:
+    told = run("lab", "list")["experiments"]
+    assert [one["name"] for one in told] == list(EXPERIMENTS)
+    assert all(one["claims"] and one["arms"] and one["question"] for one in told)
+
+
+def test_an_experiment_by_one_command(run, tmp_path: Path) -> None:
+    told = run("lab", "run", "networks", "--smoke", "--out", tmp_path, "--jobs", "1")
+    assert told["report"] == str(tmp_path / "report.html")
+    assert list(told["experiments"]) == ["networks"]
+    result = json.loads((tmp_path / "networks" / "result.json").read_text())
+    assert result["made"]["command"] == "twotower lab run networks --smoke --jobs 1 --out DIR"
+    assert [claim["verdict"] for claim in result["claims"]] == list(told["experiments"]["networks"].values())
+
+
+def test_wrong_usage_is_told(run, tmp_path: Path) -> None:
+    run("lab", "run", "nothing", "--out", tmp_path, code=2)
+    assert "there is no experiment 'nothing'" in run.err
+    run("lab", "run", "networks", "--data", tmp_path / "absent", "--out", tmp_path, code=2)
+    assert "is no folder" in run.err
