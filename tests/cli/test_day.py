@@ -46,8 +46,8 @@ def test_a_whole_day_through_the_command_line(run, tmp_path: Path) -> None:
     assert made.keys() == keys
     assert run("samples", *options(parts))["positives"] == made["train_positives"]
     trained = run("train", *options(parts))
-    assert trained.keys() == {"checkpoint", "rows", "rows_per_s", "loss", "seconds", "channels"}
-    assert trained["channels"].keys() == {"mind"}
+    assert trained.keys() == {"checkpoint", "rows", "rows_per_s", "loss", "seconds", "channels", "rankers"}
+    assert (trained["channels"].keys(), trained["rankers"].keys()) == ({"mind"}, {"pre_rank", "rank"})
     evaluated = run("evaluate", *options(parts))
     assert {"recall@50", "popular", "item_cf", "cold"} <= evaluated.keys()
     assert evaluated["recall@50"].keys() == {"value", "ci95"}

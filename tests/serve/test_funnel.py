@@ -45,8 +45,24 @@ def version(bare: Version) -> Version:
     return replace(bare, rankers={"pre_rank": ByRow(), "rank": ByRow(-1)})
 
 
+def user_row(version: Version) -> int:
+    """A user with some clicks."""
+    return int(np.flatnonzero(np.diff(version.clicks.indptr) >= 5)[0])
+
+
+def user_of(version: Version) -> int:
+    user_id: int = version.users.ids[user_row(version)].as_py()
+    return user_id
+
+
+def clicked_by(version: Version) -> list[str]:
+    begin, end = version.clicks.indptr[user_row(version) :][:2]
+    items: list[str] = version.item_ids.take(version.clicks.item_row[begin:end]).to_pylist()
+    return items
+
+
 def asked(version: Version, k: int = 10, **rest: Any) -> Asked:
-    return Asked(k, rest.pop("exclude", "none"), version.users.ids[3].as_py(), **rest)
+    return Asked(k, rest.pop("exclude", "none"), user_of(version), **rest)
 
 
 def served(version: Version, sizes: Sizes = SIZES, request_id: str = "r", k: int = 10, **rest: Any) -> Served:
@@ -162,10 +178,7 @@ def test_a_page_can_be_read_from_its_record(version: Version) -> None:
 def test_the_record_has_what_the_models_saw_of_the_user(version: Version) -> None:
     context, features = {"hour": 9, "scene": "home"}, {"age": 30}
     body = served(version, context=context, features=features).record.body
-    row = 3
-    indptr = version.clicks.indptr
-    clicks = version.item_ids.take(version.clicks.item_row[indptr[row] : indptr[row + 1]]).to_pylist()
-    assert body["history"] == clicks[-30:]
+    assert body["history"] == clicked_by(version)[-30:]
     assert (body["context"], body["features"]) == (context, features)
 
 
@@ -183,7 +196,7 @@ def test_an_explanation_says_of_every_item_what_a_request_does_with_it(
     wanted = asked(one, filters={"category": Filter(deny=["chess"])}, exclude="clicked")
     recent = Recent()
     ended = outcomes(recommend(one, wanted, recent, 1_800_000_000_000, 0, EVERYTHING, "r").record)
-    clicked = set(one.item_ids.take(one.clicks.item_row[one.clicks.indptr[3] : one.clicks.indptr[4]]).to_pylist())
+    clicked = set(clicked_by(one))
     categories = dict(zip(one.item_ids.to_pylist(), one.catalogue.column("category").to_pylist(), strict=True))
     seen = set()
     for item in one.item_ids.to_pylist()[::4]:
@@ -235,7 +248,7 @@ def records(server: Any) -> list[Event]:
 
 
 def test_a_page_is_in_the_log_and_is_not_shown_again(server: Any) -> None:
-    user_id = server.version.users.ids[3].as_py()
+    user_id = user_of(server.version)
     first = recommended(server, user_id=user_id, k=5)
     assert first.keys() == {
         "request_id", "version", "delta_seq", "items", "counts", "failed_channels", "logged",
@@ -250,7 +263,7 @@ def test_a_page_is_in_the_log_and_is_not_shown_again(server: Any) -> None:
 
 
 def test_a_request_that_is_sent_again_gets_its_page_and_one_record(server: Any) -> None:
-    user_id = server.version.users.ids[3].as_py()
+    user_id = user_of(server.version)
     body = {"user_id": user_id, "request_id": "again", "ts_ms": 1_790_000_000_000}
     assert recommended(server, **body) == recommended(server, **body)
     assert [(one.request_id, one.ts_ms) for one in records(server)] == [("again", 1_790_000_000_000)]
@@ -261,13 +274,13 @@ def test_a_page_is_given_though_its_record_cannot_be_written(server: Any, monkey
         raise EventLogError("the disk is full")
 
     monkeypatch.setattr(server.log, "append", full)
-    page = recommended(server, user_id=server.version.users.ids[3].as_py())
+    page = recommended(server, user_id=user_of(server.version))
     assert (len(page["items"]), page["logged"]) == (10, False)
     assert server.metric("twotower_unlogged_requests_total") == 1
 
 
 def test_an_explanation_is_given_over_http(server: Any) -> None:
-    user_id, item_id = server.version.users.ids[3].as_py(), server.version.item_ids[0].as_py()
+    user_id, item_id = user_of(server.version), server.version.item_ids[0].as_py()
     response = server.http.post("/v1/explain", json={"user_id": user_id, "item_id": item_id})
     assert response.status_code == 200, response.text
     told = response.json()
