@@ -29,6 +29,7 @@ class Shop:
         self.world = world
         self.asked: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
+        self.put: dict[str, Any] = {}
         self.order: list[tuple[str, int]] = []
         self.status = 200
         self.scramble = False
@@ -41,6 +42,10 @@ class Shop:
             self.events += body["events"]
             self.order += [("click", event["ts_ms"]) for event in body["events"]]
             return {"accepted": len(body["events"]), "duplicates": 0}
+        if path.startswith("/v1/items/"):
+            assert not self.asked, "put before anybody asks"
+            self.put[path.removeprefix("/v1/items/")] = body["features"]
+            return {}
         self.asked.append(body)
         self.order.append(("request", body["ts_ms"]))
         user = self.world.user_rows(pa.array([body["user_id"]]))
@@ -62,6 +67,8 @@ def serving(shop: Shop) -> Iterator[str]:
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
+
+        do_PUT = do_POST
 
         def log_message(self, *_: Any) -> None:
             """Nothing on stderr."""
@@ -157,6 +164,17 @@ def test_users_and_items_of_later_days_come_into_the_tables_once(settings: Setti
     remade = world_of(workspace)
     assert remade is not None
     assert remade.horizon == DAY + 1
+
+
+def test_the_items_of_the_day_are_put_with_their_features(settings: Settings, made: World) -> None:
+    shop = Shop(made)
+    with serving(shop) as url:
+        report = visit_server(settings, url, DAY, 5, 8, put=True)
+    born = np.flatnonzero(made.truth.birth_day == DAY)
+    table = made.items(DAY).take(pa.array(born))
+    assert report.put_items == len(born) > 0
+    assert list(shop.put) == table["item_id"].to_pylist()
+    assert list(shop.put.values()) == table.drop_columns("item_id").to_pylist()
 
 
 def test_a_server_that_does_not_answer_as_it_should_is_named(settings: Settings, made: World) -> None:

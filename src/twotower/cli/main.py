@@ -260,13 +260,14 @@ def visit(
     day: Annotated[int, typer.Option(help="Of the world, from 0; it may lie after the simulated log.")],
     requests: Annotated[int | None, typer.Option(help="So many requests only; absent = all of the day.")] = None,
     page: Annotated[int, typer.Option(help="Items of a page.")] = 8,
+    put: Annotated[bool, typer.Option("--put", help="Put the day's new items to the server first.")] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
     """Let the users of a simulated world meet a running server for a day: they ask, see pages and click."""
     from twotower.cli.visit import visit_server
 
-    stage(lambda settings: asdict(visit_server(settings, url, day, requests, page)), config, overrides)
+    stage(lambda settings: asdict(visit_server(settings, url, day, requests, page, put)), config, overrides)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import json
 import logging
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class VisitReport:
     new_users: int
     """Rows that the visit added to the workspace's tables."""
     new_items: int
+    put_items: int
+    """Items of the day that were put to the server."""
 
 
 class UnreachableError(TwotowerError):
@@ -65,6 +68,12 @@ class Site:
     """The server's, by the world's numbers of requests."""
     unknown_items: int = 0
 
+    def put(self, items: pa.Table) -> None:
+        """Put items, so that they are found from their features without another version."""
+        for item in items.to_pylist():
+            name = urllib.parse.quote(item.pop(c.ITEM_ID), safe="")
+            self._send("PUT", f"/v1/items/{name}", {"features": item})
+
     def answer(self, requests: Requests) -> Ints:
         """Ask for a page for each request, one after another."""
         pages = np.full((len(requests), self.page), NOTHING)
@@ -73,7 +82,8 @@ class Site:
             number, row = int(requests.number[place]), int(requests.user[place])
             came_later = self.world.truth.start_day[row] >= self.world.days
             values = {"hour": int(requests.hour[place]), "scene": SCENES[requests.scene[place]]}
-            found = self._post(
+            found = self._send(
+                "POST",
                 "/v1/recommend",
                 {
                     c.USER_ID: user[c.USER_ID],
@@ -105,7 +115,7 @@ class Site:
                 clicks.request.tolist(), clicks.position.tolist(), user_id, item_id, clicks.ts_ms.tolist(), strict=True
             )
         ]
-        self._post("/v1/events", {"events": events})
+        self._send("POST", "/v1/events", {"events": events})
 
     def _page(self, items: list[Mapping[str, Any]]) -> Ints:
         page = np.full(self.page, NOTHING)
@@ -121,9 +131,9 @@ class Site:
         page[np.array(positions) - 1] = rows
         return page
 
-    def _post(self, path: str, document: Any) -> Any:
+    def _send(self, method: str, path: str, document: Any) -> Any:
         request = urllib.request.Request(
-            self.url + path, json.dumps(document).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(document).encode(), {"Content-Type": "application/json"}, method=method
         )
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
@@ -134,7 +144,9 @@ class Site:
             raise UnreachableError(f"nothing answers at {self.url} ({error}): start `twotower serve`") from None
 
 
-def visit_server(settings: Settings, url: str, day: int, requests: int | None, page: int) -> VisitReport:
+def visit_server(
+    settings: Settings, url: str, day: int, requests: int | None, page: int, put: bool = False
+) -> VisitReport:
     """Visit a running server for a day of the workspace's world.
 
     The users and items of that day come into the workspace's tables first. Clicks are posted before the first request
@@ -146,6 +158,7 @@ def visit_server(settings: Settings, url: str, day: int, requests: int | None, p
         day: from 0; it may lie after the simulated log.
         requests: so many requests only; None = all of the day.
         page: items that a user is shown.
+        put: put the items that appear on that day to the server before anybody asks.
 
     Raises:
         ConfigError: the workspace holds no simulated world, or a number is too small.
@@ -161,6 +174,9 @@ def visit_server(settings: Settings, url: str, day: int, requests: int | None, p
     features = [name for name in settings.features.user if name in world.users(0).column_names and name != c.USER_ID]
     context = [name for name in settings.features.context if name in ("hour", "scene")]
     site = Site(url.rstrip("/"), world, page, features, context)
+    born = world.items(day).slice(world.items(max(day - 1, world.days - 1)).num_rows)
+    if put:
+        site.put(born)
     visited = visit(world, day, site.answer, site.tell, requests=requests, window_ms=1)
     return VisitReport(
         day=day,
@@ -172,4 +188,5 @@ def visit_server(settings: Settings, url: str, day: int, requests: int | None, p
         unknown_items=site.unknown_items,
         new_users=arrivals.users,
         new_items=arrivals.items,
+        put_items=born.num_rows if put else 0,
     )
