@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from twotower.logs import Event, Record
+from twotower.logs.entities import item_event
 from twotower.stream.joiner import Clock, Joiner
 from twotower.stream.rows import Row, Types
 
@@ -210,6 +211,14 @@ def test_what_cannot_be_used_is_dropped_and_counted(event: Event, reason: dict[s
     joiner, _ = feed(event)
     joiner.flush()
     assert joiner.take_counts().dropped == reason
+
+
+def test_what_a_server_puts_on_its_own_clock_says_nothing_of_the_time_of_requests():
+    put = item_event("p", T0 + 9 * 3_600_000, 1, {}, None)
+    joiner, left = feed(put, request(0), click(5))
+    assert left == [[], [], [(1, "clicked")]]
+    counts = joiner.take_counts()
+    assert (counts.events, counts.late, counts.unjoined) == (3, 0, 0)
 
 
 def test_of_an_item_that_is_twice_in_a_request_the_furthest_counts():

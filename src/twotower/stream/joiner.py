@@ -1,8 +1,9 @@
 """The joiner: events of one partition in, joined rows out, in an order that is a function of the log alone.
 
-Time is the events' own. Event time is the latest `ts_ms` read; the watermark stays `lateness_ms` behind it: requests
-and clicks may come in any order within that. A click leaves at once with what its request knew. What was not clicked
-leaves when the watermark reaches the end of its window. A request is remembered `late_ms` longer for late clicks.
+Time is the events' own. Event time is the latest `ts_ms` read, not counting what was put by a server's clock; the
+watermark stays `lateness_ms` behind it: requests and clicks may come in any order within that. A click leaves at once
+with what its request knew. What was not clicked leaves when the watermark reaches the end of its window. A request is
+remembered `late_ms` longer for late clicks.
 
 What is remembered can be made again from the log: reading it from the offset of `replay` on, with the clock of that
 moment, gives the same memory, because a request is remembered until its last event cannot matter any more.
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from twotower.logs import Event, Record
+from twotower.logs import Event, Record, entities
 from twotower.schema import columns as c
 from twotower.schema.tables import is_id
 from twotower.serve.funnel import CHANNELS, DELTA_SEQ, HISTORY, POSITIONS, PROBABILITIES, PROPENSITIES, SCORES, VERSION
@@ -244,7 +245,8 @@ class Joiner:
             self._take_click(record, rows)
         else:
             self._take_impression(record, rows)
-        self._clock = self._clock.after(event, self._window_ms)
+        if event.type not in entities.TYPES:  # their time is a server's, which requests of another time do not share
+            self._clock = self._clock.after(event, self._window_ms)
         watermark_ms = self._clock.watermark_ms(self._lateness_ms)
         while self._due and watermark_ms is not None and self._due[0][0] <= watermark_ms:
             self._do(heapq.heappop(self._due), watermark_ms, rows)
