@@ -232,7 +232,7 @@ def test_a_damaged_shard_is_named(run, make_log, make_events, tmp_path: Path) ->
         rows_of(tmp_path / "out")
 
 
-def test_a_shard_that_was_cut_after_a_whole_record_is_named(run, make_log, make_events, tmp_path: Path) -> None:
+def test_a_shard_of_fewer_rows_than_its_manifest_says_is_named(run, make_log, make_events, tmp_path: Path) -> None:
     run(make_log(make_events(100)))
     shard = manifests(tmp_path / "out" / "shards", 0)[0]
     path = tmp_path / "out" / "shards" / "partition-0000" / f"{shard.name}.tfrecord"
@@ -247,6 +247,15 @@ def test_a_shard_that_is_missing_in_between_is_seen(run, make_log, make_events, 
     (tmp_path / "out" / "shards" / "partition-0000" / f"{shard.name}.json").unlink()
     with pytest.raises(DataError, match="restore the shards in between"):
         manifests(tmp_path / "out" / "shards", 0)
+
+
+def test_only_the_manifests_that_hold_wanted_rows_are_read(run, make_log, make_events, tmp_path: Path) -> None:
+    run(make_log(make_events(300)))
+    every = manifests(tmp_path / "out" / "shards", 0)
+    (tmp_path / "out" / "shards" / "partition-0000" / f"{every[0].name}.json").write_text("damaged")
+    assert manifests(tmp_path / "out" / "shards", 0, every[2].first_row) == every[2:]
+    assert read_rows(tmp_path / "out" / "shards", 0, every[2].first_row + 1, 3).num_rows == 3
+    assert read_rows(tmp_path / "out" / "shards", 0, every[-1].end_row).num_rows == 0
 
 
 def test_manifests_come_back_as_they_were_written(run, make_log, make_events, tmp_path: Path) -> None:
