@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from twotower.logs import Event, Record
+from twotower.logs import Event, Record, entities
 from twotower.schema import columns as c
 from twotower.schema.tables import is_id
 from twotower.serve.funnel import CHANNELS, DELTA_SEQ, HISTORY, POSITIONS, PROBABILITIES, PROPENSITIES, SCORES, VERSION
@@ -234,7 +234,10 @@ class Joiner:
         """Take the next event of the partition; gives the rows that leave."""
         event, rows = record.event, list[Row]()
         self._counts.events += 1
-        if event.type not in (REQUEST, IMPRESSION, CLICK):
+        if event.type in entities.TYPES:
+            if entities.is_deletion(event) and event.type == entities.USER:
+                self._forget_user(event.user_id)
+        elif event.type not in (REQUEST, IMPRESSION, CLICK):
             self._counts.dropped[OTHER_TYPE] += 1
         elif not is_id(event.user_id, self._types.user_id):
             self._counts.dropped[WRONG_USER_ID] += 1
@@ -262,6 +265,12 @@ class Joiner:
             else:
                 self._do(one, None, rows)
         return rows
+
+    def _forget_user(self, user_id: UserId) -> None:
+        """A user was deleted: nothing more leaves of what they did before."""
+        for key in [key for key in self._entries if key[0] == user_id and type(key[0]) is type(user_id)]:
+            self._open -= not self._entries[key].closed
+            del self._entries[key]
 
     def _do(self, one: tuple[int, int, int, _Key], watermark_ms: int | None, rows: list[Row]) -> None:
         """What is due; without a watermark, whatever its time."""

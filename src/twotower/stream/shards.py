@@ -10,6 +10,7 @@ changes neither rows nor numbers.
 """
 
 import datetime
+import functools
 import itertools
 import os
 import re
@@ -177,8 +178,9 @@ def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest
     return found
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def read_manifest(path: Path) -> Manifest:
-    """One manifest.
+    """One manifest; it is kept, for one of a name never changes, and who follows shards asks again and again.
 
     Raises:
         DataError: it is missing, damaged or of another format.
