@@ -51,7 +51,7 @@ class KafkaEventLog:
             raise ConfigError(f"partitions={partitions}: a log has at least one")
         self._topic = topic
         self._where = f"the topic {topic} of {servers}"
-        self._closed = False
+        self._closing = threading.Event()
         self._common: dict[str, Any] = {
             "bootstrap.servers": servers,
             "socket.timeout.ms": int(_TIMEOUT_S * 1000),
@@ -74,6 +74,8 @@ class KafkaEventLog:
                         "delivery.timeout.ms": int(_TIMEOUT_S * 1000),
                     }
                 )
+                self._reports = threading.Thread(target=self._report, args=(producer,), name="kafka-log", daemon=True)
+                self._reports.start()
                 self._writers = [_Writer(producer, reader) for reader in self._each(self._extents[1])]
                 for writer in self._writers:
                     writer.catch_up()
@@ -124,16 +126,23 @@ class KafkaEventLog:
 
     def close(self) -> None:
         """See `EventLog`."""
-        if self._closed:
+        if self._closing.is_set():
             return
-        self._closed = True
+        self._closing.set()
         with ExitStack() as closing:
+            if self._writers:
+                closing.callback(self._reports.join)
             for extents in self._extents:
                 closing.callback(extents.close)
             for reader in self._readers:
                 closing.callback(reader.close)
             for writer in self._writers:
                 closing.callback(writer.close)
+
+    def _report(self, producer: Any) -> None:
+        """Take reports of deliveries; one thread for all that wait, so that none waits for another's."""
+        while not self._closing.is_set():
+            producer.poll(0.1)
 
     def _describe(self, partitions: int | None) -> int:
         """Make the topic, or check that what is there agrees; gives the number of its partitions."""
@@ -158,7 +167,7 @@ class KafkaEventLog:
         return [_Reader(self._common, extents, self._topic, number) for number in range(self._partitions)]
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closing.is_set():
             raise EventLogError(f"{self._where} is closed")
 
     @contextmanager
@@ -274,13 +283,10 @@ class _Writer:
             for one, payload in zip(digests, payloads, strict=True):
                 if one not in self._offsets:
                     fresh.setdefault(one, payload)
-            failures: list[Any] = []
+            delivery = _Delivery(len(fresh))
             for one, payload in fresh.items():
-                self._produce(number, one, payload, self._noting(one, failures))
-            while any(one not in self._offsets for one in fresh) and not failures:
-                self._producer.poll(0.1)
-            if failures:
-                raise kafka.KafkaException(failures[0])
+                self._produce(number, one, payload, self._noting(one, delivery))
+            delivery.wait()
             return [Ack(number, self._offsets[one], duplicate=fresh.pop(one, None) is None) for one in digests]
 
     def close(self) -> None:
@@ -296,15 +302,39 @@ class _Writer:
                 )
                 return
             except BufferError:
-                self._producer.poll(0.1)
+                time.sleep(0.01)
 
-    def _noting(self, one: bytes, failures: list[Any]) -> Callable[[Any, Any], None]:
+    def _noting(self, one: bytes, delivery: "_Delivery") -> Callable[[Any, Any], None]:
         def noted(error: Any, message: Any) -> None:
-            if error is not None:
-                failures.append(error)
-                return
-            self._offsets[one] = message.offset()
-            if message.offset() == self._end:
-                self._end += 1
+            if error is None:
+                self._offsets[one] = message.offset()
+                if message.offset() == self._end:
+                    self._end += 1
+            delivery.note(error)
 
         return noted
+
+
+class _Delivery:
+    """Waits until so many messages are delivered, or one is not."""
+
+    def __init__(self, messages: int) -> None:
+        self._left = messages
+        self._failure: Any = None
+        self._done = threading.Event()
+        if not messages:
+            self._done.set()
+
+    def note(self, error: Any) -> None:
+        """One message was delivered, or failed; only the thread that asks for reports calls it."""
+        self._left -= 1
+        self._failure = self._failure or error
+        if self._failure or not self._left:
+            self._done.set()
+
+    def wait(self) -> None:
+        """Return when all are delivered."""
+        if not self._done.wait(2 * _TIMEOUT_S):
+            raise TimeoutError(f"no report of a delivery within {2 * _TIMEOUT_S:g} s")
+        if self._failure:
+            raise kafka.KafkaException(self._failure)
