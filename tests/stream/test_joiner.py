@@ -256,6 +256,15 @@ def test_users_and_items_that_are_put_are_no_business_of_the_joiner():
     assert (left, joiner.take_counts().dropped, joiner.has_open) == ([[], []], {}, False)
 
 
+def test_users_and_items_that_are_put_do_not_move_event_time():
+    later = T0 + 300 * 86_400_000
+    joiner, left = feed(
+        request(0), item_event("i", later, 7, {"price": 3}, True), user_event("u", later, 1, {}), click(5), tick(20)
+    )
+    assert left == [[], [], [], [(1, "clicked")], []]
+    assert (joiner.take_counts().late, joiner.watermark_ms) == (0, T0 + 20_000 - LATENESS_MS)
+
+
 def test_before_any_event_there_is_no_watermark():
     joiner = joiner_of([])
     assert (joiner.clock, joiner.watermark_ms, joiner.flush()) == (Clock(), None, [])

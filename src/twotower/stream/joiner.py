@@ -234,10 +234,11 @@ class Joiner:
         """Take the next event of the partition; gives the rows that leave."""
         event, rows = record.event, list[Row]()
         self._counts.events += 1
-        if event.type in entities.TYPES:
+        if event.type in entities.TYPES:  # stamped by a server, whatever time its requests carry: no event time
             if entities.is_deletion(event) and event.type == entities.USER:
                 self._forget_user(event.user_id)
-        elif event.type not in (REQUEST, IMPRESSION, CLICK):
+            return rows
+        if event.type not in (REQUEST, IMPRESSION, CLICK):
             self._counts.dropped[OTHER_TYPE] += 1
         elif not is_id(event.user_id, self._types.user_id):
             self._counts.dropped[WRONG_USER_ID] += 1
