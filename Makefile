@@ -121,6 +121,7 @@ bench: $(DEV) peers
 	$(BIN)/python benchmarks/samples.py --out benchmarks/results/samples.json
 	$(BIN)/python benchmarks/engines.py --out benchmarks/results/engines.json
 	$(BIN)/python benchmarks/serve.py --out benchmarks/results/serve.json
+	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
 	$(BIN)/python benchmarks/quality.py --data '$(REAL_DATA)' --out benchmarks/results/quality.json
 	$(BIN)/python benchmarks/losses.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/losses.json
 	$(BIN)/python benchmarks/speed.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/speed.json
@@ -135,6 +136,7 @@ bench: $(DEV) peers
 soak: $(DEV)
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/soak/event_log.py --kills 50 | tee benchmarks/results/soak_event_log.json
+	$(BIN)/python benchmarks/soak/join.py --kills 500 | tee benchmarks/results/soak_join.json
 	$(BIN)/python benchmarks/soak/train.py --kills 50 | tee benchmarks/results/soak_train.json
 	$(BIN)/python benchmarks/soak/publish.py --kills 50 | tee benchmarks/results/soak_publish.json
 	$(BIN)/python benchmarks/soak/promote.py --seconds 60 --promotions 10 | tee benchmarks/results/soak_promote.json

@@ -6,8 +6,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
+import socket
+import subprocess
+import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +111,85 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[spec.Engine]":
         interpreted = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
         yield spec.Engine("spark", options={**interpreted, "spark.sql.shuffle.partitions": "3"})
     assert java.returncode is not None, "Java still runs"
+
+
+@dataclass
+class RedisServer:
+    """A Redis server on loopback that flushes every write."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Start it with what its folder holds, and wait until it answers."""
+        program = shutil.which("redis-server")
+        if program is None:
+            pytest.skip("redis-server is not installed: apt-get install redis-server")
+        where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        kept = ["--save", "", "--appendonly", "yes", "--appendfsync", "always"]
+        with (self.folder / "log").open("a") as log:
+            self.process = subprocess.Popen([program, *where, *kept], stdout=log, stderr=log)
+        for _ in range(400):
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1) as answering:
+                    answering.sendall(b"PING\r\n")
+                    if answering.recv(100).startswith(b"+PONG"):
+                        return
+            except OSError:
+                pass
+            time.sleep(0.02)
+        raise RuntimeError((self.folder / "log").read_text())
+
+    def kill(self) -> None:
+        """End it at once, as a crash does."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis server for one test, to be killed and started again."""
+    yield from _redis(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Redis server for all tests of this process."""
+    for server in _redis(tmp_path_factory.mktemp("redis")):
+        yield server.url
+
+
+def _redis(folder: Path) -> Iterator[RedisServer]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = RedisServer(folder, port)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def kafka_servers() -> Callable[[str], str]:
+    """Makes a topic of four partitions at librdkafka's own brokers, in this process; gives their addresses."""
+    import confluent_kafka
+
+    owner = confluent_kafka.Producer({"test.mock.num.brokers": 3, "log_level": 3})
+    brokers = owner.list_topics(timeout=10).brokers.values()
+    addresses = ",".join(f"{broker.host}:{broker.port}" for broker in brokers)
+
+    def with_topic(name: str) -> str:
+        owner.list_topics(name, timeout=10)  # these brokers make what is asked for, and know no other way
+        return addresses
+
+    return with_topic
 
 
 @pytest.fixture

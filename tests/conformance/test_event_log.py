@@ -1,6 +1,7 @@
 """What every event log does. An adapter joins by one more parameter of the fixture `reopen`."""
 
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from twotower.logs import Event, EventLog, EventLogError, LocalEventLog, Record, partition_of
+from twotower.logs.kafka import KafkaEventLog
+from twotower.logs.redis import RedisEventLog
 from twotower.schema.errors import DataError
 
 Reopen = Callable[[], EventLog]
@@ -34,16 +37,21 @@ def ids(records: list[Record]) -> list[str]:
     return [record.event.event_id for record in records]
 
 
-@pytest.fixture(params=["local"])
+@pytest.fixture(params=["local", "redis", "kafka"])
 def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Reopen]:
     """Closes the log if it is open, and opens the same one again: 4 partitions, empty at first."""
     opened: list[EventLog] = []
+    name = f"test-{uuid.uuid4().hex}"
 
     def again() -> EventLog:
         for log in opened:
             log.close()
         if request.param == "local":
             opened.append(LocalEventLog.open(tmp_path / "log", partitions=4, segment_bytes=4096))
+        elif request.param == "redis":
+            opened.append(RedisEventLog(request.getfixturevalue("redis_url"), name, partitions=4))
+        else:
+            opened.append(KafkaEventLog(request.getfixturevalue("kafka_servers")(name), name, partitions=4))
         return opened[-1]
 
     yield again

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.logs.segment import MAX_PAYLOAD_BYTES, digest, encode, read_ids, walk, write_ids
+from twotower.logs.partition import digest
+from twotower.logs.protocol import MAX_PAYLOAD_BYTES
+from twotower.logs.segment import encode, read_ids, walk, write_ids
 
 
 def payloads(path: Path, position: int = 0) -> list[bytes]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import random
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.logs import Event, LocalEventLog
+from twotower.logs import Event, LocalEventLog, open_log
 from twotower.schema.errors import DataError
 from twotower.stream import join as join_module
 from twotower.stream.join import JoinReport, Taken, Windows, join
@@ -232,7 +233,7 @@ def test_a_damaged_shard_is_named(run, make_log, make_events, tmp_path: Path) ->
         rows_of(tmp_path / "out")
 
 
-def test_a_shard_that_was_cut_after_a_whole_record_is_named(run, make_log, make_events, tmp_path: Path) -> None:
+def test_a_shard_of_fewer_rows_than_its_manifest_says_is_named(run, make_log, make_events, tmp_path: Path) -> None:
     run(make_log(make_events(100)))
     shard = manifests(tmp_path / "out" / "shards", 0)[0]
     path = tmp_path / "out" / "shards" / "partition-0000" / f"{shard.name}.tfrecord"
@@ -247,6 +248,15 @@ def test_a_shard_that_is_missing_in_between_is_seen(run, make_log, make_events, 
     (tmp_path / "out" / "shards" / "partition-0000" / f"{shard.name}.json").unlink()
     with pytest.raises(DataError, match="restore the shards in between"):
         manifests(tmp_path / "out" / "shards", 0)
+
+
+def test_only_the_manifests_that_hold_wanted_rows_are_read(run, make_log, make_events, tmp_path: Path) -> None:
+    run(make_log(make_events(300)))
+    every = manifests(tmp_path / "out" / "shards", 0)
+    (tmp_path / "out" / "shards" / "partition-0000" / f"{every[0].name}.json").write_text("damaged")
+    assert manifests(tmp_path / "out" / "shards", 0, every[2].first_row) == every[2:]
+    assert read_rows(tmp_path / "out" / "shards", 0, every[2].first_row + 1, 3).num_rows == 3
+    assert read_rows(tmp_path / "out" / "shards", 0, every[-1].end_row).num_rows == 0
 
 
 def test_manifests_come_back_as_they_were_written(run, make_log, make_events, tmp_path: Path) -> None:
@@ -272,3 +282,28 @@ def test_following_goes_on_until_it_is_stopped(run, make_log, make_events, tmp_p
     run(tmp_path / "live", "followed", follow_s=0.01, stopped=stopped, shard_events=10_000)
     assert rows_of(tmp_path / "followed") == rows_of(tmp_path / "once")
     assert hashes(tmp_path / "followed" / "events") == hashes(tmp_path / "once" / "events")
+
+
+@pytest.mark.parametrize("kind", ["local", "redis", "kafka"])
+def test_every_kind_of_log_gives_the_same_rows(
+    kind: str, make_events, tmp_path: Path, types: Types, request: pytest.FixtureRequest
+) -> None:
+    name = f"test-{uuid.uuid4().hex}"
+    url = None
+    if kind == "redis":
+        url = request.getfixturevalue("redis_url")
+    elif kind == "kafka":
+        url = request.getfixturevalue("kafka_servers")(name)
+    events = make_events(200)
+    logs = {own: open_log(own, tmp_path / own, url, name, 4, "always", 1.0) for own in dict.fromkeys(["local", kind])}
+    for log in logs.values():
+        for begin in range(0, len(events), 50):
+            log.append(events[begin : begin + 50])
+    for own, log in logs.items():
+        folder = tmp_path / "out" / own
+        for flush in (False, True):  # in two parts: the second begins with what the first remembered
+            join(log, folder / "shards", folder / "events", types, WINDOWS, shard_events=37, merged_bytes=1 << 30,
+                 flush=flush)  # fmt: skip
+        log.close()
+    assert rows_of(tmp_path / "out" / kind) == rows_of(tmp_path / "out" / "local")
+    assert hashes(tmp_path / "out" / kind / "events") == hashes(tmp_path / "out" / "local" / "events")

@@ -8,6 +8,7 @@ from twotower.config.available import check_available
 from twotower.config.settings import Settings
 from twotower.console.page import add_page
 from twotower.features.bloom import Shape
+from twotower.logs import open_log
 from twotower.serve.funnel import Sizes
 from twotower.serve.run import Address, run_server
 
@@ -23,15 +24,12 @@ def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
     run_server(
         versions=where.versions,
         deltas=where.deltas,
-        log_folder=where.log,
+        open_log=lambda: open_log(log.kind, where.log, log.url, log.name, log.partitions, log.sync, log.sync_s),
         store_folder=where.feature_store,
         host=options.host,
         port=options.port,
         admin_port=options.admin_port,
         admin_token=os.environ.get(TOKEN) or None,
-        partitions=log.partitions,
-        sync=log.sync,
-        sync_s=log.sync_s,
         exclude=options.exclude,
         impressed_window_ms=window_ms,
         impressed_shape=Shape.of(window_ms, kept.periods, kept.items, kept.error_rate),

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from twotower.cli.line import Places, places
 from twotower.config.available import check_available
 from twotower.config.settings import Settings
-from twotower.logs import LocalEventLog
+from twotower.logs import open_reader
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
 from twotower.stream.join import JoinReport, Windows, join
@@ -24,7 +24,8 @@ def join_log(settings: Settings, *, follow: bool, flush: bool, share: str) -> Jo
     check_available(settings)
     where, options = places(settings), settings.stream
     types = read_types(where.workspace, settings.features.user, settings.features.context)
-    with closing(LocalEventLog.reader(where.log)) as event_log, _until_signals(follow) as stopped:
+    at = options.log
+    with closing(open_reader(at.kind, where.log, at.url, at.name)) as event_log, _until_signals(follow) as stopped:
         return join(
             event_log,
             where.shards,

@@ -21,7 +21,7 @@ def check_available(settings: Settings) -> None:
         ("engine.name", settings.engine.name, ("duckdb", "spark")),
         ("index.kind", settings.index.kind, ("exact", "faiss")),
         ("serve.features.kind", settings.serve.features.kind, ("lmdb",)),
-        ("stream.log.kind", settings.stream.log.kind, ("local",)),
+        ("stream.log.kind", settings.stream.log.kind, ("local", "redis", "kafka")),
         *(("models.channels", name, CHANNELS) for name in settings.models.channels),
     ]
     problems = [

@@ -1,7 +1,20 @@
 """Events as they happen: the append-only event log, where every later stage reads them again."""
 
 from twotower.logs.local import LocalEventLog
+from twotower.logs.open import Kind, open_log, open_reader
 from twotower.logs.partition import partition_of
-from twotower.logs.protocol import Ack, Event, EventLog, EventLogError, Record
+from twotower.logs.protocol import Ack, Event, EventLog, EventLogError, Record, Sync
 
-__all__ = ["Ack", "Event", "EventLog", "EventLogError", "LocalEventLog", "Record", "partition_of"]
+__all__ = [
+    "Ack",
+    "Event",
+    "EventLog",
+    "EventLogError",
+    "Kind",
+    "LocalEventLog",
+    "Record",
+    "Sync",
+    "open_log",
+    "open_reader",
+    "partition_of",
+]

@@ -21,13 +21,13 @@ from itertools import islice, pairwise
 from pathlib import Path
 from threading import Condition, Thread
 from threading import Event as Flag
-from typing import Final, Literal
+from typing import Final
 
 import orjson
 
-from twotower.logs.partition import partition_of
-from twotower.logs.protocol import EVENT_ID, Ack, Event, EventLogError, Record
-from twotower.logs.segment import MAX_PAYLOAD_BYTES, Ids, digest, encode, read_ids, walk, write_ids
+from twotower.logs.partition import digest, partition_of
+from twotower.logs.protocol import EVENT_ID, Ack, Event, EventLogError, Record, Sync, check_range, payload_of
+from twotower.logs.segment import Ids, encode, read_ids, walk, write_ids
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import TEMPORARY, read_json, sync_folder, whole_file, write_json
@@ -37,8 +37,6 @@ _FORMAT: Final = 1
 _CREATE: Final = os.O_RDWR | os.O_CREAT
 _DESCRIPTION: Final = "log.json"
 _SEGMENT: Final = re.compile(r"\d{20}\.log")
-
-Sync = Literal["always", "interval", "never"]
 
 
 class LocalEventLog:
@@ -125,7 +123,7 @@ class LocalEventLog:
             raise EventLogError(f"{self._folder} was opened to read alone: append through LocalEventLog.open")
         for writer in self._writers:
             writer.check()
-        records = [encode(_payload(event)) for event in events]
+        records = [encode(payload_of(event)) for event in events]
         places: dict[int, list[int]] = {}
         for place, event in enumerate(events):
             places.setdefault(partition_of(event.user_id, self._partitions), []).append(place)
@@ -142,10 +140,7 @@ class LocalEventLog:
     def read(self, partition: int, offset: int, limit: int) -> list[Record]:
         """See `EventLog`."""
         self._check_open()
-        if not 0 <= partition < self._partitions:
-            raise ValueError(f"partition={partition}, but the log has {self._partitions}")
-        if offset < 0 or limit < 1:
-            raise ValueError(f"offset={offset}, limit={limit}: an offset is at least 0, a limit at least 1")
+        check_range(partition, self._partitions, offset, limit)
         folder = _partition_folder(self._folder, partition)
         known_end = self._writers[partition].end if self._writers else 0
         with _refusals(f"{folder} cannot be read"):
@@ -467,15 +462,6 @@ def _described_partitions(folder: Path) -> int:
     if not isinstance(partitions, int) or partitions < 1:
         raise DataError(f"{path} says partitions={partitions!r}: restore the file")
     return partitions
-
-
-def _payload(event: Event) -> bytes:
-    payload = event.to_json()
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        raise DataError(
-            f"event {event.event_id!r} takes {len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} are allowed: split it"
-        )
-    return payload
 
 
 def _scan(descriptor: int, base: int) -> tuple[dict[bytes, int], int]:

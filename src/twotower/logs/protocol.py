@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import orjson
 
@@ -18,6 +18,13 @@ from twotower.schema.tables import EARLIEST_MS, LATEST_MS
 
 EVENT_ID: Final = "event_id"
 TYPE: Final = "type"
+
+Sync = Literal["always", "interval", "never"]
+"""When an event is acknowledged: on disk, before the next flush of a clock, or once it is written."""
+
+MAX_PAYLOAD_BYTES: Final = 16 << 20
+"""The largest event, as JSON. In a file a length beyond it is damage, so that no reader waits for gigabytes that never
+come."""
 
 _REQUIRED: Final = (EVENT_ID, TYPE, c.USER_ID, c.TS_MS)
 _NAMED: Final = frozenset((*_REQUIRED, c.REQUEST_ID))
@@ -178,6 +185,32 @@ class EventLog(Protocol):
 
     def close(self) -> None:
         """Bring everything to disk and let go of the log; a second call does nothing."""
+
+
+def payload_of(event: Event) -> bytes:
+    """What a log stores of an event.
+
+    Raises:
+        DataError: it cannot be written as JSON, or is too large.
+    """
+    payload = event.to_json()
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise DataError(
+            f"event {event.event_id!r} takes {len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} are allowed: split it"
+        )
+    return payload
+
+
+def check_range(partition: int, partitions: int, offset: int, limit: int) -> None:
+    """Refuse what cannot be read.
+
+    Raises:
+        ValueError: no such partition, a negative offset, or a limit below 1.
+    """
+    if not 0 <= partition < partitions:
+        raise ValueError(f"partition={partition}, but the log has {partitions}")
+    if offset < 0 or limit < 1:
+        raise ValueError(f"offset={offset}, limit={limit}: an offset is at least 0, a limit at least 1")
 
 
 def _check_name(value: object, name: str, where: str) -> None:

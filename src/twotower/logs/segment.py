@@ -9,7 +9,6 @@ import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from twotower.logs.partition import user_key
+from twotower.logs.partition import DIGEST_BYTES
+from twotower.logs.protocol import MAX_PAYLOAD_BYTES
 from twotower.schema.files import whole_file
-
-MAX_PAYLOAD_BYTES = 16 << 20
-"""The largest event. A length beyond it is damage, so that no reader waits for gigabytes that never come."""
 
 _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<II")
@@ -29,8 +26,7 @@ _CHUNK_BYTES = 256 << 10
 
 _IDS_HEAD = struct.Struct("<8sII")
 _IDS_MAGIC = b"TTIDS\0\0\1"
-_DIGEST_BYTES = 16
-_DIGEST = np.dtype(f"S{_DIGEST_BYTES}")
+_DIGEST = np.dtype(f"S{DIGEST_BYTES}")
 _OFFSET = np.dtype("<i8")
 
 
@@ -79,12 +75,6 @@ def walk(descriptor: int, position: int) -> Iterator[Stored]:
             return
         yield Stored(position, start + end, payload)
         position = start + end
-
-
-def digest(event_id: str, user_id: int | str) -> bytes:
-    """16 bytes that stand for an event's id within its user: equal for a retry, for nothing else."""
-    user = user_key(user_id)
-    return blake2b(_LENGTH.pack(len(user)) + user + event_id.encode(), digest_size=_DIGEST_BYTES).digest()
 
 
 @dataclass(frozen=True)

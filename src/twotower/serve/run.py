@@ -15,8 +15,7 @@ from fastapi import FastAPI
 
 from twotower.features.bloom import Shape
 from twotower.features.store import LmdbFeatureStore
-from twotower.logs import LocalEventLog
-from twotower.logs.local import Sync
+from twotower.logs import EventLog
 from twotower.schema.errors import ConfigError
 from twotower.serve.admin import make_admin_app
 from twotower.serve.app import Metrics, make_app
@@ -41,15 +40,12 @@ def run_server(
     *,
     versions: Path,
     deltas: Path,
-    log_folder: Path,
+    open_log: Callable[[], EventLog],
     store_folder: Path,
     host: str,
     port: int,
     admin_port: int,
     admin_token: str | None,
-    partitions: int,
-    sync: Sync,
-    sync_s: float,
     exclude: str,
     impressed_window_ms: int,
     impressed_shape: Shape,
@@ -64,15 +60,12 @@ def run_server(
     Args:
         versions: the folder of all versions.
         deltas: the folder of the deltas of all versions.
-        log_folder: the event log.
+        open_log: opens the event log to write.
         store_folder: the feature store.
         host: address of the public port.
         port: public port; 0 = any free one.
         admin_port: port of the admin verbs on 127.0.0.1; 0 = any free one.
         admin_token: what admin requests must carry; None = no admin port.
-        partitions: of the event log, when it is made.
-        sync: when an event counts as on disk.
-        sync_s: seconds between flushes with `interval`.
         exclude: what is left out unless a request says otherwise.
         impressed_window_ms: how long an impression is left out.
         impressed_shape: of the filters of impressions before the latest.
@@ -90,7 +83,7 @@ def run_server(
     metrics = Metrics()
     with ExitStack() as opened:
         snapshots = Snapshots(versions, metrics.switched, deltas)  # first: without a version nothing is made
-        event_log = LocalEventLog.open(log_folder, partitions, sync, sync_s)
+        event_log = open_log()
         opened.callback(event_log.close)
         store = LmdbFeatureStore(store_folder)
         opened.callback(store.close)

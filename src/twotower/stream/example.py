@@ -4,7 +4,7 @@ A feature is a list of integers, floats or bytes under a name. A value that is n
 one without values. `decode.py` reads them back as columns.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
@@ -132,22 +132,33 @@ def _shared(asked: Asked, shown: bool) -> dict[str, Any]:
 def _bytes(values: dict[str, Any], kinds: dict[str, str]) -> bytes:
     """Features of those values that are not null, ordered by name."""
     message = Features()
+    feature = message.feature
     for name, value in values.items():
         if value is None:
             continue
-        many = value if isinstance(value, list | tuple) else (value,)
         kind = kinds[name]
-        values_of = getattr(message.feature[name], kind)
-        if not many:
-            values_of.SetInParent()
+        if isinstance(value, list | tuple):
+            _fill(getattr(feature[name], kind), kind, value)
         elif kind == BYTES_LIST:
-            values_of.value.extend([text.encode() for text in many])
+            feature[name].bytes_list.value.append(value.encode())
         elif kind == INT64_LIST:
-            values_of.value.extend(map(int, many))  # protobuf takes no booleans for integers
+            feature[name].int64_list.value.append(int(value))  # protobuf takes no booleans for integers
         else:
-            values_of.value.extend(many)
+            feature[name].float_list.value.append(value)
     found: bytes = message.SerializeToString(deterministic=True)
     return found
+
+
+def _fill(values_of: Any, kind: str, many: Sequence[Any]) -> None:
+    """Put several values into a feature's list, or none, which is another thing than no feature."""
+    if not many:
+        values_of.SetInParent()
+    elif kind == BYTES_LIST:
+        values_of.value.extend([text.encode() for text in many])
+    elif kind == INT64_LIST:
+        values_of.value.extend(map(int, many))
+    else:
+        values_of.value.extend(many)
 
 
 def _varint(number: int) -> bytes:

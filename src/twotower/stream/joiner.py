@@ -235,6 +235,10 @@ class Joiner:
         """Take the next event of the partition; gives the rows that leave."""
         event, rows = record.event, list[Row]()
         self._counts.events += 1
+        if event.type in entities.TYPES:  # stamped by a server, whatever time its requests carry: no event time
+            if entities.is_deletion(event) and event.type == entities.USER:
+                self._forget_user(event.user_id)
+            return rows
         if event.type not in (REQUEST, IMPRESSION, CLICK):
             self._counts.dropped[OTHER_TYPE] += 1
         elif not is_id(event.user_id, self._types.user_id):
@@ -264,6 +268,12 @@ class Joiner:
             else:
                 self._do(one, None, rows)
         return rows
+
+    def _forget_user(self, user_id: UserId) -> None:
+        """A user was deleted: nothing more leaves of what they did before."""
+        for key in [key for key in self._entries if key[0] == user_id and type(key[0]) is type(user_id)]:
+            self._open -= not self._entries[key].closed
+            del self._entries[key]
 
     def _do(self, one: tuple[int, int, int, _Key], watermark_ms: int | None, rows: list[Row]) -> None:
         """What is due; without a watermark, whatever its time."""
@@ -500,7 +510,10 @@ class Joiner:
             self._counts.dropped[BAD_REQUEST] += 1
             return None
         places: dict[ItemId, _Place] = {}
-        columns = [column if column is not None else [None] * len(items) for column in packed]
+        columns = [
+            [None] * len(items) if column is None else column if kind is None else self._numbers(column, kind)
+            for column, kind in zip(packed, _PACKED.values(), strict=True)
+        ]
         for item, outcome, *values in zip(items, outcomes, *columns, strict=True):
             if not is_id(item, self._types.item_id):
                 self._counts.dropped[WRONG_ITEM_ID] += 1
@@ -516,15 +529,18 @@ class Joiner:
     def _place(self, outcome: str, values: Sequence[Any]) -> _Place:
         position, score, channels, probability, propensity = values
         shown = outcome in (c.IMPRESSED, c.CLICKED)
-        names = channels if isinstance(channels, list) else []
+        names = [name for name in channels if isinstance(name, str)] if isinstance(channels, list) else []
         return _Place(
-            outcome,
-            self._number(position, pa.int32()) if shown else None,
-            self._number(score, pa.float32()),
-            "|".join(name for name in names if isinstance(name, str)) or None,
-            self._number(probability, pa.float32()),
-            self._number(propensity, pa.float32()),
-        )
+            outcome, position if shown else None, score, "|".join(names) or None, probability, propensity
+        )  # fmt: skip
+
+    def _numbers(self, column: Sequence[Any], kind: pa.DataType) -> list[Any]:
+        """A packed column in its type; what is of none is null, and counted. Nearly all is right as it is."""
+        usual, most = (float, 1e38) if pa.types.is_floating(kind) else (int, 2**31 - 1)
+        return [
+            value if value is None or (type(value) is usual and -most <= value <= most) else self._number(value, kind)
+            for value in column
+        ]
 
     def _number(self, value: Any, kind: pa.DataType) -> Any:
         try:
@@ -534,7 +550,14 @@ class Joiner:
             return None
 
 
-_PACKED: Final = (POSITIONS, SCORES, CHANNELS, PROBABILITIES, PROPENSITIES)
+_PACKED: Final = {
+    POSITIONS: pa.int32(),
+    SCORES: pa.float32(),
+    CHANNELS: None,
+    PROBABILITIES: pa.float32(),
+    PROPENSITIES: pa.float32(),
+}
+"""Columns of a request's record beside its items, and the type of their numbers."""
 _RANK: Final = {outcome: rank for rank, outcome in enumerate(c.OUTCOMES)}
 
 

@@ -10,6 +10,7 @@ changes neither rows nor numbers.
 """
 
 import datetime
+import functools
 import itertools
 import os
 import re
@@ -144,20 +145,30 @@ def partitions(folder: Path) -> list[int]:
     return sorted(int(found[1]) for name in os.listdir(folder) if (found := _PARTITION.fullmatch(name)))
 
 
-def manifests(folder: Path, partition: int) -> list[Manifest]:
-    """The manifests of a partition's shards, in order.
+def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest]:
+    """The manifests of a partition's shards, in order, from the one that holds a row on.
+
+    Args:
+        folder: of all shards.
+        partition: of the log.
+        first_row: shards that end before it are left out, and not even read.
 
     Raises:
         DataError: one is damaged or of another format, or shards are missing in between.
     """
     own = partition_folder(folder, partition)
     spans = _covering(_spans(own))
+    found: list[Manifest] = []
     try:
-        found = [read_manifest(own / f"{shard_name(begin, end)}.json") for begin, end in spans]
+        for begin, end in reversed(spans):
+            found.append(read_manifest(own / f"{shard_name(begin, end)}.json"))
+            if first_row and found[-1].first_row <= first_row:
+                break
     except DataError:
         if _covering(_spans(own)) == spans:
             raise
-        return manifests(folder, partition)  # they were merged meanwhile
+        return manifests(folder, partition, first_row)  # they were merged meanwhile
+    found.reverse()
     for before, after in itertools.pairwise(found):
         if (before.end, before.end_row) != (after.begin, after.first_row):
             raise DataError(
@@ -167,8 +178,9 @@ def manifests(folder: Path, partition: int) -> list[Manifest]:
     return found
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def read_manifest(path: Path) -> Manifest:
-    """One manifest.
+    """One manifest; it is kept, for one of a name never changes, and who follows shards asks again and again.
 
     Raises:
         DataError: it is missing, damaged or of another format.
@@ -220,9 +232,10 @@ def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int |
         DataError: a shard that holds some of them is missing or damaged, or shards have columns of other types.
     """
     end_row = None if most_rows is None else first_row + most_rows
+    known = manifests(folder, partition, first_row)
     wanted = [
         found
-        for found in manifests(folder, partition)
+        for found in known
         if found.end_row > first_row and found.rows and (end_row is None or found.first_row < end_row)
     ]
     try:
@@ -232,7 +245,7 @@ def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int |
             raise
         return read_rows(folder, partition, first_row, most_rows)  # they were merged meanwhile
     if not parts:
-        return pa.table({})
+        return known[-1].schema.empty_table() if known else pa.table({})
     try:
         rows = pa.concat_tables(parts, promote_options="default")
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:

@@ -1,0 +1,340 @@
+"""An event log in a Kafka topic. Only this file imports the client.
+
+An offset is Kafka's own. Kafka itself does not know the ids of events: a writer reads each partition once when it is
+opened, keeps the digests of the ids, and before it writes reads what others have written since. So a retry is
+recognised on every server, unless two servers write the same event in the same instant.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+
+import confluent_kafka as kafka
+import orjson
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from twotower.logs.partition import digest, partition_of
+from twotower.logs.protocol import MAX_PAYLOAD_BYTES, Ack, Event, EventLogError, Record, check_range, payload_of
+from twotower.schema.errors import ConfigError, DataError
+
+_LOGGER = logging.getLogger(__name__)
+
+_TIMEOUT_S: Final = 10.0
+_BATCH: Final = 1000
+_WAIT_MS: Final = 50
+"""How long a fetch waits at the end of a partition; reading elsewhere goes on only after it."""
+_ROOM_BYTES: Final = 1 << 10
+"""Of a message beside its content."""
+
+
+class KafkaEventLog:
+    """An event log in a Kafka topic; implements `EventLog`.
+
+    Args:
+        servers: `HOST:PORT` of some brokers, with commas.
+        topic: made where it does not exist.
+        partitions: of the topic; None = as it was made.
+        writes: read the ids of all kept events, so that `append` can tell retries. Without, `append` is refused.
+
+    Raises:
+        ConfigError: the topic has another number of partitions.
+        DataError: without `partitions`, there is no such topic.
+        EventLogError: no broker can be reached.
+    """
+
+    def __init__(self, servers: str, topic: str, partitions: int | None = 4, writes: bool = True) -> None:
+        if partitions is not None and partitions < 1:
+            raise ConfigError(f"partitions={partitions}: a log has at least one")
+        self._topic = topic
+        self._where = f"the topic {topic} of {servers}"
+        self._closing = threading.Event()
+        self._common: dict[str, Any] = {
+            "bootstrap.servers": servers,
+            "socket.timeout.ms": int(_TIMEOUT_S * 1000),
+            "message.max.bytes": MAX_PAYLOAD_BYTES + _ROOM_BYTES,
+            "log_level": 3,
+            "logger": _LOGGER,
+        }
+        with self._refusals("cannot be opened"):
+            self._partitions = self._describe(partitions)
+            self._extents = [_Extents(self._common) for _ in range(1 + writes)]
+            self._readers = self._each(self._extents[0])
+            self._writers: list[_Writer] = []
+            if writes:
+                producer = kafka.Producer(
+                    {
+                        **self._common,
+                        "acks": "all",
+                        "enable.idempotence": True,
+                        "linger.ms": 0,
+                        "delivery.timeout.ms": int(_TIMEOUT_S * 1000),
+                    }
+                )
+                self._reports = threading.Thread(target=self._report, args=(producer,), name="kafka-log", daemon=True)
+                self._reports.start()
+                self._writers = [_Writer(producer, reader) for reader in self._each(self._extents[1])]
+                for writer in self._writers:
+                    writer.catch_up()
+
+    @property
+    def partitions(self) -> int:
+        """See `EventLog`."""
+        return self._partitions
+
+    def append(self, events: Sequence[Event]) -> list[Ack]:
+        """See `EventLog`."""
+        self._check_open()
+        if not self._writers:
+            raise EventLogError(f"{self._where} was opened to read alone: open it to write")
+        payloads = [payload_of(event) for event in events]
+        places: dict[int, list[int]] = {}
+        for place, event in enumerate(events):
+            places.setdefault(partition_of(event.user_id, self._partitions), []).append(place)
+        acks: dict[int, Ack] = {}
+        for number, mine in places.items():
+            digests = [digest(events[place].event_id, events[place].user_id) for place in mine]
+            with self._refusals("cannot take the events, send them again"):
+                written = self._writers[number].write(digests, [payloads[place] for place in mine])
+            acks.update(zip(mine, written, strict=True))
+        return [acks[place] for place in range(len(events))]
+
+    def read(self, partition: int, offset: int, limit: int) -> list[Record]:
+        """See `EventLog`."""
+        self._check_open()
+        check_range(partition, self._partitions, offset, limit)
+        reader = self._readers[partition]
+        with self._refusals("cannot be read"):
+            first, end = reader.extent()
+            if offset > end:
+                raise DataError(f"offset {offset} lies behind the end of {self._where}, {end}: it is not of this log")
+            if 0 < offset < first:
+                raise DataError(f"{self._where} keeps events from offset {first} on, not from {offset}: begin at 0")
+            return [
+                Record(message.offset(), message.offset() + 1, Event.from_json(orjson.loads(message.value())))
+                for message in reader.read(max(offset, first), min(end, max(offset, first) + limit))
+            ]
+
+    def ends(self) -> list[int]:
+        """See `EventLog`."""
+        self._check_open()
+        with self._refusals("cannot be read"):
+            return [reader.extent()[1] for reader in self._readers]
+
+    def close(self) -> None:
+        """See `EventLog`."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        with ExitStack() as closing:
+            if self._writers:
+                closing.callback(self._reports.join)
+            for extents in self._extents:
+                closing.callback(extents.close)
+            for reader in self._readers:
+                closing.callback(reader.close)
+            for writer in self._writers:
+                closing.callback(writer.close)
+
+    def _report(self, producer: Any) -> None:
+        """Take reports of deliveries; one thread for all that wait, so that none waits for another's."""
+        while not self._closing.is_set():
+            producer.poll(0.1)
+
+    def _describe(self, partitions: int | None) -> int:
+        """Make the topic, or check that what is there agrees; gives the number of its partitions."""
+        admin = AdminClient(self._common)
+        found = admin.list_topics(timeout=_TIMEOUT_S).topics.get(self._topic)
+        if found is None:
+            if partitions is None:
+                raise DataError(f"{self._where} does not exist: a server makes it, or the first writer")
+            settings = {"max.message.bytes": str(MAX_PAYLOAD_BYTES + _ROOM_BYTES), "cleanup.policy": "delete"}
+            new = NewTopic(self._topic, num_partitions=partitions, config=settings)
+            admin.create_topics([new], operation_timeout=_TIMEOUT_S)[self._topic].result(timeout=_TIMEOUT_S)
+            return partitions
+        there = len(found.partitions)
+        if partitions not in (None, there):
+            raise ConfigError(
+                f"{self._where} has {there} partitions, {partitions} are asked for: adding some would move users to "
+                f"others; set stream.log.partitions = {there}, or another stream.log.name"
+            )
+        return there
+
+    def _each(self, extents: "_Extents") -> list["_Reader"]:
+        return [_Reader(self._common, extents, self._topic, number) for number in range(self._partitions)]
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise EventLogError(f"{self._where} is closed")
+
+    @contextmanager
+    def _refusals(self, what: str) -> Iterator[None]:
+        """Give what brokers or the client refuse as the log's own error."""
+        try:
+            yield
+        except (kafka.KafkaException, BufferError, TimeoutError) as error:
+            raise EventLogError(f"{self._where} {what}: {error}") from error
+
+
+def _consumer(common: dict[str, Any]) -> Any:
+    """A consumer that keeps no offsets and is in no group: whoever reads keeps its own."""
+    return kafka.Consumer(
+        {
+            **{name: value for name, value in common.items() if name != "logger"},
+            "group.id": "none",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "error",
+            "fetch.wait.max.ms": _WAIT_MS,
+            "fetch.message.max.bytes": MAX_PAYLOAD_BYTES + _ROOM_BYTES,
+        },
+        logger=common["logger"],
+    )
+
+
+class _Extents:
+    """Asks how far partitions reach, one thread at a time: of two that ask one client, the second may wait for ever."""
+
+    def __init__(self, common: dict[str, Any]) -> None:
+        self._consumer = _consumer(common)
+        self._lock = threading.Lock()
+
+    def of(self, place: Any) -> tuple[int, int]:
+        """The earliest offset that is kept, and the end."""
+        with self._lock:
+            first, end = self._consumer.get_watermark_offsets(place, timeout=_TIMEOUT_S)
+        return first, end
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._consumer.close()
+
+
+class _Reader:
+    """Reads one partition. Where it ends is asked on another connection: on its own a waiting fetch comes first."""
+
+    def __init__(self, common: dict[str, Any], extents: "_Extents", topic: str, partition: int) -> None:
+        self.place = kafka.TopicPartition(topic, partition)
+        self.extents = extents
+        self._consumer = _consumer(common)
+        self._lock = threading.Lock()
+        self._next = -1
+
+    def extent(self) -> tuple[int, int]:
+        """The earliest offset that is kept, and the end."""
+        return self.extents.of(self.place)
+
+    def read(self, begin: int, end: int) -> list[Any]:
+        """The messages from an offset up to another, all of which there are."""
+        messages: list[Any] = []
+        with self._lock:
+            if begin < end and begin != self._next:
+                self._consumer.assign([kafka.TopicPartition(self.place.topic, self.place.partition, begin)])
+            self._next = -1  # after an error nothing is known
+            position, deadline = begin, time.monotonic() + _TIMEOUT_S
+            while position < end:
+                found = self._consumer.consume(min(end - position, _BATCH), timeout=max(0, deadline - time.monotonic()))
+                if not found:
+                    raise TimeoutError(f"no message of offset {position} within {_TIMEOUT_S:g} s")
+                for message in found:
+                    if message.error():
+                        raise kafka.KafkaException(message.error())
+                messages += found
+                position = found[-1].offset() + 1
+            self._next = position
+        return messages
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._consumer.close()
+
+
+class _Writer:
+    """Writes one partition, and knows the ids in it."""
+
+    def __init__(self, producer: Any, reader: _Reader) -> None:
+        self._producer = producer
+        self._reader = reader
+        self._lock = threading.Lock()
+        self._offsets: dict[bytes, int] = {}
+        self._end = 0
+        """Everything before this offset is in `_offsets`."""
+
+    def catch_up(self) -> None:
+        """Learn the ids of what was written since."""
+        first, end = self._reader.extent()
+        position = max(self._end, first)
+        while position < end:
+            upto = min(end, position + _BATCH)
+            for message in self._reader.read(position, upto):
+                self._offsets.setdefault(message.key(), message.offset())
+            position = upto
+        self._end = max(self._end, end)
+
+    def write(self, digests: Sequence[bytes], payloads: Sequence[bytes]) -> list[Ack]:
+        """Write those whose digest is new; returns when all brokers that must have them do."""
+        number = self._reader.place.partition
+        with self._lock:
+            self.catch_up()
+            fresh: dict[bytes, bytes] = {}
+            for one, payload in zip(digests, payloads, strict=True):
+                if one not in self._offsets:
+                    fresh.setdefault(one, payload)
+            delivery = _Delivery(len(fresh))
+            for one, payload in fresh.items():
+                self._produce(number, one, payload, self._noting(one, delivery))
+            delivery.wait()
+            return [Ack(number, self._offsets[one], duplicate=fresh.pop(one, None) is None) for one in digests]
+
+    def close(self) -> None:
+        """Let go of the connection; everything acknowledged is written."""
+        self._reader.close()
+
+    def _produce(self, number: int, key: bytes, payload: bytes, delivered: Callable[[Any, Any], None]) -> None:
+        """Put a message into the client's queue, when there is room in it."""
+        while True:
+            try:
+                self._producer.produce(
+                    self._reader.place.topic, payload, key=key, partition=number, on_delivery=delivered
+                )
+                return
+            except BufferError:
+                time.sleep(0.01)
+
+    def _noting(self, one: bytes, delivery: "_Delivery") -> Callable[[Any, Any], None]:
+        def noted(error: Any, message: Any) -> None:
+            if error is None:
+                self._offsets[one] = message.offset()
+                if message.offset() == self._end:
+                    self._end += 1
+            delivery.note(error)
+
+        return noted
+
+
+class _Delivery:
+    """Waits until so many messages are delivered, or one is not."""
+
+    def __init__(self, messages: int) -> None:
+        self._left = messages
+        self._failure: Any = None
+        self._done = threading.Event()
+        if not messages:
+            self._done.set()
+
+    def note(self, error: Any) -> None:
+        """One message was delivered, or failed; only the thread that asks for reports calls it."""
+        self._left -= 1
+        self._failure = self._failure or error
+        if self._failure or not self._left:
+            self._done.set()
+
+    def wait(self) -> None:
+        """Return when all are delivered."""
+        if not self._done.wait(2 * _TIMEOUT_S):
+            raise TimeoutError(f"no report of a delivery within {2 * _TIMEOUT_S:g} s")
+        if self._failure:
+            raise kafka.KafkaException(self._failure)

@@ -1,0 +1,254 @@
+"""An event log in Redis Streams: any number of writers and readers, on any machine.
+
+    <name>:log                 format and number of partitions
+    <name>:{<partition>}:events    a stream; the entry 0-7 is the event at offset 7
+    <name>:{<partition>}:ids       the offset of each id that the stream holds, by digest
+
+A script on the server looks an event's id up and adds the event in one step, so that writers need not know of each
+other. Offsets count the events of a partition from 1 and are never used again.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import orjson
+import redis
+
+from twotower.logs.partition import digest, partition_of
+from twotower.logs.protocol import Ack, Event, EventLogError, Record, Sync, check_range, payload_of
+from twotower.schema.errors import ConfigError, DataError
+
+_LOGGER = logging.getLogger(__name__)
+
+_FORMAT: Final = 1
+_EVENT: Final = b"event"
+_DIGEST: Final = b"id"
+_TIMEOUT_S: Final = 10.0
+_FORGET_AT_ONCE: Final = 1000
+
+_APPEND: Final = """
+local acks = {}
+for i = 1, #ARGV, 2 do
+  local known = redis.call('HGET', KEYS[2], ARGV[i])
+  if known then
+    acks[#acks + 1] = -tonumber(known)
+  else
+    local id = redis.call('XADD', KEYS[1], '0-*', 'id', ARGV[i], 'event', ARGV[i + 1])
+    local offset = string.sub(id, 3)
+    redis.call('HSET', KEYS[2], ARGV[i], offset)
+    acks[#acks + 1] = tonumber(offset)
+  end
+end
+return acks
+"""
+"""Gives the offset of each event, negative where the id was there already."""
+
+_DESCRIBE: Final = """
+redis.call('HSETNX', KEYS[1], 'format', ARGV[1])
+redis.call('HSETNX', KEYS[1], 'partitions', ARGV[2])
+return redis.call('HMGET', KEYS[1], 'format', 'partitions')
+"""
+
+
+class RedisEventLog:
+    """An event log in Redis; implements `EventLog`.
+
+    Args:
+        url: such as `redis://localhost:6379/0`.
+        name: before the names of its keys, so that logs can share a server.
+        partitions: fixed when the log is made; None = as it was made.
+        sync: what an acknowledgement promises: with `always` the server must flush before it answers
+            (`appendfsync always`), with `interval` every second (`everysec`); `never` asks for nothing.
+
+    Raises:
+        ConfigError: the log has another number of partitions, or the server keeps less than `sync` promises.
+        DataError: the keys are of another format, or, without `partitions`, there is no log.
+        EventLogError: the server cannot be reached.
+    """
+
+    def __init__(self, url: str, name: str, partitions: int | None = 4, sync: Sync = "always") -> None:
+        if partitions is not None and partitions < 1:
+            raise ConfigError(f"partitions={partitions}: a log has at least one")
+        self._name = name
+        self._where = f"the log {name} in {_shown(url)}"
+        self._redis: Any
+        try:
+            self._redis = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+        except ValueError as error:
+            raise ConfigError(f"stream.log.url = {url}: {error}") from None
+        self._closed = False
+        self._append = self._redis.register_script(_APPEND)
+        with self._refusals("cannot be opened"):
+            self._partitions = self._describe(partitions)
+            self._check_durable(sync)
+
+    @property
+    def partitions(self) -> int:
+        """See `EventLog`."""
+        return self._partitions
+
+    def append(self, events: Sequence[Event]) -> list[Ack]:
+        """See `EventLog`."""
+        self._check_open()
+        arguments: dict[int, list[bytes]] = {}
+        places: dict[int, list[int]] = {}
+        for place, event in enumerate(events):
+            number = partition_of(event.user_id, self._partitions)
+            arguments.setdefault(number, []).extend((digest(event.event_id, event.user_id), payload_of(event)))
+            places.setdefault(number, []).append(place)
+        acks: dict[int, Ack] = {}
+        for number, mine in places.items():
+            with self._refusals("cannot take the events, send them again"):
+                offsets = self._append(keys=[self._events(number), self._ids(number)], args=arguments[number])
+            acks.update(
+                (place, Ack(number, abs(offset), duplicate=offset < 0))
+                for place, offset in zip(mine, offsets, strict=True)
+            )
+        return [acks[place] for place in range(len(events))]
+
+    def read(self, partition: int, offset: int, limit: int) -> list[Record]:
+        """See `EventLog`."""
+        self._check_open()
+        check_range(partition, self._partitions, offset, limit)
+        with self._refusals("cannot be read"):
+            entries = self._redis.xrange(self._events(partition), min=_id(offset), count=limit)
+            if offset and (not entries or _offset(entries[0][0]) != offset):
+                entries = self._check_gap(partition, offset, limit)
+        return [
+            Record(place, place + 1, Event.from_json(orjson.loads(fields[_EVENT])))
+            for place, fields in ((_offset(entry), fields) for entry, fields in entries)
+        ]
+
+    def ends(self) -> list[int]:
+        """See `EventLog`."""
+        self._check_open()
+        with self._refusals("cannot be read"):
+            return [self._last(number) + 1 for number in range(self._partitions)]
+
+    def forget(self, partition: int, before: int) -> int:
+        """Remove the events before an offset, and their ids; gives their number.
+
+        Args:
+            partition: of the log.
+            before: the first offset to keep; every consumer must have read the log up to it.
+        """
+        self._check_open()
+        check_range(partition, self._partitions, before, 1)
+        forgotten = 0
+        with self._refusals("cannot forget"):
+            while entries := self._redis.xrange(
+                self._events(partition), max=_id(max(0, before - 1)), count=_FORGET_AT_ONCE
+            ):
+                with self._redis.pipeline(transaction=True) as pipeline:
+                    pipeline.hdel(self._ids(partition), *(fields[_DIGEST] for _, fields in entries))
+                    pipeline.xtrim(self._events(partition), minid=_id(_offset(entries[-1][0]) + 1), approximate=False)
+                    pipeline.execute()
+                forgotten += len(entries)
+        return forgotten
+
+    def close(self) -> None:
+        """See `EventLog`."""
+        self._closed = True
+        self._redis.close()
+
+    def _events(self, partition: int) -> str:
+        return f"{self._name}:{{{partition}}}:events"
+
+    def _ids(self, partition: int) -> str:
+        return f"{self._name}:{{{partition}}}:ids"
+
+    def _check_gap(self, partition: int, offset: int, limit: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        """What stands from an offset on, where a moment ago nothing did: the end, or no offset at which to read.
+
+        Raises:
+            DataError: the offset lies behind the end, or what was there is no longer kept.
+        """
+        with self._redis.pipeline(transaction=True) as pipeline:  # both at one moment, while others write
+            pipeline.xrange(self._events(partition), min=_id(offset), count=limit)
+            pipeline.xrevrange(self._events(partition), count=1)
+            entries, latest = pipeline.execute()
+        first = _offset(entries[0][0]) if entries else None
+        end = _offset(latest[0][0]) + 1 if latest else self._last(partition) + 1
+        if offset > end:
+            raise DataError(f"offset {offset} lies behind the end of {self._where}, {end}: it is not of this log")
+        if offset not in (first, end):
+            kept = end if first is None else first
+            raise DataError(f"{self._where} keeps events from offset {kept} on, not from {offset}: begin at 0")
+        found: list[tuple[bytes, dict[bytes, bytes]]] = entries
+        return found
+
+    def _last(self, partition: int) -> int:
+        """The offset of the latest event that ever was in a partition, 0 without one."""
+        if not self._redis.exists(self._events(partition)):
+            return 0
+        return _offset(self._redis.xinfo_stream(self._events(partition))["last-generated-id"])
+
+    def _describe(self, partitions: int | None) -> int:
+        """Write what the log is, or check that what is there agrees; gives the number of its partitions."""
+        key = f"{self._name}:log"
+        if partitions is None:
+            found = self._redis.hmget(key, "format", "partitions")
+            if found == [None, None]:
+                raise DataError(f"{self._where} does not exist: a server makes it, or the first writer")
+        else:
+            found = self._redis.eval(_DESCRIBE, 1, key, _FORMAT, partitions)
+        if found[0] != str(_FORMAT).encode() or not (found[1] or b"").isdigit():
+            raise DataError(f"{self._where} says {found}, where format {_FORMAT} is due: another version wrote it")
+        there = int(found[1])
+        if partitions not in (None, there):
+            raise ConfigError(
+                f"{self._where} has {there} partitions, {partitions} are asked for: a log keeps the number that it was "
+                f"made with; set stream.log.partitions = {there}, or another stream.log.name"
+            )
+        return there
+
+    def _check_durable(self, sync: Sync) -> None:
+        """Refuse a server that keeps less than is promised; one that does not say is trusted, with a warning."""
+        if sync == "never":
+            return
+        try:
+            said: dict[str, Any] = self._redis.config_get("appendonly", "appendfsync")
+        except redis.ResponseError as error:
+            _LOGGER.warning(
+                "%s does not say how it flushes (%s): stream.log.sync = %r is its own", self._where, error, sync
+            )
+            return
+        enough = ("always",) if sync == "always" else ("always", "everysec")
+        if said.get("appendonly") != "yes" or said.get("appendfsync") not in enough:
+            raise ConfigError(
+                f"{self._where} has appendonly {said.get('appendonly')} and appendfsync {said.get('appendfsync')}, "
+                f"less than stream.log.sync = {sync!r} promises: configure the server with appendonly yes and "
+                f"appendfsync {enough[-1]}, or set stream.log.sync to what it keeps"
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EventLogError(f"{self._where} is closed")
+
+    @contextmanager
+    def _refusals(self, what: str) -> Iterator[None]:
+        """Give what the server or the connection refuses as the log's own error."""
+        try:
+            yield
+        except redis.RedisError as error:
+            raise EventLogError(f"{self._where} {what}: {error}") from error
+
+
+def _id(offset: int) -> str:
+    return f"0-{offset}"
+
+
+def _offset(entry: bytes) -> int:
+    return int(entry.partition(b"-")[2])
+
+
+def _shown(url: str) -> str:
+    """An address without its password.
+
+    >>> _shown("redis://:secret@host:6379/0")
+    'redis://host:6379/0'
+    """
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
