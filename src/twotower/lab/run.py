@@ -200,6 +200,7 @@ def summarise(name: str, done: Iterable[Unit], out: Path) -> dict[str, Any]:
         "question": experiment.question,
         "why": experiment.why,
         "kind": experiment.kind,
+        "order": list(experiment.arms),
         "arms": {arm: list(what.changes) for arm, what in experiment.arms.items()},
         "base": list(experiment.base),
         "data": {data: _described(data, arms) for data, arms in found.items()},
