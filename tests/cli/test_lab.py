@@ -1,4 +1,8 @@
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from twotower.lab.experiments import EXPERIMENTS
@@ -24,3 +28,19 @@ def test_wrong_usage_is_told(run, tmp_path: Path) -> None:
     assert "there is no experiment 'nothing'" in run.err
     run("lab", "run", "networks", "--data", tmp_path / "absent", "--out", tmp_path, code=2)
     assert "is no folder" in run.err
+
+
+def test_a_run_that_is_interrupted_ends_at_once_and_keeps_what_it_has(run, tmp_path: Path) -> None:
+    words = ["-m", "twotower", "lab", "run", "losses", "--smoke", "--jobs", "2", "--out", str(tmp_path)]
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (kept := list(tmp_path.rglob("listwise.json"))):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=20)
+    if process.returncode == 0:
+        return  # it was done before it heard of it
+    assert process.returncode == 1
+    assert b"stopped" in told
+    before = kept[0].stat().st_mtime_ns
+    run("lab", "run", "losses", "--smoke", "--jobs", "1", "--out", tmp_path)
+    assert kept[0].stat().st_mtime_ns == before

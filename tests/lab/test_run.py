@@ -16,7 +16,7 @@ MEASURES = {"recall@50", "true_recall@50", "ndcg@20", "page_clicks", "pop_pct@50
 
 
 def arm_files(out: Path) -> list[Path]:
-    return sorted((out / "networks" / "arms").rglob("*.json"))
+    return sorted((out / "networks" / "smoke").rglob("*.json"))
 
 
 def test_every_arm_is_a_configuration_and_every_claim_is_about_arms_that_there_are() -> None:

@@ -40,10 +40,13 @@ def maker(
     hard: HardNegatives | None = None,
     horizon: int = 0,
     half_life_days: float | None = None,
+    uncorrected: bool = False,
 ) -> BatchMaker:
     easy = None if shares is None else EasyNegatives(shares, 0.75, count, shared, samples.item_positives)
     q = frequency or CountedFrequency(fed_frequency(samples))
-    return BatchMaker(samples, batch_size, id_dropout, seed, easy, q, corrected, hard, horizon, half_life_days)
+    return BatchMaker(
+        samples, batch_size, id_dropout, seed, easy, q, corrected, hard, horizon, half_life_days, uncorrected
+    )
 
 
 def shared_of(batch: Batch) -> SharedNegatives:
@@ -153,6 +156,15 @@ def test_weights_of_a_mean_are_those_of_its_sources(samples: Samples) -> None:
         copies = np.bincount(batch.positive, minlength=len(batch.item_row))
         expected = copies / ((rows - 1) * q[batch.item_row] * ITEMS)
         np.testing.assert_allclose(np.exp(shared_of(batch).log_weight), expected, rtol=1e-5)
+
+
+def test_uncorrected_negatives_count_as_often_as_they_are_drawn(samples: Samples) -> None:
+    for batch in maker(samples, 50, uncorrected=True).epoch(0):
+        copies = np.bincount(batch.positive, minlength=len(batch.item_row))
+        np.testing.assert_allclose(np.exp(shared_of(batch).log_weight), copies, rtol=1e-6)
+    for batch in maker(samples, 50, shares=Shares(0, 0.5, 0.5), count=8, shared=False, uncorrected=True).epoch(0):
+        assert isinstance(batch.easy, RowNegatives)
+        assert set(batch.easy.log_weight.ravel().tolist()) <= {0.0, -np.inf}
 
 
 def test_the_mask_is_every_click_of_the_user_among_the_negatives_of_the_batch_each_once(samples: Samples) -> None:

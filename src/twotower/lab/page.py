@@ -35,6 +35,11 @@ td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabula
 .holds { background: #22713a; } .doesnot { background: #a3333d; } .depends { background: #7a5b00; }
 .notasked { background: #666; } .lies { color: #a3333d; font-weight: bold; } .unjudged { color: #666; }
 .made, .why { color: #555; } svg { min-width: 640px; width: 100%; height: auto; } code { font-size: 0.85em; }
+@media (max-width: 600px) {
+  .overview, .overview tbody, .overview tr, .overview td { display: block; } .overview tr:first-child { display: none; }
+  .overview td { border: 0; padding: 0.1rem 0; } .overview tr { border-bottom: 1px solid #ddd; padding: 0.4rem 0; }
+  .overview td.number { text-align: left; white-space: normal; } .overview td:empty { display: none; }
+}
 summary { cursor: pointer; } .smoke { background: #fff3cd; padding: 0.5rem 1rem; }
 """
 
@@ -44,15 +49,15 @@ def plot(result: Mapping[str, Any]) -> str:
     parts: list[str] = []
     top = 0.0
     panels = (
-        [_days(title, result["series"], name) for name, title in SERIES.items()]
+        [_days(title, result["series"], name, result["order"]) for name, title in SERIES.items()]
         if result["series"]
-        else [_forest(panel) for panel in result["panels"]]
+        else [_forest(panel, result["order"]) for panel in result["panels"]]
     )
     for height, body in panels:
         parts.append(f'<g transform="translate(0,{top:.0f})">{body}</g>')
         top += height
     if result["series"]:
-        arms = list(result["arms"])
+        arms = result["order"]
         body = "".join(_legend([(arm, COLOURS[at]) for at, arm in enumerate(arms)]))
         parts.append(f'<g transform="translate(0,{top:.0f})">{body}</g>')
         top += 20 + 18 * math.ceil(len(arms) / 3)
@@ -64,9 +69,9 @@ def plot(result: Mapping[str, Any]) -> str:
     )
 
 
-def _forest(panel: Mapping[str, Any]) -> tuple[float, str]:
+def _forest(panel: Mapping[str, Any], order: Sequence[str]) -> tuple[float, str]:
     """Each arm minus the first with its interval, one row an arm; the height, and what stands in it."""
-    rows = {arm: row for arm, row in panel["rows"].items() if row}
+    rows = {arm: panel["rows"][arm] for arm in order if panel["rows"].get(arm)}
     bounds = [abs(bound) for row in rows.values() for one in row.values() for bound in _bounds(one)]
     reach = _round_up(max(bounds, default=0.0) * 1.05)
     middle, half = LABEL + (WIDTH - LABEL - RIGHT) / 2, (WIDTH - LABEL - RIGHT) / 2
@@ -110,9 +115,12 @@ def _bounds(one: Mapping[str, Any]) -> tuple[float, float]:
     return (float(one["value"]), float(one["value"])) if low is None else (float(low), float(high))
 
 
-def _days(title: str, by_data: Mapping[str, Mapping[str, Mapping[str, Any]]], measure: str) -> tuple[float, str]:
+def _days(
+    title: str, by_data: Mapping[str, Mapping[str, Mapping[str, Any]]], measure: str, order: Sequence[str]
+) -> tuple[float, str]:
     """A line for each arm over the days, the mean of the seeds with their range; the height, and what stands in it."""
-    series = next(iter(by_data.values()))[measure]
+    of_arms = next(iter(by_data.values()))[measure]
+    series = {arm: of_arms[arm] for arm in order}
     every = [value for seeds in series.values() for days in seeds for value in days]
     low, high = min(every), max(every)
     pad = max((high - low) * 0.05, 1e-3)
@@ -176,7 +184,8 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
         if smoke
         else "",
         f"<p>{escape(RULE)}</p>",
-        '<div class="wide"><table><tr><th>experiment</th><th>claim</th><th>verdict</th><th>found</th></tr>',
+        '<div class="wide"><table class="overview">',
+        "<tr><th>experiment</th><th>claim</th><th>verdict</th><th>found</th></tr>",
         *(line for result in results for line in _overview(result)),
         "</table></div>",
         "<h2>Where the offline metric lies</h2>",
@@ -307,12 +316,12 @@ def _section(result: Mapping[str, Any]) -> Iterator[str]:
             yield f'<td class="number">{_with_interval(one)}</td></tr>'
     yield "</table></div>"
     yield f'<div class="wide">{plot(result)}</div>'
-    yield from _figures(result["figures"])
+    yield from _figures(result["figures"], result["order"])
     yield "<details><summary>The arms as changes of the configuration</summary><div class='wide'><table>"
     if result["base"]:
         yield f"<tr><td>every arm</td><td>{_changes(result['base'])}</td></tr>"
-    for arm, changes in result["arms"].items():
-        yield f"<tr><td>{escape(arm)}</td><td>{_changes(changes)}</td></tr>"
+    for arm in result["order"]:
+        yield f"<tr><td>{escape(arm)}</td><td>{_changes(result['arms'][arm])}</td></tr>"
     yield "</table></div></details>"
     yield (
         f'<p class="made"><code>{escape(made["command"])}</code>; {result["cpu_s"]} s of processor time, finished '
@@ -324,7 +333,7 @@ def _changes(changes: Sequence[str]) -> str:
     return "<br>".join(f"<code>{escape(change)}</code>" for change in changes) or "as configured"
 
 
-def _figures(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
+def _figures(figures: Mapping[str, Mapping[str, Mapping[str, float]]], order: Sequence[str]) -> Iterator[str]:
     """The means of each arm."""
     for data, rows in figures.items():
         measures = list(dict.fromkeys(measure for row in rows.values() for measure in row))
@@ -332,7 +341,8 @@ def _figures(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterat
             continue
         yield f'<div class="wide"><table><tr><th>{escape(data)}</th>'
         yield "".join(f"<th>{escape(measure)}</th>" for measure in measures) + "</tr>"
-        for arm, row in rows.items():
+        for arm in (arm for arm in order if arm in rows):
+            row = rows[arm]
             cells = "".join(f'<td class="number">{_number(row.get(measure))}</td>' for measure in measures)
             yield f"<tr><td>{escape(arm)}</td>{cells}</tr>"
         yield "</table></div>"

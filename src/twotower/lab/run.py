@@ -1,6 +1,6 @@
 """Run experiments: their units on the cores of this machine, then a result, a plot, and one report of all in a folder.
 
-DIR/NAME/arms/DATA/SEED/ARM.json   what an arm found, user by user; made once
+DIR/NAME/arms/DATA/SEED/ARM.json   what an arm found, user by user; made once. Of a smoke run DIR/NAME/smoke/...
 DIR/NAME/result.json               differences, intervals, verdicts
 DIR/NAME/plot.svg
 DIR/report.html                    of all experiments that the folder holds
@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -145,18 +146,27 @@ def _processor() -> str:
 
 def _done(system: System, todo: Mapping[str, Sequence[Unit]], out: Path, data: Path | None, jobs: int) -> Iterator[str]:
     """Run all units; gives each experiment when its last unit is finished."""
-    if jobs == 1:
+    with tempfile.TemporaryDirectory(prefix="twotower-lab-") as scratch:
+        if jobs > 1:
+            yield from _beside(system, todo, out, data, jobs, Path(scratch))
+            return
         for name, of_one in todo.items():
             for unit in of_one:
-                run_unit(system, unit, out, data)
+                run_unit(system, unit, out, data, Path(scratch))
             yield name
-        return
+
+
+def _beside(
+    system: System, todo: Mapping[str, Sequence[Unit]], out: Path, data: Path | None, jobs: int, scratch: Path
+) -> Iterator[str]:
+    """The same in several processes; they end at once when this one is interrupted."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that are started: libraries read it when they load
     context = multiprocessing.get_context("spawn")
     level = logging.getLogger("twotower").getEffectiveLevel()
     with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(level,)) as pool:
         waiting: dict[str, set[Future[None]]] = {
-            name: {pool.submit(run_unit, system, unit, out, data) for unit in of_one} for name, of_one in todo.items()
+            name: {pool.submit(run_unit, system, unit, out, data, scratch) for unit in of_one}
+            for name, of_one in todo.items()
         }
         try:
             while waiting:
@@ -175,8 +185,8 @@ def _done(system: System, todo: Mapping[str, Sequence[Unit]], out: Path, data: P
 
 
 def _begin(level: int) -> None:
-    """A process of the pool begins: it ends like Ctrl-C, so that it cleans up, and says what it does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """A process of the pool begins: it says what it does, and leaves Ctrl-C to the one that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("twotower.lab").setLevel(level)
 
@@ -200,6 +210,7 @@ def summarise(name: str, done: Iterable[Unit], out: Path) -> dict[str, Any]:
         "question": experiment.question,
         "why": experiment.why,
         "kind": experiment.kind,
+        "order": list(experiment.arms),
         "arms": {arm: list(what.changes) for arm, what in experiment.arms.items()},
         "base": list(experiment.base),
         "data": {data: _described(data, arms) for data, arms in found.items()},

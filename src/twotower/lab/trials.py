@@ -95,9 +95,9 @@ def key_of(unit: Unit, arm: str) -> str:
 
 
 def result_path(out: Path, unit: Unit, arm: str) -> Path:
-    """Where an arm's result is kept."""
+    """Where an arm's result is kept; those of a smoke run apart, so that they replace no others."""
     words = "".join(letter if letter.isalnum() or letter == "." else "_" for letter in arm)
-    return out / unit.experiment / "arms" / unit.data / str(unit.seed) / f"{words}.json"
+    return out / unit.experiment / ("smoke" if unit.smoke else "arms") / unit.data / str(unit.seed) / f"{words}.json"
 
 
 def finished(out: Path, unit: Unit, arm: str) -> dict[str, Any] | None:
@@ -113,7 +113,7 @@ def finished(out: Path, unit: Unit, arm: str) -> dict[str, Any] | None:
     return result if result.get("key") == key_of(unit, arm) else None
 
 
-def run_unit(system: System, unit: Unit, out: Path, data: Path | None) -> None:
+def run_unit(system: System, unit: Unit, out: Path, data: Path | None, scratch: Path) -> None:
     """Run those arms of a unit that have no result yet.
 
     Args:
@@ -121,6 +121,7 @@ def run_unit(system: System, unit: Unit, out: Path, data: Path | None) -> None:
         unit: the arms.
         out: the folder of all results.
         data: the folder of real logs.
+        scratch: a folder for workspaces on the way.
     """
     missing = [arm for arm in unit.arms if finished(out, unit, arm) is None]
     if not missing:
@@ -135,8 +136,8 @@ def run_unit(system: System, unit: Unit, out: Path, data: Path | None) -> None:
             {"key": key_of(unit, arm), "arm": arm, "values": rounded, "facts": facts, "cpu_s": round(seconds, 2)},
         )
 
-    with tempfile.TemporaryDirectory(prefix="twotower-lab-") as scratch:
-        workspace = Path(scratch) / "workspace"
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        workspace = Path(folder) / "workspace"
         _make_workspace(_data(unit), unit.seed, workspace, data)
         if experiment.kind == "feedback":
             for arm in missing:

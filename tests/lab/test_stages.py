@@ -1,0 +1,53 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from twotower.cli.line import open_served
+from twotower.config import Settings
+from twotower.lab.stages import Stages
+from twotower.publish.version import Version
+
+EVERYTHING = 10**6
+
+
+@pytest.fixture(scope="module")
+def version(world: Settings) -> Version:
+    return open_served(world)
+
+
+def asked(version: Version, user: int) -> Any:
+    clicks = version.clicks
+    return version.queries(np.array([user]), exclude=(clicks.indptr, clicks.item_row))
+
+
+def test_a_ranker_over_everything_orders_the_whole_catalogue_but_what_was_clicked(version: Version) -> None:
+    users = np.flatnonzero(np.diff(version.clicks.indptr))[:3]
+    found = Stages(version, ["rank"], EVERYTHING, 10).lists(users)
+    for user, listed in zip(users.tolist(), found, strict=True):
+        queries = asked(version, user)
+        scores = version.rankers["rank"].score(queries.features, queries.clicks, np.arange(len(version.item_ids)))
+        scores[queries.clicks.rows] = -np.inf
+        np.testing.assert_allclose(scores[listed], np.sort(scores)[::-1][: len(listed)])
+
+
+def test_without_rankers_it_is_the_two_towers_list(version: Version) -> None:
+    users = np.flatnonzero(np.diff(version.clicks.indptr))[:3]
+    found = Stages(version, [], 100, 100).lists(users)
+    for user, listed in zip(users.tolist(), found, strict=True):
+        assert listed.tolist() == version.two_tower.retrieve(asked(version, user), 50).rows[0].tolist()
+
+
+def test_behind_a_pre_ranker_only_what_it_keeps_is_ranked(version: Version) -> None:
+    user = int(np.argmax(np.diff(version.clicks.indptr)))
+    queries = asked(version, user)
+    retrieved = version.two_tower.retrieve(queries, 100).rows[0]
+    kept = retrieved[np.argsort(-version.rankers["pre_rank"].score(queries.features, queries.clicks, retrieved))[:20]]
+    found = Stages(version, ["pre_rank", "rank"], 100, 20).lists(np.array([user]))[0]
+    assert set(found[:20]) == set(kept)
+    assert set(found) <= set(retrieved)
+
+
+def test_a_ranker_over_many_items_costs_more_than_behind_two_towers(version: Version) -> None:
+    alone = Stages(version, ["rank"], EVERYTHING, 10).cost_ms(20_000)
+    assert alone > 3 * Stages(version, ["rank"], 200, 200).cost_ms(20_000) > 0
