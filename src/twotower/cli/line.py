@@ -327,12 +327,12 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
     if (world := world_of(where.workspace)) is not None:
         metrics["truth"] = evaluate_by_truth(samples, where.workspace, world, channels, *options)
     if settings.models.rankers:
-        metrics["rankers"] = _evaluate_rankers(settings, samples)
+        metrics["rankers"] = evaluate_rankers(settings, samples)
     write_json(checkpoint.path.parent / METRICS, metrics)
     return metrics
 
 
-def _evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
+def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
     """Each ranker on held-out impressions; with both, how much of the ranker's best the pre-ranker keeps."""
     funnel, resamples, seed = settings.funnel, settings.evaluate.bootstrap, settings.train.seed
     shown = read_shown(places(settings).workspace / HOLDOUT_IMPRESSIONS, samples)

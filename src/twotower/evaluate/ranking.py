@@ -104,7 +104,7 @@ def evaluate_ranker(samples: Samples, shown: Shown, model: Ranker, resamples: in
     """How well a ranker orders held-out impressions, and whether its probabilities are true.
 
     Order (AUC) is judged without positions, as candidates are scored; probabilities (log loss, calibration) where the
-    items were shown. Histories are what was clicked before the request, in the held-out period too, as a server knows it.
+    items were shown. Histories are what was clicked before the request, in the held-out period too, as a server knows.
 
     Args:
         samples: what it was trained on.
