@@ -481,7 +481,7 @@ class PreRank:
     """`dcn`: how many cross layers."""
     positions: Positive = 50
     """Positions of a page that have a bias of their own; later ones share that of the last."""
-    batch_size: Positive = 1024
+    batch_size: Positive = 512
     """Impressions in a step."""
     epochs: Positive = 1
     """Passes over the impressions."""
@@ -489,7 +489,7 @@ class PreRank:
     """Of the network (Adam)."""
     table_learning_rate: PositiveReal = 0.02
     """Of the embedding tables (row-wise Adagrad)."""
-    position_learning_rate: PositiveReal = 0.01
+    position_learning_rate: PositiveReal = 0.05
     """Of the biases of positions (Adam)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of the network, decoupled."""
