@@ -34,7 +34,7 @@ from twotower.models.channel import VectorChannel
 from twotower.models.fit import Recipe, fit_channels
 from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
-from twotower.models.ranker import RankerShape
+from twotower.models.ranker import Ranker, RankerShape
 from twotower.models.retriever import Queries, Retriever
 from twotower.models.same_category import SameCategory
 from twotower.models.swing import Swing
@@ -336,7 +336,9 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
     """Each ranker on held-out impressions; with both, how much of the ranker's best the pre-ranker keeps."""
     funnel, resamples, seed = settings.funnel, settings.evaluate.bootstrap, settings.train.seed
     shown = read_shown(places(settings).workspace / HOLDOUT_IMPRESSIONS, samples)
-    rankers = {name: load_ranker(latest_checkpoint(settings, name)) for name in settings.models.rankers}
+    rankers: dict[str, Ranker] = {
+        name: load_ranker(latest_checkpoint(settings, name)) for name in settings.models.rankers
+    }
     result: dict[str, Any] = {
         name: evaluate_ranker(samples, shown, ranker, resamples, seed) for name, ranker in rankers.items()
     }

@@ -37,7 +37,8 @@ from twotower.schema.errors import ConfigError
 MEAN, TARGET = "mean", "target"
 """How a ranker reads a sequence of items: their mean, or as the candidate attends to them."""
 FIRST_POSITION = 1
-UNKNOWN_POSITION = 0
+MEETING = 16
+"""Width in which user and candidate are multiplied, where items have no id embedding."""
 
 Ints = npt.NDArray[np.int32]
 
@@ -74,8 +75,10 @@ class RankerShape:
 class Ranker(nn.Module):
     """The network, and the tables beside it, which are no parameters of the module (see `TwoTower`).
 
-    What enters the network: all features side by side, each sequence as one vector, and the products of the candidate's
-    id embedding with each sequence's vector and with the user's id embedding.
+    What enters the network: all features side by side, each sequence as one vector, and the products of the candidate
+    with the user, with each sequence and with the user's id embedding. The candidate is its id embedding plus a
+    projection of all its features, so that a new item meets its user by what is known of it; the user a projection of
+    theirs.
 
     Position is a bias: a number for each place of a page is added to the log-odds in training, and left out when
     candidates are scored, because no candidate has a place yet (the wide part of Zhao et al. 2019, "Recommending what
@@ -95,26 +98,23 @@ class Ranker(nn.Module):
         super().__init__()
         self.features = features
         self.user_features: tuple[Fitted, ...] = (*features.user, *features.context)
-        candidate = next((f for f in features.item if isinstance(f, Category) and f.name == c.ITEM_ID), None)
+        ids = [f for f in features.item if isinstance(f, Category) and f.name == c.ITEM_ID]
+        self.has_id = bool(ids)
+        meeting = ids[0].dimension if ids else MEETING
         self.met = [
-            f.name
-            for f in features.user
-            if candidate is not None
-            and (isinstance(f, Items) or f.name == c.USER_ID)
-            and input_width(f) == candidate.dimension
+            f.name for f in features.user if (isinstance(f, Items) or f.name == c.USER_ID) and input_width(f) == meeting
         ]
-        """The features of the user that the candidate's id embedding is multiplied with."""
+        """The features of the user that the candidate is multiplied with."""
         wide = [sum(input_width(f) for f in side) for side in (self.user_features, features.item)]
-        self.meeting = 0 if candidate is None else candidate.dimension
-        width = sum(wide) + (len(self.met) + 1) * self.meeting
+        width = sum(wide) + (len(self.met) + 1) * meeting
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.attention = nn.ModuleDict(
                 {f.name: TargetAttention(f.dimension, f.last, shape.attention) for f in features.user
                  if isinstance(f, Items) and is_encoded(f)}
             )  # fmt: skip
-            self.person = nn.Linear(wide[0], self.meeting, bias=False)
-            self.candidate = nn.Linear(wide[1], self.meeting, bias=False)
+            self.person = nn.Linear(wide[0], meeting, bias=False)
+            self.candidate = nn.Linear(wide[1], meeting, bias=False)
             self.hidden = hidden_layers(width, shape.network, shape.dropout)
             self.crosses = cross_layers(width, shape.network)
             self.output = nn.Linear(width_behind(width, shape.network), 1)
@@ -142,7 +142,7 @@ class Ranker(nn.Module):
         rows = next(iter(item.values())).shape[0]
         item_side = torch.cat([item[f.name] for f in self.features.item], dim=-1)
         candidate = self.candidate(item_side)
-        if self.meeting:
+        if self.has_id:
             candidate = candidate + item[c.ITEM_ID]
         seen: dict[str, Tensor] = {}
         for feature in self.user_features:

@@ -117,6 +117,7 @@ class OnnxRanker:
         ids = next((f for f in self._features.user if isinstance(f, Category) and f.name == c.USER_ID), None)
         if ids is not None:
             row = columns[c.USER_ID]
+            assert not isinstance(row, Bag)
             columns[c.USER_ID] = np.where(row < FIRST + len(ids.vocabulary.values), row, np.int32(UNKNOWN))
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -154,13 +155,11 @@ def train_ranker(  # noqa: PLR0915  one loop, top to bottom
     model = Ranker(shape.features_of(samples.features), shape, seed)
     model.begin_at(float(shown.impressions.clicked[: shown.cut].mean()))
     batches = ImpressionBatches(samples, shown.impressions, model, id_dropout)
-    network = [parameter for name, parameter in model.named_parameters() if name != POSITION]
-    optimizer = torch.optim.AdamW(
-        [{"params": network}, {"params": [model.position], "lr": position_learning_rate, "weight_decay": 0.0}],
-        lr=learning_rate,
-        weight_decay=weight_decay,
-        foreach=True,
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for key, parameter in model.named_parameters() if key != POSITION]},
+        {"params": [model.position], "lr": position_learning_rate, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, foreach=True)
     assembler = StepAssembler(model.features, model.tables)
     progress = resume(folder, model, optimizer) or Progress(0, 0, 0, 0.0, math.nan)
     if progress.rows:
