@@ -212,3 +212,23 @@ def test_a_split_does_not_depend_on_the_order_of_rows():
 def test_split_given_needs_a_test():
     with pytest.raises(ValueError, match="no test"):
         split_given(replace(tables([(1, 1, 0, 1), (1, 2, 1, 1)]), test=None))
+
+
+def test_what_was_shown_in_the_held_out_period_is_kept_for_rankers():
+    whole = tables([(1, 1, 0, 1), (1, 2, 1, 0), (1, 1, 2, 1), (1, 3, 3, 0), (2, 3, 4, 0)])
+    got = split(whole, TimeQuantile(0.6))
+    assert got.holdout_impressions.num_rows == 3
+    assert pairs(got.holdout_impressions) == [(1, 1), (1, 3), (2, 3)]
+    assert got.holdout_impressions["outcome"].to_pylist() == ["clicked", "impressed", "impressed"]
+    assert "event_seq" not in got.holdout_impressions.column_names
+    assert got.dropped == {"held_out_not_positive": 2}
+
+
+def test_without_anything_shown_in_vain_there_are_no_held_out_impressions():
+    clicks = [(1, 1, 0, 1), (1, 2, 1, 1), (1, 1, 2, 1)]
+    assert split(tables(clicks), TimeQuantile(0.9)).holdout_impressions is None
+    rejected = tables([*clicks, (1, 3, 3, 1)])
+    outcome = pa.array(["clicked", "clicked", "clicked", "rank_rejected"])
+    place = rejected.events.schema.get_field_index("outcome")
+    rejected = replace(rejected, events=rejected.events.set_column(place, "outcome", outcome))
+    assert split(rejected, TimeQuantile(0.6)).holdout_impressions is None

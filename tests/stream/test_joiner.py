@@ -213,14 +213,6 @@ def test_what_cannot_be_used_is_dropped_and_counted(event: Event, reason: dict[s
     assert joiner.take_counts().dropped == reason
 
 
-def test_what_a_server_puts_on_its_own_clock_says_nothing_of_the_time_of_requests():
-    put = item_event("p", T0 + 9 * 3_600_000, 1, {}, None)
-    joiner, left = feed(put, request(0), click(5))
-    assert left == [[], [], [(1, "clicked")]]
-    counts = joiner.take_counts()
-    assert (counts.events, counts.late, counts.unjoined) == (3, 0, 0)
-
-
 def test_of_an_item_that_is_twice_in_a_request_the_furthest_counts():
     joiner, _ = feed(request(0, items=[1, 1, 2], outcomes=["rank_rejected", "impressed", "impressed"]))
     assert [(row.item_id, row.outcome) for row in joiner.flush()] == [(1, "impressed"), (2, "impressed")]

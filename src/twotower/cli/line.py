@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from twotower.config import settings as spec
 from twotower.config.available import check_available
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
 from twotower.datasets.simulate import world_of
+from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
 from twotower.evaluate import page
 from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate
+from twotower.evaluate.ranking import evaluate_ranker, kept_of_top, read_shown, some_users
 from twotower.evaluate.truth import evaluate_by_truth
 from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
@@ -31,8 +34,8 @@ from twotower.models.channel import VectorChannel
 from twotower.models.fit import Recipe, fit_channels
 from twotower.models.item_cf import ItemCF
 from twotower.models.popular import Popular
-from twotower.models.ranker import RankerShape
-from twotower.models.retriever import Retriever
+from twotower.models.ranker import Ranker, RankerShape
+from twotower.models.retriever import Queries, Retriever
 from twotower.models.same_category import SameCategory
 from twotower.models.swing import Swing
 from twotower.models.towers import Network
@@ -53,7 +56,7 @@ from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import read_json, whole_file, write_json
-from twotower.train.checkpoint import Checkpoint, Shape, load_model, open_checkpoint
+from twotower.train.checkpoint import Checkpoint, Shape, load_model, load_ranker, open_checkpoint
 from twotower.train.loop import Loss, Negatives, TrainReport, train
 from twotower.train.negatives import Shares
 from twotower.train.ranking import RankerReport, train_ranker
@@ -63,6 +66,8 @@ log = logging.getLogger(__name__)
 LATEST = "latest.json"
 METRICS = "metrics.json"
 CHANNELS = "channels"
+KEPT_USERS = 500
+"""Users of the hold-out whose candidates both rankers are asked about, at most."""
 FUSION = "fusion.json"
 """In a workspace: how `twotower fuse` chose to fuse."""
 
@@ -179,6 +184,7 @@ def train_ranker_from(settings: Settings, samples: Samples, name: str) -> Ranker
         seed=settings.train.seed,
         learning_rate=options.learning_rate,
         table_learning_rate=options.table_learning_rate,
+        position_learning_rate=options.position_learning_rate,
         weight_decay=options.weight_decay,
         id_dropout=options.id_dropout,
         calibration_share=options.calibration_share,
@@ -320,8 +326,43 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
     metrics = evaluate(samples, where.workspace, channels, *options)
     if (world := world_of(where.workspace)) is not None:
         metrics["truth"] = evaluate_by_truth(samples, where.workspace, world, channels, *options)
+    if settings.models.rankers:
+        metrics["rankers"] = evaluate_rankers(settings, samples)
     write_json(checkpoint.path.parent / METRICS, metrics)
     return metrics
+
+
+def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
+    """Each ranker on held-out impressions; with both, how much of the ranker's best the pre-ranker keeps."""
+    funnel, resamples, seed = settings.funnel, settings.evaluate.bootstrap, settings.train.seed
+    shown = read_shown(places(settings).workspace / HOLDOUT_IMPRESSIONS, samples)
+    rankers: dict[str, Ranker] = {
+        name: load_ranker(latest_checkpoint(settings, name)) for name in settings.models.rankers
+    }
+    result: dict[str, Any] = {
+        name: evaluate_ranker(samples, shown, ranker, resamples, seed) for name, ranker in rankers.items()
+    }
+    if len(rankers) < len((PRE_RANK, RANK)):
+        return result
+    fusion, channels = fusion_of(settings), offline_channels(settings, samples)
+
+    def fused(queries: Queries, k: int) -> npt.NDArray[np.int64]:
+        asked = fusion.asked(k, list(channels))
+        return fusion.fuse({name: one.retrieve(queries, asked) for name, one in channels.items()}, k).candidates.rows
+
+    result["kept_of_top"] = kept_of_top(
+        samples,
+        some_users(shown.user_row, KEPT_USERS),
+        fused,
+        rankers[PRE_RANK],
+        rankers[RANK],
+        retrieved=funnel.retrieve,
+        kept=funnel.pre_rank,
+        top=funnel.rank,
+        resamples=resamples,
+        seed=seed,
+    )
+    return result
 
 
 def evaluate_channels_of(settings: Settings) -> dict[str, Any]:

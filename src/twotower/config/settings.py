@@ -466,8 +466,8 @@ class Models:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Ranker:
-    """An early-fusion network that scores candidates, trained on what was shown, clicked or not."""
+class PreRank:
+    """The pre-ranker: an early-fusion network that scores all candidates, trained on what was shown, clicked or not."""
 
     history: Literal["mean", "target"] = "mean"
     """How it reads sequences of items: their mean; or each weighted by how it meets the candidate (DIN)."""
@@ -481,14 +481,16 @@ class Ranker:
     """`dcn`: how many cross layers."""
     positions: Positive = 50
     """Positions of a page that have a bias of their own; later ones share that of the last."""
-    batch_size: Positive = 1024
+    batch_size: Positive = 512
     """Impressions in a step."""
-    epochs: Positive = 2
+    epochs: Positive = 1
     """Passes over the impressions."""
     learning_rate: PositiveReal = 0.001
     """Of the network (Adam)."""
     table_learning_rate: PositiveReal = 0.02
     """Of the embedding tables (row-wise Adagrad)."""
+    position_learning_rate: PositiveReal = 0.05
+    """Of the biases of positions (Adam)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of the network, decoupled."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -497,6 +499,16 @@ class Ranker:
     """Share of ids replaced by the unknown id in training, and of contexts made missing."""
     calibration_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The latest impressions are not trained on: log-odds are scaled to fit them."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Rank(PreRank):
+    """The ranker: the same network, larger, for what the pre-ranker keeps."""
+
+    history: Literal["mean", "target"] = "target"
+    """How it reads sequences of items: their mean; or each weighted by how it meets the candidate (DIN)."""
+    layers: list[Positive] = field(default_factory=lambda: [128, 64])
+    """Widths of the fully connected layers; empty = none."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -772,8 +784,8 @@ class Settings:
     samples: Samples = field(default_factory=Samples)
     models: Models = field(default_factory=Models)
     train: Train = field(default_factory=Train)
-    pre_rank: Ranker = field(default_factory=Ranker)
-    rank: Ranker = field(default_factory=lambda: Ranker(history="target", layers=[128, 64]))
+    pre_rank: PreRank = field(default_factory=PreRank)
+    rank: Rank = field(default_factory=Rank)
     tune: Tune = field(default_factory=Tune)
     evaluate: Evaluate = field(default_factory=Evaluate)
     fusion: Fusion = field(default_factory=Fusion)

@@ -9,7 +9,7 @@ clicked is a choice of whoever recommends, not of the data.
 import datetime
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -84,7 +84,9 @@ class Split:
     train_positives: pa.Table
     """`user_id`, `item_id`, `ts_ms` of every training positive."""
     dropped: Mapping[str, int]
-    """How many events are in none of these tables, by reason."""
+    """How many events are in none of the tables above, by reason."""
+    holdout_impressions: pa.Table | None = None
+    """Events of the held-out period that were shown, clicked or not, for rankers; None where none was shown in vain."""
 
 
 def parse_day(text: str, option: str) -> datetime.date:
@@ -154,11 +156,21 @@ def split(tables: Tables, holdout: Holdout) -> Split:
     else:
         held = _drawn(tables, holdout.share)
     positive = pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy()
-    return _divide(
+    divided = _divide(
         tables.events.filter(pa.array(~held)),
         _as_holdout(tables.events.filter(pa.array(held & positive))),
         _counted({}, HELD_OUT_NOT_POSITIVE, int((held & ~positive).sum())),
     )
+    return replace(divided, holdout_impressions=_impressions(tables.events.filter(pa.array(held))))
+
+
+def _impressions(held: pa.Table) -> pa.Table | None:
+    """What was shown among the held-out events, as it stands in the log; None where nothing was shown in vain."""
+    outcome = held[c.OUTCOME]
+    if not pc.any(pc.equal(outcome, c.IMPRESSED)).as_py():
+        return None
+    shown = pc.is_in(outcome, value_set=pa.array([c.IMPRESSED, c.CLICKED]))
+    return held.filter(shown).drop_columns([c.EVENT_SEQ])
 
 
 def split_given(tables: Tables) -> Split:

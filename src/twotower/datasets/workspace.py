@@ -28,6 +28,7 @@ ITEMS: Final = "items.parquet"
 EVENTS: Final = "events"
 HOLDOUT: Final = "holdout.parquet"
 HOLDOUT_COLD: Final = "holdout_cold.parquet"
+HOLDOUT_IMPRESSIONS: Final = "holdout_impressions.parquet"
 TRAIN_POSITIVES: Final = "train_positives.parquet"
 
 
@@ -165,6 +166,8 @@ def write_workspace(
             _write(split.holdout, folder / HOLDOUT)
             _write(split.holdout_cold, folder / HOLDOUT_COLD)
             _write(split.train_positives, folder / TRAIN_POSITIVES)
+            if split.holdout_impressions is not None:
+                _write(split.holdout_impressions, folder / HOLDOUT_IMPRESSIONS)
         counts = {name: value for name, value in vars(report).items() if name not in ("workspace", "dropped")}
         manifest = {"format": FORMAT, "source": tables.source, "arguments": dict(arguments or {}), "counts": counts}
         write_json(folder / MANIFEST, {**manifest, "dropped": report.dropped})

@@ -37,7 +37,8 @@ from twotower.schema.errors import ConfigError
 MEAN, TARGET = "mean", "target"
 """How a ranker reads a sequence of items: their mean, or as the candidate attends to them."""
 FIRST_POSITION = 1
-UNKNOWN_POSITION = 0
+MEETING = 16
+"""Width in which user and candidate are multiplied, where items have no id embedding."""
 
 Ints = npt.NDArray[np.int32]
 
@@ -74,8 +75,10 @@ class RankerShape:
 class Ranker(nn.Module):
     """The network, and the tables beside it, which are no parameters of the module (see `TwoTower`).
 
-    What enters the network: all features side by side, each sequence as one vector, and the products of the candidate's
-    id embedding with each sequence's vector and with the user's id embedding.
+    What enters the network: all features side by side, each sequence as one vector, and the products of the candidate
+    with the user, with each sequence and with the user's id embedding. The candidate is its id embedding plus a
+    projection of all its features, so that a new item meets its user by what is known of it; the user a projection of
+    theirs.
 
     Position is a bias: a number for each place of a page is added to the log-odds in training, and left out when
     candidates are scored, because no candidate has a place yet (the wide part of Zhao et al. 2019, "Recommending what
@@ -95,23 +98,23 @@ class Ranker(nn.Module):
         super().__init__()
         self.features = features
         self.user_features: tuple[Fitted, ...] = (*features.user, *features.context)
-        candidate = next((f for f in features.item if isinstance(f, Category) and f.name == c.ITEM_ID), None)
+        ids = [f for f in features.item if isinstance(f, Category) and f.name == c.ITEM_ID]
+        self.has_id = bool(ids)
+        meeting = ids[0].dimension if ids else MEETING
         self.met = [
-            f.name
-            for f in features.user
-            if candidate is not None
-            and (isinstance(f, Items) or f.name == c.USER_ID)
-            and input_width(f) == candidate.dimension
+            f.name for f in features.user if (isinstance(f, Items) or f.name == c.USER_ID) and input_width(f) == meeting
         ]
-        """The features of the user that the candidate's id embedding is multiplied with."""
-        width = sum(input_width(f) for f in (*self.user_features, *features.item))
-        width += len(self.met) * (candidate.dimension if candidate is not None else 0)
+        """The features of the user that the candidate is multiplied with."""
+        wide = [sum(input_width(f) for f in side) for side in (self.user_features, features.item)]
+        width = sum(wide) + (len(self.met) + 1) * meeting
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.attention = nn.ModuleDict(
-                {f.name: TargetAttention(f.dimension, shape.attention) for f in features.user
+                {f.name: TargetAttention(f.dimension, f.last, shape.attention) for f in features.user
                  if isinstance(f, Items) and is_encoded(f)}
             )  # fmt: skip
+            self.person = nn.Linear(wide[0], meeting, bias=False)
+            self.candidate = nn.Linear(wide[1], meeting, bias=False)
             self.hidden = hidden_layers(width, shape.network, shape.dropout)
             self.crosses = cross_layers(width, shape.network)
             self.output = nn.Linear(width_behind(width, shape.network), 1)
@@ -137,15 +140,20 @@ class Ranker(nn.Module):
             item: (n, width) each.
         """
         rows = next(iter(item.values())).shape[0]
+        item_side = torch.cat([item[f.name] for f in self.features.item], dim=-1)
+        candidate = self.candidate(item_side)
+        if self.has_id:
+            candidate = candidate + item[c.ITEM_ID]
         seen: dict[str, Tensor] = {}
         for feature in self.user_features:
             name = feature.name
             if name in self.attention:
-                seen[name] = self.attention[name](user[name], user[name + LENGTH], item[c.ITEM_ID])
+                seen[name] = self.attention[name](user[name], user[name + LENGTH], candidate)
             else:
                 seen[name] = user[name].expand(rows, -1)
-        products = [seen[name] * item[c.ITEM_ID] for name in self.met]
-        together = torch.cat([*seen.values(), *(item[f.name] for f in self.features.item), *products], dim=-1)
+        user_side = torch.cat(list(seen.values()), dim=-1)
+        products = [vector * candidate for vector in (self.person(user_side), *(seen[name] for name in self.met))]
+        together = torch.cat([user_side, item_side, *products], dim=-1)
         logits: Tensor = self.output(through(together, self.hidden, self.crosses))[:, 0]
         return logits
 
@@ -193,13 +201,17 @@ class TargetAttention(nn.Module):
     The weight is a small network of the item, the candidate and their product, no softmax: it says how much a click
     matters here, not which of them matters most (DIN, Zhou et al. 2018, section 4.3).
 
+    How long ago an item was clicked counts too, in places from the end.
+
     Args:
         width: W.
+        last: the longest sequence.
         hidden: H.
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, last: int, hidden: int) -> None:
         super().__init__()
+        self.age = nn.Parameter(torch.zeros(last, hidden))
         self.item = nn.Linear(width, hidden)
         self.candidate = nn.Linear(width, hidden, bias=False)
         self.product = nn.Linear(width, hidden, bias=False)
@@ -215,8 +227,9 @@ class TargetAttention(nn.Module):
             candidate: (n, W).
         """
         met = self.product(items * candidate[:, None])
-        hidden = torch.relu(self.item(items) + self.candidate(candidate)[:, None] + met)
-        there = torch.arange(items.shape[1]) < length[:, None]
-        weights = self.weight(hidden)[..., 0] * there
+        age = length[:, None] - 1 - torch.arange(items.shape[1])
+        alone = self.item(items) + self.age[age.clamp(0, len(self.age) - 1)]
+        hidden = torch.relu(alone + self.candidate(candidate)[:, None] + met)
+        weights = self.weight(hidden)[..., 0] * (age >= 0)
         vector: Tensor = (weights[:, :, None] * items).sum(dim=1) / length.clamp_min(1)[:, None]
         return vector

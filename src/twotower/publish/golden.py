@@ -1,19 +1,25 @@
 """Golden queries: a few users with their answers, stored in a version and replayed before anyone serves from it.
 
-Every channel answers for itself. The fused list is left out: it follows from theirs, and near ties, which another
-processor may round the other way, change its scores by whole ranks.
+Every channel answers for itself, and so does every ranker, about items spread over the catalogue. The fused list is left
+out: it follows from theirs, and near ties, which another processor may round the other way, change its scores by whole
+ranks.
 """
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from twotower.publish.version import GOLDEN, Version
+from twotower.features.columns import Bag, take
+from twotower.models.retriever import Queries
+from twotower.publish.version import GOLDEN, RANKERS, Version
 from twotower.schema.files import read_json, write_json
 
 USERS = 16
 K = 20
+RANKED = 200
+"""Items that each ranker is asked about."""
 TOLERANCE = 1e-4
 """Largest difference of a score: processors round differently, a wrong table or tower is off by far more."""
 
@@ -72,6 +78,31 @@ def _answers(version: Version, user_rows: "np.ndarray[Any, np.dtype[np.int64]]")
                     "channel": name,
                     "items": version.item_ids.take(lists.rows[place][kept]).to_pylist(),
                     "scores": [round(float(score), 6) for score in lists.scores[place][kept]],
+                }
+            )
+    return answers + _ranked(version, queries, user_rows)
+
+
+def _ranked(
+    version: Version, queries: Queries, user_rows: "np.ndarray[Any, np.dtype[np.int64]]"
+) -> list[dict[str, Any]]:
+    """The best of the same items by each ranker."""
+    rows = np.unique(np.linspace(0, len(version.item_ids) - 1, RANKED).astype(np.int64))
+    answers = []
+    for name, ranker in version.rankers.items():
+        for place, row in enumerate(user_rows):
+            one = np.array([place])
+            clicks = take(queries.clicks, one)
+            assert isinstance(clicks, Bag)
+            user = {feature: take(column, one) for feature, column in queries.features.items()}
+            scores = ranker.score(user, clicks, rows)
+            best = np.argsort(-scores, kind="stable")[:K]
+            answers.append(
+                {
+                    "user_id": version.users.ids[int(row)].as_py() if row >= 0 else None,
+                    "channel": f"{RANKERS}/{name}",
+                    "items": version.item_ids.take(pa.array(rows[best])).to_pylist(),
+                    "scores": [round(float(score), 6) for score in scores[best]],
                 }
             )
     return answers

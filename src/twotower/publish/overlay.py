@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from twotower.features.columns import Bag, Column, pointers
+from twotower.features.columns import Bag, Column, concatenate, pointers
 from twotower.features.columns import Rows as Tokens
 from twotower.features.feature_set import encode_request
 from twotower.features.vocabulary import UNKNOWN
@@ -29,6 +29,7 @@ from twotower.models.retriever import Candidates, Queries, Retriever, WithoutIte
 from twotower.models.two_tower import Table, table_of
 from twotower.publish.delta import Delta, Rows
 from twotower.publish.onnx import OnnxTower
+from twotower.publish.ranker import OnnxRanker
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.publish.version import NEW_ITEMS, TWO_TOWER, ItemKeys, Since, Version
 from twotower.schema import columns as c
@@ -89,28 +90,6 @@ class KnownItems:
         return found
 
 
-class RankerOfKnown:
-    """A ranker of a version that is asked about items put since: they get the mean of the other candidates.
-
-    Args:
-        ranker: what it asks.
-        count: N, the items that the ranker knows.
-    """
-
-    def __init__(self, ranker: Any, count: int) -> None:
-        self._ranker = ranker
-        self._count = count
-
-    def score(self, user: Mapping[str, Column], clicks: Bag, rows: Longs) -> Floats:
-        """Click probabilities (n,) of some rows for one user."""
-        known = rows < self._count
-        scores = np.zeros(len(rows), np.float32)
-        if known.any():
-            scores[known] = self._ranker.score(user, Bag(*_below(clicks.indptr, clicks.rows, self._count)), rows[known])
-            scores[~known] = scores[known].mean()
-        return scores
-
-
 def _below(indptr: Longs, rows: npt.NDArray[Any], count: int) -> tuple[Longs, npt.NDArray[Any]]:
     kept = rows < count
     if kept.all():
@@ -142,6 +121,7 @@ class Overlay:
         self._put: dict[EntityId, tuple[Entity, int, Floats]] = {}
         self._moved: set[int] = set()
         self._new_rows = _rows_of_index(base)
+        self._rankers = dict(base.rankers)
         ids = base.features.vocabularies.get(c.ITEM_ID)
         self._item_tokens = base.two_tower.item_tokens
         if ids is not None and base.features.history is None:
@@ -173,6 +153,7 @@ class Overlay:
         if entities.items is not self._of_entities:
             self._catalogue = self._merge(entities.items)
             self._of_entities = entities.items
+            self._rankers = self._with_put(entities.items)
         catalogue = self._catalogue
         tables = {
             name: LaidRows(table, self._tables[name].rows, self._tables[name].values) if name in self._tables else table
@@ -208,7 +189,7 @@ class Overlay:
             delta_seq=self.seq,
             since=since,
             gone=catalogue.gone,
-            rankers={name: self._ranker(ranker) for name, ranker in base.rankers.items()},
+            rankers=self._rankers,
         )
 
     def _laid(self, channel: VectorChannel, newer: Rows, tokens: Tokens, encode: OnnxTower | None) -> VectorChannel:
@@ -231,9 +212,17 @@ class Overlay:
         added = len(self._catalogue.gone) > self.base.base_items
         return KnownItems(channel, self.base.base_items) if added else channel
 
-    def _ranker(self, ranker: Any) -> Any:
-        added = len(self._catalogue.gone) > self.base.base_items
-        return RankerOfKnown(ranker, self.base.base_items) if added else ranker
+    def _with_put(self, items: Mapping[EntityId, Entity]) -> dict[str, OnnxRanker]:
+        """The rankers with the features of the items that were put; new ones and those that came back have no id."""
+        put = sorted(self._catalogue.put.items(), key=lambda one: one[1])
+        if not put or not self.base.rankers:
+            return dict(self.base.rankers)
+        known = self._item_tokens
+        tokens = [UNKNOWN if row >= len(known) or items[one].fresh else int(known[row]) for one, row in put]
+        each = [item_columns(self.base, one, items[one], token) for (one, _), token in zip(put, tokens, strict=True)]
+        columns = {name: concatenate([one[name] for one in each]) for name in each[0]}
+        rows = np.array([row for _, row in put], np.int64)
+        return {name: ranker.with_items(rows, columns) for name, ranker in self.base.rankers.items()}
 
     def _merge(self, items: Mapping[EntityId, Entity]) -> _Catalogue:
         """The catalogue with the items that were put, new ones in ascending order behind the others."""

@@ -1,8 +1,9 @@
 """A ranker in a version: the dense part as ONNX, tables, features, and the encoded columns of the catalogue."""
 
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import load, save
-from twotower.features.vocabulary import UNKNOWN
+from twotower.features.fitted import Category
+from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.models.channel import latest
 from twotower.models.ranker import Ranker
 from twotower.models.towers import LENGTH, input_width, is_encoded
@@ -45,6 +47,8 @@ class OnnxRanker:
         self._items = items
         history = self._features.history
         self._tokens = history.vocabulary.rows(items.ids) if history else np.zeros(len(items), np.int32)
+        self._put_rows: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self._put: Mapping[str, Column] = {}
         self.about: dict[str, Any] = read_json(folder / ABOUT)
         """`calibration` and `position`, as training told of them."""
 
@@ -59,6 +63,7 @@ class OnnxRanker:
         if not len(rows):
             return np.zeros(0, np.float32)
         columns = dict(user)
+        self._known_user(columns)
         if (history := self._features.history) is not None:
             known = Bag(clicks.indptr, np.minimum(clicks.rows, len(self._items)).astype(np.int32))
             columns[history.name] = latest(known, np.append(self._tokens, np.int32(UNKNOWN)), history.last)
@@ -74,17 +79,46 @@ class OnnxRanker:
         probabilities: npt.NDArray[np.float32] = self._session.run([PROBABILITY], inputs)[0]
         return probabilities
 
+    def with_items(self, rows: npt.NDArray[np.int64], columns: Mapping[str, Column]) -> Self:
+        """The same with other features of some items, or features of new ones beyond the catalogue.
+
+        Args:
+            rows: (P,) catalogue rows, ascending.
+            columns: their encoded features.
+        """
+        laid = copy(self)
+        laid._put_rows, laid._put = rows, columns
+        return laid
+
     def _columns_of(self, rows: npt.NDArray[np.int64]) -> dict[str, Column]:
-        beyond = rows >= len(self._items)
-        if not beyond.any():
+        """Encoded features of candidates (n,): as they were put, else as published, else none."""
+        size, put = len(self._items), self._put_rows
+        if not len(put) and rows.max() < size:
             return {f.name: take(self._items.features[f.name], rows) for f in self._features.item}
-        kept, place = rows[~beyond], np.cumsum(~beyond) - 1
+        place = np.minimum(np.searchsorted(put, rows), max(0, len(put) - 1))
+        is_put = put[place] == rows if len(put) else np.zeros(len(rows), np.bool_)
+        published = ~is_put & (rows < size)
+        kept = rows[published]
+        # Side by side: the published ones, all that were put, one of which nothing is known.
+        where = np.full(len(rows), len(kept) + len(put))
+        where[published] = np.arange(len(kept))
+        where[is_put] = len(kept) + place[is_put]
         columns: dict[str, Column] = {}
         for feature in self._features.item:
-            absent = np.full(1, UNKNOWN, np.int32) if feature.name == c.ITEM_ID else feature.absent(1)
-            both = concatenate([take(self._items.features[feature.name], kept), absent])
-            columns[feature.name] = take(both, np.where(beyond, len(kept), place))
+            nothing = np.full(1, UNKNOWN, np.int32) if feature.name == c.ITEM_ID else feature.absent(1)
+            later = [self._put[feature.name]] if len(put) else []
+            columns[feature.name] = take(
+                concatenate([take(self._items.features[feature.name], kept), *later, nothing]), where
+            )
         return columns
+
+    def _known_user(self, columns: dict[str, Column]) -> None:
+        """Make a user unknown, in place, whose row of the table came after the version: here it was never trained."""
+        ids = next((f for f in self._features.user if isinstance(f, Category) and f.name == c.USER_ID), None)
+        if ids is not None:
+            row = columns[c.USER_ID]
+            assert not isinstance(row, Bag)
+            columns[c.USER_ID] = np.where(row < FIRST + len(ids.vocabulary.values), row, np.int32(UNKNOWN))
 
 
 def write_ranker(folder: Path, model: Ranker, about: Mapping[str, Any]) -> None:

@@ -111,8 +111,8 @@ class Version:
     delta_seq: int = 0
     """The latest delta that is laid over it."""
     since: Since = field(default_factory=Since)
-    rankers: Mapping[str, Any] = field(default_factory=dict)
-    """By name, those that the version has: `OnnxRanker`, or what an overlay laid over it."""
+    rankers: Mapping[str, OnnxRanker] = field(default_factory=dict)
+    """By name, those that the version has."""
 
     @property
     def two_tower(self) -> VectorChannel:

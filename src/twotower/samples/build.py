@@ -218,7 +218,7 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
             len(trained[1]),
             int(per_item_fed.sum()),
             with_hard,
-            _used(counts, timed, clicked, weak, rejected.used),
+            _used(counts, timed, clicked, weak, rejected.used, impressions),
             {"before": by_decile(per_item, per_item), "after": by_decile(per_item, per_item_fed)},
             counts.dropped,
             counts.watermark_ms,
@@ -519,7 +519,7 @@ def _hard_sources(counts: _Counts, timed: bool, impressed: bool) -> list[str]:
 
 
 def _used(
-    counts: _Counts, timed: bool, clicked: int, weak: int, rejected: dict[str, dict[str, int]]
+    counts: _Counts, timed: bool, clicked: int, weak: int, rejected: dict[str, dict[str, int]], impressions: bool
 ) -> dict[str, dict[str, int]]:
     """What became of the rows of each outcome; the numbers of an outcome sum to its rows."""
     used: dict[str, dict[str, int]] = {}
@@ -535,7 +535,8 @@ def _used(
         if rest:
             rejects = outcome in (c.PRE_RANK_REJECTED, c.RANK_REJECTED)
             spared = "no_time" if rejects and not timed else "before_the_first_day"
-            parts[spared if rejects or outcome == c.CLICKED or weak else "not_used"] = rest
+            elsewhere = "of_rankers" if impressions and outcome == c.IMPRESSED else "not_used"
+            parts[spared if rejects or outcome == c.CLICKED or weak else elsewhere] = rest
         used[outcome] = parts
     return used
 

@@ -249,8 +249,7 @@ class Joiner:
             self._take_click(record, rows)
         else:
             self._take_impression(record, rows)
-        if event.type not in entities.TYPES:  # their time is a server's, which requests of another time do not share
-            self._clock = self._clock.after(event, self._window_ms)
+        self._clock = self._clock.after(event, self._window_ms)
         watermark_ms = self._clock.watermark_ms(self._lateness_ms)
         while self._due and watermark_ms is not None and self._due[0][0] <= watermark_ms:
             self._do(heapq.heappop(self._due), watermark_ms, rows)

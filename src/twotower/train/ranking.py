@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,7 @@ from twotower.train.checkpoint import (
 log = logging.getLogger(__name__)
 
 REPORT_S = 5.0
+POSITION = "position"
 SCORED = 8192
 """Impressions that are scored at a time."""
 
@@ -86,6 +88,7 @@ def train_ranker(  # noqa: PLR0915  one loop, top to bottom
     seed: int,
     learning_rate: float,
     table_learning_rate: float,
+    position_learning_rate: float,
     weight_decay: float,
     id_dropout: float,
     calibration_share: float,
@@ -109,6 +112,7 @@ def train_ranker(  # noqa: PLR0915  one loop, top to bottom
         seed: of everything that is drawn.
         learning_rate: of the network.
         table_learning_rate: of the embedding tables.
+        position_learning_rate: of the biases of positions.
         weight_decay: of the network.
         id_dropout: share of ids replaced by the unknown one, and of contexts made missing.
         calibration_share: of the impressions, the latest.
@@ -130,6 +134,7 @@ def train_ranker(  # noqa: PLR0915  one loop, top to bottom
         "seed": seed,
         "learning_rate": learning_rate,
         "table_learning_rate": table_learning_rate,
+        "position_learning_rate": position_learning_rate,
         "weight_decay": weight_decay,
         "id_dropout": id_dropout,
         "calibration_share": calibration_share,
@@ -150,7 +155,11 @@ def train_ranker(  # noqa: PLR0915  one loop, top to bottom
     model = Ranker(shape.features_of(samples.features), shape, seed)
     model.begin_at(float(shown.impressions.clicked[: shown.cut].mean()))
     batches = ImpressionBatches(samples, shown.impressions, model, id_dropout)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, foreach=True)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for key, parameter in model.named_parameters() if key != POSITION]},
+        {"params": [model.position], "lr": position_learning_rate, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, foreach=True)
     assembler = StepAssembler(model.features, model.tables)
     progress = resume(folder, model, optimizer) or Progress(0, 0, 0, 0.0, math.nan)
     if progress.rows:

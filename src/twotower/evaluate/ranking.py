@@ -1,0 +1,274 @@
+"""Judge rankers on what was shown in the held-out period, and by what the pre-ranker keeps for the ranker.
+
+R held-out impressions, B users, n candidates.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from twotower.evaluate.calibration import auc, calibration_error, log_loss, reliability, sigmoid
+from twotower.evaluate.holdout import figure
+from twotower.evaluate.metrics import PerUser, summarise
+from twotower.features.columns import Bag, Column, pointers, ranges, take
+from twotower.models.queries import queries_of_users
+from twotower.models.ranker import FIRST_POSITION, Ranker
+from twotower.models.retriever import Queries
+from twotower.samples.read import Clicks, Samples
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+from twotower.schema.tables import as_ids, require_columns
+
+BATCH = 8192
+
+Reals = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Held-out impressions of known items (R,)."""
+
+    user_row: Longs
+    """-1 = a user that the samples do not have."""
+    item_row: Longs
+    clicked: Reals
+    position: npt.NDArray[np.int32]
+    """From 1; all at the first where the log has no positions."""
+    ts_ms: Longs
+    context: dict[str, Column]
+    clicks: Clicks
+    """Those of training and, after them, those of the held-out period."""
+
+    def __len__(self) -> int:
+        return len(self.item_row)
+
+
+def read_shown(path: Path, samples: Samples) -> Shown:
+    """Held-out impressions as rows of the samples.
+
+    Raises:
+        DataError: there are none, or none of a known item, or they lack a context column.
+    """
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist: rankers are judged by what was shown after their training; import or simulate the "
+            "data again with --holdout"
+        )
+    table = pq.ParquetFile(path).read()
+    context = samples.features.context
+    require_columns(
+        table, [c.USER_ID, c.ITEM_ID, c.OUTCOME, c.REQUEST_TS_MS, c.CLICK_TS_MS, *(f.name for f in context)], path.name
+    )
+    item = samples.items.positions.find(as_ids(table.column(c.ITEM_ID), path.name).combine_chunks())
+    if (known := item >= 0).any():
+        table, item = table.filter(pa.array(known)), item[known]
+    else:
+        raise DataError(f"{path} has {len(item)} rows, none of them of an item of the samples")
+    position = np.zeros(table.num_rows, np.int32)
+    if c.POSITION in table.column_names:
+        position = table.column(c.POSITION).fill_null(0).to_numpy().astype(np.int32)
+    user = samples.users.positions.find(as_ids(table.column(c.USER_ID), path.name).combine_chunks())
+    clicked = pc.equal(table.column(c.OUTCOME), c.CLICKED).to_numpy()
+    by_known = clicked & (user >= 0)
+    click_ts_ms = table.column(c.CLICK_TS_MS).fill_null(0).to_numpy()
+    return Shown(
+        user,
+        item,
+        clicked.astype(np.float64),
+        position if position.any() else np.full(len(position), FIRST_POSITION, np.int32),
+        table.column(c.REQUEST_TS_MS).to_numpy(),
+        {f.name: f.encode(table.column(f.name).combine_chunks()) for f in context},
+        _joined(samples.clicks, user[by_known], item[by_known], click_ts_ms[by_known]),
+    )
+
+
+def _joined(clicks: Clicks, user_row: Longs, item_row: Longs, ts_ms: Longs) -> Clicks:
+    """Clicks with further ones, each user's in the order of time."""
+    count = len(clicks.indptr) - 1
+    owner = np.concatenate([np.repeat(np.arange(count), np.diff(clicks.indptr)), user_row])
+    at = np.concatenate([clicks.ts_ms, ts_ms])
+    order = np.lexsort((at, owner))
+    items = np.concatenate([clicks.item_row, item_row.astype(np.int32)])
+    return Clicks(pointers(np.bincount(owner, minlength=count)), items[order], at[order])
+
+
+def evaluate_ranker(samples: Samples, shown: Shown, model: Ranker, resamples: int, seed: int) -> dict[str, Any]:
+    """How well a ranker orders held-out impressions, and whether its probabilities are true.
+
+    Order (AUC) is judged without positions, as candidates are scored; probabilities (log loss, calibration) where the
+    items were shown. Histories are what was clicked before the request, in the held-out period too, as a server knows.
+
+    Args:
+        samples: what it was trained on.
+        shown: held-out impressions.
+        model: calibrated.
+        resamples: of users, behind each interval.
+        seed: of the resampling.
+
+    Returns:
+        `impressions`, `clicked` (share), `users` (with both kinds), `auc`, `user_auc` (mean over users, of equal
+        weight, with its interval), `log_loss`, `log_loss_constant` (of the click rate of training), `ece`, `ece_raw`
+        (before Platt scaling), `deciles` (share, mean probability, click rate).
+    """
+    logits = score_shown(samples, shown, model)
+    biased = logits + bias_of(model, shown.position)
+    scale, offset = (float(one) for one in model.calibration)
+    p = sigmoid(scale * biased + offset)
+    impressions = samples.impressions
+    rate = shown.clicked.mean() if impressions is None else float(impressions.clicked.mean())
+    return {
+        "impressions": len(shown),
+        "clicked": round(float(shown.clicked.mean()), 5),
+        "auc": round(auc(logits, shown.clicked), 5),
+        **user_auc(logits, shown, resamples, seed),
+        "log_loss": round(log_loss(p, shown.clicked), 5),
+        "log_loss_constant": round(log_loss(np.full(len(p), rate), shown.clicked), 5),
+        "ece": round(calibration_error(p, shown.clicked), 5),
+        "ece_raw": round(calibration_error(sigmoid(biased), shown.clicked), 5),
+        "deciles": [{key: round(value, 5) for key, value in row.items()} for row in reliability(p, shown.clicked)],
+    }
+
+
+def bias_of(model: Ranker, position: npt.NDArray[np.int32]) -> Reals:
+    """What positions (R,) add to the log-odds."""
+    curve = np.array([float(model.position[0].detach()), *model.curve()])
+    biases: Reals = curve[np.minimum(position, len(curve) - 1)]
+    return biases
+
+
+def user_auc(scores: Reals, shown: Shown, resamples: int, seed: int) -> dict[str, Any]:
+    """The mean over users of the AUC among their own impressions, of those who have both kinds."""
+    known = shown.user_row >= 0
+    users = shown.user_row[known]
+    order = np.argsort(users, kind="stable")
+    edges = np.flatnonzero(np.diff(users[order])) + 1
+    each = np.array(
+        [
+            auc(scores[known][rows], shown.clicked[known][rows])
+            for rows in np.split(order, edges)
+            if 0 < shown.clicked[known][rows].sum() < len(rows)
+        ]
+    )
+    if not len(each):
+        return {"users": 0, "user_auc": None}
+    return {"users": len(each), "user_auc": figure(summarise(PerUser({"auc": each}, {}, {}), resamples, seed)["auc"])}
+
+
+def score_shown(samples: Samples, shown: Shown, model: Ranker) -> Reals:
+    """Log-odds (R,) at the first position, before calibration."""
+    found = []
+    for start in range(0, len(shown), BATCH):
+        rows = np.arange(start, min(start + BATCH, len(shown)))
+        context = {name: take(column, rows) for name, column in shown.context.items()}
+        queries = queries_of_users(samples.features, samples.users, samples.clicks, shown.user_row[rows], context, None)
+        before = _clicks_before(shown.clicks, shown.user_row[rows], shown.ts_ms[rows])
+        items = {name: take(column, shown.item_row[rows]) for name, column in samples.items.features.items()}
+        found.append(model.score(with_history(samples, model, queries.features, before), items))
+    return np.concatenate(found).astype(np.float64)
+
+
+def with_history(samples: Samples, model: Ranker, columns: Mapping[str, Column], clicks: Bag) -> dict[str, Column]:
+    """Columns of users with what they clicked, catalogue rows, as a ranker reads it."""
+    if (history := model.features.history) is None:
+        return dict(columns)
+    tokens = history.vocabulary.rows(samples.items.ids)
+    count = np.minimum(np.diff(clicks.indptr), history.last)
+    places = ranges(clicks.indptr[1:] - count, count)
+    return {**columns, history.name: Bag(pointers(count), tokens[clicks.rows[places]])}
+
+
+def _clicks_before(clicks: Clicks, user_row: Longs, ts_ms: Longs) -> Bag:
+    """The clicks of users (R,) before a time each."""
+    safe = np.maximum(user_row, 0)
+    start, stop = clicks.indptr[safe], np.where(user_row >= 0, clicks.indptr[safe + 1], clicks.indptr[safe])
+    counts = stop - start
+    owner = np.repeat(np.arange(len(user_row)), counts)
+    places = ranges(start, counts)
+    kept = clicks.ts_ms[places] < ts_ms[owner]
+    return Bag(pointers(np.bincount(owner[kept], minlength=len(user_row))), clicks.item_row[places[kept]])
+
+
+Retrieve = Callable[[Queries, int], npt.NDArray[np.int64]]
+"""Candidates (B, n) of users, best first, -1 where a list has ended."""
+
+
+def kept_of_top(
+    samples: Samples,
+    user_rows: Longs,
+    retrieve: Retrieve,
+    pre_rank: Ranker,
+    rank: Ranker,
+    retrieved: int,
+    kept: int,
+    top: int,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """How many of the ranker's best candidates are among those that the pre-ranker keeps for it.
+
+    The ranker is asked about all candidates, which it never is when serving: what it would have put first and does not
+    get to see is the price of the pre-ranker. The first of the fused list are beside it: what a pre-ranker must beat.
+
+    Args:
+        samples: what they were trained on.
+        user_rows: (B,) whose candidates.
+        retrieve: finds candidates.
+        pre_rank: the pre-ranker.
+        rank: the ranker.
+        retrieved: n, candidates of a user.
+        kept: how many the pre-ranker keeps.
+        top: of the ranker.
+        resamples: of users, behind each interval.
+        seed: of the resampling.
+
+    Returns:
+        `users`, `retrieved` (mean), `kept`, `top`, `share` and `share_fused`, each with its interval.
+    """
+    shares: dict[str, list[float]] = {"share": [], "share_fused": []}
+    sizes = []
+    for start in range(0, len(user_rows), 256):
+        rows = user_rows[start : start + 256]
+        left_out = (samples.clicks.indptr, samples.clicks.item_row)
+        queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, left_out)
+        lists = retrieve(queries, retrieved)
+        for place in range(len(rows)):
+            candidates = lists[place][lists[place] >= 0]
+            if len(candidates) <= kept:
+                continue
+            one = np.array([place])
+            clicks = take(queries.clicks, one)
+            assert isinstance(clicks, Bag)
+            columns = {name: take(column, one) for name, column in queries.features.items()}
+            items = {name: take(column, candidates) for name, column in samples.items.features.items()}
+            first, second = (
+                np.argsort(-model.score(with_history(samples, model, columns, clicks), items), kind="stable")
+                for model in (pre_rank, rank)
+            )
+            best = second[:top]
+            shares["share"].append(float(np.isin(best, first[:kept]).mean()))
+            shares["share_fused"].append(float((best < kept).mean()))
+            sizes.append(len(candidates))
+    if not sizes:
+        return {"users": 0, "retrieved": retrieved, "kept": kept, "top": top, "share": None, "share_fused": None}
+    figures = summarise(PerUser({name: np.array(one) for name, one in shares.items()}, {}, {}), resamples, seed)
+    return {
+        "users": len(sizes),
+        "retrieved": round(float(np.mean(sizes)), 1),
+        "kept": kept,
+        "top": top,
+        **{name: figure(one) for name, one in figures.items()},
+    }
+
+
+def some_users(user_rows: Longs, most: int) -> Longs:
+    """Distinct users spread evenly over those of a hold-out."""
+    distinct = np.unique(user_rows[user_rows >= 0])
+    return distinct[np.unique(np.linspace(0, len(distinct) - 1, min(most, len(distinct))).astype(np.int64))]
