@@ -1,8 +1,8 @@
 """Golden queries: a few users with their answers, stored in a version and replayed before anyone serves from it.
 
-Every channel answers for itself, and so does every ranker, about items spread over the catalogue. The fused list is left
-out: it follows from theirs, and near ties, which another processor may round the other way, change its scores by whole
-ranks.
+Every channel answers for itself, and so does every ranker, about items spread over the catalogue. The fused list is
+left out: it follows from theirs, and near ties, which another processor may round the other way, change its scores by
+whole ranks.
 """
 
 from pathlib import Path
