@@ -64,7 +64,15 @@ def _rows(section: Any, prefix: str) -> Iterator[_Row]:
         if dataclasses.is_dataclass(hints[name]):
             yield from _rows(hints[name], f"{prefix}{name}.")
         else:
-            yield (f"`{prefix}{name}`", _type(hints[name]), _default(info), _one_line(info.description or ""))
+            yield (f"`{prefix}{name}`", _type(hints[name]), _default(info), _one_line(_description(section, name)))
+
+
+def _description(section: Any, name: str) -> str:
+    """What is said of a key, where it was declared: a section that builds on another says only what is different."""
+    said = (
+        _fields(one)[name].description for one in section.__mro__ if name in getattr(one, "__pydantic_fields__", {})
+    )
+    return next((text for text in said if text), "")
 
 
 def _fields(section: Any) -> dict[str, FieldInfo]:
