@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from twotower.config import settings as spec
+from twotower.datasets.simulate import simulate_workspace
+from twotower.features.bloom import is_untrained
 from twotower.features.columns import Bag
 from twotower.samples import build as module
 from twotower.samples import build_samples, open_samples
@@ -530,3 +533,18 @@ def test_a_folder_without_samples_is_refused(tmp_path: Path, world: World, build
     (samples.path / "clicks.arrow").unlink()
     with pytest.raises(DataError, match=r"clicks\.arrow cannot be read"):
         open_samples(samples.path)
+
+
+def test_users_whom_nothing_is_trained_on_have_histories_and_no_positives(tmp_path: Path) -> None:
+    simulate_workspace(tmp_path / "world", users=100, items=100, days=2, seed=3)
+    features = spec.Features(user={"user_id": spec.Categorical(kind="categorical")}, item={"item_id": spec.Categorical(kind="categorical")})
+    for share in (0.0, 0.3):
+        build_samples(tmp_path / "world", tmp_path / "samples", features, 8, untrained_users=share)
+        samples = open_samples(tmp_path / "samples")
+        out = is_untrained(samples.users.ids, share)
+        trained = np.isin(np.arange(len(samples.users)), samples.positives.user_row)
+        assert not (out & trained).any()
+        clicks = np.diff(samples.clicks.indptr)
+        assert (clicks[out] > 0).any() == bool(share)
+        known = samples.features.vocabularies["user_id"].values
+        assert not pc.any(pc.is_in(known, samples.users.ids.filter(pa.array(out)))).as_py()

@@ -479,6 +479,7 @@ def test_health_version_and_metrics(server) -> None:
         "watermark_ms": server.version.watermark_ms,
         "channels": ["two_tower", "item_cf", "popular"],
         "refused": None,
+        "gated": [],
         "refused_delta": None,
     }
     assert server.metric(f'twotower_version{{version="{server.version.id}"}}') == 1

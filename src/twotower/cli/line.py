@@ -140,6 +140,7 @@ def make_samples(settings: Settings) -> SamplesReport:
         impressed_weight=settings.samples.impressed_weight,
         hot=settings.samples.hot,
         cold=settings.samples.cold,
+        untrained_users=settings.samples.untrained_users,
         hard_most=settings.samples.negatives.hard_most,
         impressed_as_negatives=settings.samples.negatives.impressed_as_negatives_for_experiments,
         impressions=bool(settings.models.rankers),

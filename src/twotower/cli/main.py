@@ -31,6 +31,8 @@ versions_app = typer.Typer(help="List, check, promote and roll back published ve
 app.add_typer(versions_app, name="versions")
 lab_app = typer.Typer(help="Experiments that test the claims behind the system.", no_args_is_help=True)
 app.add_typer(lab_app, name="lab")
+update_app = typer.Typer(help="Learn from what happened since: through the day, or a whole day.", no_args_is_help=True)
+app.add_typer(update_app, name="update")
 
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Configuration (TOML); absent = the defaults.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")]
@@ -284,6 +286,22 @@ def join(
     from twotower.cli.streaming import join_log
 
     stage(lambda settings: asdict(join_log(settings, follow=follow, flush=flush, share=share)), config, overrides)
+
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+@update_app.command("incremental")
+def update_incremental(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on for ever; a signal ends it.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Learn ID embeddings from the joined samples since the served version, in deltas that servers take up."""
+    from twotower.cli.updating import learn
+
+    stage(lambda settings: asdict(learn(settings, follow=follow, dry_run=dry_run)), config, overrides)
 
 
 @app.command()

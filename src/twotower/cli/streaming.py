@@ -25,7 +25,7 @@ def join_log(settings: Settings, *, follow: bool, flush: bool, share: str) -> Jo
     where, options = places(settings), settings.stream
     types = read_types(where.workspace, settings.features.user, settings.features.context)
     at = options.log
-    with closing(open_reader(at.kind, where.log, at.url, at.name)) as event_log, _until_signals(follow) as stopped:
+    with closing(open_reader(at.kind, where.log, at.url, at.name)) as event_log, until_signals(follow) as stopped:
         return join(
             event_log,
             where.shards,
@@ -66,7 +66,7 @@ def _ms(seconds: float) -> int:
 
 
 @contextmanager
-def _until_signals(follow: bool) -> Iterator[threading.Event]:
+def until_signals(follow: bool) -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set, so that what was begun is ended; without `follow` they stop the command."""
     stopped = threading.Event()
     if not follow:

@@ -278,6 +278,9 @@ class Samples:
     """Last day, of positives and of histories; absent = the last of the log."""
     days: Positive | None = None
     """Positives of so many days up to the last, in place of `first_day`; absent = no such limit."""
+    untrained_users: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of users, by a hash of their ids, whom nothing is trained on, by no update either: the gate of updates
+    judges on them. 0.01 where updates run."""
     hot: Hot = field(default_factory=Hot)
     """Down-sampling of hot items."""
     cold: Cold = field(default_factory=Cold)
@@ -767,11 +770,55 @@ class Stream:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Gate:
+    """What a delta or a full version must keep to go live."""
+
+    k: Positive = 50
+    """Of the recall of the users whom nothing is trained on (`samples.untrained_users`)."""
+    margin: NotNegative = 0.02
+    """How much that recall may fall below what is served."""
+    least: Positive = 100
+    """Positives of these users from which on it is judged."""
+    window: Positive = 1000
+    """Latest positives of these users that are judged."""
+    most_move: PositiveReal = 10.0
+    """Largest change of a row in one delta, in lengths of a typical row."""
+    most_length: PositiveReal = 50.0
+    """Longest row, in lengths of a typical row."""
+    most_alike: PositiveReal = 0.2
+    """How much the mean cosine of two items may rise above that of the version: more is a collapse."""
+    index_recall: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Share of the exact answer that what is served must find, on golden queries."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Update:
-    """What learns through the day."""
+    """What learns through the day, and every night."""
 
     tables: list[Literal["user_id", "item_id"]] = field(default_factory=lambda: ["user_id", "item_id"])
     """ID embeddings that the incremental update trains."""
+    rows: Positive = 4096
+    """Rows of the shards that one delta is made of at most."""
+    batch_size: Positive = 256
+    """Positives in a step at most."""
+    learning_rate: PositiveReal | None = None
+    """Of the rows that move; absent = `train.table_learning_rate`."""
+    negatives: Positive = 1024
+    """Of a step, from the sources of `samples.negatives.easy`; `in_batch` = the stream's latest positives."""
+    recent: Positive = 4096
+    """Latest positives that negatives are drawn from."""
+    admit_after: Positive = 2
+    """Positives after which a new id has an embedding of its own."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the negatives."""
+    follow_s: PositiveReal = 0.25
+    """`update incremental --follow`: pause between two looks at the shards."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """`update full`: what yesterday's optimizer accumulators are multiplied by."""
+    evict_after_days: Positive | None = 30
+    """`update full`: an id without a positive for so many days loses its embedding; absent = none does."""
+    gate: Gate = field(default_factory=Gate)
+    """What a delta must keep."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -23,6 +23,7 @@ _LEAST_BITS: Final = 4096
 """Two hashes that agree on the first place and on the step agree on all places: in smaller filters that is not rare."""
 _AT_ONCE: Final = 1 << 16
 """Ids hashed together."""
+_PARTS: Final = 10_000
 _HEAD: Final = struct.Struct("<qI")
 _PRIME: Final = np.uint64(0x100000001B3)
 
@@ -55,6 +56,15 @@ def _mixed(values: Hashes) -> Hashes:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def is_untrained(user_ids: pa.Array, share: float) -> npt.NDArray[np.bool_]:
+    """Which users (n,) nothing is trained on, so that what is learned can be judged on them: a share, by a hash.
+
+    >>> is_untrained(pa.array(range(1000)), 0.05).sum()
+    51
+    """
+    return hash_ids(user_ids) % np.uint64(_PARTS) < np.uint64(round(share * _PARTS))
 
 
 @dataclass(frozen=True)

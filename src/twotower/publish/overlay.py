@@ -7,6 +7,7 @@ log says of entities, so all replicas have the same bytes.
 N items of the version, A items put since, D vector.
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -127,6 +128,14 @@ class Overlay:
         if ids is not None and base.features.history is None:
             self._item_tokens = ids.rows(base.item_ids)
 
+    def copied(self) -> "Overlay":
+        """The same, to try a delta on."""
+        other = copy.copy(self)
+        other._tables, other._moved, other._put = dict(self._tables), set(self._moved), dict(self._put)
+        other._ids = {name: dict(ids) for name, ids in self._ids.items()}
+        other._forgotten = {name: set(ids) for name, ids in self._forgotten.items()}
+        return other
+
     def learn(self, delta: Delta) -> None:
         """Take in the next delta; `lay` shows it."""
         for name, rows in delta.tables.items():
@@ -190,6 +199,7 @@ class Overlay:
             since=since,
             gone=catalogue.gone,
             rankers=self._rankers,
+            put=catalogue.put,
         )
 
     def _laid(self, channel: VectorChannel, newer: Rows, tokens: Tokens, encode: OnnxTower | None) -> VectorChannel:

@@ -110,6 +110,8 @@ class Version:
     """(N,) deleted or not available: in no answer."""
     delta_seq: int = 0
     """The latest delta that is laid over it."""
+    put: Mapping[EntityId, int] = field(default_factory=dict)
+    """Rows of the items whose features were put since."""
     since: Since = field(default_factory=Since)
     rankers: Mapping[str, OnnxRanker] = field(default_factory=dict)
     """By name, those that the version has."""

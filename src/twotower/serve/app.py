@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import orjson
@@ -161,12 +162,46 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
 
+        self.gated = Gauge(
+            "twotower_deltas_gated", "Of the latest deltas, those that the gate let nothing of through.",
+            registry=self.registry,
+        )  # fmt: skip
+        self.found = Gauge(
+            "twotower_recall_next",
+            "recall@20 of positives before they are trained on, by hour of their time (UTC), with its positives.",
+            ["hour", "figure"],
+            registry=self.registry,
+        )
+        self.unknown = Gauge(
+            "twotower_unknown_id_share",
+            "Of the latest delta's positives, those whose user or item has no embedding of its own.",
+            ["side"],
+            registry=self.registry,
+        )
+        self.drift = Gauge(
+            "twotower_popularity_drift",
+            "How far the latest positives are from the version's clicks: 0 = alike, 1 = nothing in common.",
+            registry=self.registry,
+        )
+
     def learned(self, snapshots: Snapshots, now_ms: int) -> None:
         """Note how far what is served has learned."""
         self.delta_seq.set(snapshots.version.delta_seq)
         self.refused_delta.set(snapshots.refused_delta is not None)
         if snapshots.watermark_ms is not None:
             self.freshness.set((now_ms - snapshots.watermark_ms) / 1000)
+        self.gated.set(len(snapshots.gated))
+        report = snapshots.report
+        self.found.clear()
+        for hour, (found, count) in report["recall"].items():
+            name = datetime.fromtimestamp(3600 * hour, UTC).strftime("%Y-%m-%dT%H")
+            self.found.labels(name, "recall").set(found / count)
+            self.found.labels(name, "positives").set(count)
+        if report.get("positives"):
+            self.unknown.labels("user").set(report["without_user_row"] / report["positives"])
+            self.unknown.labels("item").set(report["without_item_row"] / report["positives"])
+        if "drift" in report:
+            self.drift.set(report["drift"])
 
     def switched(self, version_id: str) -> None:
         """Note the version that went live."""
@@ -366,6 +401,7 @@ def make_app(
                 "watermark_ms": snapshots.watermark_ms,
                 "channels": list(version.channels),
                 "refused": asdict(snapshots.refused) if snapshots.refused else None,
+                "gated": [asdict(one) for one in snapshots.gated],
                 "refused_delta": asdict(snapshots.refused_delta) if snapshots.refused_delta else None,
             }
         )

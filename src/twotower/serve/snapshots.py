@@ -8,11 +8,13 @@ does not repeat its golden answers is refused, visibly, and the old one stays.
 
 import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from twotower.publish.delta import base_digest, delta_digest, delta_folder, read_delta
+from twotower.publish.delta import Delta, base_digest, delta_digest, delta_folder, read_delta
 from twotower.publish.golden import replay
 from twotower.publish.overlay import Entities, Overlay
 from twotower.publish.publish import current, existing_path
@@ -22,6 +24,8 @@ from twotower.schema.errors import TwotowerError, VersionError
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
+HOURS = 48
+"""Hours whose recall is shown."""
 _NOTHING = Entities()
 
 
@@ -47,6 +51,21 @@ class _Serving:
     shown: Entities = _NOTHING
     refused: Refusal | None = None
     """The delta that did not go live, if there is one."""
+    gated: deque[Refusal] = field(default_factory=lambda: deque(maxlen=20))
+    report: Mapping[str, Any] = field(default_factory=dict)
+    recall: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By hour since 1970, how many positives to come were found, of how many; the latest hours."""
+
+    def note(self, delta: Delta) -> None:
+        """Take in what the updater says of a delta."""
+        self.report = delta.report
+        if delta.report.get("refused"):
+            self.gated.append(Refusal(delta.version, "; ".join(delta.report["refused"]), delta.seq))
+        for hour, (found, count) in delta.report.get("recall", {}).items():
+            before = self.recall.get(int(hour), (0, 0))
+            self.recall[int(hour)] = (before[0] + found, before[1] + count)
+        for hour in sorted(self.recall)[:-HOURS]:
+            del self.recall[hour]
 
 
 class Snapshots:
@@ -92,6 +111,16 @@ class Snapshots:
     def refused_delta(self) -> Refusal | None:
         """The delta of the served version that did not go live."""
         return self._serving.refused
+
+    @property
+    def gated(self) -> tuple[Refusal, ...]:
+        """Deltas of the served version in whose place the gate let nothing through, the latest ones."""
+        return tuple(self._serving.gated)
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """What the updater says of the latest delta, and its recall by hour over all."""
+        return {**self._serving.report, "recall": dict(self._serving.recall)}
 
     @property
     def watermark_ms(self) -> int | None:
@@ -191,7 +220,9 @@ class Snapshots:
             if not delta_folder(self._deltas, base, seq).is_dir():
                 break
             try:
-                overlay.learn(read_delta(self._deltas, base, seq, serving.follows))
+                delta = read_delta(self._deltas, base, seq, serving.follows)
+                overlay.learn(delta)
+                serving.note(delta)
                 serving.follows = delta_digest(self._deltas, base, seq)
                 learned = True
             except Exception as error:  # whatever is wrong with the delta, what is served stays

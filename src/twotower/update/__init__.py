@@ -1,0 +1,1 @@
+"""What learns while a version is served: deltas through the day, a full version every night."""

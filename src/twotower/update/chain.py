@@ -1,0 +1,567 @@
+"""The chain of deltas of one version: what was learned so far, the next delta, its gate and its commit.
+
+State is the version and its deltas in their order, and nothing else: a chain that is opened again has the bytes of the
+one that wrote them. What a delta is made of, rows of shards and events of the log, is written down before it is made
+(`next.json`), so that a killed run makes the same delta again.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from twotower.features.bloom import is_untrained
+from twotower.features.columns import Bag, Column, concatenate, take
+from twotower.features.feature_set import encode_table
+from twotower.features.vocabulary import FIRST, UNKNOWN
+from twotower.logs import EventLog
+from twotower.logs.entities import ITEM, TYPES, Entity, EntityId, after, entity_of
+from twotower.models.two_tower import TwoTower
+from twotower.publish.delta import Delta, base_digest, chain_folder, delta_digest, last_seq, read_delta, write_delta
+from twotower.publish.overlay import Entities, Overlay, item_columns
+from twotower.publish.version import Version
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+from twotower.schema.files import read_json, whole_file, write_json
+from twotower.stream.shards import day_of, manifests, partitions, read_rows
+from twotower.update.gate import (
+    Limits,
+    alikeness,
+    by_hour,
+    check_rows,
+    check_served,
+    drift,
+    hits,
+    recall_among,
+    typical_length,
+)
+from twotower.update.learner import Learner, Learning, Touched
+from twotower.update.rows import Positives, clicked, positives_of, tokens_of
+
+log = logging.getLogger(__name__)
+
+PLAN = "next.json"
+QUARANTINE = "quarantine"
+WINDOW = "window"
+JUDGED_SCORES = 4_000_000
+"""Scores that test-then-train recall costs a delta at most: a large catalogue has few positives judged."""
+JUDGED_K = 20
+_EVENTS = 10_000
+
+Longs = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Named = tuple[str, EntityId]
+"""The type of an event, `user` or `item`, and an id."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the next delta is made of."""
+
+    seq: int
+    shards: Mapping[str, Sequence[int]]
+    """By partition, the numbers of the first row and of the one behind the last."""
+    events: Mapping[str, Sequence[int]]
+    """By partition of the log, the offsets between which events of users and items are read."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A delta that was committed."""
+
+    seq: int
+    rows: int
+    """Of the shards."""
+    watermark_ms: int | None
+    refused: list[str] = field(default_factory=list)
+    """Why the gate did not let it through; its rows are in quarantine, and nothing of them was learned."""
+
+
+class Chain:
+    """A version's chain, opened by the one updater that may write it.
+
+    Args:
+        version: the base, as `open_version` gives it.
+        model: gives the model of its checkpoint.
+        deltas: the folder of the chains of all versions.
+        shards: joined samples.
+        event_log: whose events of users and items are followed; None = none are.
+        learning: how it learns.
+        limits: of the gate.
+        most_rows: rows of a delta at most.
+        untrained: share of users whom nothing is trained on.
+        hide_clicked: recall is measured without what a user clicked before.
+    """
+
+    def __init__(
+        self,
+        version: Version,
+        model: Callable[[], TwoTower],
+        deltas: Path,
+        shards: Path,
+        event_log: EventLog | None,
+        learning: Learning,
+        limits: Limits,
+        most_rows: int,
+        untrained: float,
+        hide_clicked: bool,
+    ) -> None:
+        self.version = version
+        self._model = model
+        self._deltas = deltas
+        self._shards = shards
+        self._log = event_log
+        self._learning = learning
+        self._limits = limits
+        self._most_rows = most_rows
+        self._untrained = untrained
+        self._hide_clicked = hide_clicked
+        self._base_columns = encode_table(version.features.item, pa.Table.from_batches([version.catalogue]))
+        self._base_clicks = np.bincount(version.clicks.item_row, minlength=len(version.item_ids)).astype(np.int64)
+        self._base_alike = alikeness(np.asarray(version.item_vectors))
+        self._load()
+
+    def _load(self) -> None:
+        """The state behind the latest delta."""
+        version = self.version
+        self._overlay, self._entities, self._laid = Overlay(version), Entities(), version
+        self._follows = base_digest(version.path)
+        self.seq, self.watermark_ms = 0, version.watermark_ms
+        self._rows_at = self._first_rows()
+        self._events_at: dict[str, int] = {}
+        self._window: list[_Witness] = []
+        self._learner = Learner(
+            self._model(),
+            _writable(self._base_columns),
+            np.array(version.item_vectors),
+            self._base_clicks,
+            self._learning,
+        )
+        self._learner.recent = _latest_clicks(version, self._learning.recent)
+        tables = self._learner.model.tables
+        self._typical = {name: typical_length(tables[name].weights) for name in self._learning.tables if name in tables}
+        for seq in range(1, last_seq(self._deltas, version.id) + 1):
+            self._replay(read_delta(self._deltas, version.id, seq, self._follows))
+            self._follows = delta_digest(self._deltas, version.id, seq)
+        if self.seq:
+            self._laid = self._overlay.lay(self._entities)
+
+    def _replay(self, delta: Delta) -> None:
+        """Take in a delta that was committed."""
+        state, learner = delta.state, self._learner
+        self._take_entities({(kind, one): Entity(**entity) for kind, one, entity in state["entities"]})
+        for name, rows in delta.tables.items():
+            table = learner.model.tables[name]
+            table.weights[rows.rows] = rows.values
+            table.accumulator[rows.rows] = delta.optimizer[f"{name}.accumulator"]
+        for name, ids in delta.new_ids.items():
+            known, at = ids.column("id").to_pylist(), ids.column("row").to_pylist()
+            learner.learned[name].update(zip(known, at, strict=True))
+            learner.next_row[name] = max([learner.next_row[name], *(row + 1 for row in at)])
+        if c.ITEM_ID in delta.new_ids:
+            self._set_tokens(delta.new_ids[c.ITEM_ID])
+        for name, changes in state["pending"].items():
+            for one, count in changes:
+                if count:
+                    learner.pending[name][one] = count
+                else:
+                    learner.pending[name].pop(one, None)
+        self._overlay.learn(delta)
+        rows_at = self._laid.items.find(delta.item_ids)
+        learner.vectors[rows_at] = delta.item_vectors
+        recent = self._laid.items.find(pa.array(state["recent"], self.version.item_ids.type))
+        learner.recent = np.concatenate([learner.recent, recent[recent >= 0]])[-self._learning.recent :]
+        vectors = delta.optimizer.get(WINDOW, np.zeros((0, 0), np.float32))
+        seen = [_Witness(one, vector) for one, vector in zip(state["window"], vectors, strict=True)]
+        self._window = [*self._window, *seen][-self._limits.window :]
+        self._move_on(delta)
+
+    def _move_on(self, delta: Delta) -> None:
+        self._rows_at = {name: int(row) for name, row in delta.offsets["shards"].items()}
+        self._events_at = {name: int(offset) for name, offset in delta.offsets["log"].items()}
+        self.seq, self.watermark_ms = delta.seq, delta.watermark_ms
+
+    def plan(self) -> Plan | None:
+        """What the next delta is to be made of: what was planned before, or what there is, up to a number of rows.
+
+        None where there is nothing new.
+        """
+        path = self._plan_path
+        if path.exists():
+            planned = Plan(**read_json(path))
+            if planned.seq == self.seq + 1:
+                return planned
+        shards: dict[str, list[int]] = {}
+        left = self._most_rows
+        for partition in partitions(self._shards):
+            found = manifests(self._shards, partition)
+            first = self._rows_at.get(str(partition), 0)
+            end = min(found[-1].end_row if found else first, first + left)
+            if end > first:
+                shards[str(partition)] = [first, end]
+                left -= end - first
+        events = self._new_events()
+        if not shards and not any(self._read_entities(events)):
+            return None
+        return Plan(self.seq + 1, shards, events)
+
+    @property
+    def _plan_path(self) -> Path:
+        return chain_folder(self._deltas, self.version.id) / PLAN
+
+    def make(self, plan: Plan) -> Done:
+        """Learn what is planned, judge it, and commit it: as it is, or as refused, with nothing learned.
+
+        Raises:
+            DataError: shards are damaged.
+        """
+        document = {"seq": plan.seq, "shards": plan.shards, "events": plan.events}
+        if not self._plan_path.exists() or read_json(self._plan_path) != document:
+            write_json(self._plan_path, document)
+        entities = self._read_entities(plan.events)
+        parts = [read_rows(self._shards, int(name), first, end - first) for name, (first, end) in plan.shards.items()]
+        rows = pa.concat_tables(parts, promote_options="default") if parts else pa.table({})
+        learned = self._learn(plan, rows, entities, [])
+        if problems := learned.problems:
+            log.error("delta %d of %s is refused: %s", plan.seq, self.version.id, "; ".join(problems))
+            with whole_file(self._plan_path.parent / QUARANTINE / f"{plan.seq:08d}.parquet") as temporary:
+                pq.write_table(rows, temporary)
+            self._load()
+            learned = self._learn(plan, rows.slice(0, 0), entities, problems)
+            if learned.problems:
+                raise DataError(f"the chain of {self.version.id} fails its own gate: {'; '.join(learned.problems)}")
+        self._follows = write_delta(self._deltas, learned.delta, self._follows)
+        self._plan_path.unlink()
+        self._move_on(learned.delta)
+        return Done(plan.seq, rows.num_rows, self.watermark_ms, problems)
+
+    def _learn(self, plan: Plan, rows: pa.Table, entities: Mapping[Named, Entity], refused: list[str]) -> "_Learned":
+        """The next delta and what is wrong with it; learner and overlay are behind it then."""
+        learner, touched = self._learner, Touched()
+        pending = {name: dict(counts) for name, counts in learner.pending.items()}
+        self._take_entities(entities)
+        forgotten = self._forget(entities, touched)
+        sorted_out = self._sort_out(rows)
+        positives = sorted_out.positives
+        judged = self._judge(positives)
+        seen = (
+            [
+                _Witness(one, vector)
+                for one, vector in zip(
+                    sorted_out.untrained.item_ids.to_pylist(), learner.user_vectors(sorted_out.untrained), strict=True
+                )
+            ]
+            if len(sorted_out.untrained)
+            else []
+        )
+        window = [*self._window, *seen][-self._limits.window :]
+        recall = self._recall(window)
+        for step, start in enumerate(range(0, len(positives), self._learning.batch_size)):
+            part = positives.take(np.arange(start, min(start + self._learning.batch_size, len(positives))))
+            learner.step(part, (plan.seq, step), touched)
+        after_training = self._recall(window)
+        tables = {name: learner.rows_of(name, touched) for name in sorted(touched.rows)}
+        moved = np.array(sorted(touched.items), np.int64)
+        report = {
+            **sorted_out.counts,
+            "admitted": {name: len(ids) for name, ids in touched.admitted.items()},
+            "no_room": touched.no_room,
+            "waiting": {name: len(ids) for name, ids in learner.pending.items() if ids},
+            "loss": round(touched.loss / max(1, len(positives)), 6),
+            "recall": judged,
+            "recall_untrained": {"before": recall, "after": after_training},
+            "drift": round(drift(learner.recent, learner.clicks), 6),
+            **({"refused": refused} if refused else {}),
+        }
+        delta = Delta(
+            self.version.id,
+            plan.seq,
+            max([*([] if self.watermark_ms is None else [self.watermark_ms]), *sorted_out.times], default=None),
+            tables,
+            {
+                name: _ids([*forgotten.get(name, []), *touched.admitted.get(name, [])], self._id_type(name))
+                for name in sorted({*forgotten, *touched.admitted})
+            },
+            self._laid.item_ids.take(pa.array(moved)),
+            learner.vectors[moved],
+            {
+                "shards": self._rows_at | {name: int(end) for name, (_, end) in plan.shards.items()},
+                "log": self._events_at | {name: int(end) for name, (_, end) in plan.events.items()},
+            },
+            report,
+            {
+                **{
+                    f"{name}.accumulator": learner.model.tables[name].accumulator[one.rows]
+                    for name, one in tables.items()
+                },
+                **({WINDOW: np.stack([one.vector for one in seen])} if seen else {}),
+            },
+            {
+                "entities": [[kind, one, asdict(entity)] for (kind, one), entity in entities.items()],
+                "pending": _changes(pending, learner.pending),
+                "recent": positives.item_ids.to_pylist(),
+                "window": [one.item_id for one in seen],
+            },
+        )
+        problems = self._problems(delta, touched, recall, after_training)
+        if not problems:
+            trial = self._overlay.copied()
+            trial.learn(delta)
+            laid = trial.lay(self._entities)
+            if not (problems := check_served(laid, learner.vectors, self._limits)):
+                self._overlay, self._laid, self._window = trial, laid, window
+        return _Learned(delta, problems)
+
+    def _problems(self, delta: Delta, touched: Touched, before: float | None, after: float | None) -> list[str]:
+        """What the gate has against a delta, before it is asked what would be served."""
+        problems: list[str] = []
+        for name, rows in delta.tables.items():
+            problems += check_rows(name, rows, touched.before_of(name, rows), self._typical[name], self._limits)
+        if not np.isfinite(delta.item_vectors).all():
+            problems.append("vectors of items are not finite")
+        if problems:
+            return problems
+        alike = alikeness(self._learner.vectors) - self._base_alike
+        if alike > self._limits.most_alike:
+            problems.append(f"items are more alike than in the version, by {alike:.3f} in the mean cosine")
+        if before is not None and after is not None and after < before - self._limits.margin:
+            problems.append(f"recall@{self._limits.k} of the untrained users falls from {before:.4f} to {after:.4f}")
+        return problems
+
+    def _recall(self, window: Sequence["_Witness"]) -> float | None:
+        """Of the untrained users, None where there are too few."""
+        rows = self._laid.items.find(pa.array([one.item_id for one in window], self.version.item_ids.type))
+        there = np.flatnonzero(rows >= 0)
+        if len(there) < self._limits.least:
+            return None
+        users = np.stack([window[at].vector for at in there.tolist()])
+        return round(recall_among(users, rows[there], self._learner.vectors, self._limits.k), 6)
+
+    def _judge(self, positives: Positives) -> dict[str, list[int]]:
+        """Test, then train: which of the positives to come would have been found, by hour."""
+        if not len(positives):
+            return {}
+        most = max(1, JUDGED_SCORES // len(self._learner.vectors))
+        index = np.unique(np.linspace(0, len(positives) - 1, min(most, len(positives))).astype(np.int64))
+        part = positives.take(index)
+        nothing = Bag(np.zeros(len(part) + 1, np.int64), np.zeros(0, np.int32))
+        hidden = part.clicked if self._hide_clicked else nothing
+        users = self._learner.user_vectors(part)
+        return by_hour(part.ts_ms, hits(users, part.item_row, self._learner.vectors, hidden, JUDGED_K))
+
+    def _sort_out(self, rows: pa.Table) -> "_Sorted":
+        """What of the rows is trained on, what the gate is to judge by, and what is left out."""
+        found = clicked(rows)
+        counts = {"rows": rows.num_rows, "positives": 0, "untrained": 0, "known_before": 0}
+        empty = self._encoded(_no_rows(self.version))
+        if not found.num_rows:
+            return _Sorted(empty, empty, counts, [])
+        times = _times(found)
+        late = np.zeros(len(times), np.bool_)
+        if self.version.watermark_ms is not None:
+            late = times <= self.version.watermark_ms
+        items = self._laid.items.find(found.column(c.ITEM_ID).combine_chunks())
+        there = (items >= 0) & ~self._laid.gone[np.maximum(items, 0)]
+        users = found.column(c.USER_ID).combine_chunks()
+        out = is_untrained(users, self._untrained)
+        gone = {one for one, entity in self._entities.users.items() if entity.deleted}
+        deleted = np.array([one in gone for one in users.to_pylist()]) if gone else np.zeros(len(times), np.bool_)
+        kept = ~late & there & ~deleted
+        positives = self._encoded(found.filter(pa.array(kept & ~out)))
+        untrained = self._encoded(found.filter(pa.array(kept & out)))
+        counts |= {
+            "positives": len(positives),
+            "untrained": len(untrained),
+            "known_before": int(late.sum()),
+            "unknown_items": int((~late & ~there).sum()),
+            "deleted_users": int((~late & deleted).sum()),
+            "without_user_row": _unknown(positives.user.get(c.USER_ID)),
+            "without_item_row": _unknown(self._learner.item_tokens[positives.item_row]),
+        }
+        return _Sorted(positives, untrained, counts, times[~late].tolist())
+
+    def _encoded(self, rows: pa.Table) -> Positives:
+        encoded = positives_of(self._laid, rows, self._learner.item_tokens)
+        if any(feature.name == c.USER_ID for feature in self.version.features.user):
+            learned = self._learner.learned[c.USER_ID]
+            encoded.user[c.USER_ID] = tokens_of(self.version.features, c.USER_ID, encoded.user_ids, learned)
+        return encoded
+
+    def _forget(self, entities: Mapping[Named, Entity], touched: Touched) -> dict[str, list[tuple[EntityId, int]]]:
+        """Free the rows of deleted users and items: they are zero, and the ids unknown."""
+        learner, forgotten = self._learner, dict[str, list[tuple[EntityId, int]]]()
+        for (kind, one), entity in entities.items():
+            table = c.ITEM_ID if kind == ITEM else c.USER_ID
+            if not entity.fresh or table not in learner.model.tables or not _fits(one, self._id_type(table)):
+                continue
+            ids = pa.array([one], self._id_type(table))
+            token = int(tokens_of(self.version.features, table, ids, learner.learned[table])[0])
+            learner.pending[table].pop(one, None)
+            if token < FIRST:
+                continue
+            learner.forget(table, one, token, touched)
+            forgotten.setdefault(table, []).append((one, UNKNOWN))
+            if table == c.ITEM_ID:
+                self._set_tokens(_ids([(one, UNKNOWN)], self._id_type(table)))
+        return forgotten
+
+    def _id_type(self, table: str) -> pa.DataType:
+        return (self.version.item_ids if table == c.ITEM_ID else self.version.users.ids).type
+
+    def _take_entities(self, put: Mapping[Named, Entity]) -> None:
+        """Take in users and items that were put or deleted."""
+        if not put:
+            return
+        items = {one: entity for (kind, one), entity in put.items() if kind == ITEM}
+        users = {one: entity for (kind, one), entity in put.items() if kind != ITEM}
+        self._entities = Entities(
+            {**self._entities.items, **items} if items else self._entities.items, {**self._entities.users, **users}
+        )
+        learner, before = self._learner, self._laid
+        self._laid = self._overlay.lay(self._entities)
+        if not items:
+            return
+        laid, base = self._laid, self.version.base_items
+        recent = laid.items.find(before.item_ids.take(pa.array(learner.recent)))
+        vectors = np.concatenate(
+            [learner.vectors[:base], np.zeros((len(laid.item_ids) - base, learner.vectors.shape[1]), np.float32)]
+        )
+        index = np.arange(len(laid.item_ids))
+        parts: dict[str, list[Column]] = {name: [column] for name, column in self._base_columns.items()}
+        for place, (one, row) in enumerate(sorted(laid.put.items(), key=lambda entry: entry[1])):
+            columns = item_columns(self.version, one, self._entities.items[one], UNKNOWN)
+            for name, column in columns.items():
+                parts[name].append(column)
+            index[row] = base + place
+            vectors[row] = laid.item_vectors[np.array([row])][0]
+        columns = {name: take(concatenate(part), index) for name, part in parts.items()}
+        clicks = np.concatenate([self._base_clicks, np.zeros(len(index) - base, np.int64)])
+        if c.ITEM_ID in columns:
+            columns[c.ITEM_ID] = tokens_of(self.version.features, c.ITEM_ID, laid.item_ids, learner.learned[c.ITEM_ID])
+        learner.set_items(columns, vectors, clicks)
+        learner.recent = recent[recent >= 0]
+
+    def _set_tokens(self, ids: pa.Table) -> None:
+        """Note the rows of items in their table."""
+        rows = self._laid.items.find(ids.column("id").combine_chunks())
+        tokens = self._learner.item_tokens
+        tokens[rows[rows >= 0]] = ids.column("row").to_numpy()[rows >= 0]
+
+    def _first_rows(self) -> dict[str, int]:
+        """Where the shards may have rows that the version does not know of, by partition."""
+        watermark, first = self.version.watermark_ms, dict[str, int]()
+        for partition in partitions(self._shards) if watermark is not None else []:
+            at = 0
+            for shard in manifests(self._shards, partition):
+                if shard.days and max(shard.days) >= day_of(watermark or 0):
+                    break
+                at = shard.end_row
+            first[str(partition)] = at
+        return first
+
+    def _new_events(self) -> dict[str, list[int]]:
+        """Offsets of the log from which, and up to which, it is to be read."""
+        if self._log is None:
+            return {}
+        return {
+            str(partition): [self._events_at.get(str(partition), 0), end]
+            for partition, end in enumerate(self._log.ends())
+        }
+
+    def _read_entities(self, events: Mapping[str, Sequence[int]]) -> dict[Named, Entity]:
+        """What the log says of users and items between offsets, on top of what is known."""
+        found: dict[Named, Entity] = {}
+        for name, (begin, end) in events.items():
+            offset = begin
+            while self._log is not None and offset < end:
+                records = [one for one in self._log.read(int(name), offset, _EVENTS) if one.offset < end]
+                for event in (record.event for record in records):
+                    if event.type not in TYPES or (one := entity_of(event)) is None:
+                        continue
+                    known = self._entities.items if event.type == ITEM else self._entities.users
+                    found[event.type, one] = after(found.get((event.type, one), known.get(one)), event)
+                if not records:
+                    break
+                offset = records[-1].next_offset
+        return found
+
+
+@dataclass(frozen=True)
+class _Witness:
+    """A positive of a user whom nothing is trained on."""
+
+    item_id: EntityId
+    vector: Floats
+    """(D,) of the user, when it was seen."""
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    positives: Positives
+    untrained: Positives
+    counts: dict[str, int]
+    times: list[int]
+
+
+@dataclass(frozen=True)
+class _Learned:
+    delta: Delta
+    problems: list[str]
+
+
+def _writable(columns: Mapping[str, Column]) -> dict[str, Column]:
+    """Columns whose ids may be changed: an item that is admitted has another row."""
+    ids = columns.get(c.ITEM_ID)
+    return {**columns, **({c.ITEM_ID: ids.copy()} if isinstance(ids, np.ndarray) else {})}
+
+
+def _latest_clicks(version: Version, count: int) -> Longs:
+    """Catalogue rows of the latest clicks of a version, oldest first."""
+    order = np.argsort(version.clicks.ts_ms, kind="stable")[-count:]
+    rows: Longs = version.clicks.item_row[order].astype(np.int64)
+    return rows
+
+
+def _ids(pairs: Sequence[tuple[EntityId, int]], kind: pa.DataType) -> pa.Table:
+    return pa.table(
+        {"id": pa.array([one for one, _ in pairs], kind), "row": pa.array([row for _, row in pairs], pa.int32())}
+    )
+
+
+def _fits(one: EntityId, kind: pa.DataType) -> bool:
+    return type(one) is (int if kind == pa.int64() else str)
+
+
+def _changes(
+    before: Mapping[str, Mapping[EntityId, int]], now: Mapping[str, Mapping[EntityId, int]]
+) -> dict[str, list[list[Any]]]:
+    """Counts of ids that are other than before; 0 = not counted any more."""
+    return {
+        name: [
+            [one, counts.get(one, 0)] for one in {**before[name], **counts} if counts.get(one) != before[name].get(one)
+        ]
+        for name, counts in now.items()
+    }
+
+
+def _unknown(tokens: Any) -> int:
+    return int((tokens == UNKNOWN).sum()) if isinstance(tokens, np.ndarray) else 0
+
+
+def _no_rows(version: Version) -> pa.Table:
+    kinds = {c.USER_ID: version.users.ids.type, c.ITEM_ID: version.item_ids.type, c.OUTCOME: pa.string()}
+    times = dict.fromkeys((c.REQUEST_TS_MS, c.CLICK_TS_MS), pa.int64())
+    return pa.schema([*kinds.items(), *times.items()]).empty_table()
+
+
+def _times(rows: pa.Table) -> Longs:
+    at = pc.coalesce(rows.column(c.CLICK_TS_MS), rows.column(c.REQUEST_TS_MS))
+    times: Longs = at.combine_chunks().to_numpy(zero_copy_only=False)
+    return times

@@ -1,0 +1,317 @@
+"""The incremental step: from clicked rows to new rows of the ID tables; everything else is frozen, bit for bit.
+
+Of a step only the rows of its positive pairs move: the user's and the item's own. Histories, other features, negatives
+and both networks take no gradient, and the rows for missing and unknown ids never move.
+
+B positives of a step, C distinct items of it, K negatives, N items of the catalogue, D vector.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from twotower.features.columns import Bag, Column, concatenate, pointers, take
+from twotower.features.vocabulary import FIRST, UNKNOWN
+from twotower.logs.entities import EntityId
+from twotower.models.losses import Mask, shared_loss
+from twotower.models.two_tower import StepAssembler, TwoTower, table_of
+from twotower.publish.delta import Rows
+from twotower.schema import columns as c
+from twotower.train.loop import Loss
+from twotower.train.negatives import Draws, EasyNegatives, Shares
+from twotower.update.rows import Positives
+
+Longs = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the incremental update learns."""
+
+    tables: Sequence[str] = (c.USER_ID, c.ITEM_ID)
+    """ID tables whose rows move."""
+    loss: Loss = field(default_factory=Loss)
+    shares: Shares = field(default_factory=Shares)
+    """Of the sources of negatives; `in_batch` = the stream's own latest positives."""
+    alpha: float = 0.75
+    negatives: int = 1024
+    batch_size: int = 256
+    """Positives of a step at most."""
+    scale: int = 4096
+    """Positives of a step of the training whose optimizer state is carried on: each counts here as much as there."""
+    rate: float = 0.05
+    recent: int = 4096
+    """Latest positives that stand for the others of a batch."""
+    admit_after: int = 2
+    """Positives after which a new id has a row of its own."""
+    seed: int = 0
+
+
+@dataclass
+class Touched:
+    """Which rows moved, and what happened on the way."""
+
+    rows: dict[str, set[int]] = field(default_factory=dict)
+    """By table."""
+    items: set[int] = field(default_factory=set)
+    """Catalogue rows whose vectors changed."""
+    admitted: dict[str, list[tuple[EntityId, int]]] = field(default_factory=dict)
+    """By table, ids with their new rows."""
+    no_room: int = 0
+    """Ids that would have been admitted, had the table a free row."""
+    loss: float = 0.0
+    """Sum over positives."""
+    before: dict[str, dict[int, Floats]] = field(default_factory=dict)
+    """By table, the rows that moved as they were; new ones are not among them."""
+
+    def note(self, table: str, rows: Longs, weights: Floats) -> None:
+        """Note that some rows are about to move."""
+        known, before = self.rows.setdefault(table, set()), self.before.setdefault(table, {})
+        for row in rows.tolist():
+            if row not in known:
+                known.add(row)
+                before[row] = weights[row].copy()
+
+    def before_of(self, table: str, moved: Rows) -> Rows:
+        """Those of the moved rows that were there before, as they were."""
+        before = self.before.get(table, {})
+        if not before:
+            return Rows.none(moved.values.shape[1])
+        rows = np.array(sorted(before), np.int64)
+        return Rows(rows, np.stack([before[row] for row in rows.tolist()]))
+
+
+class Learner:
+    """The tables of a version and what they become.
+
+    Args:
+        model: of the version's checkpoint; its tables are changed in place.
+        item_columns: encoded features of the catalogue (N), ids included.
+        item_vectors: (N, D) as served; changed in place.
+        item_clicks: (N,) of the version, for negatives drawn by clicks.
+        learning: how it learns.
+    """
+
+    def __init__(
+        self,
+        model: TwoTower,
+        item_columns: dict[str, Column],
+        item_vectors: Floats,
+        item_clicks: Longs,
+        learning: Learning,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.learning = learning
+        self.vectors = item_vectors
+        self.learned: dict[str, dict[EntityId, int]] = {c.USER_ID: {}, c.ITEM_ID: {}}
+        """By table, rows of ids that the version does not have so."""
+        self.pending: dict[str, dict[EntityId, int]] = {c.USER_ID: {}, c.ITEM_ID: {}}
+        """By table, positives of ids that have no row yet."""
+        vocabularies = model.features.vocabularies
+        self.next_row = {name: FIRST + len(one.values) for name, one in vocabularies.items()}
+        self.recent = np.zeros(0, np.int64)
+        """(W,) catalogue rows of the latest positives, oldest first."""
+        self._columns = item_columns
+        self._assembler = StepAssembler(model.features, model.tables)
+        self._form = learning.loss.form()
+        self.clicks = item_clicks
+        self._prepare()
+
+    def _prepare(self) -> None:
+        learning = self.learning
+        self._easy = EasyNegatives(learning.shares, learning.alpha, learning.negatives, True, self.clicks)
+        self._place = np.full(len(self.vectors), -1, np.int64)
+        self._readers = _readers_of(self.model, self._columns)
+        self._tokens = np.zeros(len(self.vectors), np.int32)
+        if c.ITEM_ID in self._columns:
+            self._tokens = _as_rows(self._columns[c.ITEM_ID])
+
+    def set_items(self, item_columns: dict[str, Column], item_vectors: Floats, item_clicks: Longs) -> None:
+        """Another catalogue: items were put or deleted."""
+        self._columns, self.vectors, self.clicks = item_columns, item_vectors, item_clicks
+        self._prepare()
+
+    @property
+    def item_tokens(self) -> npt.NDArray[np.int32]:
+        """(N,) row of each item in the table of item ids."""
+        return self._tokens
+
+    def admit(self, table: str, ids: Sequence[EntityId], tokens: npt.NDArray[np.int32], touched: Touched) -> None:
+        """Count ids (B,) without a row, and give one to those that have come often enough; changes `tokens`."""
+        if table not in self.learning.tables or table not in self.model.tables:
+            return
+        embedding, pending, learned = self.model.tables[table], self.pending[table], self.learned[table]
+        for place in np.flatnonzero(tokens == UNKNOWN).tolist():
+            one = ids[place]
+            if learned.get(one, UNKNOWN) != UNKNOWN:
+                tokens[place] = learned[one]
+                continue
+            pending[one] = pending.get(one, 0) + 1
+            if pending[one] < self.learning.admit_after:
+                continue
+            row = self.next_row[table]
+            if row >= len(embedding.weights):
+                touched.no_room += 1
+                continue
+            del pending[one]
+            self.next_row[table] += 1
+            embedding.weights[row] = embedding.weights[UNKNOWN]
+            embedding.accumulator[row] = 0
+            learned[one] = tokens[place] = row
+            touched.rows.setdefault(table, set()).add(row)
+            touched.admitted.setdefault(table, []).append((one, row))
+
+    def forget(self, table: str, one: EntityId, row: int, touched: Touched) -> None:
+        """Clear the row of an id, which has none of its own from now on."""
+        embedding = self.model.tables[table]
+        touched.rows.setdefault(table, set()).add(row)
+        embedding.weights[row] = 0
+        embedding.accumulator[row] = 0
+        self.learned[table][one] = UNKNOWN
+
+    def step(self, rows: Positives, number: Sequence[int], touched: Touched) -> None:
+        """One step.
+
+        Args:
+            rows: B positives.
+            number: of the step: with the seed, all that is drawn depends on it.
+            touched: noted into.
+        """
+        learning = self.learning
+        user_tokens = np.zeros(0, np.int32)
+        if c.USER_ID in rows.user:
+            user_tokens = _as_rows(rows.user[c.USER_ID])
+            self.admit(c.USER_ID, rows.user_ids.to_pylist(), user_tokens, touched)
+        if c.ITEM_ID in self._columns:
+            item_tokens = self._tokens[rows.item_row]
+            self.admit(c.ITEM_ID, rows.item_ids.to_pylist(), item_tokens, touched)
+            self._tokens[rows.item_row] = item_tokens
+        distinct, place = np.unique(rows.item_row, return_inverse=True)
+        inputs = self._assembler.assemble(
+            rows.user, {name: take(column, distinct) for name, column in self._columns.items()}
+        )
+        moving = {(side, name) for side, name in (("user", c.USER_ID), ("item", c.ITEM_ID)) if name in learning.tables}
+        user = {name: x if ("user", name) in moving else x.detach() for name, x in inputs.user.items()}
+        item = {name: x if ("item", name) in moving else x.detach() for name, x in inputs.item.items()}
+        users, items = self.model.user_tower(user), self.model.item_tower(item)
+        generator = np.random.default_rng([learning.seed, *number])
+        negatives, log_weight = self._negatives(len(rows), generator)
+        mask = self._mask(negatives, rows.item_row, rows.clicked)
+        total = shared_loss(
+            self._form,
+            users,
+            torch.cat([torch.from_numpy(self.vectors[negatives]), items]),
+            torch.from_numpy(len(negatives) + place),
+            torch.from_numpy(log_weight),
+            mask,
+            torch.from_numpy(rows.weight / np.float32(learning.scale)),
+            self.model.calibration,
+        )
+        if total.requires_grad:
+            total.backward()  # type: ignore[no-untyped-call]
+        pairs = {c.USER_ID: np.unique(user_tokens), c.ITEM_ID: np.unique(self._tokens[distinct])}
+        for name in learning.tables:
+            moved, its = inputs.touched.get(name), pairs[name]
+            if moved is None or moved.values.grad is None:
+                continue
+            kept = np.flatnonzero(np.isin(moved.rows, its[its >= FIRST]))
+            gradient = moved.values.grad.numpy()[kept]
+            kept = kept[gradient.any(axis=1)]
+            touched.note(name, moved.rows[kept], self.model.tables[name].weights)
+            self.model.tables[name].update(moved.rows[kept], moved.values.grad.numpy()[kept], learning.rate)
+            if name == c.ITEM_ID:
+                self.refresh(self._readers_rows(distinct, moved.rows[kept]), touched)
+        touched.loss += float(total.detach()) * learning.scale
+        self.recent = np.concatenate([self.recent, rows.item_row])[-learning.recent :]
+
+    def refresh(self, rows: Longs, touched: Touched) -> None:
+        """Compute the vectors of some items anew."""
+        if not len(rows):
+            return
+        columns = {name: take(column, rows) for name, column in self._columns.items()}
+        self.vectors[rows] = self.model.encode_items(columns)
+        touched.items.update(rows.tolist())
+
+    def user_vectors(self, rows: Positives) -> Floats:
+        """Vectors (B, D) of the users of some positives."""
+        return self.model.encode_users(rows.user)
+
+    def accumulators(self, table: str, rows: Rows) -> Floats:
+        """Optimizer state (n,) of some rows."""
+        return self.model.tables[table].accumulator[rows.rows]
+
+    def rows_of(self, table: str, touched: Touched) -> Rows:
+        """The rows of a table that moved."""
+        rows = np.array(sorted(touched.rows.get(table, ())), np.int64)
+        return Rows(rows, self.model.tables[table].weights[rows])
+
+    def _readers_rows(self, own: Longs, rows: Longs) -> Longs:
+        """The items whose vectors read some rows of the table of item ids: the own one, or one of a feature's."""
+        if self._readers is None:
+            return own[np.isin(self.item_tokens[own], rows)]
+        order, starts = self._readers
+        parts = [order[starts[row] : starts[row + 1]] for row in rows.tolist()]
+        return np.unique(np.concatenate([own[np.isin(self.item_tokens[own], rows)], *parts]))
+
+    def _negatives(self, batch: int, generator: np.random.Generator) -> tuple[Longs, Floats]:
+        """Catalogue rows of distinct negatives (K,), and the log of how much each counts."""
+        learning, size = self.learning, len(self.recent)
+        wanted = round(learning.shares.in_batch * learning.negatives) if size else 0
+        drawn = self._easy.draw_shared(max(batch, learning.negatives), generator)
+        if wanted:
+            drawn = np.concatenate([self.recent[generator.integers(size, size=wanted)], drawn])
+        if not len(drawn):
+            wanted, drawn = 0, generator.integers(len(self.vectors), size=learning.negatives)
+        negatives, copies = np.unique(drawn, return_counts=True)
+        given = self._easy.draws(max(batch, learning.negatives))
+        draws = Draws(float(wanted), given.uniform, given.clicks)
+        if not draws.total:
+            draws = Draws(0.0, float(learning.negatives), 0.0)
+        with np.errstate(divide="ignore"):
+            frequency = np.log(np.bincount(self.recent, minlength=len(self.vectors))[negatives]) - np.log(max(size, 1))
+        expected = self._easy.log_expected(negatives, frequency, draws)
+        log_weight = np.log(copies) - expected
+        if not learning.loss.corrected:
+            log_weight = log_weight + self._easy.log_target(negatives)
+        return negatives, log_weight.astype(np.float32)
+
+    def _mask(self, negatives: Longs, item_row: Longs, clicked: Bag) -> Mask:
+        """What is no negative of a row: its own item, and what its user clicked."""
+        self._place[negatives] = np.arange(len(negatives))
+        both = concatenate([clicked, Bag(np.arange(len(item_row) + 1), item_row.astype(np.int32))])
+        assert isinstance(both, Bag)
+        owner = np.repeat(np.arange(2 * len(item_row)), np.diff(both.indptr)) % max(len(item_row), 1)
+        place = self._place[both.rows]
+        pairs = np.unique(owner[place >= 0] * len(negatives) + place[place >= 0])
+        self._place[negatives] = -1
+        owner = pairs // len(negatives)
+        return Mask(pointers(np.bincount(owner, minlength=len(item_row))), pairs % len(negatives))
+
+
+def _as_rows(column: Column) -> npt.NDArray[np.int32]:
+    """A column of ids, as rows of their table."""
+    assert isinstance(column, np.ndarray)
+    assert column.dtype == np.int32
+    return column  # type: ignore[return-value]
+
+
+def _readers_of(model: TwoTower, columns: Mapping[str, Column]) -> tuple[Longs, Longs] | None:
+    """Items by the rows of the table of item ids that further features of theirs read; None = there are none."""
+    pairs = [
+        np.stack([np.repeat(np.arange(len(column)), np.diff(column.indptr)), column.rows.astype(np.int64)])
+        if isinstance(column, Bag)
+        else np.stack([np.arange(len(column)), np.asarray(column, np.int64)])
+        for feature in model.features.item
+        if feature.name != c.ITEM_ID and table_of(feature) == c.ITEM_ID
+        for column in [columns[feature.name]]
+    ]
+    if not pairs:
+        return None
+    item, row = np.concatenate(pairs, axis=1)
+    order = np.argsort(row, kind="stable")
+    size = len(model.tables[c.ITEM_ID].weights)
+    return item[order], pointers(np.bincount(row, minlength=size))

@@ -1,0 +1,176 @@
+"""Joined rows of the shards as training positives of a version: raw ids and values in, encoded columns out.
+
+B rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.features.columns import Bag, Column, concatenate, pointers, ranges, take
+from twotower.features.feature_set import HISTORY, FeatureSet
+from twotower.features.fitted import Fitted
+from twotower.logs.entities import EntityId
+from twotower.publish.version import Version
+from twotower.schema import columns as c
+from twotower.serve.request import columns_since
+
+Longs = npt.NDArray[np.int64]
+
+CONTEXT = "context."
+FEATURES = "features."
+"""Before the names of a shard's columns of raw values."""
+
+
+@dataclass(frozen=True)
+class Positives:
+    """Clicked rows of the shards, in their order."""
+
+    user_ids: pa.Array
+    item_ids: pa.Array
+    item_row: Longs
+    """(B,) catalogue rows."""
+    ts_ms: Longs
+    weight: npt.NDArray[np.float32]
+    user: dict[str, Column]
+    """What enters the user tower: stored features, those that came with the request over them, context, history; the
+    user's own id as the version knows it."""
+    clicked: Bag
+    """(B) catalogue rows of what the user clicked: in the version, and before the request."""
+
+    def __len__(self) -> int:
+        return len(self.item_row)
+
+    def take(self, index: Longs) -> "Positives":
+        """Some rows, in that order."""
+        clicked = take(self.clicked, index)
+        assert isinstance(clicked, Bag)
+        return Positives(
+            self.user_ids.take(pa.array(index)),
+            self.item_ids.take(pa.array(index)),
+            self.item_row[index],
+            self.ts_ms[index],
+            self.weight[index],
+            {name: take(column, index) for name, column in self.user.items()},
+            clicked,
+        )
+
+
+def clicked(rows: pa.Table) -> pa.Table:
+    """The positives among joined rows."""
+    return rows.filter(pc.equal(rows.column(c.OUTCOME), c.CLICKED)) if rows.num_rows else rows
+
+
+def positives_of(version: Version, rows: pa.Table, item_tokens: npt.NDArray[np.int32]) -> Positives:
+    """Clicked rows, encoded for a version with what was put since.
+
+    Args:
+        version: with what was learned and put.
+        rows: clicked rows of shards, of items that the version has.
+        item_tokens: (N,) row of each item in the table of item ids.
+    """
+    user_ids = rows.column(c.USER_ID).combine_chunks()
+    item_ids = rows.column(c.ITEM_ID).combine_chunks()
+    user_row = version.users.positions.find(user_ids)
+    since = [version.since.users.get(one) for one in user_ids.to_pylist()]
+    user_row[[entity is not None and (entity.deleted or entity.fresh) for entity in since]] = -1
+    stored = version.queries(user_row)
+    columns = dict(stored.features)
+    for place, entity in enumerate(since):
+        if entity is not None:
+            own = columns_since(version, user_ids[place].as_py())
+            columns |= {name: _with_row(columns[name], place, one) for name, one in own.items() if name != c.USER_ID}
+    for feature in version.features.user_columns:
+        if feature.name != c.USER_ID:
+            columns[feature.name] = _came_with(feature, rows, FEATURES, columns[feature.name])
+    for feature in version.features.context:
+        columns[feature.name] = _came_with(feature, rows, CONTEXT, feature.absent(rows.num_rows))
+    history = _histories(version, rows, stored.clicks)
+    if (reads := version.features.history) is not None:
+        last = _last(history, reads.last)
+        columns[reads.name] = Bag(last.indptr, item_tokens[last.rows])
+    return Positives(
+        user_ids,
+        item_ids,
+        version.items.find(item_ids),
+        _times(rows),
+        _weights(rows),
+        columns,
+        _both(stored.clicks, history),
+    )
+
+
+def tokens_of(features: FeatureSet, name: str, ids: pa.Array, learned: Mapping[EntityId, int]) -> npt.NDArray[np.int32]:
+    """Row of each id (n,) in its table, as the version knows it or as was learned since."""
+    vocabulary = features.vocabularies.get(name)
+    if vocabulary is None:
+        return np.zeros(len(ids), np.int32)
+    rows = vocabulary.rows(ids)
+    if learned:
+        for place, one in enumerate(ids.to_pylist()):
+            rows[place] = learned.get(one, rows[place])
+    return rows
+
+
+def _came_with(feature: Fitted, rows: pa.Table, prefix: str, otherwise: Column) -> Column:
+    """A column of values that came with the requests, and of others where none did."""
+    name = f"{prefix}{feature.name}"
+    if name not in rows.column_names or rows.column(name).null_count == rows.num_rows:
+        return otherwise
+    column = rows.column(name).combine_chunks()
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    both = concatenate([otherwise, feature.encode(column)])
+    return take(both, np.arange(len(there)) + len(there) * there)
+
+
+def _with_row(column: Column, place: int, one: Column) -> Column:
+    index = np.arange(len(column))
+    index[place] = len(column)
+    return take(concatenate([column, one]), index)
+
+
+def _histories(version: Version, rows: pa.Table, stored: Bag) -> Bag:
+    """Catalogue rows of the clicks before each request; those of the version where the request did not say."""
+    if HISTORY not in rows.column_names or rows.column(HISTORY).null_count == rows.num_rows:
+        return stored
+    lists = rows.column(HISTORY).combine_chunks()
+    said = lists.is_valid().to_numpy(zero_copy_only=False)
+    lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    found = version.items.find(lists.flatten())
+    owner = np.repeat(np.arange(len(lengths)), lengths)[found >= 0]
+    own = Bag(pointers(np.bincount(owner, minlength=len(lengths))), found[found >= 0].astype(np.int32))
+    both = concatenate([stored, own])
+    chosen = take(both, np.arange(len(said)) + len(said) * said)
+    assert isinstance(chosen, Bag)
+    return chosen
+
+
+def _both(one: Bag, other: Bag) -> Bag:
+    """The rows of two bags together, without repeats."""
+    count, size = len(one), 1 + int(max(one.rows.max(initial=0), other.rows.max(initial=0)))
+    owner = np.concatenate([np.repeat(np.arange(count), np.diff(bag.indptr)) for bag in (one, other)])
+    pairs = np.unique(owner * size + np.concatenate([one.rows, other.rows]))
+    return Bag(pointers(np.bincount(pairs // size, minlength=count)), (pairs % size).astype(np.int32))
+
+
+def _last(history: Bag, last: int) -> Bag:
+    ends = history.indptr[1:]
+    counts = np.minimum(np.diff(history.indptr), last)
+    return Bag(pointers(counts), history.rows[ranges(ends - counts, counts)])
+
+
+def _times(rows: pa.Table) -> Longs:
+    at = pc.coalesce(rows.column(c.CLICK_TS_MS), rows.column(c.REQUEST_TS_MS))
+    times: Longs = at.combine_chunks().to_numpy(zero_copy_only=False)
+    return times
+
+
+def _weights(rows: pa.Table) -> npt.NDArray[np.float32]:
+    if c.WEIGHT not in rows.column_names:
+        return np.ones(rows.num_rows, np.float32)
+    weights: npt.NDArray[np.float32] = rows.column(c.WEIGHT).fill_null(1.0).to_numpy().astype(np.float32)
+    return weights
