@@ -23,7 +23,7 @@ def asked(version: Version, user: int) -> Any:
 
 def test_a_ranker_over_everything_orders_the_whole_catalogue_but_what_was_clicked(version: Version) -> None:
     users = np.flatnonzero(np.diff(version.clicks.indptr))[:3]
-    found = Stages(version, ["rank"], EVERYTHING, 10).lists(users)
+    found = Stages(version, ["rank"], EVERYTHING, 10, 0.0).lists(users)
     for user, listed in zip(users.tolist(), found, strict=True):
         queries = asked(version, user)
         scores = version.rankers["rank"].score(queries.features, queries.clicks, np.arange(len(version.item_ids)))
@@ -33,7 +33,7 @@ def test_a_ranker_over_everything_orders_the_whole_catalogue_but_what_was_clicke
 
 def test_without_rankers_it_is_the_two_towers_list(version: Version) -> None:
     users = np.flatnonzero(np.diff(version.clicks.indptr))[:3]
-    found = Stages(version, [], 100, 100).lists(users)
+    found = Stages(version, [], 100, 100, 0.0).lists(users)
     for user, listed in zip(users.tolist(), found, strict=True):
         assert listed.tolist() == version.two_tower.retrieve(asked(version, user), 50).rows[0].tolist()
 
@@ -43,11 +43,11 @@ def test_behind_a_pre_ranker_only_what_it_keeps_is_ranked(version: Version) -> N
     queries = asked(version, user)
     retrieved = version.two_tower.retrieve(queries, 100).rows[0]
     kept = retrieved[np.argsort(-version.rankers["pre_rank"].score(queries.features, queries.clicks, retrieved))[:20]]
-    found = Stages(version, ["pre_rank", "rank"], 100, 20).lists(np.array([user]))[0]
+    found = Stages(version, ["pre_rank", "rank"], 100, 20, 0.0).lists(np.array([user]))[0]
     assert set(found[:20]) == set(kept)
     assert set(found) <= set(retrieved)
 
 
 def test_a_ranker_over_many_items_costs_more_than_behind_two_towers(version: Version) -> None:
-    alone = Stages(version, ["rank"], EVERYTHING, 10).cost_ms(20_000)
-    assert alone > 3 * Stages(version, ["rank"], 200, 200).cost_ms(20_000) > 0
+    alone = Stages(version, ["rank"], EVERYTHING, 10, 0.0).cost_ms(20_000)
+    assert alone > 3 * Stages(version, ["rank"], 200, 200, 0.0).cost_ms(20_000) > 0

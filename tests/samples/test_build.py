@@ -537,7 +537,9 @@ def test_a_folder_without_samples_is_refused(tmp_path: Path, world: World, build
 
 def test_users_whom_nothing_is_trained_on_have_histories_and_no_positives(tmp_path: Path) -> None:
     simulate_workspace(tmp_path / "world", users=100, items=100, days=2, seed=3)
-    features = spec.Features(user={"user_id": spec.Categorical(kind="categorical")}, item={"item_id": spec.Categorical(kind="categorical")})
+    features = spec.Features(
+        user={"user_id": spec.Categorical(kind="categorical")}, item={"item_id": spec.Categorical(kind="categorical")}
+    )
     for share in (0.0, 0.3):
         build_samples(tmp_path / "world", tmp_path / "samples", features, 8, untrained_users=share)
         samples = open_samples(tmp_path / "samples")

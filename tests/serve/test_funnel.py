@@ -16,10 +16,10 @@ from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.serve.filters import Filter
 from twotower.serve.funnel import STAGES, Served, Sizes, explain, page_of, recommend
-from twotower.serve.request import Asked
+from twotower.serve.request import Asked, queries_of, retrieve
 from twotower.serve.users import Recent
 
-SIZES = Sizes(retrieve=120, pre_rank=60, rank=30, explore_share=0.0, logged=7)
+SIZES = Sizes(retrieve=120, pre_rank=60, rank=30, explore_share=0.0, logged=7, cosine=0.0)
 EVERYTHING = replace(SIZES, logged=1000)
 
 
@@ -93,6 +93,22 @@ def test_the_ranker_sees_what_the_pre_ranker_kept_alone(bare: Version) -> None:
     pre_rank, rank = ByRow(), ByRow()
     served(replace(bare, rankers={"pre_rank": pre_rank, "rank": rank}))
     assert (pre_rank.seen, rank.seen) == ([120], [60])
+
+
+def test_the_towers_cosine_counts_in_the_order_and_not_in_the_score(version: Version) -> None:
+    both = {"pre_rank": ByRow(0.0), "rank": ByRow(0.0)}  # rankers that think all alike
+    alike = replace(version, rankers=both)
+    one = served(alike, replace(EVERYTHING, cosine=2.0), channels=["two_tower"])
+    nearest = retrieve(alike, asked(version, 60, channels=["two_tower"]), Recent(), 1_800_000_000_000, 0)
+    assert [item.item_id for item in one.page.items] == [item.item_id for item in nearest.items[:10]]
+    assert {item.score for item in one.page.items} == {0.5}
+    kept = {item for item, outcome in outcomes(one.record).items() if outcome != c.PRE_RANK_REJECTED}
+    assert kept == {item.item_id for item in nearest.items}
+    far = version.two_tower.cosines(queries_of(version, asked(version), Recent(), 0), np.arange(len(version.item_ids)))
+    found = dict(zip(version.item_ids.to_pylist(), far.tolist(), strict=True))
+    assert [found[item.item_id] for item in nearest.items] == pytest.approx(
+        [item.score for item in nearest.items], abs=1e-5
+    )
 
 
 def test_without_rankers_the_fused_order_is_kept_and_nothing_is_rejected(bare: Version) -> None:

@@ -34,7 +34,7 @@ def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
         impressed_window_ms=window_ms,
         impressed_shape=Shape.of(window_ms, kept.periods, kept.items, kept.error_rate),
         channel_timeout_ms=options.channel_timeout_ms,
-        sizes=Sizes(funnel.retrieve, funnel.pre_rank, funnel.rank, funnel.explore_share, funnel.logged),
+        sizes=Sizes(funnel.retrieve, funnel.pre_rank, funnel.rank, funnel.explore_share, funnel.logged, funnel.cosine),
         page=funnel.page,
         extend=add_page,
         ready=ready,

@@ -716,6 +716,9 @@ class Funnel:
     """Of requests, whose last place goes to a candidate that has no place, drawn evenly."""
     logged: Positive = 20
     """Items of each outcome but `impressed` that a request's record has."""
+    cosine: NotNegative = 4.0
+    """Rankers order by their log-odds plus so many times the two towers' cosine: they know little of what was never
+    shown. 0 = by their log-odds alone."""
 
     def __post_init__(self) -> None:
         """Refuse stages that widen.

@@ -339,6 +339,7 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
             ),
             "two towers, ranker": Arm(('models.rankers=["rank"]', "funnel.retrieve=200", "funnel.pre_rank=200")),
             "two towers, pre-ranker, ranker": Arm(("funnel.retrieve=400", "funnel.pre_rank=100")),
+            "the same, with the cosine": Arm(("funnel.retrieve=400", "funnel.pre_rank=100", "funnel.cosine=4")),
         },
         (
             Claim("A ranker over everything finds more than two towers", "ranker over everything", ("two towers",)),
@@ -364,6 +365,13 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
                 "page_clicks",
             ),
             Claim(
+                "Where rankers count the towers' cosine too, pages are better than by the two towers alone",
+                "the same, with the cosine",
+                ("two towers",),
+                "ndcg@20",
+                "page_clicks",
+            ),
+            Claim(
                 "Over a million items, two towers and ranker cost less than the pre-ranker alone",
                 "two towers, ranker",
                 ("pre-ranker over everything",),
@@ -372,7 +380,7 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
                 lower=True,
             ),
         ),
-        base=('models.rankers=["pre_rank", "rank"]',),
+        base=('models.rankers=["pre_rank", "rank"]', "funnel.cosine=0"),
         kind="fusion",
         plotted=(("true_recall@50", "recall@50"), ("page_clicks", "ndcg@20")),
         facts={

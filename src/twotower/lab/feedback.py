@@ -123,7 +123,7 @@ def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, 
     world = world_of(workspace, first + days)
     assert world is not None
     funnel = settings.funnel
-    sizes = Sizes(funnel.retrieve, funnel.pre_rank, funnel.rank, funnel.explore_share, funnel.logged)
+    sizes = Sizes(funnel.retrieve, funnel.pre_rank, funnel.rank, funnel.explore_share, funnel.logged, funnel.cosine)
     window_ms = round(1000 * settings.serve.impressed_window_s)
     schema = open_workspace(workspace).events().schema
     site: Site | None = None

@@ -36,6 +36,8 @@ class Stages:
     """Candidates of the two towers; at least N = all items, so that the rankers decide alone."""
     pre_rank: int
     """Of them so many go on to the ranker where there is a pre-ranker."""
+    cosine: float
+    """What the two towers' cosine counts in the order of the rankers."""
 
     @property
     def _served(self) -> Version:
@@ -51,7 +53,7 @@ class Stages:
             wanted = max(K, min(self.retrieve, len(version.item_ids)))
             rows = version.two_tower.retrieve(queries, wanted).rows[0]
             rows = rows[rows != PADDING]
-            ranked = rank(version, queries, rows, self._kept(len(rows)))
+            ranked = rank(version, queries, rows, self._kept(len(rows)), self.cosine)
             best = ranked.rows[ranked.order[:K]]
             found[place, : len(best)] = best
         return found
@@ -78,6 +80,6 @@ class Stages:
                 rows = copies[many.retrieve(queries, self.retrieve).rows[0]]
             kept = self._kept(len(rows))
             for begin in range(0, len(rows), AT_ONCE):
-                rank(version, queries, rows[begin : begin + AT_ONCE], kept)
+                rank(version, queries, rows[begin : begin + AT_ONCE], kept, self.cosine)
             taken.append(1000 * (time.process_time() - started))
         return round(float(np.median(taken)), 3)

@@ -241,7 +241,8 @@ def _fusions(
     system.publish(configured)
     samples, version = open_samples(workspace / "samples"), system.served(configured)
     for arm, of_arm in settings.items():
-        funnel = Stages(version, of_arm.models.rankers, of_arm.funnel.retrieve, of_arm.funnel.pre_rank)
+        sizes = of_arm.funnel
+        funnel = Stages(version, of_arm.models.rankers, sizes.retrieve, sizes.pre_rank, sizes.cosine)
         started = time.process_time()
         values = score(samples, workspace, funnel.lists, world, FUSED_USERS)
         each_ms = 1000 * (time.process_time() - started) / len(values[f"recall@{K}"])

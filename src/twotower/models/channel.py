@@ -14,6 +14,7 @@ from twotower.features.feature_set import FeatureSet
 from twotower.index.protocol import PADDING, Exclusions, VectorIndex
 from twotower.models.retriever import Candidates, Queries, top_of_groups
 from twotower.models.two_tower import Floats, Table
+from twotower.schema.errors import ConfigError
 
 UserEncoder = Callable[[Mapping[str, Column]], Floats]
 """Encoded columns of B users, history included, to unit vectors (B, D), or (B, K, D) of their interests."""
@@ -55,6 +56,18 @@ class VectorChannel:
         if (history := self._features.history) is not None:
             columns[history.name] = latest(queries.clicks, self._item_tokens, history.last)
         return self._encode_users(columns)
+
+    def cosines(self, queries: Queries, rows: npt.NDArray[np.int64]) -> Floats:
+        """How near some items (n,) are to one user (n,); of several interests the nearest counts.
+
+        Raises:
+            ConfigError: the channel was made without item vectors.
+        """
+        if self._item_vectors is None:
+            raise ConfigError(f"the channel {self.name} has no item vectors: it cannot score items one by one")
+        interests = self.user_vectors(queries).reshape(-1, self._item_vectors.shape[1])
+        nearest: Floats = (np.asarray(self._item_vectors[rows]) @ interests.T).max(axis=1)
+        return nearest
 
     def over(self, name: str, index: VectorIndex) -> Self:
         """A channel with this one's users over another index."""

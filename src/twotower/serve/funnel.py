@@ -44,6 +44,8 @@ STAGES: Final = (c.PRE_RANK_REJECTED, c.RANK_REJECTED, c.RANKED_NOT_SHOWN, c.IMP
 """Where a candidate ends in a request; a click comes later."""
 PRE_RANKED_OUT, RANKED_OUT, NOT_SHOWN, SHOWN = range(4)
 
+_LEAST = 1e-7
+"""A probability is at least so far from 0 and 1 where its log-odds are taken."""
 MOST_RANKS = 10_000
 """How deep an explanation looks for an item in a channel's list."""
 
@@ -62,6 +64,8 @@ class Sizes:
     """Of requests, whose last place goes to a candidate drawn evenly from those that have no place."""
     logged: int = 20
     """Items of each other outcome that a request's record has beside those shown."""
+    cosine: float = 4.0
+    """What the two towers' cosine counts in the order of the rankers; see `rank`."""
 
     def candidates(self, version: Version) -> int:
         """How many candidates are retrieved: without a pre-ranker no more than go on."""
@@ -95,6 +99,16 @@ class Page:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """The candidates of a request by one ranker."""
+
+    probability: Reals
+    """(n,) of a click at the first position; NaN where the ranker did not see the candidate."""
+    key: Reals
+    """(n,) what it orders by, NaN likewise."""
+
+
+@dataclass(frozen=True)
 class Ranked:
     """The candidates of a request after both rankers."""
 
@@ -104,15 +118,16 @@ class Ranked:
     """(n,) places in `rows`, best first: what the pre-ranker kept in the ranker's order, then the others in its own."""
     kept: int
     """How many the pre-ranker kept."""
-    pre_rank: Reals | None
-    """(n,) the pre-ranker's probabilities; None without one."""
-    rank: Reals | None
-    """(n,) the ranker's, NaN where it saw none; None without one."""
+    pre_rank: Judged | None
+    """None without a pre-ranker."""
+    rank: Judged | None
+    """None without a ranker."""
 
     @property
     def scores(self) -> Reals | None:
-        """(n,) of the last ranker that there is."""
-        return self.pre_rank if self.rank is None else self.rank
+        """(n,) probabilities of the last ranker that there is."""
+        last = self.rank or self.pre_rank
+        return None if last is None else last.probability
 
 
 @dataclass(frozen=True)
@@ -154,7 +169,7 @@ def recommend(
     """
     queries = queries_of(version, asked, recent, now_ms - impressed_window_ms)
     found = find(version, asked.channels, queries, max(sizes.candidates(version), asked.k), ask)
-    ranked = rank(version, queries, found.rows, max(sizes.pre_rank, asked.k))
+    ranked = rank(version, queries, found.rows, max(sizes.pre_rank, asked.k), sizes.cosine)
     rng = np.random.default_rng(int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest()))
     page = ranked.order[: asked.k]
     explored, propensity = None, 0.0
@@ -239,31 +254,51 @@ def page_of(record: Event) -> Page:
         raise DataError(f"the log's record of request {record.request_id} is no page: {error!r}") from None
 
 
-def rank(version: Version, queries: Queries, rows: Ints, kept: int) -> Ranked:
-    """Candidates of one user (n,) through the pre-ranker, and its `kept` best through the ranker; ties by place."""
-    pre_rank = _scores(version, PRE_RANK, queries, rows)
-    order = np.arange(len(rows)) if pre_rank is None else np.argsort(-pre_rank, kind="stable")
+def rank(version: Version, queries: Queries, rows: Ints, kept: int, cosine: float) -> Ranked:
+    """Candidates of one user (n,) through the pre-ranker, and its `kept` best through the ranker; ties by place.
+
+    A ranker has learned from what was shown, which is alike, and is a stranger to the rest; the two towers have learned
+    to tell an item from all others. So candidates are ordered by the ranker's log-odds plus `cosine` times the towers'
+    cosine, while their score stays the ranker's own, calibrated probability.
+
+    Args:
+        version: the snapshot.
+        queries: one user.
+        rows: catalogue rows of the candidates.
+        kept: how many go on to the ranker.
+        cosine: at least 0; 0 = the rankers alone.
+    """
+    judges = [name for name in (PRE_RANK, RANK) if name in version.rankers]
+    near = np.zeros(len(rows), np.float32)
+    if judges and cosine:
+        near = np.float32(cosine) * version.two_tower.cosines(queries, rows)
+    everyone = np.arange(len(rows))
+    pre_rank = _judged(version, PRE_RANK, queries, rows, near, everyone) if PRE_RANK in judges else None
+    order = everyone if pre_rank is None else np.argsort(-pre_rank.key, kind="stable")
     kept = min(kept, len(rows))
-    if RANK not in version.rankers:
+    if RANK not in judges:
         return Ranked(rows, order, kept, pre_rank, None)
-    scores = np.full(len(rows), np.nan, np.float32)
-    scores[order[:kept]] = _scores(version, RANK, queries, rows[order[:kept]])
-    order[:kept] = order[:kept][np.argsort(-scores[order[:kept]], kind="stable")]
-    return Ranked(rows, order, kept, pre_rank, scores)
+    judged = _judged(version, RANK, queries, rows, near, order[:kept])
+    order = np.concatenate([order[:kept][np.argsort(-judged.key[order[:kept]], kind="stable")], order[kept:]])
+    return Ranked(rows, order, kept, pre_rank, judged)
 
 
-def _scores(version: Version, name: str, queries: Queries, rows: Ints) -> Reals | None:
-    ranker = version.rankers.get(name)
-    return None if ranker is None else ranker.score(queries.features, queries.clicks, rows)
+def _judged(version: Version, name: str, queries: Queries, rows: Ints, near: Reals, places: Ints) -> Judged:
+    """What a ranker says of the candidates at some places."""
+    probability, key = (np.full(len(rows), np.nan, np.float32) for _ in range(2))
+    probability[places] = found = version.rankers[name].score(queries.features, queries.clicks, rows[places])
+    inner = np.clip(found.astype(np.float64), _LEAST, 1 - _LEAST)
+    key[places] = np.log(inner) - np.log1p(-inner) + near[places]
+    return Judged(probability, key)
 
 
 def _with_score(version: Version, queries: Queries, ranked: Ranked, place: int) -> Ranked:
-    """The same with the ranker's score of one more candidate."""
-    if ranked.rank is None or np.isfinite(ranked.rank[place]):
+    """The same with the ranker's score of one more candidate; the order stays."""
+    if ranked.rank is None or np.isfinite(ranked.rank.probability[place]):
         return ranked
-    scores = ranked.rank.copy()
-    scores[[place]] = _scores(version, RANK, queries, ranked.rows[[place]])
-    return replace(ranked, rank=scores)
+    probability = ranked.rank.probability.copy()
+    probability[[place]] = version.rankers[RANK].score(queries.features, queries.clicks, ranked.rows[[place]])
+    return replace(ranked, rank=Judged(probability, ranked.rank.key))
 
 
 def _body(
@@ -386,7 +421,7 @@ def explain(
     deep = ask_in_turn(
         {name: version.channels[name] for name in names}, queries, min(MOST_RANKS, len(version.item_ids))
     )
-    ranked = rank(version, queries, found.rows, max(sizes.pre_rank, asked.k))
+    ranked = rank(version, queries, found.rows, max(sizes.pre_rank, asked.k), sizes.cosine)
     at = np.flatnonzero(found.rows == row)
     told = replace(
         told,
@@ -417,11 +452,11 @@ def _place(rows: Ints, scores: Reals, row: int) -> Place:
     return Place(int(at[0]) + 1, float(scores[at[0]])) if len(at) else Place()
 
 
-def _place_by(scores: Reals, at: Ints) -> Place:
-    """The place of a candidate by scores (n,), NaN where there is none."""
-    if not len(at) or np.isnan(scores[at[0]]):
+def _place_by(judged: Judged, at: Ints) -> Place:
+    """The place of a candidate by a ranker."""
+    if not len(at) or np.isnan(judged.key[at[0]]):
         return Place()
-    return Place(int((scores > scores[at[0]]).sum()) + 1, float(scores[at[0]]))
+    return Place(int((judged.key > judged.key[at[0]]).sum()) + 1, float(judged.probability[at[0]]))
 
 
 @dataclass(frozen=True)
