@@ -66,7 +66,7 @@ log = logging.getLogger(__name__)
 LATEST = "latest.json"
 METRICS = "metrics.json"
 CHANNELS = "channels"
-KEPT_USERS = 500
+KEPT_USERS = 200
 """Users of the hold-out whose candidates both rankers are asked about, at most."""
 FUSION = "fusion.json"
 """In a workspace: how `twotower fuse` chose to fuse."""
