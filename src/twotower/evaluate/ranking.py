@@ -114,7 +114,7 @@ def evaluate_ranker(samples: Samples, shown: Shown, model: Ranker, resamples: in
         seed: of the resampling.
 
     Returns:
-        `impressions`, `clicked` (share), `users` (with both kinds), `auc`, `position_auc` (of pairs at the same position:
+        `impressions`, `clicked` (share), `users` (with both kinds), `auc`, `position_auc` (of pairs at the same place:
         what the log's own order put first is clicked more for its place, too), `user_auc` (mean over users, of equal
         weight, with its interval), `log_loss`, `log_loss_constant` (of the click rate of training), `ece`, `ece_raw`
         (before Platt scaling), `deciles` (share, mean probability, click rate).
