@@ -130,6 +130,8 @@ bench: $(DEV) peers
 	$(BIN)/python benchmarks/variants.py --data '$(REAL_DATA)' --out benchmarks/results/variants.json
 	$(BIN)/python benchmarks/mind.py --data '$(REAL_DATA)' --out benchmarks/results/mind.json
 	$(BIN)/python benchmarks/fusion.py --data '$(REAL_DATA)' --out benchmarks/results/fusion.json
+	$(BIN)/python benchmarks/early_fusion.py --out benchmarks/results/early_fusion.json
+	$(BIN)/python benchmarks/ranking.py --data '$(REAL_DATA)' --out benchmarks/results/ranking.json
 	$(BIN)/python benchmarks/neighbours.py --data '$(REAL_DATA)' --out benchmarks/results/neighbours.json
 	$(BIN)/python benchmarks/world.py --data '$(REAL_DATA)' --out benchmarks/results/world.json
 

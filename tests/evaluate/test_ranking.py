@@ -126,6 +126,14 @@ def test_both_rankers_are_judged_in_one_report(world: Settings, samples: Samples
     assert kept["share"]["value"] > kept["share_fused"]["value"]
 
 
+def test_without_held_out_impressions_rankers_are_not_judged(
+    own_world: Settings, samples: Samples, caplog: pytest.LogCaptureFixture
+) -> None:
+    (places(own_world).workspace / "holdout_impressions.parquet").unlink()
+    assert evaluate_rankers(own_world, samples) == {}
+    assert "rankers are not judged" in caplog.text
+
+
 def test_held_out_impressions_that_are_absent_or_of_other_items_are_refused(samples: Samples, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="rankers are judged by what was shown after their training"):
         read_shown(tmp_path / "holdout_impressions.parquet", samples)

@@ -116,7 +116,7 @@ def test_an_item_that_is_put_is_ranked_by_its_features(side: Side) -> None:
 
 
 def test_the_funnel_orders_a_page_by_the_published_rankers(side: Side) -> None:
-    sizes = Sizes(retrieve=150, pre_rank=60, rank=30, explore_share=0.0)
+    sizes = Sizes(retrieve=150, pre_rank=60, rank=30, explore_share=0.0, cosine=0.0)
     who = Asked(10, "none", side.version.users.ids[5].as_py())
     page = recommend(side.version, who, Recent(), 1_800_000_000_000, 0, sizes, "r").page
     assert page.counts == {

@@ -81,3 +81,12 @@ def test_a_log_that_does_not_say_what_was_not_clicked_has_no_rankers(timed: bool
     with pytest.raises(ConfigError, match=r"models\.rankers learn from what was shown and not clicked"):
         build(workspace, FEATURES, impressions=True)
     assert not Path(workspace, "samples").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_log_that_says_no_positions_has_none(there: bool, world: Any, build: Any) -> None:
+    log = [{key: None if key == c.POSITION else value for key, value in one.items()} for one in LOG]
+    if not there:
+        log = [{key: value for key, value in one.items() if key != c.POSITION} for one in log]
+    samples = build(world(USERS, ITEMS, {"date=2023-11-14/0.parquet": log}), FEATURES, impressions=True)
+    assert samples.impressions.position.tolist() == [0] * 5

@@ -66,7 +66,7 @@ log = logging.getLogger(__name__)
 LATEST = "latest.json"
 METRICS = "metrics.json"
 CHANNELS = "channels"
-KEPT_USERS = 500
+KEPT_USERS = 200
 """Users of the hold-out whose candidates both rankers are asked about, at most."""
 FUSION = "fusion.json"
 """In a workspace: how `twotower fuse` chose to fuse."""
@@ -334,9 +334,16 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
 
 
 def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
-    """Each ranker on held-out impressions; with both, how much of the ranker's best the pre-ranker keeps."""
+    """Each ranker on held-out impressions; with both, how much of the ranker's best the pre-ranker keeps.
+
+    Without held-out impressions there is nothing to judge them by, and the result is empty.
+    """
     funnel, resamples, seed = settings.funnel, settings.evaluate.bootstrap, settings.train.seed
-    shown = read_shown(places(settings).workspace / HOLDOUT_IMPRESSIONS, samples)
+    path = places(settings).workspace / HOLDOUT_IMPRESSIONS
+    if not path.exists():
+        log.warning("rankers are not judged: %s does not exist; a hold-out of a log with impressions has it", path)
+        return {}
+    shown = read_shown(path, samples)
     rankers: dict[str, Ranker] = {
         name: load_ranker(latest_checkpoint(settings, name)) for name in settings.models.rankers
     }

@@ -120,6 +120,18 @@ def auc(scores: npt.NDArray[np.floating], clicked: Floats) -> float:
     return float(((ranks * clicked).sum() - clicks * (clicks + 1) / 2) / (clicks * others))
 
 
+def auc_within(scores: npt.NDArray[np.floating], clicked: Floats, groups: npt.NDArray[np.integer]) -> float:
+    """The same over pairs of the same group alone.
+
+    >>> auc_within(np.array([0.1, 0.4, 0.9, 0.8]), np.array([0.0, 1.0, 0.0, 1.0]), np.array([1, 1, 2, 2]))
+    0.5
+    """
+    parts = [(scores[inside], clicked[inside]) for one in np.unique(groups) if (inside := groups == one).any()]
+    pairs = np.array([own.sum() * (len(own) - own.sum()) for _, own in parts])
+    each = [auc(values, own) if count else 0.0 for (values, own), count in zip(parts, pairs, strict=True)]
+    return float((pairs * each).sum() / pairs.sum()) if pairs.sum() else float("nan")
+
+
 def log_loss(p: Floats, clicked: Floats) -> float:
     """Mean of -log of the probability of what happened."""
     return float(-np.mean(np.log(np.where(clicked > 0, p, 1 - p))))

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from twotower.evaluate.calibration import auc, calibration_error, log_loss, reliability, sigmoid
+from twotower.evaluate.calibration import auc, auc_within, calibration_error, log_loss, reliability, sigmoid
 from twotower.evaluate.holdout import figure
 from twotower.evaluate.metrics import PerUser, summarise
 from twotower.features.columns import Bag, Column, pointers, ranges, take
@@ -114,7 +114,8 @@ def evaluate_ranker(samples: Samples, shown: Shown, model: Ranker, resamples: in
         seed: of the resampling.
 
     Returns:
-        `impressions`, `clicked` (share), `users` (with both kinds), `auc`, `user_auc` (mean over users, of equal
+        `impressions`, `clicked` (share), `users` (with both kinds), `auc`, `position_auc` (of pairs at the same place:
+        what the log's own order put first is clicked more for its place, too), `user_auc` (mean over users, of equal
         weight, with its interval), `log_loss`, `log_loss_constant` (of the click rate of training), `ece`, `ece_raw`
         (before Platt scaling), `deciles` (share, mean probability, click rate).
     """
@@ -128,6 +129,7 @@ def evaluate_ranker(samples: Samples, shown: Shown, model: Ranker, resamples: in
         "impressions": len(shown),
         "clicked": round(float(shown.clicked.mean()), 5),
         "auc": round(auc(logits, shown.clicked), 5),
+        "position_auc": round(auc_within(logits, shown.clicked, shown.position), 5),
         **user_auc(logits, shown, resamples, seed),
         "log_loss": round(log_loss(p, shown.clicked), 5),
         "log_loss_constant": round(log_loss(np.full(len(p), rate), shown.clicked), 5),

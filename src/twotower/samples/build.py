@@ -500,10 +500,13 @@ def _check_impressions(counts: _Counts, timed: bool) -> None:
 def _shown(known: Any, clicks: Any, context: tuple[str, ...], first_day: str) -> Any:
     """What was shown from a day on, clicked or not, with the number of the user's clicks before."""
     chosen = known.filter(known[c.OUTCOME].isin([c.IMPRESSED, c.CLICKED]) & (known[c.DATE] >= first_day))
-    position = chosen[c.POSITION].fill_null(NO_POSITION) if c.POSITION in chosen.columns else ibis.literal(NO_POSITION)
+    known_place = chosen[c.POSITION].cast("int32") if c.POSITION in chosen.columns else ibis.null("int32")
     shown = chosen.select(
         *(c.EVENT_SEQ, USER_ROW, ITEM_ROW, c.REQUEST_TS_MS, c.CLICK_TS_MS),
-        **{LABEL: (chosen[c.OUTCOME] == c.CLICKED).cast("int8"), c.POSITION: position.cast("int32")},
+        **{
+            LABEL: (chosen[c.OUTCOME] == c.CLICKED).cast("int8"),
+            c.POSITION: known_place.fill_null(NO_POSITION).cast("int32"),
+        },
         **{f"{CONTEXT}{name}": chosen[name] for name in context},
     )
     unlabelled = {LABEL: ibis.literal(1, "int8"), c.POSITION: ibis.literal(NO_POSITION, "int32")}
