@@ -1,6 +1,7 @@
 """What the log in Redis does beyond the conformance suite; the server is Debian's, on loopback."""
 
 import logging
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,16 @@ def test_a_server_that_cannot_be_reached_is_named_without_its_password(name: str
 def test_an_external_log_needs_an_address(kind: str, example: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf'stream\.log\.kind = "{kind}" needs an address.*{example}'):
         open_log(kind, tmp_path, None, "log", 4, "always", 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "client"), [("redis", "redis"), ("kafka", "confluent_kafka")])
+def test_a_client_that_is_not_installed_is_named(
+    kind: str, client: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, f"twotower.logs.{kind}", raising=False)
+    monkeypatch.setitem(sys.modules, client, None)
+    with pytest.raises(ConfigError, match=rf'a client that is not installed .*pip install "twotower\[{kind}\]"'):
+        open_log(kind, tmp_path, "somewhere", "log", 4, "always", 1.0)  # type: ignore[arg-type]
 
 
 def test_an_address_of_another_kind_is_refused(tmp_path: Path) -> None:

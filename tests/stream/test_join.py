@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import random
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.logs import Event, LocalEventLog, open_log
+from twotower.logs.entities import user_deleted
 from twotower.schema.errors import DataError
 from twotower.stream import join as join_module
 from twotower.stream.join import JoinReport, Taken, Windows, join
@@ -159,6 +160,33 @@ def test_merged_shards_have_the_same_bytes_wherever_the_small_ones_ended(run, ma
     common = set(a) & set(b)
     assert len(common) >= len(b) - 3
     assert all(a[name] == b[name] for name in common)
+
+
+def test_a_deleted_user_is_gone_from_the_days_and_may_come_back(run, make_log, make_events, tmp_path: Path) -> None:
+    events = make_events(200)
+    run(make_log(events))
+    before = read_days(tmp_path / "out" / "events")
+    last_ms = max(event.ts_ms for event in events)
+    deletion = user_deleted("gone", last_ms + 1, 3)
+    assert run(make_log([*events, deletion])).days == ["2023-11-14", "2023-11-15"]
+    after = read_days(tmp_path / "out" / "events")
+    assert [row for row in after if row["user_id"] == 3] == []
+    assert _plain(after) == _plain(row for row in before if row["user_id"] != 3)
+    back = Event("back", "click", 3, last_ms + 5000, None, {"item_id": "item 1"})
+    assert run(make_log([*events, deletion, back])).days == ["2023-11-15"]
+    assert [row["item_id"] for row in read_days(tmp_path / "out" / "events") if row["user_id"] == 3] == ["item 1"]
+    assert run(make_log([*events, deletion, back])).days == []
+    run(make_log([*events, deletion, back]), "at once")
+    assert _plain(read_days(tmp_path / "at once" / "events")) == _plain(read_days(tmp_path / "out" / "events"))
+
+
+def read_days(events: Path) -> list[dict[str, object]]:
+    return pa.concat_tables([pq.ParquetFile(path).read() for path in sorted(events.rglob("*.parquet"))]).to_pylist()
+
+
+def _plain(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
+    """Rows without their numbers."""
+    return [{name: value for name, value in row.items() if name != "event_seq"} for row in rows]
 
 
 class Killed(Exception):

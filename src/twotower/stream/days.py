@@ -21,8 +21,8 @@ from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import whole_file
 from twotower.schema.tables import joined_events
-from twotower.stream.rows import CONTEXT, Types
-from twotower.stream.shards import Manifest, read_shard
+from twotower.stream.rows import CONTEXT, Types, UserId
+from twotower.stream.shards import Deleted, Manifest, read_shard
 
 ROWS: Final = b"twotower.rows"
 """Key of a file's metadata: all rows of its day with a number below are in it."""
@@ -38,7 +38,7 @@ def joined_path(events: Path, day: str, partition: int) -> Path:
 
 
 def stale_days(events: Path, shards: Sequence[Manifest]) -> list[str]:
-    """The days that have rows in some shard which are not in the day's file yet, in their order.
+    """The days that have rows in some shard which their file lacks, or rows of users deleted since, in their order.
 
     Args:
         events: the folder of all days.
@@ -47,14 +47,20 @@ def stale_days(events: Path, shards: Sequence[Manifest]) -> list[str]:
     last_row: dict[str, int] = {}
     for shard in shards:
         last_row.update((day, found.last_row) for day, found in shard.days.items())
-    return sorted(day for day, last in last_row.items() if _written(joined_path(events, day, shard.partition)) <= last)
+    found = []
+    for day, last in sorted(last_row.items()):
+        path = joined_path(events, day, shards[0].partition)
+        end_row = _written(path)
+        if end_row <= last or _has_any(path, {one.user_id for one in _deleted(shards) if one.row >= end_row}):
+            found.append(day)
+    return found
 
 
 def write_day(events: Path, folder: Path, day: str, shards: Sequence[Manifest], types: Types, partitions: int) -> int:
     """Write a day's file of one partition, whole or not at all; gives its rows.
 
     Of the rows of one request, user and item the one that came furthest is kept, the latest of equals: so a click that
-    came after its window takes the place of the impression.
+    came after its window takes the place of the impression. What users did before they were deleted is left out.
 
     Args:
         events: the folder of all days.
@@ -73,7 +79,7 @@ def write_day(events: Path, folder: Path, day: str, shards: Sequence[Manifest], 
         rows = rows.append_column(_ROW, pa.array(np.arange(shard.first_row, shard.end_row)))
         at = rows[c.REQUEST_TS_MS]
         parts.append(rows.filter(pc.and_(pc.greater_equal(at, begin_ms), pc.less(at, begin_ms + DAY_MS))))
-    rows = _furthest(pa.concat_tables(parts, promote_options="default"))
+    rows = _furthest(_without(pa.concat_tables(parts, promote_options="default"), _deleted(shards)))
     numbers = ((begin_ms // DAY_MS) << _DAY_BITS) + np.arange(rows.num_rows, dtype=np.int64) * partitions + partition
     schema = joined_schema(types)
     columns = {c.EVENT_SEQ: pa.array(numbers)}
@@ -113,6 +119,28 @@ def _written(path: Path) -> int:
     except (pa.ArrowInvalid, OSError):  # damaged: it is written again
         return 0
     return int(metadata.get(ROWS, b"0"))
+
+
+def _deleted(shards: Sequence[Manifest]) -> list[Deleted]:
+    return [one for shard in shards for one in shard.deleted]
+
+
+def _has_any(path: Path, users: set[UserId]) -> bool:
+    """A day's file has rows of some users."""
+    if not users:
+        return False
+    stored = pq.ParquetFile(path).read([c.USER_ID])[c.USER_ID]
+    return bool(pc.any(pc.is_in(stored, pa.array(list(users), stored.type))).as_py())
+
+
+def _without(rows: pa.Table, deleted: Sequence[Deleted]) -> pa.Table:
+    """The rows that left after their user was deleted, if ever."""
+    if not deleted:
+        return rows
+    until = {one.user_id: one.row for one in deleted}  # the last deletion of a user counts
+    place = pc.index_in(rows[c.USER_ID], pa.array(list(until), rows.schema.field(c.USER_ID).type))
+    before = pc.less(rows[_ROW], pa.array(list(until.values()), pa.int64()).take(place))
+    return rows.filter(pc.invert(pc.fill_null(before, False)))
 
 
 def _furthest(rows: pa.Table) -> pa.Table:

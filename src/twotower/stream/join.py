@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from twotower.logs import Event, EventLog, Record
+from twotower.logs import Event, EventLog, Record, entities
 from twotower.schema.errors import DataError, TwotowerError
+from twotower.schema.tables import is_id
 from twotower.stream.days import stale_days, write_day
 from twotower.stream.joiner import Counts, Joiner
 from twotower.stream.rows import Row, Types
 from twotower.stream.shards import (
+    Deleted,
     Manifest,
     State,
     day_of,
@@ -150,17 +152,21 @@ class PartitionJoin:
     def step(self) -> Manifest | None:
         """Join what comes next in the log, up to a shard's events or the end of an hour; None at the end of the log."""
         begin, hour, events, rows = self._offset, self._hour, 0, list[Row]()
+        deleted, user_id = list[Deleted](), self._types.user_id
         while events < self._shard_events and self._hour == hour:
             records = self._log.read(self.partition, self._offset, min(_BATCH, self._shard_events - events))
             for record in records:
                 rows += self._joiner.feed(record)
+                event = record.event
+                if event.type == entities.USER and entities.is_deletion(event) and is_id(event.user_id, user_id):
+                    deleted.append(Deleted(event.user_id, self._first_row + len(rows)))
                 self._offset, events = record.next_offset, events + 1
                 hour = self._hour if hour is None else hour
                 if self._hour != hour:
                     break
             if not records:
                 break
-        return self._commit(begin, hour, rows) if events else None
+        return self._commit(begin, hour, rows, deleted) if events else None
 
     def flush(self) -> Manifest | None:
         """Close every open window; None where there is none."""
@@ -169,7 +175,7 @@ class PartitionJoin:
         hour = self._hour
         rows = self._joiner.flush()
         self._flushes = (*self._flushes, self._offset)
-        return self._commit(self._offset, hour, rows)
+        return self._commit(self._offset, hour, rows, [])
 
     def merge_hours(self) -> None:
         """Merge the small shards of each hour that is over."""
@@ -210,7 +216,11 @@ class PartitionJoin:
         """Let go of the partition."""
         os.close(self._lock)
 
-    def _commit(self, begin: int, hour: int | None, rows: list[Row]) -> Manifest:
+    @property
+    def _first_row(self) -> int:
+        return self.shards[-1].end_row if self.shards else 0
+
+    def _commit(self, begin: int, hour: int | None, rows: list[Row], deleted: list[Deleted]) -> Manifest:
         replay = self._joiner.replay(self._offset)
         self._flushes = tuple(offset for offset in self._flushes if offset > replay.offset)
         manifest = write_shard(
@@ -220,11 +230,12 @@ class PartitionJoin:
             partition=self.partition,
             begin=begin,
             end=self._offset,
-            first_row=self.shards[-1].end_row if self.shards else 0,
+            first_row=self._first_row,
             hour=hour,
             watermark_ms=self._joiner.watermark_ms,
             counts=self._joiner.take_counts(),
             state=State(replay, self._flushes),
+            deleted=deleted,
         )
         self.shards.append(manifest)
         return manifest

@@ -29,7 +29,7 @@ from twotower.schema.files import TEMPORARY, read_json, sha256, whole_file, writ
 from twotower.stream.decode import decode
 from twotower.stream.example import encode_rows
 from twotower.stream.joiner import Clock, Counts, Replay
-from twotower.stream.rows import Row, Types
+from twotower.stream.rows import Row, Types, UserId
 from twotower.stream.tfrecord import read_records, write_records
 
 FORMAT: Final = 1
@@ -70,6 +70,14 @@ class Day:
 
 
 @dataclass(frozen=True)
+class Deleted:
+    """A user who was deleted: nothing of theirs with a smaller number is to be kept."""
+
+    user_id: UserId
+    row: int
+
+
+@dataclass(frozen=True)
 class State:
     """What the joiner needs to go on behind a shard."""
 
@@ -104,6 +112,8 @@ class Manifest:
     """Columns of its rows."""
     bytes: int
     sha256: str
+    deleted: tuple[Deleted, ...] = ()
+    """Users who were deleted while it was read."""
 
     @property
     def name(self) -> str:
@@ -196,6 +206,7 @@ def read_manifest(path: Path) -> Manifest:
             counts=Counts(**{**counts, "dropped": Counter(counts["dropped"])}),
             state=State(Replay(state["replay"]["offset"], Clock(**state["replay"]["clock"])), tuple(state["flushes"])),
             schema=pa.schema([(name, _type(kind)) for name, kind in content["schema"]]),
+            deleted=tuple(Deleted(**found) for found in content["deleted"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -266,6 +277,7 @@ def write_shard(
     watermark_ms: int | None,
     counts: Counts,
     state: State,
+    deleted: Sequence[Deleted] = (),
 ) -> Manifest:
     """Write a shard; it is there when this returns, and not before its manifest is.
 
@@ -281,6 +293,7 @@ def write_shard(
         watermark_ms: event time that is joined.
         counts: of the events read.
         state: what the joiner needs to go on.
+        deleted: users who were deleted.
     """
     path = partition_folder(folder, partition) / f"{shard_name(begin, end)}.tfrecord"
     with whole_file(path) as temporary:
@@ -301,6 +314,7 @@ def write_shard(
         schema=types.schema(),
         bytes=path.stat().st_size,
         sha256=sha256(path),
+        deleted=tuple(deleted),
     )
     write_manifest(folder, manifest)
     return manifest
@@ -315,6 +329,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "days": {day: asdict(found) for day, found in manifest.days.items()},
         "counts": {**vars(manifest.counts), "dropped": dict(sorted(manifest.counts.dropped.items()))},
         "state": asdict(manifest.state),
+        "deleted": [asdict(found) for found in manifest.deleted],
         "schema": [[field.name, _name(field.type)] for field in manifest.schema],
     }
     write_json(partition_folder(folder, manifest.partition) / f"{manifest.name}.json", content)
@@ -366,6 +381,7 @@ def merge(folder: Path, small: Sequence[Manifest]) -> Manifest:
         schema=last.schema,
         bytes=merged.stat().st_size,
         sha256=sha256(merged),
+        deleted=tuple(found for part in small for found in part.deleted),
     )
     write_manifest(folder, manifest)
     for part in small:
