@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from twotower.cli.line import (
     LATEST,
     Places,
@@ -231,6 +233,7 @@ def _wait(stopped: threading.Event, seconds: float) -> None:
 def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Chain:
     """The chain of the version in a folder, as the configuration learns."""
     where, options = places(settings), settings.update
+    torch.set_num_threads(settings.train.threads)  # sums depend on it, and the same rows are to give the same bytes
     version = open_version(path, threads=settings.train.threads)
     checkpoint = checkpoint_of(where, version)
     easy = settings.samples.negatives.easy
