@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate
 from twotower.evaluate.ranking import evaluate_ranker, kept_of_top, read_shown, some_users
 from twotower.evaluate.truth import evaluate_by_truth
+from twotower.features.feature_set import FeatureSet
 from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
 from twotower.models import item_cf, swing
@@ -124,8 +125,10 @@ def places(settings: Settings) -> Places:
     return Places(Path(settings.workspace.path))
 
 
-def make_samples(settings: Settings) -> SamplesReport:
-    """Samples out of the workspace."""
+def make_samples(
+    settings: Settings, previous: FeatureSet | None = None, evict_after_days: int | None = None
+) -> SamplesReport:
+    """Samples out of the workspace; `previous` and `evict_after_days` as in `build_samples`."""
     check_available(settings)
     where = places(settings)
     return build_samples(
@@ -147,6 +150,8 @@ def make_samples(settings: Settings) -> SamplesReport:
         seed=settings.samples.seed,
         room=settings.samples.vocabulary_room,
         engine=settings.engine,
+        previous=previous,
+        evict_after_days=evict_after_days,
     )
 
 
@@ -204,8 +209,9 @@ def train_from(
     samples: Samples,
     enough: Callable[[int, TwoTower], bool] | None = None,
     channel: str = TWO_TOWER,
+    warm: Checkpoint | None = None,
 ) -> TrainReport:
-    """A checkpoint of one channel out of given samples; `enough` as in `train`."""
+    """A checkpoint of one channel out of given samples; `enough` as in `train`. With `warm`, one epoch from there."""
     options, models = settings.train, settings.models
     own = {TWO_TOWER: None, "mf": models.mf.epochs, "mind": models.mind.epochs}
     shape = Shape(models.dimension, _network(models.user_tower), _network(models.item_tower), options.dropout)
@@ -228,11 +234,11 @@ def train_from(
         ),
         negatives=_negatives(settings.samples.negatives),
         batch_size=options.batch_size,
-        epochs=own[channel] or options.epochs,
+        epochs=1 if warm else own[channel] or options.epochs,
         seed=options.seed,
         learning_rate=options.learning_rate,
         table_learning_rate=options.table_learning_rate,
-        schedule=options.schedule,
+        schedule="constant" if warm else options.schedule,
         weight_decay=options.weight_decay,
         id_dropout=0.0 if channel == "mf" else options.id_dropout,
         horizon=options.horizon,
@@ -241,6 +247,8 @@ def train_from(
         threads=options.threads,
         sharpness=models.mind.sharpness,
         enough=enough,
+        warm=warm,
+        decay=settings.update.decay,
     )
 
 
@@ -447,22 +455,28 @@ def fusion_of(settings: Settings) -> Fusion:
     return Fusion(**{name: chosen[name] for name in ("method", "weights", "constants", "depth")}, reserved=reserved)
 
 
-def publish_version(settings: Settings, *, promoted: bool) -> dict[str, Any]:
-    """A version out of the latest checkpoint, promoted or not."""
+def publish_version(
+    settings: Settings, *, promoted: bool, checkpoints: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """A version out of the latest checkpoints, or of given ones by channel and ranker; promoted or not."""
     check_available(settings)
     where, fusion = places(settings), fusion_of(settings)
     samples = open_samples(where.samples)
-    checkpoints = {name: latest_checkpoint(settings, name) for name in trained_channels(settings)}
-    checkpoint = checkpoints[TWO_TOWER]
+
+    def made(name: str) -> Checkpoint:
+        return latest_checkpoint(settings, name) if checkpoints is None else open_checkpoint(Path(checkpoints[name]))
+
+    channels = {name: made(name) for name in trained_channels(settings)}
+    checkpoint = channels[TWO_TOWER]
     metrics_file = checkpoint.path.parent / METRICS
     metrics = read_json(metrics_file) if metrics_file.exists() else {}
     version = publish(
         where.versions,
-        checkpoints,
+        channels,
         samples,
         where.workspace / "items.parquet",
         fit_channels(samples, _configured(settings, samples), where.checkpoints),
-        {name: latest_checkpoint(settings, name) for name in settings.models.rankers},
+        {name: made(name) for name in settings.models.rankers},
         fusion=fusion,
         configuration=as_dict(settings),
         metrics=metrics,

@@ -304,6 +304,14 @@ def update_incremental(
     stage(lambda settings: asdict(learn(settings, follow=follow, dry_run=dry_run)), config, overrides)
 
 
+@update_app.command("full")
+def update_full(config: ConfigFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Learn every whole day since, from yesterday's full parameters; publish and promote with what came after it."""
+    from twotower.cli.updating import update_full as run_full
+
+    stage(lambda settings: asdict(run_full(settings, dry_run=dry_run)), config, overrides)
+
+
 @app.command()
 def demo(
     data: Annotated[Path | None, typer.Option(help="Folder of a public data set; absent = a simulated world.")] = None,

@@ -1,27 +1,55 @@
 """`update`: the updaters of `twotower.update`, out of a configuration."""
 
+import datetime
+import fcntl
 import logging
+import os
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from twotower.cli.line import Places, places
+import torch
+
+from twotower.cli.line import (
+    LATEST,
+    Places,
+    make_samples,
+    places,
+    publish_version,
+    train_from,
+    train_ranker_from,
+)
 from twotower.cli.streaming import until_signals
 from twotower.config.available import check_available
 from twotower.config.settings import Settings
+from twotower.features.feature_set import load as load_features
 from twotower.logs import EventLog, open_reader
-from twotower.publish.version import Version, open_version
-from twotower.schema.errors import DataError
-from twotower.schema.files import MANIFEST, read_json
+from twotower.publish.delta import last_seq
+from twotower.publish.overlay import Entities
+from twotower.publish.publish import current_path, promote
+from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_version
+from twotower.samples.read import open_samples
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError, DataError, VersionError
+from twotower.schema.files import MANIFEST, read_json, write_json
 from twotower.train.checkpoint import FINISHED, TENSORS, Checkpoint, load_model, open_checkpoint
 from twotower.train.loop import Loss
 from twotower.train.negatives import Shares
 from twotower.update.chain import Chain
+from twotower.update.full import check_version, due_days, fold, read_entities, rows_of_day
 from twotower.update.gate import Limits
-from twotower.update.incremental import UpdateReport, update_incremental
+from twotower.update.incremental import UpdateReport, catch_up, update_incremental
 from twotower.update.learner import Learning
 
 log = logging.getLogger(__name__)
+
+FULL = "full"
+"""Beside the latest checkpoints: the days of the full chain. Training anew begins another chain."""
+FULL_LOCK = ".full.lock"
+LEAST_ROWS = 2
+"""A day with fewer positives has nothing to learn."""
 
 
 def learn(settings: Settings, *, follow: bool, dry_run: bool) -> UpdateReport:
@@ -29,11 +57,7 @@ def learn(settings: Settings, *, follow: bool, dry_run: bool) -> UpdateReport:
     check_available(settings)
     where = places(settings)
     with ExitStack() as opened:
-        event_log: EventLog | None = None
-        at = settings.stream.log
-        if at.kind != "local" or where.log.exists():
-            event_log = open_reader(at.kind, where.log, at.url, at.name)
-            opened.callback(event_log.close)
+        event_log = _event_log(settings, opened)
         stopped = opened.enter_context(until_signals(follow))
         return update_incremental(
             where.versions,
@@ -46,13 +70,170 @@ def learn(settings: Settings, *, follow: bool, dry_run: bool) -> UpdateReport:
         )
 
 
+@dataclass(frozen=True)
+class FullDay:
+    """A day that the full chain has learned."""
+
+    day: str
+    checkpoints: dict[str, str]
+    """By channel, relative to the folder of all checkpoints."""
+    version: str | None
+    """None where the day had nothing to learn."""
+    refused: list[str] = field(default_factory=list)
+
+
+def update_full(settings: Settings, *, dry_run: bool) -> UpdateReport:
+    """The full update of every day that is due, in order.
+
+    A day that is done is not repeated. The samples after it are replayed onto the new version before it is promoted,
+    so that freshness does not fall back at the switch.
+
+    Raises:
+        DataError: nothing was trained yet.
+        VersionError: none is served yet, or another full update is at work.
+    """
+    check_available(settings)
+    where = places(settings)
+    served = current_path(where.versions)
+    done = _done(where)
+    watermark = _learned_until(where, done)
+    due = due_days(where.events, where.shards, watermark)
+    if dry_run:
+        return UpdateReport("full", served.name, 0, 0, watermark, plan={"days": due})
+    rows, refused, latest = (
+        0,
+        list[int](),
+        UpdateReport("full", served.name, last_seq(where.deltas, served.name), 0, watermark),
+    )
+    with _alone(where.workspace / FULL_LOCK):
+        for place, day in enumerate(due):
+            log.info("full update of %s", day)
+            made = _learn_day(settings, where, _done(where), day)
+            rows += made.rows
+            latest = replace(latest, version=made.version, seq=made.seq, rows=rows, watermark_ms=made.watermark_ms)
+            refused += [place] if made.refused else []
+    return replace(latest, refused=refused)
+
+
+def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: str) -> UpdateReport:
+    """One day: samples, towers from yesterday's, a version, its gate, its catch-up, its promotion."""
+    previous = {name: open_checkpoint(where.checkpoints / path) for name, path in _checkpoints(where, done).items()}
+    until = replace(settings, samples=replace(settings.samples, last_day=day))
+    features = load_features(previous[TWO_TOWER].path)
+    files = sorted((where.events / f"{c.DATE}={day}").glob("*.parquet"))
+    with ExitStack() as opened:
+        event_log = _event_log(settings, opened)
+        fold(where.workspace, read_entities(event_log) if event_log is not None else Entities(), files)
+    make_samples(until, features, settings.update.evict_after_days)
+    samples = open_samples(where.samples)
+    own = rows_of_day(samples, day)
+    served = current_path(where.versions)
+    seq = last_seq(where.deltas, served.name)
+    if len(own.positives) < LEAST_ROWS:
+        _note(where, [*done, FullDay(day, _checkpoints(where, done), None)])
+        return UpdateReport("full", served.name, seq, len(own.positives), samples.manifest["watermark_ms"])
+    trained = {name: train_from(until, own, channel=name, warm=previous[name]).checkpoint for name in previous}
+    rankers = {name: train_ranker_from(until, samples, name).checkpoint for name in settings.models.rankers}
+    paths = trained | rankers
+    version = publish_version(until, promoted=False, checkpoints=paths)["version"]
+    problems = check_version(
+        open_version(served),
+        open_version(where.versions / version),
+        files,
+        settings.samples.untrained_users,
+        limits_of(settings),
+    )
+    latest = {name: os.path.relpath(path, where.checkpoints) for name, path in paths.items()}
+    chain = {name: latest[name] for name in trained}
+    if problems:
+        log.error("version %s is not promoted: %s", version, "; ".join(problems))
+        _note(where, [*done, FullDay(day, _checkpoints(where, done), version, problems)])
+        return UpdateReport("full", served.name, seq, len(own.positives), samples.manifest["watermark_ms"], [seq])
+    with ExitStack() as opened:
+        event_log = _event_log(settings, opened)
+        caught_up = catch_up(where.versions / version, where.deltas, lambda path: open_chain(settings, path, event_log))
+        promote(where.versions, version)
+    _note(where, [*done, FullDay(day, chain, version)], latest)
+    return UpdateReport("full", version, caught_up.seq, len(own.positives), caught_up.watermark_ms)
+
+
+def _checkpoints(where: Places, done: Sequence[FullDay]) -> dict[str, str]:
+    """The latest full checkpoint of each channel: yesterday's, or that of the training."""
+    if done:
+        return done[-1].checkpoints
+    path = where.checkpoints / LATEST
+    if not path.exists():
+        raise DataError(f"{where.checkpoints} has no finished checkpoint: run `twotower run` first")
+    found: dict[str, str] = read_json(path)["checkpoints"]
+    return {name: one for name, one in found.items() if name in VECTOR_CHANNELS}
+
+
+def _learned_until(where: Places, done: Sequence[FullDay]) -> int:
+    """The end of the latest day of the full chain."""
+    if done:
+        day = datetime.date.fromisoformat(done[-1].day)
+        return int(datetime.datetime.combine(day, datetime.time(23, 59), datetime.UTC).timestamp() * 1000)
+    watermark = open_checkpoint(where.checkpoints / _checkpoints(where, done)[TWO_TOWER]).manifest["watermark_ms"]
+    if watermark is None:
+        raise ConfigError("the events have no time: a full update learns days. Use `twotower run`")
+    return int(watermark)
+
+
+def _done(where: Places) -> list[FullDay]:
+    path = where.checkpoints / LATEST
+    return [FullDay(**day) for day in read_json(path).get(FULL, [])] if path.exists() else []
+
+
+def _note(where: Places, done: Sequence[FullDay], latest: dict[str, str] | None = None) -> None:
+    """Note the days that are done, and the latest checkpoints where they changed, in one rename."""
+    path = where.checkpoints / LATEST
+    kept = read_json(path)["checkpoints"] if latest is None else latest
+    write_json(path, {"checkpoints": kept, FULL: [asdict(day) for day in done]})
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VersionError("another full update is at work: wait for it to end") from None
+        yield
+
+
+def _event_log(settings: Settings, opened: ExitStack) -> EventLog | None:
+    """The event log to read, where there is one."""
+    where, at = places(settings), settings.stream.log
+    if at.kind == "local" and not where.log.exists():
+        return None
+    event_log = open_reader(at.kind, where.log, at.url, at.name)
+    opened.callback(event_log.close)
+    return event_log
+
+
+def limits_of(settings: Settings) -> Limits:
+    """What the gate is to keep."""
+    gate = settings.update.gate
+    return Limits(
+        gate.most_move,
+        gate.most_length,
+        gate.most_alike,
+        gate.k,
+        gate.margin,
+        gate.least,
+        gate.window,
+        gate.index_recall,
+    )
+
+
 def _wait(stopped: threading.Event, seconds: float) -> None:
     stopped.wait(seconds)
 
 
 def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Chain:
     """The chain of the version in a folder, as the configuration learns."""
-    where, options, gate = places(settings), settings.update, settings.update.gate
+    where, options = places(settings), settings.update
+    torch.set_num_threads(settings.train.threads)  # sums depend on it, and the same rows are to give the same bytes
     version = open_version(path, threads=settings.train.threads)
     checkpoint = checkpoint_of(where, version)
     easy = settings.samples.negatives.easy
@@ -75,16 +256,7 @@ def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Ch
             options.admit_after,
             options.seed,
         ),
-        Limits(
-            gate.most_move,
-            gate.most_length,
-            gate.most_alike,
-            gate.k,
-            gate.margin,
-            gate.least,
-            gate.window,
-            gate.index_recall,
-        ),
+        limits_of(settings),
         options.rows,
         settings.samples.untrained_users,
         settings.serve.exclude != "none",

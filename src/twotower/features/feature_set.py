@@ -273,6 +273,26 @@ def width(values: int, most: int) -> int:
     return int(min(most, np.ceil(6 * max(values, 1) ** 0.25)))
 
 
+def extended(features: FeatureSet, known: Mapping[str, pa.Array], room: float) -> FeatureSet:
+    """The same features with other ids: those of the full update, whose towers go on with yesterday's.
+
+    Everything else stays as it was fitted, because the networks were trained on it.
+
+    Args:
+        features: yesterday's.
+        known: for `user_id` and `item_id`, the ids that are to have a row.
+        room: spare rows of the id tables, as a share of the known ids.
+    """
+    tables = {table: fit_vocabulary(table, ids, room) for table, ids in known.items()}
+
+    def other(feature: Fitted) -> Fitted:
+        if isinstance(feature, Category | Categories | Items) and feature.vocabulary.table in tables:
+            return replace(feature, vocabulary=tables[feature.vocabulary.table])
+        return feature
+
+    return FeatureSet(*(tuple(map(other, side)) for side in (features.user, features.item, features.context)))
+
+
 def encode_table(features: Iterable[Fitted], table: pa.Table) -> dict[str, Column]:
     """Encode columns of a whole table (N rows), by feature name."""
     return {feature.name: feature.encode(table.column(feature.name).combine_chunks()) for feature in features}

@@ -26,7 +26,7 @@ from ibis import _
 from twotower.config import settings as spec
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import to_arrow
-from twotower.features.feature_set import encode_table, fit, save
+from twotower.features.feature_set import FeatureSet, encode_table, extended, fit, save
 from twotower.features.fitted import Fitted
 from twotower.samples.columns_file import write_columns, write_table
 from twotower.samples.engine import Engine, open_engine
@@ -65,6 +65,7 @@ CONTEXT = "context."
 FEATURE = "feature."
 """Before the name of an encoded column of users or items."""
 
+DAY_MS = 86_400_000
 _FITTED_NUMBERS = 1_000_000
 """About so many positives are enough for the mean or the quantiles of a number."""
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
@@ -117,6 +118,8 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
     seed: int = 0,
     room: float = 0.1,
     engine: spec.Engine = spec.Engine(),  # noqa: B008
+    previous: FeatureSet | None = None,
+    evict_after_days: int | None = None,
 ) -> SamplesReport:
     """Build the samples of a range of days into the folder `out`, whole or not at all.
 
@@ -139,6 +142,8 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
         seed: of the rows that are dropped, repeated or kept by chance.
         room: spare rows of the id tables, as a share of the known ids.
         engine: what runs the job, with its memory and threads; every engine gives the same files.
+        previous: fitted features to go on with, of which only the ids change; None = all are fitted anew.
+        evict_after_days: with `previous`, ids without a positive in so many days before the last are unknown.
 
     Raises:
         DataError: a table is missing, empty or not of its schema; no positive is left.
@@ -184,18 +189,28 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
                 if untrained_users:
                     shown = shown.semi_join(_trained_rows(opened, users, untrained_users), USER_ROW)
                 fed = opened.keep("fed", union(in_range, shown.filter(shown[_IN_RANGE])))
+            lately = fed
+            if previous is not None and evict_after_days is not None and timed:
+                lately = fed.filter(fed[c.REQUEST_TS_MS] > (counts.watermark_ms or 0) - evict_after_days * DAY_MS)
             trained = [
-                pa.array(np.flatnonzero(_tally(opened, fed, row, size)))
+                pa.array(np.flatnonzero(_tally(opened, lately, row, size)))
                 for row, size in ((USER_ROW, users.num_rows), (ITEM_ROW, items.num_rows))
             ]
-            fitted = fit(
-                features,
-                users.take(trained[0]),
-                items.take(trained[1]),
-                _values(opened, fed, features, clicked, types),
-                dimension,
-                room,
-            )
+            if previous is None:
+                fitted = fit(
+                    features,
+                    users.take(trained[0]),
+                    items.take(trained[1]),
+                    _values(opened, fed, features, clicked, types),
+                    dimension,
+                    room,
+                )
+            else:
+                ids = {
+                    c.USER_ID: users.column(c.USER_ID).combine_chunks().take(trained[0]),
+                    c.ITEM_ID: items.column(c.ITEM_ID).combine_chunks().take(trained[1]),
+                }
+                fitted = extended(previous, ids, room)
             save(fitted, folder)
             write_table(folder / "items.arrow", _encoded(fitted.item, items, c.ITEM_ID, {POSITIVES: per_item}))
             write_table(folder / "users.arrow", _encoded(fitted.user_columns, users, c.USER_ID, {CLICKS: per_user}))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, FeatureSet
 from twotower.features.feature_set import load as load_features
+from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.models.ranker import Ranker, RankerShape
 from twotower.models.towers import Network
 from twotower.models.two_tower import TwoTower
@@ -158,6 +159,40 @@ def load_model(checkpoint: Checkpoint) -> TwoTower:
     model = TwoTower(features, shape.dimension, shape.user, shape.item, shape.dropout, seed=0)
     _restore_model(model, load_file(checkpoint.path / TENSORS))
     return model.eval()
+
+
+def take_over(checkpoint: Checkpoint, model: TwoTower, optimizer: torch.optim.Adam, decay: float) -> None:
+    """Begin with the parameters and the optimizer state of another run, whose ids are other ones.
+
+    A row goes with its id. An id that the other run did not have begins as the unknown one, without an accumulator.
+
+    Args:
+        checkpoint: of the other run; its features are those of the model but for the ids.
+        model: changed in place.
+        optimizer: changed in place.
+        decay: what the accumulators of the tables are multiplied by.
+
+    Raises:
+        DataError: the model has another shape.
+    """
+    tensors = load_file(checkpoint.path / TENSORS)
+    before = load_features(checkpoint.path).vocabularies
+    try:
+        model.load_state_dict({k.removeprefix("dense."): v for k, v in tensors.items() if k.startswith("dense.")})
+        for name, table in model.tables.items():
+            weights, accumulator = (tensors[f"{kind}.{name}"].numpy() for kind in ("table", "accumulator"))
+            rows = np.arange(len(table.weights))
+            if (vocabulary := model.features.vocabularies.get(name)) is not None:
+                rows[FIRST : FIRST + len(vocabulary.values)] = before[name].rows(vocabulary.values)
+                rows[FIRST + len(vocabulary.values) :] = UNKNOWN
+            table.weights[:] = weights[rows]
+            table.accumulator[:] = np.where((rows == UNKNOWN) & (np.arange(len(rows)) >= FIRST), 0, accumulator[rows])
+            table.accumulator *= np.float32(decay)
+    except (RuntimeError, KeyError, IndexError, ValueError) as error:
+        raise DataError(
+            f"{checkpoint.path} has another shape than is configured ({error}): train anew with `twotower run`"
+        ) from None
+    _restore_optimizer(model, optimizer, tensors)
 
 
 def load_ranker(checkpoint: Checkpoint) -> Ranker:

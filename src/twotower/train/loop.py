@@ -31,6 +31,7 @@ from twotower.schema.errors import ConfigError, DataError
 from twotower.train.batches import Batch, BatchMaker, RowNegatives, SharedNegatives, fed_frequency
 from twotower.train.checkpoint import (
     FINISHED,
+    Checkpoint,
     Progress,
     Shape,
     all_finite,
@@ -41,6 +42,7 @@ from twotower.train.checkpoint import (
     save_checkpoint,
     save_step,
     seed_of_step,
+    take_over,
 )
 from twotower.train.negatives import (
     ROW_COUNT,
@@ -156,6 +158,8 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
     threads: int,
     sharpness: float = 20.0,
     enough: Callable[[int, TwoTower], bool] | None = None,
+    warm: Checkpoint | None = None,
+    decay: float = 1.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainReport:
     """Train the two towers, from the last checkpoint of the same run if there is one.
@@ -184,6 +188,8 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
         sharpness: of the attention of a user's interests to the positive item (`label_aware`).
         enough: is called after each epoch with its number, from 1, and the model; True ends the training there.
             What is finished then is a shorter run under the name of the whole one: keep its folder apart.
+        warm: the run whose parameters and optimizer state this one begins with; None = it begins anew.
+        decay: what the accumulators of the tables of that run are multiplied by.
         clock: monotonic seconds.
 
     Raises:
@@ -210,6 +216,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
         "threads": threads,
         **({"sharpness": sharpness} if shape.interests else {}),
         "torch": torch.__version__,
+        **({"warm": warm.tensors_sha256, "decay": decay, "rows": len(samples.positives)} if warm else {}),
     }
     folder = run_folder(checkpoints, samples.manifest, settings)
     if (done := finished(folder)) is not None:
@@ -240,6 +247,8 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
     model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed)
     model.calibrate(loss.scale)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, foreach=True)
+    if warm is not None:
+        take_over(warm, model, optimizer, decay)
     assembler = StepAssembler(model.features, model.tables)
     progress = resume(folder, model, optimizer, frequency) or Progress(0, 0, 0, 0.0, math.nan)
     if progress.rows:

@@ -95,6 +95,28 @@ def update_incremental(
         sleep(follow_s or 0.0)
 
 
+def catch_up(path: Path, deltas: Path, open_chain: OpenChain) -> UpdateReport:
+    """Learn what there is for a version that is not served yet.
+
+    Args:
+        path: its folder.
+        deltas: the folder of the chains of all versions.
+        open_chain: opens a version's chain.
+
+    Raises:
+        VersionError: another updater learns for it.
+    """
+    rows, refused = 0, list[int]()
+    with _only_updater(deltas, path.name, False) as alone:
+        if not alone:
+            raise VersionError(f"another updater learns for {path.name}: stop it")
+        chain = open_chain(path)
+        while (done := _next(chain)) is not None:
+            rows += done.rows
+            refused += [done.seq] if done.refused else []
+        return _report(chain, rows, refused, None)
+
+
 def _next(chain: Chain) -> Done | None:
     plan = chain.plan()
     return None if plan is None else chain.make(plan)
