@@ -110,6 +110,7 @@ def test_the_demo_checks_itself(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     [line] = done.stdout.splitlines()
     answer = json.loads(line)
-    assert {"url", "version", "metrics", "seconds", "before", "clicked", "after"} <= answer.keys()
+    assert {"url", "version", "metrics", "seconds", "before", "clicked", "after", "learned"} <= answer.keys()
+    assert answer["learned"]["delta_seq"] > answer["before"]["delta_seq"]
     assert answer["clicked"] in [item["item_id"] for item in answer["before"]["items"]]
     assert answer["clicked"] not in [item["item_id"] for item in answer["after"]["items"]]

@@ -221,6 +221,26 @@ def test_the_page_of_the_funnel_is_shown_explained_and_clicked_within_its_reques
     assert seen.complaints == []
 
 
+def test_the_delta_that_learned_from_a_click_is_shown_and_what_it_moved(
+    opened: Callable[..., Seen], some_users: list[int]
+) -> None:
+    seq = 0
+
+    def version(route: Route) -> None:
+        route.fulfill(json={**route.fetch().json(), "delta_seq": seq})
+
+    page = opened(f"/?user={some_users[12]}", before=lambda page: page.route("**/v1/version", version)).page
+    expect(page.locator(ROWS)).to_have_count(20)
+    expect(page.locator("#delta")).to_have_text("0")
+    page.locator(ROWS).first.get_by_role("button", name="Click").click()
+    expect(page.locator("#change")).to_contain_text("After the click")
+    seq = 3
+    expect(page.locator("#change")).to_contain_text(
+        "After delta 3, which learned from the click", timeout=3 * POLL_MS + 5000
+    )
+    expect(page.locator("#delta")).to_have_text("3")
+
+
 def test_a_channel_that_was_left_out_is_marked(opened: Callable[..., Seen]) -> None:
     def late(route: Route) -> None:
         route.fulfill(json={**route.fetch().json(), "failed_channels": ["item_cf"]})

@@ -1,4 +1,4 @@
-"""`demo`: the whole line on a simulated world or on a public data set, ending in a running server."""
+"""`demo`: the whole line on a simulated world or on a public data set, ending in a running server that learns."""
 
 import json
 import logging
@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 USERS, ITEMS, DAYS, SEED = 2000, 1500, 7, 0
 SHOWN = 10
+PATIENCE_S = 120.0
+"""How long `--check` waits for a click to be learned."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ KNOWN = (
 def demo(data: Path | None, out: Path, overrides: list[str], check: bool, answer: Callable[[Any], None]) -> None:
     """Make a workspace, run the whole line in it, and serve it until a signal ends it.
 
-    What an earlier demo made in the same folder is used again: workspace, trained model and log.
+    Beside the server a joiner and the incremental update follow its log, so that a click changes the next answer by
+    the user's history at once, and seconds later by what was learned of it. What an earlier demo made in the same
+    folder is used again: workspace, trained model and log.
 
     Args:
         data: the folder of a public data set; None = a simulated world.
@@ -81,8 +86,14 @@ def demo(data: Path | None, out: Path, overrides: list[str], check: bool, answer
             answer({**_checked(config, settings, overrides), **_summary(result, seconds)})
         else:
             port = settings.serve.port if _is_free(settings) else 0
-            settings = load(config, [f"workspace.path={json.dumps(str(workspace))}", *overrides, f"serve.port={port}"])
-            serve(settings, lambda address: _ready(address, result, seconds, answer))
+            options = [f"workspace.path={json.dumps(str(workspace))}", *overrides, f"serve.port={port}"]
+            with ExitStack() as learning:
+
+                def ready(address: Address) -> None:
+                    learning.enter_context(_learning(config, options))
+                    _ready(address, result, seconds, answer)
+
+                serve(load(config, options), ready)
 
 
 def _summary(result: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -115,14 +126,37 @@ def _is_free(settings: Settings) -> bool:
     return True
 
 
-def _checked(config: Path, settings: Settings, overrides: list[str]) -> dict[str, Any]:
-    """Ask a real server, in a process of its own, before and after a click of one user."""
-    options = [f"workspace.path={json.dumps(str(places(settings).workspace))}", *overrides, "serve.port=0"]
+@contextmanager
+def _learning(config: Path, options: list[str]) -> Iterator[None]:
+    """A joiner and an incremental update that follow the log, each in a process of its own."""
+    with ExitStack() as opened:
+        for command in (["join", "--follow"], ["update", "incremental", "--follow"]):
+            opened.enter_context(_process(command, config, options, subprocess.DEVNULL))
+        yield
+
+
+@contextmanager
+def _process(command: list[str], config: Path, options: list[str], stdout: int) -> Iterator[subprocess.Popen[str]]:
+    """A command of the program beside this one, ended by a signal."""
     arguments = [part for option in options for part in ("--set", option)]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "twotower", "serve", "-c", str(config), *arguments], stdout=subprocess.PIPE, text=True
+    running = subprocess.Popen(
+        [sys.executable, "-m", "twotower", *command, "-c", str(config), *arguments], stdout=stdout, text=True
     )
     try:
+        yield running
+    finally:
+        running.terminate()
+        running.wait()
+
+
+def _checked(config: Path, settings: Settings, overrides: list[str]) -> dict[str, Any]:
+    """Ask a real server before and after a click of one user, and wait until the click has been learned.
+
+    Raises:
+        TwotowerError: the server does not start, or the click changes nothing or is not learned.
+    """
+    options = [f"workspace.path={json.dumps(str(places(settings).workspace))}", *overrides, "serve.port=0"]
+    with _process(["serve"], config, options, subprocess.PIPE) as server:
         assert server.stdout is not None
         line = server.stdout.readline()
         if not line:
@@ -143,10 +177,15 @@ def _checked(config: Path, settings: Settings, overrides: list[str]) -> dict[str
         after = _post(f"{url}/v1/retrieve", {"user_id": user_id, "k": SHOWN})
         if clicked in [item["item_id"] for item in after["items"]] or before["items"] == after["items"]:
             raise TwotowerError(f"the click on {clicked!r} did not change the next answer of user {user_id!r}")
-        return {"url": url, "user_id": user_id, "before": before, "clicked": clicked, **accepted, "after": after}
-    finally:
-        server.terminate()
-        server.wait()
+        with _learning(config, options):
+            deadline, learned = time.monotonic() + PATIENCE_S, after
+            while learned["delta_seq"] <= before["delta_seq"]:
+                if time.monotonic() > deadline:
+                    raise TwotowerError(f"the click on {clicked!r} was not learned within {PATIENCE_S:g} s")
+                time.sleep(0.1)
+                learned = _post(f"{url}/v1/retrieve", {"user_id": user_id, "k": SHOWN})
+        asked = {"url": url, "user_id": user_id, "before": before, "clicked": clicked}
+        return {**asked, **accepted, "after": after, "learned": learned}
 
 
 def _get(url: str) -> Any:

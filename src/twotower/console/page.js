@@ -20,6 +20,8 @@ const state = {
   shown: [], // item ids of the list as shown, best first
   clickTimes: new Set(), // clicks of the history as shown
   served: null,
+  delta: 0, // number of the latest delta over the served version
+  waiting: false, // a click was made here that no delta has learned yet
   createdMs: null,
   refusal: null,
 };
@@ -188,6 +190,9 @@ function showServed(version, tookMs) {
   if ($("state").textContent !== "live") $("state").textContent = "live";
   $("state").title = `The server answered in ${milliseconds(tookMs)}.`;
   $("version").textContent = version.version;
+  $("delta").textContent = String(version.delta_seq);
+  const learned = before === version.version && version.delta_seq > state.delta && state.waiting;
+  state.delta = version.delta_seq;
   $("made").replaceChildren("made ", timeOf(version.created_ms, ago(version.created_ms)), ` (${absolute.format(new Date(version.created_ms))})`);
   const refusal = version.refused ? `${version.refused.version}\n${version.refused.problem}` : null;
   if (refusal !== state.refusal) {
@@ -204,6 +209,9 @@ function showServed(version, tookMs) {
     renew();
   } else if (recovered && state.meta && !$("problem").hidden) {
     load(null);
+  } else if (learned) {
+    state.waiting = false;
+    load(`delta ${version.delta_seq}, which learned from the click`);
   }
   for (const time of document.querySelectorAll(".side time")) time.textContent = moment(Date.parse(time.dateTime));
 }
@@ -470,7 +478,9 @@ async function post(pressed, user, item, name, requestId) {
   if (requestId) event.request_id = requestId;
   const posted = await guarded(() => ask("/v1/events", { events: [event] }));
   pressed.disabled = false;
-  if (!posted || user !== state.user) return;
+  if (!posted) return;
+  state.waiting = true;
+  if (user !== state.user) return;
   await load(`the click on “${name}”`);
   $("recommendations").focus({ preventScroll: true });
 }
