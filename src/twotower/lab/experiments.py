@@ -265,7 +265,8 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
                 (
                     "samples.negatives.hard_share=0.5",
                     "samples.negatives.impressed_as_negatives_for_experiments=true",
-                )
+                ),
+                on=(WORLD,),  # KuaiRand has no requests, which tell what was shown beside a click
             ),
             "rejected ones alone": Arm(("samples.negatives.hard_share=0.5",), on=(WORLD,)),
             "shown as weak positives": Arm((_NO_HARD, "samples.impressed_weight=0.1")),
