@@ -233,8 +233,8 @@ def _wait(stopped: threading.Event, seconds: float) -> None:
 def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Chain:
     """The chain of the version in a folder, as the configuration learns."""
     where, options = places(settings), settings.update
-    torch.set_num_threads(settings.train.threads)  # sums depend on it, and the same rows are to give the same bytes
-    version = open_version(path, threads=settings.train.threads)
+    torch.set_num_threads(1)  # sums depend on it, and small steps only wait for a second one
+    version = open_version(path)
     checkpoint = checkpoint_of(where, version)
     easy = settings.samples.negatives.easy
     return Chain(
