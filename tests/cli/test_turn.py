@@ -96,7 +96,7 @@ def test_what_the_funnel_shows_and_rejects_today_is_what_the_next_version_learns
         after = run("samples", *options)
         for name, count in outcomes.items():
             assert after["outcomes"][name] == before["outcomes"][name] + count
-        assert set(after["used"][c.IMPRESSED]) == {"not_used"}
+        assert set(after["used"][c.IMPRESSED]) == {"of_rankers"}
         for name in (c.PRE_RANK_REJECTED, c.RANK_REJECTED):
             assert after["used"][name]["hard_negative"] > before["used"][name]["hard_negative"]
 

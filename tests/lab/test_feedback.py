@@ -23,6 +23,7 @@ CHANGES = [
     "train.batch_size=256",
     "samples.negatives.hard_share=0",
     "funnel.explore_share=1.0",
+    "models.rankers=[]",
 ]
 
 

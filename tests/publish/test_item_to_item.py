@@ -41,7 +41,7 @@ def test_swing_and_item_cf_answer_as_configured(own_world: Settings, tmp_path: P
         count = retrieve_file(version, places(settings).workspace, "all", 10, tmp_path / "out.parquet", name, "clicked")
         table = pq.read_table(tmp_path / "out.parquet")
         assert set(table["channel"].to_pylist()) == {name}
-        assert len(set(table["user_id"].to_pylist())) > count / 2
+        assert len(set(table["user_id"].to_pylist())) > count / 3  # those who clicked at all
 
 
 @pytest.mark.parametrize(

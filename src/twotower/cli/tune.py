@@ -50,6 +50,8 @@ class TuneReport:
     seconds: float
     channels: dict[str, Any]
     """The other trained channels, by name: what `TrainReport` says of each."""
+    rankers: dict[str, Any]
+    """The trained rankers likewise."""
     trials: int
     """Ended trials, those of earlier calls included."""
     metric: str

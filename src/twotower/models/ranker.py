@@ -159,7 +159,8 @@ class Ranker(nn.Module):
 
     def bias(self, position: Tensor) -> Tensor:
         """What positions (n,) add to the log-odds; 0 for the first."""
-        biases: Tensor = self.position[position.clamp(max=len(self.position) - 1)] * (position != FIRST_POSITION)
+        of_place = nn.functional.embedding(position.clamp(max=len(self.position) - 1), self.position[:, None])[:, 0]
+        biases: Tensor = of_place * (position != FIRST_POSITION)
         return biases
 
     def probability(self, logits: Tensor) -> Tensor:
@@ -228,7 +229,8 @@ class TargetAttention(nn.Module):
         """
         met = self.product(items * candidate[:, None])
         age = length[:, None] - 1 - torch.arange(items.shape[1])
-        alone = self.item(items) + self.age[age.clamp(0, len(self.age) - 1)]
+        # embedding, not an index: the gradient of an index is summed by threads in whatever order
+        alone = self.item(items) + nn.functional.embedding(age.clamp(0, len(self.age) - 1), self.age)
         hidden = torch.relu(alone + self.candidate(candidate)[:, None] + met)
         weights = self.weight(hidden)[..., 0] * (age >= 0)
         vector: Tensor = (weights[:, :, None] * items).sum(dim=1) / length.clamp_min(1)[:, None]
