@@ -7,7 +7,7 @@ defaults, while a client posts events (half of them requests of another ranker, 
 requests a second. Meanwhile users of their own ask for a page and click on it. A click is seen by the first answer
 whose `delta_seq` is that of the first delta with the user's row, or a later one. New items: from a `PUT`'s answer to
 the first list that holds the item, and from the answer to its second click (`update.admit_after`) to the first answer
-that sees a trained embedding. Prints one JSON line.
+that sees a trained embedding. Users and items of the load are such as have an embedding. Prints one JSON line.
 """
 
 import argparse
@@ -35,6 +35,7 @@ import pyarrow as pa
 from twotower.cli.line import open_served, places, run_line
 from twotower.config import load
 from twotower.datasets.simulate import simulate_workspace
+from twotower.features.vocabulary import FIRST
 from twotower.publish.delta import base_digest, delta_digest, last_seq, read_delta
 
 CONFIG = Path(__file__).parents[1] / "examples" / "demo.toml"
@@ -187,10 +188,13 @@ def measure(rate: float, seconds: float, scratch: Path) -> dict[str, Any]:
     run_line(settings, promoted=True)
     version = open_served(settings)
     draw = random.Random(0)
-    users = version.users.ids.to_pylist()
+    users, items = (
+        [one for one, row in zip(ids.to_pylist(), version.features.vocabularies[name].rows(ids).tolist(), strict=True)
+         if row >= FIRST]
+        for name, ids in (("user_id", version.users.ids), ("item_id", version.item_ids))
+    )  # fmt: skip
     draw.shuffle(users)
-    probes, strangers, loaded = users[:200], users[200:300], users[300:]
-    items, seen = version.item_ids.to_pylist(), Seen()
+    probes, strangers, loaded, seen = users[:200], users[200:300], users[300:], Seen()
     names = ("category", "author", "tags", "price")
     like = version.catalogue.select(names).slice(0, NEW_ITEMS).to_pylist()
     options = ["-c", str(CONFIG), *(part for change in changes for part in ("--set", change))]
@@ -217,7 +221,7 @@ def measure(rate: float, seconds: float, scratch: Path) -> dict[str, Any]:
     deltas = places(settings).deltas
     first: dict[Any, int] = {}
     rows = dict(zip(probes, version.features.vocabularies["user_id"].rows(pa.array(probes)).tolist(), strict=True))
-    of_row = {row: user for user, row in rows.items() if row > 1}
+    of_row = {row: user for user, row in rows.items()}
     sizes, follows = list[int](), base_digest(version.path)
     for seq in range(1, last_seq(deltas, version.id) + 1):
         delta = read_delta(deltas, version.id, seq, follows)
