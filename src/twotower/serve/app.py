@@ -70,17 +70,18 @@ def _allowed(value: Any) -> Any:
 Filtered = Annotated[FilterBody, BeforeValidator(_allowed, json_schema_input_type=list[Any] | FilterBody)]
 
 
-class RetrieveBody(BaseModel):
-    """A request for candidates."""
+class AskedBody(BaseModel):
+    """Who asks, and what may be answered."""
 
     model_config = ConfigDict(extra="forbid")
 
-    user_id: Id | None = Field(None, description="Absent for someone of whom nothing is known.")
+    user_id: Id | None = Field(
+        None, description="Absent for someone of whom nothing is known; a page is not logged then."
+    )
     features: dict[str, Any] = Field(
         default_factory=dict, description="Replace the stored features, by name; null is a missing value."
     )
     context: dict[str, Any] = Field(default_factory=dict, description="Context features, by name.")
-    k: Annotated[int, Field(ge=1, le=MOST_K, description="Number of candidates.")] = 100
     exclude: str | None = Field(None, description="clicked, impressed or none; absent = as configured.")
     filters: dict[str, Filtered] = Field(
         default_factory=dict, description="By attribute: values that it may have, or `allow` and `deny`."
@@ -88,18 +89,16 @@ class RetrieveBody(BaseModel):
     channels: list[str] = Field(default_factory=list, description="Channels to ask; empty = all.")
 
 
-class RecommendBody(BaseModel):
+class RetrieveBody(AskedBody):
+    """A request for candidates."""
+
+    k: Annotated[int, Field(ge=1, le=MOST_K, description="Number of candidates.")] = 100
+
+
+class RecommendBody(AskedBody):
     """A request for a page."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    user_id: Id | None = Field(None, description="Absent for someone of whom nothing is known; nothing is logged then.")
-    features: dict[str, Any] = Field(default_factory=dict, description="As of retrieve.")
-    context: dict[str, Any] = Field(default_factory=dict, description="Context features, by name.")
     k: Annotated[int, Field(ge=1, le=MOST_PAGE)] | None = Field(None, description="Items; absent = as configured.")
-    exclude: str | None = Field(None, description="clicked, impressed or none; absent = as configured.")
-    filters: dict[str, Filtered] = Field(default_factory=dict, description="As of retrieve.")
-    channels: list[str] = Field(default_factory=list, description="Channels to ask; empty = all.")
     request_id: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_writable)] | None = Field(
         None, description="Names the request in the log; absent = made by the server."
     )
@@ -477,12 +476,12 @@ def _add_funnel(
         return json_response(told)
 
 
-def _asked(body: RetrieveBody | RecommendBody, k: int, exclude: str) -> Asked:
+def _asked(body: AskedBody, k: int, exclude: str) -> Asked:
     filters = {name: Filter(wanted.allow, wanted.deny) for name, wanted in body.filters.items()}
     return Asked(k, body.exclude or exclude, body.user_id, body.features, body.context, filters, body.channels)
 
 
-def _recent(body: RetrieveBody | RecommendBody, users: RecentUsers) -> Recent:
+def _recent(body: AskedBody, users: RecentUsers) -> Recent:
     return Recent() if body.user_id is None else users.get(body.user_id)
 
 
