@@ -182,6 +182,7 @@ def test_the_report_counts_every_event_once(world: World) -> None:
         deciles={"before": [1, 1, *[0] * 8], "after": [1, 1, *[0] * 8]},
         dropped={"null_id": 1, "unknown_item": 1, "unknown_user": 2},
         watermark_ms=START_MS + 8,
+        last_day="2024-01-01",
     )
 
 
@@ -527,7 +528,7 @@ def test_a_folder_without_samples_is_refused(tmp_path: Path, world: World, build
     with pytest.raises(DataError, match=r"manifest\.json does not exist"):
         open_samples(tmp_path)
     (tmp_path / "manifest.json").write_text('{"kind": "samples", "format": 0}')
-    with pytest.raises(DataError, match="holds no samples of format 2: build them again"):
+    with pytest.raises(DataError, match="holds no samples of format 3: build them again"):
         open_samples(tmp_path)
     samples = build(world(USERS, ITEMS, {DAY1: [GOOD]}))
     (samples.path / "clicks.arrow").unlink()

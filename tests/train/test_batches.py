@@ -41,11 +41,23 @@ def maker(
     horizon: int = 0,
     half_life_days: float | None = None,
     uncorrected: bool = False,
+    in_time_order: bool = False,
 ) -> BatchMaker:
     easy = None if shares is None else EasyNegatives(shares, 0.75, count, shared, samples.item_positives)
     q = frequency or CountedFrequency(fed_frequency(samples))
     return BatchMaker(
-        samples, batch_size, id_dropout, seed, easy, q, corrected, hard, horizon, half_life_days, uncorrected
+        samples,
+        batch_size,
+        id_dropout,
+        seed,
+        easy,
+        q,
+        corrected,
+        hard,
+        horizon,
+        half_life_days,
+        uncorrected,
+        in_time_order,
     )
 
 
@@ -98,6 +110,19 @@ def test_an_epoch_is_spread_evenly_and_has_every_row_once(
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) <= max(batch_size, 3)
     assert sorted(pairs(batches)) == sorted((e.user, e.item) for e in events)
+
+
+def test_an_epoch_in_the_order_of_time_has_every_row_once(build_world: BuildWorld, random_events: Draw) -> None:
+    events = random_events(USERS, ITEMS, EVENTS, True)
+    batches = list(maker(build_world(events, USERS, ITEMS), 20, in_time_order=True).epoch(0))
+    in_order = sorted(events, key=lambda event: event.request_ms)
+    assert pairs(batches) == [(event.user, event.item) for event in in_order]
+
+
+def test_without_time_there_is_no_order_of_time(build_world: BuildWorld, random_events: Draw) -> None:
+    untimed = build_world(random_events(USERS, ITEMS, EVENTS, False), USERS, ITEMS)
+    with pytest.raises(ConfigError, match=r"train\.order = 'time', but the events have no time"):
+        maker(untimed, 20, in_time_order=True)
 
 
 def test_a_batch_depends_on_seed_epoch_and_step_alone(samples: Samples) -> None:

@@ -12,6 +12,7 @@ from twotower.cli.line import LATEST, open_served, places, run_line
 from twotower.cli.updating import learn, update_full
 from twotower.config import Settings, load
 from twotower.datasets.simulate import simulate_workspace
+from twotower.datasets.tables import DAY_MS, end_of_day
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.entities import item_deleted, item_event, user_deleted, user_event
 from twotower.publish.publish import list_versions, roll_back
@@ -212,9 +213,23 @@ def test_a_run_that_was_killed_does_a_day_once(days, monkeypatch) -> None:
     assert len(hashes) == 2  # the day's towers are the same bytes in both its versions
 
 
+def test_the_rest_of_the_day_in_which_the_chain_began_is_due(tmp_path: Path, days) -> None:
+    midnight = end_of_day("2026-01-01") + 1
+    noon = midnight - DAY_MS // 2
+    for day, last in (("2026-01-01", midnight - 1), ("2026-01-02", midnight + 1)):
+        (tmp_path / f"date={day}").mkdir()
+        pq.write_table(pa.table({c.REQUEST_TS_MS: [noon, last]}), tmp_path / f"date={day}" / "part-0.parquet")
+    assert due_days(tmp_path, tmp_path / "none", "2026-01-01", noon) == ["2026-01-01", "2026-01-02"]
+    # the latest click on a request of that day came after midnight: the next day is due all the same
+    assert due_days(tmp_path, tmp_path / "none", "2026-01-01", midnight + 60_000) == ["2026-01-02"]
+    samples = open_samples(places(days).samples)
+    day, times = names(days)[0], samples.positives.ts_ms
+    rest = rows_of_day(samples, day, end_of_day(day) - DAY_MS // 2).positives.ts_ms
+    np.testing.assert_array_equal(rest, times[(times > end_of_day(day) - DAY_MS // 2) & (times <= end_of_day(day))])
+
+
 def test_a_day_is_due_when_it_is_whole(tmp_path: Path) -> None:
     for day in ("2026-01-01", "2026-01-02", "2026-01-03"):
         (tmp_path / f"date={day}").mkdir()
-    noon = 1_767_268_800_000  # 2026-01-01 12:00
-    assert due_days(tmp_path, tmp_path / "none", noon) == ["2026-01-02", "2026-01-03"]
-    assert due_days(tmp_path, tmp_path / "none", noon + 86_400_000) == ["2026-01-03"]
+    assert due_days(tmp_path, tmp_path / "none", "2026-01-01") == ["2026-01-02", "2026-01-03"]
+    assert due_days(tmp_path, tmp_path / "none", "2026-01-02") == ["2026-01-03"]

@@ -5,18 +5,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from twotower.cli import updating
 from twotower.cli.line import open_served, places
 from twotower.cli.updating import learn, open_chain
 from twotower.config import Settings
+from twotower.datasets.tables import end_of_day
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import Event
 from twotower.logs.entities import item_event, user_deleted
-from twotower.publish.delta import Delta, base_digest, delta_digest, last_seq, read_delta
+from twotower.publish.delta import Delta, base_digest, delta_digest, last_seq, read_delta, read_delta_manifest
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
+from twotower.publish.version import open_version
 from twotower.schema import columns as c
 from twotower.schema.errors import VersionError
 from twotower.schema.files import folder_listing, read_json
@@ -79,6 +82,30 @@ def test_only_the_tables_that_are_named_move(learning, happen, clicks) -> None:
     [delta] = deltas(learning)
     assert set(delta.tables) == {c.USER_ID}
     assert len(delta.item_ids) == 0
+
+
+def test_negatives_move_away_where_that_is_configured_and_only_their_ids_do(learning, happen, clicks) -> None:
+    away = replace(learning, update=replace(learning.update, negatives_move=True))
+    version = open_served(away)
+    before = folder_listing(version.path)
+    events = clicks(away, 30)
+    happen(away, events)
+    run(away)
+    assert folder_listing(version.path) == before
+    [delta] = deltas(away)
+    assert set(delta.tables) <= {c.USER_ID, c.ITEM_ID}
+    clicked = {event.body["item_id"] for event in events}
+    items = version.features.vocabularies[c.ITEM_ID].rows(version.item_ids)
+    own = {int(items[version.item_ids.to_pylist().index(one)]) for one in clicked}
+    moved = delta.tables[c.ITEM_ID].rows
+    others = set(moved.tolist()) - own - set(delta.new_ids[c.ITEM_ID].column("row").to_pylist())
+    assert others
+    assert moved.min() >= FIRST
+    # what nobody clicked is farther from those who clicked something else
+    users = version.two_tower.user_vectors(version.queries(np.arange(len(version.users)))).mean(axis=0)
+    served = snapshots(away).version
+    rows = np.flatnonzero(np.isin(items, list(others)))
+    assert (np.asarray(served.item_vectors[rows]) @ users).mean() < (version.item_vectors[rows] @ users).mean()
 
 
 def test_what_a_user_clicks_again_and_again_comes_nearer(learning, happen) -> None:
@@ -329,3 +356,19 @@ def test_a_chain_that_is_opened_again_goes_on_with_the_same_bytes(learning, happ
         run(at_once)
     assert content(places(learning).deltas) == content(places(at_once).deltas)
     assert read_json(places(learning).deltas / deltas(learning)[0].version / "00000009" / "state.json")
+
+
+def test_a_click_after_midnight_is_learned_though_the_version_knows_a_later_one_on_a_request_before(
+    learning, happen, clicks, monkeypatch
+) -> None:
+    version = open_served(learning)
+    midnight = end_of_day(version.last_day) + 1
+    manifest = {**version.manifest, "watermark_ms": midnight + 3_600_000}
+    monkeypatch.setattr(updating, "open_version", lambda path: replace(open_version(path), manifest=manifest))
+    events = [replace(one, ts_ms=midnight + 1000 * n) for n, one in enumerate(clicks(learning, 30))]
+    happen(learning, events)
+    chain = open_chain(learning, version.path, None)
+    chain.make(chain.plan())
+    report = read_delta_manifest(places(learning).deltas, version.id, 1)["report"]
+    assert (report["positives"], report["known_before"]) == (30, 0)
+    assert replace(version, manifest=manifest).knows_until_ms == midnight - 1

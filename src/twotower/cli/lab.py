@@ -4,15 +4,34 @@ import os
 from pathlib import Path
 from typing import Any
 
-from twotower.cli.line import fusion_of, make_samples, offline_channels, open_served, publish_version, train_model
+from twotower.cli.line import (
+    fusion_of,
+    make_samples,
+    offline_channels,
+    open_served,
+    places,
+    publish_version,
+    train_model,
+)
+from twotower.cli.updating import open_chain, update_full
 from twotower.config.settings import Settings
 from twotower.lab.run import run
 from twotower.lab.system import System
+from twotower.publish.publish import current_path
 from twotower.schema.errors import ConfigError
+from twotower.update.chain import Chain
 
 
 def _publish(settings: Settings) -> None:
     publish_version(settings, promoted=True)
+
+
+def _update_full(settings: Settings) -> None:
+    update_full(settings, dry_run=False)
+
+
+def _open_chain(settings: Settings) -> Chain:
+    return open_chain(settings, current_path(places(settings).versions), None)
 
 
 SYSTEM = System(
@@ -23,6 +42,8 @@ SYSTEM = System(
     fusion=fusion_of,
     publish=_publish,
     served=open_served,
+    update_full=_update_full,
+    open_chain=_open_chain,
 )
 
 

@@ -243,6 +243,7 @@ def train_from(
         id_dropout=0.0 if channel == "mf" else options.id_dropout,
         horizon=options.horizon,
         half_life_days=options.half_life_days,
+        in_time_order=options.order == "time",
         checkpoint_s=options.checkpoint_s,
         threads=options.threads,
         sharpness=models.mind.sharpness,

@@ -1,6 +1,5 @@
 """`update`: the updaters of `twotower.update`, out of a configuration."""
 
-import datetime
 import fcntl
 import logging
 import os
@@ -24,6 +23,7 @@ from twotower.cli.line import (
 from twotower.cli.streaming import until_signals
 from twotower.config.available import check_available
 from twotower.config.settings import Settings
+from twotower.datasets.tables import end_of_day
 from twotower.features.feature_set import load as load_features
 from twotower.logs import EventLog, open_reader
 from twotower.publish.delta import last_seq
@@ -96,8 +96,9 @@ def update_full(settings: Settings, *, dry_run: bool) -> UpdateReport:
     where = places(settings)
     served = current_path(where.versions)
     done = _done(where)
-    watermark = _learned_until(where, done)
-    due = due_days(where.events, where.shards, watermark)
+    learned = _learned(where, done)
+    watermark = end_of_day(learned.day) if learned.rest_ms is None else learned.rest_ms
+    due = due_days(where.events, where.shards, learned.day, learned.rest_ms)
     if dry_run:
         return UpdateReport("full", served.name, 0, 0, watermark, plan={"days": due})
     rows, refused, latest = (
@@ -126,7 +127,8 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
         fold(where.workspace, read_entities(event_log) if event_log is not None else Entities(), files)
     make_samples(until, features, settings.update.evict_after_days)
     samples = open_samples(where.samples)
-    own = rows_of_day(samples, day)
+    learned = _learned(where, done)
+    own = rows_of_day(samples, day, learned.rest_ms or 0)
     served = current_path(where.versions)
     seq = last_seq(where.deltas, served.name)
     if len(own.positives) < LEAST_ROWS:
@@ -168,15 +170,23 @@ def _checkpoints(where: Places, done: Sequence[FullDay]) -> dict[str, str]:
     return {name: one for name, one in found.items() if name in VECTOR_CHANNELS}
 
 
-def _learned_until(where: Places, done: Sequence[FullDay]) -> int:
-    """The end of the latest day of the full chain."""
+@dataclass(frozen=True)
+class _Learned:
+    """How far the full chain has come."""
+
+    day: str
+    """The latest day."""
+    rest_ms: int | None
+    """Of that day, the time up to which it was learned by the training that began the chain; None = all of it."""
+
+
+def _learned(where: Places, done: Sequence[FullDay]) -> _Learned:
     if done:
-        day = datetime.date.fromisoformat(done[-1].day)
-        return int(datetime.datetime.combine(day, datetime.time(23, 59), datetime.UTC).timestamp() * 1000)
-    watermark = open_checkpoint(where.checkpoints / _checkpoints(where, done)[TWO_TOWER]).manifest["watermark_ms"]
-    if watermark is None:
+        return _Learned(done[-1].day, None)
+    begun = open_checkpoint(where.checkpoints / _checkpoints(where, done)[TWO_TOWER]).manifest
+    if begun["last_day"] is None:
         raise ConfigError("the events have no time: a full update learns days. Use `twotower run`")
-    return int(watermark)
+    return _Learned(begun["last_day"], begun["watermark_ms"])
 
 
 def _done(where: Places) -> list[FullDay]:
@@ -252,6 +262,7 @@ def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Ch
             options.batch_size,
             settings.train.batch_size,
             options.learning_rate or settings.train.table_learning_rate,
+            options.negatives_move,
             options.recent,
             options.admit_after,
             options.seed,

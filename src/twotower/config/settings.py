@@ -557,6 +557,9 @@ class Train:
     next, more teaches what is clicked later too. For data with time."""
     half_life_days: PositiveReal | None = None
     """Days before the latest request after which a positive counts half; absent = age does not matter."""
+    order: Literal["shuffled", "time"] = "shuffled"
+    """Of the positives of an epoch. `time`: as they were clicked, each day's last ones are learned last; for data with
+    time."""
     checkpoint_s: PositiveReal = 60.0
     """Seconds between checkpoints that a killed run resumes from."""
     threads: Positive = 2
@@ -808,6 +811,9 @@ class Update:
     """Of the rows that move; absent = `train.table_learning_rate`."""
     negatives: Positive = 1024
     """Of a step, from the sources of `samples.negatives.easy`; `in_batch` = the stream's latest positives."""
+    negatives_move: bool = False
+    """The items that are negatives of a step move too, away from its users. Without it only the rows of its positive
+    pairs move, and what was popular stays so until the next full update: for news it is to be true."""
     recent: Positive = 4096
     """Latest positives that negatives are drawn from."""
     admit_after: Positive = 2

@@ -115,7 +115,7 @@ def add_page(app: FastAPI, snapshots: Snapshots, users: RecentUsers) -> None:
 
 
 def history(version: Version, user_row: int, recent: Recent, n: int) -> dict[str, Any]:
-    """A user's clicks: those that the version knows, then those of the log after its watermark; newest first.
+    """A user's clicks: those that the version knows, then those of the log after them; newest first.
 
     Args:
         version: the snapshot.
@@ -123,8 +123,8 @@ def history(version: Version, user_row: int, recent: Recent, n: int) -> dict[str
         recent: what the log tells of the user.
         n: most clicks to list; the counts are of all.
     """
-    watermark = version.watermark_ms
-    live = [(ts_ms, item) for ts_ms, item in recent.clicks if watermark is None or ts_ms > watermark]
+    known_ms = version.knows_until_ms
+    live = [(ts_ms, item) for ts_ms, item in recent.clicks if known_ms is None or ts_ms > known_ms]
     start, end = version.clicks.indptr[user_row : user_row + 2].tolist() if user_row >= 0 else (0, 0)
     stored = max(start, end - max(n - len(live), 0))
     rows = version.clicks.item_row[stored:end]

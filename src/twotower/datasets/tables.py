@@ -31,6 +31,16 @@ DAY: Final = "day"
 """A day (date32) of the source's own calendar beside its clock; hold-outs by date read it, no file keeps it."""
 DAY_MS: Final = 86_400_000
 
+
+def end_of_day(day: str) -> int:
+    """The last millisecond of a day of UTC.
+
+    >>> end_of_day("1970-01-02")
+    172799999
+    """
+    return DAY_MS * (1 + (datetime.date.fromisoformat(day) - datetime.date(1970, 1, 1)).days) - 1
+
+
 SOURCE_COLUMNS: Final = (c.USER_ID, c.ITEM_ID, c.TS_MS, c.REQUEST_ID, c.OUTCOME, c.WEIGHT, DAY)
 """The columns of `Source.events` with a meaning here; the others are for the order, or context."""
 RESERVED: Final = frozenset({c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS, c.DATE})

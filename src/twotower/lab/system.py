@@ -10,6 +10,7 @@ from twotower.fusion.fuse import Fusion
 from twotower.models.retriever import Retriever
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
+from twotower.update.chain import Chain
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,7 @@ class System:
     """A version, promoted."""
     served: Callable[[Settings], Version]
     """The promoted version, opened."""
+    update_full: Callable[[Settings], Any]
+    """The full update of the days that are due."""
+    open_chain: Callable[[Settings], Chain]
+    """The chain of deltas of the promoted version, to learn on."""

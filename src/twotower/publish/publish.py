@@ -189,6 +189,7 @@ def publish(
             "parent": current(versions),
             "created_ms": created_ms,
             "watermark_ms": samples.manifest["watermark_ms"],
+            "last_day": samples.manifest["last_day"],
             "configuration": configuration,
             "fusion": asdict(fusion),
             "metrics": metrics,

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from twotower.datasets.tables import end_of_day
 from twotower.features.bloom import hash_ids
 from twotower.features.columns import Column
 from twotower.features.feature_set import FeatureSet, load
@@ -33,7 +34,7 @@ from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import MANIFEST, check_listing, read_json, write_json
 
-FORMAT = 2
+FORMAT = 3
 CATALOGUE = "catalogue.arrow"
 GOLDEN = "golden.json"
 FUSED = "fused"
@@ -143,6 +144,21 @@ class Version:
         """Time of the latest event that the version knows of."""
         watermark: int | None = self.manifest["watermark_ms"]
         return watermark
+
+    @property
+    def last_day(self) -> str | None:
+        """The last day whose requests the version knows, `YYYY-MM-DD`; clicks on them may be of the next one."""
+        last: str | None = self.manifest["last_day"]
+        return last
+
+    @property
+    def knows_until_ms(self) -> int | None:
+        """The time up to which the version knows every click that was joined when it was made: later ones may be of
+        requests of the next day.
+        """
+        if self.watermark_ms is None or self.last_day is None:
+            return None
+        return min(self.watermark_ms, end_of_day(self.last_day))
 
     def queries(
         self,

@@ -49,7 +49,7 @@ from twotower.schema.tables import check_entities, check_milliseconds, check_out
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 HISTORY_COUNT = "history"
 CLICKS = "clicks"
 POSITIVES = "positives"
@@ -96,6 +96,8 @@ class SamplesReport:
     """Events left out, by reason: `null_id`, `unknown_user`, `unknown_item`."""
     watermark_ms: int | None
     """The latest time of any event read; None without time."""
+    last_day: str | None
+    """The last day of requests read, `YYYY-MM-DD`; None without time. Its clicks may be of the next one."""
 
 
 def build_samples(  # noqa: PLR0915  one job, top to bottom
@@ -244,6 +246,7 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
             {"before": by_decile(per_item, per_item), "after": by_decile(per_item, per_item_fed)},
             counts.dropped,
             counts.watermark_ms,
+            _last_of(partitions, last_day) if timed else None,
         )
         described = {key: value for key, value in asdict(report).items() if key != "path"}
         write_json(
@@ -295,8 +298,13 @@ def _first_of(partitions: dict[str, list[Path]], first_day: str | None, last_day
         )
     if c.UNKNOWN_DATE in partitions:
         raise ConfigError("samples.days chooses by time, but the events have none: leave it out")
-    last = max((day for day in partitions if day <= (last_day or day)), default=max(partitions))
-    return str(datetime.date.fromisoformat(last) - datetime.timedelta(days=days - 1))
+    last = datetime.date.fromisoformat(_last_of(partitions, last_day))
+    return str(last - datetime.timedelta(days=days - 1))
+
+
+def _last_of(partitions: dict[str, list[Path]], last_day: str | None) -> str:
+    """The last day of the log up to the chosen one."""
+    return max((day for day in partitions if day <= (last_day or day)), default=max(partitions))
 
 
 def _chosen(partitions: dict[str, list[Path]], first_day: str | None, last_day: str | None) -> dict[str, list[Path]]:

@@ -159,13 +159,13 @@ def find_items(version: Version, item_ids: Sequence[ItemId]) -> npt.NDArray[np.i
 
 
 def clicked_rows(version: Version, user_row: int, recent: Recent) -> npt.NDArray[np.int32]:
-    """Catalogue rows of the user's clicks, oldest first: those in the version, then those after its watermark."""
+    """Catalogue rows of the user's clicks, oldest first: those in the version, then those after what it knows."""
     stored = np.zeros(0, np.int32)
     if user_row >= 0:
         indptr = version.clicks.indptr
         stored = version.clicks.item_row[indptr[user_row] : indptr[user_row + 1]]
-    watermark = version.watermark_ms
-    newer = [click for click in recent.clicks if watermark is None or click[0] > watermark]
+    known_ms = version.knows_until_ms
+    newer = [click for click in recent.clicks if known_ms is None or click[0] > known_ms]
     rows = find_items(version, [item for _, item in sorted(newer, key=lambda click: click[0])])
     return np.concatenate([stored, rows[rows >= 0].astype(np.int32)])
 

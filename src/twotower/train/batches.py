@@ -103,10 +103,12 @@ class BatchMaker:
             that the model learns what comes later too (all-action prediction, Pancha et al. 2022); 0 = at the request.
         half_life_days: of the weight of a positive, counted back from the latest request; None = age does not matter.
         uncorrected: easy negatives count alike, whatever `corrected` says: for experiments.
+        in_time_order: an epoch goes through the positives as they were clicked; else it shuffles them.
 
     Raises:
         DataError: an epoch has fewer than two rows, or `batch_size` is below 2.
-        ConfigError: a transformer is to read histories that have no order, or positives without a time are to age.
+        ConfigError: a transformer is to read histories that have no order, or positives without a time are to age or
+            to come in its order.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class BatchMaker:
         horizon: int = 0,
         half_life_days: float | None = None,
         uncorrected: bool = False,
+        in_time_order: bool = False,
     ) -> None:
         self._samples = samples
         self._batch_size = batch_size
@@ -148,8 +151,11 @@ class BatchMaker:
         )
         history = samples.features.history
         self._item_tokens: Rows | None = history.vocabulary.rows(samples.items.ids) if history else None
-        self._in_pieces = history is not None and history.encoder == "transformer"
-        if self._in_pieces and not samples.timed:
+        self._in_time_order = in_time_order
+        if in_time_order and not samples.timed:
+            raise ConfigError("train.order = 'time', but the events have no time: use 'shuffled'")
+        self._in_pieces = history is not None and history.encoder == "transformer" and not in_time_order
+        if history is not None and history.encoder == "transformer" and not samples.timed:
             raise ConfigError(
                 "features.user.history.encoder = 'transformer' reads clicks in their order, and the events have no "
                 "time: use encoder = 'mean' or 'attention'"
@@ -159,7 +165,7 @@ class BatchMaker:
             raise DataError(f"batch_size = {batch_size} with {self.rows} training rows: at least 2 of each are needed")
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from a step on, shuffled over all rows."""
+        """The batches of an epoch from a step on, shuffled over all rows or in the order of time."""
         fed = self._order(epoch)
         rows = len(fed.positives)
         steps = max(1, min(-(-rows // self._batch_size), rows // 2))
@@ -168,7 +174,7 @@ class BatchMaker:
             yield self._batch(part, fed, np.random.default_rng([self._seed, epoch, step, 2]))
 
     def _order(self, epoch: int) -> Epoch:
-        """Every positive as often as it is fed, shuffled.
+        """Every positive as often as it is fed, shuffled or in the order of time.
 
         With time, a history is what was clicked before the request. Without, each user's clicks are parted anew each
         epoch into random halves, each of which is the history of the other. Leaving out just the row's own item would
@@ -176,7 +182,11 @@ class BatchMaker:
         """
         generator = np.random.default_rng([self._seed, epoch, 1])
         positives, clicks = self._samples.positives, self._samples.clicks
-        order = generator.permutation(np.repeat(np.arange(len(positives)), positives.copies))
+        order = np.repeat(np.arange(len(positives)), positives.copies)
+        if self._in_time_order:
+            order = order[np.argsort(positives.ts_ms[order], kind="stable")]
+            return Epoch(order, clicks.item_row, None, None)
+        order = generator.permutation(order)
         if self._in_pieces:
             return self._order_pieces(order, generator)
         if self._samples.timed:

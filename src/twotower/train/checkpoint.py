@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Frequency = CountedFrequency | StreamingFrequency
 Model = TwoTower | Ranker
 
-FORMAT = 2
+FORMAT = 3
 TENSORS = "model.safetensors"
 FINISHED = "model"
 DIGEST = "digest"

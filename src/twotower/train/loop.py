@@ -154,6 +154,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
     id_dropout: float,
     horizon: int,
     half_life_days: float | None,
+    in_time_order: bool = False,
     checkpoint_s: float,
     threads: int,
     sharpness: float = 20.0,
@@ -183,6 +184,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
         id_dropout: share of ids replaced by the unknown one.
         horizon: a history ends up to so many clicks before its request.
         half_life_days: of the weight of a positive; None = age does not matter.
+        in_time_order: an epoch goes through the positives as they were clicked; else it shuffles them.
         checkpoint_s: seconds between checkpoints.
         threads: threads of a step.
         sharpness: of the attention of a user's interests to the positive item (`label_aware`).
@@ -215,6 +217,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
         "half_life_days": half_life_days,
         "threads": threads,
         **({"sharpness": sharpness} if shape.interests else {}),
+        **({"order": "time"} if in_time_order else {}),
         "torch": torch.__version__,
         **({"warm": warm.tensors_sha256, "decay": decay, "rows": len(samples.positives)} if warm else {}),
     }
@@ -242,6 +245,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
         horizon,
         half_life_days,
         negatives.uncorrected_for_experiments,
+        in_time_order,
     )
     form = loss.form()
     model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed)
@@ -299,7 +303,8 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
     speed = (progress.rows - rows_before) / max(1e-9, clock() - loop_started)
     if not all_finite(model):
         raise DataError(f"training ended with numbers that are not finite: {_remedy(settings)}")
-    rest = {"loss": progress.last_loss, "settings": settings, "watermark_ms": samples.manifest["watermark_ms"]}
+    ends = {name: samples.manifest[name] for name in ("watermark_ms", "last_day")}
+    rest = {"loss": progress.last_loss, "settings": settings, **ends}
     save_checkpoint(folder / FINISHED, model, optimizer, shape, progress, samples.path, rest, frequency)
     drop_all_but(folder, [FINISHED])
     return TrainReport(

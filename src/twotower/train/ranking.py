@@ -211,7 +211,7 @@ def train_ranker(  # noqa: PLR0915  one loop, top to bottom
         "settings": settings,
         "calibration": asdict(calibrated),
         "position": curve,
-        "watermark_ms": samples.manifest["watermark_ms"],
+        **{name: samples.manifest[name] for name in ("watermark_ms", "last_day")},
     }
     save_checkpoint(folder / FINISHED, model, optimizer, shape, progress, samples.path, rest)
     drop_all_but(folder, [FINISHED])

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from twotower.datasets.tables import end_of_day
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import encode_table
@@ -30,7 +31,7 @@ from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import read_json, whole_file, write_json
-from twotower.stream.shards import day_of, manifests, partitions, read_rows
+from twotower.stream.shards import manifests, partitions, read_rows
 from twotower.update.gate import (
     Limits,
     alikeness,
@@ -82,6 +83,18 @@ class Done:
     watermark_ms: int | None
     refused: list[str] = field(default_factory=list)
     """Why the gate did not let it through; its rows are in quarantine, and nothing of them was learned."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows as a state of the chain sees them."""
+
+    places: Longs
+    """(B,) of the rows that were given, those of items that there are."""
+    positives: Positives
+    """B of them."""
+    users: Floats
+    """(B, D) the vectors of their users."""
 
 
 class Chain:
@@ -146,7 +159,12 @@ class Chain:
         )
         self._learner.recent = _latest_clicks(version, self._learning.recent)
         tables = self._learner.model.tables
-        self._typical = {name: typical_length(tables[name].weights) for name in self._learning.tables if name in tables}
+        vocabularies = version.features.vocabularies
+        self._typical = {
+            name: typical_length(tables[name].weights, len(vocabularies[name].values))
+            for name in self._learning.tables
+            if name in tables
+        }
         for seq in range(1, last_seq(self._deltas, version.id) + 1):
             self._replay(read_delta(self._deltas, version.id, seq, self._follows))
             self._follows = delta_digest(self._deltas, version.id, seq)
@@ -356,6 +374,31 @@ class Chain:
         users = self._learner.user_vectors(part)
         return by_hour(part.ts_ms, hits(users, part.item_row, self._learner.vectors, hidden, JUDGED_K))
 
+    def ask(self, rows: pa.Table) -> "Asked":
+        """What the state behind the latest delta makes of clicked rows, before anything is learned from them.
+
+        Args:
+            rows: of shards.
+        """
+        items = self._laid.items.find(rows.column(c.ITEM_ID).combine_chunks())
+        known = np.flatnonzero((items >= 0) & ~self._laid.gone[np.maximum(items, 0)])
+        positives = self._encoded(rows.take(pa.array(known)))
+        return Asked(known, positives, self._learner.user_vectors(positives))
+
+    @property
+    def item_ids(self) -> pa.Array:
+        """(N,) items of the version and those put since."""
+        return self._laid.item_ids
+
+    def embeddings(self, table: str) -> Floats:
+        """The rows of a table of ids as they are behind the latest delta."""
+        return self._learner.model.tables[table].weights
+
+    @property
+    def item_vectors(self) -> Floats:
+        """(N, D) as they are behind the latest delta."""
+        return self._learner.vectors
+
     def _sort_out(self, rows: pa.Table) -> "_Sorted":
         """What of the rows is trained on, what the gate is to judge by, and what is left out."""
         found = clicked(rows)
@@ -365,8 +408,9 @@ class Chain:
             return _Sorted(empty, empty, counts, [])
         times = _times(found)
         late = np.zeros(len(times), np.bool_)
-        if self.version.watermark_ms is not None:
-            late = times <= self.version.watermark_ms
+        if self.version.watermark_ms is not None and self.version.last_day is not None:
+            asked_ms = found.column(c.REQUEST_TS_MS).combine_chunks().to_numpy(zero_copy_only=False)
+            late = (asked_ms <= end_of_day(self.version.last_day)) & (times <= self.version.watermark_ms)
         items = self._laid.items.find(found.column(c.ITEM_ID).combine_chunks())
         there = (items >= 0) & ~self._laid.gone[np.maximum(items, 0)]
         users = found.column(c.USER_ID).combine_chunks()
@@ -456,11 +500,11 @@ class Chain:
 
     def _first_rows(self) -> dict[str, int]:
         """Where the shards may have rows that the version does not know of, by partition."""
-        watermark, first = self.version.watermark_ms, dict[str, int]()
-        for partition in partitions(self._shards) if watermark is not None else []:
+        last_day, first = self.version.last_day or "", dict[str, int]()
+        for partition in partitions(self._shards) if last_day else []:
             at = 0
             for shard in manifests(self._shards, partition):
-                if shard.days and max(shard.days) >= day_of(watermark or 0):
+                if shard.days and max(shard.days) >= last_day:
                     break
                 at = shard.end_row
             first[str(partition)] = at

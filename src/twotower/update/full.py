@@ -3,7 +3,6 @@
 D vector.
 """
 
-import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from twotower.datasets.tables import DAY_MS, end_of_day
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import Bag, take
 from twotower.features.feature_set import HISTORY
@@ -22,17 +23,16 @@ from twotower.publish.overlay import Entities
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
-from twotower.schema.files import whole_file
+from twotower.schema.files import parquet_files, whole_file
 from twotower.schema.tables import as_ids, check_entities
 from twotower.stream.shards import day_of, manifests, partitions
 from twotower.update.gate import Limits, alikeness, recall_among
 from twotower.update.rows import positives_of
 
-DAY_MS = 86_400_000
 _EVENTS = 10_000
 
 
-def due_days(events: Path, shards: Path, learned_until_ms: int) -> list[str]:
+def due_days(events: Path, shards: Path, learned: str, watermark_ms: int | None = None) -> list[str]:
     """The days that are whole and that the full chain has not learned, in order.
 
     A day is whole when everything that is joined is of later days; without shards, when it is in `events/`.
@@ -40,7 +40,9 @@ def due_days(events: Path, shards: Path, learned_until_ms: int) -> list[str]:
     Args:
         events: joined events, a folder a day.
         shards: joined samples.
-        learned_until_ms: watermark of the full chain.
+        learned: the last day of the full chain.
+        watermark_ms: where the chain began, which may be in the middle of that day: then its rest is due. None = it
+            learned the whole day.
     """
     days = sorted(path.name.removeprefix(f"{c.DATE}=") for path in events.glob(f"{c.DATE}=*") if path.is_dir())
     ends = [found[-1].watermark_ms for p in partitions(shards) if (found := manifests(shards, p))]
@@ -49,8 +51,19 @@ def due_days(events: Path, shards: Path, learned_until_ms: int) -> list[str]:
     return [
         day
         for day in days
-        if day != c.UNKNOWN_DATE and day > day_of(learned_until_ms) and (whole is None or day < whole)
+        if day != c.UNKNOWN_DATE
+        and (whole is None or day < whole)
+        and (day > learned or (day == learned and watermark_ms is not None and _goes_on(events, day, watermark_ms)))
     ]
+
+
+def _goes_on(events: Path, day: str, watermark_ms: int) -> bool:
+    """Whether a day has requests after some time."""
+    return any(
+        (pc.max(pq.read_table(path, columns=[c.REQUEST_TS_MS], partitioning=None).column(0)).as_py() or 0)
+        > watermark_ms
+        for path in parquet_files(events / f"{c.DATE}={day}")
+    )
 
 
 def read_entities(event_log: EventLog) -> Entities:
@@ -131,11 +144,17 @@ def value_or_none(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
-def rows_of_day(samples: Samples, day: str) -> Samples:
-    """Samples with the positives of one day alone, each once; histories, clicks and counts stay those of all days."""
-    begin = int(datetime.datetime.fromisoformat(f"{day}T00:00:00+00:00").timestamp() * 1000)
+def rows_of_day(samples: Samples, day: str, after_ms: int = 0) -> Samples:
+    """Samples with the positives of one day alone, each once; histories, clicks and counts stay those of all days.
+
+    Args:
+        samples: of all days up to this one.
+        day: YYYY-MM-DD.
+        after_ms: requests up to this time are left out: they were learned.
+    """
+    end = end_of_day(day)
     positives = samples.positives
-    own = np.flatnonzero((positives.ts_ms >= begin) & (positives.ts_ms < begin + DAY_MS))
+    own = np.flatnonzero((positives.ts_ms > max(end - DAY_MS, after_ms)) & (positives.ts_ms <= end))
     return replace(
         samples,
         positives=replace(

@@ -46,9 +46,13 @@ class Limits:
     """Share of the exact answer that the served path must find."""
 
 
-def typical_length(weights: Floats) -> float:
-    """The median length of the rows of a table that were trained."""
-    trained = weights[FIRST :: max(1, len(weights) // 10_000)]
+def typical_length(weights: Floats, ids: int) -> float:
+    """The median length of the rows of a table that belong to some id; its room is empty.
+
+    >>> typical_length(np.array([[0.0], [0.1], [2.0], [3.0], [4.0], [0.0], [0.0], [0.0]], np.float32), ids=3)
+    3.0
+    """
+    trained = weights[FIRST : FIRST + ids : max(1, ids // 10_000)]
     lengths = np.linalg.norm(trained, axis=1)
     return float(np.median(lengths)) if len(lengths) else 1.0
 

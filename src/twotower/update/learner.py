@@ -1,7 +1,8 @@
 """The incremental step: from clicked rows to new rows of the ID tables; everything else is frozen, bit for bit.
 
-Of a step only the rows of its positive pairs move: the user's and the item's own. Histories, other features, negatives
-and both networks take no gradient, and the rows for missing and unknown ids never move.
+Of a step only the rows of its positive pairs move: the user's and the item's own; with `negatives_move` those of its
+negatives, too. Histories, other features and both networks take no gradient, and the rows for missing and unknown ids
+never move.
 
 B positives of a step, C distinct items of it, K negatives, N items of the catalogue, D vector.
 """
@@ -44,6 +45,8 @@ class Learning:
     scale: int = 4096
     """Positives of a step of the training whose optimizer state is carried on: each counts here as much as there."""
     rate: float = 0.05
+    negatives_move: bool = False
+    """The embeddings of the items that are negatives of a step move too."""
     recent: int = 4096
     """Latest positives that stand for the others of a batch."""
     admit_after: int = 2
@@ -190,7 +193,9 @@ class Learner:
             item_tokens = self._tokens[rows.item_row]
             self.admit(c.ITEM_ID, rows.item_ids.to_pylist(), item_tokens, touched)
             self._tokens[rows.item_row] = item_tokens
-        distinct, place = np.unique(rows.item_row, return_inverse=True)
+        negatives, log_weight = self._negatives(len(rows), np.random.default_rng([learning.seed, *number]))
+        learned = np.concatenate([rows.item_row, negatives]) if learning.negatives_move else rows.item_row
+        distinct, place = np.unique(learned, return_inverse=True)
         inputs = self._assembler.assemble(
             rows.user, {name: take(column, distinct) for name, column in self._columns.items()}
         )
@@ -198,14 +203,15 @@ class Learner:
         user = {name: x if ("user", name) in moving else x.detach() for name, x in inputs.user.items()}
         item = {name: x if ("item", name) in moving else x.detach() for name, x in inputs.item.items()}
         users, items = self.model.user_tower(user), self.model.item_tower(item)
-        generator = np.random.default_rng([learning.seed, *number])
-        negatives, log_weight = self._negatives(len(rows), generator)
+        others = torch.from_numpy(self.vectors[negatives])
+        if learning.negatives_move:
+            others = items[torch.from_numpy(place[len(rows) :])]
         mask = self._mask(negatives, rows.item_row, rows.clicked)
         total = shared_loss(
             self._form,
             users,
-            torch.cat([torch.from_numpy(self.vectors[negatives]), items]),
-            torch.from_numpy(len(negatives) + place),
+            torch.cat([others, items]),
+            torch.from_numpy(len(negatives) + place[: len(rows)]),
             torch.from_numpy(log_weight),
             mask,
             torch.from_numpy(rows.weight / np.float32(learning.scale)),
