@@ -260,6 +260,7 @@ def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Ch
         options.rows,
         settings.samples.untrained_users,
         settings.serve.exclude != "none",
+        options.fold_every,
     )
 
 

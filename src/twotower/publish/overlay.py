@@ -156,6 +156,29 @@ class Overlay:
             self._moved |= set(delta.tables[c.ITEM_ID].rows.tolist())
         self.seq, self.watermark_ms = delta.seq, delta.watermark_ms
 
+    def folded(self) -> Delta:
+        """What a reader is to know of all that was learned, as one delta."""
+        base = self.base
+        kinds = {c.USER_ID: base.users.ids.type, c.ITEM_ID: base.item_ids.type}
+        new_ids = {}
+        for name, kind in kinds.items():
+            ids = {one: row for one, row in self._ids[name].items() if row != UNKNOWN}
+            known = [*sorted(self._forgotten[name]), *sorted(ids)]  # a forgotten one may have come again
+            rows = [UNKNOWN] * len(self._forgotten[name]) + [ids[one] for one in sorted(ids)]
+            if known:
+                new_ids[name] = pa.table({"id": pa.array(known, kind), "row": pa.array(rows, pa.int32())})
+        return Delta(
+            base.id,
+            self.seq,
+            self.watermark_ms,
+            {name: self._tables[name] for name in sorted(self._tables)},
+            new_ids,
+            base.item_ids.take(pa.array(self._vectors.rows)),
+            self._vectors.values,
+            {},
+            folded=True,
+        )
+
     def lay(self, entities: Entities) -> Version:
         """The version with all that was learned and put."""
         base = self.base
