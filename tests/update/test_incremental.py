@@ -14,7 +14,7 @@ from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import Event
 from twotower.logs.entities import item_event, user_deleted
-from twotower.publish.delta import Delta, base_digest, delta_digest, last_seq, read_delta
+from twotower.publish.delta import Delta, base_digest, last_seq, read_delta
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.schema import columns as c
@@ -33,7 +33,7 @@ def deltas(settings: Settings):
     follows, found = base_digest(version.path), []
     for seq in range(1, last_seq(folder, version.id) + 1):
         found.append(read_delta(folder, version.id, seq, follows))
-        follows = delta_digest(folder, version.id, seq)
+        follows = found[-1].digest
     return found
 
 

@@ -384,11 +384,6 @@ def base_digest(version_path: Path) -> str:
     return str(read_manifest(version_path)[DIGEST])
 
 
-def delta_digest(deltas: Path, version_id: str, seq: int) -> str:
-    """What the delta behind this one follows."""
-    return str(_read_manifest(delta_folder(deltas, version_id, seq), version_id, seq)[DIGEST])
-
-
 def _ids_table(new_ids: Mapping[str, pa.Table]) -> pa.Table:
     schema = pa.schema([("table", pa.string()), ("number", pa.int64()), ("text", pa.string()), ("row", pa.int32())])
     pieces = []
