@@ -1,19 +1,25 @@
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from twotower.cli.line import open_served, places
-from twotower.cli.updating import learn, open_chain
+from twotower.cli.main import app
+from twotower.cli.updating import learn, open_as_served, open_chain
 from twotower.config import Settings
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import Event
-from twotower.logs.entities import item_event, user_deleted
+from twotower.logs.entities import item_deleted, item_event, user_deleted
 from twotower.publish.delta import Delta, base_digest, last_seq, read_delta
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
@@ -329,3 +335,37 @@ def test_a_chain_that_is_opened_again_goes_on_with_the_same_bytes(learning, happ
         run(at_once)
     assert content(places(learning).deltas) == content(places(at_once).deltas)
     assert read_json(places(learning).deltas / deltas(learning)[0].version / "00000009" / "state.json")
+
+
+def test_retrieve_reads_the_version_as_it_is_served(learning, happen, clicks, tmp_path: Path) -> None:
+    version = open_served(learning)
+    out, place = tmp_path / "out.parquet", f"workspace.path={learning.workspace.path}"
+    stranger, begin = 10**6, version.watermark_ms + 1
+    pq.write_table(pa.table({"user_id": [stranger]}), tmp_path / "users.parquet")
+
+    def asked(*options: str) -> tuple[dict[str, Any], list[Any]]:
+        users = tmp_path / "users.parquet"
+        arguments = ["retrieve", "--set", place, "--users", users, "--k", 20, "--out", out, *options]
+        told = CliRunner().invoke(app, [str(one) for one in arguments])
+        assert told.exit_code == 0, told.output
+        return json.loads(told.stdout.splitlines()[-1]), pq.read_table(out)["item_id"].to_pylist()
+
+    before = asked()
+    assert before[0]["delta_seq"] == 0
+    item = before[1][-1]
+    gone = item_deleted("d", begin, before[1][0])
+    events = [Event(f"e{n}", "click", stranger, begin + n, body={"item_id": item}) for n in range(30)]
+    happen(learning, [*events, gone])
+    run(learning)
+    told, after = asked()
+    assert (told["version"], told["delta_seq"]) == (version.id, 1)
+    expected = retrieve(
+        snapshots(learning).version, Asked(21, "none", stranger, channels=["two_tower"]), Recent(), 0, 0
+    )
+    assert after == [one.item_id for one in expected.items if one.item_id != before[1][0]][:20]
+    assert after != before[1]
+    assert asked("--no-deltas") == before
+    damaged = places(learning).deltas / version.id / "00000001" / "state.json"
+    damaged.write_bytes(damaged.read_bytes() + b" ")
+    with pytest.raises(VersionError, match="damaged"):
+        open_as_served(learning)

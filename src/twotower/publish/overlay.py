@@ -11,6 +11,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from twotower.logs.entities import Entity, EntityId
 from twotower.models.channel import VectorChannel
 from twotower.models.retriever import Candidates, Queries, Retriever, WithoutItems, similar_items
 from twotower.models.two_tower import Table, table_of
-from twotower.publish.delta import Delta, Rows
+from twotower.publish.delta import Delta, Rows, base_digest, read_next
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.ranker import OnnxRanker
 from twotower.publish.tables import LaidRows, map_tables
@@ -340,6 +341,25 @@ class Overlay:
     def _of_new(self, vectors: Rows) -> Rows:
         kept = np.isin(vectors.rows, self._new_rows) | (vectors.rows >= self.base.base_items)
         return Rows(vectors.rows[kept], vectors.values[kept])
+
+
+def as_served(base: Version, deltas: Path, entities: Entities) -> Version:
+    """A version with its deltas and with what was put or deleted, as a server that starts now shows it.
+
+    Args:
+        base: as `open_version` gives it.
+        deltas: the folder of the chains of all versions.
+        entities: what was put or deleted.
+
+    Raises:
+        VersionError: a delta is damaged or missing.
+    """
+    overlay = Overlay(base)
+    digest = follows = base_digest(base.path)
+    while (delta := read_next(deltas, base.id, digest, overlay.seq, follows)) is not None:
+        overlay.learn(delta)
+        follows = delta.digest
+    return overlay.lay(entities) if overlay.seq or entities.items or entities.users else base
 
 
 def item_columns(base: Version, item_id: EntityId, entity: Entity, token: int) -> dict[str, Column]:
