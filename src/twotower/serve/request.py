@@ -118,7 +118,8 @@ def find(version: Version, channels: Sequence[str], queries: Queries, k: int, as
     """The k candidates of one user as catalogue rows; arguments and errors as of `retrieve`."""
     names = tuple(channels) or tuple(version.channels)
     version.check_channels(names)
-    brought = ask({name: version.channels[name] for name in names}, queries, version.fusion.asked(k, names))
+    asked = {name: version.channels[name] for name in names}
+    brought = ask(asked, queries, version.fusion.asked(k, names), version.id)
     if not brought.lists:
         reasons = [name if why == ERROR else f"{name} ({why})" for name, why in brought.left_out.items()]
         raise Unanswerable(f"every channel failed: {', '.join(reasons)}")
