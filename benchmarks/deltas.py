@@ -3,10 +3,10 @@
     python benchmarks/deltas.py [--out benchmarks/results/deltas.json] [--smoke]
 
 A simulated workspace with the defaults of `examples/demo.toml`, and clicks after its log with their requests (a
-context, a history of 20 items), joined into shards, which are merged by the hour. Three updaters learn them in deltas of 10, 100 and 1,000 clicks, in turns; a
-server takes every delta up. End to end is from the shards to the committed delta: rows read and decoded, judged,
-trained, laid over what is served, judged again, written and flushed. Beside it: the same rows of each delta read from
-the shards alone, and from a Parquet file with a row group a delta.
+context, a history of 20 items), joined into shards, which are merged by the hour. Updaters learn them in deltas of 10,
+100, 1,000 and 4,096 clicks, in turns; a server takes every delta up. End to end is from the shards to the committed
+delta: rows read and decoded, judged, trained, laid over what is served, judged again, written and flushed. Beside it:
+the same rows of each delta read from the shards alone, and from a Parquet file with a row group a delta.
 
 For the opening, chains of so many deltas are written that touch rows drawn at random, as many a delta as 100 events a
 second give (15 users, 14 items). Each is opened by a server and by an updater as it is, and folded, with as many deltas
@@ -235,9 +235,10 @@ def measure_opening(settings: Settings, count: int, repeats: int, every: int) ->
         write_chain(settings, count)
     found = []
     for folded in (False, True) if count else (False,):
+        written = Times()
         if folded:
             for seq in (count - every, count):  # two, so that what they stand for is removed
-                fold_at(settings, seq, every)
+                fold_at(settings, seq, every, written)
         server, updater = Times(), Times()
         for _ in range(repeats):
             opened = server.of(lambda: Snapshots(where.versions, deltas=where.deltas))
@@ -247,12 +248,13 @@ def measure_opening(settings: Settings, count: int, repeats: int, every: int) ->
         files = [one for one in chain_folder(where.deltas, path.name).rglob("*") if one.is_file()]
         size = sum(one.stat().st_size for one in files)
         found.append({"deltas": count, "folded": folded, "files": len(files), "mb": round(size / 1e6, 1),
-                      "server": server.figures(), "updater": updater.figures()})  # fmt: skip
+                      "server": server.figures(), "updater": updater.figures(),
+                      **({"folded_written": written.figures()} if folded else {})})  # fmt: skip
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return found
 
 
-def fold_at(settings: Settings, last: int, every: int) -> None:
+def fold_at(settings: Settings, last: int, every: int, written: Times) -> None:
     """Write the folded delta that is due at a number or before it, as an updater does that opens the chain."""
     where, version = places(settings), open_served(settings)
     chain, away = chain_folder(where.deltas, version.id), Path(settings.workspace.path) / "away"
@@ -261,8 +263,12 @@ def fold_at(settings: Settings, last: int, every: int) -> None:
     for one in later:
         one.rename(away / one.name)
     opened = open_chain(replace(settings, update=replace(settings.update, fold_every=every)), version.path, None)
-    opened.tidy()
-    opened.close()
+
+    def write() -> None:
+        opened.tidy()
+        opened.close()
+
+    written.of(write)
     for one in later:
         (away / one.name).rename(chain / one.name)
     away.rmdir()
@@ -274,7 +280,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a small world, few and short chains")
     arguments = parser.parse_args()
     smoke = arguments.smoke
-    sizes = {10: 4, 100: 3} if smoke else {10: 41, 100: 31, 1000: 13}
+    sizes = {10: 4, 100: 3} if smoke else {10: 41, 100: 31, 1000: 13, 4096: 9}
     chains = {0: 2, 39: 2} if smoke else {0: 5, 999: 5, 9_999: 3}
     every = 10 if smoke else 250
     load_before = os.getloadavg()[0]
