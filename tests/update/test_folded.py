@@ -1,7 +1,12 @@
 """A chain that is folded says what the chain of all its deltas says, byte for byte."""
 
+import json
 import logging
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +18,7 @@ import pytest
 from twotower.cli.line import open_served, places
 from twotower.cli.updating import learn
 from twotower.config import Settings
+from twotower.config.load import as_dict
 from twotower.features.vocabulary import UNKNOWN
 from twotower.logs import Event
 from twotower.logs.entities import item_deleted, item_event, user_deleted, user_event
@@ -226,6 +232,50 @@ def test_what_a_killed_run_left_out_is_made_up_for(both, happen, content, monkey
         folded_folder(places(plain).deltas, open_served(plain).id, folded(short)[-1])
     )
     assert numbers(short)[0] == folded(short)[0] + 1
+
+
+KILLED = """
+import json, os, signal, sys
+from twotower.cli.updating import learn
+from twotower.config.load import parse
+from twotower.publish import delta
+
+real = delta.folder_listing
+
+
+def listing(folder):
+    if folder.parent.name == "folded":  # its files are there, its manifest and its name are not
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(folder)
+
+
+delta.folder_listing = listing
+learn(parse(json.loads(sys.argv[1])), follow=False, dry_run=False)
+"""
+
+
+def test_an_updater_that_is_killed_while_it_folds_ends_with_the_same_bytes(
+    small, happen, clicks, content, copy
+) -> None:
+    small = replace(small, update=replace(small.update, fold_every=EVERY))
+    happen(small, clicks(small, 100))
+    undisturbed = copy(small, "undisturbed")
+    run(undisturbed)
+    source = str(Path(__file__).parents[2] / "src")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(as_dict(small))],
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        check=False,
+        timeout=120,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert (folded(small), 4 <= len(numbers(small)) < 10) == ([], True)
+    assert [path.name for path in (chain_of(small) / "folded").iterdir()] == [".tmp-00000004"]
+    run(small)
+    assert content(chain_of(small)) == content(chain_of(undisturbed))
+    assert folded(small) == [4, 8]
 
 
 def test_a_damaged_folded_delta_is_passed_over_for_the_one_before(both, caplog: pytest.LogCaptureFixture) -> None:
