@@ -10,16 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from twotower.cli.line import open_served, places
+from twotower.cli.line import open_served, places, run_line
 from twotower.cli.main import app
 from twotower.cli.updating import learn, open_as_served, open_chain
-from twotower.config import Settings
+from twotower.config import Settings, parse
+from twotower.datasets.simulate import simulate_workspace
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import Event
 from twotower.logs.entities import item_deleted, item_event, user_deleted
+from twotower.models.channel import latest
 from twotower.publish.delta import Delta, base_digest, last_seq, read_delta
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
@@ -29,6 +31,7 @@ from twotower.schema.files import folder_listing, read_json
 from twotower.serve.request import Asked, retrieve
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import Recent
+from twotower.stream.shards import read_rows
 from twotower.update import chain as module
 from twotower.update.incremental import _only_updater
 from twotower.update.learner import Touched
@@ -369,3 +372,28 @@ def test_retrieve_reads_the_version_as_it_is_served(learning, happen, clicks, tm
     damaged.write_bytes(damaged.read_bytes() + b" ")
     with pytest.raises(VersionError, match="damaged"):
         open_as_served(learning)
+
+
+def test_histories_are_read_where_the_item_tower_has_no_ids(tmp_path: Path, happen, clicks) -> None:
+    simulate_workspace(tmp_path / "world", users=100, items=100, days=3, seed=2)
+    kind = {"kind": "categorical"}
+    document = {
+        "workspace": {"path": str(tmp_path / "world")},
+        "features": {"user": {"user_id": kind, "history": {"kind": "sequence"}}, "item": {"category": kind}},
+        "models": {"dimension": 8, "channels": ["two_tower", "item_cf", "popular"]},
+        "train": {"epochs": 1, "batch_size": 64},
+    }
+    settings = parse(document)
+    run_line(settings, promoted=True)
+    version = open_served(settings)
+    happen(settings, clicks(settings, 40))
+    chain = open_chain(settings, version.path, None)
+    plan = chain.plan()
+    assert plan is not None
+    [(name, (first, end))] = [(name, ends) for name, ends in plan.shards.items()][:1]
+    encoded = chain._encoded(read_rows(places(settings).shards, int(name), first, end - first))
+    clicked_before = version.queries_of(encoded.user_ids).clicks
+    expected = latest(clicked_before, version.two_tower.item_tokens, version.features.history.last)
+    assert expected.rows.any()
+    assert encoded.user["history"].rows.tolist() == expected.rows.tolist()
+    assert chain.make(plan).refused == []

@@ -480,7 +480,8 @@ class Chain:
         return _Sorted(positives, untrained, counts, times[~late].tolist())
 
     def _encoded(self, rows: pa.Table) -> Positives:
-        encoded = positives_of(self._laid, rows, self._learner.item_tokens)
+        tokens = self._learner.item_tokens if self._items_have_ids else self._laid.two_tower.item_tokens
+        encoded = positives_of(self._laid, rows, tokens)
         if any(feature.name == c.USER_ID for feature in self.version.features.user):
             learned = self._learner.learned[c.USER_ID]
             encoded.user[c.USER_ID] = tokens_of(self.version.features, c.USER_ID, encoded.user_ids, learned)
@@ -540,8 +541,15 @@ class Chain:
         learner.set_items(columns, vectors, clicks)
         learner.recent = recent[recent >= 0]
 
+    @property
+    def _items_have_ids(self) -> bool:
+        """The item tower reads them; else only histories do, and the rows of items do not move."""
+        return c.ITEM_ID in self._base_columns
+
     def _set_tokens(self, ids: pa.Table) -> None:
         """Note the rows of items in their table."""
+        if not self._items_have_ids:
+            return
         rows = self._laid.items.find(ids.column("id").combine_chunks())
         tokens = self._learner.item_tokens
         tokens[rows[rows >= 0]] = ids.column("row").to_numpy()[rows >= 0]
