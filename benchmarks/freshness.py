@@ -36,7 +36,7 @@ from twotower.cli.line import open_served, places, run_line
 from twotower.config import load
 from twotower.datasets.simulate import simulate_workspace
 from twotower.features.vocabulary import FIRST
-from twotower.publish.delta import base_digest, delta_digest, last_seq, read_delta
+from twotower.publish.delta import base_digest, last_seq, read_delta
 
 CONFIG = Path(__file__).parents[1] / "examples" / "demo.toml"
 REQUESTS_A_S = 50
@@ -182,7 +182,7 @@ def measure(rate: float, seconds: float, scratch: Path) -> dict[str, Any]:
     simulate_workspace(workspace, 2000, 1500, days=7, seed=0)
     changes = [
         *(f"workspace.path={json.dumps(str(workspace))}", "serve.port=0", "models.rankers=[]", "train.epochs=2"),
-        'models.channels=["two_tower", "item_cf", "popular"]',
+        *('models.channels=["two_tower", "item_cf", "popular"]', "update.fold_every=0"),  # every delta is read below
     ]
     settings = load(CONFIG, changes)
     run_line(settings, promoted=True)
@@ -225,7 +225,7 @@ def measure(rate: float, seconds: float, scratch: Path) -> dict[str, Any]:
     sizes, follows = list[int](), base_digest(version.path)
     for seq in range(1, last_seq(deltas, version.id) + 1):
         delta = read_delta(deltas, version.id, seq, follows)
-        follows = delta_digest(deltas, version.id, seq)
+        follows = delta.digest
         sizes.append(sum(len(table.rows) for table in delta.tables.values()))
         if "user_id" in delta.tables:
             for row in delta.tables["user_id"].rows.tolist():

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,10 @@ from twotower.cli.line import latest_checkpoint, open_served
 from twotower.config import Settings
 from twotower.features.vocabulary import UNKNOWN
 from twotower.logs.entities import Entity
+from twotower.models.two_tower import Table
 from twotower.publish.delta import Delta, Rows
-from twotower.publish.overlay import Entities, Overlay, check_item
-from twotower.publish.tables import map_tables
+from twotower.publish.overlay import Entities, Overlay, _piled, check_item
+from twotower.publish.tables import LaidRows, map_tables
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -223,3 +225,22 @@ def test_the_history_reads_the_rows_that_a_delta_touched(base: Version) -> None:
     laid = overlay.lay(Entities())
     assert answer(laid, None, recent, channels=["two_tower"]) != answer(base, None, recent, channels=["two_tower"])
     assert answer(laid, channels=["two_tower"]) == answer(base, channels=["two_tower"])
+
+
+def test_pieces_of_a_table_are_few_and_say_what_all_deltas_say() -> None:
+    draw = np.random.default_rng(0)
+    table = np.zeros((5000, 2), np.float32)
+    pieces: tuple[Rows, ...] = ()
+    expected = table.copy()
+    for step in range(1, 301):
+        rows = np.sort(draw.choice(5000, int(draw.integers(0, 40)), replace=False))
+        newer = Rows(rows, np.full((len(rows), 2), step, np.float32))
+        expected[rows] = step
+        pieces = _piled(pieces, newer)
+        sizes = [len(piece.rows) for piece in pieces]
+        assert all(below >= 16 * above for below, above in itertools.pairwise(sizes))
+    laid: Table = table
+    for piece in pieces:
+        laid = LaidRows(laid, piece.rows, piece.values)
+    assert laid.shape == table.shape
+    np.testing.assert_array_equal(laid[np.arange(5000)], expected)

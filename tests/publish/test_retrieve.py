@@ -2,14 +2,23 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from twotower.cli.line import open_served, places
 from twotower.config import Settings
+from twotower.features.vocabulary import UNKNOWN
+from twotower.logs.entities import Entity
+from twotower.publish.delta import Delta, Rows
+from twotower.publish.overlay import Entities, Overlay
 from twotower.publish.retrieve import retrieve_file, shown_items
+from twotower.publish.tables import map_tables
 from twotower.publish.version import Version
+from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
+from twotower.serve.request import Asked, retrieve
+from twotower.serve.users import Recent
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +149,45 @@ def test_a_refused_request_leaves_the_old_file(ask, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         ask(users_file(tmp_path, user_id=["a"]))
     assert pq.read_table(tmp_path / "out.parquet").equals(before)
+
+
+def test_what_was_learned_and_put_since_is_answered_like_a_server_answers(version: Version, tmp_path: Path) -> None:
+    tokens = version.users.features[c.USER_ID]
+    moved, put, deleted, plain = version.users.ids.take(pa.array(np.flatnonzero(tokens > UNKNOWN)[:4])).to_pylist()
+    learned, stranger, new_item = 10**6, 10**6 + 1, "zz new"
+    row = int(tokens[version.users.positions.find(pa.array([moved]))[0]])
+    spare = map_tables(version.path / "channels" / "two_tower")[c.USER_ID].shape[0] - 1
+    width = version.item_vectors.shape[1]
+    draw = np.random.default_rng(0)
+    overlay = Overlay(version)
+    overlay.learn(
+        Delta(
+            version.id,
+            1,
+            None,
+            {c.USER_ID: Rows(np.array([row, spare]), draw.standard_normal((2, width)).astype(np.float32))},
+            {c.USER_ID: pa.table({"id": [learned], "row": pa.array([spare], pa.int32())})},
+            version.item_ids.slice(0, 1),
+            draw.standard_normal((1, width)).astype(np.float32),
+            {},
+        )
+    )
+    features = version.catalogue.slice(7, 1).to_pylist()[0]
+    like = Entity(features={name: one for name, one in features.items() if name not in (c.ITEM_ID, c.AVAILABLE)})
+    users = {put: Entity(features={"city": "nowhere"}), deleted: Entity(deleted=True, fresh=True)}
+    served = overlay.lay(Entities({new_item: like}, users))
+    everyone = [moved, learned, put, deleted, plain, stranger]
+    out, file = tmp_path / "out.parquet", users_file(tmp_path, user_id=everyone)
+    for channel in ("two_tower", "fused"):
+        assert retrieve_file(served, tmp_path, file, 40, out, channel, "clicked") == len(everyone)
+        table, channels = pq.read_table(out), [] if channel == "fused" else [channel]
+        for one in everyone:
+            expected = retrieve(served, Asked(40, "clicked", one, channels=channels), Recent(), 0, 0)
+            mine = table.filter(pc.equal(table["user_id"], one))
+            assert mine["item_id"].to_pylist() == [item.item_id for item in expected.items]
+    retrieve_file(served, tmp_path, "all", 400, out, "two_tower", "none")
+    answered = pq.read_table(out)
+    assert set(answered["user_id"].to_pylist()) == set(version.users.ids.to_pylist()) - {deleted}
+    assert new_item in answered["item_id"].to_pylist()
+    users_of_all = pq.read_table(out).filter(pc.equal(answered["user_id"], plain))
+    assert len(users_of_all) == len(version.item_ids) + 1

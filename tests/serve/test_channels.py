@@ -1,5 +1,7 @@
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -188,7 +190,29 @@ def test_late_calls_do_not_pile_up_under_many_requests(short: Asking) -> None:
 def test_the_channel_of_another_version_does_not_wait_for_that_of_the_old(short: Asking) -> None:
     short.slow.gate.clear()
     assert short.ask()["slow"] == LATE
-    assert short.ask(short.fast, Channel("slow", 5)) == {"fast": "ok", "slow": "ok"}
+    asked = {"fast": short.fast, "slow": Channel("slow", 5)}
+    assert short.side_by_side.ask(asked, NOBODY, 3, "another").left_out == {}
+
+
+def test_channels_that_a_delta_made_take_the_threads_of_those_before(short: Asking) -> None:
+    before = threading.active_count()
+    made = []
+    for _ in range(50):
+        fast, slow = Channel("fast"), Channel("slow")
+        assert short.side_by_side.ask({"fast": fast, "slow": slow}, NOBODY, 3, "version").left_out == {}
+        made += [weakref.ref(fast), weakref.ref(slow)]
+    assert threading.active_count() - before <= 4
+    del fast, slow
+    until = time.monotonic() + 10
+    while any(one() is not None for one in made):  # nothing holds on to them, nor to their vectors
+        assert time.monotonic() < until
+        gc.collect()
+
+
+def test_channels_that_a_delta_made_wait_for_what_is_late_of_those_before(short: Asking) -> None:
+    short.slow.gate.clear()
+    assert short.ask()["slow"] == LATE
+    assert short.ask(short.fast, Channel("slow", 5)) == {"fast": "ok", "slow": BUSY}
 
 
 def test_threads_without_work_end(monkeypatch: pytest.MonkeyPatch) -> None:

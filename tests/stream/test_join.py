@@ -146,7 +146,9 @@ def test_small_shards_are_merged_by_the_hour_and_rows_keep_their_numbers(run, ma
     assert (small[-1].end_row, small[-1].end) == (merged[-1].end_row, merged[-1].end)
     left = {path.stem for path in (tmp_path / "merged" / "shards" / "partition-0000").glob("*.tfrecord")}
     assert left == {shard.name for shard in merged}
-    assert read_rows(tmp_path / "merged" / "shards", 0, 100, 37) == rows_of(tmp_path / "small")[0].slice(100, 37)
+    rows = rows_of(tmp_path / "small")[0]
+    for first in range(0, rows.num_rows, 37):
+        assert read_rows(tmp_path / "merged" / "shards", 0, first, 37) == rows.slice(first, 37)
 
 
 def test_merged_shards_have_the_same_bytes_wherever_the_small_ones_ended(run, make_log, make_events, tmp_path) -> None:

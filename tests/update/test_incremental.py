@@ -1,22 +1,30 @@
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from twotower.cli import updating
-from twotower.cli.line import open_served, places
-from twotower.cli.updating import learn, open_chain
-from twotower.config import Settings
+from twotower.cli.line import open_served, places, run_line
+from twotower.cli.main import app
+from twotower.cli.updating import learn, open_as_served, open_chain
+from twotower.config import Settings, parse
+from twotower.datasets.simulate import simulate_workspace
 from twotower.datasets.tables import end_of_day
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import Event
-from twotower.logs.entities import item_event, user_deleted
-from twotower.publish.delta import Delta, base_digest, delta_digest, last_seq, read_delta, read_delta_manifest
+from twotower.logs.entities import item_deleted, item_event, user_deleted
+from twotower.models.channel import latest
+from twotower.publish.delta import Delta, base_digest, last_seq, read_delta, read_delta_manifest
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.publish.version import open_version
@@ -26,6 +34,7 @@ from twotower.schema.files import folder_listing, read_json
 from twotower.serve.request import Asked, retrieve
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import Recent
+from twotower.stream.shards import read_rows
 from twotower.update import chain as module
 from twotower.update.incremental import _only_updater
 from twotower.update.learner import Touched
@@ -36,7 +45,7 @@ def deltas(settings: Settings):
     follows, found = base_digest(version.path), []
     for seq in range(1, last_seq(folder, version.id) + 1):
         found.append(read_delta(folder, version.id, seq, follows))
-        follows = delta_digest(folder, version.id, seq)
+        follows = found[-1].digest
     return found
 
 
@@ -372,3 +381,62 @@ def test_a_click_after_midnight_is_learned_though_the_version_knows_a_later_one_
     report = read_delta_manifest(places(learning).deltas, version.id, 1)["report"]
     assert (report["positives"], report["known_before"]) == (30, 0)
     assert replace(version, manifest=manifest).knows_until_ms == midnight - 1
+
+
+def test_retrieve_reads_the_version_as_it_is_served(learning, happen, clicks, tmp_path: Path) -> None:
+    version = open_served(learning)
+    out, place = tmp_path / "out.parquet", f"workspace.path={learning.workspace.path}"
+    stranger, begin = 10**6, version.watermark_ms + 1
+    pq.write_table(pa.table({"user_id": [stranger]}), tmp_path / "users.parquet")
+
+    def asked(*options: str) -> tuple[dict[str, Any], list[Any]]:
+        users = tmp_path / "users.parquet"
+        arguments = ["retrieve", "--set", place, "--users", users, "--k", 20, "--out", out, *options]
+        told = CliRunner().invoke(app, [str(one) for one in arguments])
+        assert told.exit_code == 0, told.output
+        return json.loads(told.stdout.splitlines()[-1]), pq.read_table(out)["item_id"].to_pylist()
+
+    before = asked()
+    assert before[0]["delta_seq"] == 0
+    item = before[1][-1]
+    gone = item_deleted("d", begin, before[1][0])
+    events = [Event(f"e{n}", "click", stranger, begin + n, body={"item_id": item}) for n in range(30)]
+    happen(learning, [*events, gone])
+    run(learning)
+    told, after = asked()
+    assert (told["version"], told["delta_seq"]) == (version.id, 1)
+    expected = retrieve(
+        snapshots(learning).version, Asked(21, "none", stranger, channels=["two_tower"]), Recent(), 0, 0
+    )
+    assert after == [one.item_id for one in expected.items if one.item_id != before[1][0]][:20]
+    assert after != before[1]
+    assert asked("--no-deltas") == before
+    damaged = places(learning).deltas / version.id / "00000001" / "state.json"
+    damaged.write_bytes(damaged.read_bytes() + b" ")
+    with pytest.raises(VersionError, match="damaged"):
+        open_as_served(learning)
+
+
+def test_histories_are_read_where_the_item_tower_has_no_ids(tmp_path: Path, happen, clicks) -> None:
+    simulate_workspace(tmp_path / "world", users=100, items=100, days=3, seed=2)
+    kind = {"kind": "categorical"}
+    document = {
+        "workspace": {"path": str(tmp_path / "world")},
+        "features": {"user": {"user_id": kind, "history": {"kind": "sequence"}}, "item": {"category": kind}},
+        "models": {"dimension": 8, "channels": ["two_tower", "item_cf", "popular"]},
+        "train": {"epochs": 1, "batch_size": 64},
+    }
+    settings = parse(document)
+    run_line(settings, promoted=True)
+    version = open_served(settings)
+    happen(settings, clicks(settings, 40))
+    chain = open_chain(settings, version.path, None)
+    plan = chain.plan()
+    assert plan is not None
+    [(name, (first, end))] = [(name, ends) for name, ends in plan.shards.items()][:1]
+    encoded = chain._encoded(read_rows(places(settings).shards, int(name), first, end - first))
+    clicked_before = version.queries_of(encoded.user_ids).clicks
+    expected = latest(clicked_before, version.two_tower.item_tokens, version.features.history.last)
+    assert expected.rows.any()
+    assert encoded.user["history"].rows.tolist() == expected.rows.tolist()
+    assert chain.make(plan).refused == []

@@ -176,17 +176,23 @@ def retrieve(
     channel: Annotated[str, typer.Option(help="A channel of the version, or fused.")] = "two_tower",
     exclude: Annotated[str, typer.Option(help="clicked, impressed or none")] = "clicked",
     version: Annotated[str | None, typer.Option(help="A version; absent = the served one.")] = None,
+    no_deltas: Annotated[
+        bool,
+        typer.Option("--no-deltas", help="The version alone: without what was learned, put or deleted since."),
+    ] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
     """Write recommendations for many users."""
     from twotower.cli.line import open_served, places
+    from twotower.cli.updating import open_as_served
     from twotower.publish.retrieve import retrieve_file
 
     def write(settings: Settings) -> dict[str, Any]:
-        served = open_served(settings, version)
+        served = open_served(settings, version) if no_deltas else open_as_served(settings, version)
         count = retrieve_file(served, places(settings).workspace, users, k, out, channel, exclude)
-        return {"out": str(out), "users": count, "version": served.id, "channel": channel}
+        told = {"out": str(out), "users": count, "version": served.id}
+        return {**told, "delta_seq": served.delta_seq, "channel": channel}
 
     stage(write, config, overrides)
 

@@ -15,6 +15,7 @@ from twotower.cli.line import (
     LATEST,
     Places,
     make_samples,
+    open_served,
     places,
     publish_version,
     train_from,
@@ -27,7 +28,7 @@ from twotower.datasets.tables import end_of_day
 from twotower.features.feature_set import load as load_features
 from twotower.logs import EventLog, open_reader
 from twotower.publish.delta import last_seq
-from twotower.publish.overlay import Entities
+from twotower.publish.overlay import Entities, as_served
 from twotower.publish.publish import current_path, promote
 from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_version
 from twotower.samples.read import open_samples
@@ -221,6 +222,15 @@ def _event_log(settings: Settings, opened: ExitStack) -> EventLog | None:
     return event_log
 
 
+def open_as_served(settings: Settings, version: str | None = None) -> Version:
+    """The served version, or a given one, with its deltas and with what was put or deleted."""
+    opened_version = open_served(settings, version)
+    with ExitStack() as opened:
+        event_log = _event_log(settings, opened)
+        entities = read_entities(event_log) if event_log is not None else Entities()
+    return as_served(opened_version, places(settings).deltas, entities)
+
+
 def limits_of(settings: Settings) -> Limits:
     """What the gate is to keep."""
     gate = settings.update.gate
@@ -271,6 +281,7 @@ def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Ch
         options.rows,
         settings.samples.untrained_users,
         settings.serve.exclude != "none",
+        options.fold_every,
     )
 
 

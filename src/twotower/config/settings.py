@@ -822,6 +822,8 @@ class Update:
     """Of the negatives."""
     follow_s: PositiveReal = 0.25
     """`update incremental --follow`: pause between two looks at the shards."""
+    fold_every: Annotated[int, Field(ge=0)] = 250
+    """Deltas after which all that was learned is folded into one, so that a long chain is opened fast; 0 = never."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.9
     """`update full`: what yesterday's optimizer accumulators are multiplied by."""
     evict_after_days: Positive | None = 30

@@ -7,10 +7,17 @@
       items.arrow                     item_id, vector: of the items that a touched row enters
       optimizer.safetensors           for the updater alone: accumulators of the touched rows, and its further arrays
       state.json                      for the updater alone
+    deltas/<version>/folded/<seq>/    the same files: one delta in place of the deltas 1 to seq
 
 The rename that gives the folder its name is the commit. What is served is the version and its deltas in their order.
+A folded delta says nothing that they do not say: who has taken it in has the same bytes as who has read them all. It
+spares who opens a version the long way through a day, and what it stands for can be removed.
 """
 
+import logging
+import os
+import shutil
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +34,24 @@ from twotower.publish.version import DIGEST, digest, read_manifest
 from twotower.samples.columns_file import map_columns, write_table
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError
-from twotower.schema.files import MANIFEST, check_listing, folder_listing, read_json, whole_folder, write_json
+from twotower.schema.files import (
+    MANIFEST,
+    TEMPORARY,
+    check_listing,
+    folder_listing,
+    read_json,
+    whole_folder,
+    write_json,
+)
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
+FOLDED = "folded"
+HOURS = 48
+"""Hours whose recall is told."""
+GATED = 20
+"""Deltas that the gate refused that are told, the latest ones."""
 TABLES, NEW_IDS, ITEMS, OPTIMIZER, STATE = (
     *("tables.safetensors", "new_ids.arrow", "items.arrow", "optimizer.safetensors", "state.json"),
 )
@@ -69,7 +91,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step of the incremental chain changed."""
+    """What one step of the incremental chain changed; a folded one, what all steps up to it did."""
 
     version: str
     """The base."""
@@ -90,6 +112,44 @@ class Delta:
     """Counts and figures of the gate, for who reads the manifest."""
     optimizer: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
+    folded: bool = False
+    """It stands for the deltas 1 to `seq`."""
+    digest: str = ""
+    """What the next delta follows: the digest of this one's manifest, or of the last one's that it stands for."""
+
+
+class Reports:
+    """What the deltas of a chain say of themselves, taken together."""
+
+    def __init__(self) -> None:
+        self.latest: Mapping[str, Any] = {}
+        """What the latest delta says."""
+        self.gated: deque[tuple[int, list[str]]] = deque(maxlen=GATED)
+        """Deltas in whose place the gate let nothing through, with its reasons; the latest ones."""
+        self.recall: dict[int, tuple[int, int]] = {}
+        """By hour since 1970, how many positives to come were found, of how many; the latest hours."""
+
+    def note(self, delta: Delta) -> None:
+        """Take in the next delta, or a folded one that stands for all."""
+        self.latest = {name: value for name, value in delta.report.items() if name != FOLDED}
+        told = delta.report.get("recall", {})
+        if delta.folded:
+            told = delta.report[FOLDED]["recall"]
+            self.gated.clear()
+            self.gated.extend((seq, reasons) for seq, reasons in delta.report[FOLDED]["gated"])
+            self.recall = {}
+        elif delta.report.get("refused"):
+            self.gated.append((delta.seq, list(delta.report["refused"])))
+        for hour, (found, count) in told.items():
+            before = self.recall.get(int(hour), (0, 0))
+            self.recall[int(hour)] = (before[0] + found, before[1] + count)
+        for hour in sorted(self.recall)[:-HOURS]:
+            del self.recall[hour]
+
+    def folded(self) -> dict[str, Any]:
+        """The report of a folded delta."""
+        recall = {str(hour): list(counts) for hour, counts in sorted(self.recall.items())}
+        return {**self.latest, FOLDED: {"gated": [list(one) for one in self.gated], "recall": recall}}
 
 
 def chain_folder(deltas: Path, version_id: str) -> Path:
@@ -100,6 +160,11 @@ def chain_folder(deltas: Path, version_id: str) -> Path:
 def delta_folder(deltas: Path, version_id: str, seq: int) -> Path:
     """One delta."""
     return chain_folder(deltas, version_id) / f"{seq:08d}"
+
+
+def folded_folder(deltas: Path, version_id: str, seq: int) -> Path:
+    """A delta that stands for the deltas 1 to `seq`."""
+    return chain_folder(deltas, version_id) / FOLDED / f"{seq:08d}"
 
 
 def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
@@ -116,6 +181,22 @@ def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
     path = delta_folder(deltas, delta.version, delta.seq)
     if path.exists():
         raise VersionError(f"{path} exists, and a delta is never replaced: another updater wrote it")
+    return _write(path, delta, {"follows": follows})
+
+
+def write_folded(deltas: Path, delta: Delta, base: str) -> None:
+    """Write a folded delta; one that stands there is damaged, and is replaced.
+
+    Args:
+        deltas: the folder of the chains of all versions.
+        delta: what to write; its digest is that of the last delta that it stands for.
+        base: digest of the version's manifest.
+    """
+    stands_for = {"first": 1, "digest": delta.digest}
+    _write(folded_folder(deltas, delta.version, delta.seq), delta, {"follows": base, "stands_for": stands_for})
+
+
+def _write(path: Path, delta: Delta, links: Mapping[str, Any]) -> str:
     with whole_folder(path) as folder:
         tensors: dict[str, npt.NDArray[Any]] = {}
         for name, rows in delta.tables.items():
@@ -130,7 +211,7 @@ def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
             "kind": "delta",
             "version": delta.version,
             "seq": delta.seq,
-            "follows": follows,
+            **links,
             "watermark_ms": delta.watermark_ms,
             "offsets": delta.offsets,
             "report": delta.report,
@@ -142,44 +223,78 @@ def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
     return str(manifest[DIGEST])
 
 
-def read_delta_manifest(deltas: Path, version_id: str, seq: int) -> dict[str, Any]:
-    """The manifest of a delta, checked against its own hash.
-
-    Raises:
-        VersionError: missing, damaged, of another format or of another base.
-    """
-    path = delta_folder(deltas, version_id, seq)
-    try:
-        manifest = read_json(path / MANIFEST)
-    except DataError as error:
-        raise VersionError(f"{path} is no whole delta: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != "delta" or manifest.get("format") != FORMAT:
-        raise VersionError(f"{path} is no delta of format {FORMAT}")
-    if manifest.get(DIGEST) != digest({key: value for key, value in manifest.items() if key != DIGEST}):
-        raise VersionError(f"{path} is damaged: {MANIFEST} does not have its own SHA-256")
-    if (manifest["version"], manifest["seq"]) != (version_id, seq):
-        raise VersionError(
-            f"{path} is delta {manifest['seq']} of version {manifest['version']}: it is none of {version_id}"
-        )
-    return manifest
-
-
 def read_delta(deltas: Path, version_id: str, seq: int, follows: str) -> Delta:
     """A delta, its files checked against their hashes, and that it follows what is served.
 
     Raises:
         VersionError: missing, damaged, of another base, or it follows something else than was given.
     """
-    path = delta_folder(deltas, version_id, seq)
-    manifest = read_delta_manifest(deltas, version_id, seq)
+    return _read(delta_folder(deltas, version_id, seq), version_id, seq, follows)
+
+
+def read_folded(deltas: Path, version_id: str, base: str, after: int = 0) -> Delta | None:
+    """The latest folded delta that is whole, None where there is none; a damaged one is passed over with a log line.
+
+    Args:
+        deltas: the folder of the chains of all versions.
+        version_id: the base.
+        base: digest of its manifest.
+        after: it stands for more deltas than so many.
+    """
+    for seq in reversed(folded_seqs(deltas, version_id)):
+        if seq <= after:
+            break
+        try:
+            return _read(folded_folder(deltas, version_id, seq), version_id, seq, base)
+        except VersionError as error:
+            log.error("a folded delta of %s is passed over: %s", version_id, error)
+    return None
+
+
+def read_next(deltas: Path, version_id: str, base: str, seq: int, follows: str) -> Delta | None:
+    """What comes behind delta `seq` of a chain; None where that is the end.
+
+    At the beginning that is the latest folded delta. Later on it is the next delta, and where that one is gone or
+    damaged, a folded one that stands for it.
+
+    Args:
+        deltas: the folder of the chains of all versions.
+        version_id: the base.
+        base: digest of its manifest.
+        seq: the latest delta that is known; 0 = none is.
+        follows: its digest, or the base's.
+
+    Raises:
+        VersionError: the next delta is damaged, of another base or gone, and no folded one stands for it.
+    """
+    if seq == 0 and (folded := read_folded(deltas, version_id, base)) is not None:
+        return folded
+    known = last_seq(deltas, version_id) if seq == 0 else max(folded_seqs(deltas, version_id), default=0)
+    path = delta_folder(deltas, version_id, seq + 1)
+    try:
+        if path.is_dir():
+            return read_delta(deltas, version_id, seq + 1, follows)
+        if known <= seq:
+            return None
+        problem = VersionError(f"{path} is gone, and no whole folded delta stands for it")
+    except VersionError as error:  # damaged, or removed while it was read
+        problem = error
+    if seq == 0 or (folded := read_folded(deltas, version_id, base, seq)) is None:
+        raise problem
+    return folded
+
+
+def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
+    manifest = _read_manifest(path, version_id, seq)
     if manifest["follows"] != follows:
         raise VersionError(
             f"{path} follows {manifest['follows'][:12]}, but what is served is {follows[:12]}: it was learned on "
             "another base"
         )
-    if problems := check_listing(path, manifest["files"]):
-        raise VersionError(f"{path} is damaged: {'; '.join(problems)}")
+    stands_for = manifest.get("stands_for")
     try:
+        if problems := check_listing(path, manifest["files"]):
+            raise VersionError(f"{path} is damaged: {'; '.join(problems)}")
         tensors = load_file(path / TABLES)
         ids = map_columns(path / NEW_IDS)
         items = map_columns(path / ITEMS)
@@ -201,27 +316,72 @@ def read_delta(deltas: Path, version_id: str, seq: int, follows: str) -> Delta:
             manifest["report"],
             load_file(path / OPTIMIZER),
             read_json(path / STATE),
+            stands_for is not None,
+            manifest[DIGEST] if stands_for is None else stands_for["digest"],
         )
     except (DataError, SafetensorError, KeyError, OSError) as error:
         raise VersionError(f"{path} cannot be read: {error!r}") from error
 
 
+def _read_manifest(path: Path, version_id: str, seq: int) -> dict[str, Any]:
+    """The manifest of a delta, checked against its own hash.
+
+    Raises:
+        VersionError: missing, damaged, of another format or of another base.
+    """
+    try:
+        manifest = read_json(path / MANIFEST)
+    except DataError as error:
+        raise VersionError(f"{path} is no whole delta: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != "delta" or manifest.get("format") != FORMAT:
+        raise VersionError(f"{path} is no delta of format {FORMAT}")
+    if manifest.get(DIGEST) != digest({key: value for key, value in manifest.items() if key != DIGEST}):
+        raise VersionError(f"{path} is damaged: {MANIFEST} does not have its own SHA-256")
+    if (manifest["version"], manifest["seq"]) != (version_id, seq):
+        raise VersionError(
+            f"{path} is delta {manifest['seq']} of version {manifest['version']}: it is none of {version_id}"
+        )
+    return manifest
+
+
+def prune(deltas: Path, version_id: str) -> None:
+    """Remove what the folded deltas of a chain stand for.
+
+    The latest folded one stays and the one before it, with the deltas behind that: a server that is not further behind
+    than they reach goes on delta by delta, and a folded one that was damaged has another beside it.
+    """
+    chain, kept = chain_folder(deltas, version_id), [0, 0, *folded_seqs(deltas, version_id)][-2]
+    for folder, last in ((chain, kept), (chain / FOLDED, kept - 1)):
+        for name in sorted(_names(folder)):
+            number = name.removeprefix(TEMPORARY)
+            if number.isdigit() and int(number) <= last:
+                removed = folder / f"{TEMPORARY}{number}"  # so that who reads it finds it whole or gone
+                if name == number:
+                    os.replace(folder / name, removed)
+                shutil.rmtree(removed)
+
+
 def last_seq(deltas: Path, version_id: str) -> int:
     """The number of the latest delta of a version, 0 before there is one."""
-    folder = chain_folder(deltas, version_id)
-    if not folder.is_dir():
-        return 0
-    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
+    return max([0, *_numbers(chain_folder(deltas, version_id)), *folded_seqs(deltas, version_id)])
+
+
+def folded_seqs(deltas: Path, version_id: str) -> list[int]:
+    """The numbers of the folded deltas of a version, ascending."""
+    return sorted(_numbers(chain_folder(deltas, version_id) / FOLDED))
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(name) for name in _names(folder) if name.isdigit()]
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
 
 
 def base_digest(version_path: Path) -> str:
     """What the first delta of a version follows: the hash of the version's manifest, and so of all its files."""
     return str(read_manifest(version_path)[DIGEST])
-
-
-def delta_digest(deltas: Path, version_id: str, seq: int) -> str:
-    """What the delta behind this one follows."""
-    return str(read_delta_manifest(deltas, version_id, seq)[DIGEST])
 
 
 def _ids_table(new_ids: Mapping[str, pa.Table]) -> pa.Table:

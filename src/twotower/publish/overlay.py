@@ -8,9 +8,11 @@ N items of the version, A items put since, D vector.
 """
 
 import copy
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ from twotower.logs.entities import Entity, EntityId
 from twotower.models.channel import VectorChannel
 from twotower.models.retriever import Candidates, Queries, Retriever, WithoutItems, similar_items
 from twotower.models.two_tower import Table, table_of
-from twotower.publish.delta import Delta, Rows
+from twotower.publish.delta import Delta, Rows, base_digest, read_next
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.ranker import OnnxRanker
 from twotower.publish.tables import LaidRows, map_tables
@@ -37,6 +39,9 @@ from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 
 log = logging.getLogger(__name__)
+
+_SMALLER = 16
+"""How many times a piece of a table is smaller than the one below it, at least."""
 
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -110,7 +115,8 @@ class Overlay:
         self.base = base
         self.seq = 0
         self.watermark_ms: int | None = base.watermark_ms
-        self._tables: dict[str, Rows] = {}
+        self._tables: dict[str, tuple[Rows, ...]] = {}
+        """By table, the rows that are newer than the version's: the pieces of `_piled`."""
         self._vectors = Rows.none(base.item_vectors.shape[1])
         self._ids: dict[str, dict[EntityId, int]] = {c.USER_ID: {}, c.ITEM_ID: {}}
         self._forgotten: dict[str, set[EntityId]] = {c.USER_ID: set(), c.ITEM_ID: set()}
@@ -142,7 +148,7 @@ class Overlay:
             if name not in self._mapped or rows.values.shape[1] != self._mapped[name].shape[1]:
                 raise DataError(f"delta {delta.seq} has rows of a table {name} that version {self.base.id} has not so")
         for name, rows in delta.tables.items():
-            self._tables[name] = self._tables.get(name, Rows.none(rows.values.shape[1])).with_newer(rows)
+            self._tables[name] = _piled(self._tables.get(name, ()), rows)
         for name, ids in delta.new_ids.items():
             for one, row in zip(ids.column("id").to_pylist(), ids.column("row").to_pylist(), strict=True):
                 self._ids[name][one] = row
@@ -156,6 +162,29 @@ class Overlay:
             self._moved |= set(delta.tables[c.ITEM_ID].rows.tolist())
         self.seq, self.watermark_ms = delta.seq, delta.watermark_ms
 
+    def folded(self) -> Delta:
+        """What a reader is to know of all that was learned, as one delta."""
+        base = self.base
+        kinds = {c.USER_ID: base.users.ids.type, c.ITEM_ID: base.item_ids.type}
+        new_ids = {}
+        for name, kind in kinds.items():
+            ids = {one: row for one, row in self._ids[name].items() if row != UNKNOWN}
+            known = [*sorted(self._forgotten[name]), *sorted(ids)]  # a forgotten one may have come again
+            rows = [UNKNOWN] * len(self._forgotten[name]) + [ids[one] for one in sorted(ids)]
+            if known:
+                new_ids[name] = pa.table({"id": pa.array(known, kind), "row": pa.array(rows, pa.int32())})
+        return Delta(
+            base.id,
+            self.seq,
+            self.watermark_ms,
+            {name: functools.reduce(Rows.with_newer, self._tables[name]) for name in sorted(self._tables)},
+            new_ids,
+            base.item_ids.take(pa.array(self._vectors.rows)),
+            self._vectors.values,
+            {},
+            folded=True,
+        )
+
     def lay(self, entities: Entities) -> Version:
         """The version with all that was learned and put."""
         base = self.base
@@ -164,10 +193,10 @@ class Overlay:
             self._of_entities = entities.items
             self._rankers = self._with_put(entities.items)
         catalogue = self._catalogue
-        tables = {
-            name: LaidRows(table, self._tables[name].rows, self._tables[name].values) if name in self._tables else table
-            for name, table in self._mapped.items()
-        }
+        tables: dict[str, Table] = dict(self._mapped)
+        for name, pieces in self._tables.items():
+            for piece in pieces:
+                tables[name] = LaidRows(tables[name], piece.rows, piece.values)
         tokens = self._tokens(entities.items)
         put = self._put_vectors(entities.items, tokens, tables)
         back = np.flatnonzero(self._base_gone & ~catalogue.gone[: base.base_items])
@@ -319,6 +348,25 @@ class Overlay:
         return Rows(vectors.rows[kept], vectors.values[kept])
 
 
+def as_served(base: Version, deltas: Path, entities: Entities) -> Version:
+    """A version with its deltas and with what was put or deleted, as a server that starts now shows it.
+
+    Args:
+        base: as `open_version` gives it.
+        deltas: the folder of the chains of all versions.
+        entities: what was put or deleted.
+
+    Raises:
+        VersionError: a delta is damaged or missing.
+    """
+    overlay = Overlay(base)
+    digest = follows = base_digest(base.path)
+    while (delta := read_next(deltas, base.id, digest, overlay.seq, follows)) is not None:
+        overlay.learn(delta)
+        follows = delta.digest
+    return overlay.lay(entities) if overlay.seq or entities.items or entities.users else base
+
+
 def item_columns(base: Version, item_id: EntityId, entity: Entity, token: int) -> dict[str, Column]:
     """What enters the item tower for one item that was put (N = 1)."""
     columns: dict[str, Column] = {}
@@ -389,6 +437,24 @@ def _with_attributes(
         both = pa.chunked_array([column, newer]).unify_dictionaries().combine_chunks()
         columns.append(both.take(pa.array(take)))
     return pa.record_batch(columns, schema=catalogue.schema)
+
+
+def _piled(pieces: tuple[Rows, ...], newer: Rows) -> tuple[Rows, ...]:
+    """Pieces of a table with a newer one on top: few, and each far smaller than the one below it.
+
+    A delta of a few rows is laid on a million without copying them, and a look-up goes through a handful.
+
+    >>> piece = Rows(np.arange(3), np.zeros((3, 1), np.float32))
+    >>> below = Rows(np.arange(100), np.ones((100, 1), np.float32))
+    >>> [len(one.rows) for one in _piled((below, piece), piece)]
+    [100, 3]
+    """
+    if pieces and not len(newer.rows):
+        return pieces
+    while pieces and len(pieces[-1].rows) < _SMALLER * len(newer.rows):
+        *below, last = pieces
+        pieces, newer = tuple(below), last.with_newer(newer)
+    return (*pieces, newer)
 
 
 def _vectors_of(channel: VectorChannel, rows: Longs) -> Rows:

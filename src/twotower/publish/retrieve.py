@@ -14,7 +14,7 @@ from twotower.publish.version import FUSED, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import whole_file
-from twotower.schema.tables import as_ids, recommendations, require_columns
+from twotower.schema.tables import as_ids, is_id, recommendations, require_columns
 
 BATCH = 1024
 EXCLUDE = ("clicked", "impressed", "none")
@@ -24,10 +24,10 @@ def retrieve_file(version: Version, workspace: Path, users: str, k: int, out: Pa
     """Write `user_id`, `item_id`, `rank`, `score`, `channel` for many users; gives the number of users.
 
     Args:
-        version: the version that answers.
+        version: the version that answers, as it is or as it is served, with what was learned and put since.
         workspace: whose `events/` say what was impressed.
-        users: `all` users of the version, or a Parquet file with `user_id`; columns of it that are context features are
-            used as each request's context.
+        users: `all` users of the version who were not deleted since, or a Parquet file with `user_id`; columns of it
+            that are context features are used as each request's context.
         k: items of each user.
         out: a Parquet file, whole or not at all.
         channel: a channel of the version, or `fused`.
@@ -46,7 +46,6 @@ def retrieve_file(version: Version, workspace: Path, users: str, k: int, out: Pa
     names = tuple(version.channels) if channel == FUSED else (channel,)
     asked = _read_users(version, users)
     ids = asked.column(c.USER_ID).combine_chunks()
-    user_rows = version.users.positions.find(ids)
     left_out: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None
     if exclude == "impressed":
         left_out = shown_items(version, workspace / "events")
@@ -55,8 +54,8 @@ def retrieve_file(version: Version, workspace: Path, users: str, k: int, out: Pa
     schema = recommendations(version.users.ids.type, version.item_ids.type)
     with whole_file(out) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for start in range(0, len(ids), BATCH):
-            part = slice(start, start + BATCH)
-            queries = version.queries(user_rows[part], _context(version, asked.slice(start, BATCH)), left_out)
+            part = asked.slice(start, BATCH)
+            queries = version.queries_of(ids.slice(start, BATCH), _context(version, part), left_out)
             found = version.retrieve(queries, k, names).candidates
             owner, place = np.nonzero(found.rows >= 0)
             writer.write_table(
@@ -76,7 +75,11 @@ def retrieve_file(version: Version, workspace: Path, users: str, k: int, out: Pa
 
 def _read_users(version: Version, users: str) -> pa.Table:
     if users == "all":
-        return pa.table({c.USER_ID: version.users.ids})
+        known = version.users.ids.type
+        deleted = [one for one, entity in version.since.users.items() if entity.deleted and is_id(one, known)]
+        gone = version.users.positions.find(pa.array(deleted, known))
+        kept = np.setdiff1d(np.arange(len(version.users)), gone)
+        return pa.table({c.USER_ID: version.users.ids.take(pa.array(kept))})
     try:
         table = pq.read_table(users)
     except (OSError, pa.ArrowInvalid) as error:

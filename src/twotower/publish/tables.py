@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from twotower.models.two_tower import Table
 from twotower.schema.errors import DataError
 
 FILE = "tables.safetensors"
@@ -17,7 +18,7 @@ class LaidRows:
     """A table that is read by the row, some of whose rows are newer: the base stays mapped and as it is.
 
     Args:
-        base: (N, D).
+        base: (N, D); it may be laid over another itself.
         rows: (M,) int64, ascending; some may stand behind the base.
         values: (M, D) of these rows.
 
@@ -26,13 +27,11 @@ class LaidRows:
     ([0.0, 5.0, 7.0], (4, 1))
     """
 
-    def __init__(
-        self, base: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], values: npt.NDArray[np.float32]
-    ) -> None:
+    def __init__(self, base: Table, rows: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> None:
         self._base = base
         self._rows = rows
         self._values = values
-        self.shape: tuple[int, ...] = (max(len(base), int(rows[-1]) + 1 if len(rows) else 0), base.shape[1])
+        self.shape: tuple[int, ...] = (max(base.shape[0], int(rows[-1]) + 1 if len(rows) else 0), base.shape[1])
 
     def __getitem__(self, index: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
         """The values of some rows (n,)."""

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from twotower.datasets.tables import end_of_day
 from twotower.features.bloom import hash_ids
-from twotower.features.columns import Column
-from twotower.features.feature_set import FeatureSet, load
+from twotower.features.columns import Column, concatenate, take
+from twotower.features.feature_set import FeatureSet, encode_request, load
 from twotower.features.vocabulary import Positions
 from twotower.fusion.fuse import Fused, Fusion
 from twotower.index.build import load_index
@@ -168,6 +168,40 @@ class Version:
     ) -> Queries:
         """Queries of stored users; see `queries_of_users`."""
         return queries_of_users(self.features, self.users, self.clicks, user_rows, context or {}, exclude)
+
+    def queries_of(
+        self,
+        user_ids: pa.Array,
+        context: dict[str, Column] | None = None,
+        exclude: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None,
+    ) -> Queries:
+        """Queries of users by id (B,), with what was learned and put of them since; others as of `queries_of_users`."""
+        ids, known = user_ids.to_pylist(), self.users.positions.find(user_ids)
+        since = [self.since.users.get(one) for one in ids]
+        known[[entity is not None and (entity.deleted or entity.fresh) for entity in since]] = -1
+        stored = self.queries(known, context, exclude)
+        parts = {name: [column] for name, column in stored.features.items()}
+        index = {name: np.arange(len(ids)) for name in parts}
+        for place, one in enumerate(ids):
+            if since[place] is not None or one in self.since.tokens:
+                for name, column in self.columns_since(one).items():
+                    index[name][place] = len(ids) + len(parts[name]) - 1
+                    parts[name].append(column)
+        newer = {name: take(concatenate(part), index[name]) for name, part in parts.items() if len(part) > 1}
+        return Queries({**stored.features, **newer}, stored.clicks, stored.exclude)
+
+    def columns_since(self, user_id: EntityId) -> dict[str, Column]:
+        """What a user's encoded features are since the version was made, where that is something else."""
+        columns: dict[str, Column] = {}
+        entity = self.since.users.get(user_id)
+        for feature in self.features.user_columns:
+            if feature.name == c.USER_ID:
+                if user_id in self.since.tokens:
+                    columns[c.USER_ID] = np.array([self.since.tokens[user_id]], np.int32)
+            elif entity is not None and entity.features is not None:
+                value = {feature.name: entity.features[feature.name]} if feature.name in entity.features else {}
+                columns |= encode_request([feature], value, f"user {user_id!r}")
+        return columns
 
     def retrieve(self, queries: Queries, k: int, channels: Sequence[str]) -> Fused:
         """One list a user from one or several channels, fused in the version's way."""

@@ -39,11 +39,11 @@ class Brought:
     """Why a channel is not among them: `error`, `late` or `busy`."""
 
 
-Ask = Callable[[Mapping[str, Retriever], Queries, int], Brought]
-"""Asks channels by name for k candidates of the users."""
+Ask = Callable[[Mapping[str, Retriever], Queries, int, str], Brought]
+"""Asks channels by name for k candidates of the users; the last is the version that they are of."""
 
 
-def ask_in_turn(channels: Mapping[str, Retriever], queries: Queries, k: int) -> Brought:
+def ask_in_turn(channels: Mapping[str, Retriever], queries: Queries, k: int, of: str = "") -> Brought:  # noqa: ARG001
     """Ask one channel after the other, however long each takes; one that fails is left out."""
     brought = Brought()
     for name, channel in channels.items():
@@ -61,6 +61,9 @@ class SideBySide:
     A channel that was late is busy until its call has returned. The second time in a row it rests for one more budget,
     then for two, four and so on; an answer in time ends that. A single channel is asked in the caller's thread and
     waited for: there is nothing to answer with instead.
+
+    A delta makes new channels, four times a second. They go on with the threads of those before them, and wait for what
+    is late of them; only those of another version have threads of their own.
 
     Args:
         budget_s: how long a request waits for its channels.
@@ -80,17 +83,17 @@ class SideBySide:
         self._lanes: dict[str, _Lane] = {}
         self._lanes_lock = threading.Lock()
 
-    def ask(self, channels: Mapping[str, Retriever], queries: Queries, k: int) -> Brought:
+    def ask(self, channels: Mapping[str, Retriever], queries: Queries, k: int, of: str = "") -> Brought:
         """Candidates of the channels that answered in time, and why the others are missing; it is an `Ask`."""
-        brought = ask_in_turn(channels, queries, k) if len(channels) == 1 else self._within(channels, queries, k)
+        brought = ask_in_turn(channels, queries, k) if len(channels) == 1 else self._within(channels, queries, k, of)
         for name, reason in brought.left_out.items():
             self._note(name, reason)
         return brought
 
-    def _within(self, channels: Mapping[str, Retriever], queries: Queries, k: int) -> Brought:
+    def _within(self, channels: Mapping[str, Retriever], queries: Queries, k: int, of: str) -> Brought:
         gathered = _Gathered(len(channels))
         calls = {name: _Call(channel, queries, k, gathered) for name, channel in channels.items()}
-        lanes = {name: self._lane(name, channel) for name, channel in channels.items()}
+        lanes = {name: self._lane(name, of) for name in channels}
         asked = {name: lanes[name].begin(call) for name, call in calls.items()}
         gathered.wait(self._budget_s)
         brought = Brought()
@@ -106,14 +109,14 @@ class SideBySide:
                 brought.lists[name] = call.answer
         return brought
 
-    def _lane(self, name: str, channel: Retriever) -> "_Lane":
+    def _lane(self, name: str, of: str) -> "_Lane":
         """The threads of a channel; another version's channel of that name has its own."""
         lane = self._lanes.get(name)
-        if lane is None or lane.channel is not channel:
+        if lane is None or lane.of != of:
             with self._lanes_lock:
                 lane = self._lanes.get(name)
-                if lane is None or lane.channel is not channel:
-                    lane = self._lanes[name] = _Lane(name, channel, self._budget_s, self._clock_s)
+                if lane is None or lane.of != of:
+                    lane = self._lanes[name] = _Lane(name, of, self._budget_s, self._clock_s)
         return lane
 
 
@@ -150,10 +153,10 @@ class _Call:
 
 
 class _Lane:
-    """One channel's calls and the threads that they run in: as many as there are calls at once."""
+    """The calls of a version's channel and the threads that they run in: as many as there are calls at once."""
 
-    def __init__(self, name: str, channel: Retriever, budget_s: float, clock_s: Callable[[], float]) -> None:
-        self.channel = channel
+    def __init__(self, name: str, of: str, budget_s: float, clock_s: Callable[[], float]) -> None:
+        self.of = of
         self._name = name
         self._budget_s = budget_s
         self._clock_s = clock_s
@@ -202,11 +205,12 @@ class _Lane:
                         return
                 continue
             try:
-                call.answer = self.channel.retrieve(call.queries, call.k)
+                call.answer = call.channel.retrieve(call.queries, call.k)
             except Exception:  # one channel's defect must not take the others down with it
                 log.exception("channel %s failed", self._name)
             finally:
                 self._end(call)
+                del call  # with its channel, which a delta may have replaced
 
     def _end(self, call: _Call) -> None:
         with self._lock:

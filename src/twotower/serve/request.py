@@ -118,7 +118,8 @@ def find(version: Version, channels: Sequence[str], queries: Queries, k: int, as
     """The k candidates of one user as catalogue rows; arguments and errors as of `retrieve`."""
     names = tuple(channels) or tuple(version.channels)
     version.check_channels(names)
-    brought = ask({name: version.channels[name] for name in names}, queries, version.fusion.asked(k, names))
+    asked = {name: version.channels[name] for name in names}
+    brought = ask(asked, queries, version.fusion.asked(k, names), version.id)
     if not brought.lists:
         reasons = [name if why == ERROR else f"{name} ({why})" for name, why in brought.left_out.items()]
         raise Unanswerable(f"every channel failed: {', '.join(reasons)}")
@@ -175,24 +176,10 @@ def user_columns(version: Version, user_row: int, asked: Asked) -> dict[str, Col
     columns = dict(version.queries(np.array([user_row])).features)
     own = [feature for feature in version.features.user_columns if feature.name != c.USER_ID]
     if asked.user_id is not None:
-        columns |= columns_since(version, asked.user_id)
+        columns |= version.columns_since(asked.user_id)
     encoded = encode_request(own, asked.features, "features")
     columns |= {name: encoded[name] for name in asked.features}
     return columns | encode_request(version.features.context, asked.context, "context")
-
-
-def columns_since(version: Version, user_id: UserId) -> dict[str, Column]:
-    """What a user's encoded features are since the version was made, where that is something else."""
-    columns: dict[str, Column] = {}
-    entity = version.since.users.get(user_id)
-    for feature in version.features.user_columns:
-        if feature.name == c.USER_ID:
-            if user_id in version.since.tokens:
-                columns[c.USER_ID] = np.array([version.since.tokens[user_id]], np.int32)
-        elif entity is not None and entity.features is not None:
-            value = {feature.name: entity.features[feature.name]} if feature.name in entity.features else {}
-            columns |= encode_request([feature], value, f"user {user_id!r}")
-    return columns
 
 
 def left_out(

@@ -8,13 +8,12 @@ does not repeat its golden answers is refused, visibly, and the old one stays.
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twotower.publish.delta import Delta, base_digest, delta_digest, delta_folder, read_delta
+from twotower.publish.delta import Delta, Reports, base_digest, folded_seqs, read_folded, read_next
 from twotower.publish.golden import replay
 from twotower.publish.overlay import Entities, Overlay
 from twotower.publish.publish import current, existing_path
@@ -24,8 +23,6 @@ from twotower.schema.errors import TwotowerError, VersionError
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
-HOURS = 48
-"""Hours whose recall is shown."""
 _NOTHING = Entities()
 
 
@@ -44,6 +41,8 @@ class _Serving:
     """A version with what was learned since, as far as it has been taken up."""
 
     overlay: Overlay
+    base: str
+    """Digest of the version."""
     follows: str
     """Digest of the latest delta, or of the version."""
     version: Version
@@ -51,21 +50,9 @@ class _Serving:
     shown: Entities = _NOTHING
     refused: Refusal | None = None
     """The delta that did not go live, if there is one."""
-    gated: deque[Refusal] = field(default_factory=lambda: deque(maxlen=20))
-    report: Mapping[str, Any] = field(default_factory=dict)
-    recall: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By hour since 1970, how many positives to come were found, of how many; the latest hours."""
-
-    def note(self, delta: Delta) -> None:
-        """Take in what the updater says of a delta."""
-        self.report = delta.report
-        if delta.report.get("refused"):
-            self.gated.append(Refusal(delta.version, "; ".join(delta.report["refused"]), delta.seq))
-        for hour, (found, count) in delta.report.get("recall", {}).items():
-            before = self.recall.get(int(hour), (0, 0))
-            self.recall[int(hour)] = (before[0] + found, before[1] + count)
-        for hour in sorted(self.recall)[:-HOURS]:
-            del self.recall[hour]
+    over_it: int = 0
+    """A folded delta of a higher number gets over the refused one."""
+    reports: Reports = field(default_factory=Reports)
 
 
 class Snapshots:
@@ -115,12 +102,13 @@ class Snapshots:
     @property
     def gated(self) -> tuple[Refusal, ...]:
         """Deltas of the served version in whose place the gate let nothing through, the latest ones."""
-        return tuple(self._serving.gated)
+        serving = self._serving
+        return tuple(Refusal(serving.version.id, "; ".join(told), seq) for seq, told in serving.reports.gated)
 
     @property
     def report(self) -> Mapping[str, Any]:
         """What the updater says of the latest delta, and its recall by hour over all."""
-        return {**self._serving.report, "recall": dict(self._serving.recall)}
+        return {**self._serving.reports.latest, "recall": dict(self._serving.reports.recall)}
 
     @property
     def watermark_ms(self) -> int | None:
@@ -199,7 +187,8 @@ class Snapshots:
         version = open_version(existing_path(self._versions, version_id))
         if problems := replay(version):
             raise VersionError(f"version {version_id} does not repeat its golden answers: {'; '.join(problems[:3])}")
-        serving = _Serving(Overlay(version), base_digest(version.path), version)
+        base = base_digest(version.path)
+        serving = _Serving(Overlay(version), base, base, version)
         self._advance(serving)
         return serving
 
@@ -215,18 +204,27 @@ class Snapshots:
         """Read the deltas behind the served one, in order, up to one that is refused; gives whether there was one."""
         overlay, learned = serving.overlay, False
         base = overlay.base.id
-        while self._deltas is not None and serving.refused is None:
-            seq = overlay.seq + 1
-            if not delta_folder(self._deltas, base, seq).is_dir():
-                break
+        while self._deltas is not None:
             try:
-                delta = read_delta(self._deltas, base, seq, serving.follows)
+                if (delta := self._next(self._deltas, serving)) is None:
+                    break
                 overlay.learn(delta)
-                serving.note(delta)
-                serving.follows = delta_digest(self._deltas, base, seq)
+                serving.reports.note(delta)
+                serving.follows, serving.refused = delta.digest, None
                 learned = True
             except Exception as error:  # whatever is wrong with the delta, what is served stays
+                seq = overlay.seq + 1
                 serving.refused = Refusal(base, str(error) or repr(error), seq)
+                serving.over_it = max(folded_seqs(self._deltas, base), default=0)
                 unexpected = not isinstance(error, TwotowerError)
                 log.error("delta %d of %s is refused, %d stays: %s", seq, base, overlay.seq, error, exc_info=unexpected)
         return learned
+
+    def _next(self, deltas: Path, serving: _Serving) -> Delta | None:
+        """The next delta, or one that gets over it."""
+        overlay = serving.overlay
+        if serving.refused is None:
+            return read_next(deltas, overlay.base.id, serving.base, overlay.seq, serving.follows)
+        after = max(overlay.seq, serving.over_it)
+        serving.over_it = max(folded_seqs(deltas, overlay.base.id), default=0)
+        return read_folded(deltas, overlay.base.id, serving.base, after)

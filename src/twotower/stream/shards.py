@@ -14,6 +14,7 @@ import functools
 import itertools
 import os
 import re
+import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ from twotower.stream.decode import decode
 from twotower.stream.example import encode_rows
 from twotower.stream.joiner import Clock, Counts, Replay
 from twotower.stream.rows import Row, Types, UserId
-from twotower.stream.tfrecord import read_records, write_records
+from twotower.stream.tfrecord import Records, read_records, write_records
 
 FORMAT: Final = 1
 _EPOCH: Final = datetime.date(1970, 1, 1)
@@ -214,20 +215,27 @@ def read_manifest(path: Path) -> Manifest:
         ) from None
 
 
-def read_shard(folder: Path, manifest: Manifest) -> pa.Table:
-    """The rows of a shard, every checksum checked.
+def read_shard(folder: Path, manifest: Manifest, first: int = 0, end: int | None = None) -> pa.Table:
+    """The rows of a shard, or those from a number on up to another within it; every checksum of it is checked.
 
     Raises:
         DataError: the file is missing, damaged, or has other rows than the manifest says.
     """
     path = partition_folder(folder, manifest.partition) / f"{manifest.name}.tfrecord"
-    records = read_records(path)
+    end = manifest.rows if end is None else end
+    records = read_records(path) if (first, end) == (0, manifest.rows) else _records(path, manifest.sha256)
     if len(records) != manifest.rows:
         raise DataError(f"{path} has {len(records)} rows, the manifest says {manifest.rows}: it was cut")
     try:
-        return decode(records, manifest.schema)
+        return decode(records.part(first, end), manifest.schema)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+
+
+@functools.lru_cache(maxsize=1)
+def _records(path: Path, sha256: str) -> Records:  # noqa: ARG001 - another content is another shard
+    """The records of a shard that is read part by part, such as one of a whole hour; the latest is kept."""
+    return read_records(path)
 
 
 def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int | None = None) -> pa.Table:
@@ -242,15 +250,14 @@ def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int |
     Raises:
         DataError: a shard that holds some of them is missing or damaged, or shards have columns of other types.
     """
-    end_row = None if most_rows is None else first_row + most_rows
+    end_row = sys.maxsize if most_rows is None else first_row + most_rows
     known = manifests(folder, partition, first_row)
-    wanted = [
-        found
-        for found in known
-        if found.end_row > first_row and found.rows and (end_row is None or found.first_row < end_row)
-    ]
+    wanted = [found for found in known if found.end_row > first_row and found.rows and found.first_row < end_row]
     try:
-        parts = [read_shard(folder, found) for found in wanted]
+        parts = [
+            read_shard(folder, found, max(0, first_row - found.first_row), min(found.rows, end_row - found.first_row))
+            for found in wanted
+        ]
     except DataError:
         if all(_path(folder, found).exists() for found in wanted):
             raise
@@ -258,10 +265,9 @@ def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int |
     if not parts:
         return known[-1].schema.empty_table() if known else pa.table({})
     try:
-        rows = pa.concat_tables(parts, promote_options="default")
+        return pa.concat_tables(parts, promote_options="default")
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
         raise DataError(f"{folder}: a column has another type in some shards: {error}") from None
-    return rows.slice(max(0, first_row - wanted[0].first_row), most_rows)
 
 
 def write_shard(

@@ -61,6 +61,10 @@ class Records:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def part(self, first: int, end: int) -> "Records":
+        """Those from a number on, up to another."""
+        return Records(self.data, self.starts[first:end], self.ends[first:end])
+
     def content(self, number: int) -> bytes:
         """The content of one record."""
         return self.data[self.starts[number] : self.ends[number]]

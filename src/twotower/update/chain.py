@@ -2,12 +2,14 @@
 
 State is the version and its deltas in their order, and nothing else: a chain that is opened again has the bytes of the
 one that wrote them. What a delta is made of, rows of shards and events of the log, is written down before it is made
-(`next.json`), so that a killed run makes the same delta again.
+(`next.json`), so that a killed run makes the same delta again. So that a chain is opened fast however long it is, all
+that is behind every so many deltas is folded into one.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,24 @@ from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import EventLog
-from twotower.logs.entities import ITEM, TYPES, Entity, EntityId, after, entity_of
+from twotower.logs.entities import ITEM, TYPES, USER, Entity, EntityId, after, entity_of
 from twotower.models.two_tower import TwoTower
-from twotower.publish.delta import Delta, base_digest, chain_folder, delta_digest, last_seq, read_delta, write_delta
+from twotower.publish.delta import (
+    Delta,
+    Reports,
+    Rows,
+    base_digest,
+    chain_folder,
+    last_seq,
+    prune,
+    read_next,
+    write_delta,
+    write_folded,
+)
 from twotower.publish.overlay import Entities, Overlay, item_columns
 from twotower.publish.version import Version
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError
+from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.stream.shards import manifests, partitions, read_rows
 from twotower.update.gate import (
@@ -51,6 +64,8 @@ log = logging.getLogger(__name__)
 PLAN = "next.json"
 QUARANTINE = "quarantine"
 WINDOW = "window"
+VECTORS = "vectors"
+"""Of items that were put or deleted, as the updater has them."""
 JUDGED_SCORES = 4_000_000
 """Scores that test-then-train recall costs a delta at most: a large catalogue has few positives judged."""
 JUDGED_K = 20
@@ -111,6 +126,7 @@ class Chain:
         most_rows: rows of a delta at most.
         untrained: share of users whom nothing is trained on.
         hide_clicked: recall is measured without what a user clicked before.
+        fold_every: all is folded into one behind every so many deltas; 0 = never.
     """
 
     def __init__(
@@ -125,6 +141,7 @@ class Chain:
         most_rows: int,
         untrained: float,
         hide_clicked: bool,
+        fold_every: int = 0,
     ) -> None:
         self.version = version
         self._model = model
@@ -136,6 +153,11 @@ class Chain:
         self._most_rows = most_rows
         self._untrained = untrained
         self._hide_clicked = hide_clicked
+        self._fold_every = fold_every
+        self._base = base_digest(version.path)
+        self._unwritten: Delta | None = None
+        """A folded delta that is due."""
+        self._writing: threading.Thread | None = None
         self._base_columns = encode_table(version.features.item, pa.Table.from_batches([version.catalogue]))
         self._base_clicks = np.bincount(version.clicks.item_row, minlength=len(version.item_ids)).astype(np.int64)
         self._base_alike = alikeness(np.asarray(version.item_vectors))
@@ -143,9 +165,10 @@ class Chain:
 
     def _load(self) -> None:
         """The state behind the latest delta."""
+        self.close()
         version = self.version
         self._overlay, self._entities, self._laid = Overlay(version), Entities(), version
-        self._follows = base_digest(version.path)
+        self._follows, self._reports = self._base, Reports()
         self.seq, self.watermark_ms = 0, version.watermark_ms
         self._rows_at = self._first_rows()
         self._events_at: dict[str, int] = {}
@@ -165,15 +188,23 @@ class Chain:
             for name in self._learning.tables
             if name in tables
         }
-        for seq in range(1, last_seq(self._deltas, version.id) + 1):
-            self._replay(read_delta(self._deltas, version.id, seq, self._follows))
-            self._follows = delta_digest(self._deltas, version.id, seq)
+        last = last_seq(self._deltas, version.id)
+        while self.seq < last:
+            delta = read_next(self._deltas, version.id, self._base, self.seq, self._follows)
+            if delta is None:
+                raise VersionError(f"delta {self.seq + 1} of {version.id} is gone, and {last} is there: restore it")
+            self._replay(delta)
+            if not delta.folded and last - self.seq < self._fold_every:  # a killed run left it out
+                self._fold_when_due()
         if self.seq:
             self._laid = self._overlay.lay(self._entities)
 
     def _replay(self, delta: Delta) -> None:
         """Take in a delta that was committed."""
         state, learner = delta.state, self._learner
+        if delta.folded:  # it has these whole
+            learner.recent, self._window = np.zeros(0, np.int64), []
+            learner.next_row |= state["next_row"]
         self._take_entities({(kind, one): Entity(**entity) for kind, one, entity in state["entities"]})
         for name, rows in delta.tables.items():
             table = learner.model.tables[name]
@@ -194,6 +225,8 @@ class Chain:
         self._overlay.learn(delta)
         rows_at = self._laid.items.find(delta.item_ids)
         learner.vectors[rows_at] = delta.item_vectors
+        if delta.folded:
+            learner.vectors[self._rows_put()] = delta.optimizer[VECTORS]
         recent = self._laid.items.find(pa.array(state["recent"], self.version.item_ids.type))
         learner.recent = np.concatenate([learner.recent, recent[recent >= 0]])[-self._learning.recent :]
         vectors = delta.optimizer.get(WINDOW, np.zeros((0, 0), np.float32))
@@ -204,7 +237,66 @@ class Chain:
     def _move_on(self, delta: Delta) -> None:
         self._rows_at = {name: int(row) for name, row in delta.offsets["shards"].items()}
         self._events_at = {name: int(offset) for name, offset in delta.offsets["log"].items()}
-        self.seq, self.watermark_ms = delta.seq, delta.watermark_ms
+        self.seq, self.watermark_ms, self._follows = delta.seq, delta.watermark_ms, delta.digest
+        self._reports.note(delta)
+
+    def _rows_put(self) -> Longs:
+        """Catalogue rows of all items that were put or deleted: their vectors are not of the deltas alone."""
+        kind = self.version.item_ids.type
+        rows = self._laid.items.find(pa.array([one for one in self._entities.items if _fits(one, kind)], kind))
+        return rows[rows >= 0]
+
+    def _fold_when_due(self) -> None:
+        """Keep all that is behind the latest delta, as one that stands for them all."""
+        if not self._fold_every or self.seq % self._fold_every:
+            return
+        learner, delta, entities = self._learner, self._overlay.folded(), self._entities
+        put = [*((ITEM, *one) for one in entities.items.items()), *((USER, *one) for one in entities.users.items())]
+        window = {WINDOW: np.stack([one.vector for one in self._window])} if self._window else {}
+        self._unwritten = replace(
+            delta,
+            watermark_ms=self.watermark_ms,
+            offsets={"shards": self._rows_at, "log": self._events_at},
+            report=self._reports.folded(),
+            optimizer={**self._accumulators(delta.tables), **window, VECTORS: learner.vectors[self._rows_put()]},
+            state={
+                "entities": [[kind, one, asdict(entity)] for kind, one, entity in put],
+                "pending": _changes({name: {} for name in learner.pending}, learner.pending),
+                "recent": self._laid.item_ids.take(pa.array(learner.recent)).to_pylist(),
+                "window": [one.item_id for one in self._window],
+                "next_row": dict(learner.next_row),
+            },
+            digest=self._follows,
+        )
+
+    def _accumulators(self, tables: Mapping[str, Rows]) -> dict[str, Floats]:
+        """Of the rows of a delta, under their names in it."""
+        mine = self._learner.model.tables
+        return {f"{name}.accumulator": mine[name].accumulator[rows.rows] for name, rows in tables.items()}
+
+    def tidy(self) -> None:
+        """Write the folded delta that is due, if there is one, and remove what folded ones stand for.
+
+        That is done in a thread of its own, beside the next delta; `close` waits for it.
+        """
+        self.close()
+        due, self._unwritten = self._unwritten, None
+        self._writing = threading.Thread(target=self._tidy, args=(due,), name="folded delta")
+        self._writing.start()
+
+    def _tidy(self, due: Delta | None) -> None:
+        try:
+            if due is not None:
+                write_folded(self._deltas, due, self._base)
+            prune(self._deltas, self.version.id)
+        except OSError:
+            log.exception("%s goes on without a folded delta", self.version.id)
+
+    def close(self) -> None:
+        """Wait until the folded delta is written."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
 
     def plan(self) -> Plan | None:
         """What the next delta is to be made of: what was planned before, or what there is, up to a number of rows.
@@ -255,9 +347,12 @@ class Chain:
             learned = self._learn(plan, rows.slice(0, 0), entities, problems)
             if learned.problems:
                 raise DataError(f"the chain of {self.version.id} fails its own gate: {'; '.join(learned.problems)}")
-        self._follows = write_delta(self._deltas, learned.delta, self._follows)
+        written = write_delta(self._deltas, learned.delta, self._follows)
         self._plan_path.unlink()
-        self._move_on(learned.delta)
+        self._move_on(replace(learned.delta, digest=written))
+        self._fold_when_due()
+        if self._unwritten is not None:
+            self.tidy()
         return Done(plan.seq, rows.num_rows, self.watermark_ms, problems)
 
     def _learn(self, plan: Plan, rows: pa.Table, entities: Mapping[Named, Entity], refused: list[str]) -> "_Learned":
@@ -315,10 +410,7 @@ class Chain:
             },
             report,
             {
-                **{
-                    f"{name}.accumulator": learner.model.tables[name].accumulator[one.rows]
-                    for name, one in tables.items()
-                },
+                **self._accumulators(tables),
                 **({WINDOW: np.stack([one.vector for one in seen])} if seen else {}),
             },
             {
@@ -432,7 +524,8 @@ class Chain:
         return _Sorted(positives, untrained, counts, times[~late].tolist())
 
     def _encoded(self, rows: pa.Table) -> Positives:
-        encoded = positives_of(self._laid, rows, self._learner.item_tokens)
+        tokens = self._learner.item_tokens if self._items_have_ids else self._laid.two_tower.item_tokens
+        encoded = positives_of(self._laid, rows, tokens)
         if any(feature.name == c.USER_ID for feature in self.version.features.user):
             learned = self._learner.learned[c.USER_ID]
             encoded.user[c.USER_ID] = tokens_of(self.version.features, c.USER_ID, encoded.user_ids, learned)
@@ -492,8 +585,15 @@ class Chain:
         learner.set_items(columns, vectors, clicks)
         learner.recent = recent[recent >= 0]
 
+    @property
+    def _items_have_ids(self) -> bool:
+        """The item tower reads them; else only histories do, and the rows of items do not move."""
+        return c.ITEM_ID in self._base_columns
+
     def _set_tokens(self, ids: pa.Table) -> None:
         """Note the rows of items in their table."""
+        if not self._items_have_ids:
+            return
         rows = self._laid.items.find(ids.column("id").combine_chunks())
         tokens = self._learner.item_tokens
         tokens[rows[rows >= 0]] = ids.column("row").to_numpy()[rows >= 0]
@@ -586,11 +686,11 @@ def _fits(one: EntityId, kind: pa.DataType) -> bool:
 def _changes(
     before: Mapping[str, Mapping[EntityId, int]], now: Mapping[str, Mapping[EntityId, int]]
 ) -> dict[str, list[list[Any]]]:
-    """Counts of ids that are other than before; 0 = not counted any more."""
+    """Counts of ids that are other than before, by id; 0 = not counted any more."""
     return {
-        name: [
+        name: sorted(
             [one, counts.get(one, 0)] for one in {**before[name], **counts} if counts.get(one) != before[name].get(one)
-        ]
+        )
         for name, counts in now.items()
     }
 

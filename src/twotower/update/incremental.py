@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,21 +75,22 @@ def update_incremental(
             if not alone and follow_s is None:
                 raise VersionError(f"another updater learns for {path.name}: stop it, or wait with --follow")
             if alone:
-                chain = open_chain(path)
-                log.info("learning for %s from delta %d on", path.name, chain.seq + 1)
-                if dry_run:
-                    return _report(chain, 0, [], chain.plan())
-                while not stopped() and (follow_s is None or current_path(versions) == path):
-                    done = _next(chain)
-                    if done is not None:
-                        rows += done.rows
-                        refused += [done.seq] if done.refused else []
-                    elif follow_s is None:
-                        break
-                    else:
-                        sleep(follow_s)
-                if follow_s is None or stopped():
-                    return _report(chain, rows, refused, None)
+                with closing(open_chain(path)) as chain:
+                    log.info("learning for %s from delta %d on", path.name, chain.seq + 1)
+                    if dry_run:
+                        return _report(chain, 0, [], chain.plan())
+                    chain.tidy()
+                    while not stopped() and (follow_s is None or current_path(versions) == path):
+                        done = _next(chain)
+                        if done is not None:
+                            rows += done.rows
+                            refused += [done.seq] if done.refused else []
+                        elif follow_s is None:
+                            break
+                        else:
+                            sleep(follow_s)
+                    if follow_s is None or stopped():
+                        return _report(chain, rows, refused, None)
         if stopped():
             return UpdateReport("incremental", path.name, 0, rows, None, refused)
         sleep(follow_s or 0.0)
@@ -110,11 +111,12 @@ def catch_up(path: Path, deltas: Path, open_chain: OpenChain) -> UpdateReport:
     with _only_updater(deltas, path.name, False) as alone:
         if not alone:
             raise VersionError(f"another updater learns for {path.name}: stop it")
-        chain = open_chain(path)
-        while (done := _next(chain)) is not None:
-            rows += done.rows
-            refused += [done.seq] if done.refused else []
-        return _report(chain, rows, refused, None)
+        with closing(open_chain(path)) as chain:
+            chain.tidy()
+            while (done := _next(chain)) is not None:
+                rows += done.rows
+                refused += [done.seq] if done.refused else []
+            return _report(chain, rows, refused, None)
 
 
 def _next(chain: Chain) -> Done | None:

@@ -17,7 +17,6 @@ from twotower.features.fitted import Fitted
 from twotower.logs.entities import EntityId
 from twotower.publish.version import Version
 from twotower.schema import columns as c
-from twotower.serve.request import columns_since
 
 Longs = npt.NDArray[np.int64]
 
@@ -75,15 +74,8 @@ def positives_of(version: Version, rows: pa.Table, item_tokens: npt.NDArray[np.i
     """
     user_ids = rows.column(c.USER_ID).combine_chunks()
     item_ids = rows.column(c.ITEM_ID).combine_chunks()
-    user_row = version.users.positions.find(user_ids)
-    since = [version.since.users.get(one) for one in user_ids.to_pylist()]
-    user_row[[entity is not None and (entity.deleted or entity.fresh) for entity in since]] = -1
-    stored = version.queries(user_row)
+    stored = version.queries_of(user_ids)
     columns = dict(stored.features)
-    for place, entity in enumerate(since):
-        if entity is not None:
-            own = columns_since(version, user_ids[place].as_py())
-            columns |= {name: _with_row(columns[name], place, one) for name, one in own.items() if name != c.USER_ID}
     for feature in version.features.user_columns:
         if feature.name != c.USER_ID:
             columns[feature.name] = _came_with(feature, rows, FEATURES, columns[feature.name])
@@ -125,12 +117,6 @@ def _came_with(feature: Fitted, rows: pa.Table, prefix: str, otherwise: Column) 
     there = column.is_valid().to_numpy(zero_copy_only=False)
     both = concatenate([otherwise, feature.encode(column)])
     return take(both, np.arange(len(there)) + len(there) * there)
-
-
-def _with_row(column: Column, place: int, one: Column) -> Column:
-    index = np.arange(len(column))
-    index[place] = len(column)
-    return take(concatenate([column, one]), index)
 
 
 def _histories(version: Version, rows: pa.Table, stored: Bag) -> Bag:
