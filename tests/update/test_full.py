@@ -15,6 +15,7 @@ from twotower.datasets.simulate import simulate_workspace
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.entities import item_deleted, item_event, user_deleted, user_event
 from twotower.publish.publish import list_versions, roll_back
+from twotower.publish.version import read_manifest
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.files import read_json
@@ -210,6 +211,29 @@ def test_a_run_that_was_killed_does_a_day_once(days, monkeypatch) -> None:
     assert len(read_json(where.checkpoints / LATEST)["full"]) == 1
     hashes = {version.id.split("-")[1] for version in list_versions(where.versions)}
     assert len(hashes) == 2  # the day's towers are the same bytes in both its versions
+
+
+def test_a_run_that_was_killed_behind_the_promotion_has_made_the_version_of_the_day(days, monkeypatch) -> None:
+    where, first = places(days), open_served(days).id
+    for late in names(days)[3:]:
+        shutil.rmtree(where.events / f"date={late}")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_note", killed)
+        with pytest.raises(KeyboardInterrupt):
+            update_full(days, dry_run=False)
+    promoted = open_served(days).id
+    report = update_full(days, dry_run=False)
+    assert report.version == open_served(days).id == promoted
+    assert [version.id for version in list_versions(where.versions)] == [first, promoted]
+    latest = read_json(where.checkpoints / LATEST)
+    assert [(day["day"], day["version"]) for day in latest["full"]] == [(names(days)[2], promoted)]
+    towers = open_checkpoint(where.checkpoints / latest["checkpoints"]["two_tower"])
+    assert towers.tensors_sha256 == read_manifest(where.versions / promoted)["checkpoint_sha256"]
+    assert update_full(days, dry_run=False).rows == 0
 
 
 def test_a_day_is_due_when_it_is_whole(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from twotower.logs import EventLog, open_reader
 from twotower.publish.delta import last_seq
 from twotower.publish.overlay import Entities
 from twotower.publish.publish import current_path, promote
-from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_version
+from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_version, read_manifest
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, VersionError
@@ -135,6 +135,13 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
     trained = {name: train_from(until, own, channel=name, warm=previous[name]).checkpoint for name in previous}
     rankers = {name: train_ranker_from(until, samples, name).checkpoint for name in settings.models.rankers}
     paths = trained | rankers
+    latest = {name: os.path.relpath(path, where.checkpoints) for name, path in paths.items()}
+    chain = {name: latest[name] for name in trained}
+    towers = open_checkpoint(Path(trained[TWO_TOWER]))
+    if read_manifest(served)["checkpoint_sha256"] == towers.tensors_sha256:
+        log.info("%s is served already: a run was killed before it could note that", served.name)
+        _note(where, [*done, FullDay(day, chain, served.name)], latest)
+        return UpdateReport("full", served.name, seq, len(own.positives), samples.manifest["watermark_ms"])
     version = publish_version(until, promoted=False, checkpoints=paths)["version"]
     problems = check_version(
         open_version(served),
@@ -143,8 +150,6 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
         settings.samples.untrained_users,
         limits_of(settings),
     )
-    latest = {name: os.path.relpath(path, where.checkpoints) for name, path in paths.items()}
-    chain = {name: latest[name] for name in trained}
     if problems:
         log.error("version %s is not promoted: %s", version, "; ".join(problems))
         _note(where, [*done, FullDay(day, _checkpoints(where, done), version, problems)])
