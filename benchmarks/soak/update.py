@@ -13,11 +13,10 @@ deltas. In the end every file below `deltas/` is that of an undisturbed run (`ne
 server's snapshot takes up the last delta.
 
 `full`: two days are due, and what comes after them is in the shards and was learned for the served version already. In
-the end each day has one version, in their order, and all that is not named by the clock is that of an undisturbed run:
-every file of every version of the chain and of its deltas, of `checkpoints/` and `samples/`, and the tables of users
-and items. Ids of versions are replaced by their places in the chain; of manifests everything is compared but the time
-of their making, the path of the workspace and digests that cover these. Versions of killed runs that were never
-promoted may lie beside the chain; they are counted.
+the end each day has one version, in their order, and every file of the workspace is that of an undisturbed run, and no
+other is there: versions, deltas, checkpoints, samples, tables of users and items. Versions have their names from the
+clock: ids are replaced by their places in the chain, and of manifests everything is compared but the time of their
+making, the path of the workspace and digests that cover these.
 
 `line`: a writer appends to the log and notes what is acknowledged, a joiner and an updater follow; each is killed now
 and then and started again at once. What a delta is made of depends on what has arrived, so here bytes differ. In the
@@ -67,7 +66,7 @@ from twotower.features.bloom import is_untrained
 from twotower.logs import Event, LocalEventLog
 from twotower.logs.entities import item_deleted, item_event, user_deleted
 from twotower.publish.delta import Delta, base_digest, delta_folder, last_seq, read_delta
-from twotower.publish.publish import current_path, list_versions, verify
+from twotower.publish.publish import CURRENT, current_path, list_versions, verify
 from twotower.publish.version import DIGEST, read_manifest
 from twotower.schema import columns as c
 from twotower.schema.files import MANIFEST, TEMPORARY, read_json
@@ -478,7 +477,7 @@ def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
     expected = learned_days(undisturbed, first, due)
     own = moved(world.settings, folder / "round")
     mine = places(own)
-    killed, rounds, beside = 0, 0, 0
+    killed, rounds = 0, 0
     left = Left(
         {
             "half of the samples": f"{TEMPORARY}samples",
@@ -501,15 +500,13 @@ def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
         else:
             run(work(own))
         same(f"round {rounds}", learned_days(own, first, due), expected)
-        beside += len(list_versions(mine.versions)) - 1 - len(due)
         shutil.rmtree(mine.workspace)
     return {
         "rounds": rounds,
         "days": len(due) * rounds,
-        "catch_up_deltas": sum(name.endswith(f"/{MANIFEST}") for name in expected if name.startswith("deltas/v")),
+        "catch_up_deltas": sum(name.endswith(f"/{MANIFEST}") for name in expected if name.startswith("deltas/version")),
         "undisturbed_s": round(usual.seconds, 2),
         "left_by_kills": dict(sorted(left.counts.items())),
-        "versions_never_promoted": beside,
     }
 
 
@@ -527,27 +524,28 @@ def learned_days(settings: Settings, first: str, due: Sequence[str]) -> dict[str
     assert chain[0] == first
     assert [day["day"] for day in latest[FULL]] == due, f"learned were {latest[FULL]}"
     assert [day["version"] for day in latest[FULL]] == chain[1:], f"{chain[1:]} are not {latest[FULL]}"
-    for listed in list_versions(where.versions):
-        assert verify(where.versions / listed.id) == [], listed
+    assert [listed.id for listed in list_versions(where.versions)] == chain, "there are versions beside the chain"
+    for version_id in chain:
+        assert verify(where.versions / version_id) == [], version_id
     run(lambda: check_served(settings))
 
-    def plain(document: object) -> bytes:
-        text = json.dumps(document, sort_keys=True).replace(json.dumps(str(where.workspace)), '"workspace"')
+    def named(text: str) -> str:
         for place, version_id in enumerate(chain):
-            text = text.replace(version_id, f"v{place}")
-        return text.encode()
+            text = text.replace(version_id, f"version {place}")
+        return text
 
     def timeless(manifest: bytes) -> bytes:
         kept = {key: value for key, value in json.loads(manifest).items() if key not in BY_THE_CLOCK}
-        return plain(kept)
+        text = json.dumps(kept, sort_keys=True).replace(json.dumps(str(where.workspace)), '"workspace"')
+        return named(text).encode()
 
-    for place, version_id in enumerate(chain):
-        for kind, path in (("versions", where.versions), ("deltas", where.deltas)):
-            for name, got in content(path / version_id).items():
-                found[f"{kind}/v{place}/{name}"] = timeless(got) if Path(name).name == MANIFEST else got
     for name, got in content(where.workspace).items():
-        if not name.startswith(("versions/", "deltas/")):
-            found[name] = plain(latest) if name == f"checkpoints/{LATEST}" else got
+        what = got
+        if name.startswith(("versions/", "deltas/")) and Path(name).name == MANIFEST:
+            what = timeless(got)
+        elif name in (f"versions/{CURRENT}", f"checkpoints/{LATEST}"):
+            what = named(got.decode()).encode()
+        found[named(name)] = what
     return found
 
 

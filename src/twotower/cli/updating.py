@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,12 +24,13 @@ from twotower.cli.line import (
 )
 from twotower.cli.streaming import until_signals
 from twotower.config.available import check_available
+from twotower.config.load import as_dict
 from twotower.config.settings import Settings
 from twotower.features.feature_set import load as load_features
 from twotower.logs import EventLog, open_reader
 from twotower.publish.delta import last_seq
 from twotower.publish.overlay import Entities
-from twotower.publish.publish import current_path, promote
+from twotower.publish.publish import current_path, list_versions, promote, verify
 from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_version, read_manifest
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
@@ -142,7 +144,9 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
         log.info("%s is served already: a run was killed before it could note that", served.name)
         _note(where, [*done, FullDay(day, chain, served.name)], latest)
         return UpdateReport("full", served.name, seq, len(own.positives), samples.manifest["watermark_ms"])
-    version = publish_version(until, promoted=False, checkpoints=paths)["version"]
+    version = _left_by_a_killed_run(where, served, towers, as_dict(until))
+    if version is None:
+        version = str(publish_version(until, promoted=False, checkpoints=paths)["version"])
     problems = check_version(
         open_version(served),
         open_version(where.versions / version),
@@ -160,6 +164,18 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
         promote(where.versions, version)
     _note(where, [*done, FullDay(day, chain, version)], latest)
     return UpdateReport("full", version, caught_up.seq, len(own.positives), caught_up.watermark_ms)
+
+
+def _left_by_a_killed_run(where: Places, served: Path, towers: Checkpoint, configuration: dict[str, Any]) -> str | None:
+    """The whole version of these towers that was published to follow the served one, if there is one."""
+    for listed in list_versions(where.versions):
+        path = where.versions / listed.id
+        made = read_manifest(path)
+        of = (made["parent"], made["checkpoint_sha256"], made["configuration"])
+        if of == (served.name, towers.tensors_sha256, configuration) and not verify(path):
+            log.info("%s is whole: a run was killed before it promoted that", listed.id)
+            return listed.id
+    return None
 
 
 def _checkpoints(where: Places, done: Sequence[FullDay]) -> dict[str, str]:
