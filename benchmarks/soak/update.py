@@ -124,7 +124,7 @@ def configuration(workspace: Path) -> Settings:
                 "channels": ["two_tower", "popular"],
                 "rankers": [],
             },
-            "train": {"epochs": 2, "batch_size": 256, "threads": 1, "checkpoint_s": 0.05},
+            "train": {"epochs": 2, "batch_size": 32, "threads": 1, "checkpoint_s": 0.005},
             "stream": {"shard_events": 60, "merged_mb": 1, "follow_s": 0.01},
             "update": {
                 "rows": 15,
@@ -460,8 +460,10 @@ def incremental(folder: Path, kills: int, seed: int) -> dict[str, object]:
 def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Kill so many full updates; counts of what happened."""
     draw, world = random.Random(seed), make_world(folder, later_days=1)
-    prepared, later = world.settings, world.begin_ms
-    clicks = some_clicks(world, draw, "c", 120, later, 2 * DAY_MS // 120)
+    update = replace(world.settings.update, rows=50)
+    prepared = replace(world.settings, update=update)
+    world = replace(world, settings=prepared)
+    clicks = some_clicks(world, draw, "c", 120, world.begin_ms, 2 * DAY_MS // 120)
     happen(prepared, with_entities(world, clicks, 0))
     run(lambda: learn(prepared, follow=False, dry_run=False))
     where = places(prepared)
@@ -504,7 +506,7 @@ def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
     return {
         "rounds": rounds,
         "days": len(due) * rounds,
-        "catch_up_deltas": sum(name.endswith(f"/{MANIFEST}") for name in expected if name.startswith("deltas/version")),
+        "deltas": sum(name.startswith("deltas/") and name.endswith(f"/{MANIFEST}") for name in expected) * rounds,
         "undisturbed_s": round(usual.seconds, 2),
         "left_by_kills": dict(sorted(left.counts.items())),
     }
