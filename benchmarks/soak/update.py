@@ -24,7 +24,8 @@ end every acknowledged event is in the log once at its offset, the shards have t
 each click of the log once, each delta has learned the rows between the offsets of the delta before and its own, and the
 clicks that were learned, each once, are those of the log and of an undisturbed updater.
 
-The processes are forks of this one, which has imported everything and run nothing. The last line is one JSON object.
+The processes are forks of this one, which has imported everything and run nothing. Each part ends with
+one line, a JSON object.
 """
 
 import argparse
@@ -124,7 +125,7 @@ def configuration(workspace: Path) -> Settings:
                 "channels": ["two_tower", "popular"],
                 "rankers": [],
             },
-            "train": {"epochs": 2, "batch_size": 32, "threads": 1, "checkpoint_s": 0.005},
+            "train": {"epochs": 2, "batch_size": 256, "threads": 1, "checkpoint_s": 0.005},
             "stream": {"shard_events": 60, "merged_mb": 1, "follow_s": 0.01},
             "update": {
                 "rows": 15,
@@ -359,12 +360,14 @@ def same(name: str, mine: dict[str, bytes], theirs: dict[str, bytes]) -> None:
 
 
 def check_served(settings: Settings) -> None:
-    """Open what is served as a server does.
+    """Verify all versions, and open what is served as a server does.
 
     Raises:
-        AssertionError: it is not the version with all its deltas.
+        AssertionError: a version is damaged; what is served is not the version with all its deltas.
     """
     where = places(settings)
+    for listed in list_versions(where.versions):
+        assert verify(where.versions / listed.id) == [], listed
     served = Snapshots(where.versions, deltas=where.deltas)
     assert served.refused_delta is None, served.refused_delta
     assert served.version.delta_seq == last_seq(where.deltas, served.version.id), "not all deltas are served"
@@ -460,8 +463,8 @@ def incremental(folder: Path, kills: int, seed: int) -> dict[str, object]:
 def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Kill so many full updates; counts of what happened."""
     draw, world = random.Random(seed), make_world(folder, later_days=1)
-    update = replace(world.settings.update, rows=50)
-    prepared = replace(world.settings, update=update)
+    update, train = replace(world.settings.update, rows=50), replace(world.settings.train, batch_size=32)
+    prepared = replace(world.settings, update=update, train=train)
     world = replace(world, settings=prepared)
     clicks = some_clicks(world, draw, "c", 120, world.begin_ms, 2 * DAY_MS // 120)
     happen(prepared, with_entities(world, clicks, 0))
@@ -527,8 +530,6 @@ def learned_days(settings: Settings, first: str, due: Sequence[str]) -> dict[str
     assert [day["day"] for day in latest[FULL]] == due, f"learned were {latest[FULL]}"
     assert [day["version"] for day in latest[FULL]] == chain[1:], f"{chain[1:]} are not {latest[FULL]}"
     assert [listed.id for listed in list_versions(where.versions)] == chain, "there are versions beside the chain"
-    for version_id in chain:
-        assert verify(where.versions / version_id) == [], version_id
     run(lambda: check_served(settings))
 
     def named(text: str) -> str:
@@ -714,21 +715,19 @@ PARTS = {"incremental": incremental, "full": full, "line": line}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument("--part", choices=PARTS, help="default: all, one after the other")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     pa.set_cpu_count(1)
     logging.disable()  # what the gate refuses is meant to be refused
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        found = PARTS[arguments.part](Path(folder), arguments.kills, arguments.seed)
-    seconds = round(time.monotonic() - began, 1)
-    print(
-        json.dumps(
-            {"part": arguments.part, "kills": arguments.kills, "seed": arguments.seed, "seconds": seconds} | found
-        )
-    )
+    for part in [arguments.part] if arguments.part else PARTS:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            counts = PARTS[part](Path(folder), arguments.kills, arguments.seed)
+        seconds = round(time.monotonic() - began, 1)
+        result = {"part": part, "kills": arguments.kills, "seed": arguments.seed, "seconds": seconds, **counts}
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
