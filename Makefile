@@ -138,8 +138,11 @@ bench: $(DEV) peers
 
 soak: $(DEV)
 	@mkdir -p benchmarks/results
-	$(BIN)/python benchmarks/soak/event_log.py --kills 50 | tee benchmarks/results/soak_event_log.json
+	$(BIN)/python benchmarks/soak/event_log.py --kills 500 | tee benchmarks/results/soak_event_log.json
 	$(BIN)/python benchmarks/soak/join.py --kills 500 | tee benchmarks/results/soak_join.json
 	$(BIN)/python benchmarks/soak/train.py --kills 50 | tee benchmarks/results/soak_train.json
 	$(BIN)/python benchmarks/soak/publish.py --kills 50 | tee benchmarks/results/soak_publish.json
+	$(BIN)/python benchmarks/soak/update.py --part incremental --kills 500 | tee benchmarks/results/soak_incremental.json
+	$(BIN)/python benchmarks/soak/update.py --part full --kills 200 | tee benchmarks/results/soak_full.json
+	$(BIN)/python benchmarks/soak/update.py --part line --kills 500 | tee benchmarks/results/soak_line.json
 	$(BIN)/python benchmarks/soak/promote.py --seconds 60 --promotions 10 | tee benchmarks/results/soak_promote.json

@@ -1,6 +1,6 @@
 """Kill the writer of a local event log again and again, and check after each kill that the log kept its promise.
 
-    python benchmarks/soak/event_log.py --kills 50 --seed 0
+    python benchmarks/soak/event_log.py --kills 500 --seed 0
 
 A child process appends from several threads and notes each acknowledgement in a file; it is killed (SIGKILL) at a
 random moment, sometimes while it still opens the log, and often half a record or zeros are put behind what it wrote.
@@ -11,7 +11,8 @@ After each kill the log opens again and holds
 - the same to a reader that followed it in steps while the children wrote.
 
 Each child first sends the beginning of the run before it again, as clients do that got no answer. Segments are small,
-so that kills meet their sealing too. The last line is one JSON object.
+so that kills meet their sealing too. Another log begins after every 50 kills: all of it is read after each kill. The
+last line is one JSON object.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -37,6 +38,7 @@ THREADS = 3
 USERS = 2
 RETRIED = 40
 LONGEST_S = 0.15
+KILLS_A_LOG = 50
 
 
 def open_log(folder: Path) -> LocalEventLog:
@@ -125,9 +127,8 @@ def start(folder: Path, run: int, acks: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, text=True)
 
 
-def soak(folder: Path, kills: int, seed: int) -> dict[str, int]:
-    """Kill `kills` children; counts of what happened."""
-    generator = random.Random(seed)
+def soak(folder: Path, kills: int, generator: random.Random) -> dict[str, int]:
+    """Kill `kills` children that write one log; counts of what happened."""
     log_folder = folder / "log"
     open_log(log_folder).close()
     followed: list[list[Record]] = [[] for _ in range(PARTITIONS)]
@@ -159,8 +160,6 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, int]:
             read_on(reader, followed)
             assert followed == found, "a reader that followed the log saw something else"
     return {
-        "kills": kills,
-        "seed": seed,
         "acknowledged": len(acknowledged),
         "events": sum(map(len, found)),
         "torn": len(list(log_folder.rglob("*.torn-*"))),
@@ -178,8 +177,11 @@ def main() -> None:
     if arguments.child is not None:
         child(arguments.folder, arguments.child)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(soak(Path(folder), arguments.kills, arguments.seed)))
+    generator, counts = random.Random(arguments.seed), Counter[str]()
+    for first in range(0, arguments.kills, KILLS_A_LOG):
+        with tempfile.TemporaryDirectory() as folder:
+            counts += Counter(soak(Path(folder), min(KILLS_A_LOG, arguments.kills - first), generator))
+    print(json.dumps({"kills": arguments.kills, "seed": arguments.seed, **counts}))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from twotower.datasets.tables import DAY_MS, end_of_day
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.entities import item_deleted, item_event, user_deleted, user_event
 from twotower.publish.publish import list_versions, roll_back
+from twotower.publish.version import read_manifest
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.files import read_json
@@ -195,7 +196,7 @@ def test_what_was_put_or_deleted_and_new_users_are_in_the_tables_of_the_next_ver
 
 
 def test_a_run_that_was_killed_does_a_day_once(days, monkeypatch) -> None:
-    where = places(days)
+    where, first = places(days), open_served(days).id
     for late in names(days)[3:]:
         shutil.rmtree(where.events / f"date={late}")
 
@@ -206,11 +207,53 @@ def test_a_run_that_was_killed_does_a_day_once(days, monkeypatch) -> None:
         patched.setattr(module, "promote", killed)
         with pytest.raises(KeyboardInterrupt):
             update_full(days, dry_run=False)
+    *_, published = list_versions(where.versions)
+    report = update_full(days, dry_run=False)
+    assert open_served(days).id == report.version == published.id
+    assert len(read_json(where.checkpoints / LATEST)["full"]) == 1
+    assert [version.id for version in list_versions(where.versions)] == [first, published.id]
+
+
+def test_a_version_of_a_killed_run_that_was_damaged_since_is_made_again(days, monkeypatch) -> None:
+    where, first = places(days), open_served(days).id
+    for late in names(days)[3:]:
+        shutil.rmtree(where.events / f"date={late}")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "catch_up", killed)
+        with pytest.raises(KeyboardInterrupt):
+            update_full(days, dry_run=False)
+    *_, published = list_versions(where.versions)
+    (where.versions / published.id / "users.arrow").unlink()
     report = update_full(days, dry_run=False)
     assert open_served(days).id == report.version
-    assert len(read_json(where.checkpoints / LATEST)["full"]) == 1
-    hashes = {version.id.split("-")[1] for version in list_versions(where.versions)}
-    assert len(hashes) == 2  # the day's towers are the same bytes in both its versions
+    assert [version.parent for version in list_versions(where.versions)] == [None, first, first]
+
+
+def test_a_run_that_was_killed_behind_the_promotion_has_made_the_version_of_the_day(days, monkeypatch) -> None:
+    where, first = places(days), open_served(days).id
+    for late in names(days)[3:]:
+        shutil.rmtree(where.events / f"date={late}")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_note", killed)
+        with pytest.raises(KeyboardInterrupt):
+            update_full(days, dry_run=False)
+    promoted = open_served(days).id
+    report = update_full(days, dry_run=False)
+    assert report.version == open_served(days).id == promoted
+    assert [version.id for version in list_versions(where.versions)] == [first, promoted]
+    latest = read_json(where.checkpoints / LATEST)
+    assert [(day["day"], day["version"]) for day in latest["full"]] == [(names(days)[2], promoted)]
+    towers = open_checkpoint(where.checkpoints / latest["checkpoints"]["two_tower"])
+    assert towers.tensors_sha256 == read_manifest(where.versions / promoted)["checkpoint_sha256"]
+    assert update_full(days, dry_run=False).rows == 0
 
 
 def test_the_rest_of_the_day_in_which_the_chain_began_is_due(tmp_path: Path, days) -> None:

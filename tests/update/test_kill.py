@@ -1,26 +1,25 @@
-"""An updater that is killed again and again, in a process of its own, ends with the bytes of one that never was."""
+"""Updaters that are killed again and again end with the bytes of one that never was, and nothing is learned twice."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
 from twotower.cli.line import open_served, places
-from twotower.cli.updating import learn, open_chain
+from twotower.cli.updating import open_chain
 from twotower.config import Settings
 from twotower.config.load import as_dict
 from twotower.publish.delta import last_seq
-from twotower.serve.snapshots import Snapshots
 
-KILLS = 6
+ROOT = Path(__file__).parents[2]
+SOAK = ROOT / "benchmarks" / "soak" / "update.py"
 
 
 def start(settings: Settings, *options: str) -> "subprocess.Popen[bytes]":
@@ -30,8 +29,7 @@ def start(settings: Settings, *options: str) -> "subprocess.Popen[bytes]":
         "learn(parse(json.loads(sys.argv[1])), follow='--follow' in sys.argv, dry_run=False)"
     )
     document = json.dumps(as_dict(settings))
-    source = str(Path(__file__).parents[2] / "src")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     return subprocess.Popen(
         [sys.executable, "-c", code, document, *options], stderr=subprocess.DEVNULL, env=environment
     )
@@ -45,26 +43,31 @@ def wait_for(settings: Settings, seq: int, seconds: float = 90) -> None:
         time.sleep(0.01)
 
 
-def test_an_updater_that_is_killed_at_random_ends_with_the_same_bytes(
-    learning, happen, clicks, content, tmp_path
-) -> None:
-    small = replace(learning, update=replace(learning.update, rows=10))
-    happen(small, clicks(small, 200))
-    copied = shutil.copytree(small.workspace.path, tmp_path / "undisturbed")
-    undisturbed = replace(small, workspace=replace(small.workspace, path=str(copied)))
-    learn(undisturbed, follow=False, dry_run=False)
-    generator = np.random.default_rng(0)
-    for number in range(KILLS):
-        process = start(small)
-        wait_for(small, 3 * number + 1)
-        time.sleep(float(generator.uniform(0, 0.05)))
-        process.kill()
-        process.wait()
-    assert start(small).wait(timeout=120) == 0
-    assert content(places(small).deltas) == content(places(undisturbed).deltas)
-    snapshots = Snapshots(places(small).versions, deltas=places(small).deltas)
-    assert snapshots.version.delta_seq == 20
-    assert snapshots.refused_delta is None
+def soak(part: str, kills: int) -> dict[str, Any]:
+    """What the soak of the updaters counted."""
+    command = [sys.executable, str(SOAK), "--part", part, "--kills", str(kills), "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert result["kills"] == kills
+    return result
+
+
+def test_an_updater_that_is_killed_at_random_ends_with_the_same_bytes() -> None:
+    result = soak("incremental", 20)
+    assert result["refused"] > 0
+    assert result["left_by_kills"]["half a delta"] > 0
+
+
+def test_full_updates_that_are_killed_at_random_end_with_the_same_bytes() -> None:
+    assert sum(soak("full", 4)["left_by_kills"].values()) > 0
+
+
+def test_a_line_that_is_killed_at_random_learns_each_click_of_the_log_once() -> None:
+    result = soak("line", 12)
+    assert result["events"] >= result["acknowledged"] > 100
+    assert result["learned"] > 100
+    assert all(result[f"kills_of_the_{name}"] > 0 for name in ("writer", "joiner", "updater"))
 
 
 def test_a_standby_takes_over_from_a_leader_that_is_killed(learning, happen, clicks) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,14 +24,15 @@ from twotower.cli.line import (
 )
 from twotower.cli.streaming import until_signals
 from twotower.config.available import check_available
+from twotower.config.load import as_dict
 from twotower.config.settings import Settings
 from twotower.datasets.tables import end_of_day
 from twotower.features.feature_set import load as load_features
 from twotower.logs import EventLog, open_reader
 from twotower.publish.delta import last_seq
 from twotower.publish.overlay import Entities, as_served
-from twotower.publish.publish import current_path, promote
-from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_version
+from twotower.publish.publish import current_path, list_versions, promote, verify
+from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_version, read_manifest
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, VersionError
@@ -138,7 +140,16 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
     trained = {name: train_from(until, own, channel=name, warm=previous[name]).checkpoint for name in previous}
     rankers = {name: train_ranker_from(until, samples, name).checkpoint for name in settings.models.rankers}
     paths = trained | rankers
-    version = publish_version(until, promoted=False, checkpoints=paths)["version"]
+    latest = {name: os.path.relpath(path, where.checkpoints) for name, path in paths.items()}
+    chain = {name: latest[name] for name in trained}
+    towers = open_checkpoint(Path(trained[TWO_TOWER]))
+    if read_manifest(served)["checkpoint_sha256"] == towers.tensors_sha256:
+        log.info("%s is served already: a run was killed before it could note that", served.name)
+        _note(where, [*done, FullDay(day, chain, served.name)], latest)
+        return UpdateReport("full", served.name, seq, len(own.positives), samples.manifest["watermark_ms"])
+    version = _left_by_a_killed_run(where, served, towers, as_dict(until))
+    if version is None:
+        version = str(publish_version(until, promoted=False, checkpoints=paths)["version"])
     problems = check_version(
         open_version(served),
         open_version(where.versions / version),
@@ -146,8 +157,6 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
         settings.samples.untrained_users,
         limits_of(settings),
     )
-    latest = {name: os.path.relpath(path, where.checkpoints) for name, path in paths.items()}
-    chain = {name: latest[name] for name in trained}
     if problems:
         log.error("version %s is not promoted: %s", version, "; ".join(problems))
         _note(where, [*done, FullDay(day, _checkpoints(where, done), version, problems)])
@@ -158,6 +167,18 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
         promote(where.versions, version)
     _note(where, [*done, FullDay(day, chain, version)], latest)
     return UpdateReport("full", version, caught_up.seq, len(own.positives), caught_up.watermark_ms)
+
+
+def _left_by_a_killed_run(where: Places, served: Path, towers: Checkpoint, configuration: dict[str, Any]) -> str | None:
+    """The whole version of these towers that was published to follow the served one, if there is one."""
+    for listed in list_versions(where.versions):
+        path = where.versions / listed.id
+        made = read_manifest(path)
+        of = (made["parent"], made["checkpoint_sha256"], made["configuration"])
+        if of == (served.name, towers.tensors_sha256, configuration) and not verify(path):
+            log.info("%s is whole: a run was killed before it promoted that", listed.id)
+            return listed.id
+    return None
 
 
 def _checkpoints(where: Places, done: Sequence[FullDay]) -> dict[str, str]:
