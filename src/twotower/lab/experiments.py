@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-Kind = Literal["train", "channels", "index", "fusion", "feedback"]
+Kind = Literal["train", "channels", "index", "fusion", "feedback", "updates"]
 
 ALONE: Final = ('models.channels=["two_tower"]', "models.rankers=[]")
 """The two towers by themselves, unless an experiment is about more."""
@@ -35,14 +35,18 @@ class LogData:
     dataset: str
     folder: str
     """In the folder of data."""
-    holdout: str
+    holdout: str | None
     config: str
     positive: str = "all"
     changes: tuple[str, ...] = ALONE
     seeds: int = 5
+    until: str | None = None
+    """The last day."""
 
 
-WORLD, KUAIRAND, MOVIELENS = "world", "kuairand", "movielens"
+_ROOM: Final = "samples.vocabulary_room=1"
+
+WORLD, KUAIRAND, MOVIELENS, GLOBO = "world", "kuairand", "movielens", "globo"
 
 DATA: Final[Mapping[str, WorldData | LogData]] = {
     WORLD: WorldData(users=2000, items=1500, days=7),
@@ -55,9 +59,38 @@ DATA: Final[Mapping[str, WorldData | LogData]] = {
         changes=(*ALONE, "train.epochs=3", "samples.days=7", "index.kind='exact'"),
     ),
     KUAIRAND: LogData("kuairand", "kuairand", "since:2022-05-03", "kuairand.toml"),
+    "stream_world": WorldData(users=2000, items=1500, days=12, changes=(*ALONE, "index.kind='exact'", _ROOM)),
+    "long_world": WorldData(
+        users=500,
+        items=500,
+        days=68,
+        seeds=3,
+        changes=(*ALONE, "index.kind='exact'", "train.epochs=3", "samples.days=7", _ROOM),
+    ),
+    GLOBO: LogData(
+        "globo",
+        "globo",
+        None,
+        "globo.toml",
+        changes=(*ALONE, "index.kind='exact'", "samples.vocabulary_room=8"),
+        seeds=2,
+        until="2017-10-10",
+    ),
     MOVIELENS: LogData("movielens-1m", "ml-1m", "time:0.9", "movielens.toml", positive="4", seeds=3),
 }
 """What experiments run on, by name."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model goes on after the first days."""
+
+    nightly: Literal["no", "full", "anew"] = "no"
+    """`full`: the full update of the day before, at midnight; `anew`: trained as at first, on all days so far."""
+    every_min: int | None = None
+    """Minutes between two deltas; None = there are none."""
+    crowd: Literal["popular", "item_cf"] | None = None
+    """In place of the model what was clicked in the hour before."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +100,8 @@ class Arm:
     changes: tuple[str, ...] = ()
     on: tuple[str, ...] = ()
     """The data that it can run on; empty = all of the experiment's."""
+    way: Way = Way()
+    """`updates`: how it goes on."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +134,11 @@ class Experiment:
     kind: Kind = "train"
     """`train`: each arm is a model; `channels`: of one set of models, each channel and their fusion; `index`: of one
     model, several indexes; `fusion`: of one version, rankers behind more or fewer candidates; `feedback`: each arm
-    serves a world, day after day."""
+    serves a world, day after day; `updates`: of one first model, each arm goes on through the last days in its way."""
     plotted: tuple[tuple[str, str | None], ...] = (("true_recall@50", "recall@50"),)
     """Pairs of measures, by the truth and by the log, that the plot shows."""
     loop_days: int = 0
-    """`feedback`: days served after the first log."""
+    """`feedback`: days served after the first log. `updates`: the last days of the log, which are replayed."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Further measures that the table of the report has, with what they are."""
 
@@ -119,6 +154,8 @@ _DOWN = 'samples.hot={ form = "sqrt", threshold = 1.0 }'
 _UP = 'samples.cold={ form = "sqrt", threshold = 0.5 }'
 _POPULARITY = {"pop_pct@50": "mean popularity percentile of the first 50"}
 _EXPLORE = "funnel.explore_share=1.0"
+_AWAY = "update.negatives_move=true"
+_UPDATE_FACTS = {"delta_ms": "processor milliseconds of a delta", "night_s": "processor seconds of a full update"}
 
 
 def _easy(in_batch: float = 0, uniform: float = 0, clicks: float = 0) -> str:
@@ -127,6 +164,14 @@ def _easy(in_batch: float = 0, uniform: float = 0, clicks: float = 0) -> str:
 
 def _network(name: str) -> tuple[str, ...]:
     return tuple(f'models.{side}_tower={{ network = "{name}", layers = [128, 64] }}' for side in ("user", "item"))
+
+
+def _found(text: str, better: str, *than: str) -> Claim:
+    return Claim(text, better, than, "recall@20", "true_recall@20")
+
+
+def _late(text: str, better: str, *than: str) -> Claim:
+    return Claim(text, better, than, "recall@20, last days", "true_recall@20, last days")
 
 
 EXPERIMENTS: Final[Mapping[str, Experiment]] = {
@@ -508,6 +553,125 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
         base=(_NO_HARD, "funnel.explore_share=0.0", "funnel.retrieve=400", "funnel.pre_rank=400"),
         kind="feedback",
         loop_days=14,
+    ),
+    "updates": Experiment(
+        "What does it bring to learn every night, through the day, or both?",
+        "What is wanted changes by the hour; a model of yesterday knows nothing of it, one that only follows the hour "
+        "forgets the rest.",
+        {
+            "frozen": Arm(),
+            "nightly": Arm(way=Way("full")),
+            "nightly, in order": Arm(("train.order='time'",), way=Way("full")),
+            "hourly, pairs": Arm(way=Way(every_min=60)),
+            "nightly and hourly, pairs": Arm(way=Way("full", 60)),
+            "hourly": Arm((_AWAY,), way=Way(every_min=60)),
+            "nightly and hourly": Arm((_AWAY,), way=Way("full", 60)),
+            "popular, last hour": Arm(way=Way(crowd="popular")),
+            "ItemCF, last hour": Arm(way=Way(crowd="item_cf")),
+        },
+        (
+            _found("Both updates find more than either", "nightly and hourly", "nightly", "hourly"),
+            _found(
+                "Both find more than either where only pairs move",
+                "nightly and hourly, pairs",
+                "nightly",
+                "hourly, pairs",
+            ),
+            _found("Any update finds more than none", "nightly", "frozen"),
+            _found("The nightly update finds more than the hourly one", "nightly", "hourly"),
+            _found("It does where only pairs move", "nightly", "hourly, pairs"),
+            _found("A shuffled day teaches more than one in its order", "nightly", "nightly, in order"),
+            _found("More is found where negatives move", "nightly and hourly", "nightly and hourly, pairs"),
+            Claim(
+                "Both find more than the favourites and the neighbours of the hour before",
+                "nightly and hourly",
+                ("popular, last hour", "ItemCF, last hour"),
+                "recall@20",
+                "recall@20",
+            ),
+        ),
+        data=("stream_world", GLOBO),
+        kind="updates",
+        plotted=(("true_recall@20", "recall@20"),),
+        loop_days=6,
+        facts=_UPDATE_FACTS,
+    ),
+    "update_intervals": Experiment(
+        "How often should it learn?",
+        "The sooner a click is learned, the sooner it helps; the fewer clicks a step has, the more it jumps.",
+        {
+            "1 day": Arm(way=Way("full", 1440)),
+            "5 h": Arm(way=Way("full", 300)),
+            "1 h": Arm(way=Way("full", 60)),
+            "5 min": Arm(way=Way("full", 5)),
+            "1 min": Arm(way=Way("full", 1)),
+        },
+        (
+            _found("Every five hours finds more than every day", "5 h", "1 day"),
+            _found("Every hour finds more than every five hours", "1 h", "5 h"),
+            _found("Every five minutes finds more than every hour", "5 min", "1 h"),
+            _found("Every minute finds more than every five minutes", "1 min", "5 min"),
+        ),
+        data=("stream_world", GLOBO),
+        base=(_AWAY,),
+        kind="updates",
+        plotted=(("true_recall@20", "recall@20"),),
+        loop_days=6,
+        facts=_UPDATE_FACTS,
+    ),
+    "update_tables": Experiment(
+        "Should the embeddings of users move through the day, of items, or both?",
+        "Where only users move, item vectors stay as they are until the night: less to publish, and less to learn.",
+        {
+            "none": Arm(),
+            "users": Arm(("update.tables=['user_id']",), way=Way(every_min=60)),
+            "items": Arm(("update.tables=['item_id']",), way=Way(every_min=60)),
+            "users and items": Arm(way=Way(every_min=60)),
+            "users and items, pairs": Arm(("update.negatives_move=false",), way=Way(every_min=60)),
+        },
+        (
+            _found("Moving users finds more than moving nothing", "users", "none"),
+            _found("Moving both finds more than users alone", "users and items", "users"),
+            _found("Moving both finds more than items alone", "users and items", "items"),
+        ),
+        data=("stream_world", GLOBO),
+        base=(_AWAY, 'features.user.user_id={ kind = "categorical" }'),
+        kind="updates",
+        plotted=(("true_recall@20", "recall@20"),),
+        loop_days=6,
+        facts=_UPDATE_FACTS,
+    ),
+    "sixty_days": Experiment(
+        "Does a model that is only ever updated decay?",
+        "Each night begins with the parameters and the optimizer of the night before, never anew: errors may add up, "
+        "and accumulators that only grow stop what they slow.",
+        {
+            "trained anew": Arm(way=Way("anew")),
+            "full update": Arm(way=Way("full")),
+            "full update, accumulators only grow": Arm(("update.decay=1.0",), way=Way("full")),
+            "frozen": Arm(),
+        },
+        (
+            _late("After sixty nights the full update finds more than no update", "full update", "frozen"),
+            _late("It finds more than a model trained anew", "full update", "trained anew"),
+            _late("It finds more where accumulators decay", "full update", "full update, accumulators only grow"),
+            Claim(
+                "Embeddings of hot items still move",
+                "full update",
+                (),
+                "hot_moves, last days",
+                "hot_moves, last days",
+            ),
+        ),
+        data=("long_world",),
+        kind="updates",
+        plotted=(("true_recall@20, last days", "recall@20, last days"),),
+        loop_days=60,
+        facts={
+            "hot_moves, last days": "how far hot items' embeddings move in a night, in their own lengths, last ten nights",
+            "recall@20, growth": "last ten days minus first ten",
+            "true_recall@20, growth": "last ten days minus first ten",
+        },
     ),
 }
 """By the name that `twotower lab run` takes, in the order of the report."""

@@ -11,6 +11,7 @@ B clicks of a period, N items, D vector, H hours.
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,7 @@ from twotower.features.columns import Bag, pointers, ranges
 from twotower.features.feature_set import HISTORY
 from twotower.features.vocabulary import FIRST
 from twotower.index.protocol import Exclusions
+from twotower.lab.experiments import Way
 from twotower.lab.system import System
 from twotower.models.item_cf import ItemCF, Options
 from twotower.models.retriever import Queries
@@ -60,20 +62,10 @@ STREAM: Final = "stream"
 JUDGED: Final = 40
 """Users of an hour by whose truth a world is judged, at most."""
 AT_ONCE: Final = 1024
+EDGE_DAYS: Final = 10
+"""Days at the beginning and at the end of a long time that are compared."""
 HOT: Final = 0.01
 """Share of the items, the most clicked ones, whose embeddings are watched."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a model goes on after the first days."""
-
-    nightly: str = "no"
-    """`full`: the full update of the day before, at midnight; `anew`: trained as at first, on all days so far."""
-    every_min: int | None = None
-    """Minutes between two deltas; None = there are none."""
-    crowd: str | None = None
-    """In place of the model what was clicked in the hour before: `popular`, or `item_cf`."""
 
 
 @dataclass(frozen=True)
@@ -226,11 +218,10 @@ def replay(
 
     Returns:
         By measure the hours with enough clicks (H,): `recall@20` of first clicks of a user on an item, and of a world
-        `true_recall@20`; and facts of the arm.
+        `true_recall@20`. Of a long time also single numbers, see `_edges`. And facts of the arm.
     """
     workspace = Path(settings.workspace.path)
     score = _Score(np.zeros(len(later.ts_ms), np.bool_))
-    facts: dict[str, Any] = {}
     asks = _Crowd(way.crowd, later) if way.crowd else _Model(system, settings, later, world, score)
     for number in range(24 * len(later.days)):
         hour_ms = later.begin_ms + number * HOUR_MS
@@ -247,9 +238,12 @@ def replay(
                 assert isinstance(asks, _Model)
                 asks.learn(end)
         log.info("%s: recall %.4f", number, _mean(score.found, later, hour_ms))
+    values, facts = _by_hour(score, later), {"by_day": _by_day(score, later)}
     if isinstance(asks, _Model):
-        facts = asks.facts()
-    return _by_hour(score, later), facts
+        facts |= asks.facts()
+        if len(later.days) >= 2 * EDGE_DAYS:
+            values |= _edges(score, later, asks.moves)
+    return values, facts
 
 
 class _Model:
@@ -262,7 +256,7 @@ class _Model:
         self._world = world
         self._score = score
         self._hide = settings.serve.exclude != "none"
-        self._moves: list[float] = []
+        self.moves: list[float] = []
         self._nights_s: list[float] = []
         self._deltas, self._deltas_s, self._refused = 0, 0.0, 0
         self._at = 0
@@ -344,7 +338,7 @@ class _Model:
         self._at = self._later.between(0, self._later.begin_ms + DAY_MS * (1 + self._later.days.index(day)))[0]
         after = self._hot()
         both = [one for one in before if one in after]
-        self._moves.append(
+        self.moves.append(
             float(np.mean([np.linalg.norm(after[one] - before[one]) / np.linalg.norm(before[one]) for one in both]))
         )
 
@@ -368,7 +362,7 @@ class _Model:
             found["delta_ms"] = round(1000 * self._deltas_s / self._deltas, 1)
         if self._nights_s:
             found["night_s"] = round(float(np.mean(self._nights_s)), 1)
-            found["hot_moves"] = [round(one, 4) for one in self._moves]
+            found["hot_moves"] = [round(one, 4) for one in self.moves]
         return found
 
 
@@ -440,6 +434,7 @@ def _mean(found: Bools, later: Later, hour_ms: int) -> float:
 
 
 def _by_hour(score: _Score, later: Later) -> dict[str, Floats]:
+    """The measures of the hours with enough clicks."""
     hour = (later.ts_ms - later.begin_ms) // HOUR_MS
     counts = np.bincount(hour[later.judged], minlength=24 * len(later.days))
     hits = np.bincount(hour[later.judged & score.found], minlength=len(counts))
@@ -447,4 +442,32 @@ def _by_hour(score: _Score, later: Later) -> dict[str, Floats]:
     values = {f"recall@{K}": hits[hours] / counts[hours]}
     if score.true:
         values[f"true_recall@{K}"] = np.array([np.mean(score.true[one]) for one in hours.tolist()])
+    return values
+
+
+def _by_day(score: _Score, later: Later) -> list[float]:
+    """Recall of each day, over its clicks."""
+    day = ((later.ts_ms - later.begin_ms) // DAY_MS)[later.judged]
+    hits = np.bincount(day, score.found[later.judged], len(later.days))
+    shares: list[float] = (hits / np.maximum(np.bincount(day, minlength=len(later.days)), 1)).round(4).tolist()
+    return shares
+
+
+def _edges(score: _Score, later: Later, moves: Sequence[float]) -> dict[str, Floats]:
+    """Each measure over the last ten days, and how much it grew since the first ten; single numbers."""
+    days = {f"recall@{K}": np.array(_by_day(score, later))}
+    if score.true:
+        days[f"true_recall@{K}"] = np.array(
+            [
+                np.mean([one for hour in range(24 * day, 24 * day + 24) for one in score.true.get(hour, [])])
+                for day in range(len(later.days))
+            ]
+        )
+    values = {}
+    for name, by_day in days.items():
+        end = by_day[-EDGE_DAYS:].mean()
+        values[f"{name}, last days"] = np.array([end])
+        values[f"{name}, growth"] = np.array([end - by_day[:EDGE_DAYS].mean()])
+    if moves:
+        values["hot_moves, last days"] = np.array([np.mean(moves[-EDGE_DAYS:])])
     return values

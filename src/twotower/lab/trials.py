@@ -6,6 +6,8 @@ A file that is there is not made again, so that an interrupted run goes on where
 import hashlib
 import json
 import logging
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ from twotower.index.faiss_index import FaissIndex
 from twotower.index.protocol import PADDING
 from twotower.lab.experiments import DATA, EXPERIMENTS, LogData, WorldData
 from twotower.lab.feedback import feed_back
+from twotower.lab.replay import first_model, replay, set_aside
 from twotower.lab.score import K, score
 from twotower.lab.stages import Stages
 from twotower.lab.system import System
@@ -47,6 +50,7 @@ ONE_THREAD: Final = ("engine.threads=1", "train.threads=1")
 SMOKE: Final = ("train.epochs=1", "train.batch_size=256", "models.dimension=16")
 SMOKE_USERS, SMOKE_ITEMS, SMOKE_DAYS = 250, 200, 3
 SMOKE_LOOP_DAYS: Final = 2
+SMOKE_REPLAYED_DAYS: Final = 1
 INDEXED_QUERIES: Final = 500
 FUSED_USERS: Final = 300
 """Users whose lists come from rankers over the whole catalogue."""
@@ -89,8 +93,10 @@ def key_of(unit: Unit, arm: str) -> str:
     changes = [*experiment.base, *experiment.arms[arm].changes]
     described = {name: value for name, value in asdict(data).items() if name != "seeds"}
     what = [FORMAT, experiment.kind, changes, described, unit.seed, unit.smoke]
-    if experiment.kind == "feedback":
+    if experiment.kind in ("feedback", "updates"):
         what.append(_loop_days(unit))
+    if experiment.kind == "updates":
+        what.append(asdict(experiment.arms[arm].way))
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -146,6 +152,18 @@ def run_unit(system: System, unit: Unit, out: Path, data: Path | None, scratch: 
                 keep(arm, values, facts, time.process_time() - started)
             return
         world = world_of(workspace)
+        if experiment.kind == "updates":
+            later = set_aside(workspace, _loop_days(unit), world)
+            first_model(system, _settings(system, unit, None, workspace), workspace, later)
+            for arm in missing:
+                copied = shutil.copytree(workspace, Path(folder) / "arm", copy_function=os.link)
+                started = time.process_time()
+                values, facts = replay(
+                    system, _settings(system, unit, arm, copied), experiment.arms[arm].way, later, world
+                )
+                keep(arm, values, facts, time.process_time() - started)
+                shutil.rmtree(copied)
+            return
         runs: dict[str, Callable[..., Iterator[Result]]] = {
             "train": _models,
             "channels": _channels,
@@ -281,13 +299,17 @@ def _data(unit: Unit) -> WorldData | LogData:
 
 
 def _loop_days(unit: Unit) -> int:
-    return SMOKE_LOOP_DAYS if unit.smoke else EXPERIMENTS[unit.experiment].loop_days
+    experiment = EXPERIMENTS[unit.experiment]
+    if unit.smoke:
+        return SMOKE_LOOP_DAYS if experiment.kind == "feedback" else SMOKE_REPLAYED_DAYS
+    return experiment.loop_days
 
 
-def _settings(system: System, unit: Unit, arm: str, workspace: Path) -> Settings:
-    """The configuration of an arm: the data set's, the experiment's, the arm's own."""
+def _settings(system: System, unit: Unit, arm: str | None, workspace: Path) -> Settings:
+    """The configuration of an arm: the data set's, the experiment's, the arm's own; None = what all arms share."""
     experiment, data = EXPERIMENTS[unit.experiment], DATA[unit.data]
-    changes = [*data.changes, *(SMOKE if unit.smoke else ()), *experiment.base, *experiment.arms[arm].changes]
+    of_arm = () if arm is None else experiment.arms[arm].changes
+    changes = [*data.changes, *(SMOKE if unit.smoke else ()), *experiment.base, *of_arm]
     own = [f"workspace.path={workspace}", f"train.seed={unit.seed}", f"samples.seed={unit.seed}", *ONE_THREAD]
     return load(system.examples / data.config, [*changes, *own])
 
@@ -298,7 +320,9 @@ def _make_workspace(data: WorldData | LogData, seed: int, workspace: Path, folde
     elif folder is None:
         raise DataError(f"no folder of data for {data.dataset}")
     else:
-        import_dataset(data.dataset, folder / data.folder, workspace, data.holdout, positive=data.positive)
+        import_dataset(
+            data.dataset, folder / data.folder, workspace, data.holdout, positive=data.positive, until=data.until
+        )
 
 
 def usable(name: str, folder: Path | None, smoke: bool) -> str | None:
