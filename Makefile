@@ -123,6 +123,7 @@ bench: $(DEV) peers
 	$(BIN)/python benchmarks/serve.py --out benchmarks/results/serve.json
 	$(BIN)/python benchmarks/freshness.py --out benchmarks/results/freshness.json
 	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
+	$(BIN)/python benchmarks/deltas.py --out benchmarks/results/deltas.json
 	$(BIN)/python benchmarks/quality.py --data '$(REAL_DATA)' --out benchmarks/results/quality.json
 	$(BIN)/python benchmarks/losses.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/losses.json
 	$(BIN)/python benchmarks/speed.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/speed.json
