@@ -278,9 +278,9 @@ class Samples:
     """Last day, of positives and of histories; absent = the last of the log."""
     days: Positive | None = None
     """Positives of so many days up to the last, in place of `first_day`; absent = no such limit."""
-    untrained_users: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    untrained_users: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of users, by a hash of their ids, whom nothing is trained on, by no update either: the gate of updates
-    judges on them. 0.01 where updates run."""
+    judges on them. 0 where no update is to run, for a comparison on a fixed data set."""
     hot: Hot = field(default_factory=Hot)
     """Down-sampling of hot items."""
     cold: Cold = field(default_factory=Cold)

@@ -136,7 +136,7 @@ def set_aside(workspace: Path, days: int, world: World | None) -> Later:
         raise DataError(f"{workspace} has {len(dates)} days: fewer than {days} can be replayed")
     clicks = opened.events()
     clicks = clicks.filter(pc.equal(clicks[c.OUTCOME], c.CLICKED))
-    clicks = clicks.set_column(0, "at", pc.coalesce(clicks[c.CLICK_TS_MS], clicks[c.REQUEST_TS_MS])).sort_by("at")
+    clicks = clicks.append_column("at", pc.coalesce(clicks[c.CLICK_TS_MS], clicks[c.REQUEST_TS_MS])).sort_by("at")
     (workspace / LATER).mkdir()
     for date in dates[-days:]:
         (workspace / EVENTS / f"{c.DATE}={date}").rename(workspace / LATER / f"{c.DATE}={date}")
