@@ -8,9 +8,9 @@ A process is killed (SIGKILL) at a random moment; or right before a random one o
 workspace that it writes, flushes, removes or makes; or right before a random rename. What lies between two commits may
 take microseconds, which the clock alone would seldom meet. Another process goes on, until one ends by itself.
 
-`incremental`: shards grow in steps, users and items are put and deleted, and the gate is so strict that it refuses some
-deltas. In the end every file below `deltas/` is that of an undisturbed run (`next.json` and the lock aside), and a
-server's snapshot takes up the last delta.
+`incremental`: shards grow in steps, users and items are put and deleted, the gate is so strict that it refuses some
+deltas, and every four deltas are folded. In the end every file below `deltas/` is that of an undisturbed run
+(`next.json` and the lock aside), and a server's snapshot takes up the last delta.
 
 `full`: two days are due, and what comes after them is in the shards and was learned for the served version already. In
 the end each day has one version, in their order, and every file of the workspace is that of an undisturbed run, and no
@@ -63,10 +63,11 @@ from twotower.cli.streaming import join_log
 from twotower.cli.updating import FULL, learn, update_full
 from twotower.config import Settings, parse
 from twotower.datasets.simulate import simulate_workspace
+from twotower.datasets.tables import DAY_MS
 from twotower.features.bloom import is_untrained
 from twotower.logs import Event, LocalEventLog
 from twotower.logs.entities import item_deleted, item_event, user_deleted
-from twotower.publish.delta import Delta, base_digest, delta_folder, last_seq, read_delta
+from twotower.publish.delta import FOLDED, Delta, base_digest, delta_folder, last_seq, read_delta
 from twotower.publish.publish import CURRENT, current_path, list_versions, verify
 from twotower.publish.version import DIGEST, read_manifest
 from twotower.schema import columns as c
@@ -74,14 +75,13 @@ from twotower.schema.files import MANIFEST, TEMPORARY, read_json
 from twotower.serve.snapshots import Snapshots
 from twotower.stream.shards import manifests, partitions, read_rows
 from twotower.update.chain import PLAN, QUARANTINE
-from twotower.update.full import DAY_MS, due_days
 from twotower.update.incremental import LOCK
 from twotower.update.rows import clicked
 
 STEPS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
 """What Python tells an audit hook before it happens: that a process writes, flushes, renames, removes or makes."""
 COMMITS = frozenset({"os.rename"})
-BY_THE_CLOCK = {"created_ms", "follows", DIGEST}
+BY_THE_CLOCK = {"created_ms", "follows", "stands_for", DIGEST}
 """Of manifests: the time of a version's making, and digests of manifests that have it."""
 GROWTHS = 3
 """How often the shards grow in a round of `incremental`."""
@@ -106,7 +106,7 @@ Click = tuple[Any, Any, int]
 
 
 def configuration(workspace: Path) -> Settings:
-    """Small everywhere, with a gate that refuses about a quarter of the deltas."""
+    """Small everywhere, with a gate that refuses some of the deltas."""
     user = {
         "user_id": {"kind": "categorical"},
         "age": {"kind": "numeric", "transform": "standard"},
@@ -133,7 +133,8 @@ def configuration(workspace: Path) -> Settings:
                 "negatives": 32,
                 "recent": 64,
                 "follow_s": 0.02,
-                "gate": {"most_move": 0.8, "k": 10, "least": 20, "margin": 0.1},
+                "fold_every": 4,
+                "gate": {"most_move": 0.6, "k": 10, "least": 20, "margin": 0.1},
             },
         }
     )
@@ -431,6 +432,7 @@ def incremental(folder: Path, kills: int, seed: int) -> dict[str, object]:
             "a plan": f"*/{PLAN}",
             "half a plan": f"*/{TEMPORARY}{PLAN}",
             "half a delta": f"*/{TEMPORARY}[0-9]*",
+            "half a folded delta": f"*/{FOLDED}/{TEMPORARY}*",
             "half a quarantined file": f"*/{QUARANTINE}/{TEMPORARY}*",
         }
     )
@@ -461,7 +463,7 @@ def incremental(folder: Path, kills: int, seed: int) -> dict[str, object]:
 def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Kill so many full updates; counts of what happened."""
     draw, world = random.Random(seed), make_world(folder, later_days=1)
-    update, train = replace(world.settings.update, rows=50), replace(world.settings.train, batch_size=32)
+    update, train = replace(world.settings.update, rows=50, fold_every=2), replace(world.settings.train, batch_size=32)
     prepared = replace(world.settings, update=update, train=train)
     world = replace(world, settings=prepared)
     clicks = some_clicks(world, draw, "c", 120, world.begin_ms, 2 * DAY_MS // 120)
@@ -469,7 +471,9 @@ def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
     run(lambda: learn(prepared, follow=False, dry_run=False))
     where = places(prepared)
     first = current_path(where.versions).name
-    due = due_days(where.events, where.shards, read_manifest(where.versions / first)["watermark_ms"])
+    plan = update_full(prepared, dry_run=True).plan
+    assert isinstance(plan, dict)
+    due = plan["days"]
     assert len(due) == 2, f"{due} are due"
 
     def work(settings: Settings) -> Work:
@@ -554,7 +558,7 @@ def line(folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Kill so many writers, joiners and updaters of lines; counts of what happened."""
     draw, world = random.Random(seed), make_world(folder, later_days=0)
     lenient = replace(world.settings.update.gate, most_move=1e6, most_length=1e6, most_alike=2.0, margin=1.0)
-    update = replace(world.settings.update, rows=200, batch_size=64, gate=lenient)
+    update = replace(world.settings.update, rows=200, batch_size=64, gate=lenient, fold_every=0)
     world = replace(world, settings=replace(world.settings, update=update))
     totals: Counter[str] = Counter()
     for first in range(0, kills, KILLS_A_LINE):

@@ -59,7 +59,7 @@ DATA: Final[Mapping[str, WorldData | LogData]] = {
         changes=(*ALONE, "train.epochs=3", "samples.days=7", "index.kind='exact'"),
     ),
     KUAIRAND: LogData("kuairand", "kuairand", "since:2022-05-03", "kuairand.toml"),
-    "stream_world": WorldData(users=2000, items=1500, days=12, changes=(*ALONE, "index.kind='exact'", _ROOM)),
+    "stream_world": WorldData(users=2000, items=1500, days=12, seeds=4, changes=(*ALONE, "index.kind='exact'", _ROOM)),
     "long_world": WorldData(
         users=500,
         items=500,
@@ -668,7 +668,7 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
         plotted=(("true_recall@20, last days", "recall@20, last days"),),
         loop_days=60,
         facts={
-            "hot_moves, last days": "how far hot items' embeddings move in a night, in their own lengths, last ten nights",
+            "hot_moves, last days": "how far hot items' embeddings move in a night, in their lengths, last ten nights",
             "recall@20, growth": "last ten days minus first ten",
             "true_recall@20, growth": "last ten days minus first ten",
         },

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.config.settings import Settings
-from twotower.datasets.tables import DAY_MS
+from twotower.datasets.tables import DAY_MS, end_of_day
 from twotower.datasets.workspace import EVENTS, open_workspace
 from twotower.datasets.world import FIRST_DAY_MS, NOTHING, World
 from twotower.evaluate.truth import true_recall
@@ -90,7 +90,7 @@ class Later:
     @property
     def begin_ms(self) -> int:
         """Midnight before the first."""
-        return int(self.ts_ms[0]) // DAY_MS * DAY_MS
+        return end_of_day(self.days[0]) - DAY_MS + 1
 
     def rows_of(self, item_ids: pa.Array) -> Longs:
         """Rows of the workspace's items, -1 = none of them."""
@@ -155,20 +155,21 @@ def _later(clicks: pa.Table, items: pa.ChunkedArray, days: list[str]) -> Later:
     starts = np.searchsorted(user[order], np.arange(user.max() + 1))
     place = np.empty(len(user), np.int64)
     place[order] = np.arange(len(user))
-    before = np.minimum(place - starts[user], LOGGED)
+    known = np.minimum(place - starts[user], LOGGED)
     first = np.zeros(len(user), np.bool_)
     first[np.unique(user * len(items) + item, return_index=True)[1]] = True
     born = np.full(len(items), np.iinfo(np.int64).max)
     np.minimum.at(born, item, ts_ms // HOUR_MS * HOUR_MS)
-    begin = int(np.searchsorted(ts_ms, pc.min(ts_ms[-1:]).as_py() // DAY_MS * DAY_MS - (len(days) - 1) * DAY_MS))
-    later = np.arange(begin, len(user))
-    flat = order[ranges(place[later] - before[later], before[later])]
+    begin_ms = end_of_day(days[0]) - DAY_MS + 1
+    since = clicks[c.REQUEST_TS_MS].to_numpy() >= begin_ms  # a click past midnight may be of the last of the first days
+    later = np.flatnonzero(since & (ts_ms <= end_of_day(days[-1])))
+    flat = order[ranges(place[later] - known[later], known[later])]
     history = pa.ListArray.from_arrays(
-        pa.array(pointers(before[later]).astype(np.int32)), clicks[c.ITEM_ID].combine_chunks().take(pa.array(flat))
+        pa.array(pointers(known[later]).astype(np.int32)), clicks[c.ITEM_ID].combine_chunks().take(pa.array(flat))
     )
-    rows = clicks.slice(begin).append_column(HISTORY, history)
-    before, item_ids = clicks.slice(0, begin), items.combine_chunks()
-    return Later(rows, ts_ms[begin:], item[begin:], before, first[begin:], born, item_ids, days)
+    rows = clicks.take(pa.array(later)).append_column(HISTORY, history)
+    before, item_ids = clicks.filter(pa.array(~since)), items.combine_chunks()
+    return Later(rows, ts_ms[later], item[later], before, first[later], born, item_ids, days)
 
 
 def write_hours(folder: Path, later: Later, types: Types) -> None:
@@ -372,10 +373,11 @@ class _Crowd:
     def __init__(self, name: str, later: Later) -> None:
         self._name = name
         self._later = later
-        users = [clicks[c.USER_ID].combine_chunks() for clicks in (later.before, later.rows)]
-        self._user = pc.dictionary_encode(pa.concat_arrays(users)).indices.to_numpy().astype(np.int64)
-        self._item = np.concatenate([later.rows_of(later.before[c.ITEM_ID].combine_chunks()), later.item])
-        self._ts_ms = np.concatenate([later.before["at"].to_numpy(), later.ts_ms])
+        names = ["at", c.USER_ID, c.ITEM_ID]
+        clicks = pa.concat_tables([later.before.select(names), later.rows.select(names)]).sort_by("at").combine_chunks()
+        self._user = pc.dictionary_encode(clicks[c.USER_ID].combine_chunks()).indices.to_numpy().astype(np.int64)
+        self._item = later.rows_of(clicks[c.ITEM_ID].combine_chunks())
+        self._ts_ms = clicks["at"].to_numpy()
         lists = later.rows[HISTORY].combine_chunks()
         self._clicked = later.rows_of(lists.flatten())
         self._starts = np.concatenate([[0], np.cumsum(pc.list_value_length(lists).to_numpy())]).astype(np.int64)
