@@ -24,7 +24,7 @@ from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import Event
 from twotower.logs.entities import item_deleted, item_event, user_deleted
 from twotower.models.channel import latest
-from twotower.publish.delta import Delta, base_digest, last_seq, read_delta, read_delta_manifest
+from twotower.publish.delta import Delta, base_digest, last_seq, read_delta
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.publish.version import open_version
@@ -378,7 +378,7 @@ def test_a_click_after_midnight_is_learned_though_the_version_knows_a_later_one_
     happen(learning, events)
     chain = open_chain(learning, version.path, None)
     chain.make(chain.plan())
-    report = read_delta_manifest(places(learning).deltas, version.id, 1)["report"]
+    report = deltas(learning)[0].report
     assert (report["positives"], report["known_before"]) == (30, 0)
     assert replace(version, manifest=manifest).knows_until_ms == midnight - 1
 

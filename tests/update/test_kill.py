@@ -81,8 +81,9 @@ def test_a_standby_takes_over_from_a_leader_that_is_killed(learning, happen, cli
         assert standby.poll() is None
         leader.kill()
         leader.wait()
+        made = last_seq(places(learning).deltas, open_served(learning).id)  # the leader may have made more
         happen(learning, clicks(learning, 40, seed=2))
-        wait_for(learning, 3)
+        wait_for(learning, made + 1)
         standby.send_signal(signal.SIGTERM)
         assert standby.wait(timeout=60) == 0
     finally:
