@@ -59,7 +59,7 @@ DATA: Final[Mapping[str, WorldData | LogData]] = {
         changes=(*ALONE, "train.epochs=3", "samples.days=7", "index.kind='exact'"),
     ),
     KUAIRAND: LogData("kuairand", "kuairand", "since:2022-05-03", "kuairand.toml"),
-    "stream_world": WorldData(users=2000, items=1500, days=12, seeds=4, changes=(*ALONE, "index.kind='exact'", _ROOM)),
+    "stream_world": WorldData(users=2000, items=1500, days=12, seeds=3, changes=(*ALONE, "index.kind='exact'", _ROOM)),
     "long_world": WorldData(
         users=500,
         items=500,
@@ -73,7 +73,7 @@ DATA: Final[Mapping[str, WorldData | LogData]] = {
         None,
         "globo.toml",
         changes=(*ALONE, "index.kind='exact'", "samples.vocabulary_room=8"),
-        seeds=2,
+        seeds=1,
         until="2017-10-10",
     ),
     MOVIELENS: LogData("movielens-1m", "ml-1m", "time:0.9", "movielens.toml", positive="4", seeds=3),
@@ -92,6 +92,17 @@ class Way:
     crowd: Literal["popular", "item_cf"] | None = None
     """In place of the model what was clicked in the hour before."""
 
+    def __str__(self) -> str:
+        """In words; nothing where the model stays as it is.
+
+        >>> str(Way("full", 60)), str(Way())
+        ('full update every night, deltas every 60 min', '')
+        """
+        words = {"no": "", "full": "full update every night", "anew": "trained anew every night"}[self.nightly]
+        if self.every_min:
+            words += f"{', ' if words else ''}deltas every {self.every_min} min"
+        return f"`{self.crowd}` of the hour before" if self.crowd else words
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -102,6 +113,11 @@ class Arm:
     """The data that it can run on; empty = all of the experiment's."""
     way: Way = Way()
     """`updates`: how it goes on."""
+
+    @property
+    def described(self) -> list[str]:
+        """Its changes, and its way in words."""
+        return [*self.changes, *([str(self.way)] if str(self.way) else [])]
 
 
 @dataclass(frozen=True)
@@ -154,7 +170,7 @@ _DOWN = 'samples.hot={ form = "sqrt", threshold = 1.0 }'
 _UP = 'samples.cold={ form = "sqrt", threshold = 0.5 }'
 _POPULARITY = {"pop_pct@50": "mean popularity percentile of the first 50"}
 _EXPLORE = "funnel.explore_share=1.0"
-_AWAY = "update.negatives_move=true"
+_AWAY, _PAIRS = "update.negatives_move=true", "update.negatives_move=false"
 _UPDATE_FACTS = {"delta_ms": "processor milliseconds of a delta", "night_s": "processor seconds of a full update"}
 
 
@@ -562,8 +578,8 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
             "frozen": Arm(),
             "nightly": Arm(way=Way("full")),
             "nightly, in order": Arm(("train.order='time'",), way=Way("full")),
-            "hourly, pairs": Arm(way=Way(every_min=60)),
-            "nightly and hourly, pairs": Arm(way=Way("full", 60)),
+            "hourly, pairs": Arm((_PAIRS,), way=Way(every_min=60)),
+            "nightly and hourly, pairs": Arm((_PAIRS,), way=Way("full", 60)),
             "hourly": Arm((_AWAY,), way=Way(every_min=60)),
             "nightly and hourly": Arm((_AWAY,), way=Way("full", 60)),
             "popular, last hour": Arm(way=Way(crowd="popular")),
@@ -627,7 +643,7 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = {
             "users": Arm(("update.tables=['user_id']",), way=Way(every_min=60)),
             "items": Arm(("update.tables=['item_id']",), way=Way(every_min=60)),
             "users and items": Arm(way=Way(every_min=60)),
-            "users and items, pairs": Arm(("update.negatives_move=false",), way=Way(every_min=60)),
+            "users and items, pairs": Arm((_PAIRS,), way=Way(every_min=60)),
         },
         (
             _found("Moving users finds more than moving nothing", "users", "none"),

@@ -23,7 +23,9 @@ def _data() -> Iterator[str]:
         if isinstance(data, WorldData):
             what = f"a simulated world: {data.users:,} users, {data.items:,} items, {data.days} days"
         else:
-            what = f"`{data.dataset}` from `{data.folder}/`, held out `{data.holdout}`, positive `{data.positive}`"
+            part = f"held out `{data.holdout}`" if data.holdout else "nothing held out"
+            part += f", until `{data.until}`" if data.until else ""
+            what = f"`{data.dataset}` from `{data.folder}/`, {part}, positive `{data.positive}`"
         changed = "".join(f", `{change}`" for change in data.changes)
         yield f"| `{name}` | {what}; `{data.config}`{changed} | {data.seeds} |"
     yield ""
@@ -47,7 +49,8 @@ def _claims() -> Iterator[str]:
             yield f"| every arm | {_changes(experiment.base)} |"
         for arm, what in experiment.arms.items():
             only = f" (on {_listed(what.on)} alone)" if what.on else ""
-            yield f"| {arm}{only} | {_changes(what.changes) or 'as configured'} |"
+            words = [_changes(what.changes), str(what.way).replace("`", "")]
+            yield f"| {arm}{only} | {'; '.join(word for word in words if word) or 'as configured'} |"
         yield ""
 
 

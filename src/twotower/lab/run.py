@@ -211,7 +211,7 @@ def summarise(name: str, done: Iterable[Unit], out: Path) -> dict[str, Any]:
         "why": experiment.why,
         "kind": experiment.kind,
         "order": list(experiment.arms),
-        "arms": {arm: list(what.changes) for arm, what in experiment.arms.items()},
+        "arms": {arm: what.described for arm, what in experiment.arms.items()},
         "base": list(experiment.base),
         "data": {data: _described(data, arms) for data, arms in found.items()},
         "claims": [_judged(claim, found) for claim in experiment.claims],

@@ -45,8 +45,8 @@ from twotower.schema.files import read_json, write_json
 log = logging.getLogger(__name__)
 
 FORMAT: Final = 1
-ONE_THREAD: Final = ("engine.threads=1", "train.threads=1")
-"""Several arms run beside each other, each on a core."""
+OWN: Final = ("engine.threads=1", "train.threads=1", "samples.untrained_users=0")
+"""Several arms run beside each other, each on a core; and everyone is learned from, for arms are judged by everyone."""
 SMOKE: Final = ("train.epochs=1", "train.batch_size=256", "models.dimension=16")
 SMOKE_USERS, SMOKE_ITEMS, SMOKE_DAYS = 250, 200, 3
 SMOKE_LOOP_DAYS: Final = 2
@@ -310,7 +310,7 @@ def _settings(system: System, unit: Unit, arm: str | None, workspace: Path) -> S
     experiment, data = EXPERIMENTS[unit.experiment], DATA[unit.data]
     of_arm = () if arm is None else experiment.arms[arm].changes
     changes = [*data.changes, *(SMOKE if unit.smoke else ()), *experiment.base, *of_arm]
-    own = [f"workspace.path={workspace}", f"train.seed={unit.seed}", f"samples.seed={unit.seed}", *ONE_THREAD]
+    own = [f"workspace.path={workspace}", f"train.seed={unit.seed}", f"samples.seed={unit.seed}", *OWN]
     return load(system.examples / data.config, [*changes, *own])
 
 
