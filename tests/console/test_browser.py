@@ -227,11 +227,16 @@ def test_the_delta_that_learned_from_a_click_is_shown_and_what_it_moved(
     seq = 0
 
     def version(route: Route) -> None:
-        route.fulfill(json={**route.fetch().json(), "delta_seq": seq})
+        told = route.fetch().json()
+        hours = [{"ts_ms": 1_767_600_000_000 + 3_600_000 * n, "recall": 0.1 * n, "positives": 50} for n in range(5)]
+        figures = {"recall_next": hours, "unknown_user_share": 0.25, "unknown_item_share": 0.0, "popularity_drift": 0.5}
+        monitors = {**told["monitors"], "freshness_s": 2.4, "gated": 1, **figures}
+        route.fulfill(json={**told, "delta_seq": seq, "monitors": monitors})
 
     page = opened(f"/?user={some_users[12]}", before=lambda page: page.route("**/v1/version", version)).page
     expect(page.locator(ROWS)).to_have_count(20)
     expect(page.locator("#delta")).to_have_text("0")
+    expect(page.locator("#learning")).to_be_hidden()
     page.locator(ROWS).first.get_by_role("button", name="Click").click()
     expect(page.locator("#change")).to_contain_text("After the click")
     seq = 3
@@ -239,6 +244,10 @@ def test_the_delta_that_learned_from_a_click_is_shown_and_what_it_moved(
         "After delta 3, which learned from the click", timeout=3 * POLL_MS + 5000
     )
     expect(page.locator("#delta")).to_have_text("3")
+    for name, text in {"freshness": "2 s", "unknown-users": "25.0 %", "drift": "0.50", "gated": "1"}.items():
+        expect(page.locator(f"#{name}")).to_have_text(text)
+    expect(page.locator("#hours li")).to_have_count(5)
+    shoot(page, "learning")
 
 
 def test_a_channel_that_was_left_out_is_marked(opened: Callable[..., Seen]) -> None:

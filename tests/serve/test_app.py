@@ -480,6 +480,14 @@ def test_health_version_and_metrics(server) -> None:
         "channels": ["two_tower", "item_cf", "popular"],
         "refused": None,
         "gated": [],
+        "monitors": {
+            "freshness_s": (server.now_ms - server.version.watermark_ms) / 1000,
+            "recall_next": [],
+            "unknown_user_share": None,
+            "unknown_item_share": None,
+            "popularity_drift": None,
+            "gated": 0,
+        },
         "refused_delta": None,
     }
     assert server.metric(f'twotower_version{{version="{server.version.id}"}}') == 1

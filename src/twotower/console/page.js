@@ -6,6 +6,7 @@ const POLL_MS = 3000;
 const PATIENCE_MS = 15000;
 const HISTORY = 30;
 const SIMILAR = 8;
+const HOURS = 24; // of recall that are drawn
 const CHANNEL_COLOURS = 9;
 const LONGEST_LIST = 6;
 const PAGE = "page"; // the list that the whole funnel gives
@@ -214,6 +215,35 @@ function showServed(version, tookMs) {
     load(`delta ${version.delta_seq}, which learned from the click`);
   }
   for (const time of document.querySelectorAll(".side time")) time.textContent = moment(Date.parse(time.dateTime));
+  showLearning(version.monitors);
+}
+
+/** How well what is served learns from clicks; nothing before the first delta. */
+function showLearning(monitors) {
+  const share = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
+  $("learning").hidden = state.delta === 0;
+  $("freshness").textContent = monitors.freshness_s === null ? "–" : lasted(monitors.freshness_s);
+  $("freshness").title = "Age of the latest click that was learned";
+  $("unknown-users").textContent = share(monitors.unknown_user_share);
+  $("unknown-items").textContent = share(monitors.unknown_item_share);
+  $("drift").textContent = monitors.popularity_drift === null ? "–" : monitors.popularity_drift.toFixed(2);
+  $("drift").title = "How far the latest clicks are from those of the version: 0 = alike, 1 = nothing in common";
+  $("gated").textContent = String(monitors.gated);
+  $("hours").replaceChildren(...monitors.recall_next.slice(-HOURS).map((hour) => {
+    const line = document.createElement("li");
+    const at = new Date(hour.ts_ms);
+    line.style.setProperty("--share", String(hour.recall));
+    line.title = `${absolute.format(at)}: ${share(hour.recall)} of ${hour.positives}`;
+    line.append(`${String(at.getHours()).padStart(2, "0")} h `, Object.assign(document.createElement("b"), { textContent: hour.recall.toFixed(2) }));
+    return line;
+  }));
+}
+
+/** Seconds in words. */
+function lasted(seconds) {
+  if (seconds < 90) return `${Math.max(0, Math.round(seconds))} s`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
+  return seconds < 172800 ? `${Math.round(seconds / 3600)} h` : `${Math.round(seconds / 86400)} days`;
 }
 
 /** Another version is live: its channels and types may differ. */

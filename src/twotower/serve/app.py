@@ -31,6 +31,7 @@ from twotower.schema.tables import EARLIEST_MS, LATEST_MS, is_id
 from twotower.serve.channels import Ask, SideBySide
 from twotower.serve.filters import Filter
 from twotower.serve.funnel import Sizes, explain, page_of, recommend
+from twotower.serve.monitors import monitors
 from twotower.serve.request import Asked, Unanswerable, retrieve, similar
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST, Recent, RecentUsers
@@ -187,20 +188,21 @@ class Metrics:
         """Note how far what is served has learned."""
         self.delta_seq.set(snapshots.version.delta_seq)
         self.refused_delta.set(snapshots.refused_delta is not None)
-        if snapshots.watermark_ms is not None:
-            self.freshness.set((now_ms - snapshots.watermark_ms) / 1000)
-        self.gated.set(len(snapshots.gated))
-        report = snapshots.report
+        seen = monitors(snapshots, now_ms)
+        self.gated.set(seen.gated)
         self.found.clear()
-        for hour, (found, count) in report["recall"].items():
-            name = datetime.fromtimestamp(3600 * hour, UTC).strftime("%Y-%m-%dT%H")
-            self.found.labels(name, "recall").set(found / count)
-            self.found.labels(name, "positives").set(count)
-        if report.get("positives"):
-            self.unknown.labels("user").set(report["without_user_row"] / report["positives"])
-            self.unknown.labels("item").set(report["without_item_row"] / report["positives"])
-        if "drift" in report:
-            self.drift.set(report["drift"])
+        for hour in seen.recall_next:
+            name = datetime.fromtimestamp(hour.ts_ms / 1000, UTC).strftime("%Y-%m-%dT%H")
+            self.found.labels(name, "recall").set(hour.recall)
+            self.found.labels(name, "positives").set(hour.positives)
+        for gauge, value in (
+            (self.freshness, seen.freshness_s),
+            (self.unknown.labels("user"), seen.unknown_user_share),
+            (self.unknown.labels("item"), seen.unknown_item_share),
+            (self.drift, seen.popularity_drift),
+        ):
+            if value is not None:
+                gauge.set(value)
 
     def switched(self, version_id: str) -> None:
         """Note the version that went live."""
@@ -401,6 +403,7 @@ def make_app(
                 "channels": list(version.channels),
                 "refused": asdict(snapshots.refused) if snapshots.refused else None,
                 "gated": [asdict(one) for one in snapshots.gated],
+                "monitors": asdict(monitors(snapshots, clock_ms())),
                 "refused_delta": asdict(snapshots.refused_delta) if snapshots.refused_delta else None,
             }
         )

@@ -1,0 +1,55 @@
+"""How well what is served learns: the figures of the updater's reports, for `/metrics`, `/v1/version` and the page."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from twotower.serve.snapshots import Snapshots
+
+HOUR_MS = 3_600_000
+
+
+@dataclass(frozen=True)
+class Hour:
+    """Test, then train: recall@20 of the positives of an hour, before they were trained on."""
+
+    ts_ms: int
+    """Its beginning."""
+    recall: float
+    positives: int
+    """That were judged."""
+
+
+@dataclass(frozen=True)
+class Monitors:
+    """Of the served version and its deltas."""
+
+    freshness_s: float | None
+    """Age of the latest event that was learned; None before any."""
+    recall_next: tuple[Hour, ...]
+    """The latest hours, in their order."""
+    unknown_user_share: float | None
+    """Of the latest delta's positives, those whose user has no embedding of their own; None without a positive."""
+    unknown_item_share: float | None
+    popularity_drift: float | None
+    """How far the latest positives are from the version's clicks: 0 = alike, 1 = nothing in common."""
+    gated: int
+    """Of the latest deltas, those that the gate let nothing of through."""
+
+
+def monitors(snapshots: Snapshots, now_ms: int) -> Monitors:
+    """The figures as they are now."""
+    report, watermark_ms = snapshots.report, snapshots.watermark_ms
+    hours: Mapping[int, Any] = report["recall"]
+    return Monitors(
+        None if watermark_ms is None else (now_ms - watermark_ms) / 1000,
+        tuple(Hour(hour * HOUR_MS, found / count, count) for hour, (found, count) in sorted(hours.items()) if count),
+        _share(report, "without_user_row"),
+        _share(report, "without_item_row"),
+        report.get("drift"),
+        len(snapshots.gated),
+    )
+
+
+def _share(report: Mapping[str, Any], name: str) -> float | None:
+    return report[name] / report["positives"] if report.get("positives") else None
