@@ -62,6 +62,7 @@ def test_a_whole_day_through_the_command_line(run, tmp_path: Path) -> None:
             "out": str(out),
             "users": check(out, parts, 20),
             "version": published["version"],
+            "delta_seq": 0,
             "channel": channel,
         }
 

@@ -346,6 +346,8 @@ def test_a_folded_delta_gets_over_a_damaged_one(small, happen, clicks) -> None:
 
 
 def test_what_the_gate_refused_is_told_on(small, happen, clicks) -> None:
+    gate = replace(small.update.gate, margin=1.0)  # whatever random clicks do to recall
+    small = replace(small, update=replace(small.update, gate=gate))
     happen(small, clicks(small, 20))
     run(small)
     happen(small, clicks(small, 20, seed=1))
