@@ -238,7 +238,8 @@ def replay(
             if way.every_min and (begin_ms + step_ms - later.begin_ms) % (way.every_min * 60_000) == 0:
                 assert isinstance(asks, _Model)
                 asks.learn(end)
-        log.info("%s: recall %.4f", number, _mean(score.found, later, hour_ms))
+        if number % 24 == 23:
+            log.info("%s: recall %.4f", later.days[number // 24], _by_day(score, later)[number // 24])
     values, facts = _by_hour(score, later), {"by_day": _by_day(score, later)}
     if isinstance(asks, _Model):
         facts |= asks.facts()
@@ -427,12 +428,6 @@ def _reveal(workspace: Path, begin: int, end: int) -> None:
         there = workspace / "shards" / "partition-0000" / path.name
         there.parent.mkdir(parents=True, exist_ok=True)
         os.link(path, there)
-
-
-def _mean(found: Bools, later: Later, hour_ms: int) -> float:
-    begin, end = later.between(hour_ms, hour_ms + HOUR_MS)
-    judged = found[begin:end][later.judged[begin:end]]
-    return float(judged.mean()) if len(judged) else 0.0
 
 
 def _by_hour(score: _Score, later: Later) -> dict[str, Floats]:
