@@ -265,6 +265,8 @@ def test_the_rest_of_the_day_in_which_the_chain_began_is_due(tmp_path: Path, day
     assert due_days(tmp_path, tmp_path / "none", "2026-01-01", noon) == ["2026-01-01", "2026-01-02"]
     # the latest click on a request of that day came after midnight: the next day is due all the same
     assert due_days(tmp_path, tmp_path / "none", "2026-01-01", midnight + 60_000) == ["2026-01-02"]
+    learned = module._Learned("2026-01-01", midnight + 60_000)
+    assert [learned.of(day) for day in ("2026-01-01", "2026-01-02")] == [midnight + 60_000, 0]
     samples = open_samples(places(days).samples)
     day, times = names(days)[0], samples.positives.ts_ms
     rest = rows_of_day(samples, day, end_of_day(day) - DAY_MS // 2).positives.ts_ms

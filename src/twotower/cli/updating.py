@@ -130,8 +130,7 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
         fold(where.workspace, read_entities(event_log) if event_log is not None else Entities(), files)
     make_samples(until, features, settings.update.evict_after_days)
     samples = open_samples(where.samples)
-    learned = _learned(where, done)
-    own = rows_of_day(samples, day, learned.rest_ms or 0)
+    own = rows_of_day(samples, day, _learned(where, done).of(day))
     served = current_path(where.versions)
     seq = last_seq(where.deltas, served.name)
     if len(own.positives) < LEAST_ROWS:
@@ -200,6 +199,12 @@ class _Learned:
     """The latest day."""
     rest_ms: int | None
     """Of that day, the time up to which it was learned by the training that began the chain; None = all of it."""
+
+    def of(self, day: str) -> int:
+        """The time up to which the requests of a day that is due were learned: of a later day none were, though a click
+        on a request of the day before may have come in it.
+        """
+        return self.rest_ms if self.rest_ms is not None and day == self.day else 0
 
 
 def _learned(where: Places, done: Sequence[FullDay]) -> _Learned:
