@@ -15,7 +15,7 @@ from twotower.datasets.simulate import simulate_workspace
 from twotower.datasets.tables import DAY_MS, end_of_day
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.entities import item_deleted, item_event, user_deleted, user_event
-from twotower.publish.publish import list_versions, roll_back
+from twotower.publish.publish import Listed, list_versions, roll_back
 from twotower.publish.version import read_manifest
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
@@ -195,8 +195,9 @@ def test_what_was_put_or_deleted_and_new_users_are_in_the_tables_of_the_next_ver
     assert 10**7 in made.features.vocabularies[c.USER_ID].values.to_pylist()
 
 
-def test_a_run_that_was_killed_does_a_day_once(days, monkeypatch) -> None:
-    where, first = places(days), open_served(days).id
+def killed_before(name: str, days: Settings, monkeypatch: pytest.MonkeyPatch) -> Listed:
+    """The version that a run over one day published before it was killed there."""
+    where = places(days)
     for late in names(days)[3:]:
         shutil.rmtree(where.events / f"date={late}")
 
@@ -204,10 +205,15 @@ def test_a_run_that_was_killed_does_a_day_once(days, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "promote", killed)
+        patched.setattr(module, name, killed)
         with pytest.raises(KeyboardInterrupt):
             update_full(days, dry_run=False)
-    *_, published = list_versions(where.versions)
+    return list_versions(where.versions)[-1]
+
+
+def test_a_run_that_was_killed_does_a_day_once(days, monkeypatch) -> None:
+    where, first = places(days), open_served(days).id
+    published = killed_before("promote", days, monkeypatch)
     report = update_full(days, dry_run=False)
     assert open_served(days).id == report.version == published.id
     assert len(read_json(where.checkpoints / LATEST)["full"]) == 1
@@ -216,17 +222,7 @@ def test_a_run_that_was_killed_does_a_day_once(days, monkeypatch) -> None:
 
 def test_a_version_of_a_killed_run_that_was_damaged_since_is_made_again(days, monkeypatch) -> None:
     where, first = places(days), open_served(days).id
-    for late in names(days)[3:]:
-        shutil.rmtree(where.events / f"date={late}")
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "catch_up", killed)
-        with pytest.raises(KeyboardInterrupt):
-            update_full(days, dry_run=False)
-    *_, published = list_versions(where.versions)
+    published = killed_before("catch_up", days, monkeypatch)
     (where.versions / published.id / "users.arrow").unlink()
     report = update_full(days, dry_run=False)
     assert open_served(days).id == report.version
