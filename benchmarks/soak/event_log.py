@@ -10,6 +10,9 @@ After each kill the log opens again and holds
 - of what each user of each run was sent, a prefix in order: nothing is missing in between,
 - the same to a reader that followed it in steps while the children wrote.
 
+Meanwhile a thread of the child erases a user of each earlier run: their events may be erased or not after a kill, and
+nothing else may. In the end they are erased once more, and no file of the log names these users.
+
 Each child first sends the beginning of the run before it again, as clients do that got no answer. Segments are small,
 so that kills meet their sealing too. Another log begins after every 50 kills: all of it is read after each kill. The
 last line is one JSON object.
@@ -29,7 +32,8 @@ from collections import Counter, defaultdict
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from twotower.logs import Event, LocalEventLog, Record
+from twotower.logs import Event, LocalEventLog, Record, partition_of
+from twotower.logs.erased import ERASED, mark_of
 from twotower.logs.segment import encode
 
 PARTITIONS = 2
@@ -39,6 +43,7 @@ USERS = 2
 RETRIED = 40
 LONGEST_S = 0.15
 KILLS_A_LOG = 50
+MOST_STEPS = 2000
 
 
 def open_log(folder: Path) -> LocalEventLog:
@@ -50,6 +55,16 @@ def sent(run: int, thread: int, step: int) -> Event:
     user = f"{run}-{thread}-{step % USERS}"
     body = {"step": step, "text": "x" * (step * 37 % 300)}
     return Event(f"{run}-{thread}-{step}", "click", user, 1_700_000_000_000 + step, body=body)
+
+
+def erase(log: LocalEventLog, runs: int) -> int:
+    """Erase the first user of each earlier run; gives the number of events."""
+    users = [f"{run}-0-0" for run in range(runs)]
+    ends = log.ends()
+    return sum(
+        log.erase(partition, {user: ends[partition] for user in users if partition_of(user, PARTITIONS) == partition})
+        for partition in range(PARTITIONS)
+    )
 
 
 def child(folder: Path, run: int) -> None:
@@ -74,7 +89,13 @@ def child(folder: Path, run: int) -> None:
             append(run, thread, range(step, step + size))
             step += size
 
+    def forget() -> None:
+        while True:
+            erase(log, run)
+            time.sleep(0.001)
+
     threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
+    threads.append(threading.Thread(target=forget))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -88,7 +109,18 @@ def read_on(log: LocalEventLog, found: list[list[Record]]) -> None:
             records.extend(more)
 
 
-def check(found: list[list[Record]], acknowledged: list[list[int]]) -> None:
+def names_of(runs: int) -> dict[str, str]:
+    """The event ids of users that are erased, by what stays of their events."""
+    events = (sent(run, 0, step) for run in range(runs) for step in range(0, MOST_STEPS, USERS))
+    return {mark_of(event): event.event_id for event in events}
+
+
+def places_of(found: list[list[Record]]) -> list[list[tuple[int, int, str]]]:
+    """Where each event stands, erased or not."""
+    return [[(record.offset, record.next_offset, mark_of(record.event)) for record in records] for records in found]
+
+
+def check(found: list[list[Record]], acknowledged: list[list[int]], erased: dict[str, str]) -> None:
     """Hold what was read against what was acknowledged.
 
     Raises:
@@ -99,11 +131,12 @@ def check(found: list[list[Record]], acknowledged: list[list[int]]) -> None:
     for partition, records in enumerate(found):
         for record in records:
             event = record.event
-            assert event.event_id not in places, f"{event.event_id} is in the log twice"
-            places[event.event_id] = (partition, record.offset)
-            run, thread, step = map(int, event.event_id.split("-"))
-            assert event == sent(run, thread, step), f"{event.event_id} is not what was sent"
-            steps[str(event.user_id)].append(step)
+            event_id = erased[event.event_id] if event.type == ERASED else event.event_id
+            assert event_id not in places, f"{event_id} is in the log twice"
+            places[event_id] = (partition, record.offset)
+            run, thread, step = map(int, event_id.split("-"))
+            assert event.type == ERASED or event == sent(run, thread, step), f"{event_id} is not what was sent"
+            steps[str(sent(run, thread, step).user_id)].append(step)
     for user, taken in steps.items():
         first = int(user.rsplit("-", 1)[1])
         assert taken == [first + USERS * n for n in range(len(taken))], f"user {user}: {taken} is no prefix"
@@ -156,10 +189,16 @@ def soak(folder: Path, kills: int, generator: random.Random) -> dict[str, int]:
             with closing(open_log(log_folder)) as log:
                 found: list[list[Record]] = [[] for _ in range(PARTITIONS)]
                 read_on(log, found)
-            check(found, acknowledged)
+            check(found, acknowledged, names_of(run + 1))
             read_on(reader, followed)
-            assert followed == found, "a reader that followed the log saw something else"
+            assert places_of(followed) == places_of(found), "a reader that followed the log saw something else"
+    erased = sum(record.event.type == ERASED for records in found for record in records)
+    with closing(open_log(log_folder)) as log:
+        erased += erase(log, kills)
+    named = b"".join(path.read_bytes() for path in log_folder.rglob("*.log"))
+    assert not any(f'"{run}-0-0"'.encode() in named for run in range(kills)), "a user that was erased is named"
     return {
+        "erased": erased,
         "acknowledged": len(acknowledged),
         "events": sum(map(len, found)),
         "torn": len(list(log_folder.rglob("*.torn-*"))),

@@ -3,12 +3,13 @@
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
 
 from twotower.logs import Event, EventLog, EventLogError, LocalEventLog, Record, partition_of
+from twotower.logs.erased import ERASED, NOBODY, mark_of, type_before
 from twotower.logs.kafka import KafkaEventLog
 from twotower.logs.redis import RedisEventLog
 from twotower.schema.errors import DataError
@@ -252,3 +253,73 @@ def test_a_closed_log_refuses(reopen: Reopen) -> None:
         log.append([event("e")])
     with pytest.raises(EventLogError, match="closed"):
         log.read(0, 0, 1)
+
+
+erasing = pytest.mark.parametrize("reopen", ["local", "redis"], indirect=True)
+
+
+@pytest.mark.parametrize("reopen", ["kafka"], indirect=True)
+def test_a_log_that_cannot_erase_says_so_and_keeps_everything(reopen: Reopen) -> None:
+    log = reopen()
+    [ack] = log.append([event("e1")])
+    assert log.erase(ack.partition, {1: ack.offset + 1}) is None
+    assert ids(log.read(ack.partition, ack.offset, 10)) == ["e1"]
+
+
+@erasing
+def test_of_an_erased_user_only_types_and_times_stay(reopen: Reopen) -> None:
+    log = reopen()
+    log.append([event(f"secret-{n}", n % 3, text=f"secret {'x' * n}") for n in range(120)])
+    [after] = log.append([event("after", 1)])
+    before = everything(log)
+    assert log.erase(after.partition, {1: after.offset}) == 40
+    for again in (lambda: log, reopen):
+        found = everything(again())
+        assert [[record.offset for record in part] for part in found] == [
+            [record.offset for record in part] for part in before
+        ]
+        for one, was in zip(chain(*found), chain(*before), strict=True):
+            if was.event.user_id == 1 and was.offset < after.offset:
+                assert (one.event.type, one.event.user_id, one.event.ts_ms) == (ERASED, NOBODY, NOW_MS)
+                assert type_before(one.event) == "click"
+                assert mark_of(one.event) == mark_of(was.event)
+                assert "secret" not in repr(one)
+            else:
+                assert one == was
+    assert reopen().erase(after.partition, {1: after.offset}) == 0
+
+
+@erasing
+def test_a_retry_of_an_erased_event_is_a_duplicate_and_new_ones_go_on(reopen: Reopen) -> None:
+    log = reopen()
+    [first, last] = log.append([event("e1"), event("e2")])
+    end = log.ends()[last.partition]
+    assert log.erase(last.partition, {1: end}) == 2
+    log = reopen()
+    assert log.ends()[last.partition] >= end
+    again, new = log.append([event("e1"), event("e3")])
+    assert (again.duplicate, again.offset) == (True, first.offset)
+    assert not new.duplicate
+    assert [record.event.type for record in log.read(last.partition, first.offset, 10)] == [ERASED, ERASED, "click"]
+    assert ids(log.read(last.partition, new.offset, 10)) == ["e3"]
+
+
+@erasing
+@pytest.mark.parametrize("limit", [1, 3, 1000])
+def test_the_limit_does_not_change_what_is_read_of_an_erased_log(reopen: Reopen, limit: int) -> None:
+    log = reopen()
+    log.append([event(f"e{n}", n % 5) for n in range(60)])
+    for partition, end in enumerate(log.ends()):
+        log.erase(partition, {1: end, 3: end})
+    assert everything(log, limit) == everything(log)
+    assert sum(map(len, everything(log, limit))) == 60
+
+
+@erasing
+def test_a_number_is_erased_and_its_digits_are_another_user(reopen: Reopen) -> None:
+    log = reopen()
+    [number, digits] = log.append([event("e", 1), event("e", "1")])
+    assert log.erase(number.partition, {1: 2**40}) == 1
+    assert log.read(digits.partition, digits.offset, 1)[0].event == event("e", "1")
+    with pytest.raises(ValueError, match="partition=4, but the log has 4"):
+        log.erase(4, {1: 1})

@@ -590,3 +590,74 @@ def test_what_an_opening_finds_is_flushed_before_a_retry_of_it_is_acknowledged(
     assert segments(tmp_path)[0].stat().st_ino in flushed
     assert log.append([event("a")])[0].duplicate
     log.close()
+
+
+# --- erasing
+
+
+def test_erasing_replaces_sealed_segments_and_seals_the_last_one_where_it_must(tmp_path: Path) -> None:
+    with closing(open_one(tmp_path, segment_bytes=4096)) as log:
+        for number in range(60):
+            log.append([event(f"{name}-{number}", name) for name in ("kept", "gone")])
+        before = {path: path.read_bytes() for path in segments(tmp_path)}
+        following = LocalEventLog.reader(tmp_path)
+        first = following.read(0, 0, 7)
+        assert log.erase(0, {"other": log.ends()[0]}) == 0
+        assert {path: path.read_bytes() for path in segments(tmp_path)} == before
+        assert log.erase(0, {"gone": log.ends()[0]}) == 60
+        assert segments(tmp_path)[:-1] == list(before)
+        assert [path.stat().st_size for path in before] == list(map(len, before.values()))
+        assert not any(b"gone" in path.read_bytes() for path in segments(tmp_path))
+        rest = following.read(0, first[-1].next_offset, 1000)
+        assert [record.event.event_id for record in rest if record.event.user_id == "kept"] == [
+            f"kept-{number}" for number in range(4, 60)
+        ]
+        [end] = log.ends()
+        assert log.append([event("kept-60", "kept")])[0].offset == end
+        following.close()
+
+
+def test_ids_that_are_made_again_know_erased_events(tmp_path: Path) -> None:
+    paths = three_segments(tmp_path)
+    with closing(open_one(tmp_path, segment_bytes=200)) as log:
+        assert log.erase(0, {1: log.ends()[0]}) == 5
+    for path in paths:
+        path.with_suffix(".ids").unlink(missing_ok=True)
+    with closing(open_one(tmp_path, segment_bytes=200)) as log:
+        assert [log.append([event(name)])[0].duplicate for name in "abcde"] == [True] * 5
+
+
+def test_nothing_is_erased_behind_damage_and_it_is_said(tmp_path: Path) -> None:
+    first, second, _ = three_segments(tmp_path)
+    content = bytearray(second.read_bytes())
+    content[-1] ^= 1
+    second.write_bytes(content)
+    with closing(open_one(tmp_path, segment_bytes=200)) as log:
+        with pytest.raises(DataError, match=f"{second.name} at byte [0-9]+: damaged, .* .4 events elsewhere are"):
+            log.erase(0, {1: log.ends()[0]})
+        assert second.read_bytes()[-20:] == bytes(content)[-20:]
+        assert b"text" not in first.read_bytes()
+
+
+def test_a_disk_that_is_full_while_erasing_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = three_segments(tmp_path)
+    before = [path.read_bytes() for path in paths]
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with closing(open_one(tmp_path, segment_bytes=200)) as log:
+        with monkeypatch.context() as patch:
+            patch.setattr(local.shutil, "copyfile", refuse)
+            with pytest.raises(EventLogError, match=r"cannot be erased from.*No space left"):
+                log.erase(0, {1: log.ends()[0]})
+        assert [path.read_bytes() for path in paths] == before
+        assert log.erase(0, {1: log.ends()[0]}) == 5
+
+
+def test_a_reader_does_not_erase(tmp_path: Path) -> None:
+    open_one(tmp_path).close()
+    with closing(LocalEventLog.reader(tmp_path)) as log, pytest.raises(EventLogError, match="to read alone"):
+        log.erase(0, {1: 1})

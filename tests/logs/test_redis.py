@@ -73,6 +73,19 @@ def test_what_is_forgotten_is_gone_with_its_ids_and_offsets_go_on(redis_url: str
     assert redis.Redis.from_url(redis_url).hlen(f"{name}:{{{partition}}}:ids") == 401
 
 
+def test_what_was_erased_is_forgotten_with_the_rest(redis_url: str, name: str) -> None:
+    log = RedisEventLog(redis_url, name)
+    acks = log.append([event(f"e{number}") for number in range(30)])
+    partition = acks[0].partition
+    assert log.erase(partition, {1: acks[10].offset}) == 10
+    assert log.forget(partition, acks[5].offset) == 5
+    assert [record.offset for record in log.read(partition, 0, 100)] == [ack.offset for ack in acks[5:]]
+    assert log.forget(partition, acks[-1].offset + 1) == 25
+    client = redis.Redis.from_url(redis_url)
+    assert client.hlen(f"{name}:{{{partition}}}:ids") == client.zcard(f"{name}:{{{partition}}}:erased") == 0
+    assert log.ends()[partition] == acks[-1].offset + 1
+
+
 def test_when_everything_is_forgotten_offsets_still_go_on(redis_url: str, name: str) -> None:
     log = RedisEventLog(redis_url, name)
     [ack] = log.append([event("a")])

@@ -115,6 +115,7 @@ def test_a_deleted_user_is_a_stranger_whose_clicks_are_forgotten(server, start, 
 def test_events_of_the_servers_own_types_are_refused(server) -> None:
     for kind in ("user", "item"):
         assert "PUT or DELETE" in server.event(kind, a_user(server), status=422, deleted=True)["error"]
+    assert "are the log's own" in server.event("erased", a_user(server), status=422)["error"]
 
 
 def learn(server, seq: int, follows: str | None = None) -> str:

@@ -94,6 +94,36 @@ def test_a_server_says_where_it_is_answers_what_it_began_and_ends_with_0(
     assert "Traceback" not in err
 
 
+def test_a_deleted_users_events_are_erased_from_the_log_while_the_server_runs_and_when_it_starts(
+    serve: Callable[..., Process], own_world: Settings
+) -> None:
+    def logged() -> bytes:
+        return b"".join(path.read_bytes() for path in sorted(places(own_world).log.rglob("*.log")))
+
+    def send(server: Process, user_id: int) -> None:
+        body = {"event_id": f"secret-{user_id}", "type": "click", "user_id": user_id, "ts_ms": 1_700_000_000_000}
+        events = {"events": [{**body, "item_id": "i000001"}]}
+        assert httpx.post(server.ready["url"] + "/v1/events", json=events).status_code == 202
+
+    server = serve("stream.log.erase_every_s=0.1")
+    for user_id in (1001, 1002, 1003):
+        send(server, user_id)
+    assert httpx.delete(server.ready["url"] + "/v1/users/1001").status_code == 200
+    until(lambda: b"secret-1001" not in logged())
+    server.end()
+    server = serve()  # the next pass is an hour away
+    assert httpx.delete(server.ready["url"] + "/v1/users/1002").status_code == 200
+    assert b"secret-1002" in logged()
+    server.process.kill()
+    server.process.wait()
+    server = serve()
+    until(lambda: b"secret-1002" not in logged())
+    assert b"secret-1003" in logged()
+    code, _, err = server.end()
+    assert code == 0
+    assert "1 events of deleted users erased from the log" in err
+
+
 def test_ctrl_c_ends_a_server_with_0(serve: Callable[..., Process]) -> None:
     code, out, err = serve().end(signal.SIGINT)
     assert (code, out) == (0, "")

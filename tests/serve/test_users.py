@@ -8,7 +8,8 @@ import pytest
 
 from twotower.features.bloom import Shape, hash_ids
 from twotower.features.store import LmdbFeatureStore
-from twotower.logs import Event, LocalEventLog
+from twotower.logs import Event, LocalEventLog, partition_of
+from twotower.logs.entities import user_deleted
 from twotower.serve.users import MOST_CLICKS, MOST_SHOWN, Recent, RecentUsers, items_of
 
 T = 1_700_000_000_000
@@ -62,6 +63,51 @@ def test_a_restart_goes_on_where_it_was_and_applies_nothing_twice(log: LocalEven
     assert again.catch_up() == 1
     assert again.catch_up() == 0
     assert clicks_of(again) == [0, 1, 2]
+
+
+def test_deleted_users_are_erased_from_the_log_once(log: LocalEventLog, reopen) -> None:
+    users = reopen(log)
+    log.append([click(number, user_id) for number, user_id in enumerate([1, 1, 2, 1])])
+    log.append([user_deleted("d", T + 10, 1)])
+    log.append([click(5, 1)])
+    assert users.erase_deleted() == 0
+    users.catch_up()
+    users = reopen(log)  # it was killed before it erased anything
+    assert users.erase_deleted() == 3
+    assert users.erase_deleted() == 0
+    of_one = [record.event for record in log.read(partition_of(1, 3), 0, 10)]
+    assert [event.type for event in of_one if event.user_id != 2] == ["erased"] * 3 + ["user", "click"]
+    users = reopen(log)
+    assert users.catch_up() == 0
+    assert [clicks_of(users, user_id) for user_id in (1, 2)] == [[5], [2]]
+
+
+def test_a_store_goes_on_when_the_last_event_that_it_applied_was_erased(log: LocalEventLog, reopen) -> None:
+    users = reopen(log)
+    log.append([click(0)])
+    assert users.catch_up() == 1
+    assert log.erase(partition_of(1, 3), {1: 2**40}) == 1
+    log.append([click(1)])
+    assert reopen(log).catch_up() == 1
+
+
+def test_who_is_deleted_again_while_the_log_is_erased_stays_to_be_erased(
+    log: LocalEventLog, reopen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = reopen(log)
+    log.append([click(0), user_deleted("d1", T + 10, 1)])
+    users.catch_up()
+
+    def meanwhile(partition: int, deleted: dict[int | str, int]) -> int:
+        log.append([click(1), user_deleted("d2", T + 20, 1)])
+        users.catch_up()
+        return LocalEventLog.erase(log, partition, deleted)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "erase", meanwhile)
+        assert users.erase_deleted() == 1
+    assert users.erase_deleted() == 2  # the click, and the deletion before
+    assert users.erase_deleted() == 0
 
 
 def test_a_lost_store_is_made_again_from_the_log(log: LocalEventLog, reopen, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 
 from twotower.logs import Event, Record
 from twotower.logs.entities import item_event, user_deleted, user_event
+from twotower.logs.erased import erased, event_from
 from twotower.stream.joiner import Clock, Joiner
 from twotower.stream.rows import Row, Types
 
@@ -327,6 +329,45 @@ def test_a_joiner_that_is_made_again_from_the_log_goes_on_as_if_nothing_had_been
     undisturbed = run(set())
     assert run(set(draw.sample(range(len(records)), 20))) == undisturbed
     assert run(set(range(len(records)))) == undisturbed
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_what_is_erased_before_a_joiner_is_made_again_changes_nothing_for_others(seed: int):
+    records = random_log(seed, 250)
+    windows = {"window_ms": 300_000, "lateness_ms": 60_000, "late_ms": 600_000}
+    draw = random.Random(seed)
+
+    def run(later: list[Record], place: int, flushed: int) -> list[tuple[int, list[Row]]]:
+        """Rows by the offset at which they leave; at `place` the joiner is made again, and reads `later` from then."""
+        joiner, left, flushes = joiner_of(records, **windows), list[tuple[int, list[Row]]](), list[int]()
+        for number in range(len(records)):
+            record = (records if number < place else later)[number]
+            if number == flushed and joiner.has_open:
+                left.append((record.offset, joiner.flush()))
+                flushes.append(record.offset)
+            if number == place:
+                replay = joiner.replay(record.offset)
+                again = (one for one in later if replay.offset <= one.offset < record.offset)
+                joiner = Joiner.resume(
+                    TYPES, *windows.values(), joiner_of(later, **windows)._fetch, replay=replay, flushes=flushes,
+                    records=again, end=record.offset,
+                )  # fmt: skip
+            left.append((record.offset, joiner.feed(record)))
+        return [*left, (records[-1].next_offset, joiner.flush())]
+
+    for deletion in (record for record in records if record.event.type == "user"):
+        gone, places = deletion.event.user_id, (draw.randrange(250), draw.randrange(250))
+        later = [
+            replace(record, event=event_from(erased(record.event.to_json())))
+            if record.event.user_id == gone and record.offset < deletion.offset
+            else record
+            for record in records
+        ]
+        undisturbed, found = (
+            [row for at, rows in run(one, *places) for row in rows if row.asked.user_id != gone or at > deletion.offset]
+            for one in (records, later)
+        )
+        assert found == undisturbed
 
 
 @pytest.mark.parametrize("seed", range(10))

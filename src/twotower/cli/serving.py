@@ -26,6 +26,7 @@ def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
         deltas=where.deltas,
         open_log=lambda: open_log(log.kind, where.log, log.url, log.name, log.partitions, log.sync, log.sync_s),
         store_folder=where.feature_store,
+        erase_every_s=log.erase_every_s,
         host=options.host,
         port=options.port,
         admin_port=options.admin_port,

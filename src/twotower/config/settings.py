@@ -753,6 +753,9 @@ class EventLog:
     server that does less is refused; Kafka acknowledges what all its replicas have."""
     sync_s: PositiveReal = 1.0
     """Seconds between flushes with `interval`."""
+    erase_every_s: PositiveReal = 3600.0
+    """Seconds between passes of the server over the log in which it erases the events of deleted users; a pass reads
+    the whole log, and is made only if somebody was deleted since the last. In Kafka only retention erases."""
 
 
 @dataclass(frozen=True, config=STRICT)

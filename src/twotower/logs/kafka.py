@@ -8,7 +8,7 @@ recognised on every server, unless two servers write the same event in the same 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -123,6 +123,11 @@ class KafkaEventLog:
         self._check_open()
         with self._refusals("cannot be read"):
             return [reader.extent()[1] for reader in self._readers]
+
+    def erase(self, partition: int, users: Mapping[int | str, int]) -> None:  # noqa: ARG002
+        """See `EventLog`: nothing can be changed in a topic, its retention is what ends there."""
+        self._check_open()
+        check_range(partition, self._partitions, 0, 1)
 
     def close(self) -> None:
         """See `EventLog`."""

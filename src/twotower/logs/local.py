@@ -15,25 +15,26 @@ import fcntl
 import logging
 import os
 import re
+import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from threading import Event as Flag
 from typing import Final
 
-import orjson
-
+from twotower.logs.erased import digest_of, erased, event_from, user_of
 from twotower.logs.partition import digest, partition_of
-from twotower.logs.protocol import EVENT_ID, Ack, Event, EventLogError, Record, Sync, check_range, payload_of
-from twotower.logs.segment import Ids, encode, read_ids, walk, write_ids
-from twotower.schema import columns as c
+from twotower.logs.protocol import Ack, Event, EventLogError, Record, Sync, check_range, payload_of
+from twotower.logs.segment import Ids, Stored, encode, read_ids, walk, write_ids
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import TEMPORARY, read_json, sync_folder, whole_file, write_json
 
 _LOGGER = logging.getLogger(__name__)
 _FORMAT: Final = 1
+_YIELD: Final = 50
 _CREATE: Final = os.O_RDWR | os.O_CREAT
 _DESCRIPTION: Final = "log.json"
 _SEGMENT: Final = re.compile(r"\d{20}\.log")
@@ -176,6 +177,14 @@ class LocalEventLog:
             return [writer.end for writer in self._writers]
         return [self._valid_end(number) for number in range(self._partitions)]
 
+    def erase(self, partition: int, users: Mapping[int | str, int]) -> int:
+        """See `EventLog`."""
+        self._check_open()
+        check_range(partition, self._partitions, 0, 1)
+        if not self._writers:
+            raise EventLogError(f"{self._folder} was opened to read alone: erase through LocalEventLog.open")
+        return self._writers[partition].erase(users)
+
     def close(self) -> None:
         """See `EventLog`."""
         if self._closed.is_set():
@@ -210,9 +219,7 @@ class LocalEventLog:
             if is_last and offset > end:
                 raise DataError(f"offset {offset} lies behind the end of {path}, {end}: it is not of this log")
             records = [
-                Record(
-                    base + stored.position, base + stored.next_position, Event.from_json(orjson.loads(stored.payload))
-                )
+                Record(base + stored.position, base + stored.next_position, event_from(stored.payload))
                 for stored in islice(walk(descriptor, offset - base), limit)
             ]
             if is_last and records and records[-1].next_offset > self._read_on_disk[partition]:
@@ -255,6 +262,7 @@ class _Writer:
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._changed = Condition()
+        self._erasing = Lock()
         self._flushing = False
         self._refusal = ""
         folder.mkdir(exist_ok=True)
@@ -315,6 +323,34 @@ class _Writer:
                 self._flushing = False
                 self._changed.notify_all()
 
+    def erase(self, users: Mapping[int | str, int]) -> int:
+        """Erase what stands of users before an offset each; gives the number of events.
+
+        A sealed segment is written anew, as long as it was, and replaces the old one in one rename. One that is still
+        written to is sealed first, if something in it is to go.
+        """
+        number, damaged = 0, []
+        with self._erasing, _refusals(f"{self._folder} cannot be erased from"):
+            bases = _bases(self._folder)
+            for base, end in zip(bases, [*bases[1:], None], strict=True):
+                self.check()  # somebody may want to close
+                if base >= max(users.values(), default=0):
+                    break
+                segment = _segment(self._folder, base)
+                events, length = _events_of(segment, base, users)
+                if events:
+                    self._seal_if_last(base)
+                    _overwrite(segment, events)
+                    number += len(events)
+                if end is not None and base + length != end:
+                    damaged.append(f"{segment} at byte {length}")
+        if damaged:
+            raise DataError(
+                f"{', '.join(damaged)}: damaged, nothing is erased from there on ({number} events elsewhere are). "
+                "Restore the file from a copy, or remove it"
+            )
+        return number
+
     def close(self) -> None:
         """Flush and close; whoever still waits is refused."""
         with self._changed:
@@ -329,6 +365,14 @@ class _Writer:
                 self._refusal = f"{self._folder} is closed"
                 os.close(self._descriptor)
                 self._changed.notify_all()
+
+    def _seal_if_last(self, base: int) -> None:
+        with self._changed:
+            while self._flushing:
+                self._changed.wait()
+            self.check()
+            if self._base == base:
+                self._seal()
 
     def _is_full(self, size: int) -> bool:
         return self.end > self._base and self.end + size - self._base > self._segment_bytes
@@ -469,10 +513,33 @@ def _scan(descriptor: int, base: int) -> tuple[dict[bytes, int], int]:
     ids: dict[bytes, int] = {}
     length = 0
     for stored in walk(descriptor, 0):
-        document = orjson.loads(stored.payload)
-        ids[digest(document[EVENT_ID], document[c.USER_ID])] = base + stored.position
+        ids[digest_of(stored.payload)] = base + stored.position
         length = stored.next_position
     return ids, length
+
+
+def _events_of(segment: Path, base: int, users: Mapping[int | str, int]) -> tuple[list[Stored], int]:
+    """The records of users before an offset each in a segment, and the bytes that its whole records take."""
+    found, length = list[Stored](), 0
+    with _opened(segment) as descriptor:
+        for place, stored in enumerate(walk(descriptor, 0)):
+            user_id = user_of(stored.payload)
+            if user_id is not None and base + stored.position < users.get(user_id, 0):
+                found.append(stored)
+            length = stored.next_position
+            if place % _YIELD == 0:
+                time.sleep(0)  # whoever answers requests in this process goes first
+    return found, length
+
+
+def _overwrite(segment: Path, records: Sequence[Stored]) -> None:
+    """Erase records of a sealed segment, whole or not at all."""
+    with whole_file(segment) as temporary:
+        shutil.copyfile(segment, temporary)
+        with temporary.open("r+b") as file:
+            for stored in records:
+                file.seek(stored.position)
+                file.write(encode(erased(stored.payload).ljust(len(stored.payload), b"\0")))
 
 
 def _sealed_ids(folder: Path, base: int, end: int) -> Ids:

@@ -144,7 +144,7 @@ class EventLog(Protocol):
 
     - All events of a user are in one partition (`partition_of`), in the order in which they were appended.
     - An offset is an integer that rises within a partition and is opaque otherwise: use 0 for the earliest event that
-      is kept, and what the log itself gave. What stands at an offset never changes.
+      is kept, and what the log itself gave. What stands at an offset never changes, but that it may be erased.
     - Every method may be called from several threads.
     """
 
@@ -182,6 +182,26 @@ class EventLog(Protocol):
 
     def ends(self) -> list[int]:
         """For each partition the offset at which the next event will stand: where to read only what is to come."""
+
+    def erase(self, partition: int, users: Mapping[int | str, int]) -> int | None:
+        """Erase what a partition holds of users before an offset each, such as that of the event that deletes them.
+
+        In the place of each of their events stands one of the type `erased` (`twotower.logs.erased`), which keeps only
+        the event's type and time: offsets hold, and a retry is a duplicate still. Killed at any moment, some of the
+        events are erased, and a second call erases the rest.
+
+        Args:
+            partition: of the log.
+            users: the first offset that is kept, by user.
+
+        Returns:
+            The number of events that were erased now; None where a log cannot erase and only its retention does.
+
+        Raises:
+            ValueError: no such partition.
+            DataError: the log is damaged; the rest is erased.
+            EventLogError: the log cannot be written.
+        """
 
     def close(self) -> None:
         """Bring everything to disk and let go of the log; a second call does nothing."""

@@ -3,19 +3,20 @@
     <name>:log                 format and number of partitions
     <name>:{<partition>}:events    a stream; the entry 0-7 is the event at offset 7
     <name>:{<partition>}:ids       the offset of each id that the stream holds, by digest
+    <name>:{<partition>}:erased    what stands in the place of erased events, by offset
 
 A script on the server looks an event's id up and adds the event in one step, so that writers need not know of each
 other. Offsets count the events of a partition from 1 and are never used again.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-import orjson
 import redis
 
+from twotower.logs.erased import digest_of, erased, event_from, user_of
 from twotower.logs.partition import digest, partition_of
 from twotower.logs.protocol import Ack, Event, EventLogError, Record, Sync, check_range, payload_of
 from twotower.schema.errors import ConfigError, DataError
@@ -26,7 +27,8 @@ _FORMAT: Final = 1
 _EVENT: Final = b"event"
 _DIGEST: Final = b"id"
 _TIMEOUT_S: Final = 10.0
-_FORGET_AT_ONCE: Final = 1000
+_AT_ONCE: Final = 1000
+"""Entries that are forgotten, or looked through, in one step."""
 
 _APPEND: Final = """
 local acks = {}
@@ -44,6 +46,18 @@ end
 return acks
 """
 """Gives the offset of each event, negative where the id was there already."""
+
+_ERASE: Final = """
+local number = 0
+for i = 1, #ARGV, 2 do
+  if redis.call('XDEL', KEYS[1], '0-' .. ARGV[i]) == 1 then
+    redis.call('ZADD', KEYS[2], ARGV[i], ARGV[i] .. ':' .. ARGV[i + 1])
+    number = number + 1
+  end
+end
+return number
+"""
+"""Puts a stub in the place of each event."""
 
 _DESCRIBE: Final = """
 redis.call('HSETNX', KEYS[1], 'format', ARGV[1])
@@ -80,6 +94,7 @@ class RedisEventLog:
             raise ConfigError(f"stream.log.url = {url}: {error}") from None
         self._closed = False
         self._append = self._redis.register_script(_APPEND)
+        self._erase = self._redis.register_script(_ERASE)
         with self._refusals("cannot be opened"):
             self._partitions = self._describe(partitions)
             self._check_durable(sync)
@@ -113,13 +128,10 @@ class RedisEventLog:
         self._check_open()
         check_range(partition, self._partitions, offset, limit)
         with self._refusals("cannot be read"):
-            entries = self._redis.xrange(self._events(partition), min=_id(offset), count=limit)
-            if offset and (not entries or _offset(entries[0][0]) != offset):
-                entries = self._check_gap(partition, offset, limit)
-        return [
-            Record(place, place + 1, Event.from_json(orjson.loads(fields[_EVENT])))
-            for place, fields in ((_offset(entry), fields) for entry, fields in entries)
-        ]
+            payloads = self._payloads(partition, offset, limit)
+            if offset and next(iter(payloads), None) != offset:
+                payloads = self._check_gap(partition, offset, limit)
+        return [Record(place, place + 1, event_from(payload)) for place, payload in payloads.items()]
 
     def ends(self) -> list[int]:
         """See `EventLog`."""
@@ -138,15 +150,39 @@ class RedisEventLog:
         check_range(partition, self._partitions, before, 1)
         forgotten = 0
         with self._refusals("cannot forget"):
-            while entries := self._redis.xrange(
-                self._events(partition), max=_id(max(0, before - 1)), count=_FORGET_AT_ONCE
-            ):
+            while entries := self._redis.xrange(self._events(partition), max=_id(max(0, before - 1)), count=_AT_ONCE):
                 with self._redis.pipeline(transaction=True) as pipeline:
                     pipeline.hdel(self._ids(partition), *(fields[_DIGEST] for _, fields in entries))
                     pipeline.xtrim(self._events(partition), minid=_id(_offset(entries[-1][0]) + 1), approximate=False)
                     pipeline.execute()
                 forgotten += len(entries)
+            last = max(0, before - 1)
+            while stubs := self._redis.zrangebyscore(self._erased(partition), "-inf", last, start=0, num=_AT_ONCE):
+                with self._redis.pipeline(transaction=True) as pipeline:
+                    pipeline.hdel(self._ids(partition), *(digest_of(_stub(stub)[1]) for stub in stubs))
+                    pipeline.zrem(self._erased(partition), *stubs)
+                    pipeline.execute()
+                forgotten += len(stubs)
         return forgotten
+
+    def erase(self, partition: int, users: Mapping[int | str, int]) -> int:
+        """See `EventLog`; the server's append-only file holds the events until it is written anew."""
+        self._check_open()
+        check_range(partition, self._partitions, 0, 1)
+        number, offset, end = 0, 0, max(users.values(), default=0)
+        with self._refusals("cannot be erased from"):
+            while entries := self._redis.xrange(
+                self._events(partition), min=_id(offset), max=_id(max(0, end - 1)), count=_AT_ONCE
+            ):
+                arguments: list[int | bytes] = []
+                for entry, fields in entries:
+                    user_id = user_of(fields[_EVENT])
+                    if user_id is not None and _offset(entry) < users.get(user_id, 0):
+                        arguments += (_offset(entry), erased(fields[_EVENT]))
+                if arguments:
+                    number += self._erase(keys=[self._events(partition), self._erased(partition)], args=arguments)
+                offset = _offset(entries[-1][0]) + 1
+        return number
 
     def close(self) -> None:
         """See `EventLog`."""
@@ -159,24 +195,33 @@ class RedisEventLog:
     def _ids(self, partition: int) -> str:
         return f"{self._name}:{{{partition}}}:ids"
 
-    def _check_gap(self, partition: int, offset: int, limit: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    def _erased(self, partition: int) -> str:
+        return f"{self._name}:{{{partition}}}:erased"
+
+    def _payloads(self, partition: int, offset: int, limit: int) -> dict[int, bytes]:
+        """What is stored from an offset on, by offset in ascending order: events, and what stands for erased ones."""
+        with self._redis.pipeline(transaction=False) as pipeline:  # in this order: nothing that moves is missed
+            pipeline.xrange(self._events(partition), min=_id(offset), count=limit)
+            pipeline.zrangebyscore(self._erased(partition), offset, "+inf", start=0, num=limit)
+            entries, stubs = pipeline.execute()
+        found = {_offset(entry): fields[_EVENT] for entry, fields in entries}
+        found.update(map(_stub, stubs))
+        return dict(sorted(found.items())[:limit])
+
+    def _check_gap(self, partition: int, offset: int, limit: int) -> dict[int, bytes]:
         """What stands from an offset on, where a moment ago nothing did: the end, or no offset at which to read.
 
         Raises:
             DataError: the offset lies behind the end, or what was there is no longer kept.
         """
-        with self._redis.pipeline(transaction=True) as pipeline:  # both at one moment, while others write
-            pipeline.xrange(self._events(partition), min=_id(offset), count=limit)
-            pipeline.xrevrange(self._events(partition), count=1)
-            entries, latest = pipeline.execute()
-        first = _offset(entries[0][0]) if entries else None
-        end = _offset(latest[0][0]) + 1 if latest else self._last(partition) + 1
+        end = self._last(partition) + 1  # before the rest: others write
+        found = self._payloads(partition, offset, limit)
+        first = next(iter(found), None)
         if offset > end:
             raise DataError(f"offset {offset} lies behind the end of {self._where}, {end}: it is not of this log")
         if offset not in (first, end):
             kept = end if first is None else first
             raise DataError(f"{self._where} keeps events from offset {kept} on, not from {offset}: begin at 0")
-        found: list[tuple[bytes, dict[bytes, bytes]]] = entries
         return found
 
     def _last(self, partition: int) -> int:
@@ -242,6 +287,12 @@ def _id(offset: int) -> str:
 
 def _offset(entry: bytes) -> int:
     return int(entry.partition(b"-")[2])
+
+
+def _stub(member: bytes) -> tuple[int, bytes]:
+    """The offset and the payload that stands there for an erased event."""
+    offset, _, payload = member.partition(b":")
+    return int(offset), payload
 
 
 def _shown(url: str) -> str:

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from twotower.features.store import FeatureStoreError
 from twotower.logs import Event, EventLog, EventLogError
 from twotower.logs.entities import CATALOGUE, TYPES
+from twotower.logs.erased import ERASED, NOBODY
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -515,6 +516,8 @@ def _checked(document: dict[str, Any], place: int, version: Version) -> Event:
         event = Event.from_json(document)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
+    if event.type == ERASED or event.user_id == NOBODY:
+        raise DataError(f"{where}: type {ERASED!r} and user_id {NOBODY!r} are the log's own")
     if event.type in TYPES or event.user_id == CATALOGUE:
         raise DataError(f"{where}: type {event.type!r} is the server's own: PUT or DELETE /v1/{event.type}s/ID instead")
     known = version.users.ids.type

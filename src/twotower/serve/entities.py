@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from twotower.features.feature_set import encode_request
 from twotower.logs import Event, EventLog
 from twotower.logs.entities import CATALOGUE, item_deleted, item_event, user_deleted, user_event
+from twotower.logs.erased import NOBODY
 from twotower.publish.overlay import check_item
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -97,7 +98,7 @@ def add_entities(
 
     @app.delete("/v1/users/{user_id:path}")
     def delete_user(user_id: str) -> Response:
-        """Delete a user: features, clicks and impressions are forgotten, and the log is to forget them."""
+        """Delete a user: features, clicks and impressions are forgotten, and the log erases their events."""
         one = _entity_id(user_id, snapshots.version.users.ids.type, "user")
         _write(user_deleted(uuid.uuid4().hex, clock_ms(), one))
         return _answer(snapshots, c.USER_ID, one)
@@ -105,7 +106,7 @@ def add_entities(
 
 def _entity_id(text: str, kind: pa.DataType, what: str) -> int | str:
     one = parse_id(text, kind)
-    if one in ("", CATALOGUE):
+    if one in ("", CATALOGUE, NOBODY):
         raise DataError(f"{text!r} is no id of a {what}")
     return one
 

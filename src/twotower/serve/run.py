@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from twotower.features.bloom import Shape
 from twotower.features.store import LmdbFeatureStore
 from twotower.logs import EventLog
-from twotower.schema.errors import ConfigError
+from twotower.schema.errors import ConfigError, TwotowerError
 from twotower.serve.admin import make_admin_app
 from twotower.serve.app import Metrics, make_app
 from twotower.serve.entities import add_entities
@@ -42,6 +42,7 @@ def run_server(
     deltas: Path,
     open_log: Callable[[], EventLog],
     store_folder: Path,
+    erase_every_s: float,
     host: str,
     port: int,
     admin_port: int,
@@ -62,6 +63,7 @@ def run_server(
         deltas: the folder of the deltas of all versions.
         open_log: opens the event log to write.
         store_folder: the feature store.
+        erase_every_s: how often deleted users' events are erased from the log.
         host: address of the public port.
         port: public port; 0 = any free one.
         admin_port: port of the admin verbs on 127.0.0.1; 0 = any free one.
@@ -90,6 +92,7 @@ def run_server(
         users = RecentUsers(event_log, store, impressed_shape)
         if applied := users.catch_up():
             log.info("%d events of the log applied", applied)
+        opened.enter_context(_erasing(event_log, users, erase_every_s))
         opened.callback(snapshots.close)
         snapshots.heed(lambda: users.entities)
         app = make_app(
@@ -116,6 +119,31 @@ def run_server(
         server = _server(app)
         with _ended_by_signals(server):
             asyncio.run(_serve(server, public, lambda: ready(address)))
+
+
+@contextmanager
+def _erasing(event_log: EventLog, users: RecentUsers, every_s: float) -> Iterator[None]:
+    """Erase deleted users' events from the log, now and every so often; the log is closed at the end."""
+    stop = threading.Event()
+
+    def erase() -> None:
+        while not stop.is_set():
+            try:
+                if number := users.erase_deleted():
+                    log.info("%d events of deleted users erased from the log", number)
+            except TwotowerError as error:
+                if not stop.is_set():
+                    log.error("deleted users are not yet erased from the log: %s", error)
+            stop.wait(every_s)
+
+    thread = threading.Thread(target=erase, name="erase", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        event_log.close()  # ends a pass that is under way
+        thread.join()
 
 
 @contextmanager

@@ -18,7 +18,8 @@ import pyarrow as pa
 from twotower.features.bloom import Seen, Shape, hash_ids
 from twotower.features.store import FeatureStore
 from twotower.logs import Event, EventLog
-from twotower.logs.entities import ITEM, TYPES, Entity, EntityId, after, entity_of, is_deletion
+from twotower.logs.entities import ITEM, TYPES, USER, Entity, EntityId, after, entity_of, is_deletion
+from twotower.logs.erased import mark_of
 from twotower.publish.overlay import Entities
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -41,6 +42,8 @@ _PLACES = b"places"
 """Key of what was read of the log."""
 _ENTITY = b"entity/"
 """Before the keys of users and items that were put or deleted."""
+_ERASE = b"erase/"
+"""Before the keys of deleted users whose events are not yet erased from the log."""
 _SHAPE = b"shape"
 """Key of the shape of the filters."""
 
@@ -66,7 +69,7 @@ class _Place:
 
     offset: int
     next_offset: int
-    event_id: str
+    mark: str
 
 
 class RecentUsers:
@@ -127,9 +130,13 @@ class RecentUsers:
                 while records := self._log.read(partition, offset, _BATCH):
                     changed: dict[bytes, Recent] = {}
                     put: dict[tuple[str, EntityId], Entity] = {}
+                    values: dict[bytes, bytes | None] = {}
                     for record in records:
                         if record.event.type in TYPES:
                             self._put(record.event, put, changed)
+                            if record.event.type == USER and is_deletion(record.event):
+                                deleted = [partition, record.event.user_id, record.offset]
+                                values[_erase_key(record.event.user_id)] = orjson.dumps(deleted)
                             continue
                         user_key = _user_key(record.event.user_id)
                         before = changed.get(user_key) or self.get(record.event.user_id)
@@ -137,8 +144,7 @@ class RecentUsers:
                     last = records[-1]
                     offset = last.next_offset
                     places = list(self._places)
-                    places[partition] = _Place(last.offset, offset, last.event.event_id)
-                    values: dict[bytes, bytes | None] = {}
+                    places[partition] = _Place(last.offset, offset, mark_of(last.event))
                     for user_key, recent in changed.items():
                         values[user_key] = orjson.dumps([recent.clicks, recent.shown])
                         if recent.seen is not None:
@@ -152,6 +158,27 @@ class RecentUsers:
                         self._entities = _with_entities(self._entities, put)
                     applied += len(records)
         return applied
+
+    def erase_deleted(self) -> int:
+        """Erase from the log what stands there of users before they were deleted; gives the number of events.
+
+        Killed, or after an error, it begins anew with those that are left.
+
+        Raises:
+            DataError: the log is damaged.
+            EventLogError: the log cannot be written.
+        """
+        stored = self._store.scan(_ERASE)
+        deleted: dict[int, dict[UserId, int]] = {}
+        for partition, user_id, offset in map(orjson.loads, stored.values()):
+            deleted.setdefault(partition, {})[user_id] = offset
+        number = 0
+        for partition, users in sorted(deleted.items()):
+            number += self._log.erase(partition, users) or 0
+            with self._applying:  # who was deleted once more meanwhile stays
+                done = {_erase_key(user_id) for user_id in users}
+                self._store.write({key: None for key in done if self._store.get(key) == stored[key]})
+        return number
 
     def _put(self, event: Event, put: dict[tuple[str, EntityId], Entity], changed: dict[bytes, Recent]) -> None:
         """Take in a user or an item that was put or deleted; of a deleted user everything before is forgotten."""
@@ -188,10 +215,10 @@ class RecentUsers:
             if place is None:
                 continue
             try:
-                found = [(r.next_offset, r.event.event_id) for r in self._log.read(partition, place.offset, 1)]
+                found = [(r.next_offset, mark_of(r.event)) for r in self._log.read(partition, place.offset, 1)]
             except DataError:
                 return False
-            if found != [(place.next_offset, place.event_id)]:
+            if found != [(place.next_offset, place.mark)]:
                 return False
         return True
 
@@ -246,6 +273,10 @@ def _user_key(user_id: UserId) -> bytes:
 
 def _entity_key(kind: str, entity_id: EntityId) -> bytes:
     return _ENTITY + kind.encode() + b"/" + _user_key(entity_id)
+
+
+def _erase_key(user_id: UserId) -> bytes:
+    return _ERASE + _user_key(user_id)
 
 
 def _seen_key(user_key: bytes) -> bytes:

@@ -6,7 +6,8 @@ with what its request knew. What was not clicked leaves when the watermark reach
 remembered `late_ms` longer for late clicks.
 
 What is remembered can be made again from the log: reading it from the offset of `replay` on, with the clock of that
-moment, gives the same memory, because a request is remembered until its last event cannot matter any more.
+moment, gives the same memory, because a request is remembered until its last event cannot matter any more. What was
+erased in between is missing from it, and only that: event time runs through erased events as it did before.
 """
 
 import heapq
@@ -19,6 +20,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from twotower.logs import Event, Record, entities
+from twotower.logs.erased import ERASED, type_before
 from twotower.schema import columns as c
 from twotower.schema.tables import is_id
 from twotower.serve.funnel import CHANNELS, DELTA_SEQ, HISTORY, POSITIONS, PROBABILITIES, PROPENSITIES, SCORES, VERSION
@@ -28,6 +30,7 @@ from twotower.stream.rows import Asked, ItemId, Row, Types, UserId, Value, as_va
 log = logging.getLogger(__name__)
 
 # Why something of an event is left out.
+WAS_ERASED: Final = "erased"
 OTHER_TYPE: Final = "other_type"
 WRONG_USER_ID: Final = "wrong_user_id"
 WRONG_ITEM_ID: Final = "wrong_item_id"
@@ -64,7 +67,8 @@ class Clock:
         """The clock after an event: in a log of requests, only they move it beyond the window of the latest request,
         so that one client whose clock is wrong does not close everyone's windows.
         """
-        request_ms = max(self.request_ms or 0, event.ts_ms) if event.type == REQUEST else self.request_ms
+        is_request = type_before(event) == REQUEST
+        request_ms = max(self.request_ms or 0, event.ts_ms) if is_request else self.request_ms
         if request_ms is not None and event.ts_ms > request_ms + window_ms:
             return self
         return Clock(max(self.latest_ms or 0, event.ts_ms), request_ms, self.floor_ms)
@@ -235,11 +239,13 @@ class Joiner:
         """Take the next event of the partition; gives the rows that leave."""
         event, rows = record.event, list[Row]()
         self._counts.events += 1
-        if event.type in entities.TYPES:  # stamped by a server, whatever time its requests carry: no event time
+        if type_before(event) in entities.TYPES:  # stamped by a server, whatever time requests carry: no event time
             if entities.is_deletion(event) and event.type == entities.USER:
                 self._forget_user(event.user_id)
             return rows
-        if event.type not in (REQUEST, IMPRESSION, CLICK):
+        if event.type == ERASED:
+            self._counts.dropped[WAS_ERASED] += 1
+        elif event.type not in (REQUEST, IMPRESSION, CLICK):
             self._counts.dropped[OTHER_TYPE] += 1
         elif not is_id(event.user_id, self._types.user_id):
             self._counts.dropped[WRONG_USER_ID] += 1
