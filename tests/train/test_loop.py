@@ -208,6 +208,37 @@ def test_the_loss_falls_to_its_known_minimum(build_world: BuildWorld, tmp_path: 
     assert best <= report.loss < best * 1.05
 
 
+@pytest.mark.parametrize("negatives", ["in_batch", "mixture", "own"])
+@pytest.mark.parametrize("popularity", [0.0, 0.5])
+def test_the_cosine_is_the_log_of_an_items_share_and_popularity_more(
+    build_world: BuildWorld, tmp_path: Path, popularity: float, negatives: str
+) -> None:
+    """Users of whom nothing is known click one of three items, 60, 30 or 10 of a hundred."""
+    items = np.repeat([0, 1, 2], [192, 96, 32])
+    events = [
+        SimpleNamespace(user=i, item=int(item), request_ms=10 * i, click_ms=10 * i + 1, weight=1.0)
+        for i, item in enumerate(np.random.default_rng(0).permutation(items))
+    ]
+    features = spec.Features(user={"history": spec.Sequence("sequence")})
+    samples = build_world(events, len(events), 3, features)
+    report = run(
+        samples,
+        tmp_path,
+        Shape(8, Network("dnn", ()), Network("dnn", ()), 0.0),
+        epochs=120,
+        schedule="linear",
+        loss=Loss(temperature=0.4, popularity=popularity),
+        negatives=SOURCES[negatives],
+        id_dropout=0.0,
+        batch_size=80,
+    )
+    model = load_model(open_checkpoint(Path(report.checkpoint)))
+    nobody = {"history": Bag(np.zeros(2, np.int64), np.zeros(0, np.int32))}
+    logits = (model.encode_users(nobody) @ model.encode_items(samples.items.features).T)[0] / 0.4
+    expected = (1 + popularity) * np.log([192, 96, 32])
+    np.testing.assert_allclose(logits - logits[0], expected - expected[0], atol=0.15)
+
+
 def test_rows_of_no_weight_teach_nothing(build_world: BuildWorld, two_camps: list[Any], tmp_path: Path) -> None:
     """Each user also clicks the other camp; where those rows weigh nothing the own camp wins, where they weigh more,
     the other one.

@@ -223,15 +223,7 @@ def train_from(
         samples,
         places(settings).checkpoints,
         shape,
-        loss=Loss(
-            options.loss,
-            options.temperature,
-            options.positive_temperature,
-            options.margin,
-            options.sigma,
-            options.scale,
-            options.pointwise_negatives,
-        ),
+        loss=loss_of(settings),
         negatives=_negatives(settings.samples.negatives),
         batch_size=options.batch_size,
         epochs=1 if warm else own[channel] or options.epochs,
@@ -250,6 +242,21 @@ def train_from(
         enough=enough,
         warm=warm,
         decay=settings.update.decay,
+    )
+
+
+def loss_of(settings: Settings) -> Loss:
+    """The loss that is configured."""
+    options = settings.train
+    return Loss(
+        options.loss,
+        options.temperature,
+        options.positive_temperature,
+        options.margin,
+        options.sigma,
+        options.scale,
+        options.pointwise_negatives,
+        options.popularity,
     )
 
 

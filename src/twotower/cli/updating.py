@@ -15,6 +15,7 @@ import torch
 from twotower.cli.line import (
     LATEST,
     Places,
+    loss_of,
     make_samples,
     open_served,
     places,
@@ -38,7 +39,6 @@ from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, VersionError
 from twotower.schema.files import MANIFEST, read_json, write_json
 from twotower.train.checkpoint import FINISHED, TENSORS, Checkpoint, load_model, open_checkpoint
-from twotower.train.loop import Loss
 from twotower.train.negatives import Shares
 from twotower.update.chain import Chain
 from twotower.update.full import check_version, due_days, fold, read_entities, rows_of_day
@@ -308,20 +308,6 @@ def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Ch
         settings.samples.untrained_users,
         settings.serve.exclude != "none",
         options.fold_every,
-    )
-
-
-def loss_of(settings: Settings) -> Loss:
-    """The loss that is configured."""
-    options = settings.train
-    return Loss(
-        options.loss,
-        options.temperature,
-        options.positive_temperature,
-        options.margin,
-        options.sigma,
-        options.scale,
-        options.pointwise_negatives,
     )
 
 

@@ -534,6 +534,9 @@ class Train:
     """`pointwise`: initial scale of the cosine; it is learned."""
     pointwise_negatives: PositiveReal = 3.0
     """`pointwise`: weight of all negatives of a positive over its own."""
+    popularity: NotNegative = 0.0
+    """`sampled_softmax`, `corrected_log_q`, `bsl`: how much more than the softmax says items of many clicks are
+    preferred: the cosine learns log P(item | user) + this x log P(item). Choose it on a validation part, 0 to 0.5."""
     batch_size: Positive = 4096
     """Positives in a step."""
     epochs: Positive = 10
@@ -564,6 +567,17 @@ class Train:
     """Seconds between checkpoints that a killed run resumes from."""
     threads: Positive = 2
     """Threads of a step."""
+
+    def __post_init__(self) -> None:
+        """Refuse a preference that the loss cannot have.
+
+        Raises:
+            ValueError: the loss is no softmax.
+        """
+        if self.popularity and self.loss not in ("sampled_softmax", "corrected_log_q", "bsl"):
+            raise ValueError(
+                f"popularity = {self.popularity:g} is for a softmax, and the loss is {self.loss}: set it to 0"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)

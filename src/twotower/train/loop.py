@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -76,6 +77,21 @@ class Loss:
     """`pointwise`: initial scale of the cosine; learned."""
     pointwise_negatives: float = 3.0
     """`pointwise`: weight of all negatives of a row over its positive's."""
+    popularity: float = 0.0
+    """How much more than the softmax says items of many clicks are preferred: see `preferred`."""
+
+    def preferred(self, clicks: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """What each item's logit is raised by in the end, popularity x log P(item), as (N,).
+
+        A softmax over logits from which this is taken in training leaves it in the cosine: log P(item | user) +
+        popularity x log P(item) (logit adjustment, Menon et al. 2021, eq. 10; there it favours rare classes). The
+        embeddings of rare items are fitted to their few clicks, and promise more than they keep.
+
+        Args:
+            clicks: (N,) of each item; without any it counts as one.
+        """
+        log_share: npt.NDArray[np.float64] = np.log(np.maximum(clicks, 1)) - np.log(max(clicks.sum(), 1))
+        return self.popularity * log_share
 
     @property
     def corrected(self) -> bool:
@@ -246,6 +262,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
         half_life_days,
         negatives.uncorrected_for_experiments,
         in_time_order,
+        loss.preferred(samples.item_positives) if loss.popularity else None,
     )
     form = loss.form()
     model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed)
@@ -268,7 +285,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
             users, items = model.user_tower(inputs.user), model.item_tower(inputs.item)
             if shape.interests:
                 users = label_aware(users, items[torch.from_numpy(batch.positive)], sharpness)
-            total = _loss(form, users, items, batch, hard_part.share, model.calibration)
+            total = _loss(form, users, items, batch, hard_part.share, model.calibration, loss.temperature)
             optimizer.zero_grad()
             total.backward()  # type: ignore[no-untyped-call]
             rate = 1 - progress.rows / (epochs * batches.rows) if schedule == "linear" else 1.0
@@ -312,7 +329,15 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
     )
 
 
-def _loss(form: Form, users: Tensor, items: Tensor, batch: Batch, hard_share: float, calibration: Tensor) -> Tensor:
+def _loss(
+    form: Form,
+    users: Tensor,
+    items: Tensor,
+    batch: Batch,
+    hard_share: float,
+    calibration: Tensor,
+    temperature: float,
+) -> Tensor:
     """The loss of a step from the vectors of its users (B, D) and distinct items (C, D).
 
     Hard negatives have a part of their own: in one sum with corrected easy ones, which stand for a whole catalogue,
@@ -321,14 +346,19 @@ def _loss(form: Form, users: Tensor, items: Tensor, batch: Batch, hard_share: fl
     positive, weight = torch.from_numpy(batch.positive), torch.from_numpy(batch.weight)
     share = weight / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
     loss = torch.zeros(())
-    parts = [(batch.easy, share * (1 - hard_share)), (batch.hard, share * hard_share)]
-    for part, part_share in parts:
+    handicap = None if batch.preferred is None else temperature * torch.from_numpy(batch.preferred)
+    parts = [(batch.easy, share * (1 - hard_share), handicap), (batch.hard, share * hard_share, None)]
+    for part, part_share, off in parts:
         if isinstance(part, SharedNegatives):
             log_weight = torch.from_numpy(part.log_weight)
-            loss = loss + shared_loss(form, users, items, positive, log_weight, part.mask, part_share, calibration)
+            loss = loss + shared_loss(
+                form, users, items, positive, log_weight, part.mask, part_share, calibration, handicap=off
+            )
         elif isinstance(part, RowNegatives):
             places, log_weight = torch.from_numpy(part.places), torch.from_numpy(part.log_weight)
-            loss = loss + row_loss(form, users, items, positive, places, log_weight, part_share, calibration)
+            loss = loss + row_loss(
+                form, users, items, positive, places, log_weight, part_share, calibration, handicap=off
+            )
     return loss
 
 

@@ -127,6 +127,7 @@ class Learner:
     def _prepare(self) -> None:
         learning = self.learning
         self._easy = EasyNegatives(learning.shares, learning.alpha, learning.negatives, True, self.clicks)
+        self._preferred = learning.loss.preferred(self.clicks)
         self._place = np.full(len(self.vectors), -1, np.int64)
         self._readers = _readers_of(self.model, self._columns)
         self._tokens = np.zeros(len(self.vectors), np.int32)
@@ -216,6 +217,7 @@ class Learner:
             mask,
             torch.from_numpy(rows.weight / np.float32(learning.scale)),
             self.model.calibration,
+            handicap=torch.from_numpy((learning.loss.temperature * self._preferred[rows.item_row]).astype(np.float32)),
         )
         if total.requires_grad:
             total.backward()  # type: ignore[no-untyped-call]
@@ -280,7 +282,7 @@ class Learner:
         with np.errstate(divide="ignore"):
             frequency = np.log(np.bincount(self.recent, minlength=len(self.vectors))[negatives]) - np.log(max(size, 1))
         expected = self._easy.log_expected(negatives, frequency, draws)
-        log_weight = np.log(copies) - expected
+        log_weight = np.log(copies) - expected - self._preferred[negatives]
         if not learning.loss.corrected:
             log_weight = log_weight + self._easy.log_target(negatives)
         return negatives, log_weight.astype(np.float32)
