@@ -60,10 +60,9 @@ def retrieve_file(
         raise ConfigError(f"--channel {channel}: version {version.id} has {', '.join(version.channels)} and {FUSED}")
     names = tuple(version.channels) if channel == FUSED else (channel,)
     asked = _read_users(version, users)
-    carried, without = [], []
-    for feature in version.features.context:
-        (carried if feature.name in asked.column_names else without).append(feature.name)
-    if without:
+    features = [feature.name for feature in version.features.context]
+    carried = [name for name in features if name in asked.column_names]
+    if without := [name for name in features if name not in carried]:
         log.warning("--users %s has no %s: requests carry none", users, ", ".join(without))
     ids = asked.column(c.USER_ID).combine_chunks()
     left_out: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None
