@@ -1,12 +1,12 @@
 """One change at a time: what each of them brings, on MovieLens-1M and KuaiRand.
 
-    python benchmarks/variants.py --data DIR [--table NAME ...] [--on SET ...] [--seeds 3] [--out FILE] [--smoke]
+    python benchmarks/variants.py --data DIR [--table NAME ...] [--on SET ...] [--variant NAME ...] [--seeds 3]
+        [--out FILE] [--smoke]
 
 `encoders`: networks and encoders of the history against each other, with the time of a positive. `ablation`: from the
 plain model (ids alone, in-batch negatives without a correction) to the example configuration. Each figure is the median
 of the seeds on the hold-out, with their range, each user asked as `evaluate` asks; times are those of the processor.
-Tables of an earlier run stay in FILE.
-Prints one JSON line.
+Tables of an earlier run stay in FILE, and with `--variant` its other rows. Prints one JSON line.
 """
 
 import argparse
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--table", action="append", choices=list(TABLES), help="absent = all")
     parser.add_argument("--on", action="append", choices=list(SETS), help="absent = all data sets")
+    parser.add_argument("--variant", action="append", help="rows of the tables; absent = all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], dest="changed")
     parser.add_argument("--out", type=Path)
@@ -114,7 +115,10 @@ def main() -> None:
     for table in arguments.table or TABLES:
         for data, variants in TABLES[table].items():
             if data in (["kuairand"] if arguments.smoke else arguments.on or SETS):
-                result.setdefault(table, {})[data] = one_table(data, variants, arguments)
+                chosen = {name: one for name, one in variants.items() if name in (arguments.variant or variants)}
+                tables = result.setdefault(table, {})
+                kept = [row for row in tables.get(data, []) if arguments.variant and row["variant"] not in chosen]
+                tables[data] = kept + one_table(data, chosen, arguments)
                 if arguments.out:
                     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
