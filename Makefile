@@ -125,6 +125,7 @@ bench: $(DEV) peers
 	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
 	$(BIN)/python benchmarks/deltas.py --out benchmarks/results/deltas.json
 	$(BIN)/python benchmarks/quality.py --data '$(REAL_DATA)' --out benchmarks/results/quality.json
+	$(BIN)/python benchmarks/context.py --data '$(REAL_DATA)' --out benchmarks/results/context.json
 	$(BIN)/python benchmarks/losses.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/losses.json
 	$(BIN)/python benchmarks/speed.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/speed.json
 	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/scaling.json

@@ -4,7 +4,8 @@
         [--out FILE] [--smoke]
 
 For each case: imports the data set under `--data`, then for each seed trains by the example configuration, publishes
-and writes the recommendations of every held-out user. `--judge` names a script that scores such a file on its own
+and writes the recommendations of every held-out user, asked in the context of the first held-out impression where the
+model has features of contexts. `--judge` names a script that scores such a file on its own
 (`SCRIPT RECOMMENDATIONS TEST --train TRAIN --k K,K`, one JSON line); without it the figures are those of `evaluate`. In
 the same run stand popularity, ItemCF and EASE (Steck 2019, closed form), and the paired bootstrap over users of the
 difference of the median seed to EASE. Prints one JSON line.
@@ -40,6 +41,8 @@ class Case:
     k: int
     ease: float | None
     """Regularisation of EASE; None = its matrix would be too large, or it does not apply."""
+    asked: str = "holdout.parquet"
+    """Who is asked, and in which context if it has any."""
     hours: tuple[int, ...] = ()
     """Popularity of the last so many hours of training stands beside the figures."""
 
@@ -51,7 +54,13 @@ CASES = {
     "movielens_last": Case(
         ["movielens-1m", "ml-1m/", "--holdout", "leave-one-out", "--positive", "all"], "movielens_next.toml", 10, 500
     ),
-    "kuairand": Case(["kuairand", "kuairand/", "--holdout", "since:2022-05-03"], "kuairand.toml", 50, 500),
+    "kuairand": Case(
+        ["kuairand", "kuairand/", "--holdout", "since:2022-05-03"],
+        "kuairand.toml",
+        50,
+        500,
+        asked="holdout_impressions.parquet",
+    ),
     "gowalla": Case(
         ["interactions", "gowalla/train.parquet", "--test", "gowalla/test.parquet"], "ids_only.toml", 20, None
     ),
@@ -60,7 +69,7 @@ CASES = {
         "globo.toml",
         20,
         None,
-        (1, 3, 6, 24, 10_000),
+        hours=(1, 3, 6, 24, 10_000),
     ),
 }
 
@@ -125,7 +134,7 @@ def one_seed(case: Case, workspace: Path, seed: int, arguments: argparse.Namespa
     metrics = twotower("evaluate", *options)
     twotower("publish", *options)
     out, holdout = workspace / f"recommendations-{seed}.parquet", workspace / "holdout.parquet"
-    twotower("retrieve", *options, "--users", str(holdout), "--k", "200", "--out", str(out))
+    twotower("retrieve", *options, "--users", str(workspace / case.asked), "--k", "200", "--out", str(out))
     names = [f"{metric}@{k}" for k in sorted({case.k, 10, 20, 50, 200}) for metric in ("recall", "ndcg")]
     if arguments.judge:
         train = str(workspace / "train_positives.parquet")
@@ -183,7 +192,7 @@ def beside_ease(workspace: Path, case: Case, recommendations: Path) -> dict[str,
     counts = truth[judged].sum(axis=1)
     theirs = np.take_along_axis(truth[judged], best, axis=1).sum(axis=1) / counts
     table = pq.read_table(recommendations, filters=[("rank", "<=", case.k)])
-    listed = np.isin(table["item_id"].to_numpy(), items)
+    listed = np.isin(table["item_id"].to_numpy(), items) & np.isin(table["user_id"].to_numpy(), users)
     rows = [
         np.searchsorted(of, table[name].to_numpy()[listed]) for of, name in ((users, "user_id"), (items, "item_id"))
     ]

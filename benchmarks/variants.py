@@ -1,11 +1,12 @@
 """One change at a time: what each of them brings, on MovieLens-1M and KuaiRand.
 
-    python benchmarks/variants.py --data DIR [--table NAME ...] [--on SET ...] [--seeds 3] [--out FILE] [--smoke]
+    python benchmarks/variants.py --data DIR [--table NAME ...] [--on SET ...] [--variant NAME ...] [--seeds 3]
+        [--out FILE] [--smoke]
 
 `encoders`: networks and encoders of the history against each other, with the time of a positive. `ablation`: from the
 plain model (ids alone, in-batch negatives without a correction) to the example configuration. Each figure is the median
-of the seeds on the hold-out, with their range; times are those of the processor. Tables of an earlier run stay in FILE.
-Prints one JSON line.
+of the seeds on the hold-out, with their range, each user asked as `evaluate` asks; times are those of the processor.
+Tables of an earlier run stay in FILE, and with `--variant` its other rows. Prints one JSON line.
 """
 
 import argparse
@@ -18,10 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from twotower.cli.line import channel_of, make_samples, places, train_from
+from twotower.cli.line import channel_of, held_out, make_samples, places, train_from
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
-from twotower.evaluate.holdout import judge, read_truth
+from twotower.evaluate.holdout import judge
 from twotower.samples.read import open_samples
 from twotower.train.checkpoint import load_model, open_checkpoint
 
@@ -81,11 +82,12 @@ TABLES: dict[str, dict[str, dict[str, list[str]]]] = {
             "128 numbers, temperature 0.1, a linear schedule": [],
         },
         "kuairand": {
-            "ids alone, pointwise, 4 uniform negatives": [*IDS, *POINTWISE, *HIDDEN, *UNTUNED],
-            "softmax, in-batch negatives, log q": [*IDS, *HIDDEN, *UNTUNED],
-            "features, context and histories": [*HIDDEN, *UNTUNED],
-            "no hidden layers": UNTUNED,
-            "temperature, rates, batch and id dropout by trials": [],
+            "ids alone, pointwise, 4 uniform negatives": [*IDS, *POINTWISE, *HIDDEN, *NETWORKS["dnn"], *UNTUNED],
+            "softmax, in-batch negatives, log q": [*IDS, *HIDDEN, *NETWORKS["dnn"], *UNTUNED],
+            "features, context and histories": [*HIDDEN, *NETWORKS["dnn"], *UNTUNED],
+            "no hidden layers": [*NETWORKS["dnn"], *UNTUNED],
+            "temperature, rates and batch by trials": [*NETWORKS["dnn"], "train.id_dropout=0.2"],
+            "crosses in the user tower, more id dropout": [],
         },
     },
 }
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--table", action="append", choices=list(TABLES), help="absent = all")
     parser.add_argument("--on", action="append", choices=list(SETS), help="absent = all data sets")
+    parser.add_argument("--variant", action="append", help="rows of the tables; absent = all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], dest="changed")
     parser.add_argument("--out", type=Path)
@@ -112,7 +115,10 @@ def main() -> None:
     for table in arguments.table or TABLES:
         for data, variants in TABLES[table].items():
             if data in (["kuairand"] if arguments.smoke else arguments.on or SETS):
-                result.setdefault(table, {})[data] = one_table(data, variants, arguments)
+                chosen = {name: one for name, one in variants.items() if name in (arguments.variant or variants)}
+                tables = result.setdefault(table, {})
+                kept = [row for row in tables.get(data, []) if arguments.variant and row["variant"] not in chosen]
+                tables[data] = kept + one_table(data, chosen, arguments)
                 if arguments.out:
                     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
@@ -137,8 +143,7 @@ def one_table(data: str, variants: dict[str, list[str]], arguments: argparse.Nam
                 report = train_from(settings, samples)
                 times.append(round(1e6 * (time.process_time() - started) / report.rows, 2))
                 channel = channel_of(load_model(open_checkpoint(Path(report.checkpoint))), samples)
-                truth = read_truth(workspace / "holdout.parquet", samples)
-                found.append(round(judge(samples, channel, truth, metric), 5))
+                found.append(round(judge(samples, channel, held_out(settings, samples), metric), 5))
             rows.append(
                 {
                     "variant": variant,

@@ -2,16 +2,21 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from twotower.cli.line import latest_checkpoint, offline_channel, open_served, places, run_line
+from twotower.cli.fuse import some_users
+from twotower.cli.line import held_out, latest_checkpoint, offline_channel, open_served, places, run_line
 from twotower.config import Settings
 from twotower.config.load import as_dict, parse
+from twotower.features.columns import take
 from twotower.models.channel import VectorChannel
 from twotower.models.queries import queries_of_users
 from twotower.samples.read import open_samples
 from twotower.serve.request import Asked, retrieve
 from twotower.serve.users import Recent
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize("encoder", ["attention", "transformer"])
@@ -56,3 +61,39 @@ def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
     assert (samples.item_positives[found] == 0).all()
     nobody = retrieve(version, Asked(20, "none"), Recent(), now, 1000)
     assert len(nobody.items) == 20
+
+
+def test_recommendations_for_held_out_requests_are_those_that_evaluate_judges(
+    run, own_world: Settings, tmp_path: Path
+) -> None:
+    workspace = places(own_world).workspace
+    config = ["-c", tmp_path / "demo.toml", "--set", f"workspace.path={workspace}", "--set", "models.rankers=[]"]
+    (tmp_path / "demo.toml").write_text((EXAMPLES / "demo.toml").read_text())
+    held_out = pq.read_table(workspace / "holdout.parquet").to_pandas()[["user_id", "item_id"]].drop_duplicates()
+    found = []
+    for users, in_context in (("holdout_impressions", "true"), ("holdout", "false")):
+        judged = run("evaluate", *config, "--set", f"evaluate.context={in_context}")
+        out = tmp_path / f"{users}.parquet"
+        report = run("retrieve", *config, "--users", workspace / f"{users}.parquet", "--k", 50, "--out", out)
+        assert set(judged["context"]["features"]) == set(report["context"])
+        listed = pq.read_table(out).to_pandas()[["user_id", "item_id"]].assign(hit=1.0)
+        hits = held_out.merge(listed, "left", on=["user_id", "item_id"]).fillna({"hit": 0.0})
+        assert hits.groupby("user_id")["hit"].mean().mean() == pytest.approx(judged["recall@50"]["value"], abs=1e-4)
+        found.append(judged)
+    assert found[0]["context"] == {"features": ["hour", "scene"], "users": found[0]["users"]}
+    assert found[1]["context"] == {"features": [], "users": 0}
+    assert found[0]["truth"]["two_tower"] != found[1]["truth"]["two_tower"]
+    assert found[0]["popular"]["recall@50"]["value"] == found[1]["popular"]["recall@50"]["value"]
+
+
+def test_trials_and_fusing_ask_as_evaluate_does(world: Settings) -> None:
+    samples = open_samples(places(world).samples)
+    truth = held_out(world, samples)
+    assert list(truth.context) == ["hour", "scene"]
+    some = some_users(truth, 20, 0)
+    place = np.searchsorted(truth.user_rows, some.user_rows)
+    for name, column in some.context.items():
+        np.testing.assert_array_equal(column, take(truth.context[name], place))
+    silent = held_out(parse(as_dict(world), ["evaluate.context=false"]), samples)
+    assert silent.context == {}
+    assert silent.user_rows.tolist() == truth.user_rows.tolist()

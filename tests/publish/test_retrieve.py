@@ -12,7 +12,7 @@ from twotower.features.vocabulary import UNKNOWN
 from twotower.logs.entities import Entity
 from twotower.publish.delta import Delta, Rows
 from twotower.publish.overlay import Entities, Overlay
-from twotower.publish.retrieve import retrieve_file, shown_items
+from twotower.publish.retrieve import RetrieveReport, retrieve_file, shown_items
 from twotower.publish.tables import map_tables
 from twotower.publish.version import Version
 from twotower.schema import columns as c
@@ -30,7 +30,7 @@ def version(world: Settings) -> Version:
 def ask(version: Version, world: Settings, tmp_path: Path):
     def asked(users: str = "all", k: int = 5, channel: str = "two_tower", exclude: str = "clicked") -> pa.Table:
         out = tmp_path / "out.parquet"
-        count = retrieve_file(version, places(world).workspace, users, k, out, channel, exclude)
+        count = retrieve_file(version, places(world).workspace, users, k, out, channel, exclude).users
         table = pq.read_table(out)
         assert pq.read_schema(out).names == ["user_id", "item_id", "rank", "score", "channel"]
         assert len(set(table["user_id"].to_pylist())) <= count
@@ -103,6 +103,17 @@ def test_context_columns_of_the_users_file_change_the_answer(ask, version: Versi
     hours = [ask(users_file(tmp_path, user_id=known, hour=[hour] * 20), k=20) for hour in (3, 20)]
     assert not hours[0].equals(hours[1])
     assert not hours[0].equals(silent)
+    file = users_file(tmp_path, user_id=[known[0], known[1], known[0]], hour=[3, 3, 20])
+    assert ask(file, k=20).equals(ask(users_file(tmp_path, user_id=known[:2], hour=[3, 3]), k=20))  # the first row
+
+
+def test_the_context_that_requests_carry_or_lack_is_told(
+    version: Version, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = users_file(tmp_path, user_id=[1, 2], hour=[3, 4])
+    report = retrieve_file(version, tmp_path, file, 5, tmp_path / "out.parquet", "two_tower", "clicked")
+    assert report == RetrieveReport(2, ["hour"])
+    assert f"--users {file} has no scene: requests carry none" in caplog.text
 
 
 def test_no_users_give_an_empty_file(ask, tmp_path: Path) -> None:
@@ -179,7 +190,7 @@ def test_what_was_learned_and_put_since_is_answered_like_a_server_answers(versio
     everyone = [moved, learned, put, deleted, plain, stranger]
     out, file = tmp_path / "out.parquet", users_file(tmp_path, user_id=everyone)
     for channel in ("two_tower", "fused"):
-        assert retrieve_file(served, tmp_path, file, 40, out, channel, "clicked") == len(everyone)
+        assert retrieve_file(served, tmp_path, file, 40, out, channel, "clicked").users == len(everyone)
         table, channels = pq.read_table(out), [] if channel == "fused" else [channel]
         for one in everyone:
             expected = retrieve(served, Asked(40, "clicked", one, channels=channels), Recent(), 0, 0)

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from twotower.cli.line import FUSION, make_samples, offline_channels, places, train_model
+from twotower.cli.line import FUSION, held_out, make_samples, offline_channels, places, train_model
 from twotower.cli.tune import identity, validation_workspace, with_values
 from twotower.config.available import check_available
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
-from twotower.evaluate.holdout import Truth, candidates, read_truth
+from twotower.evaluate.holdout import Truth, candidates
 from twotower.features.columns import Bag, take
 from twotower.fusion.choose import choose
 from twotower.samples.read import open_samples
@@ -66,12 +66,12 @@ def fuse(settings: Settings) -> FuseReport:
         make_samples(smaller)
     train_model(smaller)
     samples = open_samples(where.samples)
-    truth = some_users(read_truth(where.workspace / "holdout.parquet", samples), options.users, settings.train.seed)
+    truth = some_users(held_out(smaller, samples), options.users, settings.train.seed)
     depth = min(len(samples.items), max(*options.k, options.depth))
     lists = {}
     for name, channel in offline_channels(smaller, samples).items():
         log.info("lists of %s", name)
-        lists[name] = candidates(samples, channel, truth.user_rows, depth)
+        lists[name] = candidates(samples, channel, truth.user_rows, depth, truth.context)
     ks = sorted({min(k, len(samples.items)) for k in options.k})
     chosen = choose(lists, truth.items, ks, settings.train.seed)
     recall = {**chosen.channels, "fused": chosen.fused, "equal_weights": chosen.equal}
@@ -99,4 +99,5 @@ def some_users(truth: Truth, most: int, seed: int) -> Truth:
     kept = np.sort(np.random.default_rng(seed).permutation(len(truth.user_rows))[:most])
     items = take(truth.items, kept)
     assert isinstance(items, Bag)
-    return Truth(truth.user_rows[kept], items)
+    context = {name: take(column, kept) for name, column in truth.context.items()}
+    return Truth(truth.user_rows[kept], items, context)

@@ -190,8 +190,8 @@ def retrieve(
 
     def write(settings: Settings) -> dict[str, Any]:
         served = open_served(settings, version) if no_deltas else open_as_served(settings, version)
-        count = retrieve_file(served, places(settings).workspace, users, k, out, channel, exclude)
-        told = {"out": str(out), "users": count, "version": served.id}
+        report = retrieve_file(served, places(settings).workspace, users, k, out, channel, exclude)
+        told = {"out": str(out), **asdict(report), "version": served.id}
         return {**told, "delta_seq": served.delta_seq, "channel": channel}
 
     stage(write, config, overrides)

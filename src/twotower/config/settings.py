@@ -636,6 +636,9 @@ class Evaluate:
     """Cut-offs of the metrics."""
     bootstrap: Positive = 1000
     """Resamples of users behind an interval."""
+    context: bool = True
+    """Ask each held-out user in the context of their first held-out request, where the hold-out has impressions and the
+    model features of contexts; false = without a context."""
     channels_k: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [200, 500, 2000])
     """Cut-offs of `evaluate --channels`; those above the size of the catalogue are cut to it."""
 

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower.evaluate.holdout import Truth, candidates, cold_truth, figure, read_truth
+from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
+from twotower.evaluate.holdout import (
+    Truth,
+    asked_first,
+    candidates,
+    carried,
+    cold_truth,
+    figure,
+    first_requests,
+    read_truth,
+)
 from twotower.evaluate.metrics import PerUser, difference, summarise
 from twotower.features.columns import Bag, take
 from twotower.index.protocol import PADDING
@@ -40,6 +50,7 @@ def evaluate_channels(
     depth: int,
     resamples: int = 1000,
     seed: int = 0,
+    context: bool = True,
 ) -> dict[str, Any]:
     """Every channel alone, all together and fused, on the hold-out, without what users clicked in training.
 
@@ -52,14 +63,15 @@ def evaluate_channels(
         depth: candidates that each channel is asked for before fusing, if more than k.
         resamples: of users, behind each interval.
         seed: of the resampling.
+        context: requests carry the context of each user's first held-out request, as in `evaluate`.
 
     Returns:
-        `users`, `pairs`, `ks`, `channels`; `recall`: of each channel, `union` (an item counts that any channel lists)
-        and `fused`, by cut-off, with intervals; `best`: by cut-off the best single channel, and `difference`, fused
-        minus it, paired; `unique`: by channel and cut-off the `share` of all held-out pairs that it alone finds, and
-        the `loss`, recall of the union minus that without it; `overlap`: by cut-off, `[a][b]` the share of a's list
-        that is in b's; `deciles`: recall over pairs in ten groups of them by training positives of the item; `cold`:
-        `users` and `recall` by reason.
+        `users`, `pairs`, `context` (as in `evaluate`), `ks`, `channels`; `recall`: of each channel, `union` (an item
+        counts that any channel lists) and `fused`, by cut-off, with intervals; `best`: by cut-off the best single
+        channel, and `difference`, fused minus it, paired; `unique`: by channel and cut-off the `share` of all held-out
+        pairs that it alone finds, and the `loss`, recall of the union minus that without it; `overlap`: by cut-off,
+        `[a][b]` the share of a's list that is in b's; `deciles`: recall over pairs in ten groups of them by training
+        positives of the item; `cold`: `users` and `recall` by reason.
 
     Raises:
         DataError: there is no hold-out, or none of its users and items are known.
@@ -68,11 +80,13 @@ def evaluate_channels(
     cut = sorted({min(k, size) for k in ks})
     if cut != sorted(set(ks)):
         log.info("cut-offs %s: the catalogue has %d items", cut, size)
-    truth = read_truth(workspace / "holdout.parquet", samples)
+    first = first_requests(workspace / HOLDOUT_IMPRESSIONS, samples) if context else None
+    truth = asked_first(read_truth(workspace / "holdout.parquet", samples), first)
     found = find(samples, channels, fuse, truth, cut, depth)
     return {
         "users": len(truth.user_rows),
         "pairs": len(truth.items.rows),
+        "context": carried(truth, first),
         "ks": cut,
         "channels": list(channels),
         "recall": found.recall(resamples, seed),
@@ -83,7 +97,7 @@ def evaluate_channels(
         "cold": {
             reason: {
                 "users": len(cold.user_rows),
-                "recall": find(samples, channels, fuse, cold, cut, depth).recall(resamples, seed),
+                "recall": find(samples, channels, fuse, asked_first(cold, first), cut, depth).recall(resamples, seed),
             }
             for reason in (c.NEW_USER, c.NEW_ITEM)
             if (cold := cold_truth(workspace / "holdout_cold.parquet", reason, samples)) is not None
@@ -204,7 +218,8 @@ def find(
         assert isinstance(items, Bag)
         owner = np.repeat(np.arange(len(users)), np.diff(items.indptr))
         asked = min(size, max(*ks, depth))
-        lists = {name: candidates(samples, channel, users, asked) for name, channel in channels.items()}
+        told = {name: take(column, np.arange(start, start + len(users))) for name, column in truth.context.items()}
+        lists = {name: candidates(samples, channel, users, asked, told) for name, channel in channels.items()}
         # One fused list for each length: what channels are asked for depends on it.
         at_k = {name: [found.rows[:, :k] for k in ks] for name, found in lists.items()}
         at_k[FUSED] = [fuse({n: _first(found, max(k, depth)) for n, found in lists.items()}, k).rows for k in ks]

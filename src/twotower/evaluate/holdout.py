@@ -1,8 +1,11 @@
-"""Judge channels on the held-out positives of a workspace, warm and cold users and items apart."""
+"""Judge channels on the held-out positives of a workspace, warm and cold users and items apart.
+
+U users of the samples, B users who are judged.
+"""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
 from twotower.evaluate.metrics import Figure, PerUser, difference, score_lists, summarise
-from twotower.features.columns import Bag, pointers
+from twotower.features.columns import Bag, Column, concatenate, pointers, take
 from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Candidates, Retriever
 from twotower.samples.read import Samples
@@ -35,6 +39,18 @@ class Truth:
     """(B,)"""
     items: Bag
     """Their distinct held-out items."""
+    context: Mapping[str, Column] = field(default_factory=dict)
+    """Of the request by which each user is asked, encoded (B rows); empty = requests carry none."""
+
+
+@dataclass(frozen=True)
+class FirstRequests:
+    """The context in which each user first asked after training."""
+
+    context: dict[str, Column]
+    """Encoded (U rows); missing values where a user never asked."""
+    known: npt.NDArray[np.bool_]
+    """(U,) the user did."""
 
 
 def evaluate(
@@ -44,10 +60,11 @@ def evaluate(
     ks: Sequence[int],
     resamples: int = 1000,
     seed: int = 0,
+    context: bool = True,
 ) -> dict[str, Any]:
     """Metrics of the first channel with intervals, the others beside it with the paired difference, cold ones apart.
 
-    What a user clicked in training is not offered. Held-out rows come without a context, so requests have none.
+    What a user clicked in training is not offered. Each user is asked once, as in the first held-out request.
 
     Args:
         samples: what the channels were trained on.
@@ -56,18 +73,21 @@ def evaluate(
         ks: cut-offs.
         resamples: of users, behind each interval.
         seed: of the resampling.
+        context: requests carry the context of each user's first held-out request, where the hold-out knows it.
 
     Returns:
-        The referee's names, each `{"value", "ci95"}`; `users`; each baseline's figures under its name, recall also as
-        `difference` of the judged channel to it; `cold`: the same by reason.
+        The referee's names, each `{"value", "ci95"}`; `users`; `context`: the `features` that requests carry and the
+        `users` whose first request is known; each baseline's figures under its name, recall also as `difference` of
+        the judged channel to it; `cold`: the same by reason.
 
     Raises:
         DataError: there is no hold-out, or none of its users and items are known.
     """
-    warm = read_truth(workspace / "holdout.parquet", samples)
+    first = first_requests(workspace / HOLDOUT_IMPRESSIONS, samples) if context else None
+    warm = asked_first(read_truth(workspace / "holdout.parquet", samples), first)
     judged, *baselines = channels
     scores = {channel.name: _score(samples, channel, warm, ks) for channel in channels}
-    result: dict[str, Any] = {"users": len(warm.user_rows), "channel": judged.name}
+    result: dict[str, Any] = {"users": len(warm.user_rows), "channel": judged.name, "context": carried(warm, first)}
     result |= _plain(summarise(scores[judged.name], resamples, seed))
     for baseline in baselines:
         figures = _plain(summarise(scores[baseline.name], resamples, seed))
@@ -82,7 +102,8 @@ def evaluate(
             **{b.name: _plain(summarise(_score(samples, b, truth, ks), resamples, seed)) for b in baselines},
         }
         for reason in (c.NEW_USER, c.NEW_ITEM)
-        if (truth := cold_truth(workspace / "holdout_cold.parquet", reason, samples)) is not None
+        if (cold := cold_truth(workspace / "holdout_cold.parquet", reason, samples)) is not None
+        for truth in (asked_first(cold, first),)
     }
     return result
 
@@ -105,6 +126,68 @@ def read_truth(path: Path, samples: Samples) -> Truth:
     if (truth := _known_truth(table, samples, path.name)) is None:
         raise DataError(f"{path} has {table.num_rows} rows, none of them of a user and an item of the workspace")
     return truth
+
+
+def first_requests(path: Path, samples: Samples) -> FirstRequests | None:
+    """The context of each user's first impression in the held-out period, clicked or not.
+
+    A request's context is known when it is asked. Which of a user's requests ends in a click is known only later: the
+    context of a held-out click would tell of it, that of the first impression does not.
+
+    Args:
+        path: the held-out impressions.
+        samples: with the fitted features of contexts.
+
+    Returns:
+        None where there are no features of contexts, or no held-out impressions; the latter is logged.
+
+    Raises:
+        DataError: the impressions lack a column.
+    """
+    features = samples.features.context
+    if not features:
+        return None
+    names = ", ".join(feature.name for feature in features)
+    if not path.exists():
+        log.warning("%s does not exist: held-out users are asked without their context (%s)", path, names)
+        return None
+    wanted = [c.USER_ID, c.REQUEST_TS_MS, *(feature.name for feature in features)]
+    require_columns(pq.read_schema(path).empty_table(), wanted, path.name)
+    table = pq.read_table(path, columns=wanted)
+    user = samples.users.positions.find(as_ids(table.column(c.USER_ID), path.name).combine_chunks())
+    order = np.lexsort((table.column(c.REQUEST_TS_MS).to_numpy(), user))
+    users, place = np.unique(user[order], return_index=True)
+    users, chosen = users[users >= 0], order[place[users >= 0]]
+    known = np.zeros(len(samples.users), np.bool_)
+    known[users] = True
+    row = np.full(len(known), len(chosen))
+    row[users] = np.arange(len(chosen))
+    values = table.take(pa.array(chosen))
+    return FirstRequests(
+        {
+            feature.name: take(
+                concatenate([feature.encode(values.column(feature.name).combine_chunks()), feature.absent(1)]), row
+            )
+            for feature in features
+        },
+        known,
+    )
+
+
+def asked_first(truth: Truth, first: FirstRequests | None) -> Truth:
+    """The same users, asked as in their first held-out request; None = without a context."""
+    if first is None:
+        return truth
+    if unknown := int((~first.known[truth.user_rows]).sum()):
+        asked = len(truth.user_rows)
+        log.warning("%d of %d users have no held-out impression: asked without a context", unknown, asked)
+    return replace(truth, context={name: take(column, truth.user_rows) for name, column in first.context.items()})
+
+
+def carried(truth: Truth, first: FirstRequests | None) -> dict[str, Any]:
+    """What the requests of users carry, as it stands in reports: `features`, and of how many `users`."""
+    known = 0 if first is None else int(first.known[truth.user_rows].sum())
+    return {"features": list(truth.context), "users": known}
 
 
 def _known_truth(table: pa.Table, samples: Samples, where: str) -> Truth | None:
@@ -133,31 +216,45 @@ def cold_truth(path: Path, reason: str, samples: Samples) -> Truth | None:
 
 
 def _score(samples: Samples, channel: Retriever, truth: Truth, ks: Sequence[int]) -> PerUser:
-    return score_lists(ranked(samples, channel, truth.user_rows, max(ks)), truth.items, samples.item_positives, ks)
+    lists = ranked(samples, channel, truth.user_rows, max(ks), truth.context)
+    return score_lists(lists, truth.items, samples.item_positives, ks)
 
 
-def ranked(samples: Samples, channel: Retriever, user_rows: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
-    """The k best items (B, k) of each user by one channel, without what they clicked."""
-    return candidates(samples, channel, user_rows, k).rows
+def ranked(
+    samples: Samples,
+    channel: Retriever,
+    user_rows: npt.NDArray[np.int64],
+    k: int,
+    context: Mapping[str, Column] | None = None,
+) -> npt.NDArray[np.int64]:
+    """The k best items (B, k) of each user by one channel, without what they clicked.
+
+    Args:
+        samples: what the channel was trained on.
+        channel: that is asked.
+        user_rows: (B,) who asks.
+        k: items of each.
+        context: of the requests, encoded (B rows); none = they carry none.
+    """
+    return candidates(samples, channel, user_rows, k, context).rows
 
 
-def candidates(samples: Samples, channel: Retriever, user_rows: npt.NDArray[np.int64], k: int) -> Candidates:
+def candidates(
+    samples: Samples,
+    channel: Retriever,
+    user_rows: npt.NDArray[np.int64],
+    k: int,
+    context: Mapping[str, Column] | None = None,
+) -> Candidates:
     """The same with their scores."""
     clicks = samples.clicks
-    parts = [
-        channel.retrieve(
-            queries_of_users(
-                samples.features,
-                samples.users,
-                clicks,
-                user_rows[start : start + BATCH],
-                {},
-                (clicks.indptr, clicks.item_row),
-            ),
-            k,
-        )
-        for start in range(0, len(user_rows), BATCH)
-    ]
+    parts = []
+    for start in range(0, len(user_rows), BATCH):
+        rows = np.arange(start, min(start + BATCH, len(user_rows)))
+        told = {name: take(column, rows) for name, column in (context or {}).items()}
+        left_out = (clicks.indptr, clicks.item_row)
+        queries = queries_of_users(samples.features, samples.users, clicks, user_rows[rows], told, left_out)
+        parts.append(channel.retrieve(queries, k))
     return Candidates(np.concatenate([part.rows for part in parts]), np.concatenate([part.scores for part in parts]))
 
 

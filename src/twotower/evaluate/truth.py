@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
 from twotower.datasets.world import NOTHING, Requests, World
-from twotower.evaluate.holdout import figure, ranked, read_truth
+from twotower.evaluate.holdout import asked_first, figure, first_requests, ranked, read_truth
 from twotower.evaluate.metrics import PerUser, difference, summarise
 from twotower.models.retriever import Retriever
 from twotower.samples.read import Samples
@@ -41,6 +42,7 @@ def evaluate_by_truth(
     ks: Sequence[int],
     resamples: int = 1000,
     seed: int = 0,
+    context: bool = True,
 ) -> dict[str, Any]:
     """True recall and expected clicks of channels, for the users of the hold-out when they first click in it.
 
@@ -54,13 +56,16 @@ def evaluate_by_truth(
         ks: cut-offs.
         resamples: of users, behind each interval.
         seed: of the resampling.
+        context: requests carry the context of each user's first held-out request, as in `evaluate`.
 
     Returns:
         By channel, and for `best`, the best possible lists: `true_recall@k` and `page_clicks`, each
         `{"value", "ci95"}`, of baselines also `difference` of the judged channel to them; besides `users`, and `wanted`
         and `page`, their sizes.
     """
-    rows = read_truth(workspace / "holdout.parquet", samples).user_rows
+    first = first_requests(workspace / HOLDOUT_IMPRESSIONS, samples) if context else None
+    held_out = asked_first(read_truth(workspace / "holdout.parquet", samples), first)
+    rows = held_out.user_rows
     user = world.user_rows(samples.users.ids.take(pa.array(rows)))
     ts_ms = first_times(workspace / "holdout.parquet", world)[user]
     item = world.item_rows(samples.items.ids)
@@ -69,7 +74,7 @@ def evaluate_by_truth(
     most = max(ks)
     lists = {BEST: world.top(user, ts_ms, most, clicked)}
     for channel in channels:
-        found = ranked(samples, channel, rows, most)
+        found = ranked(samples, channel, rows, most, held_out.context)
         lists[channel.name] = np.where(found == NOTHING, NOTHING, item[found])
     values = {name: true_recall(world, user, ts_ms, found, ks, WANTED, clicked) for name, found in lists.items()}
     for name, found in lists.items():

@@ -1,6 +1,8 @@
 """Recommendations for many users at once, as a file that the referee reads."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +18,31 @@ from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import whole_file
 from twotower.schema.tables import as_ids, is_id, recommendations, require_columns
 
+log = logging.getLogger(__name__)
+
 BATCH = 1024
 EXCLUDE = ("clicked", "impressed", "none")
 
 
-def retrieve_file(version: Version, workspace: Path, users: str, k: int, out: Path, channel: str, exclude: str) -> int:
-    """Write `user_id`, `item_id`, `rank`, `score`, `channel` for many users; gives the number of users.
+@dataclass(frozen=True)
+class RetrieveReport:
+    """What was asked for."""
+
+    users: int
+    context: list[str]
+    """The context features that requests carried."""
+
+
+def retrieve_file(
+    version: Version, workspace: Path, users: str, k: int, out: Path, channel: str, exclude: str
+) -> RetrieveReport:
+    """Write `user_id`, `item_id`, `rank`, `score`, `channel` for many users.
 
     Args:
         version: the version that answers, as it is or as it is served, with what was learned and put since.
         workspace: whose `events/` say what was impressed.
         users: `all` users of the version who were not deleted since, or a Parquet file with `user_id`; columns of it
-            that are context features are used as each request's context.
+            that are context features are used as each request's context. A user's first row counts.
         k: items of each user.
         out: a Parquet file, whole or not at all.
         channel: a channel of the version, or `fused`.
@@ -45,6 +60,10 @@ def retrieve_file(version: Version, workspace: Path, users: str, k: int, out: Pa
         raise ConfigError(f"--channel {channel}: version {version.id} has {', '.join(version.channels)} and {FUSED}")
     names = tuple(version.channels) if channel == FUSED else (channel,)
     asked = _read_users(version, users)
+    features = [feature.name for feature in version.features.context]
+    carried = [name for name in features if name in asked.column_names]
+    if without := [name for name in features if name not in carried]:
+        log.warning("--users %s has no %s: requests carry none", users, ", ".join(without))
     ids = asked.column(c.USER_ID).combine_chunks()
     left_out: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None
     if exclude == "impressed":
@@ -70,7 +89,7 @@ def retrieve_file(version: Version, workspace: Path, users: str, k: int, out: Pa
                     schema=schema,
                 )
             )
-    return len(ids)
+    return RetrieveReport(len(ids), carried)
 
 
 def _read_users(version: Version, users: str) -> pa.Table:
