@@ -47,8 +47,9 @@ def is_encoded(feature: Fitted) -> bool:
 class Tower(nn.Module):
     """Features side by side, a network, a projection, the L2 norm.
 
-    Without a network (`none`) the features are added, each times a learned number, and nothing is projected: with an id
-    alone this is matrix factorisation.
+    Without a network (`none`) the features are added, each times a learned number, and a learned vector, and nothing is
+    projected: with an id alone this is matrix factorisation. The vector is what all users have in common, such as that
+    they like what is popular; each one's own embeddings would have to find it anew.
 
     Args:
         features: the tower's features, in the order in which their inputs stand side by side.
@@ -66,6 +67,7 @@ class Tower(nn.Module):
         self.names = [feature.name for feature in features]
         self.interests = next((f.heads for f in features if isinstance(f, Items) and f.encoder == INTERESTS), 0)
         self.gains: nn.Parameter | None = None
+        self.shift: nn.Parameter | None = None
         self.encoders = nn.ModuleDict(
             {
                 feature.name: _encoder(feature, dropout)
@@ -76,6 +78,7 @@ class Tower(nn.Module):
         if network.kind == "none":
             _refuse_other_widths(features, dimension)
             self.gains = nn.Parameter(torch.ones(len(features)))
+            self.shift = nn.Parameter(torch.zeros(dimension))
             return
         width = sum(input_width(feature) for feature in features)
         self.hidden = hidden_layers(width, network, dropout)
@@ -93,8 +96,9 @@ class Tower(nn.Module):
     def _vector(self, features: Sequence[Tensor]) -> Tensor:
         if self.interests:
             features = [f if f.dim() == 3 else f[:, None].expand(-1, self.interests, -1) for f in features]
-        if self.gains is not None:
-            return torch.stack([gain * feature for gain, feature in zip(self.gains, features, strict=True)]).sum(dim=0)
+        if self.gains is not None and self.shift is not None:
+            scaled = [gain * feature for gain, feature in zip(self.gains, features, strict=True)]
+            return torch.stack(scaled).sum(dim=0) + self.shift
         projected: Tensor = self.projection(through(torch.cat(list(features), dim=-1), self.hidden, self.crosses))
         return projected
 
