@@ -67,7 +67,7 @@ def test_crosses_stand_beside_the_layers() -> None:
     assert all(parameter.grad is not None for parameter in tower.parameters())
 
 
-def test_without_a_network_features_are_added_with_learned_weights() -> None:
+def test_without_a_network_features_and_a_learned_vector_are_added_with_learned_weights() -> None:
     ids = (
         Category("user_id", Vocabulary("user_id", pa.array(["u"]), 3), 2),
         Category("city", Vocabulary("user.city", pa.array(["Bern"]), 3), 2),
@@ -75,9 +75,10 @@ def test_without_a_network_features_are_added_with_learned_weights() -> None:
     tower = Tower(ids, Network("none", ()), 2)
     with torch.no_grad():
         tower.gains[1] = 0.5  # type: ignore[index]
-        found = tower({"user_id": torch.tensor([[3.0, 0.0]]), "city": torch.tensor([[0.0, 8.0]])})
+        tower.shift[:] = torch.tensor([0.0, 1.0])  # type: ignore[index]
+        found = tower({"user_id": torch.tensor([[3.0, 0.0]]), "city": torch.tensor([[0.0, 6.0]])})
     np.testing.assert_allclose(found.numpy(), [[0.6, 0.8]], rtol=1e-6)
-    assert [name for name, _ in tower.named_parameters()] == ["gains"]
+    assert [name for name, _ in tower.named_parameters()] == ["gains", "shift"]
 
 
 def test_features_of_another_width_are_not_added() -> None:

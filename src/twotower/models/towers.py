@@ -47,7 +47,7 @@ def is_encoded(feature: Fitted) -> bool:
 class Tower(nn.Module):
     """Features side by side, a network, a projection, the L2 norm.
 
-    Without a network (`none`) the features are added, each times a learned number, and a learned vector, and nothing is
+    Without a network (`none`) the features, each times a learned number, and a learned vector are added, and nothing is
     projected: with an id alone this is matrix factorisation. The vector is what all users have in common, such as that
     they like what is popular; each one's own embeddings would have to find it anew.
 
