@@ -45,16 +45,19 @@ CASES = {
         ["kuairand", "kuairand/", "--holdout", "since:2022-05-03"],
         "kuairand.toml",
         [
-            'models.channels=["two_tower", "mind", "swing", "als", "same_category", "popular"]',
+            'models.channels=["two_tower", "mind", "item_cf", "als", "same_category", "popular"]',
             'models.same_category.attributes=["author_id", "tag"]',
             'models.popular.segment="onehot_feat1"',
-            "fusion.users=3000",
+            # Three single days: the two days that the test has would leave three quarters of the clicks to learn from.
+            'tune.holdout="since:2022-05-02"',
+            "fusion.parts=3",
+            "fusion.users=4500",
         ],
     ),
     "globo": Case(
         ["globo", "globo/", "--holdout", "since:2017-10-10", "--until", "2017-10-10"],
         "globo.toml",
-        [CHANNELS, "models.popular.window_days=0.1"],
+        [CHANNELS, "models.popular.half_life_days=0.02", "fusion.parts=5", "fusion.users=6000"],
     ),
     # Half the epochs of the example: two trainings, on all events and on those before validation, are the cost here.
     "gowalla": Case(

@@ -91,3 +91,17 @@ def test_one_channel_leaves_nothing_to_choose(run, own_world: Settings) -> None:
     place = ["--set", f"workspace.path={json.dumps(own_world.workspace.path)}"]
     assert run("fuse", *place, "--set", 'models.channels=["two_tower"]', code=2) is None
     assert "fusing takes two channels or more" in run.err
+
+
+def test_several_parts_are_held_out_one_before_the_other(run, own_world: Settings) -> None:
+    workspace = Path(own_world.workspace.path)
+    answer = run("fuse", *options(own_world, "--set", "fusion.parts=2", "--set", "tune.holdout=time:0.8"))
+    first, second = sorted(workspace.glob("fusing/*/part-*/workspace"))
+    whole, left = (sorted(path.name for path in (one / "events").iterdir()) for one in (first, second))
+    held = [pq.read_table(one / "holdout.parquet", columns=["ts_ms"])["ts_ms"].to_numpy() for one in (first, second)]
+    assert held[1].max() < held[0].min()
+    assert set(left) <= set(whole)
+    assert json.loads((second / "workspace.json").read_text())["arguments"] == {"holdout": "time:0.8", "of": str(first)}
+    assert len(answer["gain"]["by_part"]) == 2
+    assert 100 < answer["users"] <= 150  # half of them of each
+    assert json.loads((workspace / "fusion.json").read_text())["validation"]["gain"] == answer["gain"]

@@ -69,3 +69,44 @@ def test_the_figures_are_those_of_the_lists() -> None:
 def test_the_same_lists_give_the_same_choice() -> None:
     lists, truth = world(3, good=0.5, other=0.4)
     assert choose(lists, truth, [50], 7) == choose(lists, truth, [50], 7)
+
+
+def days(*known: dict[str, float]) -> tuple[dict[str, Candidates], Bag, np.ndarray]:
+    """The worlds of several days, one behind the other, with the day of each user."""
+    worlds = [world(seed, **quality) for seed, quality in enumerate(known)]
+    lists = {
+        name: Candidates(
+            *(np.concatenate([getattr(one[name], part) for one, _ in worlds]) for part in ("rows", "scores"))
+        )
+        for name in worlds[0][0]
+    }
+    truth = Bag(np.arange(0, 2 * USERS * len(worlds) + 1, 2), np.concatenate([items.rows for _, items in worlds]))
+    return lists, truth, np.repeat(np.arange(len(worlds)), USERS)
+
+
+def test_what_one_day_alone_would_choose_is_left_out_where_other_days_show_nothing_in_it() -> None:
+    lists, truth, day = days(*[{"good": 0.6, "once": once} for once in (0.5, 0.0, 0.0)])
+    first = {name: Candidates(one.rows[:USERS], one.scores[:USERS]) for name, one in lists.items()}
+    alone = choose(first, Bag(truth.indptr[: USERS + 1], truth.rows[: 2 * USERS]), [50], 0)
+    assert alone.fusion.weights["once"] > 0
+    assert len(alone.by_part) == 1
+    chosen = choose(lists, truth, [50], 0, day)
+    assert chosen.fusion.weights == {"good": 1, "once": 0}
+    assert chosen.users == 3 * USERS
+
+
+def test_what_holds_on_every_day_is_chosen_and_judged_on_days_that_it_has_not_seen() -> None:
+    lists, truth, day = days(*[{"good": 0.6, "other": other} for other in (0.5, 0.4, 0.5)])
+    chosen = choose(lists, truth, [50], 0, day)
+    assert min(chosen.fusion.weights.values()) > 0
+    assert min(chosen.by_part) > 0.02
+    assert np.mean(chosen.by_part) == pytest.approx(chosen.gain.value, abs=1e-4)
+    other = np.flatnonzero(day == 1)  # the figures of the second day are those of what the others choose
+    rest = np.flatnonzero(day != 1)
+    picked = {name: Candidates(one.rows[rest], one.scores[rest]) for name, one in lists.items()}
+    items = truth.rows.reshape(-1, 2)
+    fusion = choose(picked, Bag(np.arange(0, 4 * USERS + 1, 2), items[rest].ravel()), [50], 0, day[rest]).fusion
+    seen = {name: Candidates(one.rows[other], one.scores[other]) for name, one in lists.items()}
+    judged = Bag(np.arange(0, 2 * USERS + 1, 2), items[other].ravel())
+    gain = recall(seen, judged, fusion, 50) - recall({"good": seen["good"]}, judged, Fusion(), 50)
+    assert chosen.by_part[1] == pytest.approx(gain, abs=1e-4)

@@ -91,3 +91,17 @@ def test_windows_without_time_and_segments_of_no_feature_are_refused(tmp_path: P
         Popular.of(samples_of(tmp_path / "untimed", untimed=True), 1.0, None)
     with pytest.raises(ConfigError, match=r"segment = 'planet' is no .* there are country, user_id"):
         Popular.of(samples_of(tmp_path / "timed"), None, "planet")
+
+
+def test_with_a_half_life_older_clicks_count_less(tmp_path: Path) -> None:
+    samples = samples_of(tmp_path)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([0]), {}, None)
+    found = Popular.of(samples, None, None, half_life_days=1.0).retrieve(queries, 3)
+    # Of the last day: item 11 twice, 12 twice, 10 once; 12 once more a day before, 10 two days before.
+    assert found.rows[0].tolist() == [2, 1, 0]
+    assert found.scores[0] == pytest.approx([2.5, 2.0, 1.25], abs=1e-3)
+
+
+def test_a_half_life_without_time_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="half_life_days counts by time"):
+        Popular.of(samples_of(tmp_path, untimed=True), None, None, 1.0)

@@ -311,7 +311,10 @@ def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
             {**asdict(models.als), "seed": settings.train.seed},
             lambda: ALS.fit(samples.clicks, len(samples.items), factorise, threads, settings.train.seed),
         ),
-        "popular": Recipe(asdict(popular), lambda: Popular.of(samples, popular.window_days, popular.segment)),
+        "popular": Recipe(
+            asdict(popular),
+            lambda: Popular.of(samples, popular.window_days, popular.segment, popular.half_life_days),
+        ),
         "same_category": Recipe(
             asdict(alike), lambda: SameCategory.fit(samples, alike.attributes, alike.last, alike.items)
         ),

@@ -355,6 +355,8 @@ class Popular:
 
     window_days: PositiveReal | None = None
     """Count the last days alone, such as 0.25; absent = all."""
+    half_life_days: PositiveReal | None = None
+    """A click that is so much older than the latest counts half; absent = all count alike."""
     segment: str | None = None
     """A categorical or bucketed feature of users or context, each value of which has a list; absent = one for all."""
 
@@ -660,7 +662,10 @@ class Fusion:
     k: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [200, 500])
     """Lengths of the list at which `twotower fuse` raises recall, their mean."""
     users: Positive = 2000
-    """Users of the validation part that it looks at, at most."""
+    """Users of validation that it looks at, at most, evenly from all parts."""
+    parts: Positive = 1
+    """Validation parts that it looks at: each is held out of what the one after it left to learn from, such as a day
+    and the days before it. More show what holds on other days than one."""
 
 
 @dataclass(frozen=True, config=STRICT)

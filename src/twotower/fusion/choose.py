@@ -40,44 +40,58 @@ class Chosen:
     channels: dict[str, dict[str, float]]
     """Recall of each channel alone, by name and cut-off."""
     fused: dict[str, float]
-    """Recall of a fusion that was chosen on the other half of the users."""
+    """Recall of a fusion that was chosen on the other half of the users, or on the other parts."""
     equal: dict[str, float]
     """Recall of reciprocal rank fusion as in its paper: equal weights, 60."""
     gain: Figure
-    """Mean recall of such a fusion minus that of the channel that was best on the other half, paired."""
+    """Mean recall of such a fusion minus that of the channel that was best where it was chosen, paired."""
+    by_part: tuple[float, ...]
+    """The same of each validation part."""
 
 
-def choose(lists: Mapping[str, Candidates], truth: Bag, ks: Sequence[int], seed: int) -> Chosen:
-    """The fusion with the greatest recall whose parts are each worth more than their noise.
+def choose(
+    lists: Mapping[str, Candidates],
+    truth: Bag,
+    ks: Sequence[int],
+    seed: int,
+    part: npt.NDArray[np.int64] | None = None,
+) -> Chosen:
+    """The fusion with the greatest recall whose terms are each worth more than their noise.
 
     A term weight / (constant + rank) is an estimate of how likely a hit is at that rank; each channel's is fitted to
     its hits by maximum likelihood, as if no other channel were there. From there, and from the best channel alone, one
     channel after another is given another weight, none included, or another constant, whichever is best; a change
-    stands if it brings more than its standard error over users (paired), and at the end a channel whose loss is less
-    than that has weight 0. Quotas are climbed likewise, and taken if they are better by more than the error.
+    stands if it brings more than its standard error (paired; over users and, where there are several validation parts,
+    over these), and at the end a channel whose loss is less than that has weight 0. Quotas are climbed likewise, and
+    taken if they are better by more than the error.
 
-    What was chosen on the users that it is judged on looks better than it is. So the choice is made three times: on
-    each half of the users, for the figures on the other half, and on all of them. Where these figures are not above
-    those of the best channel by more than their noise, that channel stands first alone, and the others fill up.
+    What was chosen on the users that it is judged on looks better than it is. So the choice is made several times: on
+    each half of the users, for the figures on the other half, or on all parts but one, for the figures on that one, and
+    on all of them. Where these figures are not above those of the best channel by more than their noise, that channel
+    stands first alone, and the others fill up.
 
     Args:
         lists: candidates of each channel by name, as long as they will be asked for; excluded items are not in them.
         truth: the distinct held-out items of the same users; none is empty.
         ks: cut-offs.
         seed: of the halves.
+        part: (B,) the validation part of each user, from 0; None = there is one.
     """
+    part = np.zeros(len(truth), np.int64) if part is None else part
     union = Union.of(lists)
-    whole = _Search.of(union, truth, ks)
-    half = np.random.default_rng(seed).permutation(len(truth)) % 2 == 0
-    fused, alone = np.zeros((2, len(half), len(ks)))
+    whole = _Search.of(union, truth, part, ks)
+    several = part.max(initial=0) > 0
+    fold = part if several else np.random.default_rng(seed).permutation(len(truth)) % 2
+    fused, alone = np.zeros((2, len(truth), len(ks)))
     singles = whole.singles()
-    for part in (half, ~half):
-        log.info("choosing on half of %d users", len(half))
-        found = whole.of_users(part).choose()
-        fused[~part] = whole.of_users(~part).recall(found)
-        alone[~part] = singles[singles[:, part].mean(axis=(1, 2)).argmax(), ~part]
+    for judged in np.unique(fold):
+        rest, ours = fold != judged, fold == judged
+        log.info("choosing on %d users, to be judged by %d others", rest.sum(), ours.sum())
+        fused[ours] = whole.of_users(ours).recall(whole.of_users(rest).choose())
+        alone[ours] = singles[singles[:, rest].mean(axis=(1, 2)).argmax(), ours]
+    change = (fused - alone).mean(axis=1)
     gain = difference(fused.mean(axis=1), alone.mean(axis=1), RESAMPLES, seed)
-    if gain.ci95 is not None and gain.ci95[0] > 0:
+    if gain.ci95 is not None and gain.ci95[0] > 0 and _is_gain(change, part):
         log.info("choosing on all of them")
         fusion = whole.choose()
     else:
@@ -86,11 +100,12 @@ def choose(lists: Mapping[str, Candidates], truth: Bag, ks: Sequence[int], seed:
         fusion = Fusion(weights={name: float(name == best) for name in union.channels}, depth=union.depth)
     return Chosen(
         fusion,
-        len(half),
+        len(truth),
         {name: _by_k(values, ks) for name, values in zip(union.channels, singles, strict=True)},
         _by_k(fused, ks),
         _by_k(whole.recall(Fusion(depth=union.depth)), ks),
         gain,
+        tuple(round(float(mean), 5) for mean in _means(change, part)),
     )
 
 
@@ -113,19 +128,21 @@ class _Search:
     """(B, M) the item is held out."""
     counts: npt.NDArray[np.int64]
     """(B,) held-out items."""
+    part: npt.NDArray[np.int64]
+    """(B,) validation part."""
     ks: Sequence[int]
 
     @classmethod
-    def of(cls, union: Union, truth: Bag, ks: Sequence[int]) -> "_Search":
+    def of(cls, union: Union, truth: Bag, part: npt.NDArray[np.int64], ks: Sequence[int]) -> "_Search":
         counts = np.diff(truth.indptr)
         size = 1 + max(int(union.rows.max(initial=0)), int(truth.rows.max(initial=0)))
         owners = np.arange(len(counts))
         hit = np.isin(owners[:, None] * size + union.rows, np.repeat(owners, counts) * size + truth.rows)
-        return cls(union, hit & (union.rows != PADDING), counts, ks)
+        return cls(union, hit & (union.rows != PADDING), counts, part, ks)
 
     def of_users(self, users: npt.NDArray[np.bool_]) -> "_Search":
         union = Union(self.union.channels, self.union.rows[users], self.union.ranks[:, users], self.union.depth)
-        return _Search(union, self.hit[users], self.counts[users], self.ks)
+        return _Search(union, self.hit[users], self.counts[users], self.part[users], self.ks)
 
     def singles(self) -> Floats:
         """(C, B, k) recall of each channel alone."""
@@ -150,7 +167,7 @@ class _Search:
         method, terms = RRF, max((self._climb(RRF, start, fitted) for start in (best, fitted)), key=self._mean)
         even = [_Term(float(term.weight > 0), term.constant) for term in best]
         other = self._climb(QUOTA, even, [_Term(1.0, term.constant) for term in fitted])
-        if _is_gain(self._mean_of(QUOTA, other) - self._mean_of(RRF, terms)):
+        if self._is_gain(self._mean_of(QUOTA, other) - self._mean_of(RRF, terms)):
             method, terms = QUOTA, other
         largest = max(term.weight for term in terms)
         names = self.union.channels
@@ -177,7 +194,7 @@ class _Search:
                 others = self._total(method, [*terms[:channel], _Term(0.0, 1.0), *terms[channel + 1 :]])
                 means = [self._mean_at(self._add(method, others, channel, term)) for term in tried]
                 first = int(np.argmax([mean.mean() for mean in means]))
-                if _is_gain(means[first] - now):
+                if self._is_gain(means[first] - now):
                     terms[channel], now, moved = tried[first], means[first], True
             if not moved:
                 break
@@ -185,7 +202,7 @@ class _Search:
             without = [*terms[:channel], _Term(0.0, terms[channel].constant), *terms[channel + 1 :]]
             if terms[channel].weight and any(term.weight for term in without):
                 less = self._mean_of(method, without)
-                if not _is_gain(now - less):
+                if not self._is_gain(now - less):
                     terms, now = without, less
         return terms
 
@@ -248,16 +265,33 @@ class _Search:
     def _mean_of(self, method: str, terms: Sequence[_Term]) -> Floats:
         return self._mean_at(self._total(method, terms))
 
+    def _is_gain(self, change: Floats) -> bool:
+        return _is_gain(change, self.part)
+
     def _mean(self, terms: Sequence[_Term]) -> float:
         return float(self._mean_of(RRF, terms).mean())
 
 
-def _is_gain(change: npt.NDArray[Any]) -> bool:
-    """A paired change over users (B,) is above its standard error.
+def _is_gain(change: npt.NDArray[Any], part: npt.NDArray[np.int64]) -> bool:
+    """A paired change over users (B,) is above its standard error over users, and over parts if there are several.
 
-    >>> _is_gain(np.array([0.1, 0.0, 0.1, 0.0])), _is_gain(np.array([0.1, -0.1, 0.1, 0.0])), _is_gain(np.zeros(3))
-    (True, False, False)
+    >>> one, two = np.zeros(4, np.int64), np.array([0, 0, 1, 1])
+    >>> _is_gain(np.array([0.1, 0.0, 0.1, 0.0]), one), _is_gain(np.array([0.1, -0.1, 0.1, 0.0]), one)
+    (True, False)
+    >>> _is_gain(np.array([0.1, 0.1, 0.0, 0.0]), one), _is_gain(np.array([0.1, 0.1, 0.0, 0.0]), two)
+    (True, False)
     """
-    mean = float(change.mean())
-    error = float(change.std(ddof=min(1, len(change) - 1))) / math.sqrt(len(change))
-    return mean > max(error, 0.0)
+    mean, parts = float(change.mean()), _means(change, part)
+    errors = [_error(change), _error(parts) if len(parts) > 1 else 0.0]
+    return mean > max(errors)
+
+
+def _error(values: npt.NDArray[Any]) -> float:
+    return float(values.std(ddof=min(1, len(values) - 1))) / math.sqrt(len(values))
+
+
+def _means(values: npt.NDArray[Any], part: npt.NDArray[np.int64]) -> Floats:
+    """The mean in each part that there is."""
+    counts = np.bincount(part)
+    means: Floats = np.bincount(part, values)[counts > 0] / counts[counts > 0]
+    return means

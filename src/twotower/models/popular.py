@@ -16,6 +16,7 @@ from twotower.schema.errors import ConfigError
 
 FILE = "popular.arrow"
 _SEGMENT = b"segment"
+DAY_MS = 86_400_000
 
 
 class Popular:
@@ -26,7 +27,7 @@ class Popular:
     Args:
         lists: catalogue rows in that order: the whole's, then, if there are segments, one for each value of the
             feature, by its row of the feature's table.
-        clicks: (nnz,) their clicks.
+        clicks: (nnz,) their clicks, older ones for less where there is a half-life.
         segment: the feature of users or context; None = there are no segments.
     """
 
@@ -44,25 +45,32 @@ class Popular:
         return cls(*_ordered(np.zeros_like(rows), rows, item_positives, 1))
 
     @classmethod
-    def of(cls, samples: Samples, window_days: float | None, segment: str | None) -> "Popular":
-        """Order the catalogue by the positives of the last days, or of each segment.
+    def of(
+        cls, samples: Samples, window_days: float | None, segment: str | None, half_life_days: float | None = None
+    ) -> "Popular":
+        """Order the catalogue by the positives of the last days, by how recent they are, or of each segment.
 
         Args:
             samples: with the positives, weak ones included with their weight.
             window_days: positives older than this before the latest do not count; None = all do.
             segment: a categorical or bucketed feature of users or context; None = no segments.
+            half_life_days: a positive that is so much older than the latest counts half; None = all count alike.
 
         Raises:
-            ConfigError: a window for data without time; no such feature.
+            ConfigError: a window or a half-life for data without time; no such feature.
         """
-        if window_days is None and segment is None:
+        if window_days is None and segment is None and half_life_days is None:
             return cls.fit(samples.item_positives)
         positives = samples.positives
         weight = positives.weight.astype(np.float64)
+        for option, days in (("window_days", window_days), ("half_life_days", half_life_days)):
+            if days is not None and not samples.timed:
+                raise ConfigError(f"models.popular.{option} counts by time, and the events have none: leave it out")
+        age_days = (positives.ts_ms.max(initial=0) - positives.ts_ms) / DAY_MS
         if window_days is not None:
-            if not samples.timed:
-                raise ConfigError("models.popular.window_days counts by time, and the events have none: leave it out")
-            weight = weight * (positives.ts_ms > positives.ts_ms.max(initial=0) - window_days * 86_400_000)
+            weight = weight * (age_days < window_days)
+        if half_life_days is not None:
+            weight = weight * 0.5 ** (age_days / half_life_days)
         size, count = len(samples.items), 1
         owner, rows = np.zeros(len(positives), np.int64), positives.item_row.astype(np.int64)
         if segment is not None:
