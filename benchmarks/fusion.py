@@ -57,7 +57,7 @@ CASES = {
     "globo": Case(
         ["globo", "globo/", "--holdout", "since:2017-10-10", "--until", "2017-10-10"],
         "globo.toml",
-        [CHANNELS, "models.popular.half_life_days=0.02", "fusion.parts=5", "fusion.users=6000"],
+        [CHANNELS, "fusion.users=6000"],
     ),
     # Half the epochs of the example: two trainings, on all events and on those before validation, are the cost here.
     "gowalla": Case(
