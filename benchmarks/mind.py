@@ -4,9 +4,9 @@
         [--smoke]
 
 Both read the same features and samples and are trained by the same loop: `two_tower` as the example configuration has
-it and with the mean as the encoder of the history, `mind` with its routing in place of that encoder. Judged is recall
-on the hold-out, with the paired difference of MIND to each over users (each seed's figures averaged; 95 % interval),
-for everyone and by thirds of the users: by their clicks, and by how far these spread (1 minus the length of the mean
+it, with the mean as the encoder of the history, `mind` with its routing in place of that encoder. Judged is recall on
+the hold-out, with the paired difference of MIND to it over users (each seed's figures averaged; 95 % interval), for
+everyone and by thirds of the users: by their clicks, and by how far these spread (1 minus the length of the mean
 of the clicked items' vectors). Prints one JSON line.
 """
 
@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower.cli.line import channel_of, make_samples, places, train_from
+from twotower.cli.line import channel_of, held_out, make_samples, places, train_from
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
-from twotower.evaluate.holdout import Truth, ranked, read_truth
+from twotower.evaluate.holdout import Truth, ranked
 from twotower.evaluate.metrics import difference, score_lists
 from twotower.samples.read import Samples, open_samples
 from twotower.train.checkpoint import load_model, open_checkpoint
@@ -34,11 +34,7 @@ SETS = {
     "movielens_time": ("movielens-1m", "ml-1m", "time:0.9", "4", "movielens.toml"),
     "kuairand": ("kuairand", "kuairand", "since:2022-05-03", "all", "kuairand.toml"),
 }
-MODELS: dict[str, tuple[str, list[str]]] = {
-    "two_tower": ("two_tower", []),
-    "two_tower, mean": ("two_tower", ['features.user.history.encoder="mean"']),
-    "mind": ("mind", []),
-}
+MODELS = ("two_tower", "mind")
 KS = [50, 200]
 Floats = npt.NDArray[np.float64]
 
@@ -77,41 +73,38 @@ def compare(data: str, folder: Path, seeds: int, changed: list[str]) -> dict[str
     with tempfile.TemporaryDirectory() as scratch:
         workspace = Path(scratch) / "workspace"
         import_dataset(name, folder / source, workspace, holdout, positive=positive)
-        for model, (channel_name, changes) in MODELS.items():
+        for model in MODELS:
             for seed in range(seeds):
-                settings = load(
-                    EXAMPLES / config, [f"workspace.path={workspace}", *changes, *changed, f"train.seed={seed}"]
-                )
-                if seed == 0:
+                settings = load(EXAMPLES / config, [f"workspace.path={workspace}", *changed, f"train.seed={seed}"])
+                if not groups:
                     make_samples(settings)
                 samples = open_samples(places(settings).samples)
-                truth = read_truth(workspace / "holdout.parquet", samples)
-                report = train_from(settings, samples, channel=channel_name)
+                truth = held_out(settings, samples)
+                report = train_from(settings, samples, channel=model)
                 trained = load_model(open_checkpoint(Path(report.checkpoint)))
-                channel = channel_of(trained, samples, channel_name)
-                lists = ranked(samples, channel, truth.user_rows, max(KS))
+                channel = channel_of(trained, samples, model)
+                lists = ranked(samples, channel, truth.user_rows, max(KS), truth.context)
                 found[model].append(score_lists(lists, truth.items, samples.item_positives, KS).values)
                 seconds[model].append(report.seconds)
                 if not groups:
                     groups = thirds(samples, truth, trained.encode_items(samples.items.features))
                 recall = {f"recall@{k}": round(float(found[model][-1][f"recall@{k}"].mean()), 5) for k in KS}
                 print(data, model, seed, recall, f"{report.seconds:.0f} s", file=sys.stderr, flush=True)
-    table: dict[str, Any] = {"users": len(truth.user_rows), "models": {}, "mind_minus": {}}
+    table: dict[str, Any] = {"users": len(truth.user_rows), "models": {}}
     for model, runs in found.items():
         table["models"][model] = {"seconds": sorted(round(s, 1) for s in seconds[model])}
         for k in KS:
             means = sorted(round(float(run[f"recall@{k}"].mean()), 5) for run in runs)
             table["models"][model][f"recall@{k}"] = {"median": means[len(means) // 2], "range": [means[0], means[-1]]}
-    for model in ("two_tower", "two_tower, mean"):
-        table["mind_minus"][model] = {
-            group: {f"recall@{k}": gain(found, model, k, chosen) for k in KS} for group, chosen in groups.items()
-        }
+    table["mind_minus"] = {
+        "two_tower": {group: {f"recall@{k}": gain(found, k, chosen) for k in KS} for group, chosen in groups.items()}
+    }
     return table
 
 
-def gain(found: dict[str, list[dict[str, Floats]]], model: str, k: int, chosen: npt.NDArray[np.bool_]) -> Any:
-    """The paired difference of MIND to a model over some users, each seed's figures averaged first."""
-    ours, theirs = (np.mean([run[f"recall@{k}"][chosen] for run in found[name]], axis=0) for name in ("mind", model))
+def gain(found: dict[str, list[dict[str, Floats]]], k: int, chosen: npt.NDArray[np.bool_]) -> Any:
+    """The paired difference of MIND to the two towers over some users, each seed's figures averaged first."""
+    theirs, ours = (np.mean([run[f"recall@{k}"][chosen] for run in found[name]], axis=0) for name in MODELS)
     figure = difference(ours, theirs, 1000, 0)
     assert figure.ci95 is not None
     return {"users": int(chosen.sum()), "value": round(figure.value, 5), "ci95": [round(x, 5) for x in figure.ci95]}
