@@ -59,7 +59,7 @@ CASES = {
         "globo.toml",
         [CHANNELS, "fusion.users=6000"],
     ),
-    # Half the epochs of the example: two trainings, on all events and on those before validation, are the cost here.
+    # Fewer epochs than the example: two trainings, on all events and on those before validation, are the cost here.
     "gowalla": Case(
         ["interactions", "gowalla/train.parquet", "--test", "gowalla/test.parquet"],
         "ids_only.toml",
