@@ -154,6 +154,8 @@ def soak(settings: Settings, seconds: float, promotions: int, rate: float) -> di
             for name in names:
                 time.sleep(seconds / (promotions + 1))
                 promote(versions, name)
+                while any(map(threading.Thread.is_alive, threads)) and seen.answers[-1][1]["version"] != name:
+                    time.sleep(0.02)  # on a busy machine the server may come to it later
             for thread in threads:
                 thread.join()
         finally:

@@ -61,6 +61,7 @@ def test_a_whole_day_through_the_command_line(run, tmp_path: Path) -> None:
         assert told == {
             "out": str(out),
             "users": check(out, parts, 20),
+            "context": [],
             "version": published["version"],
             "delta_seq": 0,
             "channel": channel,

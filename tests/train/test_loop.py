@@ -365,7 +365,7 @@ def hard_share_of_the_gradient(size: int, share: float) -> float:
     items = torch.from_numpy(np.eye(3)[kind])
     users = torch.nn.functional.normalize(torch.tensor([[0.0, 1.0, 1.0]]).double(), dim=1).repeat(rows, 1)
     users.requires_grad_()
-    _loss(sampled_softmax(0.05), users, items, batch, share, torch.zeros(2)).backward()  # type: ignore[no-untyped-call]
+    _loss(sampled_softmax(0.05), users, items, batch, share, torch.zeros(2), 0.05).backward()  # type: ignore[no-untyped-call]
     assert users.grad is not None
     pull = users.grad.sum(dim=0)
     return float(pull[1] / (pull[1] + pull[2]))
