@@ -10,6 +10,7 @@ from twotower.features.bloom import Shape, hash_ids
 from twotower.features.store import LmdbFeatureStore
 from twotower.logs import Event, LocalEventLog, partition_of
 from twotower.logs.entities import user_deleted
+from twotower.schema.errors import DataError
 from twotower.serve.users import MOST_CLICKS, MOST_SHOWN, Recent, RecentUsers, items_of
 
 T = 1_700_000_000_000
@@ -108,6 +109,27 @@ def test_who_is_deleted_again_while_the_log_is_erased_stays_to_be_erased(
         assert users.erase_deleted() == 1
     assert users.erase_deleted() == 2  # the click, and the deletion before
     assert users.erase_deleted() == 0
+
+
+def test_damage_in_one_partition_keeps_nobody_of_another_from_being_erased(
+    log: LocalEventLog, reopen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = reopen(log)
+    first, second = (next(user_id for user_id in range(99) if partition_of(user_id, 3) == number) for number in (0, 1))
+    log.append([click(0, first), click(1, second), user_deleted("d1", T, first), user_deleted("d2", T, second)])
+    users.catch_up()
+
+    def damaged(partition: int, deleted: dict[int | str, int]) -> int:
+        if partition == partition_of(first, 3):
+            raise DataError("damaged at byte 7")
+        return LocalEventLog.erase(log, partition, deleted)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "erase", damaged)
+        with pytest.raises(DataError, match="damaged at byte 7"):
+            users.erase_deleted()
+    assert log.erase(partition_of(second, 3), {second: 2**40}) == 1  # the deletion's own event alone is left
+    assert users.erase_deleted() == 1
 
 
 def test_a_lost_store_is_made_again_from_the_log(log: LocalEventLog, reopen, tmp_path: Path) -> None:

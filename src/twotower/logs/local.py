@@ -35,6 +35,7 @@ from twotower.schema.files import TEMPORARY, read_json, sync_folder, whole_file,
 _LOGGER = logging.getLogger(__name__)
 _FORMAT: Final = 1
 _YIELD: Final = 50
+"""Records that are looked through before other threads may go first."""
 _CREATE: Final = os.O_RDWR | os.O_CREAT
 _DESCRIPTION: Final = "log.json"
 _SEGMENT: Final = re.compile(r"\d{20}\.log")

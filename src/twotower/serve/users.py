@@ -165,19 +165,25 @@ class RecentUsers:
         Killed, or after an error, it begins anew with those that are left.
 
         Raises:
-            DataError: the log is damaged.
+            DataError: the log is damaged; what stands in other partitions is erased.
             EventLogError: the log cannot be written.
         """
         stored = self._store.scan(_ERASE)
         deleted: dict[int, dict[UserId, int]] = {}
         for partition, user_id, offset in map(orjson.loads, stored.values()):
             deleted.setdefault(partition, {})[user_id] = offset
-        number = 0
+        number, damaged = 0, list[str]()
         for partition, users in sorted(deleted.items()):
-            number += self._log.erase(partition, users) or 0
+            try:
+                number += self._log.erase(partition, users) or 0
+            except DataError as error:
+                damaged.append(str(error))
+                continue
             with self._applying:  # who was deleted once more meanwhile stays
                 done = {_erase_key(user_id) for user_id in users}
                 self._store.write({key: None for key in done if self._store.get(key) == stored[key]})
+        if damaged:
+            raise DataError("; ".join(damaged))
         return number
 
     def _put(self, event: Event, put: dict[tuple[str, EntityId], Entity], changed: dict[bytes, Recent]) -> None:
