@@ -6,9 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.cli.fuse import some_users
-from twotower.cli.line import held_out, latest_checkpoint, offline_channel, open_served, places, run_line
+from twotower.cli.line import latest_checkpoint, offline_channel, open_served, places, run_line
 from twotower.config import Settings
 from twotower.config.load import as_dict, parse
+from twotower.evaluate.holdout import held_out
 from twotower.features.columns import take
 from twotower.models.channel import VectorChannel
 from twotower.models.queries import queries_of_users
@@ -88,12 +89,12 @@ def test_recommendations_for_held_out_requests_are_those_that_evaluate_judges(
 
 def test_trials_and_fusing_ask_as_evaluate_does(world: Settings) -> None:
     samples = open_samples(places(world).samples)
-    truth = held_out(world, samples)
+    truth = held_out(places(world).workspace, samples, world.evaluate.context)
     assert list(truth.context) == ["hour", "scene"]
     some = some_users(truth, 20, 0)
     place = np.searchsorted(truth.user_rows, some.user_rows)
     for name, column in some.context.items():
         np.testing.assert_array_equal(column, take(truth.context[name], place))
-    silent = held_out(parse(as_dict(world), ["evaluate.context=false"]), samples)
+    silent = held_out(places(world).workspace, samples, context=False)
     assert silent.context == {}
     assert silent.user_rows.tolist() == truth.user_rows.tolist()

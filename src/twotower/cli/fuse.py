@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from twotower.cli.line import FUSION, held_out, make_samples, offline_channels, places, train_model
+from twotower.cli.line import FUSION, make_samples, offline_channels, places, train_model
 from twotower.cli.tune import identity, validation_workspace, with_values
 from twotower.config.available import check_available
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
-from twotower.evaluate.holdout import Truth, candidates
+from twotower.evaluate.holdout import Truth, candidates, held_out
 from twotower.features.columns import Bag, pointers, take
 from twotower.fusion.choose import choose
 from twotower.models.retriever import Candidates
@@ -123,7 +123,7 @@ def lists_of(settings: Settings, users: int, depth: int) -> Lists:
         make_samples(settings)
     train_model(settings)
     samples = open_samples(where.samples)
-    truth = some_users(held_out(settings, samples), users, settings.train.seed)
+    truth = some_users(held_out(where.workspace, samples, settings.evaluate.context), users, settings.train.seed)
     lists = {}
     for name, channel in offline_channels(settings, samples).items():
         log.info("lists of %s", name)

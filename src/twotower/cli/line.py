@@ -23,7 +23,7 @@ from twotower.datasets.simulate import world_of
 from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
 from twotower.evaluate import page
 from twotower.evaluate.channels import evaluate_channels
-from twotower.evaluate.holdout import Truth, asked_first, evaluate, first_requests, read_truth
+from twotower.evaluate.holdout import evaluate
 from twotower.evaluate.ranking import evaluate_ranker, kept_of_top, read_shown, some_users
 from twotower.evaluate.truth import evaluate_by_truth
 from twotower.features.feature_set import FeatureSet
@@ -350,13 +350,6 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
         metrics["rankers"] = evaluate_rankers(settings, samples)
     write_json(checkpoint.path.parent / METRICS, metrics)
     return metrics
-
-
-def held_out(settings: Settings, samples: Samples) -> Truth:
-    """The hold-out of the workspace, its users asked as `evaluate` asks them."""
-    workspace = places(settings).workspace
-    first = first_requests(workspace / HOLDOUT_IMPRESSIONS, samples) if settings.evaluate.context else None
-    return asked_first(read_truth(workspace / "holdout.parquet", samples), first)
 
 
 def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:

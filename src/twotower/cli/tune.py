@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from twotower.cli.line import channel_of, held_out, make_samples, places, train_from, train_model
+from twotower.cli.line import channel_of, make_samples, places, train_from, train_model
 from twotower.config import settings as spec
 from twotower.config.available import check_available
 from twotower.config.load import as_dict, parse
 from twotower.config.settings import Settings
 from twotower.datasets.validation import hold_out_validation
-from twotower.evaluate.holdout import judge
+from twotower.evaluate.holdout import held_out, judge
 from twotower.models.two_tower import TwoTower
 from twotower.samples.read import Samples, open_samples
 from twotower.schema.errors import ConfigError, DataError
@@ -214,7 +214,7 @@ def _try(settings: Settings) -> list[float]:
     """The metric after each epoch, until it has not risen for `patience` of them."""
     where = places(settings)
     samples = _samples_for(settings)
-    truth = held_out(settings, samples)
+    truth = held_out(where.workspace, samples, settings.evaluate.context)
     values: list[float] = []
 
     def enough(epoch: int, model: TwoTower) -> bool:

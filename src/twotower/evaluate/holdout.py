@@ -184,6 +184,16 @@ def asked_first(truth: Truth, first: FirstRequests | None) -> Truth:
     return replace(truth, context={name: take(column, truth.user_rows) for name, column in first.context.items()})
 
 
+def held_out(workspace: Path, samples: Samples, context: bool) -> Truth:
+    """The hold-out of a workspace, its users asked as `evaluate` asks them.
+
+    Raises:
+        DataError: there is no hold-out, or none of its users and items are known.
+    """
+    first = first_requests(workspace / HOLDOUT_IMPRESSIONS, samples) if context else None
+    return asked_first(read_truth(workspace / "holdout.parquet", samples), first)
+
+
 def carried(truth: Truth, first: FirstRequests | None) -> dict[str, Any]:
     """What the requests of users carry, as it stands in reports: `features`, and of how many `users`."""
     known = 0 if first is None else int(first.known[truth.user_rows].sum())

@@ -14,9 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
 from twotower.datasets.world import NOTHING, Requests, World
-from twotower.evaluate.holdout import asked_first, figure, first_requests, ranked, read_truth
+from twotower.evaluate.holdout import figure, held_out, ranked
 from twotower.evaluate.metrics import PerUser, difference, summarise
 from twotower.models.retriever import Retriever
 from twotower.samples.read import Samples
@@ -63,9 +62,8 @@ def evaluate_by_truth(
         `{"value", "ci95"}`, of baselines also `difference` of the judged channel to them; besides `users`, and `wanted`
         and `page`, their sizes.
     """
-    first = first_requests(workspace / HOLDOUT_IMPRESSIONS, samples) if context else None
-    held_out = asked_first(read_truth(workspace / "holdout.parquet", samples), first)
-    rows = held_out.user_rows
+    asked = held_out(workspace, samples, context)
+    rows = asked.user_rows
     user = world.user_rows(samples.users.ids.take(pa.array(rows)))
     ts_ms = first_times(workspace / "holdout.parquet", world)[user]
     item = world.item_rows(samples.items.ids)
@@ -74,7 +72,7 @@ def evaluate_by_truth(
     most = max(ks)
     lists = {BEST: world.top(user, ts_ms, most, clicked)}
     for channel in channels:
-        found = ranked(samples, channel, rows, most, held_out.context)
+        found = ranked(samples, channel, rows, most, asked.context)
         lists[channel.name] = np.where(found == NOTHING, NOTHING, item[found])
     values = {name: true_recall(world, user, ts_ms, found, ks, WANTED, clicked) for name, found in lists.items()}
     for name, found in lists.items():
