@@ -178,34 +178,6 @@ def test_a_rows_own_negatives_have_the_value_and_gradients_of_the_formula(
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["sampled_softmax", "corrected_log_q", "bsl"])
-def test_a_handicap_is_taken_off_the_cosine_of_the_positive_alone(name: str) -> None:
-    case, step = CASES[name], random_step(37, 24, 17)
-    handicap = torch.randn(37, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def by_hand(users: Tensor, items: Tensor, calibration: Tensor) -> Tensor:
-        losses = []
-        for row in range(37):
-            if negatives := step.negatives_of(row):
-                right, wrong = users[row] @ items[step.positive[row]], items[negatives] @ users[row]
-                weight = step.log_weight[negatives].exp()
-                losses.append(step.share[row] * case.plain(right - handicap[row], wrong, weight, calibration))
-        return torch.stack(losses).sum()
-
-    places, weights = torch.arange(17).expand(37, 17), torch.full((37, 17), -torch.inf, dtype=torch.float64)
-    for row in range(37):
-        weights[row, step.negatives_of(row)] = step.log_weight[step.negatives_of(row)]
-    expected = gradients(by_hand, step)
-    for loss in (
-        lambda u, v, a: shared_loss(
-            case.form, u, v, step.positive, step.log_weight, step.mask, step.share, a, 7, handicap
-        ),
-        lambda u, v, a: row_loss(case.form, u, v, step.positive, places, weights, step.share, a, handicap),
-    ):
-        for one, other in zip(gradients(loss, step), expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
-
-
 @each_form
 def test_float32_is_as_good_as_float32_can_be(case: Case) -> None:
     found, exact = (

@@ -12,6 +12,7 @@ from twotower.features.feature_set import FeatureSet, encode_table, fit
 from twotower.models.towers import Network
 from twotower.models.two_tower import StepAssembler, TwoTower, tower_inputs
 from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError
 
 ROWS = 9
 EVERY_KIND = spec.Features(
@@ -207,3 +208,40 @@ def test_towers_without_ids_work(wanted: str, features: FeatureSet) -> None:
 def _named(features: tuple[Any, ...], *names: str) -> tuple[Any, ...]:
     chosen: Callable[[Any], bool] = lambda feature: feature.name in names  # noqa: E731
     return tuple(filter(chosen, features))
+
+
+def test_preferred_items_come_first_by_the_product_and_the_preference_together(features: FeatureSet) -> None:
+    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed=0, popularity=True)
+    user, _ = columns(features)
+    items = encode_table(features.item, ITEMS)
+    model.prefer(items, preferred := np.linspace(-3, 1, ROWS))
+    users, served = model.encode_users(user), model.encode_items(items)
+    assert users.shape[1] == served.shape[1] == 8
+    np.testing.assert_allclose(np.square(users).sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.square(served).sum(axis=1), 1, rtol=1e-5)
+    product = model.as_trained(users) @ model.as_trained(served).T
+    middle = preferred - preferred.mean()
+    np.testing.assert_allclose(users @ served.T, (product + middle) / np.sqrt(2 * (1 + 2**2)), atol=1e-6)
+
+    unknown = {name: take(column, np.array([0])) for name, column in items.items()} | {
+        c.ITEM_ID: np.array([1], np.int32)
+    }
+    trained = model.as_trained(model.encode_items(unknown))
+    expected = (model.as_trained(users) @ trained.T - 2) / np.sqrt(2 * (1 + 2**2))
+    np.testing.assert_allclose(users @ model.encode_items(unknown).T, expected, atol=1e-6)
+
+
+def test_items_that_are_alike_popular_are_ordered_as_without(features: FeatureSet) -> None:
+    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed=0, popularity=True)
+    user, item = columns(features)
+    model.prefer(encode_table(features.item, ITEMS), np.full(ROWS, -5.0))
+    users, items = model.encode_users(user), model.encode_items(item)
+    np.testing.assert_allclose(
+        users @ items.T, model.as_trained(users) @ model.as_trained(items).T / np.sqrt(2), atol=1e-6
+    )
+
+
+def test_a_preference_is_known_by_the_ids_of_items(features: FeatureSet) -> None:
+    chosen = FeatureSet(features.user, _named(features.item, "year"), ())
+    with pytest.raises(ConfigError, match="add item_id"):
+        TwoTower(chosen, 4, Network("dnn", ()), Network("dnn", ()), 0.0, seed=0, popularity=True)

@@ -8,8 +8,8 @@ import torch
 from twotower.features.columns import Bag, pointers
 from twotower.features.fitted import Category, Items, Number
 from twotower.features.vocabulary import Vocabulary
-from twotower.models.towers import Network, Tower
-from twotower.models.two_tower import tower_inputs
+from twotower.models.towers import Network, Tower, WithPopularity
+from twotower.models.two_tower import PREFERENCE, tower_inputs
 from twotower.publish.onnx import OnnxTower, export_tower
 
 
@@ -47,3 +47,18 @@ def test_an_exported_tower_of_added_features_gives_zero_for_nothing_known(tmp_pa
     exported = OnnxTower(tmp_path / "tower.onnx", features, {"user_id": table})
     columns = {"user_id": np.array([1, 3], np.int32), "history": Bag(np.zeros(3, np.int64), np.zeros(0, np.int32))}
     np.testing.assert_allclose(exported.encode(columns), [[0] * 4, [0.5] * 4], atol=1e-6)
+
+
+def test_an_exported_tower_has_the_numbers_for_popularity(tmp_path: Path) -> None:
+    known = Vocabulary("item_id", pa.array(range(5)), 7)
+    features = [Category("item_id", known, 4)]
+    preference = np.array([[0.3, 0.4]] * 3 + [[0.0, 0.5]] * 4, np.float32)
+    tables = {"item_id": np.eye(7, 4, dtype=np.float32), PREFERENCE: preference}
+    columns = {"item_id": np.array([2, 3, 6], np.int32)}
+    for of_items, more in ((True, preference[[2, 3, 6]]), (False, np.array([[np.sqrt(0.5), 0]] * 3))):
+        tower = WithPopularity(Tower(features, Network("none", ()), 4), of_items)
+        export_tower(tower, features, path := tmp_path / f"{of_items}.onnx")
+        left = np.sqrt(1 - np.square(more).sum(axis=1, keepdims=True))
+        expected = np.concatenate([left * tables["item_id"][[2, 3, 6]], more], axis=1)
+        expected[2] = 0  # nothing is known of it
+        np.testing.assert_allclose(OnnxTower(path, features, tables).encode(columns), expected, atol=1e-6)

@@ -214,9 +214,15 @@ def train_from(
     """A checkpoint of one channel out of given samples; `enough` as in `train`. With `warm`, one epoch from there."""
     options, models = settings.train, settings.models
     own = {TWO_TOWER: None, "mf": models.mf.epochs, "mind": models.mind.epochs}
-    shape = Shape(models.dimension, _network(models.user_tower), _network(models.item_tower), options.dropout)
+    shape = Shape(
+        models.dimension,
+        _network(models.user_tower),
+        _network(models.item_tower),
+        options.dropout,
+        popularity=options.popularity > 0,
+    )
     if channel == "mf":
-        shape = Shape(models.dimension, Network("none", ()), Network("none", ()), 0.0, ids_alone=True)
+        shape = replace(shape, user=Network("none", ()), item=Network("none", ()), dropout=0.0, ids_alone=True)
     elif channel == "mind":
         shape = replace(shape, interests=models.mind.interests, rounds=models.mind.rounds)
     return train(

@@ -538,7 +538,8 @@ class Train:
     """`pointwise`: weight of all negatives of a positive over its own."""
     popularity: NotNegative = 0.0
     """`sampled_softmax`, `corrected_log_q`, `bsl`: how much more than the softmax says items of many clicks are
-    preferred: the cosine learns log P(item | user) + this x log P(item). Choose it on a validation part, 0 to 0.5."""
+    preferred: candidates are ordered by log P(item | user) + this x log P(item), by two numbers more in all vectors.
+    Choose it on a validation part, 0 to 0.6."""
     batch_size: Positive = 4096
     """Positives in a step."""
     epochs: Positive = 10

@@ -206,7 +206,6 @@ def shared_loss(
     share: Tensor,
     calibration: Tensor,
     chunk: int = CHUNK,
-    handicap: Tensor | None = None,
 ) -> Tensor:
     """Each row against the first K items of the batch, summed with `share`.
 
@@ -223,14 +222,12 @@ def shared_loss(
         share: (B,) what each row's loss is multiplied by.
         calibration: (2,) log of scale and bias; used by `pointwise`.
         chunk: rows at a time.
-        handicap: (B,) what is taken off the cosine of each row's positive before it is compared, for the losses of a
-            softmax; None = nothing.
 
     Returns:
         The loss, a scalar.
     """
     loss: Tensor = _SharedLoss.apply(  # type: ignore[no-untyped-call]
-        users, items, calibration, form, positive, log_weight, mask, share, handicap, chunk
+        users, items, calibration, form, positive, log_weight, mask, share, chunk
     )
     return loss
 
@@ -247,7 +244,6 @@ class _SharedLoss(torch.autograd.Function):
         log_weight: Tensor,
         mask: Mask,
         share: Tensor,
-        handicap: Tensor | None,
         chunk: int,
     ) -> Tensor:
         rows, columns = len(users), len(log_weight)
@@ -256,8 +252,6 @@ class _SharedLoss(torch.autograd.Function):
         by_right, by_calibration = torch.empty((rows, 1), dtype=users.dtype), torch.zeros_like(calibration)
         own = items[positive]
         right = (users * own).sum(dim=1, keepdim=True)
-        if handicap is not None:
-            right = right - handicap[:, None]
         scores = torch.empty((min(chunk, rows), columns), dtype=users.dtype)
         loss = torch.zeros((), dtype=torch.float64)
         # Where the masked scores stand in the B x K matrix.
@@ -286,7 +280,7 @@ class _SharedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         by_user, by_item, by_calibration = ctx.saved_tensors
-        return by_user * grad, by_item * grad, by_calibration * grad, *(None,) * 7
+        return by_user * grad, by_item * grad, by_calibration * grad, None, None, None, None, None, None
 
 
 def _total(log_weight: Tensor, mask: Mask, averages: bool) -> Tensor:
@@ -309,7 +303,6 @@ def row_loss(
     log_weight: Tensor,
     share: Tensor,
     calibration: Tensor,
-    handicap: Tensor | None = None,
 ) -> Tensor:
     """Each row against negatives of its own, summed with `share`.
 
@@ -322,13 +315,12 @@ def row_loss(
         log_weight: (B, H) log of how much each counts, minus infinity for one that is none; takes no gradient.
         share: (B,) what each row's loss is multiplied by.
         calibration: (2,) log of scale and bias; used by `pointwise`.
-        handicap: (B,) as of `shared_loss`.
 
     Returns:
         The loss, a scalar.
     """
     loss: Tensor = _RowLoss.apply(  # type: ignore[no-untyped-call]
-        users, items, calibration, form, positive, negatives, log_weight, share, handicap
+        users, items, calibration, form, positive, negatives, log_weight, share
     )
     return loss
 
@@ -345,7 +337,6 @@ class _RowLoss(torch.autograd.Function):
         negatives: Tensor,
         log_weight: Tensor,
         share: Tensor,
-        handicap: Tensor | None,
     ) -> Tensor:
         rows, wide = negatives.shape
         by_user, by_item, by_calibration = (torch.zeros_like(x) for x in (users, items, calibration))
@@ -360,8 +351,6 @@ class _RowLoss(torch.autograd.Function):
             own, others = items[positive[start:stop]], items[places.reshape(-1)].view(stop - start, wide, -1)
             wrong = torch.bmm(others, part[:, :, None]).squeeze(2).masked_fill_(dead[start:stop], -torch.inf)
             right = (part * own).sum(dim=1, keepdim=True)
-            if handicap is not None:
-                right = right - handicap[start:stop, None]
             found = form.rows(right, wrong, live[start:stop], total[start:stop], calibration)
             loss += (part_share * found.loss).sum(dtype=torch.float64)
             by_right = part_share * found.by_right
@@ -380,4 +369,4 @@ class _RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         by_user, by_item, by_calibration = ctx.saved_tensors
-        return by_user * grad, by_item * grad, by_calibration * grad, *(None,) * 6
+        return by_user * grad, by_item * grad, by_calibration * grad, None, None, None, None, None

@@ -19,10 +19,15 @@ from twotower.features.columns import Bag, Beginnings, Column, Rows, padded
 from twotower.features.feature_set import FeatureSet
 from twotower.features.fitted import Bucket, Categories, Category, Fitted, Items
 from twotower.models.embedding import Compactor, EmbeddingTable, Touched, mean_of_bags
-from twotower.models.towers import LENGTH, ROW, Network, Tower, is_encoded
+from twotower.models.towers import LENGTH, POPULARITY, ROW, Network, Tower, WithPopularity, is_encoded
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError
 
 Floats = npt.NDArray[np.float32]
 Longs = npt.NDArray[np.int64]
+
+PREFERENCE = "popularity"
+"""The table (rows of the table of item ids, 2) of what `WithPopularity` adds to items."""
 
 
 class Table(Protocol):
@@ -56,6 +61,11 @@ class TwoTower(nn.Module):
         item: network of the item tower.
         dropout: share of hidden units left out in training.
         seed: of all initial weights.
+        popularity: vectors are served with two numbers more than are trained, by which popular items are preferred
+            (`prefer`).
+
+    Raises:
+        ConfigError: there are to be such numbers, and items have no id to look them up by.
     """
 
     def __init__(
@@ -66,6 +76,7 @@ class TwoTower(nn.Module):
         item: Network,
         dropout: float,
         seed: int,
+        popularity: bool = False,
     ) -> None:
         super().__init__()
         self.features = features
@@ -77,6 +88,11 @@ class TwoTower(nn.Module):
         self.tables = {
             name: EmbeddingTable.new(table.rows, table.dimension, generator) for name, table in features.tables.items()
         }
+        if popularity:
+            if not any(feature.name == c.ITEM_ID for feature in features.item):
+                raise ConfigError("train.popularity is known by item: add item_id to features.item, or set it to 0")
+            rows = len(self.tables[c.ITEM_ID].weights)
+            self.tables[PREFERENCE] = EmbeddingTable(np.zeros((rows, 2), np.float32), np.zeros(rows, np.float32))
         self.calibration = nn.Parameter(torch.zeros(2))
         """(2,) log of the scale, and bias, that turn a cosine into a log-odds; learned by a pointwise loss alone."""
 
@@ -84,19 +100,55 @@ class TwoTower(nn.Module):
         """Set the scale that a pointwise loss begins with, and a bias of 0."""
         self.calibration.data = torch.tensor([math.log(scale), 0.0])
 
+    @property
+    def served_user_tower(self) -> Tower | WithPopularity:
+        """The user tower as it answers, with the numbers for popularity if there are any."""
+        return WithPopularity(self.user_tower, of_items=False) if PREFERENCE in self.tables else self.user_tower
+
+    @property
+    def served_item_tower(self) -> Tower | WithPopularity:
+        """The item tower likewise."""
+        return WithPopularity(self.item_tower, of_items=True) if PREFERENCE in self.tables else self.item_tower
+
+    def prefer(self, columns: Mapping[str, Column], preferred: npt.NDArray[np.float64]) -> None:
+        """Order items by their product with a user's vector and their preference together.
+
+        Args:
+            columns: encoded features of the items (N), their ids among them.
+            preferred: (N,) of each. An item whose id has no row has the least.
+        """
+        most = np.ptp(preferred) / 2
+        bias = np.full(len(self.tables[PREFERENCE].weights), -most)
+        bias[np.asarray(columns[c.ITEM_ID])] = preferred - preferred.min() - most
+        rest = np.sqrt(np.maximum(0, most**2 - bias**2))
+        self.tables[PREFERENCE].weights[:] = np.stack([bias, rest], axis=1) / np.sqrt(1 + most**2)
+
+    def as_trained(self, vectors: Floats) -> Floats:
+        """Vectors as the towers serve them, without what is there for popularity alone: (N, D)."""
+        if PREFERENCE not in self.tables:
+            return vectors
+        lengths = np.linalg.norm(vectors[:, :-2], axis=1, keepdims=True)
+        trained: Floats = vectors[:, :-2] / np.maximum(lengths, np.finfo(np.float32).tiny)
+        return trained
+
     @torch.inference_mode()
     def encode_users(self, columns: Mapping[str, Column]) -> Floats:
-        """Vectors (B, D) of users, or (B, K, D) of their interests, from encoded columns, `history` among them."""
-        return self._encode(self.user_tower, (*self.features.user, *self.features.context), columns)
+        """Vectors (B, D) of users, or (B, K, D) of their interests, from encoded columns, `history` among them; as
+        they are served.
+        """
+        return self._encode(self.served_user_tower, (*self.features.user, *self.features.context), columns)
 
     @torch.inference_mode()
     def encode_items(self, columns: Mapping[str, Column]) -> Floats:
-        """Vectors (B, D) of items from encoded columns."""
-        return self._encode(self.item_tower, self.features.item, columns)
+        """Vectors (B, D) of items from encoded columns, as they are served."""
+        return self._encode(self.served_item_tower, self.features.item, columns)
 
-    def _encode(self, tower: Tower, features: Sequence[Fitted], columns: Mapping[str, Column]) -> Floats:
+    def _encode(
+        self, tower: Tower | WithPopularity, features: Sequence[Fitted], columns: Mapping[str, Column]
+    ) -> Floats:
         tables = {name: table.weights for name, table in self.tables.items()}
-        inputs = {name: torch.tensor(value) for name, value in tower_inputs(features, columns, tables).items()}
+        entered = tower_inputs(features, columns, tables, isinstance(tower, WithPopularity) and tower.of_items)
+        inputs = {name: torch.tensor(value) for name, value in entered.items()}
         training = tower.training
         tower.eval()
         vectors: Floats = tower(inputs).numpy()
@@ -105,11 +157,12 @@ class TwoTower(nn.Module):
 
 
 def tower_inputs(
-    features: Iterable[Fitted], columns: Mapping[str, Column], tables: Mapping[str, Table]
+    features: Iterable[Fitted], columns: Mapping[str, Column], tables: Mapping[str, Table], preference: bool = False
 ) -> dict[str, Floats | Longs]:
     """What enters a tower, by feature name, each (B, width) float32: rows of tables, means of bags, numbers.
 
-    A sequence that the tower encodes has (B, L, width) rows, zero behind its end, and (B,) lengths.
+    A sequence that the tower encodes has (B, L, width) rows, zero behind its end, and (B,) lengths. With `preference`
+    there is also the input of items that `WithPopularity` wants.
     """
     inputs: dict[str, Floats | Longs] = {}
     for feature in features:
@@ -125,6 +178,8 @@ def tower_inputs(
             inputs[feature.name] = _mean_rows(tables[table], column)
         else:
             inputs[feature.name] = tables[table][column]
+    if preference:
+        inputs[POPULARITY] = np.asarray(tables[PREFERENCE][columns[c.ITEM_ID]])
     return inputs
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from twotower.features.columns import Column
 from twotower.features.fitted import Fitted
-from twotower.models.towers import LENGTH, Tower, input_width, is_encoded
+from twotower.models.towers import LENGTH, POPULARITY, Tower, WithPopularity, input_width, is_encoded
 from twotower.models.two_tower import Floats, Table, tower_inputs
 
 VECTOR = "vector"
@@ -25,7 +25,7 @@ VECTOR = "vector"
 class _ByPosition(nn.Module):
     """A tower with its inputs one after the other, as the exporter wants them."""
 
-    def __init__(self, tower: Tower, names: list[str]) -> None:
+    def __init__(self, tower: Tower | WithPopularity, names: list[str]) -> None:
         super().__init__()
         self.tower = tower
         self.names = names
@@ -35,11 +35,12 @@ class _ByPosition(nn.Module):
         return vector
 
 
-def export_tower(tower: Tower, features: Sequence[Fitted], path: Path) -> None:
+def export_tower(tower: Tower | WithPopularity, features: Sequence[Fitted], path: Path) -> None:
     """Write a tower with the inputs of `tower_inputs`, each behind `input.`, and the output `vector`, (B, D) or
     (B, K, D).
 
-    A feature is (B, width) float32; a sequence that the tower encodes is (B, L, width), with (B,) int64 lengths.
+    A feature is (B, width) float32; a sequence that the tower encodes is (B, L, width), with (B,) int64 lengths; the
+    preference for popular items, where there is one, is (B, 2).
     """
     batch = torch.export.Dim("batch", min=1)
     examples: dict[str, Tensor] = {}
@@ -51,6 +52,9 @@ def export_tower(tower: Tower, features: Sequence[Fitted], path: Path) -> None:
             examples[feature.name + LENGTH] = torch.tensor([5, 2, 0])
         else:
             examples[feature.name] = torch.zeros(3, input_width(feature))
+        shapes.append({0: batch})
+    if isinstance(tower, WithPopularity) and tower.of_items:
+        examples[POPULARITY] = torch.zeros(3, 2)
         shapes.append({0: batch})
     names = [f"input.{name}" for name in examples]
     export(_ByPosition(tower, list(examples)), tuple(examples.values()), names, VECTOR, tuple(shapes), path)
@@ -118,6 +122,7 @@ class OnnxTower:
 
     def __init__(self, path: Path, features: Sequence[Fitted], tables: Mapping[str, Table], threads: int = 1) -> None:
         self._session = open_session(path, threads)
+        self._preference = any(one.name == f"input.{POPULARITY}" for one in self._session.get_inputs())
         self._features = tuple(features)
         self._tables = tables
 
@@ -129,6 +134,6 @@ class OnnxTower:
 
     def encode(self, columns: Mapping[str, Column]) -> Floats:
         """Vectors (B, D), or (B, K, D) of interests, from encoded columns."""
-        inputs = tower_inputs(self._features, columns, self._tables)
+        inputs = tower_inputs(self._features, columns, self._tables, self._preference)
         vectors: Floats = self._session.run([VECTOR], {f"input.{name}": value for name, value in inputs.items()})[0]
         return vectors

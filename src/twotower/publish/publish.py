@@ -205,8 +205,8 @@ def publish(
 def _write_vector_channel(folder: Path, model: TwoTower, samples: Samples, vectors: Any) -> None:
     folder.mkdir(parents=True)
     features = model.features
-    export_tower(model.user_tower, (*features.user, *features.context), folder / "user_tower.onnx")
-    export_tower(model.item_tower, features.item, folder / "item_tower.onnx")
+    export_tower(model.served_user_tower, (*features.user, *features.context), folder / "user_tower.onnx")
+    export_tower(model.served_item_tower, features.item, folder / "item_tower.onnx")
     save_tables({name: table.weights for name, table in model.tables.items()}, folder)
     save(features, folder)
     write_table(folder / "items.arrow", pa.table({c.ITEM_ID: samples.items.ids, c.VECTOR: to_arrow(vectors)}))

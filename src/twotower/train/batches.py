@@ -60,8 +60,6 @@ class Batch:
     hard: RowNegatives | None
     weight: Reals
     """(B,)"""
-    preferred: Reals | None
-    """(B,) what the logit of each positive is raised by in the end; None = nothing."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,6 @@ class BatchMaker:
         half_life_days: of the weight of a positive, counted back from the latest request; None = age does not matter.
         uncorrected: easy negatives count alike, whatever `corrected` says: for experiments.
         in_time_order: an epoch goes through the positives as they were clicked; else it shuffles them.
-        preferred: (N,) what the logit of each item is raised by in the end, and so is lowered by in training.
 
     Raises:
         DataError: an epoch has fewer than two rows, or `batch_size` is below 2.
@@ -128,7 +125,6 @@ class BatchMaker:
         half_life_days: float | None = None,
         uncorrected: bool = False,
         in_time_order: bool = False,
-        preferred: npt.NDArray[np.float64] | None = None,
     ) -> None:
         self._samples = samples
         self._batch_size = batch_size
@@ -139,7 +135,6 @@ class BatchMaker:
         self._corrected = corrected
         self._uncorrected = uncorrected
         self._hard = hard
-        self._preferred = preferred
         self._horizon = horizon
         self._items = Compactor(len(samples.items))
         self._users = Compactor(len(samples.users))
@@ -300,7 +295,6 @@ class BatchMaker:
             easy,
             rejected,
             self._weight[rows],
-            None if self._preferred is None else self._preferred[item_row].astype(np.float32),
         )
 
     def _draw_easy(self, item_row: Longs, generator: np.random.Generator) -> Longs:
@@ -326,8 +320,7 @@ class BatchMaker:
         if self._uncorrected:
             return np.zeros(len(items))
         expected = self._easy.log_expected(items, self._frequency.log_q(items), self._easy.draws(batch))
-        log_weight = -expected if self._corrected else self._easy.log_target(items) - expected
-        return log_weight if self._preferred is None else log_weight - self._preferred[items]
+        return -expected if self._corrected else self._easy.log_target(items) - expected
 
     def _observe(self, item_row: npt.NDArray[np.int32]) -> None:
         """Let q learn from the rows as fed, after its use: an estimate that has seen the batch favours it."""

@@ -26,7 +26,7 @@ from twotower.features.feature_set import load as load_features
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.models.ranker import Ranker, RankerShape
 from twotower.models.towers import Network
-from twotower.models.two_tower import TwoTower
+from twotower.models.two_tower import PREFERENCE, TwoTower
 from twotower.schema.errors import DataError
 from twotower.schema.files import MANIFEST, check_listing, folder_listing, read_json, whole_folder, write_json
 from twotower.train.negatives import CountedFrequency, StreamingFrequency
@@ -61,6 +61,8 @@ class Shape:
     """Vectors of a user, found by routing the click history; 0 = one vector, no routing."""
     rounds: int = 3
     """Of the routing."""
+    popularity: bool = False
+    """Vectors are served with two numbers more, for popularity alone."""
 
     def features_of(self, features: FeatureSet) -> FeatureSet:
         """What a model of this shape reads, out of all features.
@@ -156,7 +158,7 @@ def load_model(checkpoint: Checkpoint) -> TwoTower:
     towers = {side: Network(**described[side]) for side in ("user", "item")}
     shape = Shape(**{**described, **towers})
     features = shape.features_of(load_features(checkpoint.path))
-    model = TwoTower(features, shape.dimension, shape.user, shape.item, shape.dropout, seed=0)
+    model = TwoTower(features, shape.dimension, shape.user, shape.item, shape.dropout, 0, shape.popularity)
     _restore_model(model, load_file(checkpoint.path / TENSORS))
     return model.eval()
 
@@ -180,6 +182,8 @@ def take_over(checkpoint: Checkpoint, model: TwoTower, optimizer: torch.optim.Ad
     try:
         model.load_state_dict({k.removeprefix("dense."): v for k, v in tensors.items() if k.startswith("dense.")})
         for name, table in model.tables.items():
+            if name == PREFERENCE:  # of this run's own counts
+                continue
             weights, accumulator = (tensors[f"{kind}.{name}"].numpy() for kind in ("table", "accumulator"))
             rows = np.arange(len(table.weights))
             if (vocabulary := model.features.vocabularies.get(name)) is not None:

@@ -81,17 +81,17 @@ class Loss:
     """How much more than the softmax says items of many clicks are preferred: see `preferred`."""
 
     def preferred(self, clicks: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """What each item's logit is raised by in the end, popularity x log P(item), as (N,).
+        """What each item's product with any user's vector is raised by when the training is over, as (N,).
 
-        A softmax over logits from which this is taken in training leaves it in the cosine: log P(item | user) +
-        popularity x log P(item) (logit adjustment, Menon et al. 2021, eq. 10; there it favours rare classes). The
-        embeddings of rare items are fitted to their few clicks, and promise more than they keep.
+        The softmax leaves log P(item | user) in the product over the temperature; this adds popularity x log P(item)
+        (logit adjustment, Menon et al. 2021, eq. 9; there it favours rare classes). The embeddings of rare items
+        are fitted to their few clicks, and promise more than they keep.
 
         Args:
             clicks: (N,) of each item; without any it counts as one.
         """
         log_share: npt.NDArray[np.float64] = np.log(np.maximum(clicks, 1)) - np.log(max(clicks.sum(), 1))
-        return self.popularity * log_share
+        return self.temperature * self.popularity * log_share
 
     @property
     def corrected(self) -> bool:
@@ -262,14 +262,15 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
         half_life_days,
         negatives.uncorrected_for_experiments,
         in_time_order,
-        loss.preferred(samples.item_positives) if loss.popularity else None,
     )
     form = loss.form()
-    model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed)
+    model = TwoTower(samples.features, shape.dimension, shape.user, shape.item, shape.dropout, seed, shape.popularity)
     model.calibrate(loss.scale)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, foreach=True)
     if warm is not None:
         take_over(warm, model, optimizer, decay)
+    if shape.popularity:
+        model.prefer(samples.items.features, loss.preferred(samples.item_positives))
     assembler = StepAssembler(model.features, model.tables)
     progress = resume(folder, model, optimizer, frequency) or Progress(0, 0, 0, 0.0, math.nan)
     if progress.rows:
@@ -285,7 +286,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
             users, items = model.user_tower(inputs.user), model.item_tower(inputs.item)
             if shape.interests:
                 users = label_aware(users, items[torch.from_numpy(batch.positive)], sharpness)
-            total = _loss(form, users, items, batch, hard_part.share, model.calibration, loss.temperature)
+            total = _loss(form, users, items, batch, hard_part.share, model.calibration)
             optimizer.zero_grad()
             total.backward()  # type: ignore[no-untyped-call]
             rate = 1 - progress.rows / (epochs * batches.rows) if schedule == "linear" else 1.0
@@ -336,7 +337,6 @@ def _loss(
     batch: Batch,
     hard_share: float,
     calibration: Tensor,
-    temperature: float,
 ) -> Tensor:
     """The loss of a step from the vectors of its users (B, D) and distinct items (C, D).
 
@@ -346,19 +346,13 @@ def _loss(
     positive, weight = torch.from_numpy(batch.positive), torch.from_numpy(batch.weight)
     share = weight / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
     loss = torch.zeros(())
-    handicap = None if batch.preferred is None else temperature * torch.from_numpy(batch.preferred)
-    parts = [(batch.easy, share * (1 - hard_share), handicap), (batch.hard, share * hard_share, None)]
-    for part, part_share, off in parts:
+    for part, part_share in ((batch.easy, share * (1 - hard_share)), (batch.hard, share * hard_share)):
         if isinstance(part, SharedNegatives):
             log_weight = torch.from_numpy(part.log_weight)
-            loss = loss + shared_loss(
-                form, users, items, positive, log_weight, part.mask, part_share, calibration, handicap=off
-            )
+            loss = loss + shared_loss(form, users, items, positive, log_weight, part.mask, part_share, calibration)
         elif isinstance(part, RowNegatives):
             places, log_weight = torch.from_numpy(part.places), torch.from_numpy(part.log_weight)
-            loss = loss + row_loss(
-                form, users, items, positive, places, log_weight, part_share, calibration, handicap=off
-            )
+            loss = loss + row_loss(form, users, items, positive, places, log_weight, part_share, calibration)
     return loss
 
 

@@ -127,7 +127,6 @@ class Learner:
     def _prepare(self) -> None:
         learning = self.learning
         self._easy = EasyNegatives(learning.shares, learning.alpha, learning.negatives, True, self.clicks)
-        self._preferred = learning.loss.preferred(self.clicks)
         self._place = np.full(len(self.vectors), -1, np.int64)
         self._readers = _readers_of(self.model, self._columns)
         self._tokens = np.zeros(len(self.vectors), np.int32)
@@ -204,7 +203,7 @@ class Learner:
         user = {name: x if ("user", name) in moving else x.detach() for name, x in inputs.user.items()}
         item = {name: x if ("item", name) in moving else x.detach() for name, x in inputs.item.items()}
         users, items = self.model.user_tower(user), self.model.item_tower(item)
-        others = torch.from_numpy(self.vectors[negatives])
+        others = torch.from_numpy(self.model.as_trained(self.vectors[negatives]))
         if learning.negatives_move:
             others = items[torch.from_numpy(place[len(rows) :])]
         mask = self._mask(negatives, rows.item_row, rows.clicked)
@@ -217,7 +216,6 @@ class Learner:
             mask,
             torch.from_numpy(rows.weight / np.float32(learning.scale)),
             self.model.calibration,
-            handicap=torch.from_numpy((learning.loss.temperature * self._preferred[rows.item_row]).astype(np.float32)),
         )
         if total.requires_grad:
             total.backward()  # type: ignore[no-untyped-call]
@@ -282,7 +280,7 @@ class Learner:
         with np.errstate(divide="ignore"):
             frequency = np.log(np.bincount(self.recent, minlength=len(self.vectors))[negatives]) - np.log(max(size, 1))
         expected = self._easy.log_expected(negatives, frequency, draws)
-        log_weight = np.log(copies) - expected - self._preferred[negatives]
+        log_weight = np.log(copies) - expected
         if not learning.loss.corrected:
             log_weight = log_weight + self._easy.log_target(negatives)
         return negatives, log_weight.astype(np.float32)
