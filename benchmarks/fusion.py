@@ -59,11 +59,8 @@ CASES = {
         "globo.toml",
         [CHANNELS, "fusion.users=6000"],
     ),
-    # Fewer epochs than the example: two trainings, on all events and on those before validation, are the cost here.
     "gowalla": Case(
-        ["interactions", "gowalla/train.parquet", "--test", "gowalla/test.parquet"],
-        "ids_only.toml",
-        [CHANNELS, "train.epochs=10"],
+        ["interactions", "gowalla/train.parquet", "--test", "gowalla/test.parquet"], "ids_only.toml", [CHANNELS]
     ),
 }
 
