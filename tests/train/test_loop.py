@@ -16,6 +16,7 @@ from twotower.features.feature_set import FeatureSet
 from twotower.models.embedding import EmbeddingTable
 from twotower.models.losses import sampled_softmax
 from twotower.models.towers import Network
+from twotower.models.two_tower import PREFERENCE
 from twotower.samples.read import Clicks, Entities, Positives, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
@@ -377,3 +378,32 @@ def hard_share_of_the_gradient(size: int, share: float) -> float:
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_hard_negatives_have_their_share_of_the_gradient_however_large_the_catalogue(size: int, share: float) -> None:
     assert hard_share_of_the_gradient(size, share) == pytest.approx(share, abs=0.015)
+
+
+@pytest.mark.parametrize("half_life_days", [None, 1.0])
+def test_what_is_popular_fades_with_the_clicks(
+    build_world: BuildWorld, tmp_path: Path, half_life_days: float | None
+) -> None:
+    """Item 0 has three clicks, item 1 four that are two half-lives older; item 2 has none."""
+    day_ms = 86_400_000
+    events = [
+        SimpleNamespace(user=i, item=item, request_ms=at, click_ms=at + 1, weight=1.0)
+        for i, (item, at) in enumerate([(0, 2 * day_ms)] * 3 + [(1, 0)] * 4)
+    ]
+    samples = build_world(events, len(events), 3)
+    shape = Shape(4, Network("dnn", ()), Network("dnn", ()), 0.0, popularity=True)
+    report = run(
+        samples,
+        tmp_path,
+        shape,
+        loss=Loss(temperature=0.5, popularity=0.4),
+        half_life_days=half_life_days,
+        epochs=1,
+        batch_size=4,
+    )
+    model = load_model(open_checkpoint(Path(report.checkpoint)))
+    bias = model.tables[PREFERENCE].weights[np.asarray(samples.items.features["item_id"])][:, 0]
+    clicks = np.array([3, 4, 1] if half_life_days is None else [3, 1, 0.5**10])
+    wanted = 0.5 * 0.4 * np.log(clicks)
+    middle = (wanted.max() + wanted.min()) / 2
+    np.testing.assert_allclose(bias, (wanted - middle) / np.sqrt(1 + np.ptp(wanted) ** 2 / 4), atol=1e-6)

@@ -539,7 +539,7 @@ class Train:
     popularity: NotNegative = 0.0
     """`sampled_softmax`, `corrected_log_q`, `bsl`: how much more than the softmax says items of many clicks are
     preferred: candidates are ordered by log P(item | user) + this x log P(item), by two numbers more in all vectors.
-    Choose it on a validation part, 0 to 0.6."""
+    Choose it on a validation part, 0 to 0.6. With `half_life_days`, older clicks count for less here, too."""
     batch_size: Positive = 4096
     """Positives in a step."""
     epochs: Positive = 10

@@ -141,7 +141,7 @@ class BatchMaker:
         self._column = np.full(len(samples.items), -1, np.int32)
         self._weight = samples.positives.weight
         if half_life_days is not None:
-            self._weight = self._weight * _freshness(samples, half_life_days)
+            self._weight = self._weight * freshness(samples, half_life_days)
         self._weak = len(samples.positives) > int(samples.item_positives.sum())
         pairs = _clicked_pairs(samples)
         self._pairs = pairs if easy and not easy.shared else None
@@ -403,15 +403,19 @@ def some_missing(feature: Fitted, column: Column, share: float, generator: np.ra
     return take(concatenate([column, feature.absent(count)]), np.arange(count) + count * silent)
 
 
-def _freshness(samples: Samples, half_life_days: float) -> Reals:
-    """How much each positive (P,) counts for its age: 1 for the latest, half of it a half-life before."""
+def freshness(samples: Samples, half_life_days: float) -> Reals:
+    """How much each positive (P,) counts for its age: 1 for the latest, half of it a half-life before.
+
+    Raises:
+        ConfigError: the positives have no time.
+    """
     if not samples.timed:
         raise ConfigError(
             "train.half_life_days weighs positives by their age, and the events have no time: leave it out"
         )
     days = (samples.positives.ts_ms.max(initial=0) - samples.positives.ts_ms) / 86_400_000
-    freshness: Reals = np.exp2(-days / half_life_days).astype(np.float32)
-    return freshness
+    fresh: Reals = np.exp2(-days / half_life_days).astype(np.float32)
+    return fresh
 
 
 def rows_of_epoch(samples: Samples) -> int:

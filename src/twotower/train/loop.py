@@ -29,7 +29,7 @@ from twotower.models.two_tower import StepAssembler, TwoTower
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
-from twotower.train.batches import Batch, BatchMaker, RowNegatives, SharedNegatives, fed_frequency
+from twotower.train.batches import Batch, BatchMaker, RowNegatives, SharedNegatives, fed_frequency, freshness
 from twotower.train.checkpoint import (
     FINISHED,
     Checkpoint,
@@ -80,7 +80,7 @@ class Loss:
     popularity: float = 0.0
     """How much more than the softmax says items of many clicks are preferred: see `preferred`."""
 
-    def preferred(self, clicks: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def preferred(self, clicks: npt.NDArray[np.float64], least: float) -> npt.NDArray[np.float64]:
         """What each item's product with any user's vector is raised by when the training is over, as (N,).
 
         The softmax leaves log P(item | user) in the product over the temperature; this adds popularity x log P(item)
@@ -88,10 +88,11 @@ class Loss:
         are fitted to their few clicks, and promise more than they keep.
 
         Args:
-            clicks: (N,) of each item; without any it counts as one.
+            clicks: (N,) of each item, older ones for less where age matters.
+            least: an item counts as no fewer.
         """
-        log_share: npt.NDArray[np.float64] = np.log(np.maximum(clicks, 1)) - np.log(max(clicks.sum(), 1))
-        return self.temperature * self.popularity * log_share
+        log_clicks: npt.NDArray[np.float64] = np.log(np.maximum(clicks, least))
+        return self.temperature * self.popularity * log_clicks
 
     @property
     def corrected(self) -> bool:
@@ -270,7 +271,7 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
     if warm is not None:
         take_over(warm, model, optimizer, decay)
     if shape.popularity:
-        model.prefer(samples.items.features, loss.preferred(samples.item_positives))
+        model.prefer(samples.items.features, loss.preferred(*_clicks_of_items(samples, half_life_days)))
     assembler = StepAssembler(model.features, model.tables)
     progress = resume(folder, model, optimizer, frequency) or Progress(0, 0, 0, 0.0, math.nan)
     if progress.rows:
@@ -328,6 +329,17 @@ def train(  # noqa: PLR0912, PLR0915  one loop, top to bottom
     return TrainReport(
         str(folder / FINISHED), progress.rows, round(speed, 1), progress.last_loss, round(clock() - started, 3)
     )
+
+
+def _clicks_of_items(samples: Samples, half_life_days: float | None) -> tuple[npt.NDArray[np.float64], float]:
+    """Clicks of each item (N,), older ones for less, and the least that is told from none: one, or one ten half-lives
+    before the latest.
+    """
+    if half_life_days is None:
+        return samples.item_positives.astype(np.float64), 1.0
+    weights = freshness(samples, half_life_days)
+    faded = np.bincount(samples.positives.item_row, weights, len(samples.items)).astype(np.float64)
+    return faded, 0.5**10
 
 
 def _loss(
