@@ -36,6 +36,7 @@ NETWORKS = {
     "dcn": ['models.user_tower.network="dcn"', 'models.item_tower.network="dcn"'],
 }
 HIDDEN = ["models.user_tower.layers=[256, 128]", "models.item_tower.layers=[256, 128]"]
+NONE_PREFERRED = ["train.popularity=0"]
 IDS = [
     'features.user={ user_id = { kind = "categorical" } }',
     'features.item={ item_id = { kind = "categorical" } }',
@@ -43,14 +44,17 @@ IDS = [
 ]
 POINTWISE = [
     'train.loss="pointwise"',
+    *NONE_PREFERRED,
     "samples.negatives.easy={ in_batch = 0, uniform = 1 }",
     "samples.negatives.shared=false",
 ]
 PLAIN = [
+    *NONE_PREFERRED,
     *("models.dimension=64", "train.temperature=0.07", "train.id_dropout=0.1"),
     'train.schedule="constant"',
 ]
 UNTUNED = [
+    *NONE_PREFERRED,
     *("train.temperature=0.07", "train.batch_size=4096", "train.learning_rate=0.001"),
     *("train.table_learning_rate=0.05", "train.id_dropout=0.1"),
 ]
@@ -63,7 +67,7 @@ def encoder(name: str) -> list[str]:
 
 # Of each data set: rows of a table, by what is different from the example configuration.
 ENCODERS = {
-    f"{network}, {name}": [*NETWORKS[network], *HIDDEN, *encoder(name)]
+    f"{network}, {name}": [*NETWORKS[network], *HIDDEN, *encoder(name), *NONE_PREFERRED]
     for network in NETWORKS
     for name in ("mean", "attention", "transformer")
 }
@@ -79,15 +83,17 @@ TABLES: dict[str, dict[str, dict[str, list[str]]]] = {
             "features, the history instead of the user's id": [*HIDDEN, *PLAIN, "train.horizon=0"],
             "a horizon of 1000 clicks": [*HIDDEN, *PLAIN],
             "no hidden layers": PLAIN,
-            "128 numbers, temperature 0.1, a linear schedule": [],
+            "128 numbers, temperature 0.1, a linear schedule": NONE_PREFERRED,
+            "popular items preferred": [],
         },
         "kuairand": {
             "ids alone, pointwise, 4 uniform negatives": [*IDS, *POINTWISE, *HIDDEN, *NETWORKS["dnn"], *UNTUNED],
             "softmax, in-batch negatives, log q": [*IDS, *HIDDEN, *NETWORKS["dnn"], *UNTUNED],
             "features, context and histories": [*HIDDEN, *NETWORKS["dnn"], *UNTUNED],
             "no hidden layers": [*NETWORKS["dnn"], *UNTUNED],
-            "temperature, rates and batch by trials": [*NETWORKS["dnn"], "train.id_dropout=0.2"],
-            "crosses in the user tower, more id dropout": [],
+            "temperature, rates and batch by trials": [*NETWORKS["dnn"], "train.id_dropout=0.2", *NONE_PREFERRED],
+            "crosses in the user tower, more id dropout": NONE_PREFERRED,
+            "popular items preferred": [],
         },
     },
 }
