@@ -39,7 +39,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
     path = tmp_path_factory.mktemp("world") / "workspace"
     simulate_workspace(path, users=300, items=300, days=3, seed=1)
     overrides = [f"workspace.path={path}", "train.epochs=2", "train.batch_size=256", "models.dimension=16", FEW]
-    overrides.append("train.popularity=0.2")  # other worlds have none
     settings = load(Path(__file__).parents[1] / "examples" / "demo.toml", overrides)
     run_line(settings, promoted=True)
     return settings

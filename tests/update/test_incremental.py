@@ -440,3 +440,40 @@ def test_histories_are_read_where_the_item_tower_has_no_ids(tmp_path: Path, happ
     assert expected.rows.any()
     assert encoded.user["history"].rows.tolist() == expected.rows.tolist()
     assert chain.make(plan).refused == []
+
+
+def test_numbers_for_popularity_stay_as_they_are_and_a_new_item_has_the_least(tmp_path: Path, happen, clicks) -> None:
+    simulate_workspace(tmp_path / "world", users=100, items=100, days=3, seed=2)
+    kind = {"kind": "categorical"}
+    document = {
+        "workspace": {"path": str(tmp_path / "world")},
+        "features": {
+            "user": {"user_id": kind, "history": {"kind": "sequence"}},
+            "item": {"item_id": kind, "category": kind},
+        },
+        "models": {"dimension": 8, "channels": ["two_tower", "item_cf", "popular"]},
+        "train": {"epochs": 1, "batch_size": 64, "popularity": 0.4},
+        "samples": {"vocabulary_room": 1},
+    }
+    settings = parse(document)
+    run_line(settings, promoted=True)
+    version = open_served(settings)
+    files = folder_listing(version.path)
+    assert version.item_vectors.shape[1] == 10
+    new, user, begin = "zz new", version.users.ids[0].as_py(), version.watermark_ms + 1
+    put = item_event("i", begin, new, {"category": version.catalogue.column("category")[0].as_py()}, None)
+    of_new = [Event(f"e{n}", "click", user, begin + n, body={"item_id": new}) for n in range(20)]
+    happen(settings, [put, *of_new, *clicks(settings, 30, seed=1)])
+    run(settings)
+    laid = snapshots(settings).version
+    assert laid.delta_seq >= 1
+    assert folder_listing(version.path) == files
+    vectors = np.asarray(laid.item_vectors[np.arange(len(laid.item_ids))])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    before = np.asarray(version.item_vectors)
+    moved = np.abs(vectors[: len(before), :-2] - before[:, :-2]).max(axis=1) > 1e-4
+    assert moved.any()
+    np.testing.assert_allclose(vectors[: len(before), -2:], before[:, -2:], atol=1e-6)
+    of_delta = next(delta for delta in reversed(deltas(settings)) if new in delta.item_ids.to_pylist())
+    learned = of_delta.item_vectors[of_delta.item_ids.to_pylist().index(new)]
+    np.testing.assert_allclose(learned[-2], before[:, -2].min(), atol=1e-6)
