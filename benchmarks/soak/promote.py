@@ -10,6 +10,7 @@ a request was due, so that waiting behind a slow one is part of them. The last l
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import platform
@@ -44,6 +45,8 @@ from twotower.serve.users import Recent
 
 ROOT = Path(__file__).parents[2]
 CONNECTIONS = 8
+PATIENCE_S = 30.0
+"""Until a promoted version has to be seen: a busy machine comes to it late."""
 K = 20
 
 
@@ -89,14 +92,14 @@ def variant(versions: Path, number: int) -> str:
     return version_id
 
 
-def load_server(url: str, users: list[Any], rate: float, seconds: float, seen: Seen) -> list[threading.Thread]:
-    """Threads that send requests when they are due, each over one connection."""
+def load_server(url: str, users: list[Any], rate: float, enough: threading.Event, seen: Seen) -> list[threading.Thread]:
+    """Threads that send requests when they are due, each over one connection, until there are enough."""
     address, started = urlsplit(url), time.monotonic() + 0.1
 
     def work(number: int) -> None:
         generator = random.Random(number)
         with closing(http.client.HTTPConnection(address.hostname, address.port, timeout=10)) as connection:
-            for turn in range(int(seconds * rate / CONNECTIONS)):
+            for turn in itertools.takewhile(lambda _: not enough.is_set(), itertools.count()):
                 due = started + (turn * CONNECTIONS + number) / rate
                 time.sleep(max(0.0, due - time.monotonic()))
                 user_id = generator.choice(users)
@@ -149,15 +152,20 @@ def soak(settings: Settings, seconds: float, promotions: int, rate: float) -> di
         assert server.stdout is not None
         try:
             url = json.loads(server.stdout.readline())["url"]
-            seen = Seen()
-            threads = load_server(url, users, rate, seconds, seen)
-            for name in names:
+            seen, enough = Seen(), threading.Event()
+            threads = load_server(url, users, rate, enough, seen)
+            try:
+                for name in names:
+                    time.sleep(seconds / (promotions + 1))
+                    promote(versions, name)
+                    latest = time.monotonic() + PATIENCE_S
+                    while time.monotonic() < latest and seen.answers[-1][1]["version"] != name:
+                        time.sleep(0.02)  # on a busy machine the server may come to it later
                 time.sleep(seconds / (promotions + 1))
-                promote(versions, name)
-                while any(map(threading.Thread.is_alive, threads)) and seen.answers[-1][1]["version"] != name:
-                    time.sleep(0.02)  # on a busy machine the server may come to it later
-            for thread in threads:
-                thread.join()
+            finally:
+                enough.set()
+                for thread in threads:
+                    thread.join()
         finally:
             server.terminate()
     p50, p99 = np.percentile(seen.latencies_ms, [50, 99])
