@@ -51,13 +51,13 @@ CASES = {
             # Three single days: the two days that the test has would leave three quarters of the clicks to learn from.
             'tune.holdout="since:2022-05-02"',
             "fusion.parts=3",
-            "fusion.users=4500",
+            "fusion.users=13500",
         ],
     ),
     "globo": Case(
         ["globo", "globo/", "--holdout", "since:2017-10-10", "--until", "2017-10-10"],
         "globo.toml",
-        [CHANNELS, "fusion.users=6000"],
+        [CHANNELS, "fusion.users=20000"],
     ),
     "gowalla": Case(
         ["interactions", "gowalla/train.parquet", "--test", "gowalla/test.parquet"], "ids_only.toml", [CHANNELS]

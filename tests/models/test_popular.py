@@ -105,3 +105,17 @@ def test_with_a_half_life_older_clicks_count_less(tmp_path: Path) -> None:
 def test_a_half_life_without_time_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="half_life_days counts by time"):
         Popular.of(samples_of(tmp_path, untimed=True), None, None, 1.0)
+
+
+def test_with_gravity_an_item_that_is_young_stands_higher(tmp_path: Path) -> None:
+    samples = samples_of(tmp_path)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([0]), {}, None)
+    found = Popular.of(samples, None, None, half_life_days=1.0, gravity=1.0).retrieve(queries, 3)
+    # As above, over 1 + the days since the first click: item 11 none, 12 one, 10 two.
+    assert found.rows[0].tolist() == [1, 2, 0]
+    assert found.scores[0] == pytest.approx([2.0, 2.5 / 2, 1.25 / 3], abs=1e-3)
+
+
+def test_gravity_without_a_half_life_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gravity = 0\.5 counts an item's age in half-lives"):
+        Popular.of(samples_of(tmp_path), None, None, gravity=0.5)

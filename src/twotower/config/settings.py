@@ -357,6 +357,8 @@ class Popular:
     """Count the last days alone, such as 0.25; absent = all."""
     half_life_days: PositiveReal | None = None
     """A click that is so much older than the latest counts half; absent = all count alike."""
+    gravity: Annotated[float, Field(ge=0)] = 0.0
+    """With a half-life: an item's clicks are divided by (1 + age / half-life)^this; its age is that of its first."""
     segment: str | None = None
     """A categorical or bucketed feature of users or context, each value of which has a list; absent = one for all."""
 
@@ -662,7 +664,7 @@ class Fusion:
     """Candidates that each channel is asked for where several are fused, and at least as many as are wanted."""
     k: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [200, 500])
     """Lengths of the list at which `twotower fuse` raises recall, their mean."""
-    users: Positive = 2000
+    users: Positive = 5000
     """Users of validation that it looks at, at most, evenly from all parts."""
     parts: Positive = 1
     """Validation parts that it looks at: each is held out of what the one after it left to learn from, such as a day

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ BENDS = (0.25, 4.0)
 ROUNDS = 3
 """Times that every channel is looked at, at most."""
 RESAMPLES = 1000
+BLOCK = 32
+"""Users whose scores are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,18 @@ class _Search:
         hit = np.isin(owners[:, None] * size + union.rows, np.repeat(owners, counts) * size + truth.rows)
         return cls(union, hit & (union.rows != PADDING), counts, part, ks)
 
-    def of_users(self, users: npt.NDArray[np.bool_]) -> "_Search":
+    @cached_property
+    def hits(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """User and column of every hit."""
+        user, column = np.nonzero(self.hit)
+        return user, column
+
+    @cached_property
+    def blocks(self) -> list["_Search"]:
+        """The users a few at a time, so that their scores stay in the processor's cache."""
+        return [self.of_users(slice(at, at + BLOCK)) for at in range(0, len(self.counts), BLOCK)]
+
+    def of_users(self, users: npt.NDArray[np.bool_] | slice) -> "_Search":
         union = Union(self.union.channels, self.union.rows[users], self.union.ranks[:, users], self.union.depth)
         return _Search(union, self.hit[users], self.counts[users], self.part[users], self.ks)
 
@@ -191,9 +205,8 @@ class _Search:
                     tried += [self._bent(base, base.constant * bend) for bend in BENDS]
                 tried += [_Term(0.0, base.constant)] if sum(term.weight > 0 for term in terms) > 1 else []
                 tried = [term for term in tried if term != terms[channel]]
-                others = self._total(method, [*terms[:channel], _Term(0.0, 1.0), *terms[channel + 1 :]])
-                means = [self._mean_at(self._add(method, others, channel, term)) for term in tried]
-                first = int(np.argmax([mean.mean() for mean in means]))
+                means = self._means_of(method, terms, channel, tried)
+                first = int(means.mean(axis=1).argmax())
                 if self._is_gain(means[first] - now):
                     terms[channel], now, moved = tried[first], means[first], True
             if not moved:
@@ -229,28 +242,26 @@ class _Search:
     def _total(self, method: str, terms: Sequence[_Term]) -> Floats:
         total = self.union.nothing(method)
         for channel, term in enumerate(terms):
-            total = self._add(method, total, channel, term)
+            if term.weight:
+                total = _added(method, total, self._unit(method, channel, term.constant), term.weight)
         return total
 
-    def _add(self, method: str, total: Floats, channel: int, term: _Term) -> Floats:
-        if not term.weight:
-            return total
-        if method == RRF:
-            return total + self.union.reciprocal(channel, term.weight, term.constant)
-        return np.maximum(total, self.union.due(channel, term.weight))
+    def _unit(self, method: str, channel: int, constant: float) -> Floats:
+        """(B, M) what the channel says with a weight of 1."""
+        return self.union.reciprocal(channel, 1.0, constant) if method == RRF else self.union.due(channel, 1.0)
 
     def _at_each(self, scores: Floats) -> Floats:
         """(B, k) recall by scores (B, M), as `Union.best` decides, but for the hits alone."""
-        most = scores.shape[1]
-        within = [k for k in self.ks if k < most]
-        ordered = np.partition(scores, [most - k for k in within], axis=1) if within else scores
-        user, column = np.nonzero(self.hit)
+        user, column = self.hits
         score = scores[user, column]
         recall = np.empty((len(self.counts), len(self.ks)))
-        for at, k in enumerate(self.ks):
+        top = scores
+        for at, k in sorted(enumerate(self.ks), key=lambda pair: -pair[1]):
             inside = np.isfinite(score)
-            if k < most:
-                last = ordered[:, most - k]
+            if k < scores.shape[1]:
+                # One place at a time: numpy finds a single one several times faster than two.
+                top = np.partition(top, top.shape[1] - k, axis=1)[:, -k:]
+                last = top[:, 0]
                 inside &= score >= last[user]
                 for tie in np.flatnonzero(inside & (score == last[user])):
                     row, limit = scores[user[tie]], score[tie]
@@ -258,18 +269,33 @@ class _Search:
             recall[:, at] = np.bincount(user[inside], minlength=len(self.counts)) / self.counts
         return recall
 
-    def _mean_at(self, scores: Floats) -> Floats:
-        mean: Floats = self._at_each(scores).mean(axis=1)
+    def _mean_of(self, method: str, terms: Sequence[_Term]) -> Floats:
+        mean: Floats = self._means_of(method, terms, 0, terms[:1])[0]
         return mean
 
-    def _mean_of(self, method: str, terms: Sequence[_Term]) -> Floats:
-        return self._mean_at(self._total(method, terms))
+    def _means_of(self, method: str, terms: Sequence[_Term], channel: int, tried: Sequence[_Term]) -> Floats:
+        """(T, B) mean recall with each of T terms in the place of the channel's."""
+        return np.concatenate([block._means_here(method, terms, channel, tried) for block in self.blocks], axis=1)
+
+    def _means_here(self, method: str, terms: Sequence[_Term], channel: int, tried: Sequence[_Term]) -> Floats:
+        others = self._total(method, [*terms[:channel], _Term(0.0, 1.0), *terms[channel + 1 :]])
+        units = {at: self._unit(method, channel, at) for at in {term.constant for term in tried}}
+        each = (_added(method, others, units[term.constant], term.weight) for term in tried)
+        means: Floats = np.stack([self._at_each(scores).mean(axis=1) for scores in each])
+        return means
 
     def _is_gain(self, change: Floats) -> bool:
         return _is_gain(change, self.part)
 
     def _mean(self, terms: Sequence[_Term]) -> float:
         return float(self._mean_of(RRF, terms).mean())
+
+
+def _added(method: str, total: Floats, unit: Floats, weight: float) -> Floats:
+    if not weight:
+        return total
+    summed: Floats = total + unit * weight if method == RRF else np.maximum(total, unit / weight)
+    return summed
 
 
 def _is_gain(change: npt.NDArray[Any], part: npt.NDArray[np.int64]) -> bool:

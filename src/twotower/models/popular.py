@@ -46,7 +46,12 @@ class Popular:
 
     @classmethod
     def of(
-        cls, samples: Samples, window_days: float | None, segment: str | None, half_life_days: float | None = None
+        cls,
+        samples: Samples,
+        window_days: float | None,
+        segment: str | None,
+        half_life_days: float | None = None,
+        gravity: float = 0.0,
     ) -> "Popular":
         """Order the catalogue by the positives of the last days, by how recent they are, or of each segment.
 
@@ -55,10 +60,16 @@ class Popular:
             window_days: positives older than this before the latest do not count; None = all do.
             segment: a categorical or bucketed feature of users or context; None = no segments.
             half_life_days: a positive that is so much older than the latest counts half; None = all count alike.
+            gravity: an item's count is divided by (1 + age / half_life_days)^gravity, its age being that of its first
+                positive; 0 = old and young ones alike.
 
         Raises:
-            ConfigError: a window or a half-life for data without time; no such feature.
+            ConfigError: a window or a half-life for data without time; gravity without a half-life; no such feature.
         """
+        if gravity and half_life_days is None:
+            raise ConfigError(
+                f"models.popular.gravity = {gravity} counts an item's age in half-lives: set half_life_days too"
+            )
         if window_days is None and segment is None and half_life_days is None:
             return cls.fit(samples.item_positives)
         positives = samples.positives
@@ -72,6 +83,10 @@ class Popular:
         if half_life_days is not None:
             weight = weight * 0.5 ** (age_days / half_life_days)
         size, count = len(samples.items), 1
+        if gravity and half_life_days is not None:
+            born = np.zeros(size)
+            np.maximum.at(born, positives.item_row, age_days)
+            weight = weight / (1 + born[positives.item_row] / half_life_days) ** gravity
         owner, rows = np.zeros(len(positives), np.int64), positives.item_row.astype(np.int64)
         if segment is not None:
             tokens, values = _tokens(samples, segment)
