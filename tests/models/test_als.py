@@ -51,6 +51,13 @@ def test_scores_are_the_preferences_of_a_least_squares_by_hand() -> None:
     np.testing.assert_allclose(found.scores[0], np.sort(expected)[::-1], rtol=1e-4, atol=1e-5)
 
 
+def test_items_like_an_item_are_the_nearest_by_the_cosine_of_the_factors() -> None:
+    factors = np.array([[1, 0], [3, 1], [0, 2], [0, 0], [1, 1]], np.float32)
+    found = ALS(factors, Options(2)).similar(np.array([0, 3, 2]), 3)
+    assert found.rows.tolist() == [[1, 4, 2], [-1, -1, -1], [4, 1, 0]]
+    np.testing.assert_allclose(found.scores[0], [3 / 10**0.5, 1 / 2**0.5, 0], atol=1e-6)
+
+
 def test_nobody_and_nothing_clicked_have_no_candidates(tmp_path: Path) -> None:
     channel = ALS.fit(two_tastes(), 25, Options(factors=4), threads=1, seed=0)
     found = channel.retrieve(queries([[], [20], [0]], [[], [], []]), 25)

@@ -43,6 +43,15 @@ def test_a_score_is_the_users_share_of_each_category_times_the_items_share_of_it
     np.testing.assert_allclose(found.scores[0], [expected[row] for row in (0, 2, 1)], rtol=1e-6)
 
 
+def test_items_like_an_item_are_those_of_its_categories_without_itself() -> None:
+    categories = Bag(np.array([0, 1, 3, 4, 4]), np.array([0, 0, 1, 1], np.int32))
+    items = Bag(np.array([0, 2, 4]), np.array([0, 1, 2, 1], np.int32))
+    channel = SameCategory(categories, items, np.array([0.75, 0.25, 0.8, 0.2], np.float32), last=3)
+    found = channel.similar(np.array([1, 0, 3]), 2)
+    assert found.rows.tolist() == [[2, 0], [1, -1], [-1, -1]]
+    np.testing.assert_allclose(found.scores[0], [0.5 * 0.8, 0.5 * 0.75], rtol=1e-6)
+
+
 def test_the_lists_are_those_of_a_count_by_hand(samples: Samples) -> None:
     channel = SameCategory.fit(samples, ["category", "author"], last=50, most=7)
     tokens = {name: samples.items.features[name] for name in ("category", "author")}

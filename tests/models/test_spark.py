@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from twotower.config import settings as spec
 from twotower.datasets.importers import import_dataset
 from twotower.models import item_cf, swing
@@ -19,13 +21,19 @@ def test_movielens_gives_the_same_bytes(tmp_path: Path, real_data: Callable[[str
     build_samples(tmp_path / "ml", tmp_path / "samples", spec.Features(), 8)
     samples = open_samples(tmp_path / "samples")
     items = len(samples.items)
+    weight = np.random.default_rng(0).random(len(samples.positives), np.float32)
+    weighed = item_cf.Options(items=30, interest="weight", activity=1.0)
     written: dict[str, set[bytes]] = {}
     for engine in (spec.Engine(), replace(spark, options={})):
-        for channel in (
-            ItemCF.fit(samples.clicks, items, item_cf.Options(items=100), engine),
-            Swing.fit(samples.clicks, items, swing.Options(items=100, users=200), engine),
-        ):
+        channels: dict[str, ItemCF | Swing] = {
+            "item_cf": ItemCF.fit(samples.clicks, items, item_cf.Options(items=100), engine),
+            "item_cf, weights": ItemCF.fit(
+                samples.clicks, items, weighed, engine, positives=replace(samples.positives, weight=weight)
+            ),
+            "swing": Swing.fit(samples.clicks, items, swing.Options(items=100, users=200), engine),
+        }
+        for name, channel in channels.items():
             channel.save(tmp_path)
-            written.setdefault(channel.name, set()).add((tmp_path / FILE).read_bytes())
-    assert {name: len(files) for name, files in written.items()} == {"item_cf": 1, "swing": 1}
+            written.setdefault(name, set()).add((tmp_path / FILE).read_bytes())
+    assert {name: len(files) for name, files in written.items()} == dict.fromkeys(channels, 1)
     assert min(len(file) for files in written.values() for file in files) > 1_000_000

@@ -16,7 +16,7 @@ from twotower.features.columns import Bag
 from twotower.index.build import load_index
 from twotower.index.exact import ExactIndex
 from twotower.index.protocol import PADDING, VectorIndex
-from twotower.models.retriever import Candidates, Queries
+from twotower.models.retriever import Candidates, Queries, top_of_groups
 from twotower.samples.read import Clicks
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import read_json, write_json
@@ -147,3 +147,12 @@ class ALS:
         unknown = ~vectors.any(axis=1)
         found.rows[unknown], found.scores[unknown] = PADDING, -np.inf
         return Candidates(found.rows, found.scores)
+
+    def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
+        """See `SimilarItems.similar`: by the cosine of the factors, whose length is an item's popularity."""
+        clicked = np.flatnonzero(self._factors.any(axis=1))
+        among = self._factors[clicked] / np.linalg.norm(self._factors[clicked], axis=1, keepdims=True)
+        asked = self._factors[rows] / np.maximum(np.linalg.norm(self._factors[rows], axis=1, keepdims=True), 1e-12)
+        known = asked.any(axis=1)[:, None]
+        owner, place = np.nonzero((clicked != rows[:, None]) & known)
+        return top_of_groups(owner, clicked[place], (asked @ among.T)[owner, place], len(rows), k)

@@ -15,6 +15,7 @@ import pyarrow as pa
 from twotower.features.columns import Bag, pointers, ranges
 from twotower.features.fitted import Bucket, Categories, Category
 from twotower.features.vocabulary import MISSING
+from twotower.index.protocol import Exclusions
 from twotower.models.retriever import Candidates, Queries, top_sums
 from twotower.samples.columns_file import map_columns, write_table
 from twotower.samples.read import Samples
@@ -85,19 +86,27 @@ class SameCategory:
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""
-        clicks = queries.clicks
-        ends = clicks.indptr[1:]
-        latest = np.minimum(np.diff(clicks.indptr), self._last)
-        clicked = clicks.rows[ranges(ends - latest, latest)]
-        counts = np.diff(self._categories.indptr)[clicked]
-        category = self._categories.rows[ranges(self._categories.indptr[clicked], counts)]
-        owner = np.repeat(np.repeat(np.arange(len(queries)), latest), counts)
+        ends = queries.clicks.indptr[1:]
+        latest = np.minimum(np.diff(queries.clicks.indptr), self._last)
+        return self._alike(
+            Bag(pointers(latest), queries.clicks.rows[ranges(ends - latest, latest)]), queries.exclude, k
+        )
+
+    def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
+        """See `SimilarItems.similar`: what someone would be brought who clicked the item alone."""
+        each = np.arange(len(rows) + 1)
+        return self._alike(Bag(each, rows.astype(np.int32)), Exclusions(each, rows), k)
+
+    def _alike(self, clicks: Bag, exclude: Exclusions, k: int) -> Candidates:
+        counts = np.diff(self._categories.indptr)[clicks.rows]
+        category = self._categories.rows[ranges(self._categories.indptr[clicks.rows], counts)]
+        owner = np.repeat(np.repeat(np.arange(len(clicks)), np.diff(clicks.indptr)), counts)
         kinds = max(1, len(self._items))
         distinct, times = np.unique(owner * kinds + category, return_counts=True)
         owner, category = distinct // kinds, distinct % kinds
-        share = times / np.bincount(owner, times, len(queries))[owner]
+        share = times / np.bincount(owner, times, len(clicks))[owner]
         return top_sums(
-            owner, category, share, self._items, self._share, queries.exclude, len(self._categories), len(queries), k
+            owner, category, share, self._items, self._share, exclude, len(self._categories), len(clicks), k
         )
 
 
