@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower.cli.line import channel_of, held_out, make_samples, places, train_from
+from twotower.cli.line import channel_of, make_samples, places, train_from
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
-from twotower.evaluate.holdout import Truth, ranked
+from twotower.evaluate.holdout import Truth, held_out, ranked
 from twotower.evaluate.metrics import difference, score_lists
 from twotower.samples.read import Samples, open_samples
 from twotower.train.checkpoint import load_model, open_checkpoint
@@ -79,7 +79,7 @@ def compare(data: str, folder: Path, seeds: int, changed: list[str]) -> dict[str
                 if not groups:
                     make_samples(settings)
                 samples = open_samples(places(settings).samples)
-                truth = held_out(settings, samples)
+                truth = held_out(places(settings).workspace, samples, settings.evaluate.context)
                 report = train_from(settings, samples, channel=model)
                 trained = load_model(open_checkpoint(Path(report.checkpoint)))
                 channel = channel_of(trained, samples, model)

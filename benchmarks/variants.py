@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from twotower.cli.line import channel_of, held_out, make_samples, places, train_from
+from twotower.cli.line import channel_of, make_samples, places, train_from
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
-from twotower.evaluate.holdout import judge
+from twotower.evaluate.holdout import held_out, judge
 from twotower.samples.read import open_samples
 from twotower.train.checkpoint import load_model, open_checkpoint
 
@@ -149,7 +149,8 @@ def one_table(data: str, variants: dict[str, list[str]], arguments: argparse.Nam
                 report = train_from(settings, samples)
                 times.append(round(1e6 * (time.process_time() - started) / report.rows, 2))
                 channel = channel_of(load_model(open_checkpoint(Path(report.checkpoint))), samples)
-                found.append(round(judge(samples, channel, held_out(settings, samples), metric), 5))
+                truth = held_out(places(settings).workspace, samples, settings.evaluate.context)
+                found.append(round(judge(samples, channel, truth, metric), 5))
             rows.append(
                 {
                     "variant": variant,
