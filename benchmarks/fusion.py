@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-KS = (200, 500)
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class Case:
     """Arguments of `import`; those with a slash are paths below the data."""
     config: str
     changes: list[str]
+    ks: tuple[int, ...] = (200, 500)
+    """Lengths, for all of which one fusion is chosen."""
 
 
 CHANNELS = 'models.channels=["two_tower", "item_cf", "swing", "als", "popular"]'
@@ -54,11 +55,16 @@ CASES = {
             "fusion.users=13500",
         ],
     ),
-    "globo": Case(
-        ["globo", "globo/", "--holdout", "since:2017-10-10", "--until", "2017-10-10"],
-        "globo.toml",
-        [CHANNELS, "fusion.users=20000"],
-    ),
+    # One fusion for each length: the towers are the better channel at 200, popularity of the region at 500.
+    **{
+        f"globo_{k}": Case(
+            ["globo", "globo/", "--holdout", "since:2017-10-10", "--until", "2017-10-10"],
+            "globo.toml",
+            ["fusion.users=12000", f"fusion.k=[{k}]"],
+            (k,),
+        )
+        for k in (200, 500)
+    },
     "gowalla": Case(
         ["interactions", "gowalla/train.parquet", "--test", "gowalla/test.parquet"], "ids_only.toml", [CHANNELS]
     ),
@@ -93,7 +99,7 @@ def one_case(name: str, work: Path, arguments: argparse.Namespace) -> dict[str, 
         workspace.parent.mkdir(parents=True, exist_ok=True)
         source = [str(arguments.data / part) if "/" in part else part for part in case.source]
         twotower("import", *source, "--out", str(workspace))
-    changed = [*case.changes, f"workspace.path={workspace}", f"evaluate.channels_k={list(KS)}", *arguments.changed]
+    changed = [*case.changes, f"workspace.path={workspace}", f"evaluate.channels_k={list(case.ks)}", *arguments.changed]
     changed += ["train.epochs=1", "fusion.users=200", "evaluate.bootstrap=50"] if arguments.smoke else []
     options = ["-c", str(EXAMPLES / case.config), *(part for change in changed for part in ("--set", change))]
     if not (workspace / "samples").exists():

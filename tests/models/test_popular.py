@@ -107,15 +107,25 @@ def test_a_half_life_without_time_is_refused(tmp_path: Path) -> None:
         Popular.of(samples_of(tmp_path, untimed=True), None, None, 1.0)
 
 
-def test_with_gravity_an_item_that_is_young_stands_higher(tmp_path: Path) -> None:
+def test_with_a_prior_a_segment_of_few_clicks_follows_the_whole(tmp_path: Path) -> None:
     samples = samples_of(tmp_path)
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([0]), {}, None)
-    found = Popular.of(samples, None, None, half_life_days=1.0, gravity=1.0).retrieve(queries, 3)
-    # As above, over 1 + the days since the first click: item 11 none, 12 one, 10 two.
-    assert found.rows[0].tolist() == [1, 2, 0]
-    assert found.scores[0] == pytest.approx([2.0, 2.5 / 2, 1.25 / 3], abs=1e-3)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([0, 2]), {}, None)
+    # The whole: item 12 three times, 10 and 11 twice. Country a: 10 once, 11 twice; b: 12 three times, 10 once.
+    for channel in saved_too(Popular.of(samples, None, "country", prior=7.0), tmp_path):
+        found = channel.retrieve(queries, 3)
+        assert found.rows.tolist() == [[1, 0, 2], [2, 0, 1]]
+        np.testing.assert_allclose(found.scores, [[4, 3, 3], [6, 3, 2]], rtol=1e-6)
+        assert channel.retrieve(queries, 2).rows.tolist() == [[1, 0], [2, 0]]
+    strong = Popular.of(samples, None, "country", prior=700.0).retrieve(queries, 3)
+    assert strong.rows.tolist() == [[2, 1, 0], [2, 0, 1]]
 
 
-def test_gravity_without_a_half_life_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gravity = 0\.5 counts an item's age in half-lives"):
-        Popular.of(samples_of(tmp_path), None, None, gravity=0.5)
+def saved_too(channel: Popular, folder: Path) -> list[Popular]:
+    """The channel, and what is read when it was saved."""
+    channel.save(folder)
+    return [channel, Popular.load(folder)]
+
+
+def test_a_prior_without_a_segment_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="prior = 3 is for the lists of segments"):
+        Popular.of(samples_of(tmp_path), None, None, prior=3)

@@ -319,7 +319,7 @@ def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
         ),
         "popular": Recipe(
             asdict(popular),
-            lambda: Popular.of(samples, popular.window_days, popular.segment, popular.half_life_days, popular.gravity),
+            lambda: Popular.of(samples, popular.window_days, popular.segment, popular.half_life_days, popular.prior),
         ),
         "same_category": Recipe(
             asdict(alike), lambda: SameCategory.fit(samples, alike.attributes, alike.last, alike.items)

@@ -357,10 +357,10 @@ class Popular:
     """Count the last days alone, such as 0.25; absent = all."""
     half_life_days: PositiveReal | None = None
     """A click that is so much older than the latest counts half; absent = all count alike."""
-    gravity: Annotated[float, Field(ge=0)] = 0.0
-    """With a half-life: an item's clicks are divided by (1 + age / half-life)^this; its age is that of its first."""
     segment: str | None = None
     """A categorical or bucketed feature of users or context, each value of which has a list; absent = one for all."""
+    prior: Annotated[float, Field(ge=0)] = 0.0
+    """Clicks that each segment is given besides its own, shared out as the clicks of all are, such as 30; 0 = none."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -15,28 +15,38 @@ from twotower.samples.read import Samples
 from twotower.schema.errors import ConfigError
 
 FILE = "popular.arrow"
-_SEGMENT = b"segment"
+_SEGMENT, _PRIOR = b"segment", b"prior"
 DAY_MS = 86_400_000
 
 
 class Popular:
     """Items by falling number of clicks, ties by row; alike for everyone, or for everyone of a segment.
 
-    Where a segment's list ends, the whole's goes on, with scores below 0: its items' places there.
+    With a prior of m, a segment is given m clicks besides its own, shared out as the whole's are (Dirichlet smoothing),
+    so that few clicks do not decide. Without, where its list ends, the whole's goes on, with scores below 0: the
+    places of its items there.
 
     Args:
         lists: catalogue rows in that order: the whole's, then, if there are segments, one for each value of the
             feature, by its row of the feature's table.
         clicks: (nnz,) their clicks, older ones for less where there is a half-life.
         segment: the feature of users or context; None = there are no segments.
+        prior: clicks that a segment has from the whole; they are in the clicks of its list.
     """
 
     name = "popular"
 
-    def __init__(self, lists: Bag, clicks: npt.NDArray[np.float32], segment: str | None = None) -> None:
+    def __init__(
+        self, lists: Bag, clicks: npt.NDArray[np.float32], segment: str | None = None, prior: float = 0.0
+    ) -> None:
         self._lists = lists
         self._clicks = clicks
         self._segment = segment
+        self._prior = prior
+        if segment is not None:
+            whole = clicks[: lists.indptr[1]]
+            # What the whole's items have for people of a segment that never clicked them.
+            self._elsewhere = prior * whole / whole.sum() if prior else -1 - np.arange(len(whole), dtype=np.float32)
 
     @classmethod
     def fit(cls, item_positives: npt.NDArray[np.int64]) -> "Popular":
@@ -51,7 +61,7 @@ class Popular:
         window_days: float | None,
         segment: str | None,
         half_life_days: float | None = None,
-        gravity: float = 0.0,
+        prior: float = 0.0,
     ) -> "Popular":
         """Order the catalogue by the positives of the last days, by how recent they are, or of each segment.
 
@@ -60,16 +70,13 @@ class Popular:
             window_days: positives older than this before the latest do not count; None = all do.
             segment: a categorical or bucketed feature of users or context; None = no segments.
             half_life_days: a positive that is so much older than the latest counts half; None = all count alike.
-            gravity: an item's count is divided by (1 + age / half_life_days)^gravity, its age being that of its first
-                positive; 0 = old and young ones alike.
+            prior: positives that a segment is given besides its own, shared out as the whole's are; 0 = none.
 
         Raises:
-            ConfigError: a window or a half-life for data without time; gravity without a half-life; no such feature.
+            ConfigError: a window or a half-life for data without time; a prior without a segment; no such feature.
         """
-        if gravity and half_life_days is None:
-            raise ConfigError(
-                f"models.popular.gravity = {gravity} counts an item's age in half-lives: set half_life_days too"
-            )
+        if prior and segment is None:
+            raise ConfigError(f"models.popular.prior = {prior} is for the lists of segments: set segment too")
         if window_days is None and segment is None and half_life_days is None:
             return cls.fit(samples.item_positives)
         positives = samples.positives
@@ -83,32 +90,36 @@ class Popular:
         if half_life_days is not None:
             weight = weight * 0.5 ** (age_days / half_life_days)
         size, count = len(samples.items), 1
-        if gravity and half_life_days is not None:
-            born = np.zeros(size)
-            np.maximum.at(born, positives.item_row, age_days)
-            weight = weight / (1 + born[positives.item_row] / half_life_days) ** gravity
         owner, rows = np.zeros(len(positives), np.int64), positives.item_row.astype(np.int64)
         if segment is not None:
             tokens, values = _tokens(samples, segment)
             owner, rows, weight = np.concatenate([owner, 1 + tokens]), np.tile(rows, 2), np.tile(weight, 2)
             count += values
         distinct, place = np.unique(owner * size + rows, return_inverse=True)
-        return cls(*_ordered(distinct // size, distinct % size, np.bincount(place, weight), count), segment)
+        group, rows, clicks = distinct // size, distinct % size, np.bincount(place, weight)
+        if prior:
+            whole = np.zeros(size)
+            whole[rows[group == 0]] = clicks[group == 0]
+            clicks = clicks + (group > 0) * prior * whole[rows] / whole.sum()
+        return cls(*_ordered(group, rows, clicks, count), segment, prior)
 
     @classmethod
     def load(cls, folder: Path) -> "Popular":
         """Read what `save` wrote, memory-mapped."""
         stored = map_columns(folder / FILE)
         rows, clicks = stored.column("item_row"), stored.column("clicks").flatten()
-        segment = (stored.schema.metadata or {}).get(_SEGMENT, b"").decode() or None
-        return cls(Bag(rows.offsets.to_numpy().astype(np.int64), rows.flatten().to_numpy()), clicks.to_numpy(), segment)
+        written = stored.schema.metadata or {}
+        segment, prior = written.get(_SEGMENT, b"").decode() or None, float(written.get(_PRIOR, b"0"))
+        lists = Bag(rows.offsets.to_numpy().astype(np.int64), rows.flatten().to_numpy())
+        return cls(lists, clicks.to_numpy(), segment, prior)
 
     def save(self, folder: Path) -> None:
         """Write all that answering needs into a folder."""
         offsets = pa.array(self._lists.indptr)
         columns = {"item_row": self._lists.rows, "clicks": self._clicks}
         table = pa.table({name: pa.LargeListArray.from_arrays(offsets, pa.array(v)) for name, v in columns.items()})
-        write_table(folder / FILE, table.replace_schema_metadata({_SEGMENT: self._segment or ""}))
+        written = {_SEGMENT: self._segment or "", _PRIOR: str(self._prior)}
+        write_table(folder / FILE, table.replace_schema_metadata(written))
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""
@@ -119,17 +130,18 @@ class Popular:
         whole = self._lists.rows[: self._lists.indptr[1]]
         for user in range(len(queries)):
             left_out = exclude.rows[exclude.indptr[user] : exclude.indptr[user + 1]]
-            count = 0
-            if tokens is not None:
+            if tokens is None:
+                place = self._first(whole, left_out, k)
+                found, score = whole[place], self._clicks[place]
+            else:
                 start, stop = self._lists.indptr[1 + tokens[user] : 3 + tokens[user]]  # type: ignore[index]
-                place = start + self._first(self._lists.rows[start:stop], left_out, k)
-                count = len(place)
-                rows[user, :count], scores[user, :count] = self._lists.rows[place], self._clicks[place]
-                left_out = np.concatenate([left_out, rows[user, :count]])
-            place = self._first(whole, left_out, k - count)
-            end = count + len(place)
-            rows[user, count:end] = whole[place]
-            scores[user, count:end] = self._clicks[place] if tokens is None else -1 - place
+                own = start + self._first(self._lists.rows[start:stop], left_out, k)
+                place = self._first(whole, np.concatenate([left_out, self._lists.rows[own]]), k)
+                found = np.concatenate([self._lists.rows[own], whole[place]])
+                score = np.concatenate([self._clicks[own], self._elsewhere[place]])
+                best = np.lexsort((found, -score))[:k]
+                found, score = found[best], score[best]
+            rows[user, : len(found)], scores[user, : len(found)] = found, score
         return Candidates(rows, scores)
 
     @staticmethod
