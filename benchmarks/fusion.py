@@ -60,7 +60,7 @@ CASES = {
         f"globo_{k}": Case(
             ["globo", "globo/", "--holdout", "since:2017-10-10", "--until", "2017-10-10"],
             "globo.toml",
-            ["fusion.users=12000", f"fusion.k=[{k}]"],
+            ["fusion.users=20000", f"fusion.k=[{k}]"],
             (k,),
         )
         for k in (200, 500)
