@@ -5,6 +5,7 @@ click counts at once and a new user needs no training. N items, F factors, B use
 """
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -15,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from twotower.features.columns import Bag
 from twotower.index.build import load_index
 from twotower.index.exact import ExactIndex
-from twotower.index.protocol import PADDING, VectorIndex
-from twotower.models.retriever import Candidates, Queries, top_of_groups
+from twotower.index.protocol import PADDING, Exclusions, VectorIndex
+from twotower.models.retriever import Candidates, Queries
 from twotower.samples.read import Clicks
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import read_json, write_json
@@ -150,9 +151,18 @@ class ALS:
 
     def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
         """See `SimilarItems.similar`: by the cosine of the factors, whose length is an item's popularity."""
-        clicked = np.flatnonzero(self._factors.any(axis=1))
-        among = self._factors[clicked] / np.linalg.norm(self._factors[clicked], axis=1, keepdims=True)
-        asked = self._factors[rows] / np.maximum(np.linalg.norm(self._factors[rows], axis=1, keepdims=True), 1e-12)
-        known = asked.any(axis=1)[:, None]
-        owner, place = np.nonzero((clicked != rows[:, None]) & known)
-        return top_of_groups(owner, clicked[place], (asked @ among.T)[owner, place], len(rows), k)
+        found = self._alike.search(_unit(self._factors[rows]), k, Exclusions(np.arange(len(rows) + 1), rows))
+        unknown = ~self._factors[rows].any(axis=1)
+        found.rows[unknown], found.scores[unknown] = PADDING, -np.inf
+        return Candidates(found.rows, found.scores)
+
+    @cached_property
+    def _alike(self) -> ExactIndex:
+        """Of the factors at unit length; made when somebody asks."""
+        rows = np.flatnonzero(self._factors.any(axis=1))
+        return ExactIndex.build(rows, _unit(self._factors[rows]))
+
+
+def _unit(factors: Floats) -> Floats:
+    scaled: Floats = factors / np.maximum(np.linalg.norm(factors, axis=1, keepdims=True), np.float32(1e-12))
+    return scaled
