@@ -143,24 +143,26 @@ class ALS:
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""
-        vectors = self.user_vectors(queries.clicks)
-        found = self.index.search(vectors, k, queries.exclude)
-        unknown = ~vectors.any(axis=1)
-        found.rows[unknown], found.scores[unknown] = PADDING, -np.inf
-        return Candidates(found.rows, found.scores)
+        return _nearest(self.index, self.user_vectors(queries.clicks), k, queries.exclude)
 
     def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
         """See `SimilarItems.similar`: by the cosine of the factors, whose length is an item's popularity."""
-        found = self._alike.search(_unit(self._factors[rows]), k, Exclusions(np.arange(len(rows) + 1), rows))
-        unknown = ~self._factors[rows].any(axis=1)
-        found.rows[unknown], found.scores[unknown] = PADDING, -np.inf
-        return Candidates(found.rows, found.scores)
+        itself = Exclusions(np.arange(len(rows) + 1), rows)
+        return _nearest(self._alike, _unit(self._factors[rows]), k, itself)
 
     @cached_property
     def _alike(self) -> ExactIndex:
         """Of the factors at unit length; made when somebody asks."""
         rows = np.flatnonzero(self._factors.any(axis=1))
         return ExactIndex.build(rows, _unit(self._factors[rows]))
+
+
+def _nearest(index: VectorIndex, vectors: Floats, k: int, exclude: Exclusions) -> Candidates:
+    """The k best of each vector; nothing for one that is zero."""
+    found = index.search(vectors, k, exclude)
+    unknown = ~vectors.any(axis=1)
+    found.rows[unknown], found.scores[unknown] = PADDING, -np.inf
+    return Candidates(found.rows, found.scores)
 
 
 def _unit(factors: Floats) -> Floats:

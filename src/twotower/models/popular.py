@@ -136,11 +136,13 @@ class Popular:
             else:
                 start, stop = self._lists.indptr[1 + tokens[user] : 3 + tokens[user]]  # type: ignore[index]
                 own = start + self._first(self._lists.rows[start:stop], left_out, k)
-                place = self._first(whole, np.concatenate([left_out, self._lists.rows[own]]), k)
+                room = k if self._prior else k - len(own)
+                place = self._first(whole, np.concatenate([left_out, self._lists.rows[own]]), room)
                 found = np.concatenate([self._lists.rows[own], whole[place]])
                 score = np.concatenate([self._clicks[own], self._elsewhere[place]])
-                best = np.lexsort((found, -score))[:k]
-                found, score = found[best], score[best]
+                if self._prior:  # without one, all of the whole's stand behind
+                    best = np.lexsort((found, -score))[:k]
+                    found, score = found[best], score[best]
             rows[user, : len(found)], scores[user, : len(found)] = found, score
         return Candidates(rows, scores)
 
