@@ -33,7 +33,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from twotower.logs import Event, LocalEventLog, Record, partition_of
-from twotower.logs.erased import ERASED, mark_of
+from twotower.logs.events import ERASED
+from twotower.logs.payload import mark_of
 from twotower.logs.segment import encode
 
 PARTITIONS = 2

@@ -94,7 +94,7 @@ def test_a_whole_day_through_the_command_line(run, tmp_path: Path) -> None:
         ask = {"user_id": int(row["user_id"]), "k": 20}
         before = httpx.post(f"{ready['url']}/v1/retrieve", json=ask).json()
         assert before["items"][0]["item_id"] == row["item_id"]
-        click = {"event_id": "e1", "type": "click", "item_id": row["item_id"], "ts_ms": 1_800_000_000_000}
+        click = {"event_id": "e1", "type": "click", "item_id": row["item_id"], "ts_ms": 1_790_000_000_000}
         posted = httpx.post(f"{ready['url']}/v1/events", json={"events": [{**click, "user_id": ask["user_id"]}]})
         assert (posted.status_code, posted.json()["accepted"]) == (202, 1)
         after = httpx.post(f"{ready['url']}/v1/retrieve", json=ask).json()

@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from twotower.logs import Event, EventLog, EventLogError, LocalEventLog, Record, partition_of
-from twotower.logs.erased import ERASED, NOBODY, mark_of, type_before
+from twotower.logs import Event, EventLog, EventLogError, LocalEventLog, Record, partition_of, payload
+from twotower.logs.events import ALLOWED_SKEW_MS, ERASED, NOBODY, UNUSABLE
 from twotower.logs.kafka import KafkaEventLog
+from twotower.logs.payload import mark_of, type_before
 from twotower.logs.redis import RedisEventLog
 from twotower.schema.errors import DataError
 
 Reopen = Callable[[], EventLog]
 
 NOW_MS = 1_700_000_000_000
+LOGGED_MS = NOW_MS + 86_400_000
+
+
+def clock_ms() -> int:
+    return LOGGED_MS
 
 
 def event(event_id: str, user_id: int | str = 1, **body: object) -> Event:
@@ -48,11 +54,13 @@ def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Reopen]:
         for log in opened:
             log.close()
         if request.param == "local":
-            opened.append(LocalEventLog.open(tmp_path / "log", partitions=4, segment_bytes=4096))
+            opened.append(LocalEventLog.open(tmp_path / "log", partitions=4, segment_bytes=4096, clock_ms=clock_ms))
         elif request.param == "redis":
-            opened.append(RedisEventLog(request.getfixturevalue("redis_url"), name, partitions=4))
+            opened.append(RedisEventLog(request.getfixturevalue("redis_url"), name, partitions=4, clock_ms=clock_ms))
         else:
-            opened.append(KafkaEventLog(request.getfixturevalue("kafka_servers")(name), name, partitions=4))
+            opened.append(
+                KafkaEventLog(request.getfixturevalue("kafka_servers")(name), name, partitions=4, clock_ms=clock_ms)
+            )
         return opened[-1]
 
     yield again
@@ -219,7 +227,7 @@ def test_a_readers_thread_sees_a_prefix_while_others_write(reopen: Reopen) -> No
     assert seen == [str(n) for n in range(150)]
 
 
-@pytest.mark.parametrize("text", ["", "é漢字🙂", '\x00\n\t"\\', "x" * 1_000_000])
+@pytest.mark.parametrize("text", ["", "é漢字🙂", '\x00\n\t"\\', "x" * 65_536])
 def test_any_text_survives(reopen: Reopen, text: str) -> None:
     log = reopen()
     acks = log.append([event("before"), event(f"e{text[:5]}", text=text), event("after")])
@@ -231,9 +239,60 @@ def test_any_text_survives(reopen: Reopen, text: str) -> None:
 def test_what_json_cannot_hold_is_refused_with_its_whole_batch(reopen: Reopen) -> None:
     log = reopen()
     for value in (object(), {1: 2}, "\ud800", 2**70):
-        with pytest.raises(DataError, match="event 'bad' cannot be written as JSON"):
+        with pytest.raises(DataError, match="event 'bad'"):
             log.append([event("good"), event("bad", value=value)])
     assert everything(log) == [[], [], [], []]
+
+
+# By the body that a check refuses: what its reason is.
+REFUSED: dict[str, dict[str, object]] = {
+    "beyond_clock": {"ts_ms": LOGGED_MS + ALLOWED_SKEW_MS + 1},
+    "too_large": {"items": [1] * 10_001},
+    "bad_number": {"weight": 1e29},
+    "malformed": {"outcomes": ["clicked"], "items": [1, 2], "type": "request"},
+}
+
+
+def document(**fields: object) -> dict[str, object]:
+    return {"event_id": "bad", "type": "click", "user_id": 1, "ts_ms": NOW_MS, **fields}
+
+
+@pytest.mark.parametrize("fields", REFUSED.values(), ids=REFUSED.keys())
+def test_what_no_reader_could_use_is_refused_with_its_whole_batch(reopen: Reopen, fields: dict[str, object]) -> None:
+    log = reopen()
+    with pytest.raises(DataError, match="event 'bad'"):
+        log.append([event("good"), Event.from_json(document(**fields))])
+    assert everything(log) == [[], [], [], []]
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_others_wrote_and_no_reader_could_use_stands_there_as_unusable(
+    reopen: Reopen, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    """An earlier release, or a producer of somebody's own, writes without the check."""
+    log = reopen()
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(payload, "check_event", lambda *_: None)
+        log.append([event("before")])
+        [ack] = log.append([Event.from_json(document(**REFUSED[reason]))])
+        log.append([event("after")])
+    records = log.read(ack.partition, 0, 10)
+    assert [record.event.type for record in records] == ["click", UNUSABLE, "click"]
+    assert records[1].event.user_id == NOBODY
+    assert records[1].event.body["reason"] == reason
+    assert log.append([Event.from_json(document())])[0].duplicate
+
+
+def test_an_event_is_stamped_with_the_clock_of_the_log(reopen: Reopen) -> None:
+    log = reopen()
+    [ack] = log.append([event("e")])
+    assert log.read(ack.partition, 0, 1)[0].logged_ms == LOGGED_MS
+    assert log.read(ack.partition, 0, 1)[0].event.body == {}
+
+
+def test_a_client_cannot_write_the_clock_of_the_log() -> None:
+    with pytest.raises(DataError, match="names logged_ms, which only the log writes"):
+        Event.from_json(document(logged_ms=1))
 
 
 def test_what_is_no_place_in_the_log_is_refused(reopen: Reopen) -> None:

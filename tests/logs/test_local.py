@@ -23,7 +23,7 @@ def event(event_id: str, user_id: int | str = 1, text: str = "") -> Event:
 
 
 def open_one(folder: Path, **options: Any) -> LocalEventLog:
-    return LocalEventLog.open(folder, partitions=1, **options)
+    return LocalEventLog.open(folder, partitions=1, clock_ms=lambda: NOW_MS, **options)
 
 
 def ids(log: LocalEventLog, offset: int = 0) -> list[str]:
@@ -42,7 +42,7 @@ def write(folder: Path, names: list[str], **options: Any) -> list[int]:
 
 def three_segments(folder: Path) -> list[Path]:
     """Two sealed segments of two events each, and one event in the last."""
-    with closing(open_one(folder, segment_bytes=200)) as log:
+    with closing(open_one(folder, segment_bytes=250)) as log:
         for name in "abcde":
             log.append([event(name)])
     found = segments(folder)
@@ -117,7 +117,7 @@ def test_a_reader_does_not_append(tmp_path: Path) -> None:
 
 
 def test_a_reader_follows_a_writer_across_segments(tmp_path: Path) -> None:
-    with closing(open_one(tmp_path, segment_bytes=300)) as log, closing(LocalEventLog.reader(tmp_path)) as reader:
+    with closing(open_one(tmp_path, segment_bytes=350)) as log, closing(LocalEventLog.reader(tmp_path)) as reader:
         assert reader.ends() == [0]
         offset = 0
         for number in range(50):
@@ -343,13 +343,13 @@ def test_ids_beside_the_last_segment_are_replaced_when_it_is_sealed(tmp_path: Pa
     write(tmp_path, ["a"])
     [first] = segments(tmp_path)
     local.write_ids(first.with_suffix(".ids"), {bytes(16): 0})  # a writer killed after the ids, before the next segment
-    write(tmp_path, ["b", "c"], segment_bytes=200)
+    write(tmp_path, ["b", "c"], segment_bytes=250)
     with closing(open_one(tmp_path)) as log:
         assert [ack.duplicate for ack in log.append([event("a"), event("b"), event("c")])] == [True] * 3
 
 
 def test_a_batch_larger_than_a_segment_is_one_segment(tmp_path: Path) -> None:
-    with closing(open_one(tmp_path, segment_bytes=100)) as log:
+    with closing(open_one(tmp_path, segment_bytes=120)) as log:
         log.append([event(f"e{n}") for n in range(10)])
         log.append([event("last")])
         assert ids(log) == [*(f"e{n}" for n in range(10)), "last"]
@@ -357,11 +357,14 @@ def test_a_batch_larger_than_a_segment_is_one_segment(tmp_path: Path) -> None:
 
 
 def test_too_large_an_event_is_refused_with_its_batch(tmp_path: Path) -> None:
+    def large(name: str, texts: int) -> Event:
+        return Event(name, "click", 1, NOW_MS, body={"texts": ["x" * 65_000] * texts})
+
     with closing(open_one(tmp_path)) as log:
-        with pytest.raises(DataError, match="at most 16777216 are allowed"):
-            log.append([event("small"), event("large", text="x" * (16 << 20))])
+        with pytest.raises(DataError, match="event 'large' takes 2145178 bytes, at most 2097152 are allowed"):
+            log.append([event("small"), large("large", 33)])
         assert ids(log) == []
-        log.append([event("largest", text="x" * ((16 << 20) - 200))])
+        log.append([large("largest", 32)])
         assert ids(log) == ["largest"]
 
 
@@ -414,7 +417,7 @@ def test_a_disk_that_is_full_when_a_segment_is_sealed_does_not_end_the_log(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(path, flags, mode)
 
-    with closing(open_one(tmp_path, segment_bytes=100)) as log:
+    with closing(open_one(tmp_path, segment_bytes=120)) as log:
         log.append([event("a")])
         with monkeypatch.context() as patch:
             patch.setattr(os, "open", full)
@@ -560,7 +563,7 @@ def test_a_segment_is_not_sealed_under_a_flush(tmp_path: Path, monkeypatch: pyte
         assert go_on.wait(timeout=60)
         real(descriptor)
 
-    with closing(open_one(tmp_path, segment_bytes=100)) as log:
+    with closing(open_one(tmp_path, segment_bytes=120)) as log:
         monkeypatch.setattr(os, "fsync", fsync)
         threads = [threading.Thread(target=log.append, args=([event(name)],)) for name in "ab"]
         threads[0].start()
@@ -619,11 +622,11 @@ def test_erasing_replaces_sealed_segments_and_seals_the_last_one_where_it_must(t
 
 def test_ids_that_are_made_again_know_erased_events(tmp_path: Path) -> None:
     paths = three_segments(tmp_path)
-    with closing(open_one(tmp_path, segment_bytes=200)) as log:
+    with closing(open_one(tmp_path, segment_bytes=250)) as log:
         assert log.erase(0, {1: log.ends()[0]}) == 5
     for path in paths:
         path.with_suffix(".ids").unlink(missing_ok=True)
-    with closing(open_one(tmp_path, segment_bytes=200)) as log:
+    with closing(open_one(tmp_path, segment_bytes=250)) as log:
         assert [log.append([event(name)])[0].duplicate for name in "abcde"] == [True] * 5
 
 
@@ -632,7 +635,7 @@ def test_nothing_is_erased_behind_damage_and_it_is_said(tmp_path: Path) -> None:
     content = bytearray(second.read_bytes())
     content[-1] ^= 1
     second.write_bytes(content)
-    with closing(open_one(tmp_path, segment_bytes=200)) as log:
+    with closing(open_one(tmp_path, segment_bytes=250)) as log:
         with pytest.raises(DataError, match=f"{second.name} at byte [0-9]+: damaged, .* .4 events elsewhere are"):
             log.erase(0, {1: log.ends()[0]})
         assert second.read_bytes()[-20:] == bytes(content)[-20:]
@@ -648,7 +651,7 @@ def test_a_disk_that_is_full_while_erasing_leaves_everything_as_it_was(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with closing(open_one(tmp_path, segment_bytes=200)) as log:
+    with closing(open_one(tmp_path, segment_bytes=250)) as log:
         with monkeypatch.context() as patch:
             patch.setattr(local.shutil, "copyfile", refuse)
             with pytest.raises(EventLogError, match=r"cannot be erased from.*No space left"):

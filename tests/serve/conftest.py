@@ -92,7 +92,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
 
         def started(settings: Settings, channel_timeout_ms: float = 60_000) -> Server:
             metrics = Metrics()
-            log = LocalEventLog.open(tmp_path / "log", sync="never")
+            log = LocalEventLog.open(tmp_path / "log", sync="never", clock_ms=lambda: server.now_ms)
             opened.callback(log.close)
             store = LmdbFeatureStore(tmp_path / "store")
             opened.callback(store.close)

@@ -353,11 +353,24 @@ def test_nan_is_a_missing_feature_and_never_in_an_answer(server) -> None:
         ({"event_id": ""}, "empty event_id"),
         ({"type": None}, "type=None"),
         ({"item_id": 3}, "item 3, but the ids of items are string"),
-        ({"item_id": None}, "item None"),
-        ({"items": "abc"}, "items is of type str: a list is due"),
+        ({"item_id": None}, "item_id holds None: an id is an integer or a string"),
+        ({"items": "abc"}, "items is of type str: a list is required"),
         ({"items": ["a", 3]}, "item 3, but"),
-        ({"type": "request", "items": ["a"], "outcomes": []}, "one of each of the 1 items"),
+        ({"type": "request", "items": ["a"], "outcomes": []}, "one entry for each of the 1 items"),
         ({"type": "request", "items": ["a"], "outcomes": ["bought"]}, "outcome 'bought': it is one of"),
+        ({"ts_ms": 1_893_456_000_000}, "ahead of the log's clock"),
+        ({"event_id": "x" * 513}, "has 513 bytes, at most 512 are allowed"),
+        ({"item_id": "x" * 513}, "has 513 bytes, at most 512 are allowed"),
+        ({"items": ["a"] * 10_001}, "items has 10001 entries, at most 10000 are allowed"),
+        ({"type": "request", "history": ["a"] * 1_001}, "history has 1001 entries, at most 1000 are allowed"),
+        ({"weight": 1e29}, "weight=1e+29: a number from 0 to 1000 is required"),
+        ({"weight": "heavy"}, "weight='heavy': a number from 0 to 1000 is required"),
+        ({"context": {"scene": "x" * 2000}}, "context takes 2012 bytes, at most 1024 are allowed"),
+        ({"features": {"bio": "x" * 70_000}}, "has 70000 bytes, at most 65536 are allowed"),
+        ({"note": [[[[[1]]]]]}, "more than 4 lists or objects within each other"),
+        ({"size": 2**63}, "does not fit int64"),
+        ({"logged_ms": 1}, "names logged_ms, which only the log writes"),
+        ({"type": "unusable"}, "the log's own"),
     ],
 )
 def test_events_that_no_one_could_use_are_refused_and_none_of_the_batch_is_logged(
@@ -376,6 +389,16 @@ def test_a_batch_of_events_is_a_list_of_1_to_10000_objects(server, events: objec
     response = server.http.post("/v1/events", json={"events": events})
     assert response.status_code == 422
     assert "body.events" in response.json()["error"]
+
+
+def test_a_request_beyond_the_clock_is_refused_and_nothing_is_logged(server) -> None:
+    body = {"user_id": known_user(server.version), "ts_ms": server.now_ms + 400 * 86_400_000}
+    for route in ("recommend", "explain"):
+        more = {"item_id": "i000001"} if route == "explain" else {}
+        response = server.http.post(f"/v1/{route}", json={**body, **more})
+        assert response.status_code == 422
+        assert "ahead of the log's clock" in response.json()["error"]
+    assert sum(server.log.ends()) == 0
 
 
 def test_a_click_of_nothing_is_refused(server) -> None:

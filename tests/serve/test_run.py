@@ -159,7 +159,7 @@ def test_the_admin_port_promotes_and_a_store_left_from_another_log_is_made_again
     assert admin_url.startswith("http://127.0.0.1:")
     user_id = 1000
     first = httpx.post(f"{url}/v1/retrieve", json={"user_id": user_id}).json()["items"][0]["item_id"]
-    click = {"event_id": "e", "type": "click", "user_id": user_id, "item_id": first, "ts_ms": 1_800_000_000_000}
+    click = {"event_id": "e", "type": "click", "user_id": user_id, "item_id": first, "ts_ms": 1_790_000_000_000}
     assert httpx.post(f"{url}/v1/events", json={"events": [click]}).status_code == 202
     headers = {"Authorization": f"Bearer {TOKEN}"}
     assert httpx.post(f"{admin_url}/promote", json={"version": OTHER}).status_code == 401

@@ -48,7 +48,7 @@ def clicks_of(users: RecentUsers, user_id: int | str = 1) -> list[int | str]:
 
 def test_users_are_kept_apart_by_id_and_by_type(log: LocalEventLog, reopen) -> None:
     users = reopen(log)
-    long = "x" * 1000
+    long = "x" * 500
     log.append([click(place, user_id) for place, user_id in enumerate([1, "1", long, long + "y"])])
     assert users.catch_up() == 4
     assert [clicks_of(users, user_id) for user_id in (1, "1", long, long + "y", 2)] == [[0], [1], [2], [3], []]

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import count
 
 import pyarrow as pa
@@ -10,12 +9,15 @@ import pytest
 
 from twotower.logs import Event, Record
 from twotower.logs.entities import item_event, user_deleted, user_event
-from twotower.logs.erased import erased, event_from
-from twotower.stream.joiner import Clock, Joiner
+from twotower.logs.payload import erased_payload, payload_of, record_of
+from twotower.stream.clock import Clock
+from twotower.stream.joiner import Joiner
 from twotower.stream.rows import Row, Types
 
 T0 = 1_700_000_000_000
 WINDOW_MS, LATENESS_MS, LATE_MS = 600_000, 30_000, 3_600_000
+LOGGED_MS = T0 + 10**9
+"""The clock of the log: later than all events, as where old events are replayed."""
 TYPES = Types(pa.int64(), pa.int64(), {"age": pa.float32()}, {"scene": pa.string(), "hour": pa.int64()})
 _numbers = count()
 
@@ -44,7 +46,7 @@ def joiner_of(records: list[Record], **windows: int) -> Joiner:
 
 
 def log_of(*events: Event) -> list[Record]:
-    return [Record(10 * place, 10 * place + 10, event) for place, event in enumerate(events)]
+    return [Record(10 * place, 10 * place + 10, event, LOGGED_MS) for place, event in enumerate(events)]
 
 
 def feed(*events: Event) -> tuple[Joiner, list[list[tuple[int | str, str]]]]:
@@ -358,7 +360,7 @@ def test_what_is_erased_before_a_joiner_is_made_again_changes_nothing_for_others
     for deletion in (record for record in records if record.event.type == "user"):
         gone, places = deletion.event.user_id, (draw.randrange(250), draw.randrange(250))
         later = [
-            replace(record, event=event_from(erased(record.event.to_json())))
+            record_of(record.offset, record.next_offset, erased_payload(payload_of(record.event, record.logged_ms)))
             if record.event.user_id == gone and record.offset < deletion.offset
             else record
             for record in records

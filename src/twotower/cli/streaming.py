@@ -31,7 +31,7 @@ def join_log(settings: Settings, *, follow: bool, flush: bool, share: str) -> Jo
             where.shards,
             where.events if _has_days(where) else None,
             types,
-            Windows(_ms(options.window_s), _ms(options.lateness_s), _ms(options.late_s)),
+            Windows(_ms(options.window_s), _ms(options.lateness_s), _ms(options.late_s), _ms(options.idle_s)),
             shard_events=options.shard_events,
             merged_bytes=options.merged_mb << 20,
             share=_share(share),

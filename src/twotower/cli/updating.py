@@ -101,7 +101,15 @@ def update_full(settings: Settings, *, dry_run: bool) -> UpdateReport:
     done = _done(where)
     learned = _learned(where, done)
     watermark = end_of_day(learned.day) if learned.rest_ms is None else learned.rest_ms
-    due = due_days(where.events, where.shards, learned.day, learned.rest_ms)
+    with ExitStack() as opened:
+        due = due_days(
+            where.events,
+            where.shards,
+            learned.day,
+            learned.rest_ms,
+            event_log=_event_log(settings, opened),
+            idle_ms=round(settings.stream.idle_s * 1000),
+        )
     if dry_run:
         return UpdateReport("full", served.name, 0, 0, watermark, plan={"days": due})
     rows, refused, latest = (

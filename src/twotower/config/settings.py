@@ -795,6 +795,9 @@ class Stream:
     """How far events may be out of order; a click waits so long for a request that comes after it."""
     late_s: NotNegative = 3600.0
     """How long after its window a request is remembered: a click that comes then still gets what was logged with it."""
+    idle_s: NotNegative = 600.0
+    """A partition of the log without new events no longer holds back the others once they are this far ahead of it, in
+    event time."""
     shard_events: Positive = 10_000
     """Events of the log that one shard is made of at most."""
     merged_mb: Positive = 256

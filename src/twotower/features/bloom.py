@@ -123,15 +123,18 @@ class _Filter:
     count: int
     content: bytes
 
-    def add(self, shape: Shape, hashed: Hashes) -> "_Filter":
-        """With one more hash (1,), unless it is known."""
+    def add(self, shape: Shape, hashes: Hashes) -> tuple["_Filter", Hashes]:
+        """With more hashes (n,), as many as there is room for; and those that are left, without what is known."""
         bits = np.frombuffer(self.content, np.uint8).copy()
-        places = np.concatenate([shape.places(hashed, number) for number in range(shape.hashes)])
+        hashes = hashes[np.sort(np.unique(hashes, return_index=True)[1])]
+        places = np.stack([shape.places(hashes, number) for number in range(shape.hashes)])
         at, bit = places >> 3, np.uint8(1) << (places & 7).astype(np.uint8)
-        if (bits[at] & bit).all():
-            return self
-        np.bitwise_or.at(bits, at, bit)
-        return _Filter(self.period, self.count + 1, bits.tobytes())
+        fresh = np.flatnonzero(((bits[at] & bit) == 0).any(axis=0))
+        added, left = np.split(fresh, [max(0, shape.items - self.count)])
+        if not len(added):
+            return self, hashes[left]
+        np.bitwise_or.at(bits, at[:, added].ravel(), bit[:, added].ravel())
+        return _Filter(self.period, self.count + len(added), bits.tobytes()), hashes[left]
 
 
 @dataclass(frozen=True)
@@ -144,14 +147,16 @@ class Seen:
     def add(self, times_ms: Sequence[int], hashes: Hashes) -> Self:
         """With items that were shown at some times; the filters of the earliest periods make room."""
         filters = list(self.filters)
-        for ts_ms, hashed in zip(times_ms, hashes[:, None], strict=True):
-            period = ts_ms // self.shape.period_ms
-            place = next((i for i, f in enumerate(filters) if f.period == period and f.count < self.shape.items), None)
-            if place is None:
-                filters.append(_Filter(period, 0, bytes(self.shape.bits // 8)))
-                filters.sort(key=lambda f: f.period)  # stable: of a period the newest last
-                place = max(i for i, f in enumerate(filters) if f.period == period)
-            filters[place] = filters[place].add(self.shape, hashed)
+        periods = np.asarray(times_ms, np.int64) // self.shape.period_ms
+        for period in np.unique(periods).tolist():
+            left = hashes[periods == period]
+            for place, one in enumerate(filters):
+                if one.period == period and len(left):
+                    filters[place], left = one.add(self.shape, left)
+            while len(left):
+                one, left = _Filter(period, 0, bytes(self.shape.bits // 8)).add(self.shape, left)
+                filters.append(one)
+        filters.sort(key=lambda f: f.period)  # stable: of a period the newest last
         return replace(self, filters=tuple(filters[-MOST_OVER * self.shape.filters :]))
 
     def contains(self, hashes: Hashes, since_ms: int) -> npt.NDArray[np.bool_]:

@@ -37,7 +37,8 @@ from twotower.models.retriever import Queries
 from twotower.samples.read import Clicks
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
-from twotower.stream.joiner import Clock, Counts
+from twotower.stream.clock import Clock
+from twotower.stream.joiner import Counts
 from twotower.stream.joiner import Replay as ReplayFrom
 from twotower.stream.rows import Asked, Row, Types, read_types
 from twotower.stream.shards import State, write_shard

@@ -13,12 +13,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import confluent_kafka as kafka
-import orjson
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from twotower.logs.partition import digest, partition_of
-from twotower.logs.protocol import MAX_PAYLOAD_BYTES, Ack, Event, EventLogError, Record, check_range, payload_of
+from twotower.logs.partition import DIGEST_BYTES, digest, partition_of
+from twotower.logs.payload import digest_of, payload_of, record_of
+from twotower.logs.protocol import MAX_PAYLOAD_BYTES, Ack, Event, EventLogError, Record, check_range
+from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 
 _LOGGER = logging.getLogger(__name__)
@@ -46,10 +47,18 @@ class KafkaEventLog:
         EventLogError: no broker can be reached.
     """
 
-    def __init__(self, servers: str, topic: str, partitions: int | None = 4, writes: bool = True) -> None:
+    def __init__(
+        self,
+        servers: str,
+        topic: str,
+        partitions: int | None = 4,
+        writes: bool = True,
+        clock_ms: ClockMs = now_ms,
+    ) -> None:
         if partitions is not None and partitions < 1:
             raise ConfigError(f"partitions={partitions}: a log has at least one")
         self._topic = topic
+        self._clock_ms = clock_ms
         self._where = f"the topic {topic} of {servers}"
         self._closing = threading.Event()
         self._common: dict[str, Any] = {
@@ -90,7 +99,8 @@ class KafkaEventLog:
         self._check_open()
         if not self._writers:
             raise EventLogError(f"{self._where} was opened to read alone: open it to write")
-        payloads = [payload_of(event) for event in events]
+        logged_ms = self._clock_ms()
+        payloads = [payload_of(event, logged_ms) for event in events]
         places: dict[int, list[int]] = {}
         for place, event in enumerate(events):
             places.setdefault(partition_of(event.user_id, self._partitions), []).append(place)
@@ -114,7 +124,7 @@ class KafkaEventLog:
             if 0 < offset < first:
                 raise DataError(f"{self._where} keeps events from offset {first} on, not from {offset}: begin at 0")
             return [
-                Record(message.offset(), message.offset() + 1, Event.from_json(orjson.loads(message.value())))
+                record_of(message.offset(), message.offset() + 1, message.value())
                 for message in reader.read(max(offset, first), min(end, max(offset, first) + limit))
             ]
 
@@ -275,7 +285,7 @@ class _Writer:
         while position < end:
             upto = min(end, position + _BATCH)
             for message in self._reader.read(position, upto):
-                self._offsets.setdefault(message.key(), message.offset())
+                self._offsets.setdefault(_mark(message), message.offset())
             position = upto
         self._end = max(self._end, end)
 
@@ -318,6 +328,12 @@ class _Writer:
             delivery.note(error)
 
         return noted
+
+
+def _mark(message: Any) -> bytes:
+    """The digest of a message's event: its key, except where another producer wrote it."""
+    key = message.key()
+    return key if key and len(key) == DIGEST_BYTES else digest_of(message.value() or b"")
 
 
 class _Delivery:

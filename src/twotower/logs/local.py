@@ -25,10 +25,11 @@ from threading import Condition, Lock, Thread
 from threading import Event as Flag
 from typing import Final
 
-from twotower.logs.erased import digest_of, erased, event_from, user_of
 from twotower.logs.partition import digest, partition_of
-from twotower.logs.protocol import Ack, Event, EventLogError, Record, Sync, check_range, payload_of
+from twotower.logs.payload import digest_of, erased_payload, payload_of, record_of, user_of
+from twotower.logs.protocol import Ack, Event, EventLogError, Record, Sync, check_range
 from twotower.logs.segment import Ids, Stored, encode, read_ids, walk, write_ids
+from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import TEMPORARY, read_json, sync_folder, whole_file, write_json
 
@@ -44,12 +45,22 @@ _SEGMENT: Final = re.compile(r"\d{20}\.log")
 class LocalEventLog:
     """An event log in a folder; implements `EventLog`. Made by `open` to write, by `reader` to read alone."""
 
-    def __init__(self, folder: Path, partitions: int, writers: Sequence[_Writer], sync: Sync, sync_s: float, lock: int):
+    def __init__(
+        self,
+        folder: Path,
+        partitions: int,
+        writers: Sequence[_Writer],
+        sync: Sync,
+        sync_s: float,
+        lock: int,
+        clock_ms: ClockMs = now_ms,
+    ):
         self._folder = folder
         self._partitions = partitions
         self._writers = writers
         self._sync = sync
         self._lock = lock
+        self._clock_ms = clock_ms
         self._closed = Flag()
         self._read_on_disk = [0] * partitions
         self._valid_ends = [0] * partitions
@@ -66,6 +77,7 @@ class LocalEventLog:
         sync: Sync = "always",
         sync_s: float = 1.0,
         segment_bytes: int = 64 << 20,
+        clock_ms: ClockMs = now_ms,
     ) -> LocalEventLog:
         """Open a log to write, and make it where there is none.
 
@@ -80,6 +92,7 @@ class LocalEventLog:
                 written. All three survive a killed process; in a power cut only `always` keeps what is acknowledged.
             sync_s: seconds between flushes with `interval`.
             segment_bytes: a segment is sealed before it would grow beyond this size.
+            clock_ms: the log's clock.
 
         Raises:
             ConfigError: the log has another number of partitions.
@@ -102,7 +115,7 @@ class LocalEventLog:
             sync_folder(folder)
             sync_folder(folder.parent)
             opened.pop_all()
-        return cls(folder, partitions, writers, sync, sync_s, lock)
+        return cls(folder, partitions, writers, sync, sync_s, lock, clock_ms)
 
     @classmethod
     def reader(cls, folder: Path) -> LocalEventLog:
@@ -125,7 +138,8 @@ class LocalEventLog:
             raise EventLogError(f"{self._folder} was opened to read alone: append through LocalEventLog.open")
         for writer in self._writers:
             writer.check()
-        records = [encode(payload_of(event)) for event in events]
+        logged_ms = self._clock_ms()
+        records = [encode(payload_of(event, logged_ms)) for event in events]
         places: dict[int, list[int]] = {}
         for place, event in enumerate(events):
             places.setdefault(partition_of(event.user_id, self._partitions), []).append(place)
@@ -220,7 +234,7 @@ class LocalEventLog:
             if is_last and offset > end:
                 raise DataError(f"offset {offset} lies behind the end of {path}, {end}: it is not of this log")
             records = [
-                Record(base + stored.position, base + stored.next_position, event_from(stored.payload))
+                record_of(base + stored.position, base + stored.next_position, stored.payload)
                 for stored in islice(walk(descriptor, offset - base), limit)
             ]
             if is_last and records and records[-1].next_offset > self._read_on_disk[partition]:
@@ -540,7 +554,7 @@ def _overwrite(segment: Path, records: Sequence[Stored]) -> None:
         with temporary.open("r+b") as file:
             for stored in records:
                 file.seek(stored.position)
-                file.write(encode(erased(stored.payload).ljust(len(stored.payload), b"\0")))
+                file.write(encode(erased_payload(stored.payload).ljust(len(stored.payload), b"\0")))
 
 
 def _sealed_ids(folder: Path, base: int, end: int) -> Ids:

@@ -18,6 +18,8 @@ from twotower.schema.tables import EARLIEST_MS, LATEST_MS
 
 EVENT_ID: Final = "event_id"
 TYPE: Final = "type"
+LOGGED_MS: Final = "logged_ms"
+"""Field of a stored event that only the log itself writes: its clock."""
 
 Sync = Literal["always", "interval", "never"]
 """When an event is acknowledged: on disk, before the next flush of a clock, or once it is written."""
@@ -44,7 +46,7 @@ class Event:
         user_id: int64 or string; 1 and "1" are different users.
         ts_ms: when it happened, milliseconds since 1970.
         request_id: the request that it belongs to, if any.
-        body: its further JSON fields, such as items and context; NaN becomes null, as JSON has none.
+        body: its further JSON fields, such as items and context.
 
     Raises:
         DataError: a field of another type, an empty id, a time that is not in milliseconds, a body that names one of
@@ -68,6 +70,8 @@ class Event:
         _check_time(self.ts_ms, where)
         if not isinstance(self.body, Mapping):
             raise DataError(f"{where} has a body of type {type(self.body).__name__}: a mapping of JSON fields is due")
+        if LOGGED_MS in self.body:
+            raise DataError(f"{where} names {LOGGED_MS}, which only the log writes: leave it out")
         if not _NAMED.isdisjoint(self.body):
             raise DataError(
                 f"{where} names {', '.join(sorted(_NAMED & self.body.keys()))} in its body: leave it out there"
@@ -137,6 +141,8 @@ class Record:
     offset: int
     next_offset: int
     event: Event
+    logged_ms: int
+    """The log's clock when it stored the event: nothing that a client says moves event time beyond it."""
 
 
 class EventLog(Protocol):
@@ -165,14 +171,16 @@ class EventLog(Protocol):
             An acknowledgement for each event, in their order.
 
         Raises:
-            DataError: an event cannot be written as JSON or is too large; nothing of the batch was written.
+            DataError: an event fails `twotower.logs.events.check_event` or cannot be written as JSON; nothing of the
+                batch was written.
             EventLogError: the log cannot write.
         """
 
     def read(self, partition: int, offset: int, limit: int) -> list[Record]:
         """Up to `limit` events of a partition from an offset on, in order; empty at the end of the log.
 
-        What was read is on disk: an offset that a reader keeps outlives a power cut.
+        What was read is on disk: an offset that a reader keeps outlives a power cut. In the place of what is no event,
+        or fails the check, stands an event of the type `unusable` (`twotower.logs.payload`).
 
         Raises:
             ValueError: no such partition, a negative offset, or a limit below 1.
@@ -186,7 +194,7 @@ class EventLog(Protocol):
     def erase(self, partition: int, users: Mapping[int | str, int]) -> int | None:
         """Erase what a partition holds of users before an offset each, such as that of the event that deletes them.
 
-        In the place of each of their events stands one of the type `erased` (`twotower.logs.erased`), which keeps only
+        In the place of each of their events stands one of the type `erased` (`twotower.logs.payload`), which keeps only
         the event's type and time: offsets hold, and a retry is a duplicate still. Killed at any moment, some of the
         events are erased, and a second call erases the rest.
 
@@ -205,20 +213,6 @@ class EventLog(Protocol):
 
     def close(self) -> None:
         """Bring everything to disk and let go of the log; a second call does nothing."""
-
-
-def payload_of(event: Event) -> bytes:
-    """What a log stores of an event.
-
-    Raises:
-        DataError: it cannot be written as JSON, or is too large.
-    """
-    payload = event.to_json()
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        raise DataError(
-            f"event {event.event_id!r} takes {len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} are allowed: split it"
-        )
-    return payload
 
 
 def check_range(partition: int, partitions: int, offset: int, limit: int) -> None:

@@ -16,9 +16,10 @@ from typing import Any, Final
 
 import redis
 
-from twotower.logs.erased import digest_of, erased, event_from, user_of
 from twotower.logs.partition import digest, partition_of
-from twotower.logs.protocol import Ack, Event, EventLogError, Record, Sync, check_range, payload_of
+from twotower.logs.payload import digest_of, erased_payload, payload_of, record_of, user_of
+from twotower.logs.protocol import Ack, Event, EventLogError, Record, Sync, check_range
+from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 
 _LOGGER = logging.getLogger(__name__)
@@ -82,7 +83,9 @@ class RedisEventLog:
         EventLogError: the server cannot be reached.
     """
 
-    def __init__(self, url: str, name: str, partitions: int | None = 4, sync: Sync = "always") -> None:
+    def __init__(
+        self, url: str, name: str, partitions: int | None = 4, sync: Sync = "always", clock_ms: ClockMs = now_ms
+    ) -> None:
         if partitions is not None and partitions < 1:
             raise ConfigError(f"partitions={partitions}: a log has at least one")
         self._name = name
@@ -92,6 +95,7 @@ class RedisEventLog:
             self._redis = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
         except ValueError as error:
             raise ConfigError(f"stream.log.url = {url}: {error}") from None
+        self._clock_ms = clock_ms
         self._closed = False
         self._append = self._redis.register_script(_APPEND)
         self._erase = self._redis.register_script(_ERASE)
@@ -109,9 +113,11 @@ class RedisEventLog:
         self._check_open()
         arguments: dict[int, list[bytes]] = {}
         places: dict[int, list[int]] = {}
+        logged_ms = self._clock_ms()
         for place, event in enumerate(events):
+            payload = payload_of(event, logged_ms)
             number = partition_of(event.user_id, self._partitions)
-            arguments.setdefault(number, []).extend((digest(event.event_id, event.user_id), payload_of(event)))
+            arguments.setdefault(number, []).extend((digest(event.event_id, event.user_id), payload))
             places.setdefault(number, []).append(place)
         acks: dict[int, Ack] = {}
         for number, mine in places.items():
@@ -131,7 +137,7 @@ class RedisEventLog:
             payloads = self._payloads(partition, offset, limit)
             if offset and next(iter(payloads), None) != offset:
                 payloads = self._check_gap(partition, offset, limit)
-        return [Record(place, place + 1, event_from(payload)) for place, payload in payloads.items()]
+        return [record_of(place, place + 1, payload) for place, payload in payloads.items()]
 
     def ends(self) -> list[int]:
         """See `EventLog`."""
@@ -152,7 +158,7 @@ class RedisEventLog:
         with self._refusals("cannot forget"):
             while entries := self._redis.xrange(self._events(partition), max=_id(max(0, before - 1)), count=_AT_ONCE):
                 with self._redis.pipeline(transaction=True) as pipeline:
-                    pipeline.hdel(self._ids(partition), *(fields[_DIGEST] for _, fields in entries))
+                    pipeline.hdel(self._ids(partition), *(fields.get(_DIGEST, b"") for _, fields in entries))
                     pipeline.xtrim(self._events(partition), minid=_id(_offset(entries[-1][0]) + 1), approximate=False)
                     pipeline.execute()
                 forgotten += len(entries)
@@ -176,9 +182,9 @@ class RedisEventLog:
             ):
                 arguments: list[int | bytes] = []
                 for entry, fields in entries:
-                    user_id = user_of(fields[_EVENT])
+                    user_id = user_of(fields.get(_EVENT, b""))
                     if user_id is not None and _offset(entry) < users.get(user_id, 0):
-                        arguments += (_offset(entry), erased(fields[_EVENT]))
+                        arguments += (_offset(entry), erased_payload(fields[_EVENT]))
                 if arguments:
                     number += self._erase(keys=[self._events(partition), self._erased(partition)], args=arguments)
                 offset = _offset(entries[-1][0]) + 1
@@ -204,7 +210,7 @@ class RedisEventLog:
             pipeline.xrange(self._events(partition), min=_id(offset), count=limit)
             pipeline.zrangebyscore(self._erased(partition), offset, "+inf", start=0, num=limit)
             entries, stubs = pipeline.execute()
-        found = {_offset(entry): fields[_EVENT] for entry, fields in entries}
+        found = {_offset(entry): fields.get(_EVENT, b"") for entry, fields in entries}
         found.update(map(_stub, stubs))
         return dict(sorted(found.items())[:limit])
 
@@ -286,7 +292,18 @@ def _id(offset: int) -> str:
 
 
 def _offset(entry: bytes) -> int:
-    return int(entry.partition(b"-")[2])
+    """The offset of an entry.
+
+    Raises:
+        DataError: the entry has an id that another program gave it, so that nothing can be appended behind it.
+    """
+    time, _, offset = entry.partition(b"-")
+    if time != b"0":
+        raise DataError(
+            f"the stream has an entry {entry.decode()}, which something else wrote: remove it with XDEL, and let "
+            "writers add entries as 0-*"
+        )
+    return int(offset)
 
 
 def _stub(member: bytes) -> tuple[int, bytes]:

@@ -16,6 +16,8 @@ EARLIEST_MS = 315_532_800_000
 """1980-01-01. Smaller values are no milliseconds since 1970 of any log: seconds end at 4.1e9 in the year 2100."""
 LATEST_MS = 4_102_444_800_000
 """2100-01-01. Larger values are microseconds or nanoseconds."""
+MAX_WEIGHT = 1000.0
+"""The largest weight of a positive. Only ratios of weights matter; huge ones would overflow the optimizer's sums."""
 
 
 def joined_events(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:

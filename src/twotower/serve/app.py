@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from twotower.features.store import FeatureStoreError
 from twotower.logs import Event, EventLog, EventLogError
 from twotower.logs.entities import CATALOGUE, TYPES
-from twotower.logs.erased import ERASED, NOBODY
+from twotower.logs.events import CLICK, IMPRESSION, ITEMS, REQUEST, check_event, check_time, shown
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -35,7 +35,7 @@ from twotower.serve.funnel import Sizes, explain, page_of, recommend
 from twotower.serve.monitors import monitors
 from twotower.serve.request import Asked, Unanswerable, retrieve, similar
 from twotower.serve.snapshots import Snapshots
-from twotower.serve.users import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST, Recent, RecentUsers
+from twotower.serve.users import Recent, RecentUsers
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,12 @@ class Metrics:
             registry=self.registry,
         )
         self.events = Counter("twotower_events", "Events by what became of them.", ["result"], registry=self.registry)
+        self.passed_over = Counter(
+            "twotower_events_passed_over",
+            "Events of the log that cannot be used, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
         self.failed = Counter(
             "twotower_failed_channels",
             "Channels left out of an answer: error, late (over serve.channel_timeout_ms), busy (with a late call).",
@@ -366,7 +372,7 @@ def make_app(
     def post_events(body: EventsBody) -> Response:
         """Put events into the log; they count from the user's next request on."""
         version = snapshots.version
-        events = [_checked(document, place, version) for place, document in enumerate(body.events)]
+        events = [_checked(document, place, version, clock_ms()) for place, document in enumerate(body.events)]
         acks = event_log.append(events)
         try:
             users.catch_up(ack.partition for ack in acks)
@@ -449,7 +455,7 @@ def _add_funnel(
     def post_recommend(body: RecommendBody) -> Response:
         """A page for a user, through the whole funnel; what became of every candidate goes into the log."""
         asked, recent = _asked(body, body.k or page, exclude), _recent(body, users)
-        now_ms = clock_ms() if body.ts_ms is None else body.ts_ms
+        now_ms = _time_of(body.ts_ms, clock_ms())
         request_id = body.request_id or uuid.uuid4().hex
         with searching:
             served = recommend(snapshots.version, asked, recent, now_ms, impressed_window_ms, sizes, request_id, ask)
@@ -474,7 +480,7 @@ def _add_funnel(
     def post_explain(body: ExplainBody) -> Response:
         """Why, or why not, an item for a user: its place in each channel and stage, and what leaves it out."""
         asked, recent = _asked(body, body.k or page, exclude), _recent(body, users)
-        now_ms = clock_ms() if body.ts_ms is None else body.ts_ms
+        now_ms = _time_of(body.ts_ms, clock_ms())
         with searching:
             told = explain(snapshots.version, asked, body.item_id, recent, now_ms, impressed_window_ms, sizes)
         return json_response(told)
@@ -505,7 +511,7 @@ def parse_id(text: str, kind: pa.DataType) -> int | str:
     return int(text)
 
 
-def _checked(document: dict[str, Any], place: int, version: Version) -> Event:
+def _checked(document: dict[str, Any], place: int, version: Version, now_ms: int) -> Event:
     """An event that this server can use.
 
     Raises:
@@ -514,17 +520,16 @@ def _checked(document: dict[str, Any], place: int, version: Version) -> Event:
     where = f"events[{place}]"
     try:
         event = Event.from_json(document)
+        check_event(event, now_ms)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    if event.type == ERASED or event.user_id == NOBODY:
-        raise DataError(f"{where}: type {ERASED!r} and user_id {NOBODY!r} are the log's own")
     if event.type in TYPES or event.user_id == CATALOGUE:
-        raise DataError(f"{where}: type {event.type!r} is the server's own: PUT or DELETE /v1/{event.type}s/ID instead")
+        raise DataError(
+            f"{where}: type {shown(event.type)} is the server's own: PUT or DELETE /v1/items/ID or /v1/users/ID instead"
+        )
     known = version.users.ids.type
     if not is_id(event.user_id, known):
-        raise DataError(f"{where}: user_id {event.user_id!r}, but the ids of users are {known}")
-    if event.type in (CLICK, IMPRESSION) and not (event.body.keys() & {ITEMS, c.ITEM_ID}):
-        raise DataError(f"{where}: {event.type} of nothing: name item_id, or a list of items")
+        raise DataError(f"{where}: user_id {shown(event.user_id)}, but the ids of users are {known}")
     if event.type in (CLICK, IMPRESSION, REQUEST):
         _check_items(event, where, version)
     return event
@@ -532,15 +537,20 @@ def _checked(document: dict[str, Any], place: int, version: Version) -> Event:
 
 def _check_items(event: Event, where: str, version: Version) -> None:
     body, known = event.body, version.item_ids.type
-    items = body.get(ITEMS, [body[c.ITEM_ID]] if c.ITEM_ID in body else [])
-    if not isinstance(items, list):
-        raise DataError(f"{where}: items is of type {type(items).__name__}: a list is due")
+    if event.type != REQUEST and not (body.keys() & {ITEMS, c.ITEM_ID}):
+        raise DataError(f"{where}: {event.type} of nothing: name item_id, or a list of items")
+    items = body.get(ITEMS) or ([body[c.ITEM_ID]] if c.ITEM_ID in body else [])
     if strange := [item for item in items if not is_id(item, known)]:
-        raise DataError(f"{where}: item {strange[0]!r}, but the ids of items are {known}")
-    outcomes = body.get(OUTCOMES)
-    if event.type != REQUEST or outcomes is None:
-        return
-    if not isinstance(outcomes, list) or len(outcomes) != len(items):
-        raise DataError(f"{where}: outcomes is to be a list with one of each of the {len(items)} items")
-    if unknown := [outcome for outcome in outcomes if outcome not in c.OUTCOMES]:
-        raise DataError(f"{where}: outcome {unknown[0]!r}: it is one of {', '.join(c.OUTCOMES)}")
+        raise DataError(f"{where}: item {shown(strange[0])}, but the ids of items are {known}")
+
+
+def _time_of(ts_ms: int | None, now_ms: int) -> int:
+    """When a request happened; now, if it does not say.
+
+    Raises:
+        DataError: a time beyond the clock.
+    """
+    if ts_ms is None:
+        return now_ms
+    check_time(ts_ms, now_ms, "the request")
+    return ts_ms

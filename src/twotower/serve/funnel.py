@@ -15,6 +15,24 @@ import pyarrow as pa
 from twotower.features.fitted import Items
 from twotower.index.protocol import Exclusions
 from twotower.logs import Event
+from twotower.logs.events import (
+    CHANNELS,
+    CONTEXT,
+    COUNTS,
+    DELTA_SEQ,
+    FAILED,
+    FEATURES,
+    HISTORY,
+    ITEMS,
+    OUTCOMES,
+    POSITIONS,
+    PROBABILITIES,
+    PROPENSITIES,
+    REQUEST,
+    RETRIEVED,
+    SCORES,
+    VERSION,
+)
 from twotower.models.retriever import Queries
 from twotower.publish.version import PRE_RANK, RANK, Version
 from twotower.schema import columns as c
@@ -22,23 +40,10 @@ from twotower.schema.errors import DataError
 from twotower.serve.channels import Ask, ask_in_turn
 from twotower.serve.filters import passing
 from twotower.serve.request import Asked, Found, find, find_items, find_user, left_out, queries_of
-from twotower.serve.users import ITEMS, OUTCOMES, REQUEST, ItemId, Recent, UserId
+from twotower.serve.users import ItemId, Recent, UserId
 
 Ints = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float32]
-
-# Fields of a request's record.
-POSITIONS: Final = "positions"
-SCORES: Final = "scores"
-CHANNELS: Final = "channels"
-PROBABILITIES: Final = "probabilities"
-PROPENSITIES: Final = "propensities"
-HISTORY: Final = "history"
-COUNTS: Final = "counts"
-RETRIEVED: Final = "retrieved"
-VERSION: Final = "version"
-DELTA_SEQ: Final = "delta_seq"
-FAILED: Final = "failed_channels"
 
 STAGES: Final = (c.PRE_RANK_REJECTED, c.RANK_REJECTED, c.RANKED_NOT_SHOWN, c.IMPRESSED)
 """Where a candidate ends in a request; a click comes later."""
@@ -323,8 +328,8 @@ def _body(
         CHANNELS: [found.fused.channels_of(0, at) for at in logged.tolist()],
         PROBABILITIES: [round(one, 6) for one in probability[logged].tolist()],
         PROPENSITIES: [drawn.get(at) for at in logged.tolist()],
-        "context": dict(asked.context),
-        "features": dict(asked.features),
+        CONTEXT: dict(asked.context),
+        FEATURES: dict(asked.features),
         HISTORY: version.item_ids.take(pa.array(history)).to_pylist(),
     }
 

@@ -89,7 +89,7 @@ def run_server(
         opened.callback(event_log.close)
         store = LmdbFeatureStore(store_folder)
         opened.callback(store.close)
-        users = RecentUsers(event_log, store, impressed_shape)
+        users = RecentUsers(event_log, store, impressed_shape, lambda reason: metrics.passed_over.labels(reason).inc())
         if applied := users.catch_up():
             log.info("%d events of the log applied", applied)
         opened.enter_context(_erasing(event_log, users, erase_every_s))

@@ -8,7 +8,7 @@ of another log or of other settings, is made again.
 import hashlib
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -17,20 +17,15 @@ import pyarrow as pa
 
 from twotower.features.bloom import Seen, Shape, hash_ids
 from twotower.features.store import FeatureStore
-from twotower.logs import Event, EventLog
+from twotower.logs import Event, EventLog, Record
 from twotower.logs.entities import ITEM, TYPES, USER, Entity, EntityId, after, entity_of, is_deletion
-from twotower.logs.erased import mark_of
+from twotower.logs.events import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST, UNUSABLE
+from twotower.logs.payload import MESSAGE, REASON, mark_of
 from twotower.publish.overlay import Entities
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 
 _LOGGER = logging.getLogger(__name__)
-
-CLICK = "click"
-IMPRESSION = "impression"
-REQUEST = "request"
-ITEMS = "items"
-OUTCOMES = "outcomes"
 
 MOST_CLICKS = 500
 MOST_SHOWN = 2000
@@ -79,12 +74,20 @@ class RecentUsers:
         log: the event log.
         store: where they are kept; emptied where it holds what was read from another log, or with another shape.
         shape: of the filters of impressions before the latest; None = these are forgotten.
+        passed_over: called with the reason of each event that cannot be used.
     """
 
-    def __init__(self, log: EventLog, store: FeatureStore, shape: Shape | None = None) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        store: FeatureStore,
+        shape: Shape | None = None,
+        passed_over: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._log = log
         self._store = store
         self._shape = shape
+        self._passed_over = passed_over
         self._applying = threading.Lock()
         stored = store.get(_PLACES)
         self._places = [None if place is None else _Place(*place) for place in orjson.loads(stored or b"[]")]
@@ -128,36 +131,44 @@ class RecentUsers:
                 place = self._places[partition]
                 offset = 0 if place is None else place.next_offset
                 while records := self._log.read(partition, offset, _BATCH):
-                    changed: dict[bytes, Recent] = {}
-                    put: dict[tuple[str, EntityId], Entity] = {}
-                    values: dict[bytes, bytes | None] = {}
-                    for record in records:
-                        if record.event.type in TYPES:
-                            self._put(record.event, put, changed)
-                            if record.event.type == USER and is_deletion(record.event):
-                                deleted = [partition, record.event.user_id, record.offset]
-                                values[_erase_key(record.event.user_id)] = orjson.dumps(deleted)
-                            continue
-                        user_key = _user_key(record.event.user_id)
-                        before = changed.get(user_key) or self.get(record.event.user_id)
-                        changed[user_key] = self._after(before, record.event)
-                    last = records[-1]
-                    offset = last.next_offset
-                    places = list(self._places)
-                    places[partition] = _Place(last.offset, offset, mark_of(last.event))
-                    for user_key, recent in changed.items():
-                        values[user_key] = orjson.dumps([recent.clicks, recent.shown])
-                        if recent.seen is not None:
-                            values[_seen_key(user_key)] = recent.seen.encode()
-                        if recent == Recent():
-                            values[user_key] = values[_seen_key(user_key)] = None
-                    values |= {_entity_key(*key): orjson.dumps([*key, entity]) for key, entity in put.items()}
-                    self._store.write({**values, _PLACES: orjson.dumps([place and astuple(place) for place in places])})
-                    self._places = places
-                    if put:
-                        self._entities = _with_entities(self._entities, put)
+                    self._apply(partition, records)
+                    offset = records[-1].next_offset
                     applied += len(records)
         return applied
+
+    def _apply(self, partition: int, records: Sequence[Record]) -> None:
+        """Take in the next records of a partition, in one change of the store."""
+        changed: dict[bytes, Recent] = {}
+        put: dict[tuple[str, EntityId], Entity] = {}
+        values: dict[bytes, bytes | None] = {}
+        for record in records:
+            event = record.event
+            if event.type == UNUSABLE:
+                self._passed_over(event.body[REASON])
+                _LOGGER.warning(
+                    "partition %d, offset %d: passed over: %s", partition, record.offset, event.body[MESSAGE]
+                )
+            elif event.type in TYPES:
+                self._put(event, put, changed)
+                if event.type == USER and is_deletion(event):
+                    values[_erase_key(event.user_id)] = orjson.dumps([partition, event.user_id, record.offset])
+            else:
+                user_key = _user_key(event.user_id)
+                changed[user_key] = self._after(changed.get(user_key) or self.get(event.user_id), event)
+        last = records[-1]
+        places = list(self._places)
+        places[partition] = _Place(last.offset, last.next_offset, mark_of(last.event))
+        for user_key, recent in changed.items():
+            values[user_key] = orjson.dumps([recent.clicks, recent.shown])
+            if recent.seen is not None:
+                values[_seen_key(user_key)] = recent.seen.encode()
+            if recent == Recent():
+                values[user_key] = values[_seen_key(user_key)] = None
+        values |= {_entity_key(*key): orjson.dumps([*key, entity]) for key, entity in put.items()}
+        self._store.write({**values, _PLACES: orjson.dumps([place and astuple(place) for place in places])})
+        self._places = places
+        if put:
+            self._entities = _with_entities(self._entities, put)
 
     def erase_deleted(self) -> int:
         """Erase from the log what stands there of users before they were deleted; gives the number of events.

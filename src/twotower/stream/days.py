@@ -73,15 +73,16 @@ def write_day(events: Path, folder: Path, day: str, shards: Sequence[Manifest], 
     holding = [shard for shard in shards if day in shard.days]
     partition, end_row = holding[0].partition, 1 + max(shard.days[day].last_row for shard in holding)
     begin_ms = DAY_MS * (datetime.date.fromisoformat(day) - datetime.date(1970, 1, 1)).days
+    schema = joined_schema(types)
+    kept = {*schema.names, *(f"{CONTEXT}{name}" for name in types.context)}
     parts = []
     for shard in holding:
-        rows = read_shard(folder, shard)
+        rows = read_shard(folder, shard, columns=[name for name in shard.schema.names if name in kept])
         rows = rows.append_column(_ROW, pa.array(np.arange(shard.first_row, shard.end_row)))
         at = rows[c.REQUEST_TS_MS]
         parts.append(rows.filter(pc.and_(pc.greater_equal(at, begin_ms), pc.less(at, begin_ms + DAY_MS))))
     rows = _furthest(_without(pa.concat_tables(parts, promote_options="default"), _deleted(shards)))
     numbers = ((begin_ms // DAY_MS) << _DAY_BITS) + np.arange(rows.num_rows, dtype=np.int64) * partitions + partition
-    schema = joined_schema(types)
     columns = {c.EVENT_SEQ: pa.array(numbers)}
     columns |= {name: rows[name] for name in schema.names if name in rows.column_names}
     columns |= {name: rows[f"{CONTEXT}{name}"] for name in types.context if f"{CONTEXT}{name}" in rows.column_names}

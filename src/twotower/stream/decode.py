@@ -14,8 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from twotower.features.columns import pointers, ranges
+from twotower.logs.events import HISTORY
 from twotower.schema.errors import DataError
-from twotower.stream.example import BYTES_LIST, FLOAT_LIST, INT64_LIST, list_of
+from twotower.stream.example import BYTES_LIST, FLOAT_LIST, INT64_LIST, ROWS_BACK, list_of
+from twotower.stream.rows import FEATURES
 from twotower.stream.tfrecord import Records
 
 Places = npt.NDArray[np.int64]
@@ -80,6 +82,34 @@ def decode(records: Records, schema: pa.Schema) -> pa.Table:
         _decode(records, begin, min(begin + _CHUNK, len(records)), schema) for begin in range(0, len(records), _CHUNK)
     ]
     return pa.Table.from_batches(chunks, schema)
+
+
+def decode_rows(records: Records, first: int, end: int, schema: pa.Schema) -> pa.Table:
+    """The rows of a shard from a number on up to another, each with the history and features that it shares.
+
+    Args:
+        records: all rows of the shard, as `encode_rows` writes them.
+        first: number of the first row in it.
+        end: number behind the last.
+        schema: of the rows.
+
+    Raises:
+        DataError: as `decode`, or a row names an earlier one that is not there.
+    """
+    own = pa.schema([(ROWS_BACK, pa.int64())])
+    back = decode(records.part(first, end), own)[ROWS_BACK].fill_null(0).to_numpy()
+    source = np.arange(first, end) - back
+    begin = int(source.min(initial=first))
+    if begin < 0 or (back < 0).any():
+        raise DataError(f"a row takes its history from {int(back.max())} rows back, which are not there")
+    table = decode(records.part(begin, end), schema)
+    rows = table.slice(first - begin)
+    if not back.any():
+        return rows
+    for place, name in enumerate(schema.names):
+        if name == HISTORY or name.startswith(FEATURES):
+            rows = rows.set_column(place, schema.field(name), table[name].take(pa.array(source - begin)))
+    return rows
 
 
 def _decode(records: Records, begin: int, end: int, schema: pa.Schema) -> pa.RecordBatch:

@@ -10,13 +10,16 @@ from typing import Any, Final
 import pyarrow as pa
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from twotower.logs.events import DELTA_SEQ, HISTORY, VERSION
 from twotower.schema import columns as c
-from twotower.serve.funnel import DELTA_SEQ, HISTORY, VERSION
 from twotower.stream.rows import CONTEXT, FEATURES, Asked, Row, Types
 
 INT64_LIST: Final = "int64_list"
 FLOAT_LIST: Final = "float_list"
 BYTES_LIST: Final = "bytes_list"
+
+ROWS_BACK: Final = "rows_back"
+"""A feature of a row whose history and user features stand in an earlier row of its file: how many rows earlier."""
 
 _FIELDS: Final = descriptor_pb2.FieldDescriptorProto
 _SHARED_TAG: Final = b"\x0a"
@@ -81,21 +84,25 @@ def list_of(kind: pa.DataType) -> str:
 
 
 def encode_rows(rows: Iterable[Row], types: Types) -> Iterator[bytes]:
-    """Each row as the bytes of an Example, the same for the same row.
+    """Each row as the bytes of an Example.
 
-    What the rows of one request share is written once: the bytes of two `Features` one after the other are those of
-    both together.
+    Rows of one request that follow each other have its history and its user features once, in the first row that was
+    shown: the others say how many rows back that is. So a request of many items and a long history stays small.
     """
-    kinds = {field.name: list_of(field.type) for field in types.schema()}
-    shared: dict[bool, bytes] = {}
+    kinds = {field.name: list_of(field.type) for field in types.schema()} | {ROWS_BACK: INT64_LIST}
+    shared: bytes = b""
     asked: Asked | None = None
-    for row in rows:
+    first_shown: int | None = None
+    for place, row in enumerate(rows):
         if row.asked is not asked:
-            asked, shared = row.asked, {}
-        shown = row.outcome in (c.IMPRESSED, c.CLICKED)
-        if shown not in shared:
-            shared[shown] = _bytes(_shared(row.asked, shown), kinds)
-        content = _bytes(_own(row), kinds) + shared[shown]
+            asked, shared, first_shown = row.asked, _bytes(_shared(row.asked), kinds), None
+        content = _bytes(_own(row), kinds) + shared
+        if row.outcome in (c.IMPRESSED, c.CLICKED):
+            if first_shown is None:
+                first_shown = place
+                content += _bytes(_of_shown(row.asked), kinds)
+            else:
+                content += _bytes({ROWS_BACK: place - first_shown}, kinds)
         yield _SHARED_TAG + _varint(len(content)) + content
 
 
@@ -113,20 +120,21 @@ def _own(row: Row) -> dict[str, Any]:
     }
 
 
-def _shared(asked: Asked, shown: bool) -> dict[str, Any]:
-    """What the rows of a request share; history and features are for models of what was shown, not for rejects."""
-    values: dict[str, Any] = {
+def _shared(asked: Asked) -> dict[str, Any]:
+    """What every row of a request has."""
+    return {
         c.USER_ID: asked.user_id,
         c.REQUEST_ID: asked.request_id,
         c.REQUEST_TS_MS: asked.ts_ms,
         VERSION: asked.version,
         DELTA_SEQ: asked.delta_seq,
+        **{f"{CONTEXT}{name}": value for name, value in asked.context.items()},
     }
-    values |= {f"{CONTEXT}{name}": value for name, value in asked.context.items()}
-    if shown:
-        values |= {f"{FEATURES}{name}": value for name, value in asked.features.items()}
-        values[HISTORY] = asked.history
-    return values
+
+
+def _of_shown(asked: Asked) -> dict[str, Any]:
+    """What the rows of shown items have: models learn from these alone."""
+    return {**{f"{FEATURES}{name}": value for name, value in asked.features.items()}, HISTORY: asked.history}
 
 
 def _bytes(values: dict[str, Any], kinds: dict[str, str]) -> bytes:

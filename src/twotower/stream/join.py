@@ -14,6 +14,7 @@ from typing import Final
 from twotower.logs import Event, EventLog, Record, entities
 from twotower.schema.errors import DataError, TwotowerError
 from twotower.schema.tables import is_id
+from twotower.stream.clock import joined_until
 from twotower.stream.days import stale_days, write_day
 from twotower.stream.joiner import Counts, Joiner
 from twotower.stream.rows import Row, Types
@@ -25,6 +26,7 @@ from twotower.stream.shards import (
     manifests,
     merge,
     partition_folder,
+    progress_of,
     tidy,
     total,
     write_shard,
@@ -34,6 +36,10 @@ log = logging.getLogger(__name__)
 
 HOUR_MS: Final = 3_600_000
 _BATCH: Final = 1000
+_SHARD_ROWS: Final = 200_000
+"""A shard ends once it has this many rows, however few events they are of."""
+_DAYS_EVERY_S: Final = 60.0
+"""How often a joiner that follows looks for days that are over in partitions without new events."""
 
 
 class Taken(TwotowerError):
@@ -50,6 +56,8 @@ class Windows:
     """Events may be out of order by so much."""
     late_ms: int
     """A request is remembered for so long after its window, for late clicks."""
+    idle_ms: int = 600_000
+    """A partition without new events is left out of what all have reached once the others are this far ahead."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +70,11 @@ class JoinReport:
     late: int
     duplicates: int
     watermark_ms: int | None
-    """Event time up to which all partitions that have events are joined."""
+    """Event time up to which all partitions are joined, apart from idle ones."""
     events: int
     unjoined: int
     before_request: int
+    clock_jumps: int
     dropped: dict[str, int]
     outcomes: dict[str, int]
     days: list[str] = field(default_factory=list)
@@ -153,7 +162,7 @@ class PartitionJoin:
         """Join what comes next in the log, up to a shard's events or the end of an hour; None at the end of the log."""
         begin, hour, events, rows = self._offset, self._hour, 0, list[Row]()
         deleted, user_id = list[Deleted](), self._types.user_id
-        while events < self._shard_events and self._hour == hour:
+        while events < self._shard_events and len(rows) < _SHARD_ROWS and self._hour == hour:
             records = self._log.read(self.partition, self._offset, min(_BATCH, self._shard_events - events))
             for record in records:
                 rows += self._joiner.feed(record)
@@ -162,7 +171,7 @@ class PartitionJoin:
                     deleted.append(Deleted(event.user_id, self._first_row + len(rows)))
                 self._offset, events = record.next_offset, events + 1
                 hour = self._hour if hour is None else hour
-                if self._hour != hour:
+                if self._hour != hour or len(rows) >= _SHARD_ROWS:
                     break
             if not records:
                 break
@@ -196,16 +205,19 @@ class PartitionJoin:
                 shards.append(merge(self._folder, part) if len(part) > 1 else part[0])
         self.shards = shards
 
-    def write_days(self, events: Path, partitions: int, only_over: bool) -> list[str]:
+    def write_days(
+        self, events: Path, partitions: int, over_ms: int | None = None, only_over: bool = True
+    ) -> list[str]:
         """Write the days that have new rows; gives their names.
 
         Args:
             events: the folder of all days.
             partitions: of the log.
+            over_ms: the event time that all partitions have reached, where it is known.
             only_over: leave out the day that event time is in.
         """
-        latest_ms = self._joiner.clock.latest_ms
-        today = "" if latest_ms is None else day_of(latest_ms)
+        reached = [ms for ms in (self._joiner.clock.latest_ms, over_ms) if ms is not None]
+        today = day_of(max(reached)) if reached else ""
         days = [day for day in stale_days(events, self.shards) if not only_over or day < today]
         for day in days:
             rows = write_day(events, self._folder, day, self.shards, self._types, partitions)
@@ -302,6 +314,7 @@ def join(
             )))
             for partition in range(share[0] - 1, event_log.partitions, share[1])
         ]  # fmt: skip
+        looked_s = time.monotonic()
         while not stopped():
             found = [manifest for one in joins if (manifest := one.step())]
             written += found
@@ -309,7 +322,12 @@ def join(
                 if one.hour_ended:
                     one.merge_hours()
                     if follow_s is not None and events is not None:
-                        days += one.write_days(events, event_log.partitions, only_over=True)
+                        days += one.write_days(events, event_log.partitions)
+            if follow_s is not None and events is not None and time.monotonic() - looked_s >= _DAYS_EVERY_S:
+                looked_s = time.monotonic()
+                over_ms = joined_until(progress_of(folder, event_log).values(), windows.idle_ms)
+                for one in joins:
+                    days += one.write_days(events, event_log.partitions, over_ms)
             if not found and follow_s is None:
                 break
             if follow_s is not None and sum(manifest.counts.events for manifest in found) < shard_events:
@@ -319,8 +337,8 @@ def join(
                 written.append(manifest)
             if events is not None:
                 days += one.write_days(events, event_log.partitions, only_over=False)
-        watermarks = [one.watermark_ms for one in joins if one.watermark_ms is not None]
-    return _report(written, days, min(watermarks, default=None))
+        reached = progress_of(folder, event_log)
+    return _report(written, days, joined_until([reached[one.partition] for one in joins], windows.idle_ms))
 
 
 def _report(written: list[Manifest], days: list[str], watermark_ms: int | None) -> JoinReport:
@@ -338,6 +356,7 @@ def _report(written: list[Manifest], days: list[str], watermark_ms: int | None) 
         events=counts.events,
         unjoined=counts.unjoined,
         before_request=counts.before_request,
+        clock_jumps=counts.clock_jumps,
         dropped=dict(sorted(counts.dropped.items())),
         outcomes=dict(sorted(outcomes.items())),
         days=sorted(set(days)),

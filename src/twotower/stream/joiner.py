@@ -1,9 +1,9 @@
 """The joiner: events of one partition in, joined rows out, in an order that is a function of the log alone.
 
-Time is the events' own. Event time is the latest `ts_ms` read, not counting what was put by a server's clock; the
-watermark stays `lateness_ms` behind it: requests and clicks may come in any order within that. A click leaves at once
-with what its request knew. What was not clicked leaves when the watermark reaches the end of its window. A request is
-remembered `late_ms` longer for late clicks.
+Time is the events' own, bounded by the log's clock (`twotower.stream.clock`), not counting what was put by a server.
+The watermark stays `lateness_ms` behind it: requests and clicks may come in any order within that. A click leaves at
+once with what its request knew. What was not clicked leaves when the watermark reaches the end of its window. A request
+is remembered `late_ms` longer for late clicks.
 
 What is remembered can be made again from the log: reading it from the offset of `replay` on, with the clock of that
 moment, gives the same memory, because a request is remembered until its last event cannot matter any more. What was
@@ -20,11 +20,30 @@ from typing import Any, Final
 import pyarrow as pa
 
 from twotower.logs import Event, Record, entities
-from twotower.logs.erased import ERASED, type_before
+from twotower.logs.events import (
+    ALLOWED_SKEW_MS,
+    CHANNELS,
+    CLICK,
+    CONTEXT,
+    DELTA_SEQ,
+    ERASED,
+    FEATURES,
+    HISTORY,
+    IMPRESSION,
+    ITEMS,
+    OUTCOMES,
+    POSITIONS,
+    PROBABILITIES,
+    PROPENSITIES,
+    REQUEST,
+    SCORES,
+    UNUSABLE,
+    VERSION,
+)
+from twotower.logs.payload import MESSAGE, REASON, type_before
 from twotower.schema import columns as c
-from twotower.schema.tables import is_id
-from twotower.serve.funnel import CHANNELS, DELTA_SEQ, HISTORY, POSITIONS, PROBABILITIES, PROPENSITIES, SCORES, VERSION
-from twotower.serve.users import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST
+from twotower.schema.tables import MAX_WEIGHT, is_id
+from twotower.stream.clock import Clock
 from twotower.stream.rows import Asked, ItemId, Row, Types, UserId, Value, as_value
 
 log = logging.getLogger(__name__)
@@ -40,38 +59,13 @@ BAD_REQUEST: Final = "bad_request"
 BAD_VALUE: Final = "bad_value"
 ITEM_TWICE: Final = "item_twice"
 
+MOST_HELD: Final = 1_000_000
+"""Items of open requests that are held in memory at most; other requests are read again when their window closes."""
+
 _LEAVE, _CLOSE, _FORGET = range(3)
 """What is due at a moment: clicks that wait for their request leave, a window closes, a request is forgotten."""
 
 _Key = tuple[UserId, str]
-
-
-@dataclass(frozen=True)
-class Clock:
-    """How far event time has come in a partition; None before the first event."""
-
-    latest_ms: int | None = None
-    """The latest time of an event that moved it."""
-    request_ms: int | None = None
-    """The latest time of a request."""
-    floor_ms: int | None = None
-    """What a flush raised the watermark to."""
-
-    def watermark_ms(self, lateness_ms: int) -> int | None:
-        """Nothing is expected any more from before this moment."""
-        if self.latest_ms is None:
-            return None
-        return max(self.latest_ms - lateness_ms, self.floor_ms or 0)
-
-    def after(self, event: Event, window_ms: int) -> "Clock":
-        """The clock after an event: in a log of requests, only they move it beyond the window of the latest request,
-        so that one client whose clock is wrong does not close everyone's windows.
-        """
-        is_request = type_before(event) == REQUEST
-        request_ms = max(self.request_ms or 0, event.ts_ms) if is_request else self.request_ms
-        if request_ms is not None and event.ts_ms > request_ms + window_ms:
-            return self
-        return Clock(max(self.latest_ms or 0, event.ts_ms), request_ms, self.floor_ms)
 
 
 @dataclass(frozen=True)
@@ -95,6 +89,8 @@ class Counts:
     """Clicks that left without a request: they name none, or one that did not come."""
     before_request: int = 0
     """Clicks stamped before their request; they take its time."""
+    clock_jumps: int = 0
+    """Times that the log's clock came back from a time beyond its own later ones."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Events, items or values left out, by reason."""
 
@@ -133,7 +129,7 @@ class _Entry:
     offset: int = -1
     """Of the request; -1 while it has not come."""
     logged: _Logged | None = None
-    """Until its window closes; then it is read again at its offset where it is needed."""
+    """Until its window closes, if there is room; else it is read again at its offset where it is needed."""
     shown: dict[ItemId, Event] = field(default_factory=dict)
     """What impression events say was shown."""
     clicked: set[ItemId] = field(default_factory=set)
@@ -165,6 +161,7 @@ class Joiner:
         self._entries: dict[_Key, _Entry] = {}
         self._due: list[tuple[int, int, int, _Key]] = []
         self._open = 0
+        self._held = 0
         self._counts = Counts()
 
     @classmethod
@@ -239,6 +236,11 @@ class Joiner:
         """Take the next event of the partition; gives the rows that leave."""
         event, rows = record.event, list[Row]()
         self._counts.events += 1
+        if type_before(event) == UNUSABLE:
+            self._pass_over(record)
+            return rows
+        if self._clock.is_beyond(record.logged_ms):
+            self._come_back(record, rows)
         if type_before(event) in entities.TYPES:  # stamped by a server, whatever time requests carry: no event time
             if entities.is_deletion(event) and event.type == entities.USER:
                 self._forget_user(event.user_id)
@@ -255,7 +257,7 @@ class Joiner:
             self._take_click(record, rows)
         else:
             self._take_impression(record, rows)
-        self._clock = self._clock.after(event, self._window_ms)
+        self._clock = self._clock.after(event, record.logged_ms, self._window_ms)
         watermark_ms = self._clock.watermark_ms(self._lateness_ms)
         while self._due and watermark_ms is not None and self._due[0][0] <= watermark_ms:
             self._do(heapq.heappop(self._due), watermark_ms, rows)
@@ -274,11 +276,49 @@ class Joiner:
                 self._do(one, None, rows)
         return rows
 
+    def _pass_over(self, record: Record) -> None:
+        """Count an event that no reader can use, and say the first of its kind."""
+        body = record.event.body
+        reason = f"{UNUSABLE}_{body[REASON]}" if REASON in body else WAS_ERASED
+        self._counts.dropped[reason] += 1
+        if self._counts.dropped[reason] == 1 and MESSAGE in body:
+            log.warning("offset %d: an event is passed over: %s", record.offset, body[MESSAGE])
+
+    def _come_back(self, record: Record, rows: list[Row]) -> None:
+        """The log's clock was ahead and has come back: requests of the wrong time leave, and are forgotten."""
+        self._counts.clock_jumps += 1
+        log.warning(
+            "offset %d: the log's clock comes back from %s to %s, and event time with it: the server's clock was wrong",
+            record.offset,
+            self._clock.latest_ms,
+            record.logged_ms,
+        )
+        self._clock = self._clock.back_to(record.logged_ms)
+        most_ms = record.logged_ms + ALLOWED_SKEW_MS
+        for key, entry in [(key, entry) for key, entry in self._entries.items() if entry.last_ms > most_ms]:
+            self._do((most_ms, entry.first_offset, _LEAVE, key), None, rows)
+            self._do((most_ms, entry.first_offset, _CLOSE, key), None, rows)
+            del self._entries[key]
+        self._due = [due for due in self._due if due[3] in self._entries]
+        heapq.heapify(self._due)
+
     def _forget_user(self, user_id: UserId) -> None:
         """A user was deleted: nothing more leaves of what they did before."""
         for key in [key for key in self._entries if key[0] == user_id and type(key[0]) is type(user_id)]:
-            self._open -= not self._entries[key].closed
-            del self._entries[key]
+            entry = self._entries.pop(key)
+            self._open -= not entry.closed
+            self._let_go(entry)
+
+    def _hold(self, entry: _Entry, logged: _Logged) -> None:
+        """Keep a request in memory until its window closes, if there is room."""
+        if self._held + len(logged.places) <= MOST_HELD:
+            entry.logged = logged
+            self._held += len(logged.places)
+
+    def _let_go(self, entry: _Entry) -> None:
+        if entry.logged is not None:
+            self._held -= len(entry.logged.places)
+            entry.logged = None
 
     def _do(self, one: tuple[int, int, int, _Key], watermark_ms: int | None, rows: list[Row]) -> None:
         """What is due; without a watermark, whatever its time."""
@@ -338,7 +378,8 @@ class Joiner:
         if logged is None:
             return
         entry = self._entry(record, request_id)
-        entry.offset, entry.logged, entry.at_ms = record.offset, logged, event.ts_ms
+        entry.offset, entry.at_ms = record.offset, event.ts_ms
+        self._hold(entry, logged)
         rows.extend(self._click_row(click, item, logged) for _, click, item in entry.waiting)
         entry.waiting = []
         for item, place in logged.places.items():
@@ -403,28 +444,31 @@ class Joiner:
         """The rows of what was not clicked, in the order of the request's record."""
         if not entry.closed:
             self._open -= 1
-        places = entry.logged.places if entry.logged else {}
+        logged = self._known(entry)
+        places = logged.places if logged else {}
         for item, place in places.items():
             if item in entry.clicked:
                 continue
             if item in entry.shown:
                 if not entry.closed:
-                    rows.append(self._shown_row(entry.shown[item], item, entry.logged))
+                    rows.append(self._shown_row(entry.shown[item], item, logged))
             else:
-                assert entry.logged is not None
-                rows.append(_row(entry.logged.asked, item, place, place.outcome))
+                assert logged is not None
+                rows.append(_row(logged.asked, item, place, place.outcome))
         if not entry.closed:
             for item, event in entry.shown.items():
                 if item not in entry.clicked and item not in places:
-                    rows.append(self._shown_row(event, item, entry.logged))
-        entry.logged, entry.closed = None, True
+                    rows.append(self._shown_row(event, item, logged))
+        self._let_go(entry)
+        entry.closed = True
 
     def _known(self, entry: _Entry) -> _Logged | None:
         """The request, if it has come."""
         if entry.logged is not None or entry.offset < 0:
             return entry.logged
         counts, self._counts = self._counts, Counts()  # it was counted when it came
-        logged = self._logged(self._fetch(entry.offset))
+        event = self._fetch(entry.offset)
+        logged = self._logged(event) if event.type == REQUEST else None  # erased: its deletion is still to be read
         self._counts = counts
         return logged
 
@@ -447,7 +491,7 @@ class Joiner:
         weight = event.body.get(c.WEIGHT) if event.type == CLICK else None
         if weight is None:
             return 1.0
-        if isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < 1e30:
+        if isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight <= MAX_WEIGHT:
             return float(weight)
         self._counts.dropped[BAD_VALUE] += 1
         return 1.0
@@ -475,8 +519,8 @@ class Joiner:
             event.user_id,
             event.request_id or (event.event_id if event.type == REQUEST else None),
             event.ts_ms,
-            self._values(event.body.get("context"), self._types.context),
-            self._values(event.body.get("features"), self._types.features),
+            self._values(event.body.get(CONTEXT), self._types.context),
+            self._values(event.body.get(FEATURES), self._types.features),
             self._right(history) if isinstance(history, list) else None,
             version if isinstance(version, str) else None,
             delta_seq if type(delta_seq) is int and is_id(delta_seq, pa.int64()) else None,

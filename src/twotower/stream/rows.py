@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.config import settings as spec
+from twotower.logs.events import DELTA_SEQ, HISTORY, VERSION
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import parquet_files
-from twotower.serve.funnel import DELTA_SEQ, HISTORY, VERSION
 
 log = logging.getLogger(__name__)
 

@@ -25,15 +25,18 @@ from typing import Final
 import pyarrow as pa
 
 from twotower.datasets.tables import DAY_MS
+from twotower.logs import EventLog
 from twotower.schema.errors import DataError
 from twotower.schema.files import TEMPORARY, read_json, sha256, whole_file, write_json
-from twotower.stream.decode import decode
+from twotower.stream.clock import Clock, Progress
+from twotower.stream.decode import decode_rows
 from twotower.stream.example import encode_rows
-from twotower.stream.joiner import Clock, Counts, Replay
+from twotower.stream.joiner import Counts, Replay
 from twotower.stream.rows import Row, Types, UserId
 from twotower.stream.tfrecord import Records, read_records, write_records
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+"""1 has the history and the features of a request in each of its rows; both are read."""
 _EPOCH: Final = datetime.date(1970, 1, 1)
 _MANIFEST: Final = re.compile(r"(\d{20})-(\d{20})\.json")
 _PARTITION: Final = re.compile(r"partition-(\d{4,})")
@@ -156,6 +159,23 @@ def partitions(folder: Path) -> list[int]:
     return sorted(int(found[1]) for name in os.listdir(folder) if (found := _PARTITION.fullmatch(name)))
 
 
+def progress_of(folder: Path, event_log: EventLog | None) -> dict[int, Progress]:
+    """How far each partition is joined, by its number.
+
+    Args:
+        folder: of all shards.
+        event_log: which they are of; None = there is none any more, so that nothing is left to be joined.
+    """
+    numbers = set(partitions(folder)) | set(range(event_log.partitions if event_log is not None else 0))
+    found = {}
+    for number in sorted(numbers):
+        known = manifests(folder, number)
+        last = known[-1] if known else None
+        at_end = event_log is None or not event_log.read(number, last.end if last else 0, 1)
+        found[number] = Progress(last.watermark_ms if last else None, at_end)
+    return found
+
+
 def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest]:
     """The manifests of a partition's shards, in order, from the one that holds a row on.
 
@@ -197,8 +217,8 @@ def read_manifest(path: Path) -> Manifest:
         DataError: it is missing, damaged or of another format.
     """
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"{path} is no shard's manifest of format {FORMAT}: another version wrote it")
+    if not isinstance(content, dict) or content.get("format") not in (1, FORMAT):
+        raise DataError(f"{path} is no shard's manifest of format 1 or {FORMAT}: another version wrote it")
     try:
         counts, state = content["counts"], content["state"]
         return Manifest(
@@ -215,8 +235,17 @@ def read_manifest(path: Path) -> Manifest:
         ) from None
 
 
-def read_shard(folder: Path, manifest: Manifest, first: int = 0, end: int | None = None) -> pa.Table:
+def read_shard(
+    folder: Path, manifest: Manifest, first: int = 0, end: int | None = None, columns: Iterable[str] | None = None
+) -> pa.Table:
     """The rows of a shard, or those from a number on up to another within it; every checksum of it is checked.
+
+    Args:
+        folder: of all shards.
+        manifest: of the shard.
+        first: number of the first row within it.
+        end: number behind the last; None = all.
+        columns: that are wanted; None = all.
 
     Raises:
         DataError: the file is missing, damaged, or has other rows than the manifest says.
@@ -227,7 +256,8 @@ def read_shard(folder: Path, manifest: Manifest, first: int = 0, end: int | None
     if len(records) != manifest.rows:
         raise DataError(f"{path} has {len(records)} rows, the manifest says {manifest.rows}: it was cut")
     try:
-        return decode(records.part(first, end), manifest.schema)
+        wanted = manifest.schema if columns is None else pa.schema([manifest.schema.field(name) for name in columns])
+        return decode_rows(records, first, end, wanted)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
@@ -401,7 +431,7 @@ def total(counts: Iterable[Counts]) -> Counts:
     """The sum of counts."""
     summed = Counts()
     for one in counts:
-        for name in ("events", "late", "duplicates", "unjoined", "before_request"):
+        for name in ("events", "late", "duplicates", "unjoined", "before_request", "clock_jumps"):
             setattr(summed, name, getattr(summed, name) + getattr(one, name))
         summed.dropped.update(one.dropped)
     return summed

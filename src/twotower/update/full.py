@@ -25,17 +25,28 @@ from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.files import parquet_files, whole_file
 from twotower.schema.tables import as_ids, check_entities
-from twotower.stream.shards import day_of, manifests, partitions
+from twotower.stream.clock import joined_until
+from twotower.stream.days import stale_days
+from twotower.stream.shards import day_of, manifests, progress_of
 from twotower.update.gate import Limits, alikeness, recall_among
 from twotower.update.rows import positives_of
 
 _EVENTS = 10_000
 
 
-def due_days(events: Path, shards: Path, learned: str, watermark_ms: int | None = None) -> list[str]:
+def due_days(
+    events: Path,
+    shards: Path,
+    learned: str,
+    watermark_ms: int | None = None,
+    *,
+    event_log: EventLog | None = None,
+    idle_ms: int = 0,
+) -> list[str]:
     """The days that are whole and that the full chain has not learned, in order.
 
-    A day is whole when everything that is joined is of later days; without shards, when it is in `events/`.
+    A day is whole when everything that is joined is of later days; without shards, when it is in `events/`. A partition
+    that is idle (`joined_until`) does not hold the others, but its own rows of the day must be in `events/`.
 
     Args:
         events: joined events, a folder a day.
@@ -43,16 +54,23 @@ def due_days(events: Path, shards: Path, learned: str, watermark_ms: int | None 
         learned: the last day of the full chain.
         watermark_ms: where the chain began, which may be in the middle of that day: then its rest is due. None = it
             learned the whole day.
+        event_log: which the shards are of, if there is one.
+        idle_ms: how far a partition without new events may be behind the others.
     """
     days = sorted(path.name.removeprefix(f"{c.DATE}=") for path in events.glob(f"{c.DATE}=*") if path.is_dir())
-    ends = [found[-1].watermark_ms for p in partitions(shards) if (found := manifests(shards, p))]
-    known = [end for end in ends if end is not None]
-    whole = day_of(min(known)) if known else None
+    reached = progress_of(shards, event_log)
+    whole, unwritten = None, set[str]()
+    if any(one.watermark_ms is not None for one in reached.values()):
+        until_ms = joined_until(reached.values(), idle_ms)
+        whole = "" if until_ms is None else day_of(until_ms)
+        for partition, one in reached.items():
+            if until_ms is not None and one.watermark_ms is not None and one.watermark_ms < until_ms:
+                unwritten.update(stale_days(events, manifests(shards, partition)))
     return [
         day
         for day in days
         if day != c.UNKNOWN_DATE
-        and (whole is None or day < whole)
+        and (whole is None or (day < whole and day not in unwritten))
         and (day > learned or (day == learned and watermark_ms is not None and _goes_on(events, day, watermark_ms)))
     ]
 

@@ -1,0 +1,175 @@
+"""What a log stores of an event, and what it gives back: the same for every log.
+
+The payload of an event is its JSON object with the field `logged_ms`, the log's clock when it was stored: the clock of
+the process that appended it. In the place of an erased event stands a stub of its type, its times and its digest
+(`erased_payload`): nobody can tell from it whose event it was, offsets stay where they are, a retry is still a
+duplicate, and event time runs through it as before.
+
+A payload that is no event, or one that fails the check, is read as an event of the type `unusable`, with its reason. It
+keeps its offset, counts as an event of nobody, and stops no reader.
+"""
+
+import struct
+from hashlib import blake2b
+from typing import Any, Final
+
+import orjson
+
+from twotower.logs.events import (
+    ERASED,
+    MALFORMED,
+    MAX_EVENT_BYTES,
+    NOBODY,
+    TOO_LARGE,
+    UNUSABLE,
+    UnusableEvent,
+    check_event,
+    check_time,
+    shown,
+)
+from twotower.logs.partition import DIGEST_BYTES, digest
+from twotower.logs.protocol import EVENT_ID, LOGGED_MS, Event, Record
+from twotower.schema import columns as c
+from twotower.schema.clock import ClockMs, now_ms
+from twotower.schema.errors import DataError
+
+REASON: Final = "reason"
+"""Field of an unusable event: one of a few words."""
+MESSAGE: Final = "message"
+"""Field of an unusable event: a sentence."""
+
+_WAS: Final = "was"
+_HEADS: Final = {0: struct.Struct(f"<BqH{DIGEST_BYTES}s"), 1: struct.Struct(f"<BqH{DIGEST_BYTES}sq")}
+"""The head of a stub, by its first byte, with which no JSON begins: then ts_ms, the bytes of the type, which follows
+the head, the digest, and logged_ms, which the stubs of earlier releases (0) do not have."""
+
+
+def payload_of(event: Event, logged_ms: int) -> bytes:
+    """What a log stores of an event at a time of its clock.
+
+    Raises:
+        UnusableEvent: the event fails `check_event`, or takes more than `MAX_EVENT_BYTES`.
+        DataError: it cannot be written as JSON.
+    """
+    check_event(event, logged_ms)
+    payload = event.to_json()
+    if len(payload) > MAX_EVENT_BYTES:
+        raise UnusableEvent(
+            TOO_LARGE,
+            f"event {shown(event.event_id)} takes {len(payload)} bytes, at most {MAX_EVENT_BYTES} are allowed: "
+            "split it",
+        )
+    return b'%b,"%b":%d}' % (payload[:-1], LOGGED_MS.encode(), logged_ms)
+
+
+def record_of(offset: int, next_offset: int, payload: bytes | None, clock_ms: ClockMs = now_ms) -> Record:
+    """The record of a stored payload: its event, an `erased` or an `unusable` one.
+
+    Args:
+        offset: where it stands.
+        next_offset: where the next one stands.
+        payload: as stored; None is none, such as a message without a value.
+        clock_ms: stands for the log's clock where the payload does not say it, as others and earlier releases wrote it.
+
+    >>> record = record_of(0, 1, b'{"event_id": 3}')
+    >>> record.event.type, record.event.body["reason"]
+    ('unusable', 'malformed')
+    """
+    payload = payload or b""
+    logged_ms = None
+    try:
+        if is_erased(payload):
+            event, logged_ms = _stub(payload)
+            logged_ms = clock_ms() if logged_ms is None else logged_ms
+            check_time(event.ts_ms, logged_ms, "an erased event")
+        else:
+            document = _document(payload)
+            logged_ms = _logged_ms(document)
+            logged_ms = clock_ms() if logged_ms is None else logged_ms
+            event = Event.from_json(document)
+            check_event(event, logged_ms)
+    except DataError as error:
+        reason = error.reason if isinstance(error, UnusableEvent) else MALFORMED
+        logged_ms = clock_ms() if logged_ms is None else logged_ms
+        body = {REASON: reason, MESSAGE: str(error)}
+        event = Event(digest_of(payload).hex(), UNUSABLE, NOBODY, logged_ms, body=body)
+    return Record(offset, next_offset, event, logged_ms)
+
+
+def erased_payload(payload: bytes) -> bytes:
+    """What is stored in the place of an event; it takes fewer bytes, and zeros may follow it.
+
+    >>> click = Event("e1", "click", 7, 1_700_000_000_000, body={"item_id": 3})
+    >>> stub = erased_payload(payload_of(click, 1_700_000_000_000))
+    >>> record_of(0, 1, stub).event.type, b"item" in stub
+    ('erased', False)
+    """
+    record = record_of(0, 0, payload)
+    name = record.event.type.encode()
+    return _HEADS[1].pack(1, record.event.ts_ms, len(name), digest_of(payload), record.logged_ms) + name
+
+
+def is_erased(payload: bytes) -> bool:
+    """The event that stood here was erased."""
+    return payload[:1] in (b"\0", b"\1")
+
+
+def type_before(event: Event) -> Any:
+    """The type of an event, of an erased one before it was."""
+    return event.body.get(_WAS) if event.type == ERASED else event.type
+
+
+def digest_of(payload: bytes) -> bytes:
+    """The digest of the event, 16 bytes, which an erased one keeps; of a payload that is no event, one of its bytes."""
+    if is_erased(payload):
+        mark: bytes = _HEADS[payload[0]].unpack_from(payload)[3]
+        return mark
+    try:
+        document = _document(payload)
+        return digest(document[EVENT_ID], document[c.USER_ID])
+    except (DataError, KeyError, AttributeError, TypeError, ValueError, struct.error):
+        return blake2b(payload, digest_size=DIGEST_BYTES).digest()
+
+
+def mark_of(event: Event) -> str:
+    """The same of an event that was read, in hexadecimal digits: equal before and after it is erased."""
+    return event.event_id if event.user_id == NOBODY else digest(event.event_id, event.user_id).hex()
+
+
+def user_of(payload: bytes) -> int | str | None:
+    """Whose event it is; None of an erased one and of what is no event."""
+    if is_erased(payload):
+        return None
+    try:
+        user_id = _document(payload).get(c.USER_ID)
+    except DataError:
+        return None
+    return user_id if type(user_id) in (int, str) else None
+
+
+def _document(payload: bytes) -> dict[str, Any]:
+    if len(payload) > 2 * MAX_EVENT_BYTES:
+        raise UnusableEvent(TOO_LARGE, f"it takes {len(payload)} bytes, at most {MAX_EVENT_BYTES} are allowed")
+    try:
+        document = orjson.loads(payload)
+    except orjson.JSONDecodeError as error:
+        raise UnusableEvent(MALFORMED, f"it is no JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise UnusableEvent(MALFORMED, f"it is no JSON object but a {type(document).__name__}")
+    return document
+
+
+def _logged_ms(document: dict[str, Any]) -> int | None:
+    """The log's clock of a document; the field is no part of the event."""
+    logged_ms = document.pop(LOGGED_MS, None)
+    return logged_ms if type(logged_ms) is int else None
+
+
+def _stub(payload: bytes) -> tuple[Event, int | None]:
+    head = _HEADS[payload[0]]
+    try:
+        _, ts_ms, length, mark, *rest = head.unpack_from(payload)
+        was = payload[head.size : head.size + length].decode()
+        return Event(mark.hex(), ERASED, NOBODY, ts_ms, body={_WAS: was}), rest[0] if rest else None
+    except (struct.error, UnicodeDecodeError) as error:
+        raise UnusableEvent(MALFORMED, f"it is no stub of an erased event: {error}") from None

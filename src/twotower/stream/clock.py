@@ -1,0 +1,92 @@
+"""Event time: how far it has come in a partition of the log, and in all of them together.
+
+One rule about clocks: event time never stands beyond the log's own clock, whatever a client says. Each record carries
+the log's clock of the moment when it was stored (`Record.logged_ms`), so event time is a function of the log alone, and
+a replay gives the same rows. Where the log's clock itself was wrong and comes back, event time comes back with it.
+
+A partition without new events does not move. It is left out of what all partitions have reached once the others are
+further by `idle_ms`; its own event time stays where it is.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from twotower.logs import Event
+from twotower.logs.events import ALLOWED_SKEW_MS, REQUEST
+from twotower.logs.payload import type_before
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far event time has come in a partition; None before the first event. All are milliseconds since 1970."""
+
+    latest_ms: int | None = None
+    """The latest time of an event that moved it."""
+    request_ms: int | None = None
+    """The latest time of a request."""
+    floor_ms: int | None = None
+    """What a flush raised the watermark to."""
+
+    def watermark_ms(self, lateness_ms: int) -> int | None:
+        """Nothing is expected any more from before this moment."""
+        if self.latest_ms is None:
+            return None
+        return max(self.latest_ms - lateness_ms, self.floor_ms or 0)
+
+    def after(self, event: Event, logged_ms: int, window_ms: int) -> "Clock":
+        """The clock after an event.
+
+        In a log of requests, other events move it at most to the end of the window of the latest request, so that one
+        client whose clock is wrong does not close everyone's windows when old events are replayed.
+
+        Args:
+            event: the next one of the partition.
+            logged_ms: the log's clock when it stored the event.
+            window_ms: how long a click may follow its request.
+        """
+        ts_ms = min(event.ts_ms, logged_ms)
+        request_ms = max(self.request_ms or 0, ts_ms) if type_before(event) == REQUEST else self.request_ms
+        if request_ms is not None and ts_ms > request_ms + window_ms:
+            return self
+        return Clock(max(self.latest_ms or 0, ts_ms), request_ms, self.floor_ms)
+
+    def is_beyond(self, logged_ms: int) -> bool:
+        """Event time stands beyond the log's clock: that was wrong before, and has come back."""
+        return self.latest_ms is not None and self.latest_ms > logged_ms + ALLOWED_SKEW_MS
+
+    def back_to(self, logged_ms: int) -> "Clock":
+        """The clock once the log's clock has come back to a time."""
+        return Clock(logged_ms, None if self.request_ms is None else min(self.request_ms, logged_ms))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a partition is joined."""
+
+    watermark_ms: int | None
+    """Event time that is joined; None before any event."""
+    read_to_end: bool
+    """Nothing of the partition's log is left to be joined."""
+
+
+def joined_until(partitions: Iterable[Progress], idle_ms: int) -> int | None:
+    """Event time up to which all partitions are joined; None where one has events and none of them is joined yet.
+
+    A partition that was read to its end is left out if it has no event, or if its watermark is more than `idle_ms`
+    behind the latest one.
+
+    >>> busy, idle = Progress(90_000_000, False), Progress(10_000_000, True)
+    >>> joined_until([busy, idle], idle_ms=600_000)
+    90000000
+    """
+    partitions = list(partitions)
+    latest_ms = max((one.watermark_ms for one in partitions if one.watermark_ms is not None), default=None)
+    if latest_ms is None:
+        return None
+    held = [
+        one.watermark_ms
+        for one in partitions
+        if not one.read_to_end or (one.watermark_ms is not None and one.watermark_ms >= latest_ms - idle_ms)
+    ]
+    known = [watermark_ms for watermark_ms in held if watermark_ms is not None]
+    return min(known) if len(known) == len(held) else None
