@@ -187,7 +187,7 @@ def join_all(log: EventLog, out: Path) -> None:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    write_records(path, encode_rows(rows, TYPES))
+    write_records(path, encode_rows([rows], TYPES))
 
 
 def protobuf_alone(records: Records, count: int) -> list[dict[str, list[object]]]:

@@ -55,7 +55,7 @@ def plainly(contents: list[bytes], schema: pa.Schema) -> list[dict[str, Any]]:
 
 
 def test_rows_come_back(many_rows: list[Row], types: Types) -> None:
-    table = decode_rows(records_of(list(encode_rows(many_rows, types))), 0, len(many_rows), types.schema())
+    table = decode_rows(records_of(list(encode_rows([many_rows], types))), 0, len(many_rows), types.schema())
     assert table.schema == types.schema()
     for row, got in zip(many_rows, table.to_pylist(), strict=True):
         asked, shown = row.asked, row.outcome != "rank_rejected"
@@ -76,7 +76,7 @@ def test_rows_come_back(many_rows: list[Row], types: Types) -> None:
 
 
 def test_any_part_of_the_rows_comes_back_with_its_history(many_rows: list[Row], types: Types) -> None:
-    records = records_of(list(encode_rows(many_rows, types)))
+    records = records_of(list(encode_rows([many_rows], types)))
     whole = decode_rows(records, 0, len(many_rows), types.schema())
     for first in range(len(many_rows) + 1):
         for end in range(first, min(first + 4, len(many_rows)) + 1):
@@ -86,13 +86,13 @@ def test_any_part_of_the_rows_comes_back_with_its_history(many_rows: list[Row], 
 def test_the_history_of_a_request_is_written_once(types: Types) -> None:
     asked = Asked(1, "r1", 1_700_000_000_000, history=[f"item {n}" for n in range(1000)])
     rows = [Row(asked, f"item {n}", "rank_rejected" if n % 3 else "clicked") for n in range(2000)]
-    assert sum(map(len, encode_rows(rows, types))) < 300_000
-    found = decode_rows(records_of(list(encode_rows(rows, types))), 1500, 1506, types.schema())["history"]
+    assert sum(map(len, encode_rows([rows], types))) < 300_000
+    found = decode_rows(records_of(list(encode_rows([rows], types))), 1500, 1506, types.schema())["history"]
     assert [one and len(one) for one in found.to_pylist()] == [1000, None, None, 1000, None, None]
 
 
 def test_a_history_that_is_not_there_is_an_error(many_rows: list[Row], types: Types) -> None:
-    contents = list(encode_rows(many_rows, types))
+    contents = list(encode_rows([many_rows], types))
     with pytest.raises(DataError, match="rows back, which are not there"):
         decode_rows(records_of(contents[1:]), 0, len(contents) - 1, types.schema())
 
@@ -141,7 +141,7 @@ def test_unpacked_floats_are_read() -> None:
 
 
 def test_many_records_are_read_in_chunks(types: Types, many_rows: list[Row]) -> None:
-    contents = list(encode_rows(many_rows, types)) * 200
+    contents = list(encode_rows([many_rows], types)) * 200
     table = decode_rows(records_of(contents), 0, len(contents), types.schema())
     assert table.num_rows == len(contents) > 2 * 8192
     assert table.slice(90 * 150, 90).to_pylist() == table.slice(0, 90).to_pylist()

@@ -62,7 +62,7 @@ def tensorflow(program: str, *arguments: str) -> list[str]:
 
 def test_tensorflow_reads_the_same_values(many_rows: list[Row], types: Types, tmp_path: Path) -> None:
     path = tmp_path / "shard.tfrecord"
-    write_records(path, encode_rows(many_rows, types))
+    write_records(path, encode_rows([many_rows], types))
     ours = decode(read_records(path), types.schema()).to_pylist()
     kinds = {}
     for field in types.schema():

@@ -5,20 +5,23 @@ import hashlib
 import random
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.logs import Event, LocalEventLog, open_log
+from twotower.logs import Event, LocalEventLog, open_log, partition_of
 from twotower.logs.entities import user_deleted
 from twotower.schema.errors import DataError
 from twotower.stream import join as join_module
 from twotower.stream.join import JoinReport, Taken, Windows, join
 from twotower.stream.rows import Types
 from twotower.stream.shards import day_of, manifests, partitions, read_rows
+from twotower.update.full import due_days
 
+T0, HOUR_MS = 1_700_006_400_000, 3_600_000
 WINDOWS = Windows(600_000, 30_000, 3_600_000)
 
 
@@ -337,3 +340,38 @@ def test_every_kind_of_log_gives_the_same_rows(
         log.close()
     assert rows_of(tmp_path / "out" / kind) == rows_of(tmp_path / "out" / "local")
     assert hashes(tmp_path / "out" / kind / "events") == hashes(tmp_path / "out" / "local" / "events")
+
+
+def day_events(day: int, users: Iterable[int], hour: int = 12, name: str = "") -> list[Event]:
+    """A shown page of each user at an hour of a day."""
+    ts_ms = T0 + (24 * day + hour) * HOUR_MS
+    body = {"items": ["item 1", "item 2"], "outcomes": ["clicked", "impressed"]}
+    return [Event(f"{name}{day}-{user}", "request", user, ts_ms, f"{name}r{day}-{user}", body) for user in users]
+
+
+def test_an_idle_partition_holds_nobody_and_its_day_is_whole(run, make_log, tmp_path: Path) -> None:
+    by_partition = {partition: [u for u in range(40) if partition_of(u, 2) == partition] for partition in (0, 1)}
+    folder = make_log([*day_events(0, range(40)), *day_events(1, by_partition[0][:1])])
+    report = run(folder)
+    assert report.watermark_ms == T0 + 36 * HOUR_MS
+    out = tmp_path / "out"
+    with closing(LocalEventLog.reader(folder)) as event_log:
+        due = due_days(out / "events", out / "shards", "2023-01-01", event_log=event_log, idle_ms=600_000)
+        assert due == [day_of(T0)]
+        strict = due_days(out / "events", out / "shards", "2023-01-01", event_log=event_log, idle_ms=30 * HOUR_MS)
+        assert strict == []
+    with closing(LocalEventLog.open(folder, partitions=2)) as event_log:
+        event_log.append(day_events(0, by_partition[1][:1], hour=13, name="late"))  # has something to be joined again
+        assert due_days(out / "events", out / "shards", "2023-01-01", event_log=event_log, idle_ms=600_000) == []
+
+
+def test_a_request_of_many_items_and_a_long_history_stays_small_and_shards_end_by_rows(
+    run, make_log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(join_module, "_SHARD_ROWS", 5_000)
+    body = {"items": [f"i{n}" for n in range(4_000)], "outcomes": ["clicked"] * 4_000, "history": ["h"] * 1_000}
+    report = run(make_log([Event(f"e{n}", "request", 1, T0 + n, f"r{n}", body) for n in range(4)]), shard_events=1000)
+    assert report.outcomes == {"clicked": 16_000}
+    shards = manifests(tmp_path / "out" / "shards", 0) or manifests(tmp_path / "out" / "shards", 1)
+    assert max(shard.rows for shard in shards) == 8_000
+    assert sum(shard.bytes for shard in shards) < 220 * 16_000

@@ -10,6 +10,7 @@ import pytest
 from twotower.logs import Event, Record
 from twotower.logs.entities import item_event, user_deleted, user_event
 from twotower.logs.payload import erased_payload, payload_of, record_of
+from twotower.stream import joiner as joiner_module
 from twotower.stream.clock import Clock
 from twotower.stream.joiner import Joiner
 from twotower.stream.rows import Row, Types
@@ -398,3 +399,64 @@ def test_nothing_is_lost_and_nothing_leaves_twice(seed: int):
     assert sum(row.asked.request_id is None for row in rows) == unnamed
     got = {key[:3] for key in named}
     assert {(user, name, item) for (user, name), event in first.items() for item in event.body["items"]} <= got
+
+
+def at(logged_s: float, event: Event, place: int) -> Record:
+    """A record that the log stored at a time of its clock."""
+    return Record(10 * place, 10 * place + 10, event, T0 + round(logged_s * 1000))
+
+
+def test_event_time_never_stands_beyond_the_clock_of_the_log():
+    records = [at(0, request(0), 0), at(1, tick(299), 1), at(2, tick(150), 2)]
+    joiner = joiner_of(records)
+    for record in records:
+        joiner.feed(record)
+        assert joiner.clock.latest_ms == record.logged_ms
+
+
+def test_an_event_that_no_reader_can_use_moves_nothing_and_is_counted_by_its_reason():
+    far = b'{"event_id": "far", "type": "click", "user_id": 1, "ts_ms": 1893456000000, "logged_ms": %d}' % T0
+    records = [at(0, request(0), 0), record_of(10, 20, far), record_of(20, 30, b"no JSON"), at(1, click(1), 3)]
+    joiner = joiner_of(records)
+    left = [[(row.item_id, row.outcome) for row in joiner.feed(record)] for record in records]
+    assert left == [[], [], [], [(1, "clicked")]]
+    assert joiner.clock.latest_ms == T0 + 1000
+    assert joiner.take_counts().dropped == {"unusable_beyond_clock": 1, "unusable_malformed": 1}
+
+
+def test_when_the_clock_of_the_log_comes_back_event_time_does_and_later_requests_are_not_late():
+    years_s = 10 * 365 * 86_400
+    events = [(0, request(0, "before")), (years_s, request(years_s, "ahead")), (5, request(5, "after")), (6, tick(6))]
+    records = [at(logged_s, event, place) for place, (logged_s, event) in enumerate(events)]
+    joiner = joiner_of(records)
+    left = [[(row.asked.request_id, row.item_id) for row in joiner.feed(record)] for record in records]
+    assert left[1] == [("before", 1), ("before", 2), ("before", 3)]  # closed early: the clock said so
+    assert left[2] == [("ahead", 1), ("ahead", 2), ("ahead", 3)]
+    assert joiner.clock.latest_ms == T0 + 6000
+    counts = joiner.take_counts()
+    assert (counts.clock_jumps, counts.late) == (1, 0)
+    assert joiner.replay(40).offset == 20  # nothing of the wrong time is remembered
+    assert [row.asked.request_id for row in joiner.flush()] == ["after"] * 3
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_requests_for_which_there_is_no_room_leave_the_same_rows(seed: int, monkeypatch: pytest.MonkeyPatch):
+    records = [record for record in random_log(seed, 250) if record.event.type != "user"]
+    windows = {"window_ms": 300_000, "lateness_ms": 60_000, "late_ms": 600_000}
+
+    def run() -> list[list[Row]]:
+        joiner = joiner_of(records, **windows)
+        return [*(joiner.feed(record) for record in records), joiner.flush()]
+
+    held = run()
+    monkeypatch.setattr(joiner_module, "MOST_HELD", 5)
+    assert run() == held
+
+
+def test_a_click_on_a_request_that_is_erased_by_now_leaves_without_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(joiner_module, "MOST_HELD", 0)
+    records = log_of(request(0), click(5), tick(700))
+    stub = record_of(0, 10, erased_payload(payload_of(records[0].event, LOGGED_MS)))
+    joiner = joiner_of([stub, *records[1:]])
+    rows = [row for record in records for row in joiner.feed(record)]
+    assert [(row.asked.user_id, row.item_id, row.outcome) for row in rows] == [(1, 1, "clicked")]

@@ -21,7 +21,7 @@ def test_a_file_of_nothing_has_no_records(tmp_path: Path) -> None:
 
 
 def test_a_flip_of_any_byte_is_seen(many_rows: list[Row], types: Types) -> None:
-    data = bytearray(b"".join(frame(content) for content in encode_rows(many_rows[:12], types)))
+    data = bytearray(b"".join(frame(content) for content in encode_rows([many_rows[:12]], types)))
     split_records(bytes(data), "shard")
     for place in range(len(data)):
         for bit in (0x01, 0x80):
@@ -32,7 +32,7 @@ def test_a_flip_of_any_byte_is_seen(many_rows: list[Row], types: Types) -> None:
 
 
 def test_a_file_that_was_cut_within_a_record_is_refused(many_rows: list[Row], types: Types) -> None:
-    frames = [frame(content) for content in encode_rows(many_rows[:3], types)]
+    frames = [frame(content) for content in encode_rows([many_rows[:3]], types)]
     data = b"".join(frames)
     whole = {0, len(frames[0]), len(frames[0]) + len(frames[1]), len(data)}
     for size in range(len(data) + 1):

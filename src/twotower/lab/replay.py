@@ -193,7 +193,7 @@ def write_hours(folder: Path, later: Later, types: Types) -> None:
             )
         ]
         write_shard(
-            folder, rows, types, partition=0, begin=begin, end=end, first_row=begin, hour=hour_ms // HOUR_MS,
+            folder, [rows], types, partition=0, begin=begin, end=end, first_row=begin, hour=hour_ms // HOUR_MS,
             watermark_ms=next_ms, counts=Counts(events=len(rows)), state=State(ReplayFrom(begin, Clock())),
         )  # fmt: skip
 

@@ -83,27 +83,33 @@ def list_of(kind: pa.DataType) -> str:
     return FLOAT_LIST if pa.types.is_floating(kind) else INT64_LIST
 
 
-def encode_rows(rows: Iterable[Row], types: Types) -> Iterator[bytes]:
-    """Each row as the bytes of an Example.
+def encode_rows(batches: Iterable[Sequence[Row]], types: Types) -> Iterator[bytes]:
+    """Each row as the bytes of an Example, the same for the same batch.
 
-    Rows of one request that follow each other have its history and its user features once, in the first row that was
-    shown: the others say how many rows back that is. So a request of many items and a long history stays small.
+    Rows of one request that follow each other in a batch have its history and its user features once, in the first of
+    them that was shown: the others say how many rows back that is. So a request of many items and a long history stays
+    small.
+
+    Args:
+        batches: rows that left at the same event.
+        types: of ids and values.
     """
     kinds = {field.name: list_of(field.type) for field in types.schema()} | {ROWS_BACK: INT64_LIST}
-    shared: bytes = b""
-    asked: Asked | None = None
-    first_shown: int | None = None
-    for place, row in enumerate(rows):
-        if row.asked is not asked:
-            asked, shared, first_shown = row.asked, _bytes(_shared(row.asked), kinds), None
-        content = _bytes(_own(row), kinds) + shared
-        if row.outcome in (c.IMPRESSED, c.CLICKED):
-            if first_shown is None:
-                first_shown = place
-                content += _bytes(_of_shown(row.asked), kinds)
-            else:
-                content += _bytes({ROWS_BACK: place - first_shown}, kinds)
-        yield _SHARED_TAG + _varint(len(content)) + content
+    for rows in batches:
+        shared: bytes = b""
+        asked: Asked | None = None
+        first_shown: int | None = None
+        for place, row in enumerate(rows):
+            if row.asked is not asked:
+                asked, shared, first_shown = row.asked, _bytes(_shared(row.asked), kinds), None
+            content = _bytes(_own(row), kinds) + shared
+            if row.outcome in (c.IMPRESSED, c.CLICKED):
+                if first_shown is None:
+                    first_shown = place
+                    content += _bytes(_of_shown(row.asked), kinds)
+                else:
+                    content += _bytes({ROWS_BACK: place - first_shown}, kinds)
+            yield _SHARED_TAG + _varint(len(content)) + content
 
 
 def _own(row: Row) -> dict[str, Any]:

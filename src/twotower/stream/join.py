@@ -160,22 +160,25 @@ class PartitionJoin:
 
     def step(self) -> Manifest | None:
         """Join what comes next in the log, up to a shard's events or the end of an hour; None at the end of the log."""
-        begin, hour, events, rows = self._offset, self._hour, 0, list[Row]()
+        begin, hour, events, rows = self._offset, self._hour, 0, 0
+        batches = list[list[Row]]()
         deleted, user_id = list[Deleted](), self._types.user_id
-        while events < self._shard_events and len(rows) < _SHARD_ROWS and self._hour == hour:
+        while events < self._shard_events and rows < _SHARD_ROWS and self._hour == hour:
             records = self._log.read(self.partition, self._offset, min(_BATCH, self._shard_events - events))
             for record in records:
-                rows += self._joiner.feed(record)
                 event = record.event
+                if batch := self._joiner.feed(record):
+                    batches.append(batch)
+                    rows += len(batch)
                 if event.type == entities.USER and entities.is_deletion(event) and is_id(event.user_id, user_id):
-                    deleted.append(Deleted(event.user_id, self._first_row + len(rows)))
+                    deleted.append(Deleted(event.user_id, self._first_row + rows))
                 self._offset, events = record.next_offset, events + 1
                 hour = self._hour if hour is None else hour
-                if self._hour != hour or len(rows) >= _SHARD_ROWS:
+                if self._hour != hour or rows >= _SHARD_ROWS:
                     break
             if not records:
                 break
-        return self._commit(begin, hour, rows, deleted) if events else None
+        return self._commit(begin, hour, batches, deleted) if events else None
 
     def flush(self) -> Manifest | None:
         """Close every open window; None where there is none."""
@@ -184,7 +187,7 @@ class PartitionJoin:
         hour = self._hour
         rows = self._joiner.flush()
         self._flushes = (*self._flushes, self._offset)
-        return self._commit(self._offset, hour, rows, [])
+        return self._commit(self._offset, hour, [rows], [])
 
     def merge_hours(self) -> None:
         """Merge the small shards of each hour that is over."""
@@ -232,12 +235,12 @@ class PartitionJoin:
     def _first_row(self) -> int:
         return self.shards[-1].end_row if self.shards else 0
 
-    def _commit(self, begin: int, hour: int | None, rows: list[Row], deleted: list[Deleted]) -> Manifest:
+    def _commit(self, begin: int, hour: int | None, batches: list[list[Row]], deleted: list[Deleted]) -> Manifest:
         replay = self._joiner.replay(self._offset)
         self._flushes = tuple(offset for offset in self._flushes if offset > replay.offset)
         manifest = write_shard(
             self._folder,
-            rows,
+            batches,
             self._types,
             partition=self.partition,
             begin=begin,

@@ -162,6 +162,7 @@ class Joiner:
         self._due: list[tuple[int, int, int, _Key]] = []
         self._open = 0
         self._held = 0
+        self._latest_asked: tuple[Event, Asked] | None = None
         self._counts = Counts()
 
     @classmethod
@@ -405,19 +406,20 @@ class Joiner:
         if not items:
             return
         entry = self._entry(record, event.request_id)
-        for item in items:
-            if item in entry.clicked:
-                self._counts.duplicates += 1
-                continue
-            entry.clicked.add(item)
-            self._counts.late += entry.closed
-            if entry.offset >= 0:
-                rows.append(self._click_row(event, item, self._known(entry)))
-            else:
-                moment_ms = self._moment_ms(event)
-                entry.waiting.append((moment_ms, event, item))
-                key = (event.user_id, event.request_id)
-                heapq.heappush(self._due, (moment_ms, entry.first_offset, _LEAVE, key))
+        fresh = [item for item in items if item not in entry.clicked]
+        self._counts.duplicates += len(items) - len(fresh)
+        if not fresh:
+            return
+        entry.clicked.update(fresh)
+        self._counts.late += len(fresh) * entry.closed
+        if entry.offset >= 0:
+            logged = self._known(entry)
+            rows.extend(self._click_row(event, item, logged) for item in fresh)
+        else:
+            moment_ms = self._moment_ms(event)
+            entry.waiting.extend((moment_ms, event, item) for item in fresh)
+            key = (event.user_id, event.request_id)
+            heapq.heappush(self._due, (moment_ms, entry.first_offset, _LEAVE, key))
 
     def _take_impression(self, record: Record, rows: list[Row]) -> None:
         event = record.event
@@ -428,14 +430,13 @@ class Joiner:
         if not items:
             return
         entry = self._entry(record, event.request_id)
-        for item in items:
-            if item in entry.shown:
-                continue
-            entry.shown[item] = event
-            if not entry.closed:
-                continue
-            self._counts.late += 1
-            logged = self._known(entry)
+        fresh = [item for item in items if item not in entry.shown]
+        entry.shown.update(dict.fromkeys(fresh, event))
+        if not entry.closed or not fresh:
+            return
+        self._counts.late += len(fresh)
+        logged = self._known(entry)
+        for item in fresh:
             place = logged.places.get(item) if logged else None
             if item not in entry.clicked and not (place and place.outcome == c.IMPRESSED):
                 rows.append(self._shown_row(event, item, logged))
@@ -512,7 +513,12 @@ class Joiner:
         return right
 
     def _asked(self, event: Event) -> Asked:
-        """What an event says of its request."""
+        """What an event says of its request: one for all of its items."""
+        if self._latest_asked is None or self._latest_asked[0] is not event:
+            self._latest_asked = event, self._read_asked(event)
+        return self._latest_asked[1]
+
+    def _read_asked(self, event: Event) -> Asked:
         history = event.body.get(HISTORY)
         version, delta_seq = event.body.get(VERSION), event.body.get(DELTA_SEQ)
         return Asked(

@@ -302,7 +302,7 @@ def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int |
 
 def write_shard(
     folder: Path,
-    rows: Sequence[Row],
+    batches: Sequence[Sequence[Row]],
     types: Types,
     *,
     partition: int,
@@ -319,7 +319,7 @@ def write_shard(
 
     Args:
         folder: of all shards.
-        rows: in the order in which they left.
+        batches: rows that left at the same event, in their order.
         types: of ids and values.
         partition: of the log.
         begin: offset from which the log was read.
@@ -333,7 +333,8 @@ def write_shard(
     """
     path = partition_folder(folder, partition) / f"{shard_name(begin, end)}.tfrecord"
     with whole_file(path) as temporary:
-        write_records(temporary, encode_rows(rows, types))
+        write_records(temporary, encode_rows(batches, types))
+    rows = list(itertools.chain.from_iterable(batches))
     contents = _contents(rows, first_row)
     manifest = Manifest(
         partition=partition,
