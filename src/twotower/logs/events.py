@@ -13,7 +13,7 @@ import orjson
 
 from twotower.logs.protocol import Event
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError
+from twotower.schema.errors import DataError, shown
 from twotower.schema.tables import MAX_WEIGHT
 
 CLICK: Final = "click"
@@ -138,16 +138,6 @@ def check_time(ts_ms: int, logged_ms: int, where: str) -> None:
             f"{where} has {c.TS_MS}={ts_ms}, {(ts_ms - logged_ms) // 1000} s ahead of the log's clock ({logged_ms}); "
             f"at most {ALLOWED_SKEW_MS // 1000} s are allowed: set the sender's clock",
         )
-
-
-def shown(value: object) -> str:
-    """A value for a message: its representation, cut where it is long.
-
-    >>> shown("e1"), len(shown("x" * 1000))
-    ("'e1'", 83)
-    """
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _check_items(event: Event, where: str) -> None:

@@ -25,13 +25,12 @@ from twotower.logs.events import (
     UnusableEvent,
     check_event,
     check_time,
-    shown,
 )
 from twotower.logs.partition import DIGEST_BYTES, digest
 from twotower.logs.protocol import EVENT_ID, LOGGED_MS, Event, Record
 from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms
-from twotower.schema.errors import DataError
+from twotower.schema.errors import DataError, shown
 
 REASON: Final = "reason"
 """Field of an unusable event: one of a few words."""
@@ -121,10 +120,10 @@ def type_before(event: Event) -> Any:
 
 def digest_of(payload: bytes) -> bytes:
     """The digest of the event, 16 bytes, which an erased one keeps; of a payload that is no event, one of its bytes."""
-    if is_erased(payload):
-        mark: bytes = _HEADS[payload[0]].unpack_from(payload)[3]
-        return mark
     try:
+        if is_erased(payload):
+            mark: bytes = _HEADS[payload[0]].unpack_from(payload)[3]
+            return mark
         document = _document(payload)
         return digest(document[EVENT_ID], document[c.USER_ID])
     except (DataError, KeyError, AttributeError, TypeError, ValueError, struct.error):

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, Protocol
 import orjson
 
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError, TwotowerError
+from twotower.schema.errors import DataError, TwotowerError, shown
 from twotower.schema.tables import EARLIEST_MS, LATEST_MS
 
 EVENT_ID: Final = "event_id"
@@ -62,7 +62,7 @@ class Event:
 
     def __post_init__(self) -> None:
         _check_name(self.event_id, EVENT_ID, "an event")
-        where = f"event {self.event_id!r}"
+        where = f"event {shown(self.event_id)}"
         _check_name(self.type, TYPE, where)
         if self.request_id is not None:
             _check_name(self.request_id, c.REQUEST_ID, where)
@@ -93,7 +93,7 @@ class Event:
         missing = [name for name in _REQUIRED if name not in document]
         if missing:
             raise DataError(
-                f"an event has no {', '.join(missing)}; it has {', '.join(map(str, document)) or 'no fields'}: "
+                f"an event has no {', '.join(missing)}; it has {shown(list(document)) if document else 'no fields'}: "
                 f"{', '.join(_REQUIRED)} are required"
             )
         return cls(
@@ -229,7 +229,7 @@ def check_range(partition: int, partitions: int, offset: int, limit: int) -> Non
 
 def _check_name(value: object, name: str, where: str) -> None:
     if not isinstance(value, str):
-        raise DataError(f"{where} has {name}={value!r} of type {type(value).__name__}: a string is due")
+        raise DataError(f"{where} has {name}={shown(value)} of type {type(value).__name__}: a string is due")
     if not value:
         raise DataError(f"{where} has an empty {name}")
 
@@ -237,18 +237,18 @@ def _check_name(value: object, name: str, where: str) -> None:
 def _check_user(user_id: object, where: str) -> None:
     if isinstance(user_id, bool) or not isinstance(user_id, int | str):
         raise DataError(
-            f"{where} has {c.USER_ID}={user_id!r} of type {type(user_id).__name__}: an integer or a string is due"
+            f"{where} has {c.USER_ID}={shown(user_id)} of type {type(user_id).__name__}: an integer or a string is due"
         )
     if user_id == "":
         raise DataError(f"{where} has an empty {c.USER_ID}")
     if isinstance(user_id, int) and not -(2**63) <= user_id < 2**63:
-        raise DataError(f"{where} has {c.USER_ID}={user_id}, which does not fit int64: send it as a string")
+        raise DataError(f"{where} has {c.USER_ID}={shown(user_id)}, which does not fit int64: send it as a string")
 
 
 def _check_time(ts_ms: object, where: str) -> None:
     if isinstance(ts_ms, bool) or not isinstance(ts_ms, int):
         raise DataError(
-            f"{where} has {c.TS_MS}={ts_ms!r} of type {type(ts_ms).__name__}: an integer of milliseconds is due"
+            f"{where} has {c.TS_MS}={shown(ts_ms)} of type {type(ts_ms).__name__}: an integer of milliseconds is due"
         )
     if EARLIEST_MS <= ts_ms <= LATEST_MS:
         return
@@ -258,4 +258,4 @@ def _check_time(ts_ms: object, where: str) -> None:
         likely = "it looks like microseconds: divide by 1000"
     else:
         likely = "it lies outside 1980 to 2100"
-    raise DataError(f"{where} has {c.TS_MS}={ts_ms}, where milliseconds since 1970 are due; {likely}")
+    raise DataError(f"{where} has {c.TS_MS}={shown(ts_ms)}, where milliseconds since 1970 are due; {likely}")

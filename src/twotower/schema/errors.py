@@ -15,3 +15,13 @@ class ConfigError(TwotowerError):
 
 class VersionError(TwotowerError):
     """A published version is missing, damaged or not of this format."""
+
+
+def shown(value: object) -> str:
+    """A value for a message: its representation, cut where it is long.
+
+    >>> shown("e1"), len(shown("x" * 1000))
+    ("'e1'", 83)
+    """
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -24,10 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from twotower.features.store import FeatureStoreError
 from twotower.logs import Event, EventLog, EventLogError
 from twotower.logs.entities import CATALOGUE, TYPES
-from twotower.logs.events import CLICK, IMPRESSION, ITEMS, REQUEST, check_event, check_time, shown
+from twotower.logs.events import CLICK, IMPRESSION, ITEMS, REQUEST, check_event, check_time
 from twotower.publish.version import Version
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError
+from twotower.schema.errors import DataError, shown
 from twotower.schema.tables import EARLIEST_MS, LATEST_MS, is_id
 from twotower.serve.channels import Ask, SideBySide
 from twotower.serve.filters import Filter

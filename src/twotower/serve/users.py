@@ -141,13 +141,12 @@ class RecentUsers:
         changed: dict[bytes, Recent] = {}
         put: dict[tuple[str, EntityId], Entity] = {}
         values: dict[bytes, bytes | None] = {}
+        unusable: dict[str, Record] = {}
         for record in records:
             event = record.event
             if event.type == UNUSABLE:
+                unusable.setdefault(event.body[REASON], record)
                 self._passed_over(event.body[REASON])
-                _LOGGER.warning(
-                    "partition %d, offset %d: passed over: %s", partition, record.offset, event.body[MESSAGE]
-                )
             elif event.type in TYPES:
                 self._put(event, put, changed)
                 if event.type == USER and is_deletion(event):
@@ -155,6 +154,9 @@ class RecentUsers:
             else:
                 user_key = _user_key(event.user_id)
                 changed[user_key] = self._after(changed.get(user_key) or self.get(event.user_id), event)
+        for record in unusable.values():  # one line for each reason, however many there are
+            why = record.event.body[MESSAGE]
+            _LOGGER.warning("partition %d, offset %d: an event is passed over: %s", partition, record.offset, why)
         last = records[-1]
         places = list(self._places)
         places[partition] = _Place(last.offset, last.next_offset, mark_of(last.event))
