@@ -7,6 +7,7 @@ event can become is bounded for everybody who reads.
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, Final
 
 import orjson
@@ -73,6 +74,8 @@ TOO_LARGE: Final = "too_large"
 BAD_NUMBER: Final = "bad_number"
 
 _INT64: Final = range(-(2**63), 2**63)
+_NUMBERS: Final = {int, float, bool, type(None)}
+_JSON: Final = {*_NUMBERS, str, list, dict}
 
 
 class UnusableEvent(DataError):
@@ -110,14 +113,14 @@ def check_event(event: Event, logged_ms: int) -> None:
     check_time(event.ts_ms, logged_ms, where)
     if event.type in (CLICK, IMPRESSION, REQUEST):
         _check_items(event, where)
-    for name, value in event.body.items():
-        _check_text(name, MAX_ID_BYTES, f"{where}: the name of a field")
-        if name == c.ITEM_ID:
-            _check_ids([value], f"{where}: {name}")
-        elif name == HISTORY and event.type == REQUEST:
-            _check_list(value, MAX_HISTORY, f"{where}: {name}")
-            _check_ids(value or [], f"{where}: {name}")
-        elif name != ITEMS or event.type not in (CLICK, IMPRESSION, REQUEST):
+    if event.type == REQUEST:
+        _check_list(event.body.get(HISTORY), MAX_HISTORY, f"{where}: {HISTORY}")
+        _check_ids(event.body.get(HISTORY) or [], f"{where}: {HISTORY}")
+    if c.ITEM_ID in event.body:
+        _check_ids([event.body[c.ITEM_ID]], f"{where}: {c.ITEM_ID}")
+    if not _is_plain_value(dict(event.body), 0):
+        for name, value in event.body.items():
+            _check_text(name, MAX_ID_BYTES, f"{where}: the name of a field")
             _check_value(value, f"{where}: {name}", 1)
     size = _bytes_of(event.body.get(CONTEXT), f"{where}: {CONTEXT}")
     if size > MAX_CONTEXT_BYTES:
@@ -189,6 +192,42 @@ def _check_ids(values: Sequence[Any], where: str) -> None:
     if str in kinds:
         for value in values:
             _check_text(value, MAX_ID_BYTES, where)
+
+
+def _is_plain(values: Sequence[Any], depth: int) -> bool:
+    """All values are surely within the limits. Nearly every event is: this looks at whole lists at once."""
+    kinds = set(map(type, values))
+    if kinds <= _NUMBERS:
+        return _are_small(values)
+    if kinds == {str}:
+        return max(map(len, values)) <= MAX_TEXT_BYTES // 4
+    if depth > MAX_DEPTH:
+        return False
+    if kinds == {list}:
+        return max(map(len, values)) <= MAX_ENTRIES and _is_plain(list(chain.from_iterable(values)), depth + 1)
+    return kinds <= _JSON and all(_is_plain_value(value, depth) for value in values)
+
+
+def _is_plain_value(value: Any, depth: int) -> bool:
+    if isinstance(value, str):
+        return len(value) <= MAX_TEXT_BYTES // 4
+    if isinstance(value, list):
+        return len(value) <= MAX_ENTRIES and _is_plain(value, depth + 1)
+    if isinstance(value, dict):
+        named = set(map(type, value)) <= {str} and max(map(len, value), default=0) <= MAX_ID_BYTES // 4
+        return named and len(value) <= MAX_ENTRIES and _is_plain(list(value.values()), depth + 1)
+    return _are_small([value])
+
+
+def _are_small(numbers: Sequence[Any]) -> bool:
+    """Numbers, booleans and nulls are finite and within int64."""
+    try:
+        finite = all(map(math.isfinite, filter(None, numbers)))
+    except OverflowError:
+        return False
+    return (
+        finite and min(filter(None, numbers), default=0) >= -(2**63) and max(filter(None, numbers), default=0) < 2**63
+    )
 
 
 def _check_value(value: object, where: str, depth: int) -> None:

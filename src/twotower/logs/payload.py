@@ -31,6 +31,7 @@ from twotower.logs.protocol import EVENT_ID, LOGGED_MS, Event, Record
 from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import DataError, shown
+from twotower.schema.tables import EARLIEST_MS, LATEST_MS
 
 REASON: Final = "reason"
 """Field of an unusable event: one of a few words."""
@@ -161,7 +162,7 @@ def _document(payload: bytes) -> dict[str, Any]:
 def _logged_ms(document: dict[str, Any]) -> int | None:
     """The log's clock of a document; the field is no part of the event."""
     logged_ms = document.pop(LOGGED_MS, None)
-    return logged_ms if type(logged_ms) is int else None
+    return logged_ms if type(logged_ms) is int and EARLIEST_MS <= logged_ms <= LATEST_MS else None
 
 
 def _stub(payload: bytes) -> tuple[Event, int | None]:
@@ -169,6 +170,8 @@ def _stub(payload: bytes) -> tuple[Event, int | None]:
     try:
         _, ts_ms, length, mark, *rest = head.unpack_from(payload)
         was = payload[head.size : head.size + length].decode()
-        return Event(mark.hex(), ERASED, NOBODY, ts_ms, body={_WAS: was}), rest[0] if rest else None
+        return Event(mark.hex(), ERASED, NOBODY, ts_ms, body={_WAS: was}), _logged_ms(
+            {LOGGED_MS: rest[0]} if rest else {}
+        )
     except (struct.error, UnicodeDecodeError) as error:
         raise UnusableEvent(MALFORMED, f"it is no stub of an erased event: {error}") from None
