@@ -56,7 +56,7 @@ def test_since_goes_by_the_sources_own_day():
         "ts_ms": [T, T + 1, T + 2],
         "day": pa.array([5, 6, 5], pa.date32()),
     }
-    whole = assemble(Source("shop", pa.table(rows)))
+    whole = assemble(Source("shop", pa.table(rows), day="day"))
     got = split(whole, Since(datetime.date(1970, 1, 7)))
     assert pairs(got.events) == [(1, 1), (1, 1)]
     assert got.holdout_cold["item_id"].to_pylist() == [2]

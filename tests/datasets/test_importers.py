@@ -32,6 +32,7 @@ def test_an_import_with_a_rule(plays, tmp_path):
         "holdout": "leave-one-out",
         "positive": "all",
         "until": None,
+        "event_time": None,
     }
 
 

@@ -60,10 +60,11 @@ def test_rating_and_weight_together_are_refused(tmp_path):
 
 def test_a_test_without_ratings_is_all_positive(tmp_path):
     (tmp_path / "test.csv").write_text("user_id,item_id,note\n1,1,x\n")
-    assert read_test(tmp_path / "test.csv", None).to_pydict() == {"user_id": [1], "item_id": [1]}
-    assert read_test(tmp_path / "test.csv", 4.0).to_pydict() == {"user_id": [1], "item_id": [1], "outcome": ["clicked"]}
+    assert read_test(tmp_path / "test.csv", None).rows.to_pydict() == {"user_id": [1], "item_id": [1]}
+    rows = read_test(tmp_path / "test.csv", 4.0).rows
+    assert rows.to_pydict() == {"user_id": [1], "item_id": [1], "outcome": ["clicked"]}
 
 
 def test_a_test_with_ratings_keeps_them(tmp_path):
     (tmp_path / "test.csv").write_text("user_id,item_id,rating\n1,1,3\n")
-    assert read_test(tmp_path / "test.csv", 4.0).to_pydict() == {"user_id": [1], "item_id": [1], "weight": [3]}
+    assert read_test(tmp_path / "test.csv", 4.0).rows.to_pydict() == {"user_id": [1], "item_id": [1], "weight": [3]}

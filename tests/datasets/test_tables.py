@@ -7,10 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twotower.datasets.tables import Source, assemble, parse_positive, plain
+from twotower.datasets.tables import Source, assemble, parse_positive, plain, tie_hash
 from twotower.schema.errors import ConfigError, DataError
 
 T = 1_500_000_000_000
+
+
+def tie(user_id, item_id):
+    """The hash that orders the items of one time."""
+    return int(tie_hash(pa.chunked_array([[user_id]]), pa.chunked_array([[item_id]]))[0])
+
+
 CLICKED = ["clicked"]
 
 
@@ -60,9 +67,13 @@ def test_tied_times_of_a_user_rise_by_a_millisecond_in_the_sources_order():
     assert events.filter(pa.array(np.asarray(events["user_id"]) == 2))["request_ts_ms"].to_pylist() == [T]
 
 
-def test_without_a_finer_order_ties_are_broken_by_item():
-    events = assemble(source(user_id=[1, 1], item_id=[9, 8], ts_ms=[T, T])).events
-    assert events.select(["item_id", "request_ts_ms"]).to_pydict() == {"item_id": [8, 9], "request_ts_ms": [T, T + 1]}
+def test_without_a_finer_order_ties_are_broken_by_a_hash_so_that_no_item_is_always_the_last():
+    user, item = (a.ravel() for a in np.meshgrid(np.arange(400), np.arange(4), indexing="ij"))
+    for ids in (item, np.array(["a", "b", "c", "d"])[item]):
+        events = assemble(source(user_id=user, item_id=ids, ts_ms=np.full(len(user), T))).events
+        assert np.array_equal(events["request_ts_ms"], T + np.arange(4).repeat(400))
+        last = np.unique(events["item_id"].to_numpy()[-400:], return_counts=True)[1]
+        assert ((last - 100) ** 2 / 100).sum() < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
 
 
 def test_rows_of_one_request_keep_one_time_and_the_next_request_is_later():
@@ -88,7 +99,7 @@ def test_times_rise_within_a_user_as_in_the_recursion_and_row_order_does_not_mat
     expected = []
     for u in sorted(set(user.tolist())):
         last = -1
-        for t, i in sorted({(int(t), int(i)) for who, i, t in rows if who == u}):
+        for t, _, i in sorted({(int(t), tie(int(u), int(i)), int(i)) for who, i, t in rows if who == u}):
             last = max(t, last + 1)
             expected.append((last + T, u, i))
     got = zip(*(events[name].to_pylist() for name in ("request_ts_ms", "user_id", "item_id")), strict=True)
@@ -98,7 +109,8 @@ def test_times_rise_within_a_user_as_in_the_recursion_and_row_order_does_not_mat
 def test_times_far_apart_of_many_users_do_not_overflow():
     users = np.repeat(np.arange(300_000), 2)
     times = np.where(np.arange(len(users)) % 2, 4_000_000_000_000, 400_000_000_000)
-    events = assemble(source(user_id=users, item_id=np.arange(len(users)) % 2, ts_ms=times)).events
+    rows = source(user_id=users, item_id=np.arange(len(users)) % 2, ts_ms=times)
+    events = assemble(rows, clock_ms=lambda: 4_000_000_000_000).events
     assert sorted(set(events["request_ts_ms"].to_pylist())) == [400_000_000_000, 4_000_000_000_000]
 
 
@@ -176,7 +188,7 @@ def test_until_drops_later_days_before_users_and_items_are_collected():
 
 def test_until_goes_by_the_sources_own_day():
     rows = source(user_id=[1, 1, 1], item_id=[1, 2, 3], ts_ms=[T, T + 1, T + 2], day=pa.array([1, 2, 1], pa.date32()))
-    tables = assemble(rows, until=datetime.date(1970, 1, 2))
+    tables = assemble(replace(rows, day="day"), until=datetime.date(1970, 1, 2))
     assert tables.events["item_id"].to_pylist() == [1, 3]
     assert tables.days.to_pylist() == [datetime.date(1970, 1, 2)] * 2
 

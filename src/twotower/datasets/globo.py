@@ -53,13 +53,14 @@ def read_globo(src: Path, positive: str) -> Source:
     """
     if positive != "all":
         raise ConfigError(f"--positive {positive}: {NAME} has clicks, no ratings; use `all`")
-    clicks = read_tables(find_files(src, pattern="clicks_*"), _CLICKS)
+    read = read_tables(find_files(src, pattern="clicks_*"), _CLICKS)
+    clicks = read.rows
     ts_ms = clicks[c.TS_MS]
     if not pa.types.is_integer(ts_ms.type):
         raise DataError(f"{src}: click_timestamp is of type {ts_ms.type}, not whole milliseconds")
     days = pc.multiply(pc.divide(ts_ms, DAY_MS), DAY_MS)
     events = clicks.append_column(HOUR, pc.divide(pc.subtract(ts_ms, days), HOUR_MS))
-    return Source(name=NAME, events=events, users=_users(clicks))
+    return Source(name=NAME, events=events, users=_users(clicks), columns={"events": read.columns})
 
 
 def _users(clicks: pa.Table) -> pa.Table:

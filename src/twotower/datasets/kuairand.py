@@ -1,5 +1,6 @@
 """KuaiRand-Pure: every impression of a short-video feed with its click, in the scene (`tab`) where it was shown."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -8,13 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.datasets.sources import find_files, read_table, read_tables
-from twotower.datasets.tables import DAY, Source, plain
+from twotower.datasets.tables import Source, plain
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 
 NAME: Final = "kuairand"
 TAB: Final = "tab"
 HOUR: Final = "hour"
+DAY: Final = "day"
 PRIOR_HISTORY: Final = "prior_history"
 
 _LOG: Final = {
@@ -47,7 +49,8 @@ def read_kuairand(src: Path, positive: str) -> Source:
     """
     if positive != "all":
         raise ConfigError(f"--positive {positive}: {NAME} has clicks, no ratings; use `all`")
-    log = plain(read_tables(find_files(src, pattern="log_*"), _LOG), NAME)
+    read = read_tables(find_files(src, pattern="log_*"), _LOG)
+    log = plain(read.rows, NAME)
     click = log[c.OUTCOME]
     if not set(pc.unique(click).to_pylist()) <= {0, 1}:
         raise DataError(f"{src}: is_click holds {pc.unique(click).to_pylist()[:5]}, where 0 and 1 are due")
@@ -59,16 +62,29 @@ def read_kuairand(src: Path, positive: str) -> Source:
     for name, column in replaced.items():
         log = log.set_column(log.schema.get_field_index(name), name, column)
     videos = read_table(src / "videos.parquet")
-    if "video_id" in videos.column_names:
-        videos = videos.rename_columns({"video_id": c.ITEM_ID})
-    return Source(name=NAME, events=log, users=_users(src), items=_whole(plain(videos, "videos"), _VIDEO_CODES))
+    items = videos.rows
+    if "video_id" in items.column_names:
+        items = items.rename_columns({"video_id": c.ITEM_ID})
+    people = read_table(src / "users.parquet")
+    return Source(
+        name=NAME,
+        events=log,
+        users=_users(people.rows, src),
+        items=_whole(plain(items, "videos"), _VIDEO_CODES),
+        day=DAY,
+        columns={
+            "events": read.columns,
+            "users": people.columns,
+            "items": [replace(one, to=c.ITEM_ID) if one.to == "video_id" else one for one in videos.columns],
+        },
+    )
 
 
-def _users(src: Path) -> pa.Table:
+def _users(people: pa.Table, src: Path) -> pa.Table:
     """People's features and `prior_history`: the videos of before the log, in their order, none where unknown."""
-    users = plain(read_table(src / "users.parquet"), "users")
+    users = plain(people, "users")
     users = _whole(users, tuple(name for name in users.column_names if name.startswith("onehot_feat")))
-    history = plain(read_tables(find_files(src, pattern="user_history_before_*"), _HISTORY), "histories")
+    history = plain(read_tables(find_files(src, pattern="user_history_before_*"), _HISTORY).rows, "histories")
     if c.USER_ID not in users.column_names:
         return users  # refused with the other checks
     row = pc.index_in(users[c.USER_ID], value_set=history[c.USER_ID].combine_chunks())

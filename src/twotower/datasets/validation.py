@@ -37,7 +37,9 @@ def hold_out_validation(workspace: Path, out: Path, rule: str | None = None) -> 
     manifest = read_json(workspace / MANIFEST) if (workspace / MANIFEST).exists() else {}
     events = whole.events()
     rule = rule or _rule_again(whole, manifest, events)
-    tables = Tables(manifest.get("source", workspace.name), whole.users(), whole.items(), events)
+    tables = Tables(
+        manifest.get("source", workspace.name), whole.users(), whole.items(), events, instants=whole.instants(events)
+    )
     held_out = split(tables, parse_holdout(rule))
     return write_workspace(out, replace(tables, dropped={}), held_out, {"holdout": rule, "of": str(workspace)})
 
