@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.datasets.sources import find_files, read_tables
-from twotower.datasets.tables import DAY_MS, Source
+from twotower.datasets.tables import DAY_MS, Source, check_codes
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 
@@ -55,6 +55,7 @@ def read_globo(src: Path, positive: str) -> Source:
         raise ConfigError(f"--positive {positive}: {NAME} has clicks, no ratings; use `all`")
     read = read_tables(find_files(src, pattern="clicks_*"), _CLICKS)
     clicks = read.rows
+    check_codes(clicks, [c.USER_ID, c.ITEM_ID, c.REQUEST_ID, *_OF_USERS], str(src), text=True)
     ts_ms = clicks[c.TS_MS]
     if not pa.types.is_integer(ts_ms.type):
         raise DataError(f"{src}: click_timestamp is of type {ts_ms.type}, not whole milliseconds")

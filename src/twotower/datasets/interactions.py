@@ -175,6 +175,7 @@ def with_time(read: Read, event_time: EventTime, where: str) -> Read:
         if column == c.TS_MS and event_time.column is None:
             return read
         times = _milliseconds(read.rows[column], event_time.unit, f"{where}, column {column}")
+        _check_unit(read.rows[column], times, event_time.unit, f"{where}, column {column}")
         place = names.index(column)
         return _renamed(replace(read, rows=read.rows.set_column(place, column, times)), column, c.TS_MS)
     if event_time.column is not None:
@@ -214,6 +215,22 @@ def _milliseconds(column: pa.ChunkedArray, unit: str, where: str) -> pa.ChunkedA
     raise DataError(f"{where} is of type {kind}{shown}: a time is a number, or text like 2025-01-31T12:00:00")
 
 
+def _check_unit(column: pa.ChunkedArray, times: pa.ChunkedArray, unit: str, where: str) -> None:
+    """Refuse a unit in which most numbers are no time of a log, if they are one in another."""
+    middle = _median(times)
+    if middle is None or mistaken_time(middle) is None:
+        return
+    for other, factor in UNITS.items():
+        if mistaken_time(int(middle / UNITS[unit] * factor)) is None:
+            shown = pc.drop_null(column)[0].as_py()
+            raise DataError(f"{where} holds {shown}, which is no time in --time-unit {unit}: give --time-unit {other}")
+
+
+def _median(column: pa.ChunkedArray) -> int | None:
+    middle = pc.quantile(column, 0.5, interpolation="lower")[0].as_py()
+    return None if middle is None or not -1e30 < middle < 1e30 else int(middle)
+
+
 def _looks_like_time(name: str, column: pa.ChunkedArray) -> bool:
     """A column of dates or timestamps, or one with such a name and, where it may mean something else, such values."""
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
@@ -222,7 +239,5 @@ def _looks_like_time(name: str, column: pa.ChunkedArray) -> bool:
     number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
     if words in _TIMES and not (words == "day" and number):
         return True
-    if not _LIKE_TIME.search(words) or not number or column.null_count == len(column):
-        return False
-    middle = int(pc.quantile(column, 0.5, interpolation="lower")[0].as_py())
-    return mistaken_time(middle) is None or "looks like" in str(mistaken_time(middle))
+    middle = _median(column) if number and _LIKE_TIME.search(words) else None
+    return middle is not None and (mistaken_time(middle) is None or "looks like" in str(mistaken_time(middle)))

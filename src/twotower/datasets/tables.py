@@ -224,6 +224,19 @@ def plain(table: pa.Table, where: str) -> pa.Table:
     return pa.table(columns, schema=pa.schema(fields))
 
 
+def check_codes(table: pa.Table, names: Sequence[str], where: str, text: bool = False) -> None:
+    """Refuse columns that hold something else than integers, or where that is fine text.
+
+    Raises:
+        DataError: another type, but that of a column without any value.
+    """
+    for name in names:
+        kind = table.schema.field(name).type
+        if not (pa.types.is_integer(kind) or pa.types.is_null(kind) or (text and pa.types.is_string(kind))):
+            due = "integers or text are" if text else "integers are"
+            raise DataError(f"{where}, column {name} is of type {kind}, where {due} due")
+
+
 def _plain_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
         return _plain_type(kind.value_type)
@@ -286,7 +299,8 @@ def assemble(
     dropped = Dropped()
     now_ms = clock_ms()
     where = f"{source.name} events"
-    source, left_out = _without_unusable_columns(_with_agreed_ids(source))
+    given_source, source = source, _with_agreed_ids(source)
+    source, left_out = _without_unusable_columns(source)
     rows = _usable(source.events, source, where, now_ms, dropped)
     if until is not None:
         rows = _until(rows, until, source, dropped)
@@ -324,7 +338,7 @@ def assemble(
         dropped=dict(sorted(dropped.counts.items())),
         examples=dict(sorted(dropped.examples.items())),
         instants=instants,
-        columns=_columns_report(source, left_out),
+        columns=_columns_report(given_source, source, left_out),
         not_read=source.not_read,
     )
 
@@ -374,19 +388,23 @@ def _without_unusable_columns(source: Source) -> tuple[Source, dict[tuple[str, s
     return replace(source, **kept), left_out
 
 
-def _columns_report(source: Source, left_out: Mapping[tuple[str, str], str]) -> tuple[ColumnReport, ...]:
+def _columns_report(given: Source, source: Source, left_out: Mapping[tuple[str, str], str]) -> tuple[ColumnReport, ...]:
+    """What became of the columns of a source as it was given."""
     report = []
     for table in ("events", "users", "items", "test"):
-        rows = getattr(source, table)
+        rows, before = getattr(source, table), getattr(given, table)
         seen = source.columns.get(table)
-        if seen is None and rows is not None:
+        if seen is None and before is not None:
             seen = [
-                SourceColumn(entry.name, str(entry.type), rows[entry.name].null_count, entry.name)
-                for entry in rows.schema
+                SourceColumn(entry.name, str(entry.type), column.null_count, entry.name)
+                for entry, column in zip(before.schema, before.columns, strict=True)
             ]
         for column in seen or ():
             became = column.note if column.to is None else _became(source, table, column.to, left_out)
             note = "" if column.to is None else column.note
+            if column.to in (c.USER_ID, c.ITEM_ID) and rows is not None and column.type == "int64":
+                kind = rows.schema.field(column.to).type
+                note = "text, as in another table" if pa.types.is_string(kind) else note
             report.append(ColumnReport(table, column.name, column.type, column.missing, became, note))
     return tuple(report)
 
@@ -481,10 +499,9 @@ def _with_times(table: pa.Table, day: str | None, where: str, now_ms: int, dropp
     """
     column = table[c.TS_MS]
     if not pa.types.is_integer(column.type):
-        shown = pc.min(column).as_py() if pa.types.is_string(column.type) else None
-        example = "" if shown is None else f", such as {shown!r}"
         raise DataError(
-            f"{where}, column {c.TS_MS} is of type {column.type}{example}: write integer milliseconds since 1970 (UTC)"
+            f"{where}, column {c.TS_MS} is of type {column.type}, such as {_first_shown(column)}: write integer "
+            f"milliseconds since 1970 (UTC), or give --time-column {c.TS_MS}"
         )
     table = dropped.drop(table, pc.is_null(column), NULL_TIME)
     times = table[c.TS_MS]
@@ -519,12 +536,19 @@ def _as_known(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.Chun
             return column.cast(kind, safe=not pa.types.is_floating(kind))
         except pa.ArrowException:
             pass
-    words = pc.drop_null(column)
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column), kind)])
     due = {pa.int32(): "whole numbers", pa.float32(): "numbers"}.get(kind, "text")
     raise DataError(
-        f"{where} is of type {column.type}, such as {str(words[0].as_py())[:EXAMPLE_CHARACTERS]!r}, where {due} are "
-        "due: mend it, or rename it if it is something else"
+        f"{where} is of type {column.type}, such as {_first_shown(column)}, where {due} are due: mend it, or rename it "
+        "if it is something else"
     )
+
+
+def _first_shown(column: pa.ChunkedArray) -> str:
+    """The first value, short enough for a sentence."""
+    values = pc.drop_null(column)
+    return repr(str(values[0].as_py())[:EXAMPLE_CHARACTERS]) if len(values) else "none"
 
 
 def _refuse_empty(table: pa.Table, where: str, dropped: Dropped) -> None:
@@ -541,8 +565,8 @@ def _with_weight(table: pa.Table, minimum: float | None, where: str, dropped: Dr
         return table.append_column(c.WEIGHT, pa.nulls(table.num_rows, pa.float32()))
     kind = table.schema.field(c.WEIGHT).type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
-        shown = str(pc.drop_null(table[c.WEIGHT])[0].as_py())[:EXAMPLE_CHARACTERS]
-        raise DataError(f"{where}: the weight or rating is of type {kind}, such as {shown!r}; a number is due")
+        shown = _first_shown(table[c.WEIGHT])
+        raise DataError(f"{where}: the weight or rating is of type {kind}, such as {shown}; a number is due")
     table = _replace(table, c.WEIGHT, table[c.WEIGHT].cast(pa.float32(), safe=False))
     finite = pc.fill_null(pc.is_finite(table[c.WEIGHT]), False)
     return dropped.drop(table, pc.invert(finite), BAD_RATING)

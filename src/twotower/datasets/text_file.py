@@ -5,6 +5,7 @@ missing, quoted or not; `null`, `NaN` or `NA` are words like any other. A number
 this system would write it (`007`, `+5`, an integer beyond int64) stays text: as a number it would become another id.
 """
 
+import codecs
 import csv
 import io
 import re
@@ -130,7 +131,29 @@ def _bytes_of(path: Path) -> bytes:
             f"{path}, line {line}: a zero byte, which no text has. It was cut or damaged, or "
             "is in UTF-16 or UTF-32 without a mark: save it as UTF-8"
         )
+    _check_utf8(data, path)
     return data
+
+
+def _check_utf8(data: bytes, path: Path) -> None:
+    """Refuse another encoding, and say which one it may be."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for begin in range(0, len(data), _BLOCK_BYTES):
+            decoder.decode(data[begin : begin + _BLOCK_BYTES], begin + _BLOCK_BYTES >= len(data))
+        return
+    except UnicodeDecodeError:
+        pass
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line, byte = 1 + data.count(b"\n", 0, error.start), data[error.start]
+        fits = [name for name in _ENCODINGS if _fits(data, name)]
+        likely = f"it may be {' or '.join(fits[:3])}. " if fits else ""
+        raise DataError(
+            f"{path}, line {line}: the byte 0x{byte:02X} is not UTF-8; {likely}Save the file as UTF-8: `CSV UTF-8` in "
+            f"a spreadsheet, or iconv -f {fits[0] if fits else 'ENCODING'} -t UTF-8"
+        ) from None
 
 
 def _heading(data: bytes, path: Path) -> tuple[list[str], int]:
@@ -143,7 +166,7 @@ def _heading(data: bytes, path: Path) -> tuple[list[str], int]:
         nonlocal consumed
         for line in lines:
             consumed += len(line)
-            yield _decoded(line, data, path)
+            yield line.decode()
 
     try:
         for row in csv.reader(decoded(), delimiter=delimiter):
@@ -166,13 +189,6 @@ def _delimiter(data: bytes, path: Path) -> str:
         return "\t"
     first = next(line for line in _lines(data) if line.strip()).decode("utf-8", "replace")
     return next((delimiter for delimiter in _DELIMITERS if delimiter in first), ",")
-
-
-def _decoded(line: bytes, data: bytes, path: Path) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError:
-        raise _not_utf8(data, path) from None
 
 
 def _parse(body: memoryview, names: list[str], delimiter: str, path: Path, data: bytes) -> list[pa.ChunkedArray]:
@@ -215,8 +231,6 @@ def _parse(body: memoryview, names: list[str], delimiter: str, path: Path, data:
                 raise
             table = read(_LARGEST_BLOCK)
     except pa.ArrowException as error:
-        if "UTF8" in str(error):
-            raise _not_utf8(data, path) from None
         if ragged:
             raise _ragged(ragged[0], data, names, delimiter, path) from None
         raise DataError(f"{path} cannot be read: {error}") from None
@@ -226,20 +240,6 @@ def _parse(body: memoryview, names: list[str], delimiter: str, path: Path, data:
         )
     columns: list[pa.ChunkedArray] = table.columns
     return columns
-
-
-def _not_utf8(data: bytes, path: Path) -> DataError:
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        line, byte = 1 + data.count(b"\n", 0, error.start), data[error.start]
-        fits = [name for name in _ENCODINGS if _fits(data, name)]
-        likely = f"it may be {' or '.join(fits[:3])}. " if fits else ""
-        return DataError(
-            f"{path}, line {line}: the byte 0x{byte:02X} is not UTF-8; {likely}Save the file as UTF-8: `CSV UTF-8` in "
-            f"a spreadsheet, or iconv -f {fits[0] if fits else 'ENCODING'} -t UTF-8"
-        )
-    return DataError(f"{path} is not UTF-8: save it as UTF-8")
 
 
 def _fits(data: bytes, encoding: str) -> bool:
