@@ -1,6 +1,7 @@
 import datetime
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -56,7 +57,7 @@ def test_since_goes_by_the_sources_own_day():
         "ts_ms": [T, T + 1, T + 2],
         "day": pa.array([5, 6, 5], pa.date32()),
     }
-    whole = assemble(Source("shop", pa.table(rows)))
+    whole = assemble(Source("shop", pa.table(rows), day="day"))
     got = split(whole, Since(datetime.date(1970, 1, 7)))
     assert pairs(got.events) == [(1, 1), (1, 1)]
     assert got.holdout_cold["item_id"].to_pylist() == [2]
@@ -232,3 +233,52 @@ def test_without_anything_shown_in_vain_there_are_no_held_out_impressions():
     place = rejected.events.schema.get_field_index("outcome")
     rejected = replace(rejected, events=rejected.events.set_column(place, "outcome", outcome))
     assert split(rejected, TimeQuantile(0.6)).holdout_impressions is None
+
+
+def at_once(items=4, users=60):
+    """Every user clicks every item at one time; then one more click each."""
+    user, item = (a.ravel() for a in np.meshgrid(np.arange(users), np.arange(items), indexing="ij"))
+    rows = {"user_id": user, "item_id": item, "ts_ms": np.full(len(user), T)}
+    later = {"user_id": np.arange(users), "item_id": np.arange(users) % items, "ts_ms": np.full(users, T + 2)}
+    return pa.table(rows), pa.table(later)
+
+
+def test_leave_one_out_of_what_happened_at_once_holds_out_each_item_alike():
+    got = split(assemble(Source("shop", at_once(users=400)[0])), LeaveOneOut())
+    held = np.bincount(got.holdout["item_id"].to_numpy(), minlength=4)
+    assert held.sum() == 400
+    assert ((held - 100) ** 2 / 100).sum() < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
+
+
+def test_leave_one_out_of_a_user_depends_on_no_other_user():
+    few, many = (split(assemble(Source("shop", at_once(users=n)[0])), LeaveOneOut()).holdout for n in (3, 60))
+    assert few.to_pylist() == many.slice(0, 3).to_pylist()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.81, 0.9])
+def test_a_cut_by_time_never_parts_events_of_one_instant(share):
+    whole = assemble(Source("shop", pa.concat_tables(at_once())))
+    if share == 0.5:  # the quantile is the first instant: all of it is held out
+        with pytest.raises(DataError, match="leaves no positive to learn from, and 300 held out"):
+            split(whole, TimeQuantile(share))
+        return
+    got = split(whole, TimeQuantile(share))
+    assert got.events.num_rows == 240
+    assert got.instants.to_pylist() == [T] * 240
+    assert got.holdout.num_rows == 60
+
+
+def test_a_day_keeps_what_happened_at_its_last_instant():
+    rows = {"user_id": [1, 1, 1, 1], "item_id": [1, 2, 3, 1], "ts_ms": [T + DAY - 1] * 3 + [T + 2 * DAY]}
+    got = split(assemble(Source("shop", pa.table(rows))), Since(datetime.date(2016, 7, 19)))
+    assert (got.events.num_rows, got.holdout.num_rows) == (3, 1)
+
+
+def test_a_test_names_events_by_the_time_of_their_source():
+    rows = pa.table({"user_id": [1] * 4 + [2], "item_id": [1, 2, 3, 4, 1], "ts_ms": [T] * 5})
+    for item in (1, 2, 3, 4):
+        test = pa.table({"user_id": [1], "item_id": [item], "ts_ms": [T]})
+        got = split_given(assemble(Source("shop", rows, test=test)))
+        assert got.dropped == {"in_test": 1}
+        assert got.examples["in_test"]["item_id"] == item
+        assert (1, item) not in pairs(got.events)

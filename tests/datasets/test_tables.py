@@ -7,10 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twotower.datasets.tables import Source, assemble, parse_positive, plain
+from twotower.datasets.sources import UNTYPED
+from twotower.datasets.tables import Source, assemble, parse_positive, plain, tie_hash
 from twotower.schema.errors import ConfigError, DataError
 
 T = 1_500_000_000_000
+
+
+def tie(user_id, item_id):
+    """The hash that orders the items of one time."""
+    return int(tie_hash(pa.chunked_array([[user_id]]), pa.chunked_array([[item_id]]))[0])
+
+
 CLICKED = ["clicked"]
 
 
@@ -60,9 +68,13 @@ def test_tied_times_of_a_user_rise_by_a_millisecond_in_the_sources_order():
     assert events.filter(pa.array(np.asarray(events["user_id"]) == 2))["request_ts_ms"].to_pylist() == [T]
 
 
-def test_without_a_finer_order_ties_are_broken_by_item():
-    events = assemble(source(user_id=[1, 1], item_id=[9, 8], ts_ms=[T, T])).events
-    assert events.select(["item_id", "request_ts_ms"]).to_pydict() == {"item_id": [8, 9], "request_ts_ms": [T, T + 1]}
+def test_without_a_finer_order_ties_are_broken_by_a_hash_so_that_no_item_is_always_the_last():
+    user, item = (a.ravel() for a in np.meshgrid(np.arange(400), np.arange(4), indexing="ij"))
+    for ids in (item, np.array(["a", "b", "c", "d"])[item]):
+        events = assemble(source(user_id=user, item_id=ids, ts_ms=np.full(len(user), T))).events
+        assert np.array_equal(events["request_ts_ms"], T + np.arange(4).repeat(400))
+        last = np.unique(events["item_id"].to_numpy()[-400:], return_counts=True)[1]
+        assert ((last - 100) ** 2 / 100).sum() < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
 
 
 def test_rows_of_one_request_keep_one_time_and_the_next_request_is_later():
@@ -88,7 +100,7 @@ def test_times_rise_within_a_user_as_in_the_recursion_and_row_order_does_not_mat
     expected = []
     for u in sorted(set(user.tolist())):
         last = -1
-        for t, i in sorted({(int(t), int(i)) for who, i, t in rows if who == u}):
+        for t, _, i in sorted({(int(t), tie(int(u), int(i)), int(i)) for who, i, t in rows if who == u}):
             last = max(t, last + 1)
             expected.append((last + T, u, i))
     got = zip(*(events[name].to_pylist() for name in ("request_ts_ms", "user_id", "item_id")), strict=True)
@@ -98,7 +110,8 @@ def test_times_rise_within_a_user_as_in_the_recursion_and_row_order_does_not_mat
 def test_times_far_apart_of_many_users_do_not_overflow():
     users = np.repeat(np.arange(300_000), 2)
     times = np.where(np.arange(len(users)) % 2, 4_000_000_000_000, 400_000_000_000)
-    events = assemble(source(user_id=users, item_id=np.arange(len(users)) % 2, ts_ms=times)).events
+    rows = source(user_id=users, item_id=np.arange(len(users)) % 2, ts_ms=times)
+    events = assemble(rows, clock_ms=lambda: 4_000_000_000_000).events
     assert sorted(set(events["request_ts_ms"].to_pylist())) == [400_000_000_000, 4_000_000_000_000]
 
 
@@ -176,7 +189,7 @@ def test_until_drops_later_days_before_users_and_items_are_collected():
 
 def test_until_goes_by_the_sources_own_day():
     rows = source(user_id=[1, 1, 1], item_id=[1, 2, 3], ts_ms=[T, T + 1, T + 2], day=pa.array([1, 2, 1], pa.date32()))
-    tables = assemble(rows, until=datetime.date(1970, 1, 2))
+    tables = assemble(replace(rows, day="day"), until=datetime.date(1970, 1, 2))
     assert tables.events["item_id"].to_pylist() == [1, 3]
     assert tables.days.to_pylist() == [datetime.date(1970, 1, 2)] * 2
 
@@ -254,3 +267,144 @@ def test_plain_types():
 def test_a_positive_that_is_no_number_is_refused(text):
     with pytest.raises(ConfigError, match="--positive"):
         parse_positive(text)
+
+
+def test_times_beyond_now_are_dropped_and_counted_and_rule_nothing():
+    rows = source(user_id=[1, 1, 2, 2], item_id=[7, 8, 7, 9], ts_ms=[T, T + 5, T + 3, 1_893_456_000_000])
+    tables = assemble(
+        replace(rows, test=pa.table({"user_id": [1, 1], "item_id": [7, 8], "ts_ms": [T + 9, T + 11]})),
+        clock_ms=lambda: T + 10,
+    )
+    assert tables.dropped == {"future_time": 2}
+    assert tables.examples == {"future_time": {"user_id": 2, "item_id": 9, "ts_ms": 1_893_456_000_000}}
+    assert tables.events["request_ts_ms"].to_pylist() == [T, T + 3, T + 5]
+    assert tables.items["item_id"].to_pylist() == [7, 8]
+    assert tables.test["item_id"].to_pylist() == [7]
+
+
+def test_a_time_of_now_is_kept_and_a_far_one_is_no_other_unit():
+    far = [253_402_300_799_000, 2**63 - 1]
+    tables = assemble(
+        source(user_id=[1, 1, 1, 1], item_id=[1, 2, 3, 4], ts_ms=[T, T + 1, *far]), clock_ms=lambda: T + 1
+    )
+    assert tables.events["request_ts_ms"].to_pylist() == [T, T + 1]
+    assert tables.dropped == {"future_time": 2}
+
+
+def test_a_day_of_the_sources_calendar_beyond_now_is_dropped():
+    day = pa.array([17361, 30000], pa.date32())
+    rows = replace(
+        source(user_id=[1, 1, 1], item_id=[1, 2, 3], ts_ms=[T] * 3, day=pa.concat_arrays([day, day[:1]])), day="day"
+    )
+    assert assemble(rows).dropped == {"future_time": 1}
+
+
+def test_a_clock_that_lags_behind_all_events_is_told():
+    with pytest.raises(DataError, match="all 3 times are later than now, 2001-09-09T01:46:40"):
+        assemble(three(), clock_ms=lambda: 1_000_000_000_000)
+
+
+def test_the_time_of_the_source_is_kept_where_ties_are_parted():
+    tables = assemble(source(user_id=[1, 1, 2], item_id=[1, 2, 1], ts_ms=[T, T, T]))
+    assert tables.events["request_ts_ms"].to_pylist() == [T, T, T + 1]
+    assert tables.instants.to_pylist() == [T] * 3
+
+
+def test_rows_of_a_request_stand_together_whatever_else_happened_then():
+    user, item = np.ones(40, np.int64), np.arange(40)
+    request = [f"r{n % 4}" for n in item]
+    pages = replace(source(user_id=user, item_id=item, ts_ms=[T] * 40, request_id=request), requests_have_rows=True)
+    events = assemble(pages).events
+    assert events["request_ts_ms"].to_pylist() == [T + n for n in range(4) for _ in range(10)]
+    assert events["request_id"].to_pylist() == [f"r{n}" for n in range(4) for _ in range(10)]
+
+
+def test_a_column_named_day_is_context():
+    tables = assemble(source(user_id=[1, 1], item_id=[1, 2], ts_ms=[T, T + 1], day=[3, 4]))
+    assert tables.events["day"].to_pylist() == [3, 4]
+    assert tables.days is None
+
+
+def test_an_empty_text_is_no_id():
+    tables = assemble(source(user_id=["", "a", "a"], item_id=["x", "x", "y"]))
+    assert tables.dropped == {"null_id": 1}
+    assert tables.examples["null_id"]["user_id"] == ""
+    with pytest.raises(DataError, match="has a item_id that is an empty text"):
+        assemble(replace(source(user_id=["a"], item_id=["x"]), items=pa.table({"item_id": ["x", ""]})))
+
+
+def untyped(**columns):
+    """Columns as a text file gives them."""
+    fields = [pa.field(name, values.type, metadata=UNTYPED) for name, values in columns.items()]
+    return pa.table(list(columns.values()), schema=pa.schema(fields))
+
+
+def test_ids_of_text_files_become_text_where_another_table_has_text():
+    events = untyped(user_id=pa.array([7, 8]), item_id=pa.array([1, 2]))
+    users = untyped(user_id=pa.array(["7", "08"]))
+    tables = assemble(Source("shop", events, users=users))
+    assert tables.events["user_id"].to_pylist() == ["7"]
+    assert tables.dropped == {"unknown_user": 1}
+    assert tables.columns[0].note == "text, as in another table"
+    with pytest.raises(DataError, match="user_id is int64 and string in shop events and its own table"):
+        assemble(Source("shop", pa.table({"user_id": [7, 8], "item_id": [1, 2]}), users=users))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("position", pa.array([1.0, None]), pa.int32()),
+        ("score", pa.array([1, None]), pa.float32()),
+        ("channel", pa.array([1, 2]), pa.string()),
+        ("probability", pa.nulls(2), pa.float32()),
+        ("propensity", pa.nulls(2, pa.string()), pa.float32()),
+    ],
+)
+def test_columns_that_later_stages_read_have_their_type(name, values, expected):
+    events = assemble(source(user_id=[1, 1], item_id=[1, 2], **{name: values})).events
+    assert events.schema.field(name).type == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"position": ["top", "1"]}, "column position is of type string, such as 'top', where whole numbers are due"),
+        ({"position": [1.5, 2.0]}, "column position is of type double, such as '1.5', where whole numbers are due"),
+        ({"score": ["good", "bad"]}, "column score is of type string, such as 'good', where numbers are due"),
+        ({"weight": ["good", "bad"]}, "the weight or rating is of type string, such as 'good'"),
+        ({"ts_ms": ["today", "now"]}, "ts_ms is of type string, such as 'today'"),
+        ({"Weight": [1, 2]}, "the names weight and Weight differ in case alone"),
+        ({"Hour": [1, 2], "hour": [1, 2]}, "the names Hour and hour differ in case alone"),
+        ({"ts_ms": [T, 157_766_400_000]}, "holds 157766400000, .*it lies outside 1980 to 2100"),
+    ],
+)
+def test_a_column_of_another_meaning_is_refused_with_a_value(columns, message):
+    with pytest.raises(DataError, match=message):
+        assemble(source(user_id=[1, 1], item_id=[1, 2], **columns))
+
+
+def test_what_no_feature_can_be_made_of_is_left_out_and_told():
+    items = pa.table(
+        {
+            "item_id": [1, 2],
+            "owner": [{"name": "x"}, None],
+            "length": pa.array([1, 2], pa.duration("s")),
+            "lists": [[[1]], None],
+            "price": pa.array(["1.50", None], pa.string()).cast(pa.decimal128(9, 2)),
+            "code": pa.array([1, 2], pa.decimal128(38, 0)),
+        }
+    )
+    tables = assemble(Source("shop", pa.table({"user_id": [1, 1], "item_id": [1, 2]}), items=items))
+    assert tables.items.to_pydict() == {"item_id": [1, 2], "price": [1.5, None], "code": [1, 2]}
+    told = {one.column: one.became for one in tables.columns if one.table == "items"}
+    assert told["owner"] == "left out: no feature is of type struct<name: string>"
+    assert told["length"] == "left out: no feature is of type duration[s]"
+    assert told["lists"].startswith("left out: no feature is of type list<")
+    assert told["price"] == "price"
+
+
+def test_the_example_of_dropped_rows_does_not_depend_on_their_order():
+    rows = {"user_id": [1, 1, None, None], "item_id": [1, 2, 4, 3], "note": ["a", "b", "x" * 200, "y" * 200]}
+    one = assemble(Source("shop", pa.table(rows))).examples
+    other = assemble(Source("shop", pa.table(rows).take([3, 2, 1, 0]))).examples
+    assert one == other == {"null_id": {"user_id": None, "item_id": 3, "note": "y" * 80 + "..."}}

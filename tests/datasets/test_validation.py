@@ -81,3 +81,26 @@ def test_parquet_of_a_validation_workspace_is_that_of_an_import(tmp_path: Path) 
     hold_out_validation(source, tmp_path / "two")
     for name in ("users.parquet", "items.parquet", "holdout.parquet"):
         assert pq.read_schema(source / name).equals(pq.read_schema(tmp_path / "two" / name))
+
+
+def test_what_happened_at_once_stays_together_in_a_validation_split_too(tmp_path: Path) -> None:
+    user, item = (a.ravel() for a in np.meshgrid(np.arange(20), np.arange(4), indexing="ij"))
+    instants = (DAY * 19_000, DAY * 19_001, DAY * 19_002)
+    rows = [pa.table({"user_id": user, "item_id": item, "ts_ms": np.full(len(user), at)}) for at in instants]
+    whole = assemble(Source("shop", pa.concat_tables(rows)))
+    write_workspace(tmp_path / "one", whole, split(whole, TimeQuantile(0.9)), {"holdout": "time:0.9"})
+    assert open_workspace(tmp_path / "one").events().num_rows == 160
+    hold_out_validation(tmp_path / "one", tmp_path / "two")
+    after = open_workspace(tmp_path / "two")
+    assert after.instants(after.events()).to_pylist() == [DAY * 19_000] * 80
+    assert after.holdout().num_rows == 80
+
+
+def test_a_held_out_event_of_the_future_does_not_say_how_long_the_hold_out_is(tmp_path: Path) -> None:
+    source = workspace(tmp_path / "one", True, "since:2022-01-24")
+    path = source / "holdout.parquet"
+    held = pq.read_table(path)
+    far = pa.table([held["user_id"][:1], held["item_id"][:1], pa.array([30_000 * DAY])], schema=held.schema)
+    pq.write_table(pa.concat_tables([held, far]), path)
+    hold_out_validation(source, tmp_path / "two", clock_ms=lambda: 20_000 * DAY)
+    assert open_workspace(tmp_path / "two").dates()[-1] == "2022-01-19"

@@ -12,6 +12,10 @@ from twotower.schema.errors import ConfigError, DataError
 
 DAY = 86_400_000
 T = 17_000 * DAY  # 2016-07-18
+COLUMNS = [
+    {"table": "events", "column": name, "type": "int64", "missing": 0, "became": became, "note": ""}
+    for name, became in (("user_id", "user_id"), ("item_id", "item_id"), ("ts_ms", "request_ts_ms, click_ts_ms"))
+]
 
 
 def tables():
@@ -47,6 +51,9 @@ def test_a_workspace_has_one_file_of_events_a_day(tmp_path):
         "holdout_cold": 0,
         "train_positives": 0,
         "dropped": {},
+        "examples": {},
+        "columns": COLUMNS,
+        "not_read": [],
     }
     first = pq.ParquetFile(tmp_path / "w/events/date=2016-07-18/part-0.parquet")
     assert "date" not in first.schema_arrow.names
@@ -72,6 +79,9 @@ def test_a_hold_out_adds_three_tables_and_is_no_event(tmp_path):
         "arguments": {"holdout": "time:0.7"},
         "counts": {"users": 3, "items": 2, "events": 3, "holdout": 1, "holdout_cold": 1, "train_positives": 3},
         "dropped": {},
+        "examples": {},
+        "columns": COLUMNS,
+        "not_read": [],
     }
 
 

@@ -72,8 +72,9 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (times(MS, MS // 1000), "ts_ms holds 1704067200, where milliseconds since 1970 are due; it looks like seconds"),
     (times(MS * 1000), "it looks like microseconds: divide by 1000"),
     (times(MS * 1_000_000, MS), "it looks like nanoseconds: divide by 1000000"),
-    (times(0, MS), "ts_ms holds 0, where milliseconds since 1970 are due; it looks like no time since 1970 at all"),
-    (times(-5), "no time since 1970 at all"),
+    (times(0, MS), "ts_ms holds 0, where milliseconds since 1970 are due; it lies outside 1980 to 2100"),
+    (times(-5), "ts_ms holds -5, where milliseconds since 1970 are due; it lies outside 1980 to 2100"),
+    (times(157_766_400_000, MS), "holds 157766400000, where milliseconds since 1970 are due; it lies outside 1980"),
     (lambda: t.check_outcomes(pa.array(["clicked", "seen", None]), "outcome"), "outcome holds ['seen', None]; an"),
     (lambda: t.require_columns(pa.schema([("a", "int8")]), ["a", "b", "d"], "x"), "x has no column b, d; it has a"),
 ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import orjson
 import typer
@@ -36,6 +36,7 @@ app.add_typer(update_app, name="update")
 
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Configuration (TOML); absent = the defaults.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")]
+TimeUnit = Literal["s", "ms", "us", "ns"]
 Promote = Annotated[bool, typer.Option("--promote/--no-promote", help="Serve the version at once.")]
 
 
@@ -82,12 +83,23 @@ def import_(
     until: Annotated[str | None, typer.Option(help="Last day to read, YYYY-MM-DD.")] = None,
     users: Annotated[Path | None, typer.Option(help="interactions: a table of users.")] = None,
     items: Annotated[Path | None, typer.Option(help="interactions: a table of items.")] = None,
+    time_column: Annotated[
+        str | None, typer.Option(help="interactions: the column of times, if it is not ts_ms.")
+    ] = None,
+    time_unit: Annotated[TimeUnit, typer.Option(help="interactions: the unit of a time column of numbers.")] = "ms",
+    without_time: Annotated[
+        bool, typer.Option("--without-time", help="interactions: events have no time, whatever a column looks like.")
+    ] = False,
 ) -> None:
     """Make a workspace out of a public data set or of your own interactions."""
     from twotower.datasets.importers import import_dataset
+    from twotower.datasets.interactions import EventTime
+    from twotower.datasets.workspace import as_text
 
     with command():
-        report = import_dataset(dataset, source, out, holdout, test, positive, until, users, items)
+        event_time = EventTime(time_column, time_unit, without_time)
+        report = import_dataset(dataset, source, out, holdout, test, positive, until, users, items, event_time)
+        typer.echo(as_text(report), err=True)
         answer(vars(report))
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.datasets.sources import find_files, read_tables
-from twotower.datasets.tables import DAY_MS, Source
+from twotower.datasets.tables import DAY_MS, Source, check_codes
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 
@@ -53,13 +53,15 @@ def read_globo(src: Path, positive: str) -> Source:
     """
     if positive != "all":
         raise ConfigError(f"--positive {positive}: {NAME} has clicks, no ratings; use `all`")
-    clicks = read_tables(find_files(src, pattern="clicks_*"), _CLICKS)
+    read = read_tables(find_files(src, pattern="clicks_*"), _CLICKS)
+    clicks = read.rows
+    check_codes(clicks, [c.USER_ID, c.ITEM_ID, c.REQUEST_ID, *_OF_USERS], str(src), text=True)
     ts_ms = clicks[c.TS_MS]
     if not pa.types.is_integer(ts_ms.type):
         raise DataError(f"{src}: click_timestamp is of type {ts_ms.type}, not whole milliseconds")
     days = pc.multiply(pc.divide(ts_ms, DAY_MS), DAY_MS)
     events = clicks.append_column(HOUR, pc.divide(pc.subtract(ts_ms, days), HOUR_MS))
-    return Source(name=NAME, events=events, users=_users(clicks))
+    return Source(name=NAME, events=events, users=_users(clicks), columns={"events": read.columns})
 
 
 def _users(clicks: pa.Table) -> pa.Table:

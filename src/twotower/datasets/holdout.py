@@ -9,15 +9,23 @@ clicked is a choice of whoever recommends, not of the data.
 import datetime
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.datasets.tables import DAY_MS, HELD_OUT_NOT_POSITIVE, Tables, calendar_days, codes, number
+from twotower.datasets.tables import (
+    DAY_MS,
+    HELD_OUT_NOT_POSITIVE,
+    Dropped,
+    Tables,
+    calendar_days,
+    codes,
+    number,
+)
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import holdout as holdout_schema
@@ -30,7 +38,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class TimeQuantile:
-    """The events at or after the `share`-quantile of time over all events."""
+    """The events at or after the `share`-quantile of time over all events; those of one time stay together."""
 
     share: float
 
@@ -44,7 +52,7 @@ class Since:
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """The last positive of each user, and what the user did after it."""
+    """The last positive of each user, and what the user did after it; of several at one time a hash chooses."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,10 @@ class Split:
     """`user_id`, `item_id`, `ts_ms` of every training positive."""
     dropped: Mapping[str, int]
     """How many events are in none of the tables above, by reason."""
+    examples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """One of these events, by reason."""
+    instants: pa.ChunkedArray | None = None
+    """Of the training events, as `Tables.instants`."""
     holdout_impressions: pa.Table | None = None
     """Events of the held-out period that were shown, clicked or not, for rankers; None where none was shown in vain."""
 
@@ -145,7 +157,7 @@ def split(tables: Tables, holdout: Holdout) -> Split:
         held = _at_or_after_quantile(tables, holdout.share)
     elif isinstance(holdout, Since):
         _times(tables, f"--holdout since:{holdout.day}")
-        days = calendar_days(tables.events[c.REQUEST_TS_MS], tables.days)
+        days = calendar_days(_instants(tables), tables.days)
         held = days >= np.datetime64(holdout.day, "D")
         if not held.any() or held.all():
             raise DataError(f"--holdout since:{holdout.day}: the events are of {days.min()} to {days.max()}")
@@ -156,11 +168,9 @@ def split(tables: Tables, holdout: Holdout) -> Split:
     else:
         held = _drawn(tables, holdout.share)
     positive = pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy()
-    divided = _divide(
-        tables.events.filter(pa.array(~held)),
-        _as_holdout(tables.events.filter(pa.array(held & positive))),
-        _counted({}, HELD_OUT_NOT_POSITIVE, int((held & ~positive).sum())),
-    )
+    dropped = Dropped()
+    dropped.drop(tables.events, pa.array(held & ~positive), HELD_OUT_NOT_POSITIVE)
+    divided = _divide(tables, held, _as_holdout(tables.events.filter(pa.array(held & positive))), dropped)
     return replace(divided, holdout_impressions=_impressions(tables.events.filter(pa.array(held))))
 
 
@@ -187,19 +197,26 @@ def split_given(tables: Tables) -> Split:
     keys = {c.USER_ID: c.USER_ID, c.ITEM_ID: c.ITEM_ID}
     if not (tables.test[c.TS_MS].null_count or tables.events[c.REQUEST_TS_MS].null_count):
         keys[c.REQUEST_TS_MS] = c.TS_MS
-    named = tables.events.select([*keys, c.EVENT_SEQ]).join(tables.test, list(keys), list(keys.values()), "left semi")
+    place = tables.events.schema.get_field_index(c.REQUEST_TS_MS)
+    events = tables.events.set_column(place, c.REQUEST_TS_MS, _instants(tables)).select([*keys, c.EVENT_SEQ])
+    named = events.join(tables.test, list(keys), list(keys.values()), "left semi")
     held = np.zeros(tables.events.num_rows, np.bool_)
     held[named[c.EVENT_SEQ].to_numpy()] = True
-    return _divide(
-        tables.events.filter(pa.array(~held)), tables.test, _counted({}, IN_TEST, int(np.count_nonzero(held)))
-    )
+    dropped = Dropped()
+    dropped.drop(tables.events, pa.array(held), IN_TEST)
+    return _divide(tables, held, tables.test, dropped)
+
+
+def _instants(tables: Tables) -> pa.ChunkedArray:
+    """(N,) when events happened by the source's clock, where equal times are still equal."""
+    return tables.events[c.REQUEST_TS_MS] if tables.instants is None else tables.instants
 
 
 def _times(tables: Tables, option: str) -> npt.NDArray[np.int64]:
-    """(N,) request times in milliseconds."""
+    """(N,) times in milliseconds, by the source's clock."""
     if tables.events[c.REQUEST_TS_MS].null_count:
         raise ConfigError(f"{option}: {tables.source} has no time; give the held-out pairs as a file with --test")
-    ts_ms: npt.NDArray[np.int64] = tables.events[c.REQUEST_TS_MS].to_numpy()
+    ts_ms: npt.NDArray[np.int64] = _instants(tables).to_numpy()
     return ts_ms
 
 
@@ -217,7 +234,8 @@ def _from_last_positive(tables: Tables) -> Mask:
     place = np.arange(len(user))
     positive = pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy()
     last = np.full(user.max() + 1, len(user))
-    last[user[positive]] = place[positive]  # events are in the order of time: the last assignment stays
+    # events are in the order of time, those of one time in that of a hash: the last assignment stays
+    last[user[positive]] = place[positive]
     held: Mask = place >= last[user]
     return held
 
@@ -262,8 +280,10 @@ def _as_holdout(events: pa.Table) -> pa.Table:
     return pa.table([events[c.USER_ID], events[c.ITEM_ID], events[c.REQUEST_TS_MS]], schema=schema)
 
 
-def _divide(events: pa.Table, held_out: pa.Table, dropped: Mapping[str, int]) -> Split:
+def _divide(tables: Tables, held: Mask, held_out: pa.Table, dropped: Dropped) -> Split:
     """Part the held-out positives by whether training has a positive of their user and of their item."""
+    kept = pa.array(~held)
+    events = tables.events.filter(kept)
     positives = _as_holdout(events.filter(pc.equal(events[c.OUTCOME], c.CLICKED)))
     if not positives.num_rows:
         raise DataError(f"the hold-out leaves no positive to learn from, and {held_out.num_rows} held out")
@@ -280,9 +300,7 @@ def _divide(events: pa.Table, held_out: pa.Table, dropped: Mapping[str, int]) ->
         holdout=held_out.filter(warm),
         holdout_cold=held_out.append_column(c.REASON, reason).filter(pc.invert(warm)),
         train_positives=positives,
-        dropped=dropped,
+        dropped=dict(dropped.counts),
+        examples=dropped.examples,
+        instants=None if tables.instants is None else tables.instants.filter(kept),
     )
-
-
-def _counted(dropped: Mapping[str, int], reason: str, count: int) -> dict[str, int]:
-    return {**dropped, reason: count} if count else dict(dropped)

@@ -1,5 +1,6 @@
 """MovieLens-1M: ratings as positives and impressions, with people's and films' features."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +32,7 @@ def read_movielens(src: Path, positive: str) -> Source:
     """Read a folder with `ratings`, `users` and `movies`: as Parquet, or GroupLens's own `.dat` files.
 
     Seconds become milliseconds. Ratings of a user in the same second are ordered by `user_seq` where the Parquet file
-    has it, else by film.
+    has it, else by a hash.
 
     Args:
         src: the folder.
@@ -44,7 +45,7 @@ def read_movielens(src: Path, positive: str) -> Source:
     minimum = parse_positive(positive)
     if (src / "ratings.parquet").exists():
         ratings = read_table(src / "ratings.parquet")
-        finer = {USER_SEQ: USER_SEQ} if USER_SEQ in ratings.column_names else {}
+        finer = {USER_SEQ: USER_SEQ} if USER_SEQ in ratings.rows.column_names else {}
         ratings = read_table(src / "ratings.parquet", _RATINGS | finer)
         users = read_table(src / "users.parquet", {name: name for name in _USERS})
         films = read_table(src / "movies.parquet", _FILMS)
@@ -52,19 +53,22 @@ def read_movielens(src: Path, positive: str) -> Source:
         ratings = read_lines(src / "ratings.dat", {name: pa.int64() for name in _RATINGS.values()})
         users = read_lines(src / "users.dat", _USERS)
         films = read_lines(src / "movies.dat", {c.ITEM_ID: pa.int64(), TITLE: pa.string(), "genres": pa.string()})
-        year = pc.struct_field(pc.extract_regex(films[TITLE], r"\((?P<year>\d{4})\)\s*$"), "year")
-        films = films.append_column(YEAR, year.cast(pa.int64()))
+        title = films.rows[TITLE]
+        year = pc.struct_field(pc.extract_regex(title, r"\((?P<year>\d{4})\)\s*$"), "year")
+        films = replace(films, rows=films.rows.append_column(YEAR, year.cast(pa.int64())))
     else:
         raise DataError(f"{src} has neither ratings.parquet nor ratings.dat: unpack MovieLens-1M and give its folder")
-    place = ratings.schema.get_field_index(c.TS_MS)
-    if not pa.types.is_integer(ratings.schema.field(place).type):
-        raise DataError(f"{src}: the timestamps are of type {ratings.schema.field(place).type}, not whole seconds")
-    ts_ms = pc.multiply(ratings[c.TS_MS].cast(pa.int64()), 1000)
+    rows = ratings.rows
+    place = rows.schema.get_field_index(c.TS_MS)
+    if not pa.types.is_integer(rows.schema.field(place).type):
+        raise DataError(f"{src}: the timestamps are of type {rows.schema.field(place).type}, not whole seconds")
+    ts_ms = pc.multiply(rows[c.TS_MS].cast(pa.int64()), 1000)
     return Source(
         name=NAME,
-        events=ratings.set_column(place, c.TS_MS, ts_ms),
-        users=users,
-        items=films,
+        events=rows.set_column(place, c.TS_MS, ts_ms),
+        users=users.rows,
+        items=films.rows,
         minimum=minimum,
-        order=(USER_SEQ,) if USER_SEQ in ratings.column_names else (),
+        order=(USER_SEQ,) if USER_SEQ in rows.column_names else (),
+        columns={"events": ratings.columns, "users": users.columns, "items": films.columns},
     )

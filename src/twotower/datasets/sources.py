@@ -1,20 +1,88 @@
-"""Reading what users have: Parquet and CSV files, alone or in folders, as one table with errors that name the file."""
+"""Reading what users have: Parquet and delimited text, alone or in folders, as one table; errors name the file.
 
-from collections.abc import Collection, Mapping, Sequence
+A folder is read as Spark and DuckDB read one: folders that are named `column=value` are columns, names that begin with
+`_` or `.` are left out, and every other file is read or named as not read.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Final
+from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from twotower.datasets.text_file import COMPRESSIONS, Kind, read_text, read_type, word_among_numbers
+from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.tables import require_columns
 
-SUFFIXES = (".parquet", ".csv")
+PARQUET: Final = (".parquet", ".pq", ".parq")
+TEXT: Final = (".csv", ".tsv", ".txt")
+NULL_FOLDER: Final = "__HIVE_DEFAULT_PARTITION__"
+"""The value of a folder that stands for a missing one."""
+UNTYPED: Final = {b"twotower": b"untyped"}
+"""Metadata of a column that was text: its integers may be taken for text again, because they are written alike."""
+RATING: Final = "rating"
+
+_KINDS: Final[Mapping[str, Kind]] = {
+    **dict.fromkeys((c.USER_ID, c.ITEM_ID, c.REQUEST_ID), "id"),
+    **dict.fromkeys((c.OUTCOME, c.CHANNEL), "text"),
+    **dict.fromkeys((c.TS_MS, c.WEIGHT, RATING, c.POSITION, c.SCORE, c.PROBABILITY, c.PROPENSITY), "number"),
+}
+"""What the text of our own columns becomes; that of all others whatever it looks like."""
 
 
-def read_table(path: Path, columns: Mapping[str, str] | None = None) -> pa.Table:
-    """The rows of a Parquet or CSV file, or of all such files below a folder.
+@dataclass(frozen=True)
+class SourceFile:
+    """A file, and the columns that the names of its folders are."""
+
+    path: Path
+    folders: Mapping[str, str | None] = field(default_factory=dict)
+    """Values as text, by column."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a table."""
+
+    files: tuple[SourceFile, ...]
+    not_read: tuple[Path, ...] = ()
+    """Files below the folder that are of no kind that is read."""
+
+
+@dataclass(frozen=True)
+class SourceColumn:
+    """A column of a source."""
+
+    name: str
+    """In the files."""
+    type: str
+    """In the files, or as their text was read."""
+    missing: int | None
+    """Empty values; None where the column was not read."""
+    to: str | None
+    """Its name in the rows that were read; None = left out."""
+    note: str = ""
+    """Why it is left out, or is of that type."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """The rows of files, and what was in the files."""
+
+    rows: pa.Table
+    columns: tuple[SourceColumn, ...]
+    not_read: tuple[Path, ...] = ()
+
+
+def read_table(path: Path, columns: Mapping[str, str] | None = None) -> Read:
+    """The rows of a file, or of all files below a folder.
 
     Args:
         path: a file or a folder.
@@ -26,54 +94,80 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None) -> pa.Table
     return read_tables(find_files(path), columns)
 
 
-def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*") -> list[Path]:
-    """A file itself, or the Parquet and CSV files below a folder in the order of their names.
+def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*") -> Found:
+    """A file itself, or the files below a folder in the order of their names.
 
     Args:
         path: a file or a folder.
-        without: files to leave out.
-        pattern: that names below a folder match.
+        without: files, or folders with all below them, to leave out.
+        pattern: that names below a folder match; files of other names are another table's.
 
     Raises:
-        DataError: nothing there, or a file of another kind.
+        DataError: nothing there, or a file of a kind that is not read.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist")
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"{path} is neither {' nor '.join(SUFFIXES)}")
-        return [path]
+    kinds = ", ".join((*PARQUET[:1], *TEXT))
+    packed = ", ".join(COMPRESSIONS)
+    if not path.is_dir():
+        if not path.is_file():
+            raise DataError(f"{path} is neither a file nor a folder")
+        if not _is_read(path):
+            raise DataError(f"{path} ends in none of {kinds} (text also with {packed}): write one of these")
+        return Found((SourceFile(path),))
     left_out = {other.resolve() for other in without}
-    files = sorted(
-        file
-        for file in path.rglob(pattern)
-        if file.suffix in SUFFIXES and not file.name.startswith((".", "_")) and file.resolve() not in left_out
-    )
+    files, not_read = [], []
+    for file in sorted(_files_below(path, left_out)):
+        if not fnmatchcase(file.name, pattern):
+            continue
+        if file.is_file() and _is_read(file):
+            files.append(SourceFile(file, _folder_columns(file.relative_to(path).parts[:-1])))
+        else:
+            not_read.append(file)
     if not files:
-        raise DataError(f"{path} has no file {pattern} that ends in {' or '.join(SUFFIXES)}")
-    return files
+        other = f"; there is {not_read[0].name}" if not_read else ""
+        raise DataError(f"{path} has no file {pattern} that ends in one of {kinds} (text also with {packed}){other}")
+    return Found(tuple(files), tuple(not_read))
 
 
-def read_tables(files: Sequence[Path], columns: Mapping[str, str] | None = None) -> pa.Table:
-    """The rows of several Parquet or CSV files with the same columns.
+def read_tables(found: Found, columns: Mapping[str, str] | None = None) -> Read:
+    """The rows of several files with the same columns.
+
+    Text has no types of its own: it gets those that all its values have, in all files together, or where some of the
+    files are Parquet those of these.
+
+    Args:
+        found: the files.
+        columns: columns to read, with the names that they get; absent = all under their own names.
 
     Raises:
         DataError: a damaged file, a missing column, or columns or types that do not go together.
     """
-    tables = [_read_file(file, columns) for file in files]
-    for file, table in zip(files, tables, strict=True):
-        if set(table.column_names) != set(tables[0].column_names):
+    parts = [_read_file(file, columns) for file in found.files]
+    first = parts[0]
+    for part in parts:
+        if set(part.names) != set(first.names):
             raise DataError(
-                f"{file} has the columns {', '.join(table.column_names)}, "
-                f"{files[0]} has {', '.join(tables[0].column_names)}: they must be the same"
+                f"{part.path} has the columns {', '.join(part.names)}, {first.path} has {', '.join(first.names)}: "
+                "they must be the same. A file that is no part of the table goes elsewhere, or its name begins with _"
             )
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowTypeError as error:
-        raise DataError(f"the files of {files[0].parent} hold different types ({error}): write one type") from None
+    kept = list(first.names) if columns is None else list(columns)
+    arrays, fields, seen = [], [], []
+    for name in kept:
+        to = name if columns is None else columns[name]
+        if not name or name.startswith("__index_level_"):
+            seen.append(SourceColumn(name, "", None, None, "left out: an index without a name"))
+            continue
+        column, untyped = _together([(part, part.columns[name]) for part in parts], name, to)
+        arrays.append(column)
+        fields.append(pa.field(to, column.type, metadata=UNTYPED if untyped else None))
+        seen.append(SourceColumn(name, str(column.type), column.null_count, to, _note(column, untyped, to)))
+    others = sorted(set(first.names) - set(kept))
+    seen += [SourceColumn(name, first.names[name], None, None, "left out: not used") for name in others]
+    return Read(pa.table(arrays, schema=pa.schema(fields)), tuple(seen), found.not_read)
 
 
-def read_lines(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
+def read_lines(path: Path, columns: Mapping[str, pa.DataType]) -> Read:
     """A file of GroupLens: Latin-1, no heading, values parted by `::`.
 
     Args:
@@ -83,33 +177,205 @@ def read_lines(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
     Raises:
         DataError: the file is missing, or a line is not of this form.
     """
-    if not path.exists():
+    if not path.is_file():
         raise DataError(f"{path} does not exist")
+    data = path.read_bytes()
+    if not data.strip() or b"\0" in data:
+        raise DataError(f"{path} is {'cut or damaged: it has zero bytes' if data.strip() else 'empty'}")
     # Arrow splits at one character only: a control character that no title holds stands for `::`
-    text = path.read_bytes().replace(b"::", b"\x1f").decode("latin-1").encode()
+    text = data.replace(b"::", b"\x1f").decode("latin-1").encode()
     try:
-        return pa_csv.read_csv(
+        rows = pa_csv.read_csv(
             pa.BufferReader(text),
             pa_csv.ReadOptions(column_names=list(columns)),
             pa_csv.ParseOptions(delimiter="\x1f", quote_char=False),
-            pa_csv.ConvertOptions(column_types=dict(columns), strings_can_be_null=True),
+            pa_csv.ConvertOptions(column_types=dict(columns), strings_can_be_null=True, null_values=[""]),
         )
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is not of the form {'::'.join(columns)}: {error}") from None
+    seen = [SourceColumn(name, str(rows[name].type), rows[name].null_count, name) for name in rows.column_names]
+    return Read(rows, tuple(seen))
 
 
-def _read_file(path: Path, columns: Mapping[str, str] | None) -> pa.Table:
+@dataclass(frozen=True)
+class _Part:
+    """A file that was read."""
+
+    path: Path
+    names: Mapping[str, str]
+    """Types of all columns, those of folders too, by name in the file."""
+    columns: Mapping[str, pa.ChunkedArray]
+    """Those that are wanted, by name in the file."""
+    untyped: frozenset[str]
+    """Columns that are text without a type."""
+
+
+def _is_read(path: Path) -> bool:
+    name = path
+    if path.suffix.lower() in COMPRESSIONS:
+        name = path.with_suffix("")
+        return name.suffix.lower() in (*TEXT, "")
+    return name.suffix.lower() in (*PARQUET, *TEXT)
+
+
+def _files_below(folder: Path, left_out: Collection[Path]) -> Iterator[Path]:
+    """Files below a folder that are not hidden; a link to a folder that it stands in is not followed."""
+    entered = {folder.resolve()}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        kept = []
+        for name in sorted(folders):
+            inner = Path(root, name).resolve()
+            if not _hidden(name) and inner not in entered and inner not in left_out:
+                entered.add(inner)
+                kept.append(name)
+        folders[:] = kept
+        for name in names:
+            path = Path(root, name)
+            if not _hidden(name) and path.resolve() not in left_out:
+                yield path
+
+
+def _hidden(name: str) -> bool:
+    """As Spark has it: `_name=value` is a column."""
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
+
+
+def _folder_columns(folders: Sequence[str]) -> dict[str, str | None]:
+    """The columns that folders named `column=value` are.
+
+    >>> _folder_columns(["2025", "outcome=clicked", "city=New%20York", "shop=__HIVE_DEFAULT_PARTITION__"])
+    {'outcome': 'clicked', 'city': 'New York', 'shop': None}
+    """
+    pairs = [folder.partition("=") for folder in folders if "=" in folder]
+    return {unquote(name): None if value in (NULL_FOLDER, "") else unquote(value) for name, _, value in pairs if name}
+
+
+def _read_file(file: SourceFile, columns: Mapping[str, str] | None) -> _Part:
+    path = file.path
+    if path.suffix.lower() in PARQUET:
+        names, read = _read_parquet(path, columns, file.folders)
+        untyped: set[str] = set()
+    else:
+        read = read_text(path)
+        names = dict.fromkeys(read, "text")
+        untyped = set(read)
+    rows = len(next(iter(read.values()))) if read else 0
+    for name, value in file.folders.items():
+        if name in names:
+            if name in read:
+                _check_folder(name, value, read[name], path)
+            continue
+        names = {**names, name: "folder"}
+        read = {**read, name: pa.chunked_array([pa.repeat(pa.scalar(value, pa.string()), rows)])}
+        untyped.add(name)
+    if columns is not None:
+        require_columns(pa.schema([(name, pa.null()) for name in names]), columns, str(path))
+        read = {name: read[name] for name in columns}
+    return _Part(path, names, read, frozenset(untyped))
+
+
+def _read_parquet(
+    path: Path, columns: Mapping[str, str] | None, folders: Mapping[str, str | None]
+) -> tuple[dict[str, str], dict[str, pa.ChunkedArray]]:
+    """The types of all columns, and the values of those that are wanted, as plain strings and without dictionaries."""
     try:
-        if path.suffix == ".csv":
-            table = pa_csv.read_csv(path, convert_options=pa_csv.ConvertOptions(strings_can_be_null=True))
-            if columns is None:
-                return table
-            require_columns(table, columns, str(path))
-            return table.select(list(columns)).rename_columns(list(columns.values()))
         with pq.ParquetFile(path) as file:
-            if columns is None:
-                return file.read()
-            require_columns(file.schema_arrow, columns, str(path))
-            return file.read(list(columns)).select(list(columns)).rename_columns(list(columns.values()))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+            schema = file.schema_arrow
+            repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
+            if repeated:
+                count = schema.names.count(repeated[0])
+                raise DataError(f"{path} has the column {repeated[0]} {count} times: give each its own name")
+            if columns is not None:
+                require_columns(
+                    pa.schema([(name, pa.null()) for name in dict.fromkeys([*schema.names, *folders])]),
+                    columns,
+                    str(path),
+                )
+            table = file.read(None if columns is None else [name for name in columns if name in schema.names])
+            table.validate(full=True)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read, it is cut, damaged or no Parquet: {error}") from None
+    read = {name: _decoded(table[name], f"{path}, column {name}") for name in table.column_names}
+    return {entry.name: str(entry.type) for entry in schema}, read
+
+
+def _decoded(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """A column without dictionaries and with one type of text.
+
+    Raises:
+        DataError: bytes that are no text.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if pa.types.is_string(kind):
+        return column
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return column.cast(pa.string())
+    if any(
+        test(kind)
+        for test in (
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_binary_view,
+            pa.types.is_fixed_size_binary,
+        )
+    ):
+        try:
+            return column.cast(pa.binary()).cast(pa.string())
+        except pa.ArrowException:
+            raise DataError(f"{where} is of type {kind} and holds bytes that are not UTF-8: write it as text") from None
+    return column
+
+
+def _check_folder(name: str, value: str | None, column: pa.ChunkedArray, path: Path) -> None:
+    """Refuse a file that says something else than its folder."""
+    try:
+        expected = pa.scalar(value, pa.string()).cast(column.type)
+        same = pc.all(column.is_null() if value is None else pc.fill_null(pc.equal(column, expected), False)).as_py()
+    except pa.ArrowException:
+        same = False
+    if same is False:
+        raise DataError(
+            f"{path}: the folder says {name}={value}, the column {name} of the file holds "
+            f"{pc.unique(column).to_pylist()[:3]}: rename the folder or the column"
+        )
+
+
+def _together(parts: Sequence[tuple[_Part, pa.ChunkedArray]], name: str, to: str) -> tuple[pa.ChunkedArray, bool]:
+    """A column of all files, and whether none of them says its type."""
+    typed = [column for part, column in parts if name not in part.untyped]
+    kind = _KINDS.get(to, "any")
+    texts = [column for part, column in parts if name in part.untyped]
+    says = {column.type for column in typed if not pa.types.is_null(column.type)}
+    if texts:
+        text = pa.chunked_array([chunk for column in texts for chunk in column.chunks], pa.string())
+        as_read = text if says == {pa.string()} else read_type(text, kind)
+        places = iter(_split(as_read, [len(column) for column in texts]))
+        columns = [next(places) if name in part.untyped else column for part, column in parts]
+    else:
+        columns = typed
+    try:
+        one = pa.concat_tables(
+            [pa.table([column], names=[name]) for column in columns], promote_options="permissive"
+        ).column(0)
+    except pa.ArrowException:
+        types = {str(column.type): part.path for (part, _), column in zip(parts, columns, strict=True)}
+        seen = " and ".join(f"{kind} in {path}" for kind, path in sorted(types.items()))
+        raise DataError(f"the files hold different types in column {name}, {seen}: write one type") from None
+    return one, not says and bool(texts)
+
+
+def _split(column: pa.ChunkedArray, lengths: Sequence[int]) -> Iterator[pa.ChunkedArray]:
+    begin = 0
+    for length in lengths:
+        yield column.slice(begin, length)
+        begin += length
+
+
+def _note(column: pa.ChunkedArray, untyped: bool, to: str) -> str:
+    """Why text of numbers is no number."""
+    if not untyped or not pa.types.is_string(column.type) or _KINDS.get(to, "any") == "text":
+        return ""
+    word = word_among_numbers(column)
+    return "" if word is None else f"text, because it holds {word!r}"

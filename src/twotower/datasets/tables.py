@@ -5,30 +5,32 @@ the order of rows or files, because events are put in an order in which only equ
 """
 
 import datetime
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.datasets.sources import UNTYPED, SourceColumn
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import (
+    EARLIEST_MS,
     as_ids,
     check_entities,
-    check_milliseconds,
     check_outcomes,
     joined_events,
+    mistaken_time,
     require_columns,
 )
 from twotower.schema.tables import holdout as holdout_schema
 
-DAY: Final = "day"
-"""A day (date32) of the source's own calendar beside its clock; hold-outs by date read it, no file keeps it."""
 DAY_MS: Final = 86_400_000
 
 
@@ -41,20 +43,34 @@ def end_of_day(day: str) -> int:
     return DAY_MS * (1 + (datetime.date.fromisoformat(day) - datetime.date(1970, 1, 1)).days) - 1
 
 
-SOURCE_COLUMNS: Final = (c.USER_ID, c.ITEM_ID, c.TS_MS, c.REQUEST_ID, c.OUTCOME, c.WEIGHT, DAY)
-"""The columns of `Source.events` with a meaning here; the others are for the order, or context."""
-RESERVED: Final = frozenset({c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS, c.DATE})
+SOURCE_COLUMNS: Final = (c.USER_ID, c.ITEM_ID, c.TS_MS, c.REQUEST_ID, c.OUTCOME, c.WEIGHT)
+"""The columns of `Source.events` with a meaning here; the others are for the day, the order, or context."""
+KNOWN_TYPES: Final = {
+    c.POSITION: pa.int32(),
+    c.SCORE: pa.float32(),
+    c.CHANNEL: pa.string(),
+    c.PROBABILITY: pa.float32(),
+    c.PROPENSITY: pa.float32(),
+}
+"""Types of columns that later stages read where they are there."""
+RESERVED: Final = frozenset({c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS})
 """Columns of `events/` that are computed here."""
 
 # Why rows are dropped.
 NULL_ID: Final = "null_id"
 NULL_TIME: Final = "null_time"
+FUTURE_TIME: Final = "future_time"
 BAD_RATING: Final = "bad_rating"
 UNKNOWN_USER: Final = "unknown_user"
 UNKNOWN_ITEM: Final = "unknown_item"
 DUPLICATE_EVENT: Final = "duplicate_event"
 AFTER_UNTIL: Final = "after_until"
 HELD_OUT_NOT_POSITIVE: Final = "held_out_not_positive"
+
+TIE: Final = "twotower:tie"
+"""A column of a while: a hash that orders a user's events of one time."""
+EXAMPLE_COLUMNS: Final = 12
+EXAMPLE_CHARACTERS: Final = 80
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,7 @@ class Source:
     name: str
     """Of the data set."""
     events: pa.Table
-    """`user_id`, `item_id`; where known `ts_ms`, `request_id`, `outcome`, `weight`, `day`; those of `order`; further
+    """`user_id`, `item_id`; where known `ts_ms`, `request_id`, `outcome`, `weight`; those of `day` and `order`; further
     columns are context. Without `outcome` every row is a click, or with `minimum` those of at least that weight."""
     users: pa.Table | None = None
     """`user_id` and features; absent = the distinct users of the events."""
@@ -76,8 +92,64 @@ class Source:
     """Least weight of a positive; absent = all."""
     order: tuple[str, ...] = ()
     """Columns that order a user's events more finely than the clock does."""
+    day: str | None = None
+    """A column of days (date32) of the source's own calendar; hold-outs by date read it, no file keeps it."""
     requests_have_rows: bool = False
     """Rows of one user with the same `request_id` and `ts_ms` are one request and keep one time."""
+    columns: Mapping[str, Sequence[SourceColumn]] = field(default_factory=dict)
+    """What the files of `events`, `users`, `items` and `test` had; absent = the columns of the tables here."""
+    not_read: tuple[str, ...] = ()
+    """Files beside those of the source that are of no kind that is read."""
+
+
+@dataclass(frozen=True)
+class ColumnReport:
+    """What became of a column of a source."""
+
+    table: str
+    """`events`, `users`, `items` or `test`."""
+    column: str
+    """Its name in the source."""
+    type: str
+    missing: int | None
+    """Empty values; None where it was not read."""
+    became: str
+    """A column of the workspace, or why it is left out."""
+    note: str = ""
+
+
+@dataclass
+class Dropped:
+    """Rows that were left out, by reason: how many, and one of them."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def drop(self, table: pa.Table, bad: pa.ChunkedArray | pa.Array, reason: str) -> pa.Table:
+        """The rows that are not `bad`; the others are counted under their reason, which is there only if any are."""
+        count = pc.sum(bad).as_py() or 0
+        if not count:
+            return table
+        self.counts[reason] += count
+        self.examples.setdefault(reason, example_of(table.filter(bad)))
+        return table.filter(pc.invert(bad))
+
+
+def example_of(rows: pa.Table) -> dict[str, Any]:
+    """One of some rows, the first by user, item and what else there is, as values of JSON: the same in any order."""
+    scalar = [name for name in rows.column_names if not pa.types.is_nested(rows.schema.field(name).type)]
+    first = [name for name in (c.USER_ID, c.ITEM_ID, c.TS_MS, c.REQUEST_TS_MS) if name in scalar]
+    keys = [*first, *(name for name in sorted(scalar) if name not in first and not name.startswith(TIE))]
+    row = rows.take(pc.sort_indices(rows, sort_keys=[(name, "ascending") for name in keys])[:1])
+    values = {name: row[name][0].as_py() for name in keys[:EXAMPLE_COLUMNS]}
+    return {name: _as_json(value) for name, value in values.items()}
+
+
+def _as_json(value: object) -> Any:
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and np.isfinite(value)):
+        return value
+    text = str(value)
+    return text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + "..."
 
 
 @dataclass(frozen=True)
@@ -98,6 +170,15 @@ class Tables:
     """Held-out positives given by the user: `user_id`, `item_id`, `ts_ms`."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """How many rows of the source's events and of the test file were left out, by reason."""
+    examples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """One of these rows, by reason."""
+    instants: pa.ChunkedArray | None = None
+    """When each event happened by the source's clock (ms), before times of a user that are equal were parted; absent =
+    `request_ts_ms`. Hold-outs by time read it: what happened at once stays together."""
+    columns: tuple[ColumnReport, ...] = ()
+    """Every column of the source and what became of it."""
+    not_read: tuple[str, ...] = ()
+    """Files of the source that were not read."""
 
 
 def parse_positive(text: str) -> float | None:
@@ -124,32 +205,44 @@ def plain(table: pa.Table, where: str) -> pa.Table:
     """A table with few types: int64, float64, string, other scalars as they are, and lists of these; NaN becomes null.
 
     Raises:
-        DataError: two columns of one name, or an integer beyond int64.
-
-    >>> plain(pa.table({"size": pa.array([1.0, float("nan")], pa.float32())}), "items").to_pydict()
-    {'size': [1.0, None]}
+        DataError: an integer that does not fit int64, or two columns of one name.
     """
-    if len(set(table.column_names)) < table.num_columns:
-        raise DataError(f"{where} has two columns of one name: {', '.join(table.column_names)}")
-    try:
-        columns = [column.cast(_plain_type(column.type)) for column in table.columns]
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{where} holds a value that does not fit int64 ({error}): write it as a string") from None
-    nothing = [
-        pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-        if pa.types.is_floating(column.type)
-        else column
-        for column in columns
-    ]
-    return pa.table(nothing, names=table.column_names)
+    repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{where} has more than one column {', '.join(repeated)}")
+    columns, fields = [], []
+    for entry in table.schema:
+        kind = _plain_type(entry.type)
+        try:
+            column = table[entry.name].cast(kind)
+        except pa.ArrowInvalid as error:
+            what = f"{where}, column {entry.name}, holds a value that does not fit {kind} ({error})"
+            raise DataError(f"{what}: write it as a string") from None
+        missing = pc.is_nan(column) if pa.types.is_floating(kind) else None
+        columns.append(column if missing is None else pc.if_else(missing, pa.scalar(None, kind), column))
+        fields.append(pa.field(entry.name, kind, metadata=entry.metadata))
+    return pa.table(columns, schema=pa.schema(fields))
+
+
+def check_codes(table: pa.Table, names: Sequence[str], where: str, text: bool = False) -> None:
+    """Refuse columns that hold something else than integers, or where that is fine text.
+
+    Raises:
+        DataError: another type, but that of a column without any value.
+    """
+    for name in names:
+        kind = table.schema.field(name).type
+        if not (pa.types.is_integer(kind) or pa.types.is_null(kind) or (text and pa.types.is_string(kind))):
+            due = "integers or text are" if text else "integers are"
+            raise DataError(f"{where}, column {name} is of type {kind}, where {due} due")
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
         return _plain_type(kind.value_type)
-    if pa.types.is_integer(kind):
+    if pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0):
         return pa.int64()
-    if pa.types.is_floating(kind):
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return pa.float64()
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
@@ -158,15 +251,44 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def assemble(source: Source, until: datetime.date | None = None) -> Tables:
+def _representable(kind: pa.DataType) -> bool:
+    """A feature or a context can have this type: a scalar that is no duration or time of day, or a list of such."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return not pa.types.is_nested(kind.value_type) and _representable(kind.value_type)
+    if pa.types.is_dictionary(kind):
+        return _representable(kind.value_type)
+    return any(
+        test(kind)
+        for test in (
+            pa.types.is_null,
+            pa.types.is_boolean,
+            pa.types.is_integer,
+            pa.types.is_floating,
+            pa.types.is_decimal,
+            pa.types.is_date,
+            pa.types.is_timestamp,
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_string_view,
+        )
+    )
+
+
+def assemble(
+    source: Source,
+    until: datetime.date | None = None,
+    clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+) -> Tables:
     """Check what an importer found and bring it into the common form.
 
     Rows of events that cannot be used are dropped and counted; anything wrong with a whole column, with the users or
-    with the items is an error, because it would make every row wrong.
+    with the items is an error, because it would make every row wrong. A row later than the clock is dropped: what is
+    latest decides which days are learned, and one wrong time must not.
 
     Args:
         source: what an importer found.
         until: the last day to keep; later events are dropped before users and items are collected from them.
+        clock_ms: milliseconds since 1970.
 
     Raises:
         ConfigError: `until` for events without a time.
@@ -174,12 +296,15 @@ def assemble(source: Source, until: datetime.date | None = None) -> Tables:
             users or items, ids are integers in one table and strings in another, there are fewer than two items, or
             no event or no positive is left.
     """
-    dropped: Counter[str] = Counter()
+    dropped = Dropped()
+    now_ms = clock_ms()
     where = f"{source.name} events"
-    rows = _usable(source.events, source, where, dropped)
+    given_source, source = source, _with_agreed_ids(source)
+    source, left_out = _without_unusable_columns(source)
+    rows = _usable(source.events, source, where, now_ms, dropped)
     if until is not None:
-        rows = _until(rows, until, source.name, dropped)
-    test = None if source.test is None else _usable(source.test, source, "the test file", dropped)
+        rows = _until(rows, until, source, dropped)
+    test = None if source.test is None else _usable(source.test, source, "the test file", now_ms, dropped)
     given = [rows] if test is None else [rows, test]
     users = _entities(source.users, c.USER_ID, given, f"{source.name} users")
     items = _entities(source.items, c.ITEM_ID, given, f"{source.name} items")
@@ -188,33 +313,121 @@ def assemble(source: Source, until: datetime.date | None = None) -> Tables:
     rows = _known(rows, users, items, where, dropped)
     _refuse_empty(rows, where, dropped)
 
-    rows = _ordered(rows, source.order, where, dropped)
+    rows = _ordered(rows, source, where, dropped)
     timed = c.TS_MS in rows.column_names
+    instants = None
     if timed:
         ts_ms = _rising(rows, source.requests_have_rows)
-        rows = rows.set_column(rows.schema.get_field_index(c.TS_MS), c.TS_MS, pa.array(ts_ms))
-        rows = rows.take(pa.array(np.argsort(ts_ms, kind="stable")))  # rows are by user: ties of users stay in order
+        order = pa.array(np.argsort(ts_ms, kind="stable"))  # rows are by user: ties of users stay in order
+        instants = rows[c.TS_MS].take(order)
+        rows = _replace(rows, c.TS_MS, pa.chunked_array([ts_ms])).take(order)
     if not pc.any(pc.equal(rows[c.OUTCOME], c.CLICKED)).as_py():
         least = "" if source.minimum is None else f" with --positive {source.minimum:g}"
         raise DataError(f"{where}: none of {rows.num_rows} rows is a positive{least}")
+    events = _joined(rows, source)
+    for table, name in ((users, "users"), (items, "items"), (events, "events")):
+        _refuse_alike(table.column_names + ([c.DATE] if name == "events" else []), f"{source.name} {name}")
+    pairs = None if test is None else _test_positives(_known(test, users, items, "the test file", dropped), dropped)
     return Tables(
         source=source.name,
         users=users,
         items=items,
-        events=_joined(rows, source.order),
-        days=rows.column(DAY) if DAY in rows.column_names else None,
-        test=None if test is None else _test_positives(_known(test, users, items, "the test file", dropped), dropped),
-        dropped=dict(sorted(dropped.items())),
+        events=events,
+        days=None if source.day is None else rows.column(source.day),
+        test=pairs,
+        dropped=dict(sorted(dropped.counts.items())),
+        examples=dict(sorted(dropped.examples.items())),
+        instants=instants,
+        columns=_columns_report(given_source, source, left_out),
+        not_read=source.not_read,
     )
 
 
-def drop(table: pa.Table, bad: pa.ChunkedArray | pa.Array, reason: str, dropped: Counter[str]) -> pa.Table:
-    """The rows that are not `bad`; the others are counted under their reason, which is there only if there are any."""
-    count = pc.sum(bad).as_py() or 0
-    if not count:
-        return table
-    dropped[reason] += count
-    return table.filter(pc.invert(bad))
+def _with_agreed_ids(source: Source) -> Source:
+    """The source with ids of one type in all tables where that loses nothing: ids of text files have no type.
+
+    Integers that were read from text are written like that text, so they are text again where another table has other
+    ids (`007`). What a typed file says stays.
+    """
+    tables = {name: getattr(source, name) for name in ("events", "users", "items", "test")}
+    for column in (c.USER_ID, c.ITEM_ID):
+        fields = {
+            name: table.schema.field(column)
+            for name, table in tables.items()
+            if table is not None and table.column_names.count(column) == 1
+        }
+        if not any(pa.types.is_string(entry.type) for entry in fields.values()):
+            continue
+        for name, entry in fields.items():
+            if pa.types.is_integer(entry.type) and entry.metadata == UNTYPED:
+                text = pa.field(column, pa.string(), metadata=UNTYPED)
+                place = tables[name].schema.get_field_index(column)
+                tables[name] = tables[name].set_column(place, text, tables[name][column].cast(pa.string()))
+    return replace(source, **tables)
+
+
+def _without_unusable_columns(source: Source) -> tuple[Source, dict[tuple[str, str], str]]:
+    """The source without columns that no feature can be made of, and why they are left out, by table and name.
+
+    Events keep lists and structs: they are refused there, in place of being passed over.
+    """
+    left_out: dict[tuple[str, str], str] = {}
+    kept = {}
+    for name in ("events", "users", "items"):
+        table = getattr(source, name)
+        if table is None:
+            continue
+        for entry in table.schema:
+            taken = name == "events" and entry.name in (*SOURCE_COLUMNS, *source.order, source.day)
+            nested = name == "events" and pa.types.is_nested(entry.type)
+            if not _representable(entry.type) and not taken and not nested and entry.name not in (c.USER_ID, c.ITEM_ID):
+                left_out[name, entry.name] = f"left out: no feature is of type {entry.type}"
+        if name == "events" and c.DATE in table.column_names:
+            left_out[name, c.DATE] = "left out: the workspace has the day of UTC under this name; rename it to keep it"
+        kept[name] = table.drop_columns([column for of, column in left_out if of == name])
+    return replace(source, **kept), left_out
+
+
+def _columns_report(given: Source, source: Source, left_out: Mapping[tuple[str, str], str]) -> tuple[ColumnReport, ...]:
+    """What became of the columns of a source as it was given."""
+    report = []
+    for table in ("events", "users", "items", "test"):
+        rows, before = getattr(source, table), getattr(given, table)
+        seen = source.columns.get(table)
+        if seen is None and before is not None:
+            seen = [
+                SourceColumn(entry.name, str(entry.type), column.null_count, entry.name)
+                for entry, column in zip(before.schema, before.columns, strict=True)
+            ]
+        for column in seen or ():
+            became = column.note if column.to is None else _became(source, table, column.to, left_out)
+            note = "" if column.to is None else column.note
+            if column.to in (c.USER_ID, c.ITEM_ID) and rows is not None and column.type == "int64":
+                kind = rows.schema.field(column.to).type
+                note = "text, as in another table" if pa.types.is_string(kind) else note
+            report.append(ColumnReport(table, column.name, column.type, column.missing, became, note))
+    return tuple(report)
+
+
+def _became(source: Source, table: str, name: str, left_out: Mapping[tuple[str, str], str]) -> str:
+    """What a column of the rows became: a name in the workspace, or what is done with it."""
+    if (table, name) in left_out:
+        return left_out[table, name]
+    if table != "events":
+        return name
+    roles = {c.TS_MS: f"{c.REQUEST_TS_MS}, {c.CLICK_TS_MS}"} | dict.fromkeys(source.order, "the order within one time")
+    if source.day is not None:
+        roles[source.day] = "the day of --until and --holdout since"
+    return roles.get(name, name if name in (*SOURCE_COLUMNS, *KNOWN_TYPES) else f"{name} (context)")
+
+
+def _refuse_alike(names: Sequence[str], where: str) -> None:
+    """Refuse names that a database cannot tell from each other."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.lower(), name)
+        if other != name or names.count(name) > 1:
+            raise DataError(f"{where}: the names {other} and {name} differ in case alone: rename one column")
 
 
 def number(events: pa.Table) -> pa.Table:
@@ -246,46 +459,117 @@ def codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     return result
 
 
-def _usable(table: pa.Table, source: Source, where: str, dropped: Counter[str]) -> pa.Table:
+def _usable(table: pa.Table, source: Source, where: str, now_ms: int, dropped: Dropped) -> pa.Table:
     """Rows with ids, a time if there is a time column, a finite weight and an outcome; columns in their inner types."""
     require_columns(table, [c.USER_ID, c.ITEM_ID], where)
-    _refuse_empty(table, where, {})
+    _refuse_empty(table, where, Dropped())
     reserved = RESERVED.intersection(table.column_names)
     if reserved:
         raise DataError(f"{where}: the name {', '.join(sorted(reserved))} is taken by this system: rename the column")
+    nested = [entry.name for entry in table.schema if pa.types.is_nested(entry.type)]
+    if nested:
+        raise DataError(f"{where}: column {nested[0]} is a list or a struct; events take single values only")
     table = plain(table, where)
-    table = drop(table, pc.or_(pc.is_null(table[c.USER_ID]), pc.is_null(table[c.ITEM_ID])), NULL_ID, dropped)
+    table = dropped.drop(table, pc.or_(_no_id(table[c.USER_ID]), _no_id(table[c.ITEM_ID])), NULL_ID)
     _refuse_empty(table, where, dropped)
     for name in (c.USER_ID, c.ITEM_ID):
         table = _replace(table, name, as_ids(table[name], f"{where}, column {name}"))
     if c.TS_MS in table.column_names:
-        if not pa.types.is_integer(table.schema.field(c.TS_MS).type):
-            kind = table.schema.field(c.TS_MS).type
-            raise DataError(f"{where}, column {c.TS_MS} is of type {kind}: write integer milliseconds since 1970 (UTC)")
-        table = drop(table, pc.is_null(table[c.TS_MS]), NULL_TIME, dropped)
-        check_milliseconds(table[c.TS_MS], f"{where}, column {c.TS_MS}")
+        table = _with_times(table, source.day, where, now_ms, dropped)
     table = _with_weight(table, source.minimum, where, dropped)
     _refuse_empty(table, where, dropped)
+    for name, kind in KNOWN_TYPES.items():
+        if name in table.column_names:
+            table = _replace(table, name, _as_known(table[name], kind, f"{where}, column {name}"))
     return _with_outcome(table, source.minimum, where)
 
 
-def _refuse_empty(table: pa.Table, where: str, dropped: Mapping[str, int]) -> None:
+def _no_id(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Where an id is missing or an empty text."""
+    if not pa.types.is_string(column.type):
+        return pc.is_null(column)
+    return pc.fill_null(pc.equal(column, ""), True)
+
+
+def _with_times(table: pa.Table, day: str | None, where: str, now_ms: int, dropped: Dropped) -> pa.Table:
+    """Rows with a time, none later than now.
+
+    Raises:
+        DataError: times are no integers, look like another unit, or lie before 1980.
+    """
+    column = table[c.TS_MS]
+    if not pa.types.is_integer(column.type):
+        raise DataError(
+            f"{where}, column {c.TS_MS} is of type {column.type}, such as {_first_shown(column)}: write integer "
+            f"milliseconds since 1970 (UTC), or give --time-column {c.TS_MS}"
+        )
+    table = dropped.drop(table, pc.is_null(column), NULL_TIME)
+    times = table[c.TS_MS]
+    beyond = pc.greater(times, now_ms)
+    wrong = pc.unique(times.filter(pc.or_(beyond, pc.less(times, EARLIEST_MS))))
+    for value in sorted(wrong.to_pylist()):
+        likely = mistaken_time(value, now_ms)
+        if value < EARLIEST_MS or "looks like" in str(likely):
+            raise DataError(f"{where}, column {c.TS_MS} holds {value}, where milliseconds since 1970 are due; {likely}")
+    if day is not None and day in table.column_names:
+        # a calendar is at most 14 hours ahead of UTC
+        tomorrow = datetime.date(1970, 1, 1) + datetime.timedelta(days=now_ms // DAY_MS + 1)
+        beyond = pc.or_(beyond, pc.fill_null(pc.greater(table[day], pa.scalar(tomorrow, pa.date32())), False))
+    if len(beyond) and pc.all(beyond).as_py():
+        now = datetime.datetime.fromtimestamp(now_ms / 1000, datetime.UTC).isoformat(timespec="seconds")
+        raise DataError(
+            f"{where}: all {len(beyond)} times are later than now, {now} by the clock of this machine; the first is "
+            f"{pc.min(times).as_py()}: mend the clock, or the column {c.TS_MS}"
+        )
+    return dropped.drop(table, beyond, FUTURE_TIME)
+
+
+def _as_known(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.ChunkedArray:
+    """A column that later stages read, in their type.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)
+    if number if not pa.types.is_string(kind) else not pa.types.is_nested(column.type):
+        try:
+            return column.cast(kind, safe=not pa.types.is_floating(kind))
+        except pa.ArrowException:
+            pass
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column), kind)])
+    due = {pa.int32(): "whole numbers", pa.float32(): "numbers"}.get(kind, "text")
+    raise DataError(
+        f"{where} is of type {column.type}, such as {_first_shown(column)}, where {due} are due: mend it, or rename it "
+        "if it is something else"
+    )
+
+
+def _first_shown(column: pa.ChunkedArray) -> str:
+    """The first value, short enough for a sentence."""
+    values = pc.drop_null(column)
+    return repr(str(values[0].as_py())[:EXAMPLE_CHARACTERS]) if len(values) else "none"
+
+
+def _refuse_empty(table: pa.Table, where: str, dropped: Dropped) -> None:
     if not table.num_rows:
-        raise DataError(f"{where}: no rows" + (f" are left, dropped were {dict(dropped)}" if dropped else ""))
+        counts = dict(dropped.counts)
+        raise DataError(f"{where}: no rows" + (f" are left, dropped were {counts}" if counts else ""))
 
 
-def _with_weight(table: pa.Table, minimum: float | None, where: str, dropped: Counter[str]) -> pa.Table:
+def _with_weight(table: pa.Table, minimum: float | None, where: str, dropped: Dropped) -> pa.Table:
     """The table with `weight` as float32: null where the source has none, never NaN or infinite."""
     if c.WEIGHT not in table.column_names:
         if minimum is not None and c.OUTCOME not in table.column_names:
             raise DataError(f"{where} has no rating to compare with --positive {minimum:g}: use `--positive all`")
         return table.append_column(c.WEIGHT, pa.nulls(table.num_rows, pa.float32()))
     kind = table.schema.field(c.WEIGHT).type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise DataError(f"{where}: the weight or rating is of type {kind}, a number is due")
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        shown = _first_shown(table[c.WEIGHT])
+        raise DataError(f"{where}: the weight or rating is of type {kind}, such as {shown}; a number is due")
     table = _replace(table, c.WEIGHT, table[c.WEIGHT].cast(pa.float32(), safe=False))
     finite = pc.fill_null(pc.is_finite(table[c.WEIGHT]), False)
-    return drop(table, pc.invert(finite), BAD_RATING, dropped)
+    return dropped.drop(table, pc.invert(finite), BAD_RATING)
 
 
 def _with_outcome(table: pa.Table, minimum: float | None, where: str) -> pa.Table:
@@ -298,32 +582,37 @@ def _with_outcome(table: pa.Table, minimum: float | None, where: str) -> pa.Tabl
     return table.append_column(c.OUTCOME, pc.if_else(enough, c.CLICKED, c.IMPRESSED))
 
 
-def _until(rows: pa.Table, until: datetime.date, name: str, dropped: Counter[str]) -> pa.Table:
+def _until(rows: pa.Table, until: datetime.date, source: Source, dropped: Dropped) -> pa.Table:
     if c.TS_MS not in rows.column_names:
-        raise ConfigError(f"--until {until}: {name} has no time")
-    days = calendar_days(rows[c.TS_MS], rows[DAY] if DAY in rows.column_names else None)
+        raise ConfigError(f"--until {until}: {source.name} has no time")
+    days = calendar_days(rows[c.TS_MS], None if source.day is None else rows[source.day])
     late = days > np.datetime64(until, "D")
     if late.all():
-        raise DataError(f"--until {until}: all {len(late)} events of {name} are later; the first is of {days.min()}")
-    return drop(rows, pa.array(late), AFTER_UNTIL, dropped)
+        raise DataError(
+            f"--until {until}: all {len(late)} events of {source.name} are later; the first is of {days.min()}"
+        )
+    return dropped.drop(rows, pa.array(late), AFTER_UNTIL)
 
 
 def _entities(table: pa.Table | None, name: str, given: Sequence[pa.Table], where: str) -> pa.Table:
     """Users or items with features, or else the distinct ids of events and test."""
     if table is not None:
         require_columns(table, [name], where)
-        return check_entities(plain(table, where), name, where)
+        table = plain(table, where)
+        if pa.types.is_string(table.schema.field(name).type) and pc.any(pc.equal(table[name], "")).as_py():
+            raise DataError(f"{where} has a {name} that is an empty text: drop the row or give it an id")
+        return check_entities(table, name, where)
     _same_type([rows.schema.field(name).type for rows in given], name, "the events and the test file")
     ids = pc.unique(pa.chunked_array([chunk for rows in given for chunk in rows[name].chunks]))
     return pa.table({name: ids.take(pc.sort_indices(ids))})
 
 
-def _known(rows: pa.Table, users: pa.Table, items: pa.Table, where: str, dropped: Counter[str]) -> pa.Table:
+def _known(rows: pa.Table, users: pa.Table, items: pa.Table, where: str, dropped: Dropped) -> pa.Table:
     """The rows whose user and item have a row of their own."""
     for name, table, reason in ((c.USER_ID, users, UNKNOWN_USER), (c.ITEM_ID, items, UNKNOWN_ITEM)):
         _same_type([rows.schema.field(name).type, table.schema.field(name).type], name, f"{where} and its own table")
         known = pc.is_in(rows[name], value_set=table[name].combine_chunks())
-        rows = drop(rows, pc.invert(known), reason, dropped)
+        rows = dropped.drop(rows, pc.invert(known), reason)
     return rows
 
 
@@ -332,17 +621,20 @@ def _same_type(types: Sequence[pa.DataType], name: str, where: str) -> None:
         raise DataError(f"{name} is {' and '.join(map(str, types))} in {where}: write it in one type in every file")
 
 
-def _ordered(rows: pa.Table, order: Sequence[str], where: str, dropped: Counter[str]) -> pa.Table:
-    """Rows by user, then time, then the source's finer order, then everything else; equal rows are one event.
+def _ordered(rows: pa.Table, source: Source, where: str, dropped: Dropped) -> pa.Table:
+    """Rows by user, then time, then the source's finer order, then a hash, then everything else; equal rows are one.
 
-    Without a time a user and an item are one interaction: a row that is a click stays, of these that of most weight.
+    The hash is of user and item: an order by ids would make the newest item of a catalogue the last one of every tie.
+    Rows of a request stand beside each other. Without a time a user and an item are one interaction: a row that is a
+    click stays, of these that of most weight.
     """
-    require_columns(rows, order, where)
-    nested = [name for name in rows.column_names if pa.types.is_nested(rows.schema.field(name).type)]
-    if nested:
-        raise DataError(f"{where}: column {nested[0]} is a list or a struct; events take single values only")
+    require_columns(rows, source.order, where)
     timed = c.TS_MS in rows.column_names
-    keys = [c.USER_ID, c.TS_MS, *order, c.ITEM_ID] if timed else [c.USER_ID, c.ITEM_ID]
+    keys = [c.USER_ID, c.ITEM_ID]
+    if timed:
+        requests = [c.REQUEST_ID] if source.requests_have_rows else []
+        keys = [c.USER_ID, c.TS_MS, *source.order, *requests, TIE, c.ITEM_ID]
+        rows = rows.append_column(TIE, pa.array(tie_hash(rows[c.USER_ID], rows[c.ITEM_ID])))
     # `clicked` comes first in the alphabet of outcomes
     keys += [name for name in (c.OUTCOME, c.WEIGHT) if name not in keys]
     keys += sorted(set(rows.column_names) - set(keys))
@@ -353,7 +645,36 @@ def _ordered(rows: pa.Table, order: Sequence[str], where: str, dropped: Counter[
             break
         code = codes(rows[name])
         same &= code[1:] == code[:-1]
-    return drop(rows, pa.array(np.append([False] * min(rows.num_rows, 1), same), pa.bool_()), DUPLICATE_EVENT, dropped)
+    if timed:
+        rows = rows.drop_columns([TIE])
+    return dropped.drop(rows, pa.array(np.append([False] * min(rows.num_rows, 1), same), pa.bool_()), DUPLICATE_EVENT)
+
+
+def tie_hash(user_id: pa.ChunkedArray, item_id: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """A number (N,) for each pair of ids, of the pair alone and in no order of ids (SplitMix64, Steele et al. 2014)."""
+    value = _scrambled(_numbers(user_id)) + _numbers(item_id)
+    return (_scrambled(value) >> np.uint64(1)).astype(np.int64)
+
+
+def _scrambled(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    scrambled: npt.NDArray[np.uint64] = value ^ (value >> np.uint64(31))
+    return scrambled
+
+
+def _numbers(ids: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """Integers as they are, text by its bytes."""
+    if pa.types.is_integer(ids.type):
+        whole: npt.NDArray[np.uint64] = ids.to_numpy().astype(np.int64).view(np.uint64)
+        return whole
+    encoded = ids.combine_chunks().dictionary_encode()
+    numbers = [
+        int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) for text in encoded.dictionary.to_pylist()
+    ]
+    hashed: npt.NDArray[np.uint64] = np.array(numbers, np.uint64)[encoded.indices.to_numpy()]
+    return hashed
 
 
 def _rising(rows: pa.Table, requests_have_rows: bool) -> npt.NDArray[np.int64]:
@@ -385,7 +706,7 @@ def _rising(rows: pa.Table, requests_have_rows: bool) -> npt.NDArray[np.int64]:
     return rising
 
 
-def _joined(rows: pa.Table, order: Sequence[str]) -> pa.Table:
+def _joined(rows: pa.Table, source: Source) -> pa.Table:
     """Rows in their final order as joined events; a click without a time of its own has that of its request."""
     size = rows.num_rows
     ts_ms = rows[c.TS_MS] if c.TS_MS in rows.column_names else pa.nulls(size, pa.int64())
@@ -404,22 +725,22 @@ def _joined(rows: pa.Table, order: Sequence[str]) -> pa.Table:
     }
     table = pa.table([columns[name] for name in schema.names], schema=schema)
     for name in rows.column_names:
-        if name not in SOURCE_COLUMNS and name not in order:
+        if name not in SOURCE_COLUMNS and name not in source.order and name != source.day:
             table = table.append_column(name, rows[name])
     return table
 
 
-def _test_positives(test: pa.Table, dropped: Counter[str]) -> pa.Table:
-    test = drop(test, pc.not_equal(test[c.OUTCOME], c.CLICKED), HELD_OUT_NOT_POSITIVE, dropped)
+def _test_positives(test: pa.Table, dropped: Dropped) -> pa.Table:
+    test = dropped.drop(test, pc.not_equal(test[c.OUTCOME], c.CLICKED), HELD_OUT_NOT_POSITIVE)
     if not test.num_rows:
-        raise DataError(f"the test file has no positive that can be used; dropped: {dict(dropped)}")
+        raise DataError(f"the test file has no positive that can be used; dropped: {dict(dropped.counts)}")
     ts_ms = test[c.TS_MS] if c.TS_MS in test.column_names else pa.nulls(test.num_rows, pa.int64())
     schema = holdout_schema(test.schema.field(c.USER_ID).type, test.schema.field(c.ITEM_ID).type)
     pairs = pa.table([test[c.USER_ID], test[c.ITEM_ID], ts_ms], schema=schema)
-    distinct = pairs.group_by(pairs.column_names).aggregate([]).select(pairs.column_names)
-    if distinct.num_rows < pairs.num_rows:
-        dropped[DUPLICATE_EVENT] += pairs.num_rows - distinct.num_rows
-    return distinct
+    pairs = pairs.sort_by([(name, "ascending") for name in pairs.column_names])
+    same = np.zeros(pairs.num_rows, np.bool_)
+    same[1:] = np.all([np.diff(codes(column)) == 0 for column in pairs.columns], axis=0)
+    return dropped.drop(pairs, pa.array(same), DUPLICATE_EVENT)
 
 
 def _replace(table: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:

@@ -1,6 +1,8 @@
 """A part of the training events set aside to choose by, so that the test set is never looked at."""
 
 import datetime
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,12 @@ UNTIMED = "random:0.1"
 TIMED = "time:0.9"
 
 
-def hold_out_validation(workspace: Path, out: Path, rule: str | None = None) -> ImportReport:
+def hold_out_validation(
+    workspace: Path,
+    out: Path,
+    rule: str | None = None,
+    clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+) -> ImportReport:
     """Make a workspace out of the training events of another, part of them held out.
 
     Args:
@@ -28,6 +35,7 @@ def hold_out_validation(workspace: Path, out: Path, rule: str | None = None) -> 
         rule: as of `import --holdout`; None = the rule of the workspace's own hold-out, applied once more: the same
             quantile, as many days, or the last positive. Without one, or without such a rule, `time:0.9`, and
             `random:0.1` for events without time.
+        clock_ms: milliseconds since 1970; a held-out event that is later does not say how long the hold-out is.
 
     Raises:
         ConfigError: a rule that is unknown or needs a time that the events do not have; something stands at `out`.
@@ -36,13 +44,15 @@ def hold_out_validation(workspace: Path, out: Path, rule: str | None = None) -> 
     whole = open_workspace(workspace)
     manifest = read_json(workspace / MANIFEST) if (workspace / MANIFEST).exists() else {}
     events = whole.events()
-    rule = rule or _rule_again(whole, manifest, events)
-    tables = Tables(manifest.get("source", workspace.name), whole.users(), whole.items(), events)
+    rule = rule or _rule_again(whole, manifest, events, clock_ms())
+    tables = Tables(
+        manifest.get("source", workspace.name), whole.users(), whole.items(), events, instants=whole.instants(events)
+    )
     held_out = split(tables, parse_holdout(rule))
     return write_workspace(out, replace(tables, dropped={}), held_out, {"holdout": rule, "of": str(workspace)})
 
 
-def _rule_again(whole: Workspace, manifest: dict[str, Any], events: pa.Table) -> str:
+def _rule_again(whole: Workspace, manifest: dict[str, Any], events: pa.Table, now_ms: int) -> str:
     """The rule that cuts the training events as the hold-out was cut from all events."""
     if events[c.REQUEST_TS_MS].null_count:
         return UNTIMED
@@ -51,5 +61,8 @@ def _rule_again(whole: Workspace, manifest: dict[str, Any], events: pa.Table) ->
     if not isinstance(parsed, Since):
         return str(given)
     held = pq.read_table(whole.path / HOLDOUT, columns=[c.TS_MS])[c.TS_MS]
-    last_day = datetime.date(1970, 1, 1) + datetime.timedelta(days=pc.max(held).as_py() // DAY_MS)
+    latest_ms = pc.max(held.filter(pc.less_equal(held, now_ms))).as_py()
+    if latest_ms is None:
+        return TIMED
+    last_day = datetime.date(1970, 1, 1) + datetime.timedelta(days=latest_ms // DAY_MS)
     return f"since:{parsed.day - (last_day - parsed.day) - datetime.timedelta(days=1)}"

@@ -5,14 +5,16 @@ It is there as a whole or not at all: an import writes beside its place under a 
 
 import datetime
 import itertools
+import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.datasets.holdout import Split
@@ -30,6 +32,8 @@ HOLDOUT: Final = "holdout.parquet"
 HOLDOUT_COLD: Final = "holdout_cold.parquet"
 HOLDOUT_IMPRESSIONS: Final = "holdout_impressions.parquet"
 TRAIN_POSITIVES: Final = "train_positives.parquet"
+MOVED_TIMES: Final = "moved_times.parquet"
+"""`event_seq`, `ts_ms` of events whose time was moved because the user had another one then: the time in the source."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class ImportReport:
     train_positives: int
     dropped: dict[str, int]
     """Source rows that are in none of the tables, by reason."""
+    examples: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """One of these rows, by reason."""
+    columns: list[dict[str, Any]] = field(default_factory=list)
+    """Every column of the source: `table`, `column`, `type`, `missing` values, what it `became`, `note`."""
+    not_read: list[str] = field(default_factory=list)
+    """Files of the source that were not read."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,15 @@ class Workspace:
             return pa.concat_tables([_read(file) for file in files], promote_options="permissive").sort_by(c.EVENT_SEQ)
         except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
             raise DataError(f"{self.path / EVENTS}: a column has another type in some files: {error}") from None
+
+    def instants(self, events: pa.Table) -> pa.ChunkedArray:
+        """When events (N) of this workspace happened by the clock of their source: ties of a user are equal there."""
+        ts_ms = events[c.REQUEST_TS_MS]
+        if not (self.path / MOVED_TIMES).exists():
+            return ts_ms
+        moved = _read(self.path / MOVED_TIMES)
+        place = pc.index_in(events[c.EVENT_SEQ], value_set=moved[c.EVENT_SEQ].combine_chunks())
+        return pc.coalesce(moved[c.TS_MS].take(place), ts_ms)
 
     def holdout(self) -> pa.Table:
         """Held-out positives of users and items that have a training positive."""
@@ -148,6 +167,7 @@ def write_workspace(
     check_vacant(path)
     events = tables.events if split is None else split.events
     dropped = Counter(tables.dropped) + Counter({} if split is None else split.dropped)
+    examples = {**({} if split is None else split.examples), **tables.examples}
     report = ImportReport(
         workspace=str(path),
         users=tables.users.num_rows,
@@ -157,20 +177,25 @@ def write_workspace(
         holdout_cold=0 if split is None else split.holdout_cold.num_rows,
         train_positives=0 if split is None else split.train_positives.num_rows,
         dropped=dict(sorted(dropped.items())),
+        examples={reason: dict(row) for reason, row in sorted(examples.items())},
+        columns=[asdict(column) for column in tables.columns],
+        not_read=list(tables.not_read),
     )
     with whole_folder(path) as folder:
         _write(tables.users, folder / USERS)
         _write(tables.items, folder / ITEMS)
         _write_events(events, folder / EVENTS)
+        _write_moved_times(events, tables.instants if split is None else split.instants, folder / MOVED_TIMES)
         if split is not None:
             _write(split.holdout, folder / HOLDOUT)
             _write(split.holdout_cold, folder / HOLDOUT_COLD)
             _write(split.train_positives, folder / TRAIN_POSITIVES)
             if split.holdout_impressions is not None:
                 _write(split.holdout_impressions, folder / HOLDOUT_IMPRESSIONS)
-        counts = {name: value for name, value in vars(report).items() if name not in ("workspace", "dropped")}
+        counts = {name: value for name, value in vars(report).items() if isinstance(value, int)}
         manifest = {"format": FORMAT, "source": tables.source, "arguments": dict(arguments or {}), "counts": counts}
-        write_json(folder / MANIFEST, {**manifest, "dropped": report.dropped})
+        found = {name: getattr(report, name) for name in ("dropped", "examples", "columns", "not_read")}
+        write_json(folder / MANIFEST, manifest | found)
         check_vacant(path)  # it was written for a while: someone else may have come first
     return report
 
@@ -187,6 +212,38 @@ def _write_events(events: pa.Table, folder: Path) -> None:
     for begin, end in itertools.pairwise(edges):
         date = datetime.date(1970, 1, 1) + datetime.timedelta(days=int(day[begin]))
         _write(events.slice(begin, end - begin), folder / f"{c.DATE}={date}" / "part-0.parquet")
+
+
+def _write_moved_times(events: pa.Table, instants: pa.ChunkedArray | None, path: Path) -> None:
+    """The times in the source where they differ; no file where none does."""
+    if instants is None:
+        return
+    times = pa.table({c.EVENT_SEQ: events[c.EVENT_SEQ], c.TS_MS: instants})
+    moved = times.filter(pc.not_equal(instants, events[c.REQUEST_TS_MS]))
+    if moved.num_rows:
+        _write(moved, path)
+
+
+def as_text(report: ImportReport) -> str:
+    """What an import found, as lines for a terminal: every column and what became of it, and what was dropped."""
+    rows = [("table", "column", "type", "missing", "became")]
+    for one in report.columns:
+        became = one["became"] + (f" ({one['note']})" if one["note"] else "")
+        missing = "" if one["missing"] is None else str(one["missing"])
+        rows.append((one["table"], one["column"] or "(no name)", one["type"], missing, became))
+    widths = [max(len(row[place]) for row in rows) for place in range(4)]
+    lines = []
+    if len(rows) > 1:
+        lines = [
+            "  ".join([*(f"{value:{width}}" for value, width in zip(row, widths, strict=False)), row[4]])
+            for row in rows
+        ]
+    for name in report.not_read:
+        lines.append(f"not read: {name}")
+    for reason, count in report.dropped.items():
+        example = json.dumps(report.examples.get(reason, {}), ensure_ascii=False)
+        lines.append(f"dropped: {reason} {count}, such as {example}")
+    return "\n".join(lines)
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -14,7 +14,7 @@ import orjson
 
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, TwotowerError, shown
-from twotower.schema.tables import EARLIEST_MS, LATEST_MS
+from twotower.schema.tables import mistaken_time
 
 EVENT_ID: Final = "event_id"
 TYPE: Final = "type"
@@ -250,12 +250,6 @@ def _check_time(ts_ms: object, where: str) -> None:
         raise DataError(
             f"{where} has {c.TS_MS}={shown(ts_ms)} of type {type(ts_ms).__name__}: an integer of milliseconds is due"
         )
-    if EARLIEST_MS <= ts_ms <= LATEST_MS:
-        return
-    if EARLIEST_MS <= ts_ms * 1000 <= LATEST_MS:
-        likely = "it looks like seconds: multiply by 1000"
-    elif EARLIEST_MS <= ts_ms // 1000 <= LATEST_MS:
-        likely = "it looks like microseconds: divide by 1000"
-    else:
-        likely = "it lies outside 1980 to 2100"
-    raise DataError(f"{where} has {c.TS_MS}={shown(ts_ms)}, where milliseconds since 1970 are due; {likely}")
+    likely = mistaken_time(ts_ms)
+    if likely:
+        raise DataError(f"{where} has {c.TS_MS}={shown(ts_ms)}, where milliseconds since 1970 are due; {likely}")

@@ -126,6 +126,24 @@ def check_entities(table: pa.Table, id_column: str, where: str) -> pa.Table:
     return table
 
 
+def mistaken_time(ts_ms: int, latest_ms: int = LATEST_MS) -> str | None:
+    """What a number seems to be that is no time in milliseconds from 1980 to a latest one; None if it is one.
+
+    Another unit is named only where it gives such a time: milliseconds of 1975 are no seconds.
+
+    >>> mistaken_time(1_700_000_000), mistaken_time(157_766_400_000)
+    ('it looks like seconds: multiply by 1000', 'it lies outside 1980 to 2100')
+    """
+    if EARLIEST_MS <= ts_ms <= latest_ms:
+        return None
+    if EARLIEST_MS <= ts_ms * 1000 <= latest_ms:
+        return "it looks like seconds: multiply by 1000"
+    for unit, factor in (("microseconds", 1000), ("nanoseconds", 1_000_000)):
+        if EARLIEST_MS <= ts_ms // factor <= latest_ms:
+            return f"it looks like {unit}: divide by {factor}"
+    return "it lies outside 1980 to 2100" if not EARLIEST_MS <= ts_ms <= LATEST_MS else "it lies in the future"
+
+
 def check_milliseconds(column: pa.ChunkedArray | pa.Array, where: str) -> None:
     """Refuse times that are not milliseconds since 1970: the usual slip is seconds.
 
@@ -133,15 +151,10 @@ def check_milliseconds(column: pa.ChunkedArray | pa.Array, where: str) -> None:
         DataError: values outside 1980 to 2100, with the unit that they look like.
     """
     extent = pc.min_max(column).as_py()
-    low, high = extent["min"], extent["max"]
-    if low is None:
-        return
-    if low < EARLIEST_MS:
-        unit = "seconds: multiply by 1000" if low > EARLIEST_MS // 1000 else "no time since 1970 at all"
-        raise DataError(f"{where} holds {low}, where milliseconds since 1970 are due; it looks like {unit}")
-    if high > LATEST_MS:
-        unit = "microseconds: divide by 1000" if high < LATEST_MS * 1000 else "nanoseconds: divide by 1000000"
-        raise DataError(f"{where} holds {high}, where milliseconds since 1970 are due; it looks like {unit}")
+    for value in (extent["min"], extent["max"]):
+        likely = None if value is None else mistaken_time(value)
+        if likely:
+            raise DataError(f"{where} holds {value}, where milliseconds since 1970 are due; {likely}")
 
 
 def check_outcomes(column: pa.ChunkedArray | pa.Array, where: str) -> None:

@@ -1,0 +1,279 @@
+"""Delimited text (CSV, TSV) as columns of text, and the types that text has.
+
+A text file has no types: they are read off the values of all files of a table together. Only the empty field is
+missing, quoted or not; `null`, `NaN` or `NA` are words like any other. A number that text says in another way than
+this system would write it (`007`, `+5`, an integer beyond int64) stays text: as a number it would become another id.
+"""
+
+import codecs
+import csv
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+
+from twotower.schema.errors import DataError
+
+COMPRESSIONS: Final = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+
+Kind = Literal["id", "number", "text", "any"]
+"""What values of a column may become: an id is an integer or text, a number is one in whatever way it is written."""
+
+_BLOCK_BYTES: Final = 16 << 20
+_LARGEST_BLOCK: Final = (1 << 31) - 1
+_DELIMITERS: Final = (",", "\t", ";", "|")
+_ENCODINGS: Final = ("gb18030", "shift_jis", "euc_kr", "windows-1251", "windows-1252")
+"""Encodings that spreadsheets write, to be named where a file is not UTF-8; the last ones fit nearly every file."""
+_NO_NUMBER: Final = r"[^0-9eE+\-. ]|^\s*[+]|^\s*-?0[0-9]|^\s*-?[0-9]{16,}\s*$"
+"""Text that Arrow would read as a number, but that another number would be written like as well."""
+_BOOLEANS: Final = ("true", "false", "True", "False", "TRUE", "FALSE")
+
+
+def compression_of(path: Path) -> str | None:
+    """How a file is packed, by the ending of its name."""
+    return COMPRESSIONS.get(path.suffix.lower())
+
+
+def read_text(path: Path) -> dict[str, pa.ChunkedArray]:
+    """The columns of a delimited text file with a heading, every value as text, by name.
+
+    A column without a name (pandas writes its index like that) has the empty name; of several, the last is given.
+    The text is UTF-8, or UTF-16 with a byte order mark. The delimiter is a tab in `.tsv`, else the first of comma, tab,
+    semicolon and bar that the heading has.
+
+    Raises:
+        DataError: an empty file, another encoding, a zero byte, a line with other columns than the heading, a quote
+            that is never closed, a name that is there twice, or a damaged packed file; the message names the line.
+    """
+    data = _bytes_of(path)
+    names, body = _heading(data, path)
+    repeated = sorted({name for name in names if name and names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path} has the column {repeated[0]} {names.count(repeated[0])} times: give each its own name")
+    delimiter = _delimiter(data, path)
+    columns = _parse(memoryview(data)[body:], names, delimiter, path, data)
+    return dict(zip(names, columns, strict=True))
+
+
+def read_type(column: pa.ChunkedArray, kind: Kind = "any") -> pa.ChunkedArray:
+    """Text as integers, numbers, booleans, days or times if every value is one, else as it is.
+
+    >>> read_type(pa.chunked_array([["7", None, "12"]])).type, read_type(pa.chunked_array([["7", "007"]])).type
+    (DataType(int64), DataType(string))
+    """
+    if kind == "text":
+        return column
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column))])
+    whole = _cast(column, pa.int64())
+    if whole is not None and pc.all(pc.equal(whole.cast(pa.string()), column)).as_py():
+        return whole
+    read = None
+    if kind == "number":
+        trimmed = pc.utf8_trim_whitespace(column)
+        read = _first_that_fits(pc.replace_substring_regex(trimmed, r"^\+", ""), pa.int64(), pa.float64())
+    elif kind == "any":
+        if not pc.any(pc.match_substring_regex(column, _NO_NUMBER)).as_py():
+            read = _first_that_fits(pc.utf8_trim_whitespace(column), pa.int64(), pa.float64())
+        if read is None and pc.all(pc.or_(pc.is_null(column), pc.is_in(column, pa.array(_BOOLEANS)))).as_py():
+            read = pc.equal(pc.utf8_lower(column), "true")
+        if read is None:
+            read = _first_that_fits(
+                column, pa.date32(), pa.timestamp("s"), pa.timestamp("us"), pa.timestamp("us", "UTC")
+            )
+    return column if read is None else read
+
+
+def word_among_numbers(column: pa.ChunkedArray) -> str | None:
+    """The first value that is no number, of a column of text in which most values are; else None."""
+    numbers = pc.match_substring_regex(column, r"^\s*-?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\s*$")
+    if 2 * (pc.sum(numbers).as_py() or 0) <= len(column) - column.null_count:
+        return None
+    words = column.filter(pc.fill_null(pc.invert(numbers), False))
+    return pc.min(words).as_py() if len(words) else None
+
+
+def _first_that_fits(column: pa.ChunkedArray, *kinds: pa.DataType) -> pa.ChunkedArray | None:
+    return next((read for kind in kinds if (read := _cast(column, kind)) is not None), None)
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | None:
+    try:
+        return pc.cast(column, kind)
+    except pa.ArrowException:
+        return None
+
+
+def _bytes_of(path: Path) -> bytes:
+    """The file in UTF-8, unpacked, without a byte order mark."""
+    try:
+        with pa.input_stream(str(path), compression=compression_of(path)) as stream:
+            data: bytes = stream.read()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read, it is cut or damaged: {error}") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        try:
+            data = data.decode("utf-16").encode()
+        except UnicodeError as error:
+            raise DataError(f"{path} begins as UTF-16 but is not whole: {error}. Save it as UTF-8") from None
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if not data.strip():
+        raise DataError(f"{path} is empty: it needs a line with the names of its columns")
+    zero = data.find(b"\0")
+    if zero >= 0:
+        line = 1 + data.count(b"\n", 0, zero)
+        raise DataError(
+            f"{path}, line {line}: a zero byte, which no text has. It was cut or damaged, or "
+            "is in UTF-16 or UTF-32 without a mark: save it as UTF-8"
+        )
+    _check_utf8(data, path)
+    return data
+
+
+def _check_utf8(data: bytes, path: Path) -> None:
+    """Refuse another encoding, and say which one it may be."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for begin in range(0, len(data), _BLOCK_BYTES):
+            decoder.decode(data[begin : begin + _BLOCK_BYTES], begin + _BLOCK_BYTES >= len(data))
+        return
+    except UnicodeDecodeError:
+        pass
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line, byte = 1 + data.count(b"\n", 0, error.start), data[error.start]
+        fits = [name for name in _ENCODINGS if _fits(data, name)]
+        likely = f"it may be {' or '.join(fits[:3])}. " if fits else ""
+        raise DataError(
+            f"{path}, line {line}: the byte 0x{byte:02X} is not UTF-8; {likely}Save the file as UTF-8: `CSV UTF-8` in "
+            f"a spreadsheet, or iconv -f {fits[0] if fits else 'ENCODING'} -t UTF-8"
+        ) from None
+
+
+def _heading(data: bytes, path: Path) -> tuple[list[str], int]:
+    """The names of the columns, and where the lines after them begin."""
+    delimiter = _delimiter(data, path)
+    lines = _lines(data)
+    consumed = 0
+
+    def decoded() -> Iterator[str]:
+        nonlocal consumed
+        for line in lines:
+            consumed += len(line)
+            yield line.decode()
+
+    try:
+        for row in csv.reader(decoded(), delimiter=delimiter):
+            if row:
+                return [name.strip() for name in row], consumed
+    except csv.Error as error:
+        raise DataError(f"{path}, line 1: the names of the columns cannot be read: {error}") from None
+    raise DataError(f"{path} has no line with the names of its columns")
+
+
+def _lines(data: bytes) -> Iterator[bytes]:
+    """Lines with their ends, one after the other: line feed, carriage return, or both."""
+    for line in re.finditer(rb"[^\r\n]*(?:\r\n|\n|\r|$)", data):
+        if line.group():
+            yield line.group()
+
+
+def _delimiter(data: bytes, path: Path) -> str:
+    if any(suffix.lower() == ".tsv" for suffix in path.suffixes[-2:]):
+        return "\t"
+    first = next(line for line in _lines(data) if line.strip()).decode("utf-8", "replace")
+    return next((delimiter for delimiter in _DELIMITERS if delimiter in first), ",")
+
+
+def _parse(body: memoryview, names: list[str], delimiter: str, path: Path, data: bytes) -> list[pa.ChunkedArray]:
+    """Every column as text.
+
+    A last line with more columns than any file has shows that no quote is open at the end: Arrow would take an open one
+    for a value that holds all the lines after it.
+    """
+    last = delimiter * (len(names) + 1)
+    closed = False
+    ragged: list[pa_csv.InvalidRow] = []
+
+    def judge(row: pa_csv.InvalidRow) -> str:
+        nonlocal closed
+        if row.text == last:
+            closed = True
+            return "skip"
+        ragged.append(row)
+        return "error"
+
+    keys = [str(place) for place in range(len(names))]
+    text = pa.BufferReader(b"".join([body, b"\n", last.encode(), b"\n"]))
+
+    def read(block_bytes: int) -> pa.Table:
+        text.seek(0)
+        return pa_csv.read_csv(
+            text,
+            pa_csv.ReadOptions(column_names=keys, block_size=block_bytes),
+            pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=judge),
+            pa_csv.ConvertOptions(
+                column_types=dict.fromkeys(keys, pa.string()), null_values=[""], strings_can_be_null=True
+            ),
+        )
+
+    try:
+        try:
+            table = read(_BLOCK_BYTES)
+        except pa.ArrowInvalid as error:
+            if "straddl" not in str(error):
+                raise
+            table = read(_LARGEST_BLOCK)
+    except pa.ArrowException as error:
+        if ragged:
+            raise _ragged(ragged[0], data, names, delimiter, path) from None
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if not closed:
+        raise DataError(
+            f"{path}, {_open_quote(data, delimiter)}: a quote is opened and never closed: close or remove it"
+        )
+    columns: list[pa.ChunkedArray] = table.columns
+    return columns
+
+
+def _fits(data: bytes, encoding: str) -> bool:
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _ragged(row: pa_csv.InvalidRow, data: bytes, names: list[str], delimiter: str, path: Path) -> DataError:
+    """A line with too many or too few values; it is looked for again, because Arrow reads blocks beside each other."""
+    where, count, text = "a line", row.actual_columns, row.text
+    reader = csv.reader(io.StringIO(data.decode("utf-8", "replace"), newline=""), delimiter=delimiter)
+    try:
+        for values in reader:
+            if values and len(values) != len(names):
+                where, count, text = f"line {reader.line_num}", len(values), delimiter.join(values)
+                break
+    except csv.Error:
+        pass  # the line stays unnamed
+    return DataError(
+        f"{path}, {where}: {count} values where the heading names {len(names)} columns: {text[:80]!r}. A value that "
+        "holds the delimiter must stand in quotes"
+    )
+
+
+def _open_quote(data: bytes, delimiter: str) -> str:
+    """The line in which the last row begins."""
+    reader = csv.reader(io.StringIO(data.decode("utf-8", "replace"), newline=""), delimiter=delimiter)
+    begin = 1
+    try:
+        for _ in reader:
+            last, begin = begin, reader.line_num + 1
+        return f"line {last}"
+    except csv.Error:
+        return f"line {begin} or after"
