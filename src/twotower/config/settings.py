@@ -7,6 +7,7 @@ arguments. Keys whose values are not all available yet say so where they are use
 import datetime
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -167,6 +168,37 @@ class Features:
             raise ValueError(f"{both[0]} is in features.user and in features.context: rename the column in one of them")
         if labels := sorted(self.context.keys() & set(LABELS)):
             raise ValueError(f"features.context.{labels[0]} is what the model is to find, no request knows it")
+        if problems := [
+            *_unusable({"user": self.user, "context": self.context}),
+            *_unusable({"item": self.item}),
+        ]:
+            raise ValueError("; ".join(problems))
+
+
+def _unusable(sides: Mapping[str, Mapping[str, Feature]]) -> list[str]:
+    """What is wrong with the names of the features of one tower, by side of the configuration.
+
+    Columns have prefixes inside, so that no other name is one of ours. Two places have none: in daily partitions the
+    context stands beside the columns of joined events, and in a tower the length of a sequence stands beside it. Upper
+    and lower case are one to the engines.
+    """
+    problems = []
+    kinds = {f"features.{side}.{name}": (side, name, kind) for side, of in sides.items() for name, kind in of.items()}
+    names = {name for _, name, _ in kinds.values()}
+    seen: dict[str, str] = {}
+    for where, (side, name, kind) in kinds.items():
+        if not name.strip() or not name.isprintable():
+            problems.append(f"features.{side} has the name {name!r}: a name is text that can be printed")
+        if side == "context" and name.casefold() in c.JOINED:
+            problems.append(
+                f"{where}: joined events have a column {name.casefold()} of their own, so give yours another name. "
+                f"Taken are {', '.join(c.JOINED)}"
+            )
+        if (other := seen.setdefault(name.casefold(), where)) != where:
+            problems.append(f"{other} and {where} differ in upper and lower case alone: rename one of the columns")
+        taken = [f"{name}{end}" for end in (".length", ".row")] if isinstance(kind, Sequence) else [".popularity"]
+        problems += [f"{where} takes the name {one} too: rename one of the columns" for one in taken if one in names]
+    return problems
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -46,6 +46,16 @@ def is_encoded(feature: Fitted) -> bool:
     return isinstance(feature, Items) and feature.encoder != "mean"
 
 
+def part_of(name: str) -> str:
+    """The name under which a module keeps what belongs to a feature: torch takes no points, and none of its own names.
+
+    >>> part_of("history"), part_of("items")
+    ('history', '_6974656d73')
+    """
+    usable = name.isidentifier() and not name.startswith("_") and not hasattr(nn.ModuleDict(), name)
+    return name if usable else f"_{name.encode().hex()}"
+
+
 class Tower(nn.Module):
     """Features side by side, a network, a projection, the L2 norm.
 
@@ -72,7 +82,7 @@ class Tower(nn.Module):
         self.shift: nn.Parameter | None = None
         self.encoders = nn.ModuleDict(
             {
-                feature.name: _encoder(feature, dropout)
+                part_of(feature.name): _encoder(feature, dropout)
                 for feature in features
                 if isinstance(feature, Items) and is_encoded(feature)
             }
@@ -105,9 +115,9 @@ class Tower(nn.Module):
         return projected
 
     def _encoded(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
-        if name not in self.encoders:
+        if (part := part_of(name)) not in self.encoders:
             return inputs[name]
-        vector: Tensor = self.encoders[name](inputs[name], inputs[name + LENGTH], inputs.get(name + ROW))
+        vector: Tensor = self.encoders[part](inputs[name], inputs[name + LENGTH], inputs.get(name + ROW))
         return vector
 
 
