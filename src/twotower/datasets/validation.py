@@ -13,6 +13,7 @@ from twotower.datasets.holdout import Since, parse_holdout, split
 from twotower.datasets.tables import DAY_MS, Tables
 from twotower.datasets.workspace import HOLDOUT, MANIFEST, ImportReport, Workspace, open_workspace, write_workspace
 from twotower.schema import columns as c
+from twotower.schema.clock import now_ms, until_now
 from twotower.schema.files import read_json
 
 UNTIMED = "random:0.1"
@@ -35,7 +36,7 @@ def hold_out_validation(workspace: Path, out: Path, rule: str | None = None) -> 
     """
     whole = open_workspace(workspace)
     manifest = read_json(workspace / MANIFEST) if (workspace / MANIFEST).exists() else {}
-    events = whole.events()
+    events, _ = until_now(whole.events(), (c.REQUEST_TS_MS, c.CLICK_TS_MS), now_ms(), "events")
     rule = rule or _rule_again(whole, manifest, events)
     tables = Tables(manifest.get("source", workspace.name), whole.users(), whole.items(), events)
     held_out = split(tables, parse_holdout(rule))

@@ -126,8 +126,26 @@ def read_truth(path: Path, samples: Samples) -> Truth:
     Raises:
         DataError: the file is missing, or no row is of a known user and item.
     """
+    return _read_truth(path, samples.users.positions, samples.items.positions)
+
+
+def check_truth(path: Path, users: pa.ChunkedArray, items: pa.ChunkedArray) -> None:
+    """Refuse a hold-out that judges nothing, before anything is trained.
+
+    Args:
+        path: the held-out positives.
+        users: the ids of all users, ascending.
+        items: those of all items.
+
+    Raises:
+        DataError: the file is missing, or no row is of a known user and item.
+    """
+    _read_truth(path, Positions(users.combine_chunks()), Positions(items.combine_chunks()))
+
+
+def _read_truth(path: Path, users: Positions, items: Positions) -> Truth:
     held_out = read_held_out(path, [c.USER_ID, c.ITEM_ID])
-    if (truth := _known_truth(held_out.rows, samples.users.positions, samples.items.positions, path.name)) is None:
+    if (truth := _known_truth(held_out.rows, users, items, path.name)) is None:
         raise DataError(
             f"{path} has {held_out.rows.num_rows} rows, none of them of a user and an item of the workspace: nothing "
             "can be judged by it. Hold out other events, or remove the file to go on without"

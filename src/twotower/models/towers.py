@@ -87,8 +87,8 @@ class Tower(nn.Module):
                 if isinstance(feature, Items) and is_encoded(feature)
             }
         )
+        check_widths(features, network, dimension)
         if network.kind == "none":
-            _refuse_other_widths(features, dimension)
             self.gains = nn.Parameter(torch.ones(len(features)))
             self.shift = nn.Parameter(torch.zeros(dimension))
             return
@@ -149,8 +149,13 @@ class WithPopularity(nn.Module):
         return torch.cat([vectors * left, known * more], dim=-1)
 
 
-def _refuse_other_widths(features: Sequence[Fitted], dimension: int) -> None:
-    for feature in features:
+def check_widths(features: Sequence[Fitted], network: Network, dimension: int) -> None:
+    """Refuse features that a tower without a network cannot add.
+
+    Raises:
+        ConfigError: one is not D wide.
+    """
+    for feature in features if network.kind == "none" else ():
         if input_width(feature) != dimension:
             raise ConfigError(
                 f"feature {feature.name} is {input_width(feature)} wide and the vectors {dimension}: without a network "

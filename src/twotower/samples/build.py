@@ -132,6 +132,7 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
     previous: FeatureSet | None = None,
     evict_after_days: int | None = None,
     clock_ms: Clock = now_ms,
+    recorded: Mapping[str, Any] | None = None,
 ) -> SamplesReport:
     """Build the samples of a range of days into the folder `out`, whole or not at all.
 
@@ -158,6 +159,7 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
         evict_after_days: with `previous`, ids without a positive in so many days before the last are unknown.
         clock_ms: milliseconds since 1970. Events that are later are left out and counted, so that the same events give
             more rows by a later clock.
+        recorded: the settings that these arguments are of, for the manifest; JSON values.
 
     Raises:
         DataError: a table is missing, empty or not of its schema; no positive is left.
@@ -263,7 +265,14 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
         )
         described = {key: value for key, value in asdict(report).items() if key != "path"}
         write_json(
-            folder / MANIFEST, {"format": FORMAT, "kind": "samples", **described, "files": folder_listing(folder)}
+            folder / MANIFEST,
+            {
+                "format": FORMAT,
+                "kind": "samples",
+                **described,
+                "configuration": dict(recorded or {}),
+                "files": folder_listing(folder),
+            },
         )
     return report
 
