@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from twotower.config import settings as spec
 
 FEW = 'models.channels=["two_tower", "item_cf", "popular"]'
+TRAINED = ("train.epochs=2", "train.batch_size=256", "models.dimension=16", FEW)
+"""What the tiny world is trained with, beside its file."""
 REAL_DATA = Path(os.environ.get("TWOTOWER_DATA") or Path(__file__).parents[2] / "shared" / "data")
 ALLOWED_SKIPS = tuple(
     line
@@ -38,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
 
     path = tmp_path_factory.mktemp("world") / "workspace"
     simulate_workspace(path, users=300, items=300, days=3, seed=1)
-    overrides = [f"workspace.path={path}", "train.epochs=2", "train.batch_size=256", "models.dimension=16", FEW]
+    overrides = [f"workspace.path={path}", *TRAINED]
     settings = load(Path(__file__).parents[1] / "examples" / "demo.toml", overrides)
     run_line(settings, promoted=True)
     return settings
@@ -90,6 +92,12 @@ def own_world(world: "Settings", tmp_path: Path) -> "Settings":
     """The same for a test that changes it."""
     copied = shutil.copytree(world.workspace.path, tmp_path / "own")
     return replace(world, workspace=replace(world.workspace, path=str(copied)))
+
+
+@pytest.fixture(scope="session")
+def as_trained() -> list[str]:
+    """The options of a command by which its configuration is that of the tiny world."""
+    return [word for override in TRAINED for word in ("--set", override)]
 
 
 @pytest.fixture(scope="session")

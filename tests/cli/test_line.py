@@ -65,10 +65,11 @@ def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
 
 
 def test_recommendations_for_held_out_requests_are_those_that_evaluate_judges(
-    run, own_world: Settings, tmp_path: Path
+    run, own_world: Settings, as_trained: list[str], tmp_path: Path
 ) -> None:
     workspace = places(own_world).workspace
-    config = ["-c", tmp_path / "demo.toml", "--set", f"workspace.path={workspace}", "--set", "models.rankers=[]"]
+    config = ["-c", tmp_path / "demo.toml", *as_trained, "--set", f"workspace.path={workspace}"]
+    config += ["--set", "models.rankers=[]"]
     (tmp_path / "demo.toml").write_text((EXAMPLES / "demo.toml").read_text())
     held_out = pq.read_table(workspace / "holdout.parquet").to_pandas()[["user_id", "item_id"]].drop_duplicates()
     found = []

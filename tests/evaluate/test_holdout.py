@@ -85,6 +85,40 @@ def test_without_a_hold_out_there_is_nothing_to_evaluate(samples: Samples, tmp_p
         read_truth(tmp_path / "holdout.parquet", samples)
 
 
+def test_held_out_rows_that_are_later_than_now_are_counted_and_left_out(
+    samples: Samples, tmp_path: Path, write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "holdout.parquet", [(0, 2), (1, 3), (2, 1)], ts_ms=[1_700_000_000_000, 3_900_000_000_000, None])
+    with caplog.at_level(logging.WARNING):
+        result = evaluate(samples, tmp_path, [Popular.fit(samples.item_positives)], [2], 10)
+    assert (result["users"], result["dropped"]) == (2, {"beyond_now": 1})
+    assert "holdout.parquet: 1 of 3 rows are later than now and left out" in caplog.text
+
+
+def test_a_cut_off_above_the_catalogue_judges_the_whole_of_it(samples: Samples, tmp_path: Path, write: Write) -> None:
+    write(tmp_path / "holdout.parquet", [(0, 2), (0, 3), (2, 1)])
+    result = evaluate(samples, tmp_path, [ItemCF.fit(samples.clicks, 6)], [6, 2**31 - 1], 10)
+    for metric in ("recall", "ndcg", "hit", "coverage", "pop_pct"):
+        assert result[f"{metric}@6"] == result[f"{metric}@{2**31 - 1}"]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("ts_ms", ["today"], "column ts_ms is of type string, where int64 milliseconds since 1970 is needed"),
+        ("position", ["top"], "column position is of type string, where int32 is needed"),
+        ("position", [2**40], "column position does not fit int32"),
+        ("outcome", [1], "column outcome is of type int64, where string is needed"),
+    ],
+)
+def test_a_held_out_column_of_another_type_is_refused(
+    column: str, values: list[object], message: str, samples: Samples, tmp_path: Path, write: Write
+) -> None:
+    write(tmp_path / "holdout.parquet", [(0, 2)], **{column: values})
+    with pytest.raises(DataError, match=message):
+        read_truth(tmp_path / "holdout.parquet", samples)
+
+
 @pytest.fixture
 def scenes(tmp_path: Path) -> Samples:
     """Users 0 to 3 and items 0 to 5; in scene `home` all but user 3 click items 0 and 1, in `search` item 2."""

@@ -17,6 +17,7 @@ from twotower.publish.tables import map_tables
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.formats import read_rows, write_rows
 from twotower.serve.request import Asked, retrieve
 from twotower.serve.users import Recent
 
@@ -116,6 +117,27 @@ def test_the_context_that_requests_carry_or_lack_is_told(
     assert f"--users {file} has no scene: requests carry none" in caplog.text
 
 
+@pytest.mark.parametrize("end", [".parquet", ".csv", ".jsonl"])
+def test_files_of_all_formats_give_and_get_the_same(end: str, ask, version: Version, tmp_path: Path) -> None:
+    known, schema = version.users.ids.to_pylist()[:3], pa.schema([("user_id", pa.int64()), ("hour", pa.int64())])
+    asked = pa.table({"user_id": [*known, -5], "hour": [3, None, 20, 3]}, schema)
+    with write_rows(tmp_path / f"who{end}", schema) as write:
+        write(asked)
+    out = tmp_path / f"lists{end}"
+    report = retrieve_file(version, tmp_path, str(tmp_path / f"who{end}"), 5, out, "two_tower", "clicked")
+    assert report == RetrieveReport(4, ["hour"])
+    expected = ask(users_file(tmp_path, user_id=asked["user_id"], hour=asked["hour"]))
+    types = dict(zip(expected.schema.names, expected.schema.types, strict=True))
+    found = read_rows(out, types, "--users").cast(expected.schema)
+    assert found.equals(expected)
+
+
+def test_what_was_shown_later_than_now_is_not_left_out(version: Version, world: Settings) -> None:
+    events = places(world).workspace / "events"
+    assert len(shown_items(version, events)[1]) > 0
+    assert len(shown_items(version, events, clock_ms=lambda: 0)[1]) == 0
+
+
 def test_no_users_give_an_empty_file(ask, tmp_path: Path) -> None:
     assert ask(users_file(tmp_path, user_id=pa.array([], pa.int64()))).num_rows == 0
 
@@ -140,11 +162,13 @@ def test_wrong_options_are_refused(ask, arguments: dict, message: str) -> None:
 
 
 def test_a_users_file_that_is_none_is_refused(ask, tmp_path: Path) -> None:
-    text = tmp_path / "text"
+    text = tmp_path / "text.parquet"
     text.write_text("no parquet")
+    with pytest.raises(ConfigError, match=r"ends in .parquet or .csv or .jsonl"):
+        ask(str(tmp_path / "text"))
     cases = [
-        (str(tmp_path / "absent"), "Give `all`, or a Parquet file"),
-        (str(text), "Give `all`, or a Parquet file"),
+        (str(tmp_path / "absent.csv"), "cannot be read: No such file"),
+        (str(text), "cannot be read: "),
         (users_file(tmp_path, user=[1]), "has no column user_id"),
     ]
     for users, message in cases:

@@ -250,14 +250,123 @@ def test_context_of_every_kind_is_stored_as_it_is_encoded(world: World, build: B
     assert (likes.indptr.tolist(), likes.rows.tolist()) == ([0, 1, 2, 3], [2, 0, 0])
 
 
-def test_a_context_column_may_have_any_name_that_is_no_label(world: World, build: Build) -> None:
-    rows = [event(0, "u1", 10, 0, 0, history=1, user_row=2, at=3, weight=4.0, ts_ms=5)]
-    names = ["user_row", "at", "weight", "ts_ms", c.REQUEST_TS_MS, c.USER_ID, c.EVENT_SEQ, "history"]
+OURS = ["user_row", "item_row", "at", "ts_ms", "history", "day", "rank", "rows", "in_range", "weighed_by", "copies"]
+"""Names that the job uses inside."""
+ODD = ["a.b", "two words", 'say "hi"', "`tick`", "über", "__x", "events_file", "events_file_", "_metadata"]
+
+
+def test_a_context_column_may_have_a_name_of_ours(world: World, build: Build) -> None:
+    names = [*OURS, *ODD]
+    own = {name: place % 2 for place, name in enumerate(names)}
+    rows = [event(0, "u1", 10, 0, 0, weight=4.0, **own), event(1, "u2", 20, 5, 5, weight=2.0, **own)]
     features = spec.Features({"age": CATEGORY}, context=dict.fromkeys(names, CATEGORY))
     samples = build(world({**USERS, "age": [1, 2, 3]}, ITEMS, {DAY1: rows}), features, weight="weight")
     assert sorted(samples.positives.context) == sorted(names)
-    assert samples.positives.weight.tolist() == [4.0]
-    assert samples.positives.history.tolist() == [0]
+    assert samples.positives.weight.tolist() == [4.0, 2.0]
+    assert samples.positives.item_row.tolist() == [0, 1]
+    assert samples.positives.user_row.tolist() == [0, 1]
+    assert samples.manifest["items"] == 2
+    assert all(len(np.unique(np.asarray(column))) == 1 for column in samples.positives.context.values())
+
+
+def test_columns_that_are_not_configured_change_no_sample(world: World, build: Build) -> None:
+    rows = [event(0, "u1", 10, 0, 0), event(1, "u2", 20, 5, 5)]
+    plain = build(world(USERS, ITEMS, {DAY1: rows}))
+    own = {name: [1, 2, 3] for name in [*OURS, *ODD, "Foo", "foo"]}
+    more = [{**row, **dict.fromkeys(own, 7), "score": "high", c.POSITION: "top"} for row in rows]
+    users = {**USERS, **own, "User_ID": [1, 1, 1], c.OUTCOME: ["x"] * 3}
+    other = build(world(users, {**ITEMS, **own, "ITEM_ID": ["a"] * 3}, {DAY1: more[:1], DAY2: more[1:]}, "other"))
+    assert histories(plain) == histories(other)
+    assert plain.manifest["files"]["users.arrow"] == other.manifest["files"]["users.arrow"]
+
+
+@pytest.mark.parametrize("days", [1, 2])
+def test_columns_that_an_engine_takes_for_one_are_refused(days: int, world: World, build: Build) -> None:
+    rows = [event(0, "u1", 10, 0, 0, User_ID=3), event(1, "u2", 20, DAY_MS, DAY_MS, User_ID=3)]
+    with pytest.raises(DataError, match=r"has the columns user_id and User_ID, which engines take for one"):
+        build(world(USERS, ITEMS, {DAY1: rows}))
+    rows = [event(0, "u1", 10, 0, 0, scene=3), event(1, "u2", 20, DAY_MS, DAY_MS, Scene=3)]
+    with pytest.raises(DataError, match=r"events has the columns Scene and scene, which"):
+        build(world(USERS, ITEMS, {DAY1: rows[:1], DAY2: rows[1:]}, "b"), spec.Features(context={"scene": CATEGORY}))
+
+
+FUTURE = 3473 * DAY_MS
+"""2033-07-05"""
+NOW = START_MS + 3 * DAY_MS
+
+
+def test_a_time_beyond_now_is_counted_and_rules_nothing(world: World, build: Build) -> None:
+    poison = [
+        event(100, "u3", 30, FUTURE, FUTURE),
+        event(101, "u1", 20, DAY_MS + 1, FUTURE),
+        event(102, "u3", 30, FUTURE + 5, None, c.IMPRESSED),
+        event(103, "u3", 30, FUTURE + 9, 5),
+    ]
+    files = days()
+    plain = build(world(USERS, ITEMS, files), days=2, clock_ms=lambda: NOW)
+    files[DAY2] = [*files[DAY2], poison[1]]
+    files["date=2033-07-05/a.parquet"] = [poison[0], *poison[2:]]
+    samples = build(world(USERS, ITEMS, files, "poisoned"), days=2, clock_ms=lambda: NOW)
+    assert samples.manifest["dropped"] == {"beyond_now": 4}
+    assert samples.manifest["used"][c.IMPRESSED] == {"beyond_now": 1}
+    assert (
+        histories(samples)
+        == histories(plain)
+        == [
+            ("u1", 20, DAY_MS, [10]),
+            ("u2", 10, DAY_MS, []),
+            ("u1", 30, 2 * DAY_MS, [10, 20]),
+        ]
+    )
+    for name in ("watermark_ms", "last_day", "positives", "items"):
+        assert samples.manifest[name] == plain.manifest[name], name
+    assert samples.manifest["last_day"] == "2024-01-03"
+
+
+def test_a_later_clock_gives_the_rows_that_have_come_to_pass(world: World, build: Build) -> None:
+    workspace = world(USERS, ITEMS, days())
+    before = build(workspace, clock_ms=lambda: START_MS + DAY_MS + 1)
+    assert (before.manifest["positives"], before.manifest["dropped"]) == (3, {"beyond_now": 1})
+    assert (before.manifest["watermark_ms"], before.manifest["last_day"]) == (START_MS + DAY_MS + 1, "2024-01-02")
+    after = build(workspace, clock_ms=lambda: NOW)
+    assert (after.manifest["positives"], after.manifest["dropped"]) == (4, {})
+
+
+def test_events_that_are_all_beyond_now_are_refused(world: World, build: Build) -> None:
+    with pytest.raises(DataError, match=r"all 4 rows are later than now, 2023-12-31 23:59:59 UTC: mend their times"):
+        build(world(USERS, ITEMS, days()), days=1, clock_ms=lambda: START_MS - 1)
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (["top", "2"], "events: column position is of type string, where rankers need int32"),
+        ([[1], [2]], "events: column position is of type list<element: int64>, where rankers need int32"),
+        ([1.5, 2.0], "events: 1 rows have a position that is no whole number"),
+        ([-1, 2], "events: 1 rows have a position that is no whole number"),
+        ([2**40, 2], "events: 1 rows have a position that is no whole number"),
+        ([float("inf"), None], "events: 1 rows have a position that is no whole number"),
+    ],
+)
+def test_positions_of_another_type_are_refused_where_rankers_read_them(
+    positions: list[Any], message: str, world: World, build: Build
+) -> None:
+    rows = [
+        event(0, "u1", 10, 0, 0, position=positions[0]),
+        event(1, "u1", 20, 0, None, c.IMPRESSED, position=positions[1]),
+    ]
+    workspace = world(USERS, ITEMS, {DAY1: rows})
+    assert build(workspace).manifest["positives"] == 1
+    with pytest.raises(DataError) as error:
+        build(workspace, impressions=True)
+    assert message in str(error.value)
+
+
+def test_positions_of_whole_numbers_with_a_point_are_read(world: World, build: Build) -> None:
+    rows = [event(0, "u1", 10, 0, 0, position=2.0), event(1, "u1", 20, 0, None, c.IMPRESSED, position=None)]
+    shown = build(world(USERS, ITEMS, {DAY1: rows}), impressions=True).impressions
+    assert shown is not None
+    assert shown.position.tolist() == [0, 2]
 
 
 def test_a_context_column_may_be_absent_from_some_days_but_not_from_all(world: World, build: Build) -> None:

@@ -28,6 +28,7 @@ from twotower.schema.errors import ConfigError, DataError
 
 World = Callable[..., Path]
 START_MS, DAY_MS = 1_704_067_200_000, 86_400_000
+FUTURE_MS = 20 * 365 * DAY_MS
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DUCKDB = spec.Engine()
 FUNNEL = (c.CLICKED, c.IMPRESSED, c.RANKED_NOT_SHOWN, c.RANK_REJECTED, c.PRE_RANK_REJECTED)
@@ -59,7 +60,7 @@ def funnel(count: int = 1500) -> list[dict[str, Any]]:
                 c.USER_ID: rng.choice(["u1", "u2", "u3", "über", "u'5", "nobody", None]),
                 c.ITEM_ID: rng.choice([10, 20, 30, 40, 50, 60, 99]),
                 c.REQUEST_TS_MS: at,
-                c.CLICK_TS_MS: at + rng.randrange(30) if outcome == c.CLICKED else None,
+                c.CLICK_TS_MS: at + rng.choice([*range(29), FUTURE_MS]) if outcome == c.CLICKED else None,
                 c.OUTCOME: outcome,
                 "stars": rng.choice([0, 3, 5]),
                 "hour.of day": rng.choice([1, 2, None]),
@@ -70,6 +71,9 @@ def funnel(count: int = 1500) -> list[dict[str, Any]]:
                 "code": rng.choice([2**32 - 1, 7]),
                 "scene": rng.choice(["home", "Home", None]),
                 "nothing": None,
+                "item_row": rng.randrange(2),
+                "_metadata": rng.choice(["a", "b`c"]),
+                "Events_File": "x",
             }
         )
     return rows
@@ -84,6 +88,8 @@ CONTEXT: dict[str, spec.Feature] = {
     "code": spec.Categorical("categorical"),
     "scene": spec.Categorical("categorical"),
     "nothing": spec.MultiCategorical("multi_categorical"),
+    "item_row": spec.Categorical("categorical"),
+    "_metadata": spec.Categorical("categorical"),
 }
 TYPES = {
     "stars": pa.int16(),
@@ -131,7 +137,9 @@ def test_a_funnel_with_every_kind_of_context_gives_the_same_bytes(world: World, 
         cold=spec.Cold("power", 1.1),
         hard_most=3,
         seed=7,
+        clock_ms=lambda: START_MS + 10 * DAY_MS,
     )
+    assert open_samples(workspace / "duckdb").manifest["dropped"]["beyond_now"] > 0
 
 
 def test_events_without_time_give_the_same_bytes(world: World, spark: spec.Engine) -> None:

@@ -14,11 +14,12 @@ import pytest
 
 from twotower.logs import Event, LocalEventLog, open_log, partition_of
 from twotower.logs.entities import user_deleted
+from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError
 from twotower.stream import join as join_module
 from twotower.stream.join import JoinReport, Taken, Windows, join
 from twotower.stream.rows import Types
-from twotower.stream.shards import day_of, manifests, partitions, read_rows
+from twotower.stream.shards import manifests, partitions, read_rows
 from twotower.update.full import due_days
 
 T0, HOUR_MS = 1_700_006_400_000, 3_600_000

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from twotower.cli.line import FUSION, make_samples, offline_channels, places, train_model
+from twotower.cli.ready import check_ready
 from twotower.cli.tune import identity, validation_workspace, with_values
-from twotower.config.available import check_available
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
 from twotower.evaluate.holdout import Truth, candidates, held_out
@@ -59,14 +59,17 @@ def fuse(settings: Settings) -> FuseReport:
         ConfigError: there is a single channel.
         DataError: a part leaves no events to learn from.
     """
-    check_available(settings)
+    check_ready(settings, trained=True)
     if len(settings.models.channels) < 2:
         raise ConfigError(f"models.channels = {settings.models.channels}: fusing takes two channels or more")
     options = settings.fusion
     folder = places(settings).workspace / FUSING / identity(settings, (*_DECIDING, "tune"))
-    part, found = settings, []
+    parts, found = [settings], []
     for number in range(options.parts):
-        part = part_before(part, folder / f"part-{number + 1}")
+        parts.append(part_before(parts[-1], folder / f"part-{number + 1}"))
+    for part in parts[1:]:
+        samples_of(part)
+    for number, part in enumerate(parts[1:]):
         log.info("validation part %d of %d", number + 1, options.parts)
         found.append(lists_of(part, math.ceil(options.users / options.parts), max(*options.k, options.depth)))
     lists = {name: end_to_end([one.lists[name] for one in found]) for name in found[0].lists}
@@ -116,11 +119,21 @@ def part_before(settings: Settings, folder: Path) -> Settings:
     return with_values(settings, {"workspace.path": str(workspace), "tune.holdout": None})
 
 
-def lists_of(settings: Settings, users: int, depth: int) -> Lists:
-    """Train all channels, and ask them for lists of some users."""
+def samples_of(settings: Settings) -> None:
+    """Make the samples of a validation part, and see that it can judge, before anything is trained.
+
+    Raises:
+        DataError: a part has no held-out positive of a user and an item that its samples know.
+    """
     where = places(settings)
     if not where.samples.exists():
         make_samples(settings)
+    held_out(where.workspace, open_samples(where.samples), settings.evaluate.context)
+
+
+def lists_of(settings: Settings, users: int, depth: int) -> Lists:
+    """Train all channels, and ask them for lists of some users."""
+    where = places(settings)
     train_model(settings)
     samples = open_samples(where.samples)
     truth = some_users(held_out(where.workspace, samples, settings.evaluate.context), users, settings.train.seed)

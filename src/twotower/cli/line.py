@@ -6,8 +6,7 @@ This is the only module that knows both: no stage sees the configuration.
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twotower.cli.ready import check_ready
+from twotower.cli.recorded import ASKED, MADE_WITH, as_made, check_same, fixed_by_samples, fixed_by_training
 from twotower.config import settings as spec
-from twotower.config.available import check_available
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
 from twotower.datasets.simulate import world_of
-from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
+from twotower.datasets.workspace import HOLDOUT, HOLDOUT_IMPRESSIONS
 from twotower.evaluate import page
 from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate
@@ -34,12 +34,12 @@ from twotower.models.als import ALS, Options
 from twotower.models.channel import VectorChannel
 from twotower.models.fit import Recipe, fit_channels
 from twotower.models.item_cf import ItemCF
-from twotower.models.popular import Popular
+from twotower.models.popular import Popular, check_popular
 from twotower.models.ranker import Ranker, RankerShape
 from twotower.models.retriever import Queries, Retriever
-from twotower.models.same_category import SameCategory
+from twotower.models.same_category import SameCategory, check_attributes
 from twotower.models.swing import Swing
-from twotower.models.towers import Network
+from twotower.models.towers import Network, check_widths
 from twotower.models.two_tower import TwoTower
 from twotower.publish.publish import current_path, promote, publish
 from twotower.publish.version import (
@@ -55,12 +55,13 @@ from twotower.publish.version import (
 from twotower.samples.build import SamplesReport, build_samples
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
+from twotower.schema.clock import now_ms
 from twotower.schema.errors import DataError
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.train.checkpoint import Checkpoint, Shape, load_model, load_ranker, open_checkpoint
 from twotower.train.loop import Loss, Negatives, TrainReport, train
 from twotower.train.negatives import Shares
-from twotower.train.ranking import RankerReport, train_ranker
+from twotower.train.ranking import RankerReport, both_kinds, train_ranker
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def make_samples(
     settings: Settings, previous: FeatureSet | None = None, evict_after_days: int | None = None
 ) -> SamplesReport:
     """Samples out of the workspace; `previous` and `evict_after_days` as in `build_samples`."""
-    check_available(settings)
+    check_ready(settings)
     where = places(settings)
     return build_samples(
         where.workspace,
@@ -152,14 +153,22 @@ def make_samples(
         engine=settings.engine,
         previous=previous,
         evict_after_days=evict_after_days,
+        recorded=fixed_by_samples(settings),
     )
 
 
-def train_model(settings: Settings) -> TrainReport:
-    """A checkpoint of each trained channel and ranker; the report is the two towers', the others in it."""
-    check_available(settings)
+def train_model(settings: Settings, asked: Settings | None = None) -> TrainReport:
+    """A checkpoint of each trained channel and ranker; the report is the two towers', the others in it.
+
+    Args:
+        settings: how to train.
+        asked: the configuration out of which trials chose these settings; None = these themselves. It is what later
+            commands bring.
+    """
+    check_ready(settings, trained=True)
     where = places(settings)
     samples = open_samples(where.samples)
+    check_samples(settings, samples)
     reports: dict[str, TrainReport] = {}
     for name in trained_channels(settings):
         log.info("training %s", name)
@@ -172,19 +181,54 @@ def train_model(settings: Settings) -> TrainReport:
         n: one.checkpoint for n, one in rankers.items()
     }
     latest = {name: os.path.relpath(checkpoint, where.checkpoints) for name, checkpoint in finished.items()}
-    write_json(where.checkpoints / LATEST, {"checkpoints": latest})
+    made = {MADE_WITH: fixed_by_training(settings), ASKED: fixed_by_training(asked or settings)}
+    write_json(where.checkpoints / LATEST, {"checkpoints": latest, **made})
     return replace(reports.pop(TWO_TOWER), channels=reports, rankers=rankers)
+
+
+def check_samples(settings: Settings, samples: Samples) -> None:
+    """Refuse samples out of which not everything can be trained and fitted, before anything is.
+
+    Raises:
+        ConfigError: they were made with other settings, or a channel needs a feature or a time that they do not have.
+        DataError: a ranker cannot learn from their impressions.
+    """
+    remedy = "run `twotower samples` and train again"
+    check_same(samples.manifest.get(MADE_WITH, {}), fixed_by_samples(settings), f"{samples.path} holds samples", remedy)
+    for name in trained_channels(settings):
+        shape = shape_of(settings, name)
+        features = shape.features_of(samples.features)
+        check_widths((*features.user, *features.context), shape.user, shape.dimension)
+        check_widths(features.item, shape.item, shape.dimension)
+    for name in settings.models.rankers:
+        ranker_shape(settings, name).features_of(samples.features)
+        both_kinds(samples, _ranker_options(settings, name).calibration_share)
+    popular, channels = settings.models.popular, settings.models.channels
+    if "popular" in channels:
+        check_popular(samples, popular.window_days, popular.segment, popular.half_life_days, popular.prior)
+    if "same_category" in channels:
+        check_attributes(samples, settings.models.same_category.attributes)
+
+
+def _ranker_options(settings: Settings, name: str) -> spec.PreRank:
+    return {PRE_RANK: settings.pre_rank, RANK: settings.rank}[name]
+
+
+def ranker_shape(settings: Settings, name: str) -> RankerShape:
+    """The shape of a configured ranker, `pre_rank` or `rank`."""
+    options = _ranker_options(settings, name)
+    network = Network(options.network, tuple(options.layers), options.crosses)
+    return RankerShape(network, options.dropout, options.history, options.attention, options.positions)
 
 
 def train_ranker_from(settings: Settings, samples: Samples, name: str) -> RankerReport:
     """A checkpoint of one ranker, `pre_rank` or `rank`, out of given samples."""
-    options = {PRE_RANK: settings.pre_rank, RANK: settings.rank}[name]
-    network = Network(options.network, tuple(options.layers), options.crosses)
+    options = _ranker_options(settings, name)
     return train_ranker(
         samples,
         places(settings).checkpoints,
         name,
-        RankerShape(network, options.dropout, options.history, options.attention, options.positions),
+        ranker_shape(settings, name),
         batch_size=options.batch_size,
         epochs=options.epochs,
         seed=settings.train.seed,
@@ -204,6 +248,23 @@ def trained_channels(settings: Settings) -> list[str]:
     return [name for name in settings.models.channels if name in VECTOR_CHANNELS]
 
 
+def shape_of(settings: Settings, channel: str) -> Shape:
+    """The shape of the model of a trained channel."""
+    models = settings.models
+    shape = Shape(
+        models.dimension,
+        _network(models.user_tower),
+        _network(models.item_tower),
+        settings.train.dropout,
+        popularity=settings.train.popularity > 0,
+    )
+    if channel == "mf":
+        return replace(shape, user=Network("none", ()), item=Network("none", ()), dropout=0.0, ids_alone=True)
+    if channel == "mind":
+        return replace(shape, interests=models.mind.interests, rounds=models.mind.rounds)
+    return shape
+
+
 def train_from(
     settings: Settings,
     samples: Samples,
@@ -214,21 +275,10 @@ def train_from(
     """A checkpoint of one channel out of given samples; `enough` as in `train`. With `warm`, one epoch from there."""
     options, models = settings.train, settings.models
     own = {TWO_TOWER: None, "mf": models.mf.epochs, "mind": models.mind.epochs}
-    shape = Shape(
-        models.dimension,
-        _network(models.user_tower),
-        _network(models.item_tower),
-        options.dropout,
-        popularity=options.popularity > 0,
-    )
-    if channel == "mf":
-        shape = replace(shape, user=Network("none", ()), item=Network("none", ()), dropout=0.0, ids_alone=True)
-    elif channel == "mind":
-        shape = replace(shape, interests=models.mind.interests, rounds=models.mind.rounds)
     return train(
         samples,
         places(settings).checkpoints,
-        shape,
+        shape_of(settings, channel),
         loss=loss_of(settings),
         negatives=_negatives(settings.samples.negatives),
         batch_size=options.batch_size,
@@ -331,10 +381,37 @@ def _configured(settings: Settings, samples: Samples) -> dict[str, Recipe]:
     return {name: recipe for name, recipe in _recipes(settings, samples).items() if name in settings.models.channels}
 
 
+def noted_checkpoints(settings: Settings) -> dict[str, Any]:
+    """What training noted of the checkpoints that it finished last; empty where there are none."""
+    path = places(settings).checkpoints / LATEST
+    noted: dict[str, Any] = read_json(path) if path.exists() else {}
+    return noted
+
+
+def as_trained(settings: Settings, channels: Sequence[str] | None = None) -> Settings:
+    """A configuration with what trials have chosen for the checkpoints that are there.
+
+    Args:
+        settings: the configuration.
+        channels: the trained channels that are needed; None = all that are configured.
+
+    Raises:
+        ConfigError: it says something else than they were trained with.
+        DataError: there is none of a channel or ranker.
+    """
+    needed = trained_channels(settings) if channels is None else channels
+    for name in (*needed, *settings.models.rankers):
+        latest_checkpoint(settings, name)
+    noted = noted_checkpoints(settings)
+    where = f"{places(settings).checkpoints} holds checkpoints"
+    check_same(noted.get(ASKED, {}), fixed_by_training(settings, needed), where, "run `twotower train` again")
+    return as_made(settings, noted.get(MADE_WITH, {}))
+
+
 def latest_checkpoint(settings: Settings, channel: str = TWO_TOWER) -> Checkpoint:
     """The checkpoint of a channel that training finished last."""
     checkpoints = places(settings).checkpoints
-    latest = read_json(checkpoints / LATEST).get("checkpoints", {}) if (checkpoints / LATEST).exists() else {}
+    latest = noted_checkpoints(settings).get("checkpoints", {})
     if channel not in latest:
         raise DataError(f"{checkpoints} has no finished checkpoint of {channel}: run `twotower train` first")
     return open_checkpoint(checkpoints / latest[channel])
@@ -342,7 +419,8 @@ def latest_checkpoint(settings: Settings, channel: str = TWO_TOWER) -> Checkpoin
 
 def evaluate_model(settings: Settings) -> dict[str, Any]:
     """Metrics of the latest checkpoint on the hold-out, baselines beside it; also kept beside the checkpoint."""
-    check_available(settings)
+    check_ready(settings, evaluated=True)
+    settings = as_trained(settings, [TWO_TOWER])
     where = places(settings)
     samples, checkpoint = open_samples(where.samples), latest_checkpoint(settings)
     counted = {**_recipes(settings, samples), "popular": Recipe({}, lambda: Popular.fit(samples.item_positives))}
@@ -400,7 +478,8 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
 
 def evaluate_channels_of(settings: Settings) -> dict[str, Any]:
     """What each configured channel and the fused list find of the hold-out; JSON, Markdown and a plot are kept."""
-    check_available(settings)
+    check_ready(settings, trained=True, evaluated=True)
+    settings = as_trained(settings)
     where, fusion = places(settings), fusion_of(settings)
     samples = open_samples(where.samples)
     report = evaluate_channels(
@@ -476,8 +555,13 @@ def fusion_of(settings: Settings) -> Fusion:
 def publish_version(
     settings: Settings, *, promoted: bool, checkpoints: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """A version out of the latest checkpoints, or of given ones by channel and ranker; promoted or not."""
-    check_available(settings)
+    """A version out of the latest checkpoints, or of given ones by channel and ranker; promoted or not.
+
+    Given ones are of this very configuration. The latest ones may be of another: then it is refused.
+    """
+    check_ready(settings, trained=True)
+    if checkpoints is None:
+        settings = as_trained(settings)
     where, fusion = places(settings), fusion_of(settings)
     samples = open_samples(where.samples)
 
@@ -503,7 +587,7 @@ def publish_version(
         index_ks=sorted({*settings.evaluate.k, 500, fusion.depth}),
         most_new_clicks=settings.models.new_items.most_clicks,
         seed=settings.train.seed,
-        clock_ms=lambda: time.time_ns() // 1_000_000,
+        clock_ms=now_ms,
     )
     if promoted:
         promote(where.versions, version)
@@ -512,11 +596,14 @@ def publish_version(
 
 def run_line(settings: Settings, *, promoted: bool) -> dict[str, Any]:
     """Samples, training, evaluation (where there is a hold-out) and publishing in one go."""
+    holdout = (places(settings).workspace / HOLDOUT).exists()
+    check_ready(settings, trained=True, evaluated=holdout)
+    fusion_of(settings)
     report = make_samples(settings)
     log.info("samples: %s", json.dumps(asdict(report)))
     trained = train_model(settings)
     log.info("trained: %s", json.dumps(asdict(trained)))
-    if (places(settings).workspace / "holdout.parquet").exists():
+    if holdout:
         metrics = evaluate_model(settings)
         log.info("evaluated: %s", json.dumps({k: v for k, v in metrics.items() if k.startswith("recall")}))
     return publish_version(settings, promoted=promoted)

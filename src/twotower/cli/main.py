@@ -182,8 +182,8 @@ def run(config: ConfigFile = None, overrides: Overrides = None, promote: Promote
 
 @app.command()
 def retrieve(
-    out: Annotated[Path, typer.Option(help="The Parquet file to write.")],
-    users: Annotated[str, typer.Option(help="A Parquet file with user_id, or all.")] = "all",
+    out: Annotated[Path, typer.Option(help="The file to write: .parquet, .csv or .jsonl.")],
+    users: Annotated[str, typer.Option(help="A file with user_id (.parquet, .csv or .jsonl), or all.")] = "all",
     k: Annotated[int, typer.Option(help="Items of each user.")] = 50,
     channel: Annotated[str, typer.Option(help="A channel of the version, or fused.")] = "two_tower",
     exclude: Annotated[str, typer.Option(help="clicked, impressed or none")] = "clicked",
@@ -198,9 +198,10 @@ def retrieve(
     """Write recommendations for many users."""
     from twotower.cli.line import open_served, places
     from twotower.cli.updating import open_as_served
-    from twotower.publish.retrieve import retrieve_file
+    from twotower.publish.retrieve import check_retrieval, retrieve_file
 
     def write(settings: Settings) -> dict[str, Any]:
+        check_retrieval(users, k, out, exclude)
         served = open_served(settings, version) if no_deltas else open_as_served(settings, version)
         report = retrieve_file(served, places(settings).workspace, users, k, out, channel, exclude)
         told = {"out": str(out), **asdict(report), "version": served.id}

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from twotower.cli.line import channel_of, make_samples, places, train_from, train_model
+from twotower.cli.ready import check_ready
 from twotower.config import settings as spec
-from twotower.config.available import check_available
 from twotower.config.load import as_dict, parse
 from twotower.config.settings import Settings
 from twotower.datasets.validation import hold_out_validation
@@ -76,7 +76,7 @@ def tune(settings: Settings, trials: int) -> TuneReport:
         ConfigError: Optuna is not installed, or `tune` names keys that are none or belong to no training.
         DataError: no trial ended well.
     """
-    check_available(settings)
+    check_ready(settings, trained=True, trials=True)
     _check_space(settings)
     study, folder = _open_study(settings)
     validation = validation_workspace(settings, folder)
@@ -107,7 +107,7 @@ def tune(settings: Settings, trials: int) -> TuneReport:
     log.info("best: %s", json.dumps(best))
     final = with_values(settings, best)
     make_samples(final)
-    trained: TrainReport = train_model(final)
+    trained: TrainReport = train_model(final, asked=settings)
     return TuneReport(
         **asdict(trained), trials=len(rows), metric=settings.tune.metric, value=rows[0]["value"], best=best,
         table=str(folder / TRIALS),

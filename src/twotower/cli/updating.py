@@ -23,6 +23,7 @@ from twotower.cli.line import (
     train_from,
     train_ranker_from,
 )
+from twotower.cli.ready import check_ready
 from twotower.cli.streaming import until_signals
 from twotower.config.available import check_available
 from twotower.config.load import as_dict
@@ -95,7 +96,7 @@ def update_full(settings: Settings, *, dry_run: bool) -> UpdateReport:
         DataError: nothing was trained yet.
         VersionError: none is served yet, or another full update is at work.
     """
-    check_available(settings)
+    check_ready(settings, trained=True)
     where = places(settings)
     served = current_path(where.versions)
     done = _done(where)
@@ -232,8 +233,9 @@ def _done(where: Places) -> list[FullDay]:
 def _note(where: Places, done: Sequence[FullDay], latest: dict[str, str] | None = None) -> None:
     """Note the days that are done, and the latest checkpoints where they changed, in one rename."""
     path = where.checkpoints / LATEST
-    kept = read_json(path)["checkpoints"] if latest is None else latest
-    write_json(path, {"checkpoints": kept, FULL: [asdict(day) for day in done]})
+    noted = read_json(path) if path.exists() else {}
+    kept = noted["checkpoints"] if latest is None else latest
+    write_json(path, {**noted, "checkpoints": kept, FULL: [asdict(day) for day in done]})
 
 
 @contextmanager

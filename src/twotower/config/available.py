@@ -4,7 +4,9 @@ The keys of a configuration are fixed; some of their values come with later rele
 says so, never a silent default.
 """
 
-from twotower.config.settings import Sequence, Settings
+from collections.abc import Iterator
+
+from twotower.config.settings import Categorical, Feature, MultiCategorical, Numeric, Sequence, Settings
 from twotower.schema.errors import ConfigError
 
 CHANNELS = ("two_tower", "mind", "mf", "als", "item_cf", "swing", "popular", "new_items", "same_category")
@@ -42,7 +44,74 @@ def check_available(settings: Settings) -> None:
                 f"features.user.{name}.heads = {feature.heads} does not divide models.dimension = "
                 f"{settings.models.dimension}: a transformer's heads share the width of an item"
             )
+    problems += [*_of_channels(settings), *_of_options(settings)]
     if "two_tower" not in settings.models.channels:
         problems.append("models.channels must name two_tower")
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _of_channels(settings: Settings) -> Iterator[str]:
+    """What channels and rankers need of the features."""
+    features, models = settings.features, settings.models
+    history = isinstance(features.user.get("history"), Sequence)
+    item_id = isinstance(features.item.get("item_id"), Categorical)
+    if "mf" in models.channels and ("user_id" not in features.user or "item_id" not in features.item):
+        yield (
+            "the channel mf multiplies ids: add user_id to features.user and item_id to features.item, or leave mf out "
+            "of models.channels"
+        )
+    if "mind" in models.channels and not history:
+        yield (
+            'the channel mind finds the interests of a click history: add history = { kind = "sequence" } to '
+            "features.user, or leave mind out of models.channels"
+        )
+    sequences = any(isinstance(kind, Sequence) for kind in features.user.values())
+    for ranker in models.rankers:
+        options = settings.rank if ranker == "rank" else settings.pre_rank
+        if options.history == "target" and not (item_id and sequences):
+            yield (
+                f'{ranker}.history = "target" lets the candidate attend to what the user clicked: add item_id to '
+                'features.item and history = { kind = "sequence" } to features.user, or take history = "mean"'
+            )
+    if settings.train.popularity and not item_id:
+        yield "train.popularity is known by item: add item_id to features.item, or set it to 0"
+    popular, attributes = models.popular, models.same_category.attributes
+    if "popular" in models.channels:
+        if popular.segment is not None and not _has_values(
+            (features.user | features.context).get(popular.segment), several=False
+        ):
+            yield (
+                f"models.popular.segment = {popular.segment!r} is no categorical or bucketed feature of users or "
+                "context"
+            )
+        if popular.prior and popular.segment is None:
+            yield f"models.popular.prior = {popular.prior} is for the lists of segments: set segment too"
+    if "same_category" in models.channels:
+        if not attributes:
+            yield "models.same_category.attributes = []: the channel needs at least one"
+        for name in attributes:
+            if not _has_values(features.item.get(name), several=True):
+                yield f"models.same_category.attributes: {name} is no categorical feature of items"
+
+
+def _has_values(feature: Feature | None, several: bool) -> bool:
+    """A feature has values that something can be counted by: one of each row, or `several`."""
+    if isinstance(feature, Numeric):
+        return feature.transform == "buckets"
+    return isinstance(feature, Categorical) or (several and isinstance(feature, MultiCategorical))
+
+
+def _of_options(settings: Settings) -> Iterator[str]:
+    """Options of training that exclude each other."""
+    negatives = settings.samples.negatives
+    if negatives.frequency == "streaming" and not negatives.easy.in_batch:
+        yield (
+            'samples.negatives.frequency = "streaming" estimates q of in-batch negatives, and easy.in_batch = 0: '
+            'use frequency = "counts"'
+        )
+    if settings.samples.days is not None and settings.samples.first_day is not None:
+        yield (
+            f"samples.first_day = {settings.samples.first_day} and samples.days = {settings.samples.days} both choose "
+            "a beginning: give one"
+        )

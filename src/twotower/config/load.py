@@ -16,6 +16,8 @@ from twotower.config.settings import KINDS, Settings
 from twotower.schema.errors import ConfigError
 
 _ADAPTER = TypeAdapter(Settings)
+_SHOWN = 100
+"""Characters of a wrong value that an error shows."""
 
 
 def load(path: Path | None, overrides: Iterable[str] = ()) -> Settings:
@@ -31,12 +33,12 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Settings:
     if path is None:
         return parse({}, overrides, where="the defaults")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {path}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, an integer of thousands of digits, a deep nesting
         raise ConfigError(f"{path} is not TOML: {error}") from None
     return parse(content, overrides, where=str(path))
 
@@ -55,12 +57,14 @@ def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "
     Traceback (most recent call last):
     twotower.schema.errors.ConfigError: configuration: train.epoch is no key; did you mean epochs?
     """
-    content = copy.deepcopy(content)
-    for override in overrides:
-        _override(content, override)
     try:
+        content = copy.deepcopy(content)
+        for override in overrides:
+            _override(content, override)
         # As JSON, because strict types take sections from documents there, and from nothing but objects elsewhere.
         return _ADAPTER.validate_json(json.dumps(content, default=_plain), strict=True)
+    except (RecursionError, UnicodeError) as error:
+        raise ConfigError(f"{where} cannot be read: {error}") from None
     except ValidationError as error:
         problems = [
             _sentence(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in error.errors()
@@ -87,9 +91,10 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not all(names):
         raise ConfigError(f"--set {override}: write section.key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+        document = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        document = {}
+    value = document["value"] if document.keys() == {"value"} else text
     for name in names[:-1]:
         content = content.setdefault(name, {})
         if not isinstance(content, dict):
@@ -98,22 +103,23 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _sentence(location: tuple[int | str, ...], kind: str, message: str, seen: Any) -> str:
+    shown = repr(seen) if len(repr(seen)) <= _SHOWN else f"{repr(seen)[:_SHOWN]}..."
     name = ".".join(str(part) for part in _without_kind(location))
     match kind:
         case "unexpected_keyword_argument":
             known = _keys_beside(location)
             near = difflib.get_close_matches(str(location[-1]), known, n=1)
-            return f"{name} is no key; " + _hint(near, known)
+            return f"{name[:_SHOWN]} is no key; " + _hint(near, known)
         case "missing":
             return f"{name} is missing"
         case "dataclass_type" | "model_attributes_type" | "dict_type":
-            return f"{name} = {seen!r}: a section with keys is due"
+            return f"{name} = {shown}: a section with keys is due"
         case "union_tag_not_found" | "union_tag_invalid":
-            return f"{name}: kind is one of {', '.join(KINDS)}; seen {seen!r}"
+            return f"{name}: kind is one of {', '.join(KINDS)}; seen {shown}"
         case "value_error":
             return f"{name}: {message.removeprefix('Value error, ')}"
         case _:
-            return f"{name} = {seen!r}: {message[0].lower()}{message[1:]}"
+            return f"{name} = {shown}: {message[0].lower()}{message[1:]}"
 
 
 def _hint(near: list[str], known: list[str]) -> str:
@@ -122,7 +128,7 @@ def _hint(near: list[str], known: list[str]) -> str:
 
 def _without_kind(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """A location as it is written in the file: that of a feature's key has the feature's kind in between."""
-    return (*location[:3], *location[4:]) if location[0] == "features" else location
+    return (*location[:3], *location[4:]) if location[:1] == ("features",) else location
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:

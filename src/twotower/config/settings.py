@@ -7,6 +7,7 @@ arguments. Keys whose values are not all available yet say so where they are use
 import datetime
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -17,10 +18,37 @@ from twotower.schema import columns as c
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-Positive = Annotated[int, Field(gt=0)]
-PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _at_most(most: float) -> AfterValidator:
+    """Refuse a number that nothing can be made of: it would end as an overflow, or take all memory."""
+
+    def check(value: float) -> float:
+        if value > most:
+            raise ValueError(f"{value:.6g} is too large: at most {most:.15g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _text(value: str) -> str:
+    if not value.strip() or not value.isprintable():
+        raise ValueError(f"{value[:100]!r} is no text that can be printed, which is needed here")
+    return value
+
+
+_LARGEST = 2**31 - 1
+Positive = Annotated[int, Field(gt=0), _at_most(_LARGEST)]
+Whole = Annotated[int, Field(ge=0), _at_most(_LARGEST)]
+Threads = Annotated[int, Field(gt=0), _at_most(1024)]
+Width = Annotated[int, Field(gt=0), _at_most(16_384)]
+"""Of a layer or a vector."""
+Length = Annotated[int, Field(gt=0), _at_most(1_000_000)]
+"""Of a list that is held as a whole."""
+PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False), _at_most(1e12)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _at_most(1e12)]
+AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False), _at_most(1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, AfterValidator(_text)]
 
 
 def _calendar_day(day: str) -> str:
@@ -42,7 +70,7 @@ LABELS = (c.ITEM_ID, c.OUTCOME, c.CLICK_TS_MS)
 class Workspace:
     """Where the tables are and everything that the commands add."""
 
-    path: str = "workspace"
+    path: Text = "workspace"
     """Folder with `users.parquet`, `items.parquet` and `events/`; relative to the current folder."""
 
 
@@ -52,13 +80,13 @@ class Engine:
 
     name: Literal["duckdb", "spark"] = "duckdb"
     """`duckdb` is embedded; `spark` is for logs that outgrow one machine."""
-    memory_gb: PositiveReal = 2.0
+    memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False), _at_most(1e6)] = 2.0
     """Memory of a whole batch job; beyond it the engine spills to disk. On a cluster that of the driver alone."""
-    threads: Positive = 2
+    threads: Threads = 2
     """Threads of a batch job; on a cluster `options` say what there is."""
-    url: str | None = None
+    url: Text | None = None
     """`spark`: the master, such as `local[4]`, `spark://HOST:7077` or `yarn`; absent = the threads of this machine."""
-    scratch: str | None = None
+    scratch: Text | None = None
     """Folder for what a job keeps on its way, on a cluster one that all machines see; absent = beside the result."""
     options: dict[str, str] = field(default_factory=dict)
     """`spark`: further configuration, such as `{ "spark.executor.memory" = "8g" }`."""
@@ -69,9 +97,9 @@ class Categorical:
     """One value out of a vocabulary: an embedding row each."""
 
     kind: Literal["categorical"]
-    dimension: Positive | None = None
+    dimension: Width | None = None
     """Width of the embedding; absent = by the size of the vocabulary, ids have `models.dimension`."""
-    table: str | None = None
+    table: Text | None = None
     """Name of a table that features share, on both sides: one vocabulary and one embedding for all of them. `item_id`
     is that of the item ids."""
 
@@ -81,11 +109,11 @@ class MultiCategorical:
     """Several values out of a vocabulary: the mean of their embedding rows."""
 
     kind: Literal["multi_categorical"]
-    separator: str | None = None
+    separator: Annotated[str, Field(min_length=1)] | None = None
     """Splits a string column; absent for a list column."""
-    dimension: Positive | None = None
+    dimension: Width | None = None
     """Width of the embedding; absent = by the size of the vocabulary."""
-    table: str | None = None
+    table: Text | None = None
     """Name of a table that features share, as of `categorical`."""
 
 
@@ -97,7 +125,7 @@ class Numeric:
     transform: Literal["standard", "log", "buckets"] = "standard"
     """`standard`: zero mean and unit variance; `log`: the same of sign(x) log(1 + |x|); `buckets`: an embedding row for
     each quantile."""
-    buckets: Positive = 20
+    buckets: Length = 20
     """Number of quantiles for `buckets`."""
 
 
@@ -110,14 +138,14 @@ class Sequence:
     """
 
     kind: Literal["sequence"]
-    last: Positive = 50
+    last: Length = 50
     """How many of the latest items count."""
     encoder: Literal["mean", "attention", "transformer"] = "mean"
     """How they become one vector: their mean; a mean weighted by item and age; a small transformer that knows their
     order."""
-    heads: Positive = 2
+    heads: Length = 2
     """`attention`, `transformer`: ways to look at the sequence; of a transformer a divisor of `models.dimension`."""
-    blocks: Positive = 2
+    blocks: Annotated[int, Field(gt=0), _at_most(100)] = 2
     """`transformer`: how deep it is."""
 
 
@@ -126,7 +154,7 @@ class Vector:
     """A ready-made vector, of a text or an image, say."""
 
     kind: Literal["vector"]
-    size: Positive
+    size: Width
     """Its length."""
 
 
@@ -167,6 +195,37 @@ class Features:
             raise ValueError(f"{both[0]} is in features.user and in features.context: rename the column in one of them")
         if labels := sorted(self.context.keys() & set(LABELS)):
             raise ValueError(f"features.context.{labels[0]} is what the model is to find, no request knows it")
+        if problems := [
+            *_unusable({"user": self.user, "context": self.context}),
+            *_unusable({"item": self.item}),
+        ]:
+            raise ValueError("; ".join(problems))
+
+
+def _unusable(sides: Mapping[str, Mapping[str, Feature]]) -> list[str]:
+    """What is wrong with the names of the features of one tower, by side of the configuration.
+
+    Columns have prefixes inside, so that no other name is one of ours. Two places have none: in daily partitions the
+    context stands beside the columns of joined events, and in a tower the length of a sequence stands beside it. Upper
+    and lower case are one to the engines.
+    """
+    problems = []
+    kinds = {f"features.{side}.{name}": (side, name, kind) for side, of in sides.items() for name, kind in of.items()}
+    names = {name for _, name, _ in kinds.values()}
+    seen: dict[str, str] = {}
+    for where, (side, name, kind) in kinds.items():
+        if not name.strip() or not name.isprintable():
+            problems.append(f"features.{side} has the name {name!r}: a name is text that can be printed")
+        if side == "context" and name.casefold() in c.JOINED:
+            problems.append(
+                f"{where}: joined events have a column {name.casefold()} of their own, so give yours another name. "
+                f"Taken are {', '.join(c.JOINED)}"
+            )
+        if (other := seen.setdefault(name.casefold(), where)) != where:
+            problems.append(f"{other} and {where} differ in upper and lower case alone: rename one of the columns")
+        taken = [f"{name}{end}" for end in (".length", ".row")] if isinstance(kind, Sequence) else [".popularity"]
+        problems += [f"{where} takes the name {one} too: rename one of the columns" for one in taken if one in names]
+    return problems
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -192,7 +251,7 @@ class Cold:
     """Up to which r an item is cold."""
     power: Annotated[float, Field(gt=0, le=1)] = 0.75
     """Of `power`."""
-    most: Annotated[float, Field(ge=1)] = 4.0
+    most: Annotated[float, Field(ge=1, allow_inf_nan=False), _at_most(1000)] = 4.0
     """How often a click is fed at most."""
 
 
@@ -257,9 +316,9 @@ class Negatives:
     """Shares of the hard ones."""
     hard_share: Share | None = None
     """Hard ones among all; absent = half where the log has them, else none."""
-    hard_count: Positive = 8
+    hard_count: Length = 8
     """Hard ones of a positive in a step, where the easy ones are shared."""
-    hard_most: Positive = 20
+    hard_most: Length = 20
     """Hard ones of a positive that are kept of each source."""
     impressed_as_negatives_for_experiments: bool = False
     """Use shown-but-not-clicked rows as negatives, which is wrong: for experiments that show it."""
@@ -285,13 +344,13 @@ class Samples:
     """Down-sampling of hot items."""
     cold: Cold = field(default_factory=Cold)
     """Over-sampling of cold items."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Whole = 0
     """Of the rows that are dropped, repeated or kept by chance."""
-    weight: str | None = None
+    weight: Text | None = None
     """Column of events that weighs a positive; absent = all weigh 1."""
-    impressed_weight: Annotated[float, Field(ge=0)] = 0.0
+    impressed_weight: Annotated[float, Field(ge=0, allow_inf_nan=False), _at_most(1e9)] = 0.0
     """Weight of a shown, not clicked item as a weak positive."""
-    vocabulary_room: Annotated[float, Field(ge=0)] = 0.1
+    vocabulary_room: Annotated[float, Field(ge=0, allow_inf_nan=False), _at_most(100)] = 0.1
     """Spare rows of an id table for ids to come, as a share of the known ones."""
     negatives: Negatives = field(default_factory=Negatives)
     """What a positive is compared with."""
@@ -304,9 +363,9 @@ class Tower:
     network: Literal["dnn", "dcn", "none"] = "dnn"
     """`dnn`: fully connected layers; `dcn`: crosses of features beside them; `none`: the features, each of width
     `models.dimension`, are added, without layers or projection."""
-    layers: list[Positive] = field(default_factory=lambda: [256, 128])
+    layers: list[Width] = field(default_factory=lambda: [256, 128])
     """`dnn`, `dcn`: widths of the fully connected layers; empty = none."""
-    crosses: Positive = 2
+    crosses: Annotated[int, Field(gt=0), _at_most(100)] = 2
     """`dcn`: how many cross layers; each adds products of one more feature."""
 
 
@@ -325,9 +384,9 @@ class MF:
 class Mind:
     """Several vectors of a user, one for each interest in the click history; the rest as in the two towers."""
 
-    interests: Annotated[int, Field(ge=2)] = 4
+    interests: Annotated[int, Field(ge=2), _at_most(1000)] = 4
     """The most vectors of a user."""
-    rounds: Positive = 3
+    rounds: Annotated[int, Field(gt=0), _at_most(100)] = 3
     """Of the routing of clicks to interests."""
     sharpness: PositiveReal = 20.0
     """In training, interests are weighted by a softmax of so many times their cosine to the positive."""
@@ -339,11 +398,11 @@ class Mind:
 class Als:
     """Implicit ALS: matrix factorisation over all pairs of users and items, clicked or not."""
 
-    factors: Positive = 64
+    factors: Width = 64
     """Numbers of a user and of an item."""
     regularization: PositiveReal = 0.05
     """Greater = factors nearer to zero."""
-    confidence: Annotated[float, Field(ge=1)] = 10.0
+    confidence: AtLeastOne = 10.0
     """Weight of a clicked item, where one that was not clicked weighs 1."""
     iterations: Positive = 15
     """Rounds in which users and items are solved for in turn."""
@@ -357,9 +416,9 @@ class Popular:
     """Count the last days alone, such as 0.25; absent = all."""
     half_life_days: PositiveReal | None = None
     """A click that is so much older than the latest counts half; absent = all count alike."""
-    segment: str | None = None
+    segment: Text | None = None
     """A categorical or bucketed feature of users or context, each value of which has a list; absent = one for all."""
-    prior: Annotated[float, Field(ge=0)] = 0.0
+    prior: NotNegative = 0.0
     """Clicks that each segment is given besides its own, shared out as the clicks of all are, such as 30; 0 = none."""
 
 
@@ -367,7 +426,7 @@ class Popular:
 class NewItems:
     """Items that have hardly been clicked, by their features."""
 
-    most_clicks: Annotated[int, Field(ge=0)] = 0
+    most_clicks: Whole = 0
     """An item of at most so many training positives is new."""
 
 
@@ -375,9 +434,9 @@ class NewItems:
 class SameCategory:
     """The most clicked items of the categories, authors, ... that a user clicked."""
 
-    attributes: list[str] = field(default_factory=list)
+    attributes: list[Text] = field(default_factory=list)
     """Categorical or multi-valued features of items; at least one where the channel is used."""
-    last: Positive = 50
+    last: Length = 50
     """A user's latest clicks that count."""
     items: Positive = 500
     """Items kept of each category."""
@@ -390,9 +449,9 @@ class ItemCF:
     users of an item, and w_u = (items of u)^-activity.
     """
 
-    neighbours: Positive = 200
+    neighbours: Length = 200
     """Nearest items kept of each item."""
-    latest: Positive = 200
+    latest: Length = 200
     """A user's latest clicks that are looked up."""
     items: Positive = 500
     """Distinct items of a user that count, the latest."""
@@ -403,7 +462,7 @@ class ItemCF:
     interest: Literal["clicked", "clicks", "weight"] = "clicked"
     """Degree of interest in an item: `clicked`: 1; `clicks`: 1 + ln(number of clicks), also when asked; `weight`: the
     sum of the weights of its training rows (`samples.weight`, `samples.impressed_weight`)."""
-    recency: Annotated[float, Field(ge=0)] = 0.0
+    recency: NotNegative = 0.0
     """A click that c later ones followed counts (1 + c)^-recency; 0 = all alike."""
     normalise: bool = True
     """The similarities of an item's neighbours are divided by their sum."""
@@ -416,9 +475,9 @@ class Swing:
     w_u = (items of u + offset)^-activity.
     """
 
-    neighbours: Positive = 100
+    neighbours: Length = 100
     """Nearest items kept of each item."""
-    latest: Positive = 200
+    latest: Length = 200
     """A user's latest clicks that are looked up."""
     items: Positive = 500
     """Distinct items of a user that count, the latest."""
@@ -428,11 +487,11 @@ class Swing:
     """Greater = it matters less how much two users have in common."""
     activity: Annotated[float, Field(ge=0, le=2)] = 0.35
     """How much the number of a user's items counts against each pair."""
-    offset: Annotated[float, Field(ge=0)] = 5.0
+    offset: NotNegative = 5.0
     """Added to that number."""
     popularity: Share = 0.2
     """How much the popularity of a candidate counts against it; 0 = Swing as published."""
-    recency: Annotated[float, Field(ge=0)] = 0.0
+    recency: NotNegative = 0.0
     """A click that c later ones followed counts (1 + c)^-recency; 0 = all alike."""
     normalise: bool = True
     """The similarities of an item's neighbours are divided by their sum."""
@@ -448,7 +507,7 @@ class Models:
     """Channels to train, publish and serve."""
     rankers: list[Literal["pre_rank", "rank"]] = field(default_factory=list)
     """Rankers of the funnel to train, publish and serve; for logs that say what was shown and not clicked."""
-    dimension: Positive = 64
+    dimension: Width = 64
     """Length of the vectors, and of the id embeddings."""
     user_tower: Tower = field(default_factory=Tower)
     """The tower of users and context."""
@@ -478,15 +537,15 @@ class PreRank:
 
     history: Literal["mean", "target"] = "mean"
     """How it reads sequences of items: their mean; or each weighted by how it meets the candidate (DIN)."""
-    attention: Positive = 16
+    attention: Width = 16
     """`target`: hidden units of that weight."""
     network: Literal["dnn", "dcn"] = "dnn"
     """`dnn`: fully connected layers; `dcn`: crosses of features beside them."""
-    layers: list[Positive] = field(default_factory=lambda: [64])
+    layers: list[Width] = field(default_factory=lambda: [64])
     """Widths of the fully connected layers; empty = none."""
-    crosses: Positive = 2
+    crosses: Annotated[int, Field(gt=0), _at_most(100)] = 2
     """`dcn`: how many cross layers."""
-    positions: Positive = 50
+    positions: Length = 50
     """Positions of a page that have a bias of their own; later ones share that of the last."""
     batch_size: Positive = 512
     """Impressions in a step."""
@@ -498,7 +557,7 @@ class PreRank:
     """Of the embedding tables (row-wise Adagrad)."""
     position_learning_rate: PositiveReal = 0.05
     """Of the biases of positions (Adam)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     """Of the network, decoupled."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of hidden units left out in training."""
@@ -514,7 +573,7 @@ class Rank(PreRank):
 
     history: Literal["mean", "target"] = "target"
     """How it reads sequences of items: their mean; or each weighted by how it meets the candidate (DIN)."""
-    layers: list[Positive] = field(default_factory=lambda: [128, 64])
+    layers: list[Width] = field(default_factory=lambda: [128, 64])
     """Widths of the fully connected layers; empty = none."""
 
 
@@ -534,7 +593,7 @@ class Train:
     """`triplet_hinge`: by how much a positive is to be nearer than a negative."""
     sigma: PositiveReal = 10.0
     """`triplet_logistic`: multiplies the difference of the cosines."""
-    scale: Annotated[float, Field(ge=1)] = 10.0
+    scale: AtLeastOne = 10.0
     """`pointwise`: initial scale of the cosine; it is learned."""
     pointwise_negatives: PositiveReal = 3.0
     """`pointwise`: weight of all negatives of a positive over its own."""
@@ -546,7 +605,7 @@ class Train:
     """Positives in a step."""
     epochs: Positive = 10
     """Passes over the positives in the bootstrap; a full update is always one."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Whole = 0
     """Of the initial weights, the order of rows and whatever else is drawn."""
     learning_rate: PositiveReal = 0.001
     """Of the networks (Adam)."""
@@ -554,13 +613,13 @@ class Train:
     """Of the embedding tables (row-wise Adagrad)."""
     schedule: Literal["constant", "linear"] = "constant"
     """`linear`: both rates fall to zero over the whole run."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     """Of the networks, decoupled."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a tower's hidden units left out in training."""
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of ids replaced by the unknown id in training, so that new users and items get their features' vector."""
-    horizon: Annotated[int, Field(ge=0)] = 0
+    horizon: Whole = 0
     """A training row's history ends up to so many clicks before its request, drawn evenly: 0 teaches what is clicked
     next, more teaches what is clicked later too. For data with time."""
     half_life_days: PositiveReal | None = None
@@ -570,7 +629,7 @@ class Train:
     time."""
     checkpoint_s: PositiveReal = 60.0
     """Seconds between checkpoints that a killed run resumes from."""
-    threads: Positive = 2
+    threads: Threads = 2
     """Threads of a step."""
 
     def __post_init__(self) -> None:
@@ -589,8 +648,8 @@ class Train:
 class Span:
     """The values that a key may take: `{ low = 0.05, high = 0.2, log = true }` or `{ choices = [64, 128] }`."""
 
-    low: float | None = None
-    high: float | None = None
+    low: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    high: Annotated[float, Field(allow_inf_nan=False)] | None = None
     log: bool = False
     """Even on a logarithmic scale."""
     whole: bool = False
@@ -622,14 +681,14 @@ class Tune:
     space: dict[str, Span] = field(default_factory=dict)
     """Keys of this file, such as `"train.temperature"`, with the values that they may take; without any, the number of
     epochs alone is chosen."""
-    holdout: str | None = None
+    holdout: Text | None = None
     """What of the training events is validation, for `twotower fuse` too: `time:Q`, `since:DAY`, `leave-one-out`,
     `pause:DAYS` or, without time, `random:SHARE`; absent = as the workspace's own hold-out was cut."""
-    metric: Annotated[str, Field(pattern=r"^(recall|ndcg|hit)@[1-9]\d*$")] = "recall@50"
+    metric: Annotated[str, Field(pattern=r"^(recall|ndcg|hit)@[1-9]\d{0,5}$")] = "recall@50"
     """What is to be greatest: `recall@K`, `ndcg@K` or `hit@K`."""
     patience: Positive = 3
     """A trial ends after so many epochs that were no better than its best."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Whole = 0
     """Of the search."""
 
 
@@ -637,14 +696,14 @@ class Tune:
 class Evaluate:
     """How a model is judged."""
 
-    k: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [10, 20, 50, 200])
+    k: Annotated[list[Length], Field(min_length=1)] = field(default_factory=lambda: [10, 20, 50, 200])
     """Cut-offs of the metrics."""
-    bootstrap: Positive = 1000
+    bootstrap: Length = 1000
     """Resamples of users behind an interval."""
     context: bool = True
     """Ask each held-out user in the context of their first held-out request, where the hold-out has impressions and the
     model features of contexts; false = without a context."""
-    channels_k: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [200, 500, 2000])
+    channels_k: Annotated[list[Length], Field(min_length=1)] = field(default_factory=lambda: [200, 500, 2000])
     """Cut-offs of `evaluate --channels`; those above the size of the catalogue are cut to it."""
 
 
@@ -660,9 +719,9 @@ class Fusion:
     reserved: dict[Channel, Share] = field(default_factory=dict)
     """By channel, the least share of the places of the one list that it has, such as `{ new_items = 0.05 }`, so that
     new items are shown before anything is known of them; set by hand, whatever the weights are."""
-    depth: Positive = 1000
+    depth: Length = 1000
     """Candidates that each channel is asked for where several are fused, and at least as many as are wanted."""
-    k: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [200, 500])
+    k: Annotated[list[Length], Field(min_length=1)] = field(default_factory=lambda: [200, 500])
     """Lengths of the list at which `twotower fuse` raises recall, their mean."""
     users: Positive = 5000
     """Users of validation that it looks at, at most, evenly from all parts."""
@@ -687,7 +746,7 @@ class FeatureStore:
 
     kind: Literal["lmdb", "redis"] = "lmdb"
     """`lmdb` is embedded."""
-    url: str | None = None
+    url: Text | None = None
     """Address of an external store."""
 
 
@@ -708,7 +767,7 @@ class ImpressedFilter:
 class Serve:
     """The HTTP server."""
 
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port of the public API; 0 = any free one."""
@@ -766,7 +825,7 @@ class EventLog:
 
     kind: Literal["local", "redis", "kafka"] = "local"
     """`local` is embedded."""
-    url: str | None = None
+    url: Text | None = None
     """Address of an external log: `redis://HOST:6379/0`, or `HOST:9092` of Kafka's brokers, with commas."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "twotower"
     """`redis`, `kafka`: before the log's keys, or the name of its topic."""
@@ -849,11 +908,11 @@ class Update:
     """Latest positives that negatives are drawn from."""
     admit_after: Positive = 2
     """Positives after which a new id has an embedding of its own."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Whole = 0
     """Of the negatives."""
     follow_s: PositiveReal = 0.25
     """`update incremental --follow`: pause between two looks at the shards."""
-    fold_every: Annotated[int, Field(ge=0)] = 250
+    fold_every: Whole = 250
     """Deltas after which all that was learned is folded into one, so that a long chain is opened fast; 0 = never."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.9
     """`update full`: what yesterday's optimizer accumulators are multiplied by."""

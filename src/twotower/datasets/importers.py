@@ -1,7 +1,5 @@
 """`import`: from a data set's own files to a workspace."""
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -11,6 +9,7 @@ from twotower.datasets.holdout import Split, parse_day, parse_holdout, split, sp
 from twotower.datasets.interactions import IN_MILLISECONDS, EventTime
 from twotower.datasets.tables import Source, assemble, parse_positive
 from twotower.datasets.workspace import ImportReport, check_vacant, write_workspace
+from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError
 
 DATASETS: Final = (movielens.NAME, kuairand.NAME, globo.NAME, interactions.NAME)
@@ -27,7 +26,7 @@ def import_dataset(
     users: Path | None = None,
     items: Path | None = None,
     event_time: EventTime = IN_MILLISECONDS,
-    clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    clock_ms: ClockMs = now_ms,
 ) -> ImportReport:
     """Make a workspace of a data set.
 

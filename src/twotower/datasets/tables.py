@@ -5,9 +5,8 @@ the order of rows or files, because events are put in an order in which only equ
 """
 
 import datetime
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Final
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 
 from twotower.datasets.sources import UNTYPED, SourceColumn
 from twotower.schema import columns as c
+from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import (
     EARLIEST_MS,
@@ -277,7 +277,7 @@ def _representable(kind: pa.DataType) -> bool:
 def assemble(
     source: Source,
     until: datetime.date | None = None,
-    clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    clock_ms: ClockMs = now_ms,
 ) -> Tables:
     """Check what an importer found and bring it into the common form.
 

@@ -1,8 +1,6 @@
 """A part of the training events set aside to choose by, so that the test set is never looked at."""
 
 import datetime
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from twotower.datasets.holdout import Since, parse_holdout, split
 from twotower.datasets.tables import DAY_MS, Tables
 from twotower.datasets.workspace import HOLDOUT, MANIFEST, ImportReport, Workspace, open_workspace, write_workspace
 from twotower.schema import columns as c
+from twotower.schema.clock import ClockMs, now_ms, until_now
 from twotower.schema.files import read_json
 
 UNTIMED = "random:0.1"
@@ -25,7 +24,7 @@ def hold_out_validation(
     workspace: Path,
     out: Path,
     rule: str | None = None,
-    clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    clock_ms: ClockMs = now_ms,
 ) -> ImportReport:
     """Make a workspace out of the training events of another, part of them held out.
 
@@ -43,8 +42,9 @@ def hold_out_validation(
     """
     whole = open_workspace(workspace)
     manifest = read_json(workspace / MANIFEST) if (workspace / MANIFEST).exists() else {}
-    events = whole.events()
-    rule = rule or _rule_again(whole, manifest, events, clock_ms())
+    now = clock_ms()
+    events, _ = until_now(whole.events(), (c.REQUEST_TS_MS, c.CLICK_TS_MS), now, "events")
+    rule = rule or _rule_again(whole, manifest, events, now)
     tables = Tables(
         manifest.get("source", workspace.name), whole.users(), whole.items(), events, instants=whole.instants(events)
     )

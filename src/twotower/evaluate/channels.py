@@ -29,6 +29,7 @@ from twotower.index.protocol import PADDING
 from twotower.models.retriever import Candidates, Retriever
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
+from twotower.schema.clock import BEYOND_NOW
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def evaluate_channels(
     return {
         "users": len(truth.user_rows),
         "pairs": len(truth.items.rows),
+        "dropped": {BEYOND_NOW: truth.beyond_now} if truth.beyond_now else {},
         "context": carried(truth, first),
         "ks": cut,
         "channels": list(channels),

@@ -13,17 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
+from twotower.evaluate.held_out import read_held_out
 from twotower.evaluate.metrics import Figure, PerUser, difference, score_lists, summarise
 from twotower.features.columns import Bag, Column, concatenate, pointers, take
+from twotower.features.vocabulary import Positions
 from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Candidates, Retriever
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
+from twotower.schema.clock import BEYOND_NOW
 from twotower.schema.errors import DataError
-from twotower.schema.tables import as_ids, require_columns
+from twotower.schema.tables import as_ids
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class Truth:
     """Their distinct held-out items."""
     context: Mapping[str, Column] = field(default_factory=dict)
     """Of the request by which each user is asked, encoded (B rows); empty = requests carry none."""
+    beyond_now: int = 0
+    """Held-out rows that are left out, because they are later than now."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def evaluate(
         context: requests carry the context of each user's first held-out request, where the hold-out knows it.
 
     Returns:
-        The referee's names, each `{"value", "ci95"}`; `users`; `context`: the `features` that requests carry and the
+        The referee's names, each `{"value", "ci95"}`; `users`; `dropped`: rows of the hold-out that are left out, by
+        reason; `context`: the `features` that requests carry and the
         `users` whose first request is known; each baseline's figures under its name, recall also as `difference` of
         the judged channel to it; `cold`: the same by reason.
 
@@ -88,6 +93,7 @@ def evaluate(
     judged, *baselines = channels
     scores = {channel.name: _score(samples, channel, warm, ks) for channel in channels}
     result: dict[str, Any] = {"users": len(warm.user_rows), "channel": judged.name, "context": carried(warm, first)}
+    result["dropped"] = {BEYOND_NOW: warm.beyond_now} if warm.beyond_now else {}
     result |= _plain(summarise(scores[judged.name], resamples, seed))
     for baseline in baselines:
         figures = _plain(summarise(scores[baseline.name], resamples, seed))
@@ -120,12 +126,31 @@ def read_truth(path: Path, samples: Samples) -> Truth:
     Raises:
         DataError: the file is missing, or no row is of a known user and item.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist: import the data with --holdout or --test to evaluate")
-    table = pq.read_table(path)
-    if (truth := _known_truth(table, samples, path.name)) is None:
-        raise DataError(f"{path} has {table.num_rows} rows, none of them of a user and an item of the workspace")
-    return truth
+    return _read_truth(path, samples.users.positions, samples.items.positions)
+
+
+def check_truth(path: Path, users: pa.ChunkedArray, items: pa.ChunkedArray) -> None:
+    """Refuse a hold-out that judges nothing, before anything is trained.
+
+    Args:
+        path: the held-out positives.
+        users: the ids of all users, ascending.
+        items: those of all items.
+
+    Raises:
+        DataError: the file is missing, or no row is of a known user and item.
+    """
+    _read_truth(path, Positions(users.combine_chunks()), Positions(items.combine_chunks()))
+
+
+def _read_truth(path: Path, users: Positions, items: Positions) -> Truth:
+    held_out = read_held_out(path, [c.USER_ID, c.ITEM_ID])
+    if (truth := _known_truth(held_out.rows, users, items, path.name)) is None:
+        raise DataError(
+            f"{path} has {held_out.rows.num_rows} rows, none of them of a user and an item of the workspace: nothing "
+            "can be judged by it. Hold out other events, or remove the file to go on without"
+        )
+    return replace(truth, beyond_now=held_out.beyond_now)
 
 
 def first_requests(path: Path, samples: Samples) -> FirstRequests | None:
@@ -152,10 +177,9 @@ def first_requests(path: Path, samples: Samples) -> FirstRequests | None:
         log.warning("%s does not exist: held-out users are asked without their context (%s)", path, names)
         return None
     wanted = [c.USER_ID, c.REQUEST_TS_MS, *(feature.name for feature in features)]
-    require_columns(pq.read_schema(path).empty_table(), wanted, path.name)
-    table = pq.read_table(path, columns=wanted)
+    table = read_held_out(path, wanted).rows.select(wanted)
     user = samples.users.positions.find(as_ids(table.column(c.USER_ID), path.name).combine_chunks())
-    order = np.lexsort((table.column(c.REQUEST_TS_MS).to_numpy(), user))
+    order = np.lexsort((table.column(c.REQUEST_TS_MS).fill_null(0).to_numpy(), user))
     users, place = np.unique(user[order], return_index=True)
     users, chosen = users[users >= 0], order[place[users >= 0]]
     known = np.zeros(len(samples.users), np.bool_)
@@ -200,33 +224,32 @@ def carried(truth: Truth, first: FirstRequests | None) -> dict[str, Any]:
     return {"features": list(truth.context), "users": known}
 
 
-def _known_truth(table: pa.Table, samples: Samples, where: str) -> Truth | None:
+def _known_truth(table: pa.Table, users: Positions, items: Positions, where: str) -> Truth | None:
     """Rows of known users and items, the others counted in the log; None where there are no known ones."""
-    require_columns(table, [c.USER_ID, c.ITEM_ID], where)
-    user = samples.users.positions.find(as_ids(table.column(c.USER_ID), where).combine_chunks())
-    item = samples.items.positions.find(as_ids(table.column(c.ITEM_ID), where).combine_chunks())
+    user = users.find(as_ids(table.column(c.USER_ID), f"{where}, column {c.USER_ID}").combine_chunks())
+    item = items.find(as_ids(table.column(c.ITEM_ID), f"{where}, column {c.ITEM_ID}").combine_chunks())
     both = (user >= 0) & (item >= 0)
     if unknown := int((~both).sum()):
         log.warning("%s: %d of %d rows are not of a known user and item and left out", where, unknown, len(both))
     if not both.any():
         return None
-    size = len(samples.items)
+    size = len(items.values)
     pairs = np.unique(user[both] * size + item[both])
-    users, place = np.unique(pairs // size, return_inverse=True)
-    return Truth(users, Bag(pointers(np.bincount(place)), (pairs % size).astype(np.int32)))
+    owners, place = np.unique(pairs // size, return_inverse=True)
+    return Truth(owners, Bag(pointers(np.bincount(place)), (pairs % size).astype(np.int32)))
 
 
 def cold_truth(path: Path, reason: str, samples: Samples) -> Truth | None:
     """The cold held-out positives of one reason; None where the file has none of known users and items."""
     if not path.exists():
         return None
-    table = pq.read_table(path)
-    require_columns(table, [c.REASON], path.name)
-    return _known_truth(table.filter(pc.equal(table.column(c.REASON), reason)), samples, f"{path.name}, {reason}")
+    held_out = read_held_out(path, [c.USER_ID, c.ITEM_ID, c.REASON])
+    rows = held_out.rows.filter(pc.equal(held_out.rows.column(c.REASON), reason))
+    return _known_truth(rows, samples.users.positions, samples.items.positions, f"{path.name}, {reason}")
 
 
 def _score(samples: Samples, channel: Retriever, truth: Truth, ks: Sequence[int]) -> PerUser:
-    lists = ranked(samples, channel, truth.user_rows, max(ks), truth.context)
+    lists = ranked(samples, channel, truth.user_rows, min(max(ks), len(samples.items)), truth.context)
     return score_lists(lists, truth.items, samples.item_positives, ks)
 
 

@@ -49,7 +49,7 @@ def score_lists(
         rows: (B, K) ranked items, -1 where a list has ended.
         truth: the distinct held-out items of each user; none is empty.
         item_positives: (N,) training positives of each item.
-        ks: cut-offs, at most K.
+        ks: cut-offs. One above K judges lists of K, which must then be the whole catalogue.
     """
     size = len(item_positives)
     counts = np.diff(truth.indptr)
@@ -59,7 +59,7 @@ def score_lists(
     hit = np.isin(keys, owner * size + truth.rows) & listed
     known = np.sort(item_positives[item_positives > 0])
     percentile = np.searchsorted(known, item_positives, side="right") / max(1, len(known))
-    discount = 1 / np.log2(np.arange(2, max(ks) + 2))
+    discount = 1 / np.log2(np.arange(2, rows.shape[1] + 2))
     ideal = np.concatenate([[0.0], np.cumsum(discount)])
     values: dict[str, Floats] = {}
     weights: dict[str, Floats] = {}
@@ -67,7 +67,7 @@ def score_lists(
     for k in ks:
         hits = hit[:, :k].sum(axis=1)
         values[f"recall@{k}"] = hits / counts
-        values[f"ndcg@{k}"] = (hit[:, :k] * discount[:k]).sum(axis=1) / ideal[np.minimum(counts, k)]
+        values[f"ndcg@{k}"] = (hit[:, :k] * discount[:k]).sum(axis=1) / ideal[np.minimum(counts, min(k, rows.shape[1]))]
         values[f"hit@{k}"] = (hits > 0).astype(np.float64)
         shown = rows[:, :k][listed[:, :k]]
         whole[f"coverage@{k}"] = len(np.unique(shown)) / max(1, len(known))

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from twotower.evaluate.calibration import auc, auc_within, calibration_error, log_loss, reliability, sigmoid
+from twotower.evaluate.held_out import read_held_out
 from twotower.evaluate.holdout import figure
 from twotower.evaluate.metrics import PerUser, summarise
 from twotower.features.columns import Bag, Column, pointers, ranges, take
@@ -24,9 +24,11 @@ from twotower.models.retriever import Queries
 from twotower.samples.read import Clicks, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
-from twotower.schema.tables import as_ids, require_columns
+from twotower.schema.tables import as_ids
 
 BATCH = 8192
+SHOWN = (c.USER_ID, c.ITEM_ID, c.OUTCOME, c.REQUEST_TS_MS, c.CLICK_TS_MS)
+"""Columns of held-out impressions that rankers are judged by."""
 
 Reals = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
@@ -62,11 +64,8 @@ def read_shown(path: Path, samples: Samples) -> Shown:
             f"{path} does not exist: rankers are judged by what was shown after their training; import or simulate the "
             "data again with --holdout"
         )
-    table = pq.ParquetFile(path).read()
     context = samples.features.context
-    require_columns(
-        table, [c.USER_ID, c.ITEM_ID, c.OUTCOME, c.REQUEST_TS_MS, c.CLICK_TS_MS, *(f.name for f in context)], path.name
-    )
+    table = read_held_out(path, [*SHOWN, *(f.name for f in context)]).rows
     item = samples.items.positions.find(as_ids(table.column(c.ITEM_ID), path.name).combine_chunks())
     if (known := item >= 0).any():
         table, item = table.filter(pa.array(known)), item[known]
@@ -74,7 +73,7 @@ def read_shown(path: Path, samples: Samples) -> Shown:
         raise DataError(f"{path} has {len(item)} rows, none of them of an item of the samples")
     position = np.zeros(table.num_rows, np.int32)
     if c.POSITION in table.column_names:
-        position = table.column(c.POSITION).fill_null(0).to_numpy().astype(np.int32)
+        position = table.column(c.POSITION).fill_null(0).to_numpy()
     user = samples.users.positions.find(as_ids(table.column(c.USER_ID), path.name).combine_chunks())
     clicked = pc.equal(table.column(c.OUTCOME), c.CLICKED).to_numpy()
     by_known = clicked & (user >= 0)

@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from twotower.datasets.world import NOTHING, Requests, World
+from twotower.evaluate.held_out import read_held_out
 from twotower.evaluate.holdout import figure, held_out, ranked
 from twotower.evaluate.metrics import PerUser, difference, summarise
 from twotower.models.retriever import Retriever
@@ -69,7 +69,7 @@ def evaluate_by_truth(
     item = world.item_rows(samples.items.ids)
     clicked = clicked_by(samples, world, item)
     requests = Requests(np.arange(len(user)), user, ts_ms, np.zeros(len(user), np.int64))
-    most = max(ks)
+    most = min(max(ks), len(samples.items))
     lists = {BEST: world.top(user, ts_ms, most, clicked)}
     for channel in channels:
         found = ranked(samples, channel, rows, most, asked.context)
@@ -90,7 +90,7 @@ def evaluate_by_truth(
 
 def first_times(holdout: Path, world: World) -> Ints:
     """(U,) the time of each user's first held-out click."""
-    table = pq.read_table(holdout)
+    table = read_held_out(holdout, [c.USER_ID, c.TS_MS]).rows
     first = np.full(len(world.truth.taste), np.iinfo(np.int64).max)
     np.minimum.at(first, world.user_rows(table[c.USER_ID]), table[c.TS_MS].to_numpy())
     return first

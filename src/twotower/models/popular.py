@@ -75,15 +75,11 @@ class Popular:
         Raises:
             ConfigError: a window or a half-life for data without time; a prior without a segment; no such feature.
         """
-        if prior and segment is None:
-            raise ConfigError(f"models.popular.prior = {prior} is for the lists of segments: set segment too")
+        check_popular(samples, window_days, segment, half_life_days, prior)
         if window_days is None and segment is None and half_life_days is None:
             return cls.fit(samples.item_positives)
         positives = samples.positives
         weight = positives.weight.astype(np.float64)
-        for option, days in (("window_days", window_days), ("half_life_days", half_life_days)):
-            if days is not None and not samples.timed:
-                raise ConfigError(f"models.popular.{option} counts by time, and the events have none: leave it out")
         age_days = (positives.ts_ms.max(initial=0) - positives.ts_ms) / DAY_MS
         if window_days is not None:
             weight = weight * (age_days < window_days)
@@ -153,6 +149,23 @@ class Popular:
         return np.flatnonzero(~np.isin(head, left_out))[:k]
 
 
+def check_popular(
+    samples: Samples, window_days: float | None, segment: str | None, half_life_days: float | None, prior: float
+) -> None:
+    """Refuse what cannot be counted of samples; arguments as of `Popular.of`.
+
+    Raises:
+        ConfigError: a window or a half-life for data without time; a prior without a segment; no such feature.
+    """
+    if prior and segment is None:
+        raise ConfigError(f"models.popular.prior = {prior} is for the lists of segments: set segment too")
+    for option, days in (("window_days", window_days), ("half_life_days", half_life_days)):
+        if days is not None and not samples.timed:
+            raise ConfigError(f"models.popular.{option} counts by time, and the events have none: leave it out")
+    if segment is not None:
+        _segments(samples, segment)
+
+
 def _ordered(
     group: npt.NDArray[np.int64],
     rows: npt.NDArray[np.int64],
@@ -169,6 +182,18 @@ def _ordered(
 
 def _tokens(samples: Samples, segment: str) -> tuple[npt.NDArray[np.int64], int]:
     """The segment of each positive (P,) as a row of the feature's table, and how many rows the table has."""
+    feature = _segments(samples, segment)
+    size = feature.capacity if isinstance(feature, Bucket) else feature.vocabulary.capacity
+    if segment in samples.positives.context:
+        tokens = samples.positives.context[segment]
+    else:
+        tokens = samples.users.features[segment][samples.positives.user_row]  # type: ignore[index]
+    assert isinstance(tokens, np.ndarray)
+    return tokens.astype(np.int64), size
+
+
+def _segments(samples: Samples, segment: str) -> Category | Bucket:
+    """The feature whose values are segments."""
     fitted = {f.name: f for f in (*samples.features.user_columns, *samples.features.context)}
     feature = fitted.get(segment)
     if not isinstance(feature, Category | Bucket):
@@ -177,10 +202,4 @@ def _tokens(samples: Samples, segment: str) -> tuple[npt.NDArray[np.int64], int]
             f"models.popular.segment = {segment!r} is no categorical or bucketed feature of users or context; "
             f"there are {', '.join(fit) or 'none'}"
         )
-    size = feature.capacity if isinstance(feature, Bucket) else feature.vocabulary.capacity
-    if segment in samples.positives.context:
-        tokens = samples.positives.context[segment]
-    else:
-        tokens = samples.users.features[segment][samples.positives.user_row]  # type: ignore[index]
-    assert isinstance(tokens, np.ndarray)
-    return tokens.astype(np.int64), size
+    return feature

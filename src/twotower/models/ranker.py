@@ -27,6 +27,7 @@ from twotower.models.towers import (
     hidden_layers,
     input_width,
     is_encoded,
+    part_of,
     through,
     width_behind,
 )
@@ -110,7 +111,7 @@ class Ranker(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.attention = nn.ModuleDict(
-                {f.name: TargetAttention(f.dimension, f.last, shape.attention) for f in features.user
+                {part_of(f.name): TargetAttention(f.dimension, f.last, shape.attention) for f in features.user
                  if isinstance(f, Items) and is_encoded(f)}
             )  # fmt: skip
             self.person = nn.Linear(wide[0], meeting, bias=False)
@@ -147,8 +148,8 @@ class Ranker(nn.Module):
         seen: dict[str, Tensor] = {}
         for feature in self.user_features:
             name = feature.name
-            if name in self.attention:
-                seen[name] = self.attention[name](user[name], user[name + LENGTH], candidate)
+            if (part := part_of(name)) in self.attention:
+                seen[name] = self.attention[part](user[name], user[name + LENGTH], candidate)
             else:
                 seen[name] = user[name].expand(rows, -1)
         user_side = torch.cat(list(seen.values()), dim=-1)

@@ -110,8 +110,12 @@ class SameCategory:
         )
 
 
-def _categories(samples: Samples, attributes: Sequence[str]) -> Bag:
-    """The categories of each item, numbered through all attributes."""
+def check_attributes(samples: Samples, attributes: Sequence[str]) -> None:
+    """Refuse attributes that have no categories.
+
+    Raises:
+        ConfigError: no attribute, or one that is no categorical feature of items.
+    """
     fitted = {f.name: f for f in samples.features.item}
     fit = [name for name, f in fitted.items() if isinstance(f, Category | Categories | Bucket)]
     wrong = [name for name in attributes if name not in fit]
@@ -121,6 +125,12 @@ def _categories(samples: Samples, attributes: Sequence[str]) -> Bag:
             + (f"{wrong[0]} is no categorical feature of items" if wrong else "the channel needs at least one")
             + f"; there are {', '.join(fit) or 'none'}"
         )
+
+
+def _categories(samples: Samples, attributes: Sequence[str]) -> Bag:
+    """The categories of each item, numbered through all attributes."""
+    check_attributes(samples, attributes)
+    fitted = {f.name: f for f in samples.features.item}
     owner, category = [], []
     first = 0
     for name in attributes:

@@ -46,6 +46,16 @@ def is_encoded(feature: Fitted) -> bool:
     return isinstance(feature, Items) and feature.encoder != "mean"
 
 
+def part_of(name: str) -> str:
+    """The name under which a module keeps what belongs to a feature: torch takes no points, and none of its own names.
+
+    >>> part_of("history"), part_of("items")
+    ('history', '_6974656d73')
+    """
+    usable = name.isidentifier() and not name.startswith("_") and not hasattr(nn.ModuleDict(), name)
+    return name if usable else f"_{name.encode().hex()}"
+
+
 class Tower(nn.Module):
     """Features side by side, a network, a projection, the L2 norm.
 
@@ -72,13 +82,13 @@ class Tower(nn.Module):
         self.shift: nn.Parameter | None = None
         self.encoders = nn.ModuleDict(
             {
-                feature.name: _encoder(feature, dropout)
+                part_of(feature.name): _encoder(feature, dropout)
                 for feature in features
                 if isinstance(feature, Items) and is_encoded(feature)
             }
         )
+        check_widths(features, network, dimension)
         if network.kind == "none":
-            _refuse_other_widths(features, dimension)
             self.gains = nn.Parameter(torch.ones(len(features)))
             self.shift = nn.Parameter(torch.zeros(dimension))
             return
@@ -105,9 +115,9 @@ class Tower(nn.Module):
         return projected
 
     def _encoded(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
-        if name not in self.encoders:
+        if (part := part_of(name)) not in self.encoders:
             return inputs[name]
-        vector: Tensor = self.encoders[name](inputs[name], inputs[name + LENGTH], inputs.get(name + ROW))
+        vector: Tensor = self.encoders[part](inputs[name], inputs[name + LENGTH], inputs.get(name + ROW))
         return vector
 
 
@@ -139,8 +149,13 @@ class WithPopularity(nn.Module):
         return torch.cat([vectors * left, known * more], dim=-1)
 
 
-def _refuse_other_widths(features: Sequence[Fitted], dimension: int) -> None:
-    for feature in features:
+def check_widths(features: Sequence[Fitted], network: Network, dimension: int) -> None:
+    """Refuse features that a tower without a network cannot add.
+
+    Raises:
+        ConfigError: one is not D wide.
+    """
+    for feature in features if network.kind == "none" else ():
         if input_width(feature) != dimension:
             raise ConfigError(
                 f"feature {feature.name} is {input_width(feature)} wide and the vectors {dimension}: without a network "

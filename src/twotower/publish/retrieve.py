@@ -1,4 +1,4 @@
-"""Recommendations for many users at once, as a file that the referee reads."""
+"""Recommendations for many users at once, as a file."""
 
 import logging
 from collections.abc import Sequence
@@ -12,10 +12,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.features.columns import Column, pointers
+from twotower.features.fitted import Bucket, Categories, Category, Fitted, Number
 from twotower.publish.version import FUSED, Version
 from twotower.schema import columns as c
+from twotower.schema.clock import ClockMs, now_ms, until_now
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import whole_file
+from twotower.schema.files import parquet_files
+from twotower.schema.formats import check_writable, format_of, read_rows, write_rows
 from twotower.schema.tables import as_ids, is_id, recommendations, require_columns
 
 log = logging.getLogger(__name__)
@@ -41,23 +44,22 @@ def retrieve_file(
     Args:
         version: the version that answers, as it is or as it is served, with what was learned and put since.
         workspace: whose `events/` say what was impressed.
-        users: `all` users of the version who were not deleted since, or a Parquet file with `user_id`; columns of it
-            that are context features are used as each request's context. A user's first row counts.
-        k: items of each user.
-        out: a Parquet file, whole or not at all.
+        users: `all` users of the version who were not deleted since, or a file with `user_id`, in the format that its
+            name says; columns of it that are context features are used as each request's context. A user's first row
+            counts.
+        k: items of each user; more than the catalogue has are the whole catalogue.
+        out: a file, whole or not at all, in the format that its name says.
         channel: a channel of the version, or `fused`.
         exclude: `clicked`, `impressed` (or clicked) or `none`.
 
     Raises:
-        ConfigError: an unknown way to exclude or an unknown channel; k below 1.
+        ConfigError: an unknown channel, or what `check_retrieval` refuses.
         DataError: an unreadable users file.
     """
-    if exclude not in EXCLUDE:
-        raise ConfigError(f"--exclude {exclude}: it is one of {', '.join(EXCLUDE)}")
-    if k < 1:
-        raise ConfigError(f"--k {k}: at least one item")
+    check_retrieval(users, k, out, exclude)
     if channel not in (*version.channels, FUSED):
         raise ConfigError(f"--channel {channel}: version {version.id} has {', '.join(version.channels)} and {FUSED}")
+    k = min(k, len(version.item_ids))
     names = tuple(version.channels) if channel == FUSED else (channel,)
     asked = _read_users(version, users)
     features = [feature.name for feature in version.features.context]
@@ -71,13 +73,13 @@ def retrieve_file(
     elif exclude == "clicked":
         left_out = (version.clicks.indptr, version.clicks.item_row)
     schema = recommendations(version.users.ids.type, version.item_ids.type)
-    with whole_file(out) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with write_rows(out, schema) as write:
         for start in range(0, len(ids), BATCH):
             part = asked.slice(start, BATCH)
             queries = version.queries_of(ids.slice(start, BATCH), _context(version, part), left_out)
             found = version.retrieve(queries, k, names).candidates
             owner, place = np.nonzero(found.rows >= 0)
-            writer.write_table(
+            write(
                 pa.table(
                     {
                         c.USER_ID: ids.slice(start, BATCH).take(pa.array(owner)),
@@ -92,6 +94,21 @@ def retrieve_file(
     return RetrieveReport(len(ids), carried)
 
 
+def check_retrieval(users: str, k: int, out: Path, exclude: str) -> None:
+    """Refuse what `retrieve_file` cannot do, without a version.
+
+    Raises:
+        ConfigError: an unknown way to exclude; k below 1; files of no format that is known; `out` cannot be written.
+    """
+    if exclude not in EXCLUDE:
+        raise ConfigError(f"--exclude {exclude}: it is one of {', '.join(EXCLUDE)}")
+    if k < 1:
+        raise ConfigError(f"--k {k}: at least one item")
+    if users != "all":
+        format_of(Path(users), "--users")
+    check_writable(out, "--out")
+
+
 def _read_users(version: Version, users: str) -> pa.Table:
     if users == "all":
         known = version.users.ids.type
@@ -99,10 +116,8 @@ def _read_users(version: Version, users: str) -> pa.Table:
         gone = version.users.positions.find(pa.array(deleted, known))
         kept = np.setdiff1d(np.arange(len(version.users)), gone)
         return pa.table({c.USER_ID: version.users.ids.take(pa.array(kept))})
-    try:
-        table = pq.read_table(users)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"--users {users}: {error}. Give `all`, or a Parquet file with {c.USER_ID}") from None
+    types = {feature.name: _text_type(feature) for feature in version.features.context}
+    table = read_rows(Path(users), types | {c.USER_ID: version.users.ids.type}, "--users")
     require_columns(table, [c.USER_ID], users)
     ids = as_ids(table.column(c.USER_ID), f"{users}, column {c.USER_ID}")
     if ids.type != version.users.ids.type:
@@ -110,6 +125,16 @@ def _read_users(version: Version, users: str) -> pa.Table:
     table = table.set_column(table.schema.get_field_index(c.USER_ID), c.USER_ID, ids)
     first = np.unique(pc.dictionary_encode(ids.combine_chunks()).indices.to_numpy(), return_index=True)[1]
     return table.take(pa.array(np.sort(first)))
+
+
+def _text_type(feature: Fitted) -> pa.DataType:
+    """The type of a feature's values where a file has them as text."""
+    if isinstance(feature, Category):
+        return feature.vocabulary.values.type
+    if isinstance(feature, Number | Bucket):
+        return pa.float64()
+    separated = isinstance(feature, Categories) and feature.separator is not None
+    return pa.string() if separated else pa.list_(pa.string())
 
 
 def _context(version: Version, asked: pa.Table) -> dict[str, Column]:
@@ -125,18 +150,23 @@ def _context(version: Version, asked: pa.Table) -> dict[str, Column]:
 
 
 def shown_items(
-    version: Version, events: Path, outcomes: Sequence[str] = (c.IMPRESSED, c.CLICKED)
+    version: Version,
+    events: Path,
+    outcomes: Sequence[str] = (c.IMPRESSED, c.CLICKED),
+    clock_ms: ClockMs = now_ms,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Distinct items that each user was shown, as catalogue rows by user row (CSR)."""
-    files = sorted(events.glob("date=*/*.parquet"))
+    """Distinct items that each user was shown, as catalogue rows by user row (CSR); not by events later than now."""
+    files = [path for folder in sorted(events.glob(f"{c.DATE}=*")) for path in parquet_files(folder)]
     if not files:
         raise DataError(f"{events} has no date=*/*.parquet: --exclude impressed needs the events")
-    size = len(version.item_ids)
+    size, now = len(version.item_ids), clock_ms()
+    wanted = [c.USER_ID, c.ITEM_ID, c.REQUEST_TS_MS, c.CLICK_TS_MS]
     pairs = [np.zeros(0, np.int64)]
     for path in files:
-        table = pq.read_table(
-            path, columns=[c.USER_ID, c.ITEM_ID], filters=[(c.OUTCOME, "in", list(outcomes))], partitioning=None
-        )
+        stored = pq.read_schema(path)
+        require_columns(stored, [*wanted, c.OUTCOME], "/".join(path.parts[-3:]))
+        table = pq.read_table(path, columns=wanted, filters=[(c.OUTCOME, "in", list(outcomes))], partitioning=None)
+        table, _ = until_now(table, wanted[2:], now, "/".join(path.parts[-3:]))
         user = version.users.positions.find(as_ids(table.column(c.USER_ID), path.name).combine_chunks())
         item = version.items.find(as_ids(table.column(c.ITEM_ID), path.name).combine_chunks())
         known = (user >= 0) & (item >= 0)

@@ -6,10 +6,8 @@ the engine. History is stored as a count: how many of the user's clicks came bef
 
 import datetime
 import functools
-import itertools
 import logging
 import operator
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +28,15 @@ from twotower.features.feature_set import FeatureSet, encode_table, extended, fi
 from twotower.features.fitted import Fitted
 from twotower.samples.columns_file import write_columns, write_table
 from twotower.samples.engine import Engine, open_engine
+from twotower.samples.events import (
+    CONTEXT,
+    WEIGHED_BY,
+    chosen,
+    first_of,
+    last_of,
+    partitions,
+    stored_events,
+)
 from twotower.samples.hard import HARD, find_rejected
 from twotower.samples.sampling import (
     COPIES,
@@ -43,9 +50,10 @@ from twotower.samples.sampling import (
     with_copies,
 )
 from twotower.schema import columns as c
+from twotower.schema.clock import BEYOND_NOW, ClockMs, day_of, now_ms
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import MANIFEST, folder_listing, parquet_files, whole_folder, write_json
-from twotower.schema.tables import check_entities, check_milliseconds, check_outcomes, require_columns
+from twotower.schema.files import MANIFEST, folder_listing, whole_folder, write_json
+from twotower.schema.tables import check_entities, check_milliseconds, check_outcomes
 
 log = logging.getLogger(__name__)
 
@@ -60,16 +68,17 @@ NO_POSITION = 0
 NO_HISTORY = -1
 """History count of data without time: the trainer draws histories anew each epoch."""
 
-CONTEXT = "context."
-"""Before the name of an encoded context column."""
 FEATURE = "feature."
 """Before the name of an encoded column of users or items."""
 
 DAY_MS = 86_400_000
 _FITTED_NUMBERS = 1_000_000
 """About so many positives are enough for the mean or the quantiles of a number."""
-_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _IN_RANGE = "in_range"
+_LAST_TIMES = ("last_request", "last_click")
+_LAST_POSITION = 2**31 - 1
+_LARGEST_WEIGHT = 1e9
+"""Eleven days in milliseconds; a larger one would leave nothing of the others in float32."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +102,9 @@ class SamplesReport:
     deciles: dict[str, list[int]]
     """Training rows by tenth of the items, the least clicked first: `before` and `after` sampling."""
     dropped: dict[str, int]
-    """Events left out, by reason: `null_id`, `unknown_user`, `unknown_item`."""
+    """Events left out, by reason: `beyond_now`, `null_id`, `unknown_user`, `unknown_item`."""
     watermark_ms: int | None
-    """The latest time of any event read; None without time."""
+    """The latest time of any event read that is not beyond the clock; None without time."""
     last_day: str | None
     """The last day of requests read, `YYYY-MM-DD`; None without time. Its clicks may be of the next one."""
 
@@ -122,6 +131,8 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
     engine: spec.Engine = spec.Engine(),  # noqa: B008
     previous: FeatureSet | None = None,
     evict_after_days: int | None = None,
+    clock_ms: ClockMs = now_ms,
+    recorded: Mapping[str, Any] | None = None,
 ) -> SamplesReport:
     """Build the samples of a range of days into the folder `out`, whole or not at all.
 
@@ -146,6 +157,9 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
         engine: what runs the job, with its memory and threads; every engine gives the same files.
         previous: fitted features to go on with, of which only the ids change; None = all are fitted anew.
         evict_after_days: with `previous`, ids without a positive in so many days before the last are unknown.
+        clock_ms: milliseconds since 1970. Events that are later are left out and counted, so that the same events give
+            more rows by a later clock.
+        recorded: the settings that these arguments are of, for the manifest; JSON values.
 
     Raises:
         DataError: a table is missing, empty or not of its schema; no positive is left.
@@ -155,23 +169,24 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
     items = check_entities(_read(workspace / "items.parquet"), c.ITEM_ID, "items.parquet")
     if items.num_rows < 2:
         raise DataError("items.parquet has one item: there is nothing to choose from")
-    context = tuple(features.context)
-    partitions = _partitions(workspace / "events")
+    context, now = tuple(features.context), clock_ms()
+    days_of_log = partitions(workspace / "events")
     if days is not None:
-        first_day = _first_of(partitions, first_day, last_day, days)
-    files = _chosen(partitions, first_day, last_day)
+        first_day = first_of(days_of_log, first_day, last_day, days, day_of(now))
+    files = chosen(days_of_log, first_day, last_day)
     with whole_folder(out) as folder:
         with open_engine(engine, folder / "spill") as opened:
-            schema = _schema(files, users, items, context, weight)
-            types = {f"{CONTEXT}{name}": schema.field(name).type for name in context}
-            events = opened.read_days(files, schema)
+            stored = stored_events(files, users, items, context, weight, impressions)
+            types = {f"{CONTEXT}{name}": stored.schema.field(f"{CONTEXT}{name}").type for name in context}
+            events = opened.read_days(files, stored)
             user_rows = opened.put("user_rows", _numbered(users, c.USER_ID, USER_ROW))
             item_rows = opened.put("item_rows", _numbered(items, c.ITEM_ID, ITEM_ROW))
-            counts = _count(opened, events, user_rows, item_rows, weight)
+            counts = _count(opened, events, user_rows, item_rows, weight, impressions, now)
             timed = _check_timed(counts, bool(first_day or last_day), impressed_weight)
             if impressions:
                 _check_impressions(counts, timed)
-            known = events.inner_join(user_rows, c.USER_ID).inner_join(item_rows, c.ITEM_ID)
+            known = events.filter(~_beyond(now)) if counts.dropped.get(BEYOND_NOW) else events
+            known = known.inner_join(user_rows, c.USER_ID).inner_join(item_rows, c.ITEM_ID)
             clicks = opened.keep("clicks", _rows(known, c.CLICKED, context, weight, first_day))
             in_range = clicks.filter(clicks[_IN_RANGE]) if first_day else clicks
             if untrained_users:
@@ -246,11 +261,18 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
             {"before": by_decile(per_item, per_item), "after": by_decile(per_item, per_item_fed)},
             counts.dropped,
             counts.watermark_ms,
-            _last_of(partitions, last_day) if timed else None,
+            last_of(days_of_log, last_day, day_of(now)) if timed else None,
         )
         described = {key: value for key, value in asdict(report).items() if key != "path"}
         write_json(
-            folder / MANIFEST, {"format": FORMAT, "kind": "samples", **described, "files": folder_listing(folder)}
+            folder / MANIFEST,
+            {
+                "format": FORMAT,
+                "kind": "samples",
+                **described,
+                "configuration": dict(recorded or {}),
+                "files": folder_listing(folder),
+            },
         )
     return report
 
@@ -274,119 +296,6 @@ def _read(path: Path) -> pa.Table:
         raise DataError(f"{path} is no readable Parquet file: {error}") from None
 
 
-def _partitions(folder: Path) -> dict[str, list[Path]]:
-    """The files of each day of `events/`, days in their order, or of the one partition without time."""
-    partitions: dict[str, list[Path]] = {}
-    for own in sorted(folder.glob(f"{c.DATE}=*")):
-        if files := parquet_files(own):
-            partitions[own.name.removeprefix(f"{c.DATE}=")] = files
-    if not partitions:
-        raise DataError(f"{folder} has no date=*/*.parquet: import or simulate a workspace first")
-    for day in partitions.keys() - {c.UNKNOWN_DATE}:
-        if not _DAY.fullmatch(day):
-            raise DataError(f"{folder} has a partition date={day}: a day is written YYYY-MM-DD, or {c.UNKNOWN_DATE}")
-    if c.UNKNOWN_DATE in partitions and len(partitions) > 1:
-        raise DataError(f"{folder} has days and date={c.UNKNOWN_DATE}: give all events a time, or none")
-    return partitions
-
-
-def _first_of(partitions: dict[str, list[Path]], first_day: str | None, last_day: str | None, days: int) -> str:
-    """The first of so many days up to the last one that the log has."""
-    if first_day:
-        raise ConfigError(
-            f"samples.first_day = {first_day} and samples.days = {days} both choose a beginning: give one"
-        )
-    if c.UNKNOWN_DATE in partitions:
-        raise ConfigError("samples.days chooses by time, but the events have none: leave it out")
-    last = datetime.date.fromisoformat(_last_of(partitions, last_day))
-    return str(last - datetime.timedelta(days=days - 1))
-
-
-def _last_of(partitions: dict[str, list[Path]], last_day: str | None) -> str:
-    """The last day of the log up to the chosen one."""
-    return max((day for day in partitions if day <= (last_day or day)), default=max(partitions))
-
-
-def _chosen(partitions: dict[str, list[Path]], first_day: str | None, last_day: str | None) -> dict[str, list[Path]]:
-    """The partitions up to the last day: earlier ones than the first day are needed for histories."""
-    if not first_day and not last_day:
-        return partitions
-    if c.UNKNOWN_DATE in partitions:
-        raise ConfigError("samples.first_day and last_day choose by time, but the events have none: leave them out")
-    if first_day and last_day and first_day > last_day:
-        raise ConfigError(f"samples.first_day = {first_day} is after samples.last_day = {last_day}")
-    days = list(partitions)
-    if not any((first_day or day) <= day <= (last_day or day) for day in days):
-        raise ConfigError(
-            f"no events from samples.first_day = {first_day or days[0]} to samples.last_day = {last_day or days[-1]}: "
-            f"there are days from {days[0]} to {days[-1]}"
-        )
-    return {day: files for day, files in partitions.items() if day <= (last_day or day)}
-
-
-def _schema(
-    partitions: dict[str, list[Path]], users: pa.Table, items: pa.Table, context: tuple[str, ...], weight: str | None
-) -> pa.Schema:
-    """The columns to read and the type of each over all files; a context column may be absent from some, not from all.
-
-    Raises:
-        DataError: a file is unreadable, a column is missing or not of the type of joined events.
-        ConfigError: a context column is in no file.
-    """
-    integers = [c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS]
-    needed = [*integers, c.USER_ID, c.ITEM_ID, c.OUTCOME, *([weight] if weight else [])]
-    wanted = dict.fromkeys([*needed, *context, c.POSITION])
-    seen: set[str] = set()
-    found: dict[pa.Schema, None] = {}
-    for path in itertools.chain(*partitions.values()):
-        try:
-            stored = pq.read_schema(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is no readable Parquet file: {error}") from None
-        require_columns(stored, needed, "/".join(path.parts[-3:]))
-        seen.update(stored.names)
-        found[pa.schema([(name, _plain(stored.field(name).type)) for name in wanted if name in stored.names])] = None
-    if absent := [name for name in context if name not in seen]:
-        raise ConfigError(
-            f"features.context.{absent[0]}: no such column in events/; there are {', '.join(sorted(seen))}"
-        )
-    try:
-        types = pa.unify_schemas(list(found), promote_options="permissive")
-    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-        raise DataError(f"events: a column has another type in some files: {error}") from None
-    for name in integers:
-        if not (pa.types.is_integer(types.field(name).type) or pa.types.is_null(types.field(name).type)):
-            due = "int64" if name == c.EVENT_SEQ else "int64 milliseconds"
-            raise DataError(f"events: column {name} is of type {types.field(name).type}, where {due} are due")
-    if not pa.types.is_string(types.field(c.OUTCOME).type):
-        raise DataError(f"events: column {c.OUTCOME} is of type {types.field(c.OUTCOME).type}, where strings are due")
-    if weight and not _is_number(types.field(weight).type):
-        raise DataError(
-            f"events: column {weight} is of type {types.field(weight).type}, where numbers are due as weights"
-        )
-    inner = {name: pa.int64() for name in integers}
-    for table, name in ((users, c.USER_ID), (items, c.ITEM_ID)):
-        inner[name] = table.schema.field(name).type
-        kind = types.field(name).type
-        if not (pa.types.is_string(kind) if pa.types.is_string(inner[name]) else pa.types.is_integer(kind)):
-            raise DataError(
-                f"events: {name} is of type {kind}, in {name.removesuffix('_id')}s.parquet it is {inner[name]}: "
-                "write both alike"
-            )
-    return pa.schema([(name, inner.get(name, types.field(name).type)) for name in wanted if name in types.names])
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type of what a file holds, however it is written."""
-    if pa.types.is_dictionary(kind):
-        return _plain(kind.value_type)
-    return pa.string() if pa.types.is_large_string(kind) else kind
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return any(test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal))
-
-
 def _trained_rows(engine: Engine, users: pa.Table, untrained: float) -> Any:
     """The rows of the users whom something is trained on."""
     out = is_untrained(users.column(c.USER_ID).combine_chunks(), untrained)
@@ -400,8 +309,15 @@ def _numbered(entities: pa.Table, id_column: str, row: str) -> pa.Table:
     )
 
 
-def _count(engine: Engine, events: Any, user_rows: Any, item_rows: Any, weight: str | None) -> _Counts:
-    """Check times, outcomes and weights of all events, and count what will be left out.
+def _beyond(now: int) -> Any:
+    """An event has a time that is later than now."""
+    return (_[c.REQUEST_TS_MS] > now).fill_null(False) | (_[c.CLICK_TS_MS] > now).fill_null(False)
+
+
+def _count(
+    engine: Engine, events: Any, user_rows: Any, item_rows: Any, weight: str | None, positions: bool, now: int
+) -> _Counts:
+    """Check times, outcomes, weights and positions of all events, and count what will be left out.
 
     Raises:
         DataError: something is not as it must be, with how many rows are so.
@@ -419,13 +335,22 @@ def _count(engine: Engine, events: Any, user_rows: Any, item_rows: Any, weight: 
         bad[f"rejected rows have a {c.POSITION}, so they were shown: a shown item is no negative of retrieval"] = (
             rejected & _[c.POSITION].notnull()
         )
+        if positions:
+            place = _[c.POSITION].cast("float64")
+            usable = (place >= 0) & (place <= _LAST_POSITION) & (place % 1 == 0)
+            bad[f"rows have a {c.POSITION} that is no whole number from 1 to {_LAST_POSITION}"] = _[
+                c.POSITION
+            ].notnull() & ~usable.fill_null(False)
     if weight:
-        number = _[weight].cast("float64")
-        usable = (number >= 0) & (number < float("inf"))
-        bad[f"clicked rows have no {weight} that is a finite number of at least 0"] = clicked & ~usable.fill_null(False)
+        number = _[WEIGHED_BY].cast("float64")
+        usable = (number >= 0) & (number <= _LARGEST_WEIGHT)
+        bad[f"clicked rows have no {weight} that is a finite number from 0 to {_LARGEST_WEIGHT:g}"] = (
+            clicked & ~usable.fill_null(False)
+        )
     grouped = engine.fetch(
         joined.mutate(
             left_out=ibis.cases(
+                (_beyond(now), BEYOND_NOW),
                 (_[c.USER_ID].isnull() | _[c.ITEM_ID].isnull(), "null_id"),
                 (_[USER_ROW].isnull(), "unknown_user"),
                 (_[ITEM_ROW].isnull(), "unknown_item"),
@@ -440,7 +365,7 @@ def _count(engine: Engine, events: Any, user_rows: Any, item_rows: Any, weight: 
             last_request=request.max(),
             first_click=click.min(),
             last_click=click.max(),
-            **{name: condition.cast("int64").sum() for name, condition in bad.items()},
+            **{name: (condition & ~_beyond(now)).cast("int64").sum() for name, condition in bad.items()},
         )
     )
     rows = grouped.to_pylist()
@@ -454,6 +379,12 @@ def _count(engine: Engine, events: Any, user_rows: Any, item_rows: Any, weight: 
     for name, times in extents.items():
         check_milliseconds(pa.array(times, pa.int64()), f"events, column {name}")
     total = sum(r["rows"] for r in rows)
+    if beyond := sum(r["rows"] for r in rows if r["left_out"] == BEYOND_NOW):
+        if beyond == total:
+            raise DataError(
+                f"events: all {total} rows are later than now, {_moment(now)}: mend their times, or the clock"
+            )
+        log.warning("events: %d of %d rows are later than now, %s, and left out", beyond, total, _moment(now))
     without = sum(r["rows"] for r in rows if r["no_time"])
     if without not in (0, total):
         raise DataError(f"events: {without} of {total} rows have no {c.REQUEST_TS_MS}: give all a time, or none")
@@ -473,8 +404,15 @@ def _count(engine: Engine, events: Any, user_rows: Any, item_rows: Any, weight: 
         {name: outcomes[name] for name in c.OUTCOMES if name in outcomes},
         {reason: dropped[reason] for reason in sorted(dropped) if reason},
         dropped_of,
-        max(itertools.chain(*extents.values()), default=None),
+        max(
+            (r[last] for r in rows if r["left_out"] != BEYOND_NOW for last in _LAST_TIMES if r[last] is not None),
+            default=None,
+        ),
     )
+
+
+def _moment(ts_ms: int) -> str:
+    return f"{datetime.datetime.fromtimestamp(ts_ms / 1000, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _check_timed(counts: _Counts, days: bool, impressed_weight: float) -> bool:
@@ -497,12 +435,12 @@ def _check_timed(counts: _Counts, days: bool, impressed_weight: float) -> bool:
 def _rows(known: Any, outcome: str, context: tuple[str, ...], weight: str | float | None, first_day: str | None) -> Any:
     """The events of one outcome as rows of training; `weight` is a column, a number, or None = 1."""
     chosen = known.filter(known[c.OUTCOME] == outcome)
-    number = chosen[weight] if isinstance(weight, str) else ibis.literal(1 if weight is None else weight)
+    number = chosen[WEIGHED_BY] if isinstance(weight, str) else ibis.literal(1 if weight is None else weight)
     return chosen.select(
         *(c.EVENT_SEQ, USER_ROW, ITEM_ROW, c.REQUEST_TS_MS, c.CLICK_TS_MS),
         **{_IN_RANGE: chosen[c.DATE] >= (first_day or "")},
         **{c.WEIGHT: number.cast("float32")},
-        **{f"{CONTEXT}{name}": chosen[name] for name in context},
+        **{f"{CONTEXT}{name}": chosen[f"{CONTEXT}{name}"] for name in context},
     )
 
 
@@ -530,7 +468,7 @@ def _shown(known: Any, clicks: Any, context: tuple[str, ...], first_day: str) ->
             LABEL: (chosen[c.OUTCOME] == c.CLICKED).cast("int8"),
             c.POSITION: known_place.fill_null(NO_POSITION).cast("int32"),
         },
-        **{f"{CONTEXT}{name}": chosen[name] for name in context},
+        **{f"{CONTEXT}{name}": chosen[f"{CONTEXT}{name}"] for name in context},
     )
     unlabelled = {LABEL: ibis.literal(1, "int8"), c.POSITION: ibis.literal(NO_POSITION, "int32")}
     return _with_history(shown, clicks.mutate(**unlabelled).select(*shown.columns))

@@ -11,6 +11,7 @@ from typing import Any
 import ibis
 import pyarrow as pa
 
+from twotower.samples.events import StoredEvents
 from twotower.schema import columns as c
 
 BATCH_ROWS = 1 << 17
@@ -28,24 +29,29 @@ class DuckDB:
         self._backend = backend
         self._threads = threads
 
-    def read_days(self, partitions: Mapping[str, Sequence[Path]], schema: pa.Schema) -> Any:
+    def read_days(self, partitions: Mapping[str, Sequence[Path]], stored: StoredEvents) -> Any:
         """The events of some days, with the column `date`, the day of their folder.
 
         Args:
             partitions: the Parquet files of each day, each in a folder `date=DAY`.
-            schema: the columns to read and their types; a column that a file lacks is null there.
+            stored: the columns to read, their types, and the names that they get; a column that a file lacks is null
+                there.
         """
         # Not the engine's own partition columns: those also take any key=value folder above the workspace for one.
         paths = [glob.escape(str(path.resolve())) for path in itertools.chain(*partitions.values())]
+        file, taken = _FILE, {name.casefold() for name in stored.taken}
+        while file in taken:
+            file += "_"
         events = self._backend.read_parquet(
-            paths, table_name="events", hive_partitioning=False, union_by_name=True, filename=_FILE
+            paths, table_name="events", hive_partitioning=False, union_by_name=True, filename=file
         )
-        day = events[_FILE].re_extract(rf"{c.DATE}=([^/]*)/[^/]*$", 1)
+        day = events[file].re_extract(rf"{c.DATE}=([^/]*)/[^/]*$", 1)
+        columns = {field.name: events[stored.names[field.name]] for field in stored.schema}
         plain = (pa.int64(), pa.string())
         return events.select(
             **{
-                field.name: events[field.name].cast(str(field.type)) if field.type in plain else events[field.name]
-                for field in schema
+                field.name: columns[field.name].cast(str(field.type)) if field.type in plain else columns[field.name]
+                for field in stored.schema
             },
             **{c.DATE: day},
         )

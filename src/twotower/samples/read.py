@@ -13,7 +13,6 @@ from twotower.features.feature_set import FeatureSet, load
 from twotower.features.vocabulary import Positions
 from twotower.samples.build import (
     CLICKS,
-    CONTEXT,
     FEATURE,
     FORMAT,
     HISTORY_COUNT,
@@ -23,6 +22,7 @@ from twotower.samples.build import (
     POSITIVES,
 )
 from twotower.samples.columns_file import map_columns
+from twotower.samples.events import CONTEXT
 from twotower.samples.hard import HARD
 from twotower.samples.sampling import COPIES, ITEM_ROW, USER_ROW
 from twotower.schema import columns as c

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.samples.duckdb_engine import BATCH_ROWS
+from twotower.samples.events import StoredEvents
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
 
@@ -45,23 +46,24 @@ class Spark:
         self._backend = ibis.pyspark.connect(session)
         self._scratch = scratch
 
-    def read_days(self, partitions: Mapping[str, Sequence[Path]], schema: pa.Schema) -> Any:
+    def read_days(self, partitions: Mapping[str, Sequence[Path]], stored: StoredEvents) -> Any:
         """See `DuckDB.read_days`. Files are read in groups of like types, because Spark reads a column as one type."""
         groups: dict[pa.Schema, list[str]] = {}
         for files in partitions.values():
             for path in files:
-                stored = pq.read_schema(path)
-                own = pa.schema([(f.name, stored.field(f.name).type) for f in schema if f.name in stored.names])
-                there = [field for field in own if not pa.types.is_null(field.type)]
-                groups.setdefault(pa.schema(there), []).append(_escaped(str(path.resolve())))
-        frames = [self._read_alike(paths, there, schema) for there, paths in groups.items()]
+                own = pq.read_schema(path)
+                names = [name for name in dict.fromkeys(stored.names.values()) if name in own.names]
+                there = [field for field in map(own.field, names) if not pa.types.is_null(field.type)]
+                alike = pa.schema([(field.name, field.type) for field in there])
+                groups.setdefault(alike, []).append(_escaped(str(path.resolve())))
+        frames = [self._read_alike(paths, there, stored) for there, paths in groups.items()]
         events = frames[0]
         for frame in frames[1:]:
             events = events.unionAll(frame)
         return self._view("events", events)
 
-    def _read_alike(self, paths: Sequence[str], there: pa.Schema, schema: pa.Schema) -> Any:
-        """Files that have the columns `there`, as columns of `schema` and `date`."""
+    def _read_alike(self, paths: Sequence[str], there: pa.Schema, stored: StoredEvents) -> Any:
+        """Files that have the columns `there`, as the columns of `stored` and `date`."""
         from pyspark.sql import functions as f
         from pyspark.sql.types import StructField, StructType
 
@@ -69,13 +71,14 @@ class Spark:
         # Without looking for partitions: those would also be any key=value folder above the workspace.
         reader = self._session.read.option("recursiveFileLookup", "true").schema(types)
         columns = [
-            (f.col(_quoted(field.name)) if field.name in there.names else f.lit(None))
+            (f.col(_quoted(stored.names[field.name])) if stored.names[field.name] in there.names else f.lit(None))
             .cast(_spark_type(field.type))
             .alias(field.name)
-            for field in schema
+            for field in stored.schema
         ]
-        day = f.regexp_extract(f.col("_metadata.file_path"), rf"{c.DATE}=([^/]*)/[^/]*$", 1)
-        return reader.parquet(*paths).select(*columns, day.alias(c.DATE))
+        frame = reader.parquet(*paths)
+        file = frame.metadataColumn("_metadata").getField("file_path")
+        return frame.select(*columns, f.regexp_extract(file, rf"{c.DATE}=([^/]*)/[^/]*$", 1).alias(c.DATE))
 
     def put(self, name: str, table: pa.Table) -> Any:
         """See `DuckDB.put`."""

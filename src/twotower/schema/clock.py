@@ -1,12 +1,55 @@
-"""The time of this machine, as the one clock that is handed to whoever needs one."""
+"""The clock, and the events that lie beyond it.
 
+One event of a time to come would rule everything that is counted back from the latest one: windows, half-lives,
+watermarks, cuts. So such events are left out wherever the events of a workspace are read, and counted.
+"""
+
+import datetime
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+log = logging.getLogger(__name__)
 
 ClockMs = Callable[[], int]
 """Gives milliseconds since 1970."""
 
+BEYOND_NOW = "beyond_now"
+"""Why an event is left out: one of its times is later than the clock."""
+
 
 def now_ms() -> int:
-    """Milliseconds since 1970 by the clock of this machine."""
+    """Milliseconds since 1970, by the clock of this machine."""
     return time.time_ns() // 1_000_000
+
+
+def day_of(ts_ms: int) -> str:
+    """The day of UTC, `YYYY-MM-DD`.
+
+    >>> day_of(0), day_of(86_400_000)
+    ('1970-01-01', '1970-01-02')
+    """
+    return str(datetime.date(1970, 1, 1) + datetime.timedelta(days=ts_ms // 86_400_000))
+
+
+def until_now(table: pa.Table, times: Sequence[str], now: int, where: str) -> tuple[pa.Table, int]:
+    """The rows of which no time is later than now, and how many others there were, which a warning tells.
+
+    Args:
+        table: any events.
+        times: its columns of integer milliseconds since 1970; one that it lacks does not count, nor does a null.
+        now: milliseconds since 1970.
+        where: what the table is, for the warning.
+    """
+    beyond = pa.chunked_array([pa.array([False] * table.num_rows, pa.bool_())])
+    for name in times:
+        if name in table.column_names and not pa.types.is_null(table.schema.field(name).type):
+            beyond = pc.or_(beyond, pc.fill_null(pc.greater(table.column(name), now), False))
+    left_out = pc.sum(beyond).as_py() or 0
+    if not left_out:
+        return table, 0
+    log.warning("%s: %d of %d rows are later than now and left out", where, left_out, table.num_rows)
+    return table.filter(pc.invert(beyond)), left_out

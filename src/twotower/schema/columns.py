@@ -39,6 +39,24 @@ IMPRESSED: Final = "impressed"
 CLICKED: Final = "clicked"
 OUTCOMES: Final = (PRE_RANK_REJECTED, RANK_REJECTED, RANKED_NOT_SHOWN, IMPRESSED, CLICKED)
 
+JOINED: Final = (
+    EVENT_SEQ,
+    REQUEST_ID,
+    USER_ID,
+    ITEM_ID,
+    REQUEST_TS_MS,
+    CLICK_TS_MS,
+    OUTCOME,
+    WEIGHT,
+    POSITION,
+    SCORE,
+    CHANNEL,
+    PROBABILITY,
+    PROPENSITY,
+    DATE,
+)
+"""The names that joined events have for themselves, in imported files and in those of the joiner."""
+
 # Why a held-out positive is in `holdout_cold.parquet`.
 NEW_USER: Final = "new_user"
 NEW_ITEM: Final = "new_item"

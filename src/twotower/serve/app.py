@@ -27,6 +27,7 @@ from twotower.logs.entities import CATALOGUE, TYPES
 from twotower.logs.events import CLICK, IMPRESSION, ITEMS, REQUEST, check_event, check_time
 from twotower.publish.version import Version
 from twotower.schema import columns as c
+from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import DataError, shown
 from twotower.schema.tables import EARLIEST_MS, LATEST_MS, is_id
 from twotower.serve.channels import Ask, SideBySide
@@ -319,7 +320,7 @@ def make_app(
     channel_timeout_ms: float,
     sizes: Sizes,
     page: int,
-    clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    clock_ms: ClockMs = now_ms,
 ) -> FastAPI:
     """The public application.
 

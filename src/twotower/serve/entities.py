@@ -4,9 +4,7 @@ What is put goes into the log, where all servers and the updater see it, and fro
 server takes it up before it answers, the others within a fifth of a second.
 """
 
-import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +18,7 @@ from twotower.logs.entities import CATALOGUE, item_deleted, item_event, user_del
 from twotower.logs.events import NOBODY
 from twotower.publish.overlay import check_item
 from twotower.schema import columns as c
+from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import DataError
 from twotower.serve.app import json_response, parse_id, problem
 from twotower.serve.request import find_items
@@ -53,7 +52,7 @@ def add_entities(
     snapshots: Snapshots,
     event_log: EventLog,
     users: RecentUsers,
-    clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    clock_ms: ClockMs = now_ms,
 ) -> None:
     """Add the routes `PUT|DELETE /v1/items/{id}` and `/v1/users/{id}`."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from twotower.logs import Event, EventLog, Record, entities
+from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError, TwotowerError
 from twotower.schema.tables import is_id
 from twotower.stream.clock import joined_until
@@ -22,7 +23,6 @@ from twotower.stream.shards import (
     Deleted,
     Manifest,
     State,
-    day_of,
     manifests,
     merge,
     partition_folder,

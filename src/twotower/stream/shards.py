@@ -9,7 +9,6 @@ read and what the joiner needs to go on. The rows of a partition are numbered th
 changes neither rows nor numbers.
 """
 
-import datetime
 import functools
 import itertools
 import os
@@ -26,6 +25,7 @@ import pyarrow as pa
 
 from twotower.datasets.tables import DAY_MS
 from twotower.logs import EventLog
+from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError
 from twotower.schema.files import TEMPORARY, read_json, sha256, whole_file, write_json
 from twotower.stream.clock import Clock, Progress
@@ -37,7 +37,6 @@ from twotower.stream.tfrecord import Records, read_records, write_records
 
 FORMAT: Final = 2
 """1 has the history and the features of a request in each of its rows; both are read."""
-_EPOCH: Final = datetime.date(1970, 1, 1)
 _MANIFEST: Final = re.compile(r"(\d{20})-(\d{20})\.json")
 _PARTITION: Final = re.compile(r"partition-(\d{4,})")
 _TYPES: Final = {
@@ -482,15 +481,6 @@ def _contents(rows: Sequence[Row], first_row: int) -> _Contents:
     counts = Counter(row.asked.ts_ms // DAY_MS for row in rows)
     days = {day_of(day * DAY_MS): Day(counts[day], last_rows[day]) for day in sorted(counts)}
     return _Contents(days, dict(sorted(Counter(row.outcome for row in rows).items())))
-
-
-def day_of(ts_ms: int) -> str:
-    """The day of UTC.
-
-    >>> day_of(1_700_000_000_000)
-    '2023-11-14'
-    """
-    return str(_EPOCH + datetime.timedelta(days=ts_ms // DAY_MS))
 
 
 def _name(kind: pa.DataType) -> str:

@@ -125,7 +125,7 @@ def train_ranker(  # noqa: PLR0915  one loop, top to bottom
         ConfigError: the shape needs a feature that is not there.
     """
     started = clock()
-    shown = _both_kinds(samples, calibration_share)
+    shown = both_kinds(samples, calibration_share)
     settings = {
         "ranker": name,
         "shape": asdict(shape),
@@ -222,7 +222,7 @@ def train_ranker(  # noqa: PLR0915  one loop, top to bottom
 
 
 @dataclass(frozen=True)
-class _Parted:
+class Parted:
     """Impressions to train on, and behind them those to calibrate on."""
 
     impressions: Impressions
@@ -230,8 +230,12 @@ class _Parted:
     """The first of the latter, in the order of time."""
 
 
-def _both_kinds(samples: Samples, calibration_share: float) -> _Parted:
-    """Part the impressions between two requests, and see that both parts can teach something."""
+def both_kinds(samples: Samples, calibration_share: float) -> Parted:
+    """Part the impressions between two requests, and see that both parts can teach something.
+
+    Raises:
+        DataError: there are no impressions, or none of both kinds in a part.
+    """
     shown = samples.impressions
     if shown is None:
         raise DataError(
@@ -247,7 +251,7 @@ def _both_kinds(samples: Samples, calibration_share: float) -> _Parted:
                 f"{len(part)} impressions to {what}, {clicks} of them clicked: a ranker needs some of both kinds. "
                 "Choose more days, or another calibration_share"
             )
-    return _Parted(shown, cut)
+    return Parted(shown, cut)
 
 
 @dataclass(frozen=True)
@@ -318,7 +322,7 @@ class ImpressionBatches:
             yield self.plain(np.arange(start, min(start + SCORED, last)))
 
 
-def _calibrate(model: Ranker, batches: ImpressionBatches, shown: _Parted) -> Calibrated:
+def _calibrate(model: Ranker, batches: ImpressionBatches, shown: Parted) -> Calibrated:
     """Fit the scaling of log-odds, where items were shown, to the impressions that were kept apart; in place."""
     found = [
         (model.score(batch.user, batch.item, batch.position.astype(np.int32)), batch.clicked)  # type: ignore[arg-type]

@@ -23,11 +23,12 @@ from twotower.publish.overlay import Entities
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
+from twotower.schema.clock import day_of
 from twotower.schema.files import parquet_files, whole_file
 from twotower.schema.tables import as_ids, check_entities
 from twotower.stream.clock import joined_until
 from twotower.stream.days import stale_days
-from twotower.stream.shards import day_of, manifests, progress_of
+from twotower.stream.shards import manifests, progress_of
 from twotower.update.gate import Limits, alikeness, recall_among
 from twotower.update.rows import positives_of
 

@@ -1,0 +1,105 @@
+"""What samples and training have fixed, kept beside them, so that no later command says or records something else.
+
+A configuration is edited between commands. What it says of things that are made already is then no longer true of them:
+a version would be recorded with a dimension that its vectors do not have.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from twotower.config.load import as_dict, parse
+from twotower.config.settings import Settings
+from twotower.schema.errors import ConfigError
+
+Document = dict[str, Any]
+
+MADE_WITH: Final = "configuration"
+"""Key of what made something, in the manifest of samples and beside the latest checkpoints."""
+ASKED: Final = "asked"
+"""Key of the same as it was asked for, before trials chose some of it."""
+
+_FREE: Final[Mapping[str, tuple[str, ...]]] = {
+    "features": (),
+    "samples": (),
+    "models": (
+        *("channels", "rankers", "als", "popular", "new_items", "same_category", "item_cf", "swing"),
+        *("mf", "mind"),  # of those that are configured, see `fixed_by_training`
+    ),
+    "train": ("checkpoint_s", "threads"),
+}
+"""Sections that training fixes, each but for what is counted when it is asked for and for where training runs."""
+_OF_SAMPLES = ("hard_most", "impressed_as_negatives_for_experiments")
+"""Of `samples.negatives`, what the samples are made with; the others are of training."""
+
+
+def fixed_by_samples(settings: Settings) -> Document:
+    """What the samples of a configuration are made with, by section."""
+    document = as_dict(settings)
+    negatives = {key: document["samples"]["negatives"][key] for key in _OF_SAMPLES}
+    return {
+        "features": document["features"],
+        "samples": {**document["samples"], "negatives": negatives},
+        "models": {"dimension": document["models"]["dimension"]},
+    }
+
+
+def fixed_by_training(settings: Settings, channels: Sequence[str] | None = None) -> Document:
+    """What the checkpoints of a configuration are made with, by section; of some trained channels, or of all."""
+    document = as_dict(settings)
+    fixed = {
+        section: {key: value for key, value in document[section].items() if key not in free}
+        for section, free in _FREE.items()
+    }
+    fixed["models"] |= {
+        name: document["models"][name] for name in ("mf", "mind") if name in (channels or settings.models.channels)
+    }
+    return fixed | {name: document[name] for name in settings.models.rankers}
+
+
+def check_same(made: Document, wanted: Document, what: str, remedy: str) -> None:
+    """Refuse a configuration that says something else than what is there was made with.
+
+    Args:
+        made: what fixed it; empty = it does not say, because an earlier release made it. More channels and rankers than
+            are wanted are no difference.
+        wanted: the same of the configuration.
+        what: is there, such as `checkpoints are`.
+        remedy: what makes it anew.
+
+    Raises:
+        ConfigError: with each key and both values.
+    """
+    if not made:
+        return
+    unasked = {name for name in ("mf", "mind") if name not in wanted["models"]}
+    models = {key: value for key, value in made["models"].items() if key not in unasked}
+    told = list(differences({key: made.get(key) for key in wanted} | {"models": models}, wanted))
+    if told:
+        more = f", and {len(told) - 5} more" if len(told) > 5 else ""
+        raise ConfigError(f"{what} of other settings: {'; '.join(told[:5])}{more}. Set them back, or {remedy}")
+
+
+def differences(made: Any, wanted: Any, key: str = "") -> Iterator[str]:
+    """Each key whose values differ, with both.
+
+    >>> list(differences({"models": {"dimension": 16}}, {"models": {"dimension": 32}}))
+    ['models.dimension is 16 there and 32 in the configuration']
+    """
+    if isinstance(made, dict) and isinstance(wanted, dict):
+        for name in sorted(made.keys() | wanted.keys()):
+            yield from differences(made.get(name), wanted.get(name), f"{key}.{name}" if key else name)
+    elif made != wanted:
+        before, now = ("absent" if value is None else repr(value) for value in (made, wanted))
+        yield f"{key} is {before} there and {now} in the configuration"
+
+
+def as_made(settings: Settings, made: Document) -> Settings:
+    """A configuration with the values that training has fixed."""
+    if not made:
+        return settings
+    document, asked = as_dict(settings), fixed_by_training(settings)
+    for section, values in asked.items():
+        free = {key: value for key, value in document[section].items() if key not in values}
+        fixed = made.get(section) or values
+        document[section] = free | {key: value for key, value in fixed.items() if key not in free}
+    return parse(document, where="the settings of the checkpoint")
