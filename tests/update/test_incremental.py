@@ -125,8 +125,8 @@ def test_what_a_user_clicks_again_and_again_comes_nearer(learning, happen) -> No
         one.item_id for one in retrieve(version, Asked(300, "none", user, channels=["two_tower"]), Recent(), 0, 0).items
     ]
     far = ranked[len(ranked) // 2]
-    begin = version.watermark_ms + 1
-    happen(learning, [Event(f"e{n}", "click", user, begin + n, body={"item_id": far}) for n in range(200)])
+    begin = version.watermark_ms + 1  # over ten hours: of one hour only a few would be trained
+    happen(learning, [Event(f"e{n}", "click", user, begin + 180_000 * n, body={"item_id": far}) for n in range(200)])
     run(learning)
     laid = snapshots(learning).version
     after = [
@@ -203,7 +203,7 @@ def test_without_room_new_ids_stay_unknown_and_are_counted(learning, happen) -> 
     assert sum(delta.report["no_room"] for delta in deltas(learning)) == 2
 
 
-@pytest.mark.parametrize("before", ["write_json", "read_rows", "write_delta", "delta"])
+@pytest.mark.parametrize("before", ["write_json", "read_parts", "write_delta", "delta"])
 def test_a_run_that_was_killed_makes_the_same_bytes(
     learning, happen, clicks, content, monkeypatch: pytest.MonkeyPatch, before: str, tmp_path
 ) -> None:

@@ -40,6 +40,7 @@ from twotower.schema.errors import ConfigError, DataError, VersionError
 from twotower.schema.files import MANIFEST, read_json, write_json
 from twotower.train.checkpoint import FINISHED, TENSORS, Checkpoint, load_model, open_checkpoint
 from twotower.train.negatives import Shares
+from twotower.update.bounds import Bounds
 from twotower.update.chain import Chain
 from twotower.update.full import check_version, due_days, fold, read_entities, rows_of_day
 from twotower.update.gate import Limits
@@ -269,7 +270,16 @@ def limits_of(settings: Settings) -> Limits:
         gate.least,
         gate.window,
         gate.index_recall,
+        gate.most_accumulated,
+        gate.most_rise,
+        gate.rise_least,
     )
+
+
+def bounds_of(settings: Settings) -> Bounds:
+    """What one user and one item can move."""
+    bounds = settings.update.bounds
+    return Bounds(60_000 * bounds.window_min, bounds.pair, bounds.user, bounds.item, bounds.item_share)
 
 
 def _wait(stopped: threading.Event, seconds: float) -> None:
@@ -308,6 +318,7 @@ def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Ch
         settings.samples.untrained_users,
         settings.serve.exclude != "none",
         options.fold_every,
+        bounds_of(settings),
     )
 
 

@@ -17,6 +17,9 @@ EARLIEST_MS = 315_532_800_000
 LATEST_MS = 4_102_444_800_000
 """2100-01-01. Larger values are microseconds or nanoseconds."""
 
+MAX_WEIGHT = 1000.0
+"""Largest weight of a click: squares of far larger ones overflow the optimizer's accumulators."""
+
 
 def joined_events(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
     """The schema of joined events, the columns that every data set has. Context columns follow them."""
