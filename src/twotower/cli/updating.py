@@ -37,7 +37,7 @@ from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_v
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, VersionError
-from twotower.schema.files import MANIFEST, read_json, write_json
+from twotower.schema.files import MANIFEST, check_fields, read_json, write_json
 from twotower.train.checkpoint import FINISHED, TENSORS, Checkpoint, load_model, open_checkpoint
 from twotower.train.negatives import Shares
 from twotower.update.bounds import Bounds
@@ -330,8 +330,13 @@ def checkpoint_of(where: Places, version: Version) -> Checkpoint:
     """
     wanted = version.manifest["checkpoint_sha256"]
     for path in sorted(where.checkpoints.glob(f"*/{FINISHED}/{MANIFEST}")):
-        files = read_json(path).get("files", {})
-        if files.get(TENSORS, {}).get("sha256") == wanted:
+        try:
+            listed = check_fields(read_json(path), {"files": dict}, str(path))["files"]
+            found = check_fields(listed.get(TENSORS), {"sha256": str}, str(path))["sha256"]
+        except DataError as error:
+            log.warning("%s", error)
+            continue
+        if found == wanted:
             return open_checkpoint(path.parent)
     raise DataError(
         f"{where.checkpoints} has not the checkpoint that version {version.id} was made of ({wanted[:12]}): restore "

@@ -5,6 +5,7 @@ pushes an item has few accounts, or clicks far more often than others, or is alo
 of a pair, of a user and, measured by the positives of all other items, of an item are counted and not trained.
 """
 
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -71,9 +72,9 @@ class Rise:
     positives: int
     """Of it that were trained."""
     explained: float
-    """The share of lists that its users explain. If lists of k items were made up as positives are, an item with a
-    share s of them would be in k s of all lists. Positives that only the fixed bound allows explain nothing: there was
-    hardly anything else in these windows."""
+    """The share of lists of k items that its users explain: all, where as many clicked it as the item that is k-th by
+    the number of users. Positives that only the fixed bound allows explain nothing: there was hardly anything else in
+    these windows."""
 
 
 class Windows:
@@ -183,10 +184,19 @@ class Windows:
             ],
         }
 
-    def rise(self, item: EntityId, ts_ms: Iterable[int], k: int) -> Rise:
-        """How far an item rose in the windows of some times, and how far its users explain."""
+    def rises(self, items: Iterable[EntityId], ts_ms: Iterable[int], k: int) -> dict[EntityId, Rise]:
+        """How far items rose in the windows of some times, and how far their users explain that of lists of k items."""
         windows = {ts // self.bounds.window_ms for ts in ts_ms}
         counts = [self._counts[window] for window in windows if window in self._counts]
-        own, total = sum(one.distinct[item] for one in counts), sum(len(one.pairs) for one in counts)
-        explained = k * min(own, self.bounds.item_share * (total - own)) / total if total else 0.0
-        return Rise(sum(one.risen[item] for one in counts), sum(one.items[item] for one in counts), explained)
+        distinct = sum((one.distinct for one in counts), Counter[EntityId]())
+        total, listed = distinct.total(), min(heapq.nlargest(k, distinct.values()), default=1)
+        found = {}
+        for item in items:
+            own = min(distinct[item], self.bounds.item_share * (total - distinct[item]))
+            risen, positives = (sum(one[item] for one in each) for each in _both(counts))
+            found[item] = Rise(risen, positives, own / listed)
+        return found
+
+
+def _both(counts: Sequence[Counts]) -> tuple[list[Counter[EntityId]], list[Counter[EntityId]]]:
+    return [one.risen for one in counts], [one.items for one in counts]

@@ -593,7 +593,7 @@ class Chain:
     def _too_far(self, times: Longs, clicked_items: Iterable[EntityId]) -> frozenset[EntityId]:
         """The items that rose further within the windows of some times than their users explain."""
         users, limits, ts_ms = min(SAMPLED_USERS, len(self.version.users)), self._limits, np.unique(times).tolist()
-        rises = {one: self._windows.rise(one, ts_ms, LISTED) for one in clicked_items}
+        rises = self._windows.rises(clicked_items, ts_ms, LISTED)
         return frozenset(
             one
             for one, rise in rises.items()
