@@ -827,7 +827,7 @@ class Gate:
     """Largest optimizer accumulator of a row that moved, in those of the version's largest: beyond it the row would
     hardly move again."""
     most_rise: PositiveReal = 0.5
-    """How much the share of lists of 20 (of a fixed sample of 128 users) that an item is in may rise within a window of
+    """How much the share of lists of 20 (of a fixed sample of 64 users) that an item is in may rise within a window of
     `update.bounds`, beyond what its users explain. An item that rises further is learned nothing of in that delta."""
     rise_least: Positive = 20
     """Positives of an item within that window from which on its rise is judged."""

@@ -150,32 +150,38 @@ class Windows:
         added = Counter(
             (ts // self.bounds.window_ms, user, item) for user, item, ts in zip(users, items, ts_ms, strict=True)
         )
-        listed = [[*key, count] for key, count in sorted(added.items())]
-        self.restore(listed, [])
-        return listed
+        columns = [[key[place] for key in added] for place in range(3)] + [list(added.values())]
+        self.restore(columns, [])
+        return columns
 
     def note_risen(self, ts_ms: int, changes: Iterable[tuple[EntityId, int]]) -> list[list[Any]]:
         """Note in how many more lists items are; gives that for the delta."""
         window = ts_ms // self.bounds.window_ms
         listed = [[window, item, change] for item, change in sorted(changes) if change]
-        self.restore([], listed)
+        self.restore([[]] * 4, listed)
         return listed
 
     def restore(self, counted: Sequence[Sequence[Any]], risen: Sequence[Sequence[Any]]) -> None:
-        """Take in what a delta noted."""
-        for window, user, item, count in counted:
+        """Take in what a delta noted.
+
+        Args:
+            counted: four columns: windows, users, items, positives.
+            risen: rows of window, item, and in how many more lists it is.
+        """
+        for window, user, item, count in zip(*counted, strict=True):
             self._use(window).add(user, item, count)
         for window, item, change in risen:
             self._counts.setdefault(window, Counts()).risen[item] += change
 
     def folded(self) -> dict[str, list[list[Any]]]:
         """All counts, in the order in which their windows were used."""
+        counted = [
+            (window, *pair, count)
+            for window, counts in self._counts.items()
+            for pair, count in sorted(counts.pairs.items())
+        ]
         return {
-            "counted": [
-                [window, *pair, count]
-                for window, counts in self._counts.items()
-                for pair, count in sorted(counts.pairs.items())
-            ],
+            "counted": [[row[place] for row in counted] for place in range(4)],
             "risen": [
                 [window, item, change]
                 for window, counts in self._counts.items()

@@ -179,6 +179,8 @@ class Chain:
         self._base_columns = encode_table(version.features.item, pa.Table.from_batches([version.catalogue]))
         self._base_clicks = np.bincount(version.clicks.item_row, minlength=len(version.item_ids)).astype(np.int64)
         self._base_alike = alikeness(np.asarray(version.item_vectors))
+        self.unreadable: list[str] = []
+        """Manifests of shards that cannot be read, as the latest plan found them."""
         self.repaired = 0
         """Accumulators of the checkpoint or of deltas that were not finite; each has the table's median instead."""
         self._load()
@@ -239,7 +241,7 @@ class Chain:
             learner.next_row |= state["next_row"]
         deleted = {(kind, one): ts_ms for kind, one, ts_ms in state.get("deleted", [])}
         self._take_entities({(kind, one): Entity(**entity) for kind, one, entity in state["entities"]}, deleted)
-        self._windows.restore(state.get("counted", []), state.get("risen", []))
+        self._windows.restore(state.get("counted", [[]] * 4), state.get("risen", []))
         for name, rows in delta.tables.items():
             table = learner.model.tables[name]
             table.weights[rows.rows] = rows.values
@@ -351,14 +353,20 @@ class Chain:
         if (planned := self._planned()) is not None:
             return planned
         shards: dict[str, list[int]] = {}
-        left = self._most_rows
+        left, unreadable = self._most_rows, list[str]()
         for partition in partitions(self._shards):
-            found = usable_manifests(self._shards, partition).manifests
+            usable = usable_manifests(self._shards, partition)
+            found = usable.manifests
+            unreadable += usable.problems
             first = self._rows_at.get(str(partition), 0)
             end = min(found[-1].end_row if found else first, first + left)
             if end > first:
                 shards[str(partition)] = [first, end]
                 left -= end - first
+        for problem in unreadable:
+            if problem not in self.unreadable:
+                log.error("%s goes on without: %s", self.version.id, problem)
+        self.unreadable = unreadable
         events = self._new_events()
         if not shards and not self._read_entities(events).found:
             return None
@@ -499,7 +507,8 @@ class Chain:
         sorted_out = self._sort_out(tables, risen)
         aside = [*aside, *sorted_out.problems]
         positives = sorted_out.positives
-        before = lists_with(self._laid) if len(positives) else np.zeros(0, np.int64)
+        rows = np.unique(positives.item_row)
+        before = lists_with(self._laid, learner.vectors, rows) if len(rows) else rows
         judged = self._judge(positives)
         seen = (
             [
@@ -577,18 +586,14 @@ class Chain:
             return _Learned(delta, problems)
         too_far = frozenset[EntityId]()
         if len(positives):
-            changes = self._rises(positives, before, lists_with(laid))
+            clicked_ids = self._laid.item_ids.take(pa.array(rows)).to_pylist()
+            after_all = lists_with(laid, learner.vectors, rows)
+            changes = dict(zip(clicked_ids, (after_all - before).tolist(), strict=True))
             delta.state["risen"].extend(self._windows.note_risen(int(positives.ts_ms[-1]), changes.items()))
             too_far = self._too_far(positives.ts_ms, changes)
         if not too_far:
             self._overlay, self._laid, self._window = trial, laid, window
         return _Learned(delta, [], too_far)
-
-    def _rises(self, positives: Positives, before: Longs, after: Longs) -> dict[EntityId, int]:
-        """By clicked item, in how many more lists of the sampled users it is than before."""
-        rows = np.unique(positives.item_row)
-        changes = (after[rows] - before[rows]).tolist()
-        return dict(zip(self._laid.item_ids.take(pa.array(rows)).to_pylist(), changes, strict=True))
 
     def _too_far(self, times: Longs, clicked_items: Iterable[EntityId]) -> frozenset[EntityId]:
         """The items that rose further within the windows of some times than their users explain."""

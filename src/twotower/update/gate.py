@@ -23,7 +23,7 @@ COMPETITORS = 20_000
 """Items that the gate's recall is measured among, at most."""
 GOLDEN = 16
 ROUNDING = 1e-4
-SAMPLED_USERS = 128
+SAMPLED_USERS = 64
 """Users in whose lists the gate looks for items that rise."""
 LISTED = 20
 """Items of such a list."""
@@ -152,12 +152,24 @@ def check_served(version: Version, vectors: Floats, limits: Limits) -> list[str]
     return [f"golden queries: the index finds {recall:.3f} of the exact answer"] if recall < limits.index_recall else []
 
 
-def lists_with(version: Version) -> Longs:
-    """In how many lists of 20 of a fixed sample of users each item (N,) is, as the version is served."""
-    users = len(version.users)
-    rows = np.unique(np.linspace(0, users - 1, min(SAMPLED_USERS, users)).astype(np.int64))
-    found = version.two_tower.retrieve(version.queries(rows), min(LISTED, len(version.gone))).rows
-    counts: Longs = np.bincount(found[found >= 0], minlength=len(version.gone)).astype(np.int64)
+def lists_with(version: Version, vectors: Floats, rows: Longs) -> Longs:
+    """In how many lists of 20, among at most 20,000 items, of a fixed sample of users some items (n,) are.
+
+    Args:
+        version: as it is served.
+        vectors: (N, D) of its items.
+        rows: (n,) of the catalogue.
+    """
+    count = len(version.users)
+    sample = np.unique(np.linspace(0, count - 1, min(SAMPLED_USERS, count)).astype(np.int64))
+    users = version.two_tower.user_vectors(version.queries(sample))
+    users = users[users.any(axis=1)]
+    others = np.unique(np.linspace(0, len(vectors) - 1, min(COMPETITORS, len(vectors))).astype(np.int64))
+    others = others[~version.gone[others]]
+    if len(others) <= LISTED:
+        return np.full(len(rows), len(users), np.int64)
+    last = np.partition(users @ vectors[others].T, -LISTED, axis=1)[:, -LISTED]
+    counts: Longs = (users @ vectors[rows].T >= last[:, None]).sum(axis=0, dtype=np.int64)
     return counts
 
 

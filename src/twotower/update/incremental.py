@@ -155,6 +155,7 @@ def _next(chain: Chain) -> Done | None:
 
 
 def _report(chain: Chain, done: _Sum, plan: Plan | None = None) -> UpdateReport:
+    done.set_aside = list(dict.fromkeys([*done.set_aside, *chain.unreadable]))
     return done.report(chain.version.id, chain.seq, chain.watermark_ms, plan)
 
 
