@@ -1,5 +1,6 @@
 import fcntl
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from twotower.publish.publish import (
     verify,
 )
 from twotower.publish.version import open_version, read_manifest, write_manifest
+from twotower.samples.columns_file import map_columns, write_table
 from twotower.samples.read import open_samples
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import MANIFEST, folder_listing
@@ -138,6 +140,69 @@ def test_a_manifest_that_is_none_is_a_version_error(own_world: Settings, content
     (path / MANIFEST).write_text(content)
     assert len(verify(path)) == 1
     with pytest.raises(VersionError):
+        open_version(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": []},
+        {"files": None},
+        {"configuration": {}},
+        {"configuration": {"models": {"channels": [1]}}},
+        {"fusion": "x"},
+        {"watermark_ms": "x"},
+        {"created_ms": True},
+        {"parent": 1},
+    ],
+)
+def test_a_manifest_of_another_shape_is_a_version_error(own_world: Settings, changes: dict[str, object]) -> None:
+    path = current_path(versions_of(own_world))
+    rewrite(path, **changes)
+    with pytest.raises(VersionError, match=r"is of type|has no|no names|lists its files"):
+        open_version(path)
+    assert len(verify(path)) == 1
+
+
+def test_a_version_that_lists_a_pipe_or_a_file_outside_of_it_is_refused_and_nothing_waits(own_world: Settings) -> None:
+    path = current_path(versions_of(own_world))
+    listing = read_manifest(path)["files"]
+    os.mkfifo(path / "pipe")
+    (path / "link").symlink_to("/proc/kmsg")
+    entry = {"bytes": 0, "sha256": "0" * 64}
+    rewrite(path, files={**listing, "pipe": entry, "link": entry, "/proc/kmsg": entry, "../x": entry})
+    assert verify(path) == [
+        "'../x' is no name of a file inside the folder",
+        "'/proc/kmsg' is no name of a file inside the folder",
+        "link is a link, or behind one",
+        "pipe is no regular file",
+    ]
+    with pytest.raises(VersionError, match="pipe is no regular file"):
+        open_version(path)
+
+
+@pytest.mark.parametrize("name", ["clicks.arrow", "users.arrow", "catalogue.arrow", "channels/two_tower/items.arrow"])
+def test_an_arrow_file_that_was_cut_and_hashed_again_is_refused(own_world: Settings, name: str) -> None:
+    path = current_path(versions_of(own_world))
+    content = (path / name).read_bytes()
+    for size in (0, 100, len(content) // 2, len(content) - 8):
+        (path / name).write_bytes(content[:size])
+        rewrite(path, files=folder_listing(path))
+        assert len(verify(path)) == 1
+        with pytest.raises(VersionError, match="cannot be"):
+            open_version(path)
+
+
+def test_clicks_on_items_that_there_are_not_are_refused(own_world: Settings) -> None:
+    path = current_path(versions_of(own_world))
+    clicks = map_columns(path / "clicks.arrow")
+    rows = clicks.column("item_row").to_numpy().copy()
+    rows[0] = 10**6
+    at = clicks.schema.get_field_index("item_row")
+    write_table(path / "new", pa.table(clicks).set_column(at, "item_row", pa.array(rows)))
+    (path / "new").replace(path / "clicks.arrow")
+    rewrite(path, files=folder_listing(path))
+    with pytest.raises(VersionError, match="clicks: a row is 1000000"):
         open_version(path)
 
 

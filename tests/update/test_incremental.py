@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from twotower.cli import updating
@@ -24,18 +25,21 @@ from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import Event
 from twotower.logs.entities import item_deleted, item_event, user_deleted
 from twotower.models.channel import latest
+from twotower.publish import overlay as overlay_module
 from twotower.publish.delta import Delta, base_digest, last_seq, read_delta
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
-from twotower.publish.version import open_version
+from twotower.publish.version import digest, open_version
 from twotower.schema import columns as c
 from twotower.schema.errors import VersionError
-from twotower.schema.files import folder_listing, read_json
+from twotower.schema.files import folder_listing, read_json, write_json
+from twotower.serve.monitors import monitors
 from twotower.serve.request import Asked, retrieve
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import Recent
-from twotower.stream.shards import read_rows
+from twotower.stream.shards import read_manifest, read_rows
 from twotower.update import chain as module
+from twotower.update.gate import SAMPLED_USERS, Limits, check_accumulators, lists_with
 from twotower.update.incremental import _only_updater
 from twotower.update.learner import Touched
 
@@ -125,8 +129,8 @@ def test_what_a_user_clicks_again_and_again_comes_nearer(learning, happen) -> No
         one.item_id for one in retrieve(version, Asked(300, "none", user, channels=["two_tower"]), Recent(), 0, 0).items
     ]
     far = ranked[len(ranked) // 2]
-    begin = version.watermark_ms + 1
-    happen(learning, [Event(f"e{n}", "click", user, begin + n, body={"item_id": far}) for n in range(200)])
+    begin = version.watermark_ms + 1  # over ten hours: of one hour only a few would be trained
+    happen(learning, [Event(f"e{n}", "click", user, begin + 180_000 * n, body={"item_id": far}) for n in range(200)])
     run(learning)
     laid = snapshots(learning).version
     after = [
@@ -203,7 +207,7 @@ def test_without_room_new_ids_stay_unknown_and_are_counted(learning, happen) -> 
     assert sum(delta.report["no_room"] for delta in deltas(learning)) == 2
 
 
-@pytest.mark.parametrize("before", ["write_json", "read_rows", "write_delta", "delta"])
+@pytest.mark.parametrize("before", ["write_json", "read_parts", "write_delta", "delta"])
 def test_a_run_that_was_killed_makes_the_same_bytes(
     learning, happen, clicks, content, monkeypatch: pytest.MonkeyPatch, before: str, tmp_path
 ) -> None:
@@ -477,3 +481,240 @@ def test_numbers_for_popularity_stay_as_they_are_and_a_new_item_has_the_least(tm
     of_delta = next(delta for delta in reversed(deltas(settings)) if new in delta.item_ids.to_pylist())
     learned = of_delta.item_vectors[of_delta.item_ids.to_pylist().index(new)]
     np.testing.assert_allclose(learned[-2], before[:, -2].min(), atol=1e-6)
+
+
+def lists_of(version, row: int) -> int:
+    return int(lists_with(version, version.item_vectors[np.arange(len(version.item_ids))], np.array([row]))[0])
+
+
+def test_an_item_that_is_pushed_is_held_back_and_rises_no_further_than_others(learning, happen) -> None:
+    """Ten clicks each of all known users on one item that hardly anybody saw."""
+    version = open_served(learning)
+    rows = np.argsort(np.bincount(version.clicks.item_row, minlength=version.base_items), kind="stable")
+    pushed, begin = version.item_ids[int(rows[0])].as_py(), (version.watermark_ms // 3_600_000 + 1) * 3_600_000
+    events = [
+        Event(f"e{n}-{user}", "click", user, begin + n, body={"item_id": pushed})
+        for n in range(10)
+        for user in version.users.ids.to_pylist()
+    ]
+    happen(learning, events)
+    report = run(learning)
+    assert sum(report.held_back.values()) > 0.98 * len(events)
+    assert set(report.held_back) == {"pair", "item"}
+    assert sum(delta.report["positives"] for delta in deltas(learning)) <= learning.update.bounds.item
+    assert deltas(learning)[0].report["held_back"]["item"] > 0
+    assert monitors(snapshots(learning), begin).held_back == deltas(learning)[-1].report["held_back"]
+    listed = lists_of(snapshots(learning).version, rows[0])
+    assert listed < SAMPLED_USERS / 2
+
+
+def test_an_item_that_rises_further_than_its_users_explain_is_left_out_of_its_delta(learning, happen, clicks) -> None:
+    bounds = replace(learning.update.bounds, pair=1000, user=1000, item=1000)
+    gate = replace(learning.update.gate, most_rise=0.1)
+    loose = replace(learning, update=replace(learning.update, bounds=bounds, gate=gate, rows=2000))
+    version = open_served(loose)
+    rows = np.argsort(np.bincount(version.clicks.item_row, minlength=version.base_items), kind="stable")
+    pushed, begin = version.item_ids[int(rows[0])].as_py(), (version.watermark_ms // 3_600_000 + 1) * 3_600_000
+    users = version.users.ids.to_pylist()
+    pushes = [Event(f"e{n}", "click", users[n % len(users)], begin + n, body={"item_id": pushed}) for n in range(900)]
+    happen(loose, pushes)
+    without = replace(loose, update=replace(loose.update, gate=replace(loose.update.gate, most_rise=1000.0)))
+    shutil.copytree(loose.workspace.path, Path(loose.workspace.path).with_name("without"))
+    place = str(Path(loose.workspace.path).with_name("without"))
+    without = replace(without, workspace=replace(without.workspace, path=place))
+    assert run(without).held_back == {}
+    assert lists_of(snapshots(without).version, rows[0]) > 0.1 * SAMPLED_USERS
+    report = run(loose)
+    [delta] = deltas(loose)
+    assert (report.refused, report.held_back) == ([], {"risen": delta.report["held_back"]["risen"]})
+    assert delta.report["risen"] == [pushed]
+    assert delta.report["positives"] == 0
+    assert lists_of(snapshots(loose).version, rows[0]) <= 0.1 * SAMPLED_USERS
+
+
+def alike_items(version, count: int) -> list[Event]:
+    attributes = {
+        name: value
+        for name, value in version.catalogue.slice(0, 1).to_pylist()[0].items()
+        if name not in (c.ITEM_ID, c.AVAILABLE)
+    }
+    return [item_event(f"i{n}", 1_700_000_000_000, f"alike {n:05d}", attributes, None) for n in range(count)]
+
+
+def test_alike_items_that_are_put_are_no_collapse_of_what_was_learned(learning, happen, clicks) -> None:
+    gate = replace(learning.update.gate, most_alike=0.02)
+    learning = replace(learning, update=replace(learning.update, gate=gate))
+    happen(learning, [*alike_items(open_served(learning), 800), *clicks(learning, 40)])
+    report = run(learning)
+    assert (report.refused, report.set_aside) == ([], [])
+    assert deltas(learning)[0].report["positives"] > 0
+    chain = open_chain(learning, open_served(learning).path, None)
+    assert module.alikeness(chain.item_vectors) - chain._base_alike > learning.update.gate.most_alike
+
+
+def test_a_refused_delta_is_followed_by_the_next_one_though_the_gate_would_refuse_it_empty(
+    learning, happen, clicks, monkeypatch
+) -> None:
+    happen(learning, [*alike_items(open_served(learning), 3), *clicks(learning, 40)])
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "check_served", lambda *_: ["golden queries: another answer"])
+        report = run(learning)
+    assert (report.seq, report.refused, report.reasons) == (1, [1], ["golden queries: another answer"])
+    happen(learning, clicks(learning, 40, seed=1))
+    assert run(learning).refused == []
+    one, two = deltas(learning)
+    assert (one.tables, one.report["refused"]) == ({}, ["golden queries: another answer"])
+    assert len(one.state["entities"]) == 3
+    assert two.report["positives"] > 0
+
+
+@pytest.mark.parametrize("error", [ValueError("strange rows"), RuntimeError("index out of range"), AssertionError()])
+def test_an_error_while_a_delta_is_learned_refuses_it_and_the_chain_goes_on(
+    learning, happen, clicks, monkeypatch, error
+) -> None:
+    def fails(*_):
+        raise error
+
+    happen(learning, clicks(learning, 40))
+    with monkeypatch.context() as patched:
+        patched.setattr(module.Learner, "step", fails)
+        report = run(learning)
+    assert report.refused == [1]
+    assert report.reasons == [f"it cannot be learned: {error!r}"]
+    assert (places(learning).deltas / report.version / "quarantine" / "00000001.parquet").exists()
+    happen(learning, clicks(learning, 40, seed=1))
+    assert run(learning).refused == []
+
+
+def test_an_item_that_cannot_be_taken_in_is_set_aside_alone(learning, happen, clicks, monkeypatch) -> None:
+    put = alike_items(open_served(learning), 3)
+    real = overlay_module.item_columns
+
+    def fails(base, item_id, *rest):
+        if item_id == "alike 00001":
+            raise ValueError("it cannot be encoded")
+        return real(base, item_id, *rest)
+
+    monkeypatch.setattr(overlay_module, "item_columns", fails)
+    happen(learning, [*put, *clicks(learning, 40)])
+    report = run(learning)
+    assert (report.refused, report.set_aside) == ([1], ["item 'alike 00001': ValueError('it cannot be encoded')"])
+    [delta] = deltas(learning)
+    assert [one for _, one, _ in delta.state["entities"]] == ["alike 00000", "alike 00002"]
+    happen(learning, clicks(learning, 40, seed=1))
+    assert run(learning).refused == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "gone", "manifest"])
+def test_a_damaged_shard_is_set_aside_and_the_others_are_learned(learning, happen, clicks, damage) -> None:
+    for seed in range(3):
+        happen(learning, clicks(learning, 20, seed=seed))
+    [partition] = [path for path in places(learning).shards.iterdir() if any(path.glob("*.tfrecord"))][:1]
+    damaged = sorted(path for path in partition.glob("*.tfrecord") if path.stat().st_size)[0]
+    content = damaged.read_bytes()
+    lost = json.loads(damaged.with_suffix(".json").read_text())["rows"]
+    if damage == "manifest":
+        damaged.with_suffix(".json").write_text("{")
+        read_manifest.cache_clear()  # as in a new process
+    elif damage == "gone":
+        damaged.unlink()
+    else:
+        damaged.write_bytes({"cut": content[:-5], "noise": content[:-40] + bytes(40), "empty": b""}[damage])
+    report = run(learning)
+    assert (report.rows, report.refused, len(report.set_aside)) == (60 - lost, [], 1)
+    assert deltas(learning)[0].report["set_aside"] == report.set_aside
+    assert run(learning).rows == 0
+    if damage != "manifest":  # the joiner cannot go on without that
+        happen(learning, clicks(learning, 20, seed=3))
+        assert run(learning).rows == 20
+
+
+def test_rows_of_another_shape_and_wild_weights_are_left_out_and_counted(learning, happen, clicks, monkeypatch) -> None:
+    happen(learning, clicks(learning, 40))
+    real = module.read_parts
+
+    def strange(*where):
+        parts = real(*where)
+        changed = []
+        for table in parts.tables:
+            weights = pa.array([1e29, np.nan, -1.0, np.inf, None][:5] + [1.0] * table.num_rows, pa.float32())
+            at = table.schema.get_field_index(c.WEIGHT)
+            changed.append(table.set_column(at, c.WEIGHT, weights[: table.num_rows]))
+        others = [
+            parts.tables[0].drop_columns([c.REQUEST_TS_MS]),
+            parts.tables[0].set_column(2, c.ITEM_ID, pa.array([1] * parts.tables[0].num_rows)),
+            pa.table({c.OUTCOME: ["clicked"]}),
+        ]
+        return replace(parts, tables=[*changed, *(others if where[1] == 0 or changed else [])])
+
+    monkeypatch.setattr(module, "read_parts", strange)
+    report = run(learning)
+    assert report.refused == []
+    [delta] = deltas(learning)
+    counted = delta.report
+    assert counted["unusable"] > 0
+    assert len(report.set_aside) >= 3
+    assert all("cannot be encoded" in said for said in report.set_aside)
+    assert all(np.isfinite(values).all() for name, values in delta.optimizer.items() if name.endswith("accumulator"))
+
+
+def test_an_accumulator_without_bounds_is_refused_and_one_in_a_chain_is_repaired(learning, happen, clicks) -> None:
+    assert check_accumulators("t", np.array([1e7], np.float32), 1.0, Limits()) == [
+        "t: an accumulator is 1e+07, the version's largest is 1"
+    ]
+    happen(learning, clicks(learning, 40))
+    run(learning)
+    [folder] = (places(learning).deltas / open_served(learning).id).glob("0*1")
+    tensors = load_file(folder / "optimizer.safetensors")
+    name = next(one for one in tensors if one.endswith("accumulator"))
+    tensors[name][0] = np.inf
+    save_file(tensors, folder / "optimizer.safetensors")
+    manifest = {key: value for key, value in read_json(folder / "manifest.json").items() if key != "digest"}
+    manifest["files"] = folder_listing(folder)
+    write_json(folder / "manifest.json", {**manifest, "digest": digest(manifest)})
+    chain = open_chain(learning, open_served(learning).path, None)
+    assert chain.repaired == 1
+    assert all(np.isfinite(table.accumulator).all() for table in chain._learner.model.tables.values())
+
+
+def test_a_click_before_the_deletion_of_an_item_is_not_learned_by_the_one_that_has_its_id_now(learning, happen) -> None:
+    version = open_served(learning)
+    row = int(np.argmax(np.bincount(version.clicks.item_row)))
+    item, begin = version.item_ids[row].as_py(), version.watermark_ms + 1
+    users = version.users.ids.to_pylist()
+    attributes = {
+        name: value
+        for name, value in version.catalogue.slice(row, 1).to_pylist()[0].items()
+        if name not in (c.ITEM_ID, c.AVAILABLE)
+    }
+    happen(
+        learning,
+        [
+            *(Event(f"a{n}", "click", users[n], begin + n, body={"item_id": item}) for n in range(10)),
+            item_deleted("d", begin + 100, item),
+            item_event("p", begin + 101, item, attributes, None),
+            *(Event(f"b{n}", "click", users[n], begin + 200 + n, body={"item_id": item}) for n in range(4)),
+        ],
+    )
+    run(learning)
+    first = deltas(learning)[0]
+    assert (first.report["before_deletion"], first.report["positives"]) == (10, 4)
+    assert set(first.state["recent"]) == {item}
+    chain = open_chain(learning, version.path, None)
+    assert chain._learner.clicks[row] == 0
+    old = int(version.features.vocabularies[c.ITEM_ID].rows(version.item_ids)[row])
+    assert int(chain._learner.item_tokens[row]) not in (old, UNKNOWN)
+    assert snapshots(learning).version.two_tower.item_tokens[row] == chain._learner.item_tokens[row]
+    # what is said of it later frees its embedding no second time
+    happen(learning, [item_event("q", begin + 900, item, attributes, None)])
+    run(learning)
+    assert deltas(learning)[-1].tables == {}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"seq": 1, "shards": {"0": [0, 1000000000000]}, "events": {}}'])
+def test_a_plan_that_cannot_be_is_made_again(learning, happen, clicks, content: str) -> None:
+    happen(learning, clicks(learning, 30))
+    path = places(learning).deltas / open_served(learning).id / "next.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert run(learning).rows == 30

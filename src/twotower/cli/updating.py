@@ -38,9 +38,10 @@ from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_v
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, VersionError
-from twotower.schema.files import MANIFEST, read_json, write_json
+from twotower.schema.files import MANIFEST, check_fields, read_json, write_json
 from twotower.train.checkpoint import FINISHED, TENSORS, Checkpoint, load_model, open_checkpoint
 from twotower.train.negatives import Shares
+from twotower.update.bounds import Bounds
 from twotower.update.chain import Chain
 from twotower.update.full import check_version, due_days, fold, read_entities, rows_of_day
 from twotower.update.gate import Limits
@@ -279,7 +280,16 @@ def limits_of(settings: Settings) -> Limits:
         gate.least,
         gate.window,
         gate.index_recall,
+        gate.most_accumulated,
+        gate.most_rise,
+        gate.rise_least,
     )
+
+
+def bounds_of(settings: Settings) -> Bounds:
+    """What one user and one item can move."""
+    bounds = settings.update.bounds
+    return Bounds(60_000 * bounds.window_min, bounds.pair, bounds.user, bounds.item, bounds.item_share)
 
 
 def _wait(stopped: threading.Event, seconds: float) -> None:
@@ -318,6 +328,7 @@ def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Ch
         settings.samples.untrained_users,
         settings.serve.exclude != "none",
         options.fold_every,
+        bounds_of(settings),
     )
 
 
@@ -329,8 +340,13 @@ def checkpoint_of(where: Places, version: Version) -> Checkpoint:
     """
     wanted = version.manifest["checkpoint_sha256"]
     for path in sorted(where.checkpoints.glob(f"*/{FINISHED}/{MANIFEST}")):
-        files = read_json(path).get("files", {})
-        if files.get(TENSORS, {}).get("sha256") == wanted:
+        try:
+            listed = check_fields(read_json(path), {"files": dict}, str(path))["files"]
+            found = check_fields(listed.get(TENSORS), {"sha256": str}, str(path))["sha256"]
+        except DataError as error:
+            log.warning("%s", error)
+            continue
+        if found == wanted:
             return open_checkpoint(path.parent)
     raise DataError(
         f"{where.checkpoints} has not the checkpoint that version {version.id} was made of ({wanted[:12]}): restore "

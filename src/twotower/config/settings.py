@@ -885,6 +885,32 @@ class Gate:
     """How much the mean cosine of two items may rise above that of the version: more is a collapse."""
     index_recall: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Share of the exact answer that what is served must find, on golden queries."""
+    most_accumulated: PositiveReal = 1e6
+    """Largest optimizer accumulator of a row that moved, in those of the version's largest: beyond it the row would
+    hardly move again."""
+    most_rise: PositiveReal = 0.5
+    """How much the share of lists of 20 (of a fixed sample of 64 users) that an item is in may rise within a window of
+    `update.bounds`, beyond what its users explain. An item that rises further is learned nothing of in that delta."""
+    rise_least: Positive = 20
+    """Positives of an item within that window from which on its rise is judged."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Bounds:
+    """Positives that the incremental update trains within a window of event time, at most. Those beyond are counted
+    (`held_back`) and not trained.
+    """
+
+    window_min: Positive = 60
+    """Minutes of event time that are counted together."""
+    pair: Positive = 3
+    """Of one user on one item."""
+    user: Positive = 100
+    """Of one user."""
+    item: Positive = 50
+    """Of one item, whatever the others have; more where `item_share` allows it."""
+    item_share: PositiveReal = 0.25
+    """Of one item, as a share of the positives of all other items."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -918,6 +944,8 @@ class Update:
     """`update full`: what yesterday's optimizer accumulators are multiplied by."""
     evict_after_days: Positive | None = 30
     """`update full`: an id without a positive for so many days loses its embedding; absent = none does."""
+    bounds: Bounds = field(default_factory=Bounds)
+    """What one user and one item can move."""
     gate: Gate = field(default_factory=Gate)
     """What a delta must keep."""
 

@@ -27,7 +27,7 @@ from twotower.features.fitted import (
 from twotower.features.vocabulary import Vocabulary, as_values, fit_vocabulary
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import read_json, write_json
+from twotower.schema.files import map_batches, read_json, write_json
 
 HISTORY = "history"
 """The sequence feature that is the user's clicks before the request."""
@@ -350,12 +350,7 @@ def load(folder: Path) -> FeatureSet:
         DataError: a file is missing or is not of this format.
     """
     document = read_json(folder / FEATURES_FILE)
-    try:
-        source = pa.memory_map(str(folder / VOCABULARY_FILE))
-        stored = pa.ipc.open_file(source)
-        batches = [stored.get_batch(i) for i in range(stored.num_record_batches)]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{folder / VOCABULARY_FILE} cannot be read: {error}") from None
+    batches, _ = map_batches(folder / VOCABULARY_FILE)
     values: dict[str, pa.Array] = {}
     try:
         for batch in batches:

@@ -1,5 +1,11 @@
 """Where a server keeps what it learns of users and items between versions: a protocol and its embedded default."""
 
+import logging
+import os
+import stat
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +15,13 @@ import lmdb
 
 from twotower.schema.errors import TwotowerError
 
+log = logging.getLogger(__name__)
+
 MAP_BYTES = 1 << 40
 """Address space that LMDB reserves; a file grows only as far as it is filled."""
+FILES = ("data.mdb", "lock.mdb")
+_LEAST_S, _BYTES_A_SECOND = 30, 10_000_000
+"""Time that reading a store may take: a damaged one may lead in circles."""
 
 
 class FeatureStoreError(TwotowerError):
@@ -52,7 +63,9 @@ class LmdbFeatureStore:
     """The embedded store: an LMDB file, read without locks or copies.
 
     A killed process loses nothing; after a power cut the latest changes may be gone, but never torn. What is in it can
-    be made again from the event log.
+    be made again from the event log, and so a store that is damaged is set aside, under a name that says so, and an
+    empty one takes its place. LMDB itself trusts its file: a damaged one would end the process that reads it. So all of
+    it is read first by a process of its own.
 
     Args:
         folder: its folder, made if it is absent.
@@ -65,6 +78,11 @@ class LmdbFeatureStore:
         self._folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if (damage := damage_of(folder)) is not None:
+                aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
+                log.error("%s is damaged (%s): it is set aside as %s and made anew", folder, damage, aside.name)
+                folder.rename(aside)
+                folder.mkdir()
             self._environment = lmdb.open(str(folder), map_size=MAP_BYTES, metasync=False, max_readers=1024)
         except (lmdb.Error, OSError) as error:
             raise FeatureStoreError(
@@ -113,3 +131,59 @@ class LmdbFeatureStore:
                 yield transaction
         except lmdb.Error as error:
             raise FeatureStoreError(f"{self._folder}: {error}") from error
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a store; None where all of it can be read, and written to.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    for name in FILES:
+        try:
+            mode = os.lstat(folder / name).st_mode
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(mode):
+            return f"{name} is no regular file"
+    data = folder / FILES[0]
+    if not data.exists():
+        return None
+    allowed_s = _LEAST_S + data.stat().st_size / _BYTES_A_SECOND
+    command = [sys.executable, "-P", "-c", _READER, str(folder.resolve())]
+    try:
+        ended = subprocess.run(command, capture_output=True, timeout=allowed_s, check=False)  # it may not survive
+    except subprocess.TimeoutExpired:
+        return f"reading it did not end within {allowed_s:.0f} s"
+    said = ended.stderr.decode(errors="replace").strip() or "nothing said"
+    if ended.returncode < 0:
+        return f"reading it ended by signal {-ended.returncode}"
+    if ended.returncode == _DAMAGED:
+        return said
+    if ended.returncode:
+        raise OSError(f"it cannot be read: {said.splitlines()[-1]}")
+    return None
+
+
+_DAMAGED = 3
+_READER = f"""
+import sys, lmdb
+try:
+    with lmdb.open(sys.argv[1], map_size={MAP_BYTES}, create=False, max_readers=1024) as store:
+        before = None
+        with store.begin() as reading:
+            for key, value in reading.cursor():
+                if before is not None and key <= before:
+                    raise lmdb.CorruptedError("its keys are not in their order")
+                before, size = bytes(key), len(bytes(value))
+        writing = store.begin(write=True)
+        writing.put(b"check", bytes(1 << 16))
+        writing.abort()
+except (lmdb.DiskError, lmdb.LockError, lmdb.MapFullError, lmdb.MapResizedError, lmdb.ReadersFullError, MemoryError):
+    raise
+except lmdb.Error as error:
+    if "No space" in str(error) or "Permission" in str(error) or "Read-only" in str(error):
+        raise
+    print(error, file=sys.stderr)
+    sys.exit({_DAMAGED})
+"""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from twotower.index.protocol import Exclusions
 from twotower.schema.errors import DataError
-from twotower.schema.files import read_json
+from twotower.schema.files import opened_file, read_json
 
 FORMAT = 1
 """Number of the layout of a saved index."""
@@ -151,11 +151,24 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> ND
         DataError: missing, damaged, or not the array that `index.json` describes.
     """
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r" if 0 not in shape else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with opened_file(path):  # and no pipe or device, which `load` would wait for
+            array: NDArray[Any] = np.load(path, mmap_mode="r" if 0 not in shape else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
         raise DataError(f"{path} cannot be read ({error}): rebuild the index from the item vectors") from None
     if array.shape != shape or array.dtype != dtype:
         raise DataError(
             f"{path} holds {array.dtype}{array.shape} where {INDEX_JSON} says {np.dtype(dtype)}{shape}: rebuild it"
         )
     return array
+
+
+def map_rows(folder: Path, count: int) -> NDArray[np.int64]:
+    """The rows (N,) of a saved index, mapped into memory.
+
+    Raises:
+        DataError: as of `map_array`, or they are not rising.
+    """
+    rows: NDArray[np.int64] = map_array(folder / ROWS, (count,), np.int64)
+    if count and (rows[0] < 0 or (rows[1:] <= rows[:-1]).any()):
+        raise DataError(f"{folder / ROWS} is not rising from 0: rebuild the index from the item vectors")
+    return rows

@@ -15,6 +15,7 @@ from twotower.index.checks import (
     excluded_positions,
     hidden_with,
     map_array,
+    map_rows,
     read_description,
 )
 from twotower.index.protocol import PADDING, Exclusions, Neighbours
@@ -74,7 +75,7 @@ class ExactIndex:
             count, dimension, longest = description["count"], description["dimension"], float(description["longest"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{folder / INDEX_JSON} is incomplete ({error!r}): rebuild the index") from None
-        rows = map_array(folder / ROWS, (count,), np.int64)
+        rows = map_rows(folder, count)
         return cls(rows, map_array(folder / VECTORS, (count, dimension), np.float32), longest, np.empty(0, np.int64))
 
     def count(self) -> int:  # noqa: D102

@@ -1,5 +1,6 @@
 """FAISS: scans small catalogues, and of large ones only the lists of vectors that are near the query."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,12 +25,12 @@ from twotower.index.checks import (
     checked_build,
     excluded_positions,
     hidden_with,
-    map_array,
+    map_rows,
     read_description,
 )
 from twotower.index.protocol import PADDING, Exclusions, Neighbours, VectorIndex
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import whole_folder, write_json
+from twotower.schema.files import opened_file, whole_folder, write_json
 
 faiss: Any = _faiss  # its type stubs are those of the C++ classes, not of their Python wrappers
 
@@ -182,11 +183,16 @@ class FaissIndex:
             count, dimension, size = description["count"], description["dimension"], description["bytes"]
             tuning = tuple(Tuned(**entry) for entry in description["tuning"])
             thinned = tuple(Thinned(**entry) for entry in description.get("thinned", []))
+            if any(type(number) is not int for number in (count, dimension, size)):
+                raise TypeError(f"numbers {count}, {dimension}, {size}")
         except (KeyError, TypeError) as error:
             raise DataError(f"{folder / INDEX_JSON} is incomplete ({error!r}): rebuild the index") from None
-        if not path.is_file() or path.stat().st_size != size:
-            seen = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
-            raise DataError(f"{path} {seen}, {INDEX_JSON} says {size} bytes: rebuild the index from the item vectors")
+        with opened_file(path) as descriptor:
+            found = os.fstat(descriptor).st_size
+        if found != size:
+            raise DataError(
+                f"{path} has {found} bytes, {INDEX_JSON} says {size} bytes: rebuild the index from the item vectors"
+            )
         try:
             # Not IO_FLAG_MMAP: that one starts up to 32 threads in each search to read ahead.
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
@@ -197,7 +203,9 @@ class FaissIndex:
             raise DataError(
                 f"{path} holds {index.ntotal} vectors of {index.d}, {INDEX_JSON} says {count} of {dimension}"
             )
-        rows = map_array(folder / ROWS, (count,), np.int64)
+        if not _is_whole(index):
+            raise DataError(f"{path} is no whole index: rebuild it from the item vectors")
+        rows = map_rows(folder, count)
         return cls(index, rows, np.empty(0, np.int64), tuning, thinned)
 
     def count(self) -> int:  # noqa: D102
@@ -523,6 +531,21 @@ class FaissIndex:
 def _enough(last: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
     """(Q, 1) the lowest scores that count as found, of exact k-th ones (Q,)."""
     return np.expand_dims(last - ROUNDING * np.maximum(1, np.abs(last)), 1)
+
+
+def _is_whole(index: Any) -> bool:
+    """An index that was read has the vectors that it says: FAISS itself does not look."""
+    if isinstance(index, faiss.IndexIVFFlat):
+        lists, quantizer = index.invlists, faiss.downcast_index(index.quantizer)
+        if (lists.nlist, lists.code_size, quantizer.d) != (index.nlist, 4 * index.d, index.d):
+            return False
+        sizes = [lists.list_size(number) for number in range(lists.nlist)]
+        if sum(sizes) != index.ntotal or not _is_whole(quantizer) or quantizer.ntotal != index.nlist:
+            return False
+        ids = [faiss.rev_swig_ptr(lists.get_ids(number), size) for number, size in enumerate(sizes) if size]
+        every = np.sort(np.concatenate(ids)) if ids else np.zeros(0, np.int64)
+        return bool((every == np.arange(index.ntotal)).all())
+    return isinstance(index, faiss.IndexFlat) and index.codes.size() == 4 * index.d * index.ntotal
 
 
 def _list_of_each(index: Any, count: int) -> NDArray[np.int32]:

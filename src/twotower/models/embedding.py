@@ -53,6 +53,21 @@ class EmbeddingTable:
         step = np.float32(rate) / (np.sqrt(self.accumulator[rows]) + np.float32(EPSILON))
         self.weights[rows] -= gradient * step[:, None]
 
+    def repair(self, rows: npt.NDArray[np.int64]) -> int:
+        """Give rows whose accumulator is not finite the median of the table's others; gives how many there were.
+
+        A row with an infinite accumulator never moves again, and one with NaN becomes NaN at its next step.
+
+        >>> table = EmbeddingTable(np.zeros((3, 1), np.float32), np.array([2, np.inf, 4], np.float32))
+        >>> table.repair(np.arange(3)), table.accumulator.tolist()
+        (1, [2.0, 3.0, 4.0])
+        """
+        broken = rows[~np.isfinite(self.accumulator[rows])]
+        if len(broken):
+            used = self.accumulator[np.isfinite(self.accumulator) & (self.accumulator > 0)]
+            self.accumulator[broken] = np.median(used) if len(used) else 0
+        return len(broken)
+
 
 class Compactor:
     """Finds the distinct rows among those a step touches, in time that depends on the step alone.

@@ -55,4 +55,9 @@ def fit_channels(samples: Samples, recipes: Mapping[str, Recipe], checkpoints: P
 
 
 def _whole(folder: Path) -> bool:
-    return (folder / MANIFEST).exists() and not check_listing(folder, read_json(folder / MANIFEST)["files"])
+    return (folder / MANIFEST).exists() and not check_listing(folder, _listed(folder))
+
+
+def _listed(folder: Path) -> Any:
+    content = read_json(folder / MANIFEST)
+    return content.get("files") if isinstance(content, dict) else None

@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from safetensors import SafetensorError
+import pyarrow.compute as pc
 from safetensors.numpy import load_file, save_file
 
 from twotower.features.columns import from_arrow, to_arrow
+from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.publish.version import DIGEST, digest, read_manifest
 from twotower.samples.columns_file import map_columns, write_table
 from twotower.schema import columns as c
@@ -37,6 +38,8 @@ from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import (
     MANIFEST,
     TEMPORARY,
+    Kind,
+    check_fields,
     check_listing,
     folder_listing,
     read_json,
@@ -55,6 +58,17 @@ GATED = 20
 TABLES, NEW_IDS, ITEMS, OPTIMIZER, STATE = (
     *("tables.safetensors", "new_ids.arrow", "items.arrow", "optimizer.safetensors", "state.json"),
 )
+
+FIELDS: Mapping[str, Kind] = {
+    "version": str,
+    "seq": int,
+    "follows": str,
+    "watermark_ms": (int, type(None)),
+    "offsets": dict,
+    "report": dict,
+    "files": dict,
+}
+"""What is read of a manifest, with its types."""
 
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -296,31 +310,60 @@ def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
         if problems := check_listing(path, manifest["files"]):
             raise VersionError(f"{path} is damaged: {'; '.join(problems)}")
         tensors = load_file(path / TABLES)
-        ids = map_columns(path / NEW_IDS)
         items = map_columns(path / ITEMS)
         vectors = from_arrow(items.column(c.VECTOR))
         assert isinstance(vectors, np.ndarray)
-        return Delta(
-            version_id,
-            seq,
-            manifest["watermark_ms"],
-            {
-                name.removesuffix(".rows"): Rows(rows, tensors[f"{name.removesuffix('.rows')}.values"])
-                for name, rows in tensors.items()
-                if name.endswith(".rows")
-            },
-            _new_ids(ids),
-            items.column(c.ITEM_ID),
-            vectors.astype(np.float32),
-            manifest["offsets"],
-            manifest["report"],
-            load_file(path / OPTIMIZER),
-            read_json(path / STATE),
-            stands_for is not None,
-            manifest[DIGEST] if stands_for is None else stands_for["digest"],
+        return _checked(
+            Delta(
+                version_id,
+                seq,
+                manifest["watermark_ms"],
+                {
+                    name.removesuffix(".rows"): Rows(rows, tensors[f"{name.removesuffix('.rows')}.values"])
+                    for name, rows in tensors.items()
+                    if name.endswith(".rows")
+                },
+                _new_ids(map_columns(path / NEW_IDS)),
+                items.column(c.ITEM_ID),
+                vectors.astype(np.float32),
+                manifest["offsets"],
+                manifest["report"],
+                load_file(path / OPTIMIZER),
+                read_json(path / STATE, manifest["files"][STATE]["bytes"]),
+                stands_for is not None,
+                manifest[DIGEST] if stands_for is None else stands_for["digest"],
+            )
         )
-    except (DataError, SafetensorError, KeyError, OSError) as error:
-        raise VersionError(f"{path} cannot be read: {error!r}") from error
+    except (VersionError, MemoryError):
+        raise
+    except Exception as error:  # whatever Arrow, NumPy and safetensors say of files that are none of a delta
+        raise VersionError(f"{path} cannot be read: {error or repr(error)}") from error
+
+
+def _checked(delta: Delta) -> Delta:
+    """A delta whose arrays are what a delta has.
+
+    Raises:
+        DataError: they are not.
+    """
+    for name, rows in delta.tables.items():
+        at, values = rows.rows, rows.values
+        if at.dtype != np.int64 or at.ndim != 1 or values.dtype != np.float32 or values.shape[:1] != at.shape:
+            raise DataError(f"{name}: rows are {at.dtype}{at.shape}, their values {values.dtype}{values.shape}")
+        if values.ndim != 2 or (len(at) and at[0] < FIRST) or (np.diff(at) <= 0).any():
+            raise DataError(f"{name}: the rows are not rising, or of no id")
+        if not np.isfinite(values).all():
+            raise DataError(f"{name}: {int((~np.isfinite(values)).any(axis=1).sum())} rows are not finite")
+    for name, ids in delta.new_ids.items():
+        if ids.column("id").null_count or ids.column("row").null_count:
+            raise DataError(f"new ids of {name}: some are missing")
+        if ids.num_rows and pc.min(ids.column("row")).as_py() < UNKNOWN:
+            raise DataError(f"new ids of {name}: a row is {pc.min(ids.column('row')).as_py()}")
+    if delta.item_ids.null_count or len(delta.item_ids) != len(delta.item_vectors):
+        raise DataError(f"{len(delta.item_ids)} items for {len(delta.item_vectors)} vectors")
+    if not np.isfinite(delta.item_vectors).all():
+        raise DataError("vectors of items are not finite")
+    return delta
 
 
 def _read_manifest(path: Path, version_id: str, seq: int) -> dict[str, Any]:
@@ -337,6 +380,14 @@ def _read_manifest(path: Path, version_id: str, seq: int) -> dict[str, Any]:
         raise VersionError(f"{path} is no delta of format {FORMAT}")
     if manifest.get(DIGEST) != digest({key: value for key, value in manifest.items() if key != DIGEST}):
         raise VersionError(f"{path} is damaged: {MANIFEST} does not have its own SHA-256")
+    try:
+        check_fields(manifest, FIELDS, f"{path}: {MANIFEST}")
+        check_fields(manifest["offsets"], {"shards": dict, "log": dict}, f"{path}: offsets")
+        if (stands_for := manifest.get("stands_for")) is not None:
+            check_fields(stands_for, {"digest": str}, f"{path}: stands_for")
+            check_fields(manifest["report"].get(FOLDED), {"gated": list, "recall": dict}, f"{path}: report")
+    except DataError as error:
+        raise VersionError(str(error)) from None
     if (manifest["version"], manifest["seq"]) != (version_id, seq):
         raise VersionError(
             f"{path} is delta {manifest['seq']} of version {manifest['version']}: it is none of {version_id}"

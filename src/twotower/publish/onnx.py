@@ -18,6 +18,7 @@ from twotower.features.columns import Column
 from twotower.features.fitted import Fitted
 from twotower.models.towers import LENGTH, POPULARITY, Tower, WithPopularity, input_width, is_encoded
 from twotower.models.two_tower import Floats, Table, tower_inputs
+from twotower.schema.files import map_file
 
 VECTOR = "vector"
 
@@ -107,7 +108,8 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # From bytes: a file that names further ones, with its weights, opens none of them.
+    return onnxruntime.InferenceSession(bytes(map_file(path)), options, providers=["CPUExecutionProvider"])
 
 
 class OnnxTower:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from twotower.features.columns import Bag, Column, concatenate, pointers
 from twotower.features.columns import Rows as Tokens
@@ -147,6 +148,19 @@ class Overlay:
         for name, rows in delta.tables.items():
             if name not in self._mapped or rows.values.shape[1] != self._mapped[name].shape[1]:
                 raise DataError(f"delta {delta.seq} has rows of a table {name} that version {self.base.id} has not so")
+            if len(rows.rows) and rows.rows[-1] >= self._mapped[name].shape[0]:
+                raise DataError(
+                    f"delta {delta.seq} has row {rows.rows[-1]} of table {name}, which has "
+                    f"{self._mapped[name].shape[0]} in version {self.base.id}"
+                )
+        kinds = {c.USER_ID: self.base.users.ids.type, c.ITEM_ID: self.base.item_ids.type}
+        for name, ids in delta.new_ids.items():
+            if name not in kinds or ids.column("id").type != kinds[name]:
+                raise DataError(f"delta {delta.seq} has ids of {name} that version {self.base.id} has not so")
+            if name in self._mapped and ids.num_rows and pc.max(ids.column("row")).as_py() >= len(self._mapped[name]):
+                raise DataError(f"delta {delta.seq} has ids of {name} with rows beyond its table")
+        if delta.item_vectors.shape[1] != self._vectors.values.shape[1]:
+            raise DataError(f"delta {delta.seq} has vectors of {delta.item_vectors.shape[1]} numbers")
         for name, rows in delta.tables.items():
             self._tables[name] = _piled(self._tables.get(name, ()), rows)
         for name, ids in delta.new_ids.items():

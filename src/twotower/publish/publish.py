@@ -355,6 +355,10 @@ def verify(path: Path) -> list[str]:
         return replay(open_version(path, check_hashes=False))
     except (DataError, VersionError) as error:
         return [str(error)]
+    except MemoryError:
+        raise
+    except Exception as error:  # what is in the files passed every check, and still cannot be asked
+        return [f"golden queries: {error!r}"]
 
 
 def list_versions(versions: Path) -> list[Listed]:

@@ -1,6 +1,7 @@
 """Embedding tables on disk: safetensors, read by mapping them into memory."""
 
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 
 from twotower.models.two_tower import Table
 from twotower.schema.errors import DataError
+from twotower.schema.files import map_file
 
 FILE = "tables.safetensors"
 
@@ -56,22 +58,26 @@ def map_tables(folder: Path) -> dict[str, npt.NDArray[np.float32]]:
         DataError: the file is missing or is not of this format.
     """
     path = folder / FILE
+    data = map_file(path)
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        tables = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] != "F32":
-                raise DataError(f"{path}: {name} is of type {entry['dtype']}, where F32 is due")
-            begin = 8 + length + entry["data_offsets"][0]
-            tables[name] = (
-                np.memmap(path, np.float32, "r", begin, tuple(entry["shape"]))
-                if 0 not in entry["shape"]
-                else (np.zeros(entry["shape"], np.float32))
-            )
-    except (OSError, ValueError, KeyError) as error:
+        length = int.from_bytes(data[:8], "little")
+        if not 0 < length <= len(data) - 8:
+            raise ValueError(f"its header has {length} bytes, the file {len(data)}")
+        header = json.loads(bytes(data[8 : 8 + length]))
+        return {
+            name: _mapped(data, 8 + length, name, entry) for name, entry in header.items() if name != "__metadata__"
+        }
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    return tables
+
+
+def _mapped(data: mmap.mmap | bytes, start: int, name: str, entry: Any) -> npt.NDArray[np.float32]:
+    """The table (rows, D) of an entry of the header, out of the numbers that begin at `start`."""
+    (rows, dimension), (begin, end) = entry["shape"], entry["data_offsets"]
+    if entry["dtype"] != "F32":
+        raise ValueError(f"{name} is of type {entry['dtype']}, where F32 is expected")
+    if any(type(number) is not int or number < 0 for number in (rows, dimension, begin, end)):
+        raise ValueError(f"{name} has the shape {entry['shape']} at {entry['data_offsets']}")
+    if end - begin != 4 * rows * dimension or start + end > len(data):
+        raise ValueError(f"{name} of shape {entry['shape']} does not stand at {begin} to {end}")
+    return np.frombuffer(data, np.float32, rows * dimension, start + begin).reshape(rows, dimension)

@@ -11,20 +11,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from twotower.datasets.tables import end_of_day
 from twotower.features.bloom import hash_ids
-from twotower.features.columns import Column, concatenate, take
+from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import FeatureSet, encode_request, load
 from twotower.features.vocabulary import Positions
 from twotower.fusion.fuse import Fused, Fusion
 from twotower.index.build import load_index
+from twotower.index.checks import ROWS
 from twotower.index.protocol import VectorIndex
 from twotower.logs.entities import Entity, EntityId
 from twotower.models.channel import VectorChannel
 from twotower.models.fit import KINDS
 from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Queries, Retriever, WithoutItems
+from twotower.models.two_tower import table_of
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.ranker import OnnxRanker
 from twotower.publish.tables import LaidRows, map_tables
@@ -32,7 +35,7 @@ from twotower.samples.columns_file import map_columns
 from twotower.samples.read import Clicks, Entities, open_clicks, open_items, open_users
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError
-from twotower.schema.files import MANIFEST, check_listing, read_json, write_json
+from twotower.schema.files import MANIFEST, Kind, check_fields, check_listing, read_json, write_json
 
 FORMAT = 3
 CATALOGUE = "catalogue.arrow"
@@ -46,6 +49,18 @@ PRE_RANK, RANK = "pre_rank", "rank"
 """The rankers that a version may have: what orders candidates, and what orders those that go on."""
 NEW_ITEMS = "new_items"
 """The channel that searches the new items alone with the user's vector of the two towers."""
+FIELDS: Mapping[str, Kind] = {
+    "files": dict,
+    "configuration": dict,
+    "fusion": dict,
+    "checkpoint_sha256": str,
+    "parent": (str, type(None)),
+    "created_ms": int,
+    "watermark_ms": (int, type(None)),
+    "last_day": (str, type(None)),
+}
+"""What is read of a manifest, with its types."""
+_PIECE = 1 << 16
 DIGEST = "digest"
 """Key of a manifest: the SHA-256 of all its other entries, because a flipped digit in JSON is still JSON."""
 
@@ -252,7 +267,7 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
                 counted = KINDS[name].load(folder / name)
                 channels[name] = WithoutItems(counted, gone) if gone.any() else counted
         rankers = manifest["configuration"]["models"].get("rankers", [])  # versions of before there were any
-        return Version(
+        version = Version(
             path.name,
             path,
             manifest,
@@ -268,8 +283,55 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
             gone,
             rankers=_open_rankers(path / RANKERS, rankers, threads),
         )
-    except (DataError, KeyError) as error:
-        raise VersionError(f"version {path.name} cannot be opened: {error}") from error
+        return _checked(version)
+    except (VersionError, MemoryError):
+        raise
+    except Exception as error:  # whatever Arrow, NumPy, FAISS and ONNX Runtime say of files that are none of theirs
+        raise VersionError(f"version {path.name} cannot be opened: {error or repr(error)}") from error
+
+
+def _checked(version: Version) -> Version:
+    """A version whose files fit each other: what one of them says of rows is within the other.
+
+    Raises:
+        DataError: they do not.
+    """
+    items, users, clicks = version.item_ids, version.users, version.clicks
+    for name, ids in (("items", items), ("users", users.ids)):
+        if ids.null_count or (len(ids) > 1 and not pc.all(pc.less(ids[:-1], ids[1:])).as_py()):
+            raise DataError(f"the ids of {name} are not rising")
+    if len(clicks.indptr) != len(users) + 1 or (np.diff(clicks.indptr) < 0).any():
+        raise DataError("the numbers of clicks of users are not those of the users")
+    if clicks.indptr[-1] != len(clicks.item_row) or len(clicks.item_row) != len(clicks.ts_ms):
+        raise DataError(f"{len(clicks.item_row)} clicks are stored, the users have {clicks.indptr[-1]}")
+    _within("clicks", clicks.item_row, len(items))
+    for channel in version.channels.values():
+        if isinstance(channel, VectorChannel):
+            vectors = channel.item_vectors
+            if vectors is not None and (vectors.shape[0] != len(items) or not _all_finite(vectors)):
+                raise DataError(f"channel {channel.name} has other vectors than one of each item")
+    for path in sorted((version.path / "channels").glob(f"*/index/{ROWS}")):
+        _within(f"the index of {path.parent.parent.name}", np.load(path, "r", allow_pickle=False), len(items))
+    tables = map_tables(version.path / "channels" / TWO_TOWER)
+    for feature in version.features.user_columns:
+        column, table = users.features[feature.name], table_of(feature)
+        if len(column) != len(users):
+            raise DataError(f"feature {feature.name} has {len(column)} rows, where {len(users)} users are")
+        if table is not None:
+            rows = column.rows if isinstance(column, Bag) else column
+            _within(f"feature {feature.name}", rows, tables[table].shape[0])
+    return version
+
+
+def _within(what: str, rows: npt.NDArray[Any], count: int) -> None:
+    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < count):
+        raise DataError(f"{what}: a row is {int(rows.max())} or {int(rows.min())}, where {count} are")
+
+
+def _all_finite(vectors: Any) -> bool:
+    """Whether no number (N, D) is infinite or none at all; in pieces, for they are mapped."""
+    pieces = range(0, vectors.shape[0], _PIECE)
+    return all(bool(np.isfinite(vectors[start : start + _PIECE]).all()) for start in pieces)
 
 
 def _open_user_tower(folder: Path, threads: int) -> OnnxTower:
@@ -344,6 +406,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise VersionError(
             f"version {path.name} is damaged: {MANIFEST} does not have its own SHA-256. Restore it or publish again"
         )
+    try:
+        check_fields(manifest, FIELDS, f"version {path.name}: {MANIFEST}")
+        models = check_fields(manifest["configuration"].get("models"), {"channels": list}, f"{path.name}: models")
+    except DataError as error:
+        raise VersionError(str(error)) from None
+    if not all(isinstance(name, str) for name in models["channels"]):
+        raise VersionError(f"version {path.name}: {MANIFEST} has channels that are no names: it was damaged")
     return manifest
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.schema.errors import DataError
-from twotower.schema.files import TEMPORARY
+from twotower.schema.files import TEMPORARY, map_batches
 
 
 def write_columns(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
@@ -89,15 +89,14 @@ def write_table(path: Path, table: pa.Table) -> None:
 def map_columns(path: Path) -> pa.RecordBatch:
     """Map the one batch of a file into memory; its columns are read from disk as they are touched.
 
+    What could lead a reader out of the file is checked first: offsets of lists and texts, sizes, UTF-8.
+
     Raises:
         DataError: the file is missing or is not of this format.
     """
-    try:
-        stored = pa.ipc.open_file(pa.memory_map(str(path)))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if stored.num_record_batches == 0:
-        return pa.RecordBatch.from_pylist([], schema=stored.schema)
-    if stored.num_record_batches != 1:
-        raise DataError(f"{path} has {stored.num_record_batches} record batches, where one is due: rewrite it")
-    return stored.get_batch(0)
+    batches, schema = map_batches(path)
+    if not batches:
+        return pa.RecordBatch.from_pylist([], schema=schema)
+    if len(batches) != 1:
+        raise DataError(f"{path} has {len(batches)} record batches, where one is expected: rewrite it")
+    return batches[0]

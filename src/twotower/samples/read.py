@@ -129,7 +129,7 @@ def open_samples(folder: Path) -> Samples:
         DataError: the folder is missing, incomplete or of another format.
     """
     manifest = read_json(folder / MANIFEST)
-    if manifest.get("kind") != "samples" or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("kind") != "samples" or manifest.get("format") != FORMAT:
         raise DataError(f"{folder} holds no samples of format {FORMAT}: build them again with `twotower samples`")
     rows = map_columns(folder / "positives.arrow")
     positives = Positives(

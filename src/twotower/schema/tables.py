@@ -19,6 +19,9 @@ LATEST_MS = 4_102_444_800_000
 MAX_WEIGHT = 1000.0
 """The largest weight of a positive. Only ratios of weights matter; huge ones would overflow the optimizer's sums."""
 
+MAX_WEIGHT = 1000.0
+"""Largest weight of a click: squares of far larger ones overflow the optimizer's accumulators."""
+
 
 def joined_events(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
     """The schema of joined events, the columns that every data set has. Context columns follow them."""

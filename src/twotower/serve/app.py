@@ -174,6 +174,12 @@ class Metrics:
             "twotower_deltas_gated", "Of the latest deltas, those that the gate let nothing of through.",
             registry=self.registry,
         )  # fmt: skip
+        self.held_back = Gauge(
+            "twotower_positives_held_back",
+            "Of the latest delta, positives that were not trained, by the bound that they are beyond.",
+            ["bound"],
+            registry=self.registry,
+        )
         self.found = Gauge(
             "twotower_recall_next",
             "recall@20 of positives before they are trained on, by hour of their time (UTC), with its positives.",
@@ -198,6 +204,8 @@ class Metrics:
         self.refused_delta.set(snapshots.refused_delta is not None)
         seen = monitors(snapshots, now_ms)
         self.gated.set(seen.gated)
+        for bound, count in seen.held_back.items():
+            self.held_back.labels(bound).set(count)
         self.found.clear()
         for hour in seen.recall_next:
             name = datetime.fromtimestamp(hour.ts_ms / 1000, UTC).strftime("%Y-%m-%dT%H")

@@ -35,6 +35,8 @@ class Monitors:
     """How far the latest positives are from the version's clicks: 0 = alike, 1 = nothing in common."""
     gated: int
     """Of the latest deltas, those that the gate let nothing of through."""
+    held_back: Mapping[str, int]
+    """Of the latest delta, positives that were not trained, by the bound that they are beyond."""
 
 
 def monitors(snapshots: Snapshots, now_ms: int) -> Monitors:
@@ -48,6 +50,7 @@ def monitors(snapshots: Snapshots, now_ms: int) -> Monitors:
         _share(report, "without_item_row"),
         report.get("drift"),
         len(snapshots.gated),
+        report.get("held_back", {}),
     )
 
 

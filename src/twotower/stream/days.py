@@ -7,6 +7,7 @@ rows; it is a function of the log alone, whatever was killed on the way.
 """
 
 import datetime
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,8 @@ from twotower.schema.files import whole_file
 from twotower.schema.tables import joined_events
 from twotower.stream.rows import CONTEXT, Types, UserId
 from twotower.stream.shards import Deleted, Manifest, read_shard
+
+log = logging.getLogger(__name__)
 
 ROWS: Final = b"twotower.rows"
 """Key of a file's metadata: all rows of its day with a number below are in it."""
@@ -60,7 +63,8 @@ def write_day(events: Path, folder: Path, day: str, shards: Sequence[Manifest], 
     """Write a day's file of one partition, whole or not at all; gives its rows.
 
     Of the rows of one request, user and item the one that came furthest is kept, the latest of equals: so a click that
-    came after its window takes the place of the impression. What users did before they were deleted is left out.
+    came after its window takes the place of the impression. What users did before they were deleted is left out. So
+    are the rows of a damaged shard; the log says which.
 
     Args:
         events: the folder of all days.
@@ -75,9 +79,15 @@ def write_day(events: Path, folder: Path, day: str, shards: Sequence[Manifest], 
     begin_ms = DAY_MS * (datetime.date.fromisoformat(day) - datetime.date(1970, 1, 1)).days
     schema = joined_schema(types)
     kept = {*schema.names, *(f"{CONTEXT}{name}" for name in types.context)}
-    parts = []
+    nothing = pa.schema([field for field in holding[0].schema if field.name in kept]).empty_table()
+    parts = [nothing.append_column(_ROW, pa.array([], pa.int64()))]
     for shard in holding:
-        rows = read_shard(folder, shard, columns=[name for name in shard.schema.names if name in kept])
+        try:
+            rows = read_shard(folder, shard, columns=[name for name in shard.schema.names if name in kept])
+        except DataError as error:
+            log.error("%s is written without %d rows of a damaged shard: %s", day, shard.days[day].rows, error)
+            end_row = min(end_row, shard.first_row)  # the day is written again until the shard is restored
+            continue
         rows = rows.append_column(_ROW, pa.array(np.arange(shard.first_row, shard.end_row)))
         at = rows[c.REQUEST_TS_MS]
         parts.append(rows.filter(pc.and_(pc.greater_equal(at, begin_ms), pc.less(at, begin_ms + DAY_MS))))

@@ -5,7 +5,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,8 +205,18 @@ class PartitionJoin:
                 shards += group
                 continue
             for part in _mergeable(group):
-                shards.append(merge(self._folder, part) if len(part) > 1 else part[0])
+                shards += self._merged(part)
         self.shards = shards
+
+    def _merged(self, part: Sequence[Manifest]) -> Sequence[Manifest]:
+        """One shard in the place of several; they stay as they are where one of them is damaged."""
+        if len(part) == 1:
+            return part
+        try:
+            return [merge(self._folder, part)]
+        except (DataError, FileNotFoundError) as error:
+            log.error("%d shards are not merged: %s", len(part), error)
+            return part
 
     def write_days(
         self, events: Path, partitions: int, over_ms: int | None = None, only_over: bool = True

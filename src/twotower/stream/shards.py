@@ -208,6 +208,68 @@ def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest
     return found
 
 
+@dataclass(frozen=True)
+class Usable:
+    """The shards of a partition that can be used, and why others cannot."""
+
+    manifests: list[Manifest]
+    """In order. Where one is left out, the numbers of its rows are between those of its neighbours."""
+    problems: list[str]
+    """A sentence for each that cannot."""
+
+
+def usable_manifests(folder: Path, partition: int, first_row: int = 0) -> Usable:
+    """As `manifests`, but a damaged manifest hides its own rows alone: who only reads rows is not stopped by it."""
+    try:
+        return Usable(manifests(folder, partition, first_row), [])
+    except DataError:
+        own = partition_folder(folder, partition)
+    found, problems = list[Manifest](), list[str]()
+    for begin, end in _covering(_spans(own)):
+        path = own / f"{shard_name(begin, end)}.json"
+        try:
+            manifest = read_manifest(path)
+        except DataError as error:
+            if path.exists():  # else it was merged meanwhile
+                problems.append(str(error))
+            continue
+        if found and manifest.first_row < found[-1].end_row:
+            problems.append(
+                f"{path} begins at row {manifest.first_row}, the shard before it ends at {found[-1].end_row}"
+            )
+        elif manifest.end_row > first_row:
+            found.append(manifest)
+    return Usable(found, problems)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows of a partition, by shard, and what cannot be read."""
+
+    tables: list[pa.Table]
+    rows: int
+    """In the tables."""
+    problems: list[str]
+    """A sentence for each shard that cannot be read."""
+
+
+def read_parts(folder: Path, partition: int, first_row: int, end_row: int) -> Parts:
+    """The rows of a partition from a number up to another, shard by shard; what is damaged is left out and said."""
+    usable = usable_manifests(folder, partition, first_row)
+    parts, problems = list[pa.Table](), list(usable.problems)
+    for found in usable.manifests:
+        first, end = max(first_row, found.first_row), min(end_row, found.end_row)
+        if first >= end:
+            continue
+        try:
+            parts.append(read_shard(folder, found, first - found.first_row, end - found.first_row))
+        except DataError as error:
+            if not _path(folder, found).exists() and not _manifest_path(folder, found).exists():
+                return read_parts(folder, partition, first_row, end_row)  # they were merged meanwhile
+            problems.append(f"{end - first} rows: {error}")
+    return Parts(parts, sum(part.num_rows for part in parts), problems)
+
+
 @functools.lru_cache(maxsize=1 << 14)
 def read_manifest(path: Path) -> Manifest:
     """One manifest; it is kept, for one of a name never changes, and who follows shards asks again and again.
@@ -218,7 +280,15 @@ def read_manifest(path: Path) -> Manifest:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") not in (1, FORMAT):
         raise DataError(f"{path} is no shard's manifest of format 1 or {FORMAT}: another version wrote it")
+    named = _MANIFEST.fullmatch(path.name)
     try:
+        numbers = [content[name] for name in ("partition", "begin", "end", "first_row", "rows", "bytes")]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise TypeError(f"numbers {numbers}")
+        if named and numbers[1:3] != [int(named[1]), int(named[2])]:
+            raise TypeError(f"offsets {numbers[1]} to {numbers[2]}")
+        if content["watermark_ms"] is not None and type(content["watermark_ms"]) is not int:
+            raise TypeError(f"watermark {content['watermark_ms']!r}")
         counts, state = content["counts"], content["state"]
         return Manifest(
             **{name: content[name] for name in _PLAIN},
@@ -228,7 +298,7 @@ def read_manifest(path: Path) -> Manifest:
             schema=pa.schema([(name, _type(kind)) for name, kind in content["schema"]]),
             deleted=tuple(Deleted(**found) for found in content["deleted"]),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(
             f"{path} is no whole manifest ({error!r}): it was damaged or written by something else"
         ) from None
@@ -257,7 +327,7 @@ def read_shard(
     try:
         wanted = manifest.schema if columns is None else pa.schema([manifest.schema.field(name) for name in columns])
         return decode_rows(records, first, end, wanted)
-    except DataError as error:
+    except (DataError, pa.ArrowException, ValueError, LookupError, OverflowError) as error:
         raise DataError(f"{path}: {error}") from None
 
 
@@ -446,6 +516,10 @@ def _summed(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 def _path(folder: Path, manifest: Manifest) -> Path:
     return partition_folder(folder, manifest.partition) / f"{manifest.name}.tfrecord"
+
+
+def _manifest_path(folder: Path, manifest: Manifest) -> Path:
+    return partition_folder(folder, manifest.partition) / f"{manifest.name}.json"
 
 
 def _spans(own: Path) -> list[tuple[int, int]]:

@@ -11,13 +11,15 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +30,15 @@ from twotower.models.ranker import Ranker, RankerShape
 from twotower.models.towers import Network
 from twotower.models.two_tower import PREFERENCE, TwoTower
 from twotower.schema.errors import DataError
-from twotower.schema.files import MANIFEST, check_listing, folder_listing, read_json, whole_folder, write_json
+from twotower.schema.files import (
+    MANIFEST,
+    check_fields,
+    check_listing,
+    folder_listing,
+    read_json,
+    whole_folder,
+    write_json,
+)
 from twotower.train.negatives import CountedFrequency, StreamingFrequency
 
 log = logging.getLogger(__name__)
@@ -147,20 +157,37 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise DataError(f"{path} is no checkpoint of format {FORMAT}")
     if manifest.get(DIGEST) != _digest({key: value for key, value in manifest.items() if key != DIGEST}):
         raise DataError(f"{path} is damaged: {MANIFEST} does not have its own SHA-256. Train again, or restore it")
+    check_fields(manifest, {"files": dict, "shape": dict, "progress": dict}, f"{path}: {MANIFEST}")
+    check_fields(manifest["files"], {TENSORS: dict}, f"{path}: files")
     if problems := check_listing(path, manifest["files"]):
         raise DataError(f"{path} is damaged: {'; '.join(problems)}. Train again, or restore it")
     return Checkpoint(path, manifest)
 
 
 def load_model(checkpoint: Checkpoint) -> TwoTower:
-    """The model of a checkpoint, ready to encode."""
+    """The model of a checkpoint, ready to encode.
+
+    Raises:
+        DataError: its tensors are not those of the shape that it says.
+    """
     described = checkpoint.manifest["shape"]
-    towers = {side: Network(**described[side]) for side in ("user", "item")}
-    shape = Shape(**{**described, **towers})
-    features = shape.features_of(load_features(checkpoint.path))
-    model = TwoTower(features, shape.dimension, shape.user, shape.item, shape.dropout, 0, shape.popularity)
-    _restore_model(model, load_file(checkpoint.path / TENSORS))
+    with _as_described(checkpoint):
+        towers = {side: Network(**described[side]) for side in ("user", "item")}
+        shape = Shape(**{**described, **towers})
+        features = shape.features_of(load_features(checkpoint.path))
+        model = TwoTower(features, shape.dimension, shape.user, shape.item, shape.dropout, 0, shape.popularity)
+        _restore_model(model, load_file(checkpoint.path / TENSORS))
     return model.eval()
+
+
+@contextmanager
+def _as_described(checkpoint: Checkpoint) -> Iterator[None]:
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise DataError(
+            f"{checkpoint.path} has other contents than it says ({error!r}): train again, or restore it"
+        ) from None
 
 
 def take_over(checkpoint: Checkpoint, model: TwoTower, optimizer: torch.optim.Adam, decay: float) -> None:
@@ -191,6 +218,8 @@ def take_over(checkpoint: Checkpoint, model: TwoTower, optimizer: torch.optim.Ad
                 rows[FIRST + len(vocabulary.values) :] = UNKNOWN
             table.weights[:] = weights[rows]
             table.accumulator[:] = np.where((rows == UNKNOWN) & (np.arange(len(rows)) >= FIRST), 0, accumulator[rows])
+            if repaired := table.repair(np.arange(len(rows))):
+                log.warning("%d accumulators of %s were not finite: they have the median now", repaired, name)
             table.accumulator *= np.float32(decay)
     except (RuntimeError, KeyError, IndexError, ValueError) as error:
         raise DataError(
@@ -202,9 +231,10 @@ def take_over(checkpoint: Checkpoint, model: TwoTower, optimizer: torch.optim.Ad
 def load_ranker(checkpoint: Checkpoint) -> Ranker:
     """The ranker of a checkpoint, ready to score."""
     described = checkpoint.manifest["shape"]
-    shape = RankerShape(**{**described, "network": Network(**described["network"])})
-    model = Ranker(shape.features_of(load_features(checkpoint.path)), shape, seed=0)
-    _restore_model(model, load_file(checkpoint.path / TENSORS))
+    with _as_described(checkpoint):
+        shape = RankerShape(**{**described, "network": Network(**described["network"])})
+        model = Ranker(shape.features_of(load_features(checkpoint.path)), shape, seed=0)
+        _restore_model(model, load_file(checkpoint.path / TENSORS))
     return model.eval()
 
 
@@ -222,7 +252,8 @@ def finished(folder: Path) -> Checkpoint | None:
 def all_finite(model: Model) -> bool:
     """No number of a model is infinite or none at all."""
     dense = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
-    return dense and all(bool(np.isfinite(table.weights).all()) for table in model.tables.values())
+    tables = [array for table in model.tables.values() for array in (table.weights, table.accumulator)]
+    return dense and all(bool(np.isfinite(array).all()) for array in tables)
 
 
 def seed_of_step(seed: int, epoch: int, step: int) -> int:

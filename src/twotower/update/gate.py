@@ -23,6 +23,12 @@ COMPETITORS = 20_000
 """Items that the gate's recall is measured among, at most."""
 GOLDEN = 16
 ROUNDING = 1e-4
+SAMPLED_USERS = 64
+"""Users in whose lists the gate looks for items that rise."""
+LISTED = 20
+"""Items of such a list."""
+LEAST_ACCUMULATED = 1e-6
+"""Stands for the largest accumulator of a table that was hardly trained."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,12 @@ class Limits:
     """Latest positives of untrained users that are judged."""
     index_recall: float = 0.95
     """Share of the exact answer that the served path must find."""
+    most_accumulated: float = 1e6
+    """Largest optimizer accumulator of a row, in those of the version's largest: a row beyond it hardly moves again."""
+    most_rise: float = 0.5
+    """How much the share of lists that an item is in may rise within a window, beyond what its users explain."""
+    rise_least: int = 20
+    """Positives of an item within the window from which on its rise is judged."""
 
 
 def typical_length(weights: Floats, ids: int) -> float:
@@ -77,6 +89,20 @@ def check_rows(name: str, moved: Rows, before: Rows, typical: float, limits: Lim
     if len(moves) and moves.max() > limits.most_move * typical:
         problems.append(f"{name}: a row moved by {moves.max():.3g}, a typical one is {typical:.3g} long")
     return problems
+
+
+def check_accumulators(name: str, accumulator: Floats, largest: float, limits: Limits) -> list[str]:
+    """What is wrong with the optimizer state (n,) of the moved rows of a table; one sentence each.
+
+    >>> check_accumulators("item_id", np.array([1.0, np.inf], np.float32), 1.0, Limits())
+    ['item_id: 1 rows have an accumulator that is not finite: they would never move again']
+    """
+    if len(broken := np.flatnonzero(~np.isfinite(accumulator) | (accumulator < 0))):
+        return [f"{name}: {len(broken)} rows have an accumulator that is not finite: they would never move again"]
+    most = limits.most_accumulated * max(largest, LEAST_ACCUMULATED)
+    if len(accumulator) and accumulator.max() > most:
+        return [f"{name}: an accumulator is {accumulator.max():.3g}, the version's largest is {largest:.3g}"]
+    return []
 
 
 def alikeness(vectors: Floats) -> float:
@@ -124,6 +150,27 @@ def check_served(version: Version, vectors: Floats, limits: Limits) -> list[str]
         return ["golden queries: what is served has other vectors than what was trained"]
     recall = float(enough.mean()) if enough.size else 1.0
     return [f"golden queries: the index finds {recall:.3f} of the exact answer"] if recall < limits.index_recall else []
+
+
+def lists_with(version: Version, vectors: Floats, rows: Longs) -> Longs:
+    """In how many lists of 20, among at most 20,000 items, of a fixed sample of users some items (n,) are.
+
+    Args:
+        version: as it is served.
+        vectors: (N, D) of its items.
+        rows: (n,) of the catalogue.
+    """
+    count = len(version.users)
+    sample = np.unique(np.linspace(0, count - 1, min(SAMPLED_USERS, count)).astype(np.int64))
+    users = version.two_tower.user_vectors(version.queries(sample))
+    users = users[users.any(axis=1)]
+    others = np.unique(np.linspace(0, len(vectors) - 1, min(COMPETITORS, len(vectors))).astype(np.int64))
+    others = others[~version.gone[others]]
+    if len(others) <= LISTED:
+        return np.full(len(rows), len(users), np.int64)
+    last = np.partition(users @ vectors[others].T, -LISTED, axis=1)[:, -LISTED]
+    counts: Longs = (users @ vectors[rows].T >= last[:, None]).sum(axis=0, dtype=np.int64)
+    return counts
 
 
 def drift(recent: Longs, clicks: Longs) -> float:

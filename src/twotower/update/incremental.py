@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from pathlib import Path
 from twotower.publish.delta import chain_folder
 from twotower.publish.publish import current_path
 from twotower.schema.errors import VersionError
-from twotower.update.chain import Chain, Done, Plan
+from twotower.update.chain import TOLD, Chain, Done, Plan
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,37 @@ class UpdateReport:
     """Deltas that the gate refused."""
     plan: object = None
     """With `--dry-run`: what would be done."""
+    held_back: dict[str, int] = field(default_factory=dict)
+    """Positives that were not trained, by the bound of `update.bounds` that they were beyond, or `risen`."""
+    set_aside: list[str] = field(default_factory=list)
+    """What could not be used, and why: shards, users, items, records of the log."""
+    reasons: list[str] = field(default_factory=list)
+    """Why deltas were refused."""
+
+
+@dataclass
+class _Sum:
+    """What several deltas did."""
+
+    rows: int = 0
+    refused: list[int] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    held_back: Counter[str] = field(default_factory=Counter)
+    set_aside: list[str] = field(default_factory=list)
+
+    def add(self, done: Done) -> None:
+        """One more."""
+        self.rows += done.rows
+        self.refused += [done.seq] if done.refused else []
+        self.reasons = [*self.reasons, *done.refused][-TOLD:]
+        self.held_back.update(done.held_back)
+        self.set_aside = [*self.set_aside, *done.set_aside][-TOLD:]
+
+    def report(self, version: str, seq: int, watermark_ms: int | None, plan: Plan | None = None) -> UpdateReport:
+        """Of all of them."""
+        held_back = {name: count for name, count in sorted(self.held_back.items()) if count}
+        told = (held_back, self.set_aside, self.reasons)
+        return UpdateReport("incremental", version, seq, self.rows, watermark_ms, self.refused, plan, *told)
 
 
 def update_incremental(
@@ -68,7 +100,7 @@ def update_incremental(
     Raises:
         VersionError: no version is served, or another updater is at work.
     """
-    rows, refused = 0, list[int]()
+    done_so_far = _Sum()
     while True:
         path = current_path(versions)
         with _only_updater(deltas, path.name, dry_run) as alone:
@@ -78,21 +110,20 @@ def update_incremental(
                 with closing(open_chain(path)) as chain:
                     log.info("learning for %s from delta %d on", path.name, chain.seq + 1)
                     if dry_run:
-                        return _report(chain, 0, [], chain.plan())
+                        return _report(chain, _Sum(), chain.plan())
                     chain.tidy()
                     while not stopped() and (follow_s is None or current_path(versions) == path):
                         done = _next(chain)
                         if done is not None:
-                            rows += done.rows
-                            refused += [done.seq] if done.refused else []
+                            done_so_far.add(done)
                         elif follow_s is None:
                             break
                         else:
                             sleep(follow_s)
                     if follow_s is None or stopped():
-                        return _report(chain, rows, refused, None)
+                        return _report(chain, done_so_far)
         if stopped():
-            return UpdateReport("incremental", path.name, 0, rows, None, refused)
+            return done_so_far.report(path.name, 0, None)
         sleep(follow_s or 0.0)
 
 
@@ -107,16 +138,15 @@ def catch_up(path: Path, deltas: Path, open_chain: OpenChain) -> UpdateReport:
     Raises:
         VersionError: another updater learns for it.
     """
-    rows, refused = 0, list[int]()
+    summed = _Sum()
     with _only_updater(deltas, path.name, False) as alone:
         if not alone:
             raise VersionError(f"another updater learns for {path.name}: stop it")
         with closing(open_chain(path)) as chain:
             chain.tidy()
             while (done := _next(chain)) is not None:
-                rows += done.rows
-                refused += [done.seq] if done.refused else []
-            return _report(chain, rows, refused, None)
+                summed.add(done)
+            return _report(chain, summed)
 
 
 def _next(chain: Chain) -> Done | None:
@@ -124,8 +154,9 @@ def _next(chain: Chain) -> Done | None:
     return None if plan is None else chain.make(plan)
 
 
-def _report(chain: Chain, rows: int, refused: list[int], plan: Plan | None) -> UpdateReport:
-    return UpdateReport("incremental", chain.version.id, chain.seq, rows, chain.watermark_ms, refused, plan)
+def _report(chain: Chain, done: _Sum, plan: Plan | None = None) -> UpdateReport:
+    done.set_aside = list(dict.fromkeys([*done.set_aside, *chain.unreadable]))
+    return done.report(chain.version.id, chain.seq, chain.watermark_ms, plan)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 B rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ from twotower.features.fitted import Fitted
 from twotower.logs.entities import EntityId
 from twotower.publish.version import Version
 from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+from twotower.schema.tables import EARLIEST_MS, LATEST_MS, MAX_WEIGHT, require_columns
 
 Longs = npt.NDArray[np.int64]
 
@@ -58,10 +60,55 @@ class Positives:
             clicked,
         )
 
+    @classmethod
+    def together(cls, parts: Sequence["Positives"]) -> "Positives":
+        """Those of several parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        clicked = concatenate([part.clicked for part in parts])
+        assert isinstance(clicked, Bag)
+        return cls(
+            pa.concat_arrays([part.user_ids for part in parts]),
+            pa.concat_arrays([part.item_ids for part in parts]),
+            np.concatenate([part.item_row for part in parts]),
+            np.concatenate([part.ts_ms for part in parts]),
+            np.concatenate([part.weight for part in parts]),
+            {name: concatenate([part.user[name] for part in parts]) for name in parts[0].user},
+            clicked,
+        )
+
 
 def clicked(rows: pa.Table) -> pa.Table:
     """The positives among joined rows."""
     return rows.filter(pc.equal(rows.column(c.OUTCOME), c.CLICKED)) if rows.num_rows else rows
+
+
+def usable(rows: pa.Table, version: Version) -> npt.NDArray[np.bool_]:
+    """Which clicked rows (B,) can be learned: those with ids, a time, and a weight from 0 to `MAX_WEIGHT`.
+
+    Raises:
+        DataError: the rows are of another shape: a column is missing, or of another type than the version's.
+    """
+    kinds = {
+        c.USER_ID: version.users.ids.type,
+        c.ITEM_ID: version.item_ids.type,
+        c.REQUEST_TS_MS: pa.int64(),
+        c.CLICK_TS_MS: pa.int64(),
+    }
+    require_columns(rows, kinds, "a shard")
+    for name, kind in kinds.items():
+        if rows.column(name).type != kind:
+            raise DataError(f"column {name} is of type {rows.column(name).type}, where {kind} is expected")
+    kept: npt.NDArray[np.bool_] = pc.and_(
+        rows.column(c.USER_ID).is_valid(), rows.column(c.ITEM_ID).is_valid()
+    ).to_numpy()
+    times = pc.coalesce(rows.column(c.CLICK_TS_MS), rows.column(c.REQUEST_TS_MS)).fill_null(0).to_numpy()
+    kept &= (times >= EARLIEST_MS) & (times <= LATEST_MS)
+    if c.WEIGHT in rows.column_names:
+        weights = rows.column(c.WEIGHT).fill_null(1.0).to_numpy()
+        with np.errstate(invalid="ignore"):
+            kept &= (weights >= 0) & (weights <= MAX_WEIGHT)
+    return kept
 
 
 def positives_of(version: Version, rows: pa.Table, item_tokens: npt.NDArray[np.int32]) -> Positives:

@@ -1,0 +1,208 @@
+"""What one user and one item can move within a window of event time: a bound on positives, and what became of lists.
+
+Whoever can click can train. Real news comes from many users and beside the clicks on everything else; somebody who
+pushes an item has few accounts, or clicks far more often than others, or is alone in the quiet of the night. So repeats
+of a pair, of a user and, measured by the positives of all other items, of an item are counted and not trained.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.logs.entities import EntityId
+
+PAIR: Final = "pair"
+USER: Final = "user"
+ITEM: Final = "item"
+RISEN: Final = "risen"
+WINDOWS: Final = 4
+"""Windows whose counts are kept: clicks of an hour may be joined after those of the next one."""
+
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Positives that are trained within a window, at most."""
+
+    window_ms: int = 3_600_000
+    """Event time that is counted together."""
+    pair: int = 3
+    """Of one user on one item."""
+    user: int = 100
+    """Of one user."""
+    item: int = 50
+    """Of one item, whatever the others have; more where the next bound allows it."""
+    item_share: float = 0.25
+    """Of one item, as a share of the positives of all other items."""
+
+
+@dataclass
+class Counts:
+    """What was trained in one window."""
+
+    pairs: Counter[tuple[EntityId, EntityId]] = field(default_factory=Counter)
+    """Positives by user and item."""
+    users: Counter[EntityId] = field(default_factory=Counter)
+    items: Counter[EntityId] = field(default_factory=Counter)
+    distinct: Counter[EntityId] = field(default_factory=Counter)
+    """By item, how many users clicked it."""
+    risen: Counter[EntityId] = field(default_factory=Counter)
+    """By item, in how many more lists of the sampled users it is than at the beginning, by learning."""
+
+    def add(self, user: EntityId, item: EntityId, count: int = 1) -> None:
+        """Note positives of a pair."""
+        self.distinct[item] += not self.pairs[user, item]
+        self.pairs[user, item] += count
+        self.users[user] += count
+        self.items[item] += count
+
+
+@dataclass(frozen=True)
+class Rise:
+    """How far an item rose by learning."""
+
+    lists: int
+    """In how many more lists of the sampled users it is."""
+    positives: int
+    """Of it that were trained."""
+    explained: float
+    """The share of lists of k items that its users explain: all, where as many clicked it as the item that is k-th by
+    the number of users. Positives that only the fixed bound allows explain nothing: there was hardly anything else in
+    these windows."""
+
+
+class Windows:
+    """Counts of the latest windows of a chain; they are read from its deltas again.
+
+    Args:
+        bounds: what is allowed.
+
+    >>> windows = Windows(Bounds(pair=2))
+    >>> windows.admit(["ann"] * 3 + ["bob"], ["song"] * 4, [0, 1, 2, 3]).tolist()
+    ['', '', 'pair', '']
+    >>> windows.admit(["ann"], ["song"], [3_600_000]).tolist()
+    ['']
+    """
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self._counts: dict[int, Counts] = {}
+
+    def _use(self, window: int) -> Counts:
+        self._counts[window] = self._counts.pop(window, Counts())
+        for old in list(self._counts)[:-WINDOWS]:
+            del self._counts[old]
+        return self._counts[window]
+
+    def admit(self, users: Sequence[EntityId], items: Sequence[EntityId], ts_ms: Sequence[int]) -> npt.NDArray[np.str_]:
+        """Which positives may be trained, in their order: '' = yes, else the bound that holds it back (B,).
+
+        Nothing is counted yet: `note` does that once they are trained.
+        """
+        why = np.full(len(items), "", dtype="<U5")
+        by_window: dict[int, list[int]] = {}
+        for place, ts in enumerate(ts_ms):
+            by_window.setdefault(ts // self.bounds.window_ms, []).append(place)
+        for window, places in by_window.items():
+            self._admit(self._counts.get(window, Counts()), users, items, places, why)
+        return why
+
+    def _admit(
+        self,
+        before: Counts,
+        users: Sequence[EntityId],
+        items: Sequence[EntityId],
+        places: Sequence[int],
+        why: npt.NDArray[np.str_],
+    ) -> None:
+        bounds, pairs, of_users = self.bounds, Counter[tuple[EntityId, EntityId]](), Counter[EntityId]()
+        asked = Counter[EntityId]()
+        left = []
+        for place in places:
+            user, item = users[place], items[place]
+            if before.pairs[user, item] + pairs[user, item] >= bounds.pair:
+                why[place] = PAIR
+            elif before.users[user] + of_users[user] >= bounds.user:
+                why[place] = USER
+            else:
+                pairs[user, item] += 1
+                of_users[user] += 1
+                asked[item] += 1
+                left.append(place)
+        total = before.items.total() + len(left)
+        taken = Counter[EntityId]()
+        for place in left:
+            item = items[place]
+            others = total - before.items[item] - asked[item]
+            if before.items[item] + taken[item] >= max(bounds.item, bounds.item_share * others):
+                why[place] = ITEM
+            else:
+                taken[item] += 1
+
+    def note(self, users: Sequence[EntityId], items: Sequence[EntityId], ts_ms: Sequence[int]) -> list[list[Any]]:
+        """Count positives that are trained; gives what was added, for the delta, as `restore` reads it."""
+        added = Counter(
+            (ts // self.bounds.window_ms, user, item) for user, item, ts in zip(users, items, ts_ms, strict=True)
+        )
+        columns = [[key[place] for key in added] for place in range(3)] + [list(added.values())]
+        self.restore(columns, [])
+        return columns
+
+    def note_risen(self, ts_ms: int, changes: Iterable[tuple[EntityId, int]]) -> list[list[Any]]:
+        """Note in how many more lists items are; gives that for the delta."""
+        window = ts_ms // self.bounds.window_ms
+        listed = [[window, item, change] for item, change in sorted(changes) if change]
+        self.restore([[]] * 4, listed)
+        return listed
+
+    def restore(self, counted: Sequence[Sequence[Any]], risen: Sequence[Sequence[Any]]) -> None:
+        """Take in what a delta noted.
+
+        Args:
+            counted: four columns: windows, users, items, positives.
+            risen: rows of window, item, and in how many more lists it is.
+        """
+        for window, user, item, count in zip(*counted, strict=True):
+            self._use(window).add(user, item, count)
+        for window, item, change in risen:
+            self._counts.setdefault(window, Counts()).risen[item] += change
+
+    def folded(self) -> dict[str, list[list[Any]]]:
+        """All counts, in the order in which their windows were used."""
+        counted = [
+            (window, *pair, count)
+            for window, counts in self._counts.items()
+            for pair, count in sorted(counts.pairs.items())
+        ]
+        return {
+            "counted": [[row[place] for row in counted] for place in range(4)],
+            "risen": [
+                [window, item, change]
+                for window, counts in self._counts.items()
+                for item, change in sorted(counts.risen.items())
+                if change
+            ],
+        }
+
+    def rises(self, items: Iterable[EntityId], ts_ms: Iterable[int], k: int) -> dict[EntityId, Rise]:
+        """How far items rose in the windows of some times, and how far their users explain that of lists of k items."""
+        windows = {ts // self.bounds.window_ms for ts in ts_ms}
+        counts = [self._counts[window] for window in windows if window in self._counts]
+        distinct = sum((one.distinct for one in counts), Counter[EntityId]())
+        total, listed = distinct.total(), min(heapq.nlargest(k, distinct.values()), default=1)
+        found = {}
+        for item in items:
+            own = min(distinct[item], self.bounds.item_share * (total - distinct[item]))
+            risen, positives = (sum(one[item] for one in each) for each in _both(counts))
+            found[item] = Rise(risen, positives, own / listed)
+        return found
+
+
+def _both(counts: Sequence[Counts]) -> tuple[list[Counter[EntityId]], list[Counter[EntityId]]]:
+    return [one.risen for one in counts], [one.items for one in counts]
