@@ -17,12 +17,12 @@ import pyarrow as pa
 
 from twotower.features.bloom import Seen, Shape, hash_ids
 from twotower.features.store import FeatureStore
-from twotower.logs import Event, EventLog
+from twotower.logs import Event, EventLog, Record
 from twotower.logs.entities import ITEM, TYPES, USER, Entity, EntityId, after, entity_of, is_deletion
 from twotower.logs.erased import mark_of
 from twotower.publish.overlay import Entities
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError
+from twotower.schema.errors import DataError, cut
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class RecentUsers:
                     values: dict[bytes, bytes | None] = {}
                     for record in records:
                         if record.event.type in TYPES:
-                            self._put(record.event, put, changed)
+                            self._put(record, put, changed)
                             if record.event.type == USER and is_deletion(record.event):
                                 deleted = [partition, record.event.user_id, record.offset]
                                 values[_erase_key(record.event.user_id)] = orjson.dumps(deleted)
@@ -186,13 +186,15 @@ class RecentUsers:
             raise DataError("; ".join(damaged))
         return number
 
-    def _put(self, event: Event, put: dict[tuple[str, EntityId], Entity], changed: dict[bytes, Recent]) -> None:
+    def _put(self, record: Record, put: dict[tuple[str, EntityId], Entity], changed: dict[bytes, Recent]) -> None:
         """Take in a user or an item that was put or deleted; of a deleted user everything before is forgotten."""
-        entity_id = entity_of(event)
+        event, entity_id = record.event, entity_of(record.event)
         if entity_id is None:
+            _LOGGER.warning("an event of an %s that has no id is set aside: %s", event.type, cut(event.event_id))
             return
         known = self._entities.items if event.type == ITEM else self._entities.users
-        put[event.type, entity_id] = after(put.get((event.type, entity_id), known.get(entity_id)), event)
+        before = put.get((event.type, entity_id), known.get(entity_id))
+        put[event.type, entity_id] = after(before, event, record.offset)
         if event.type != ITEM and is_deletion(event):
             changed[_user_key(entity_id)] = Recent()
 
@@ -261,12 +263,10 @@ def _read_entities(store: FeatureStore) -> Entities:
 
 
 def _with_entities(entities: Entities, put: dict[tuple[str, EntityId], Entity]) -> Entities:
-    items, users = entities.items, entities.users
-    if mine := {entity_id: entity for (kind, entity_id), entity in put.items() if kind == ITEM}:
-        items = {**items, **mine}
-    if mine := {entity_id: entity for (kind, entity_id), entity in put.items() if kind != ITEM}:
-        users = {**users, **mine}
-    return Entities(items, users)
+    parts: dict[bool, dict[EntityId, Entity]] = {True: {}, False: {}}
+    for (kind, entity_id), entity in put.items():
+        parts[kind == ITEM][entity_id] = entity
+    return entities.with_newer(parts[True], parts[False])
 
 
 def _user_key(user_id: UserId) -> bytes:

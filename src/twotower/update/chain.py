@@ -626,11 +626,11 @@ class Chain:
             offset = begin
             while self._log is not None and offset < end:
                 records = [one for one in self._log.read(int(name), offset, _EVENTS) if one.offset < end]
-                for event in (record.event for record in records):
+                for place, event in ((record.offset, record.event) for record in records):
                     if event.type not in TYPES or (one := entity_of(event)) is None:
                         continue
                     known = self._entities.items if event.type == ITEM else self._entities.users
-                    found[event.type, one] = after(found.get((event.type, one), known.get(one)), event)
+                    found[event.type, one] = after(found.get((event.type, one), known.get(one)), event, place)
                 if not records:
                     break
                 offset = records[-1].next_offset

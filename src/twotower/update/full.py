@@ -24,7 +24,7 @@ from twotower.publish.version import Version
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.files import parquet_files, whole_file
-from twotower.schema.tables import as_ids, check_entities
+from twotower.schema.tables import as_ids, check_entities, column_of
 from twotower.stream.shards import day_of, manifests, partitions
 from twotower.update.gate import Limits, alikeness, recall_among
 from twotower.update.rows import positives_of
@@ -72,9 +72,9 @@ def read_entities(event_log: EventLog) -> Entities:
     for partition, end in enumerate(event_log.ends()):
         offset = 0
         while offset < end and (records := event_log.read(partition, offset, _EVENTS)):
-            for event in (record.event for record in records):
+            for place, event in ((record.offset, record.event) for record in records):
                 if event.type in TYPES and (one := entity_of(event)) is not None:
-                    found[event.type, one] = after(found.get((event.type, one)), event)
+                    found[event.type, one] = after(found.get((event.type, one)), event, place)
             offset = records[-1].next_offset
     return Entities(
         {one: entity for (kind, one), entity in found.items() if kind == ITEM},
@@ -137,11 +137,7 @@ def value_or_none(value: Any, kind: pa.DataType) -> Any:
     >>> value_or_none("dear", pa.float64()), value_or_none(3, pa.float64())
     (None, 3)
     """
-    try:
-        pa.array([value], kind)
-    except (pa.ArrowException, TypeError, OverflowError, UnicodeError, ValueError):
-        return None
-    return value
+    return value if column_of(value, kind) is not None else None
 
 
 def rows_of_day(samples: Samples, day: str, after_ms: int = 0) -> Samples:
