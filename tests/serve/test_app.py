@@ -1,6 +1,10 @@
+import asyncio
 import json
+import threading
 from collections.abc import Callable
 
+import anyio.to_thread
+import httpx
 import numpy as np
 import pytest
 
@@ -11,6 +15,7 @@ from twotower.models.popular import Popular
 from twotower.publish.version import Version
 from twotower.schema.errors import DataError
 from twotower.schema.limits import MOST_BODY_BYTES, MOST_EVENTS_BODY_BYTES
+from twotower.serve.users import Recent
 
 DAY_MS = 86_400_000
 
@@ -253,7 +258,8 @@ def test_every_channel_respects_filters_and_exclusions(server) -> None:
         ({"kind": {"forbid": ["kind 1"]}}, "body.filters.kind.forbid: "),
         ({"kind": {"allow": "kind 1"}}, "body.filters.kind.allow: "),
         ({"added": [5]}, "added is of type timestamp"),
-        ({"price": [1.5]}, "price holds numbers with a fraction"),
+        ({"price": [1.5]}, "price holds numbers with a fraction, and a filter compares for equality"),
+        ({"item_id": list(range(10_001))}, "10001 values in all, at most 10000 are allowed"),
         ({"size": [1.5]}, "filters: size is of type double, not [1.5]"),
         ({"item_id": ["3"]}, "filters: item_id is of type int64, not ['3']"),
         ({"item_id": [2**70]}, "filters: item_id is of type int64"),
@@ -295,6 +301,13 @@ def test_filters_that_fit_no_attribute_are_refused(odd_server, filters: dict, me
         ({"filters": {"category": "x"}}, "body.filters.category: "),
         ({"item_id": 3}, "body.item_id: "),
         ([], "body: "),
+        ({"user_id": "x" * 513}, "at most 512 bytes are allowed"),
+        ({"features": {"gender": "x" * 20_000}}, "features: gender: a string of 20000 bytes"),
+        ({"features": {"age": [1] * 5000}}, "features: age: a list of 5000 entries"),
+        ({"features": {"age": 2**64}}, "does not fit int64"),
+        ({"features": {"x" * 10_000: 1}}, "xxx... is no feature of this model"),
+        ({"channels": ["x" * 10_000]}, "xxx...; it has two_tower"),
+        ({"exclude": "x" * 10_000}, "xxx...': it is one of"),
     ],
 )
 def test_a_request_that_cannot_be_meant_is_refused_with_a_sentence(server, body: object, message: str) -> None:
@@ -302,6 +315,7 @@ def test_a_request_that_cannot_be_meant_is_refused_with_a_sentence(server, body:
     assert response.status_code == 422, response.text
     assert list(response.json()) == ["error"]
     assert message in response.json()["error"]
+    assert len(response.content) < 1200
 
 
 @pytest.mark.parametrize(
@@ -472,7 +486,7 @@ def test_a_user_with_a_string_id_is_served_and_an_integer_is_refused(odd_server)
     assert odd_server.items(user_id=known, k=300) != before
     response = odd_server.http.post("/v1/retrieve", json={"user_id": 3})
     assert "user_id 3 is a int: the ids of users are string" in response.json()["error"]
-    for stranger in ("", "x" * 5000, "名前", "user/999"):
+    for stranger in ("", "x" * 512, "名前", "user/999"):
         assert odd_server.items(user_id=stranger, k=300) == odd_server.items(k=300)
 
 
@@ -501,6 +515,49 @@ def test_health_version_and_metrics(server) -> None:
     assert server.metric("twotower_version_refused") == 0
     assert server.metric('twotower_requests_total{route="/healthz",status="200"}') == 1
     assert server.metric('twotower_request_seconds_count{route="/v1/version"}') == 1
+
+
+def test_probes_answer_while_every_thread_is_busy(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    waiting = threading.Semaphore(0)
+
+    def wait(_: object) -> Recent:
+        waiting.release()
+        free.wait()
+        return Recent()
+
+    monkeypatch.setattr(server.users, "get", wait)
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(server.http._app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            busy = [asyncio.create_task(client.post("/v1/retrieve", json={"user_id": 1, "k": 1})) for _ in range(60)]
+            threads = int(anyio.to_thread.current_default_thread_limiter().total_tokens)
+            for _ in range(threads):
+                while not waiting.acquire(blocking=False):
+                    await asyncio.sleep(0.001)
+            for path in ("/healthz", "/readyz", "/metrics"):
+                assert (await client.get(path)).status_code == 200
+            free.set()
+            assert {(await one).status_code for one in busy} == {200}
+
+    asyncio.run(ask())
+
+
+def test_readyz_names_a_thread_that_fails_and_recovers_with_it(server) -> None:
+    def broken() -> None:
+        raise DataError("the log was emptied")
+
+    stop = threading.Event()
+    for _ in range(3):
+        assert server.http.get("/readyz").status_code == 200
+        server.health.attempt("the reader of the log", broken, 0.2, stop)
+    response = server.http.get("/readyz")
+    assert response.status_code == 503
+    assert response.json() == {"error": "the reader of the log has failed 3 times in a row: the log was emptied"}
+    assert server.metric('twotower_thread_failing{thread="the reader of the log"}') == 1
+    server.health.attempt("the reader of the log", lambda: None, 0.2, stop)
+    assert server.http.get("/readyz").status_code == 200
 
 
 def test_an_unknown_address_and_a_wrong_verb_say_so(server) -> None:

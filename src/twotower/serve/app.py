@@ -51,6 +51,7 @@ from twotower.serve.bodies import Bounded, StrictRoute
 from twotower.serve.channels import Ask, SideBySide
 from twotower.serve.filters import Filter
 from twotower.serve.funnel import Sizes, explain, page_of, recommend
+from twotower.serve.health import Health
 from twotower.serve.monitors import monitors
 from twotower.serve.request import Asked, Unanswerable, retrieve, similar
 from twotower.serve.snapshots import Snapshots
@@ -201,6 +202,14 @@ class Metrics:
             "twotower_deltas_gated", "Of the latest deltas, those that the gate let nothing of through.",
             registry=self.registry,
         )  # fmt: skip
+        self.failing = Gauge(
+            "twotower_thread_failing", "1 for a background thread that fails or has ended.", ["thread"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.set_aside = Gauge(
+            "twotower_entities_set_aside", "Users and items in the log of which the served version can use nothing, or "
+            "not all.", ["kind"], registry=self.registry,
+        )  # fmt: skip
         self.found = Gauge(
             "twotower_recall_next",
             "recall@20 of positives before they are trained on, by hour of their time (UTC), with its positives.",
@@ -238,6 +247,14 @@ class Metrics:
         ):
             if value is not None:
                 gauge.set(value)
+
+    def noted(self, health: Health, set_aside: Mapping[str, int]) -> None:
+        """Note what fails, and what cannot be used."""
+        self.failing.clear()
+        for name in health.problems():
+            self.failing.labels(name).set(1)
+        for kind in TYPES:
+            self.set_aside.labels(kind).set(set_aside.get(kind, 0))
 
     def switched(self, version_id: str) -> None:
         """Note the version that went live."""
@@ -324,6 +341,7 @@ def make_app(
     channel_timeout_ms: float,
     sizes: Sizes,
     page: int,
+    health: Health | None = None,
     clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The public application.
@@ -338,8 +356,10 @@ def make_app(
         channel_timeout_ms: how long a request waits for its channels, where it has several.
         sizes: of the stages of a request for a page.
         page: items of a page, unless a request says otherwise.
+        health: of the background threads; None = there are none.
         clock_ms: milliseconds since 1970.
     """
+    health = health or Health()
     app = FastAPI(
         title="twotower",
         version="1",
@@ -434,13 +454,16 @@ def make_app(
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        """A version is served."""
+        """A version is served, and every background thread does its work."""
+        if problems := health.problems():
+            return problem(503, ". ".join(problems.values()))
         return json_response({"ok": True, "version": snapshots.version.id})
 
     @app.get("/metrics")
     async def get_metrics() -> Response:
         """Counters and gauges for Prometheus."""
         metrics.refused.set(snapshots.refused is not None)
+        metrics.noted(health, snapshots.set_aside)
         metrics.learned(snapshots, clock_ms())
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -519,7 +542,7 @@ def parse_id(text: str, kind: pa.DataType) -> int | str:
     found: int | str = text
     if kind == pa.int64():
         if not re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text):
-            raise DataError(f"{shown(text)} is no id: ids are integers here, from -2^63 to 2^63 - 1")
+            raise DataError(f"{shown(text)} is no id: ids are integers here")
         found = int(text)
     check_id(found, "the id")
     return found

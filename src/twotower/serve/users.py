@@ -89,7 +89,7 @@ class RecentUsers:
         stored = store.get(_PLACES)
         self._places = [None if place is None else _Place(*place) for place in orjson.loads(stored or b"[]")]
         described = orjson.dumps(shape)
-        if not self._is_of_this_log() or (store.get(_SHAPE) or b"null") != described:
+        if not self.is_of_this_log() or (store.get(_SHAPE) or b"null") != described:
             if stored:
                 _LOGGER.warning("what was learned of users is not of this log and settings: reading the log again")
             store.clear()
@@ -215,7 +215,7 @@ class RecentUsers:
                     seen = seen.add([ts_ms for ts_ms, _ in some], hash_ids(ids))
         return Recent(clicks[-MOST_CLICKS:], impressions[-MOST_SHOWN:], seen)
 
-    def _is_of_this_log(self) -> bool:
+    def is_of_this_log(self) -> bool:
         """The log still holds the last event applied of each partition, where it was."""
         if len(self._places) != self._log.partitions:
             return False
