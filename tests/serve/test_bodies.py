@@ -63,16 +63,23 @@ def test_a_body_is_bounded_by_its_address_as_announced_and_as_it_comes() -> None
 
 
 def test_bodies_are_bounded_together_until_their_requests_are_answered() -> None:
-    async def nested(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
-        inner.append(await app(scope, receive, send) if len(inner) < 1 else None)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    inner: list[Any] = []
-    app = Bounded(nested, problem, 10, {}, 15)
-    assert ask(app, b"x" * 10, b"x" * 10) == (503, {"Retry-After": "1"})
+    app = Bounded(reading, problem, 10, {}, 15)
+    assert ask(app, b"x" * 10)[0] == 200
     assert app._held == 0
-    assert ask(Bounded(reading, problem, 10, {}, 15), b"x" * 10)[0] == 200
+    held = 0
+
+    async def noting(_: Any, receive: Any, send: Any) -> None:
+        nonlocal held
+        await reading(_, receive, send)
+        held = counted._held
+
+    counted = Bounded(noting, problem, 10, {}, 15)
+    assert ask(counted, b"x" * 4, b"x" * 5)[0] == 200
+    assert (held, counted._held) == (9, 0)
+    app._held = 6  # of another request
+    assert ask(app, b"x" * 9)[0] == 200
+    assert ask(app, b"x" * 5, b"x" * 5) == (503, {"Retry-After": "1"})
+    assert app._held == 6
 
 
 @pytest.mark.parametrize("depth", [bodies.MOST_DEPTH, bodies.MOST_DEPTH + 1])

@@ -339,11 +339,20 @@ class Overlay:
             schema = self.base.attributes.schema
             parts = [put_row(schema, rows[one], _attributes(one, usable[one])) for one in put]
             now.attributes = _piled(now.attributes, PutRows.of(parts))
+            for one, part in zip(put, parts, strict=True):
+                self._note_lost(one, usable[one], part)
         for one in put:
             now.put[one] = _Put(usable[one], rows[one], self._token(one, usable[one], rows[one]))
         self._set_tokens(put)
         self._encode({**self._moved_items(), **dict.fromkeys(put)}, columns)
         self._moved, self._admitted = set(), set()
+
+    def _note_lost(self, one: EntityId, entity: Entity, put: PutRows) -> None:
+        """Note attributes that were put for a version where they were of other types, or did not exist."""
+        given = {name for name, value in (entity.features or {}).items() if value is not None}
+        kept = {name for name in put.batch.schema.names if put.batch.column(name).null_count == 0}
+        if lost := sorted(given - kept):
+            self.aside.note(ITEM, one, f"{', '.join(lost)} counts as missing: not an attribute of that type here")
 
     def _row_of(self, one: EntityId, entity: Entity, own: int) -> int:
         """The catalogue row of an item, a new one where it needs it; -1 where it has none."""
@@ -404,7 +413,7 @@ class Overlay:
         now, count = self._items, self.base.base_items + len(self._items.ids)
         published = 0 if self._laid is None else len(self._laid.items)
         if len(now.tokens) < count:
-            now.tokens = _with_room(now.tokens[:published], count)
+            now.tokens = _with_room(now.tokens[: max(published, self.base.base_items)], count)
         token_of: dict[int, int] = {}
         if self._admitted:
             ids = [one for one in self._admitted if is_id(one, self.base.items.kind)]

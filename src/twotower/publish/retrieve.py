@@ -135,11 +135,15 @@ def shown_items(
     pairs = [np.zeros(0, np.int64)]
     for path in files:
         table = pq.read_table(
-            path, columns=[c.USER_ID, c.ITEM_ID], filters=[(c.OUTCOME, "in", list(outcomes))], partitioning=None
+            path,
+            columns=[c.USER_ID, c.ITEM_ID, c.REQUEST_TS_MS],
+            filters=[(c.OUTCOME, "in", list(outcomes))],
+            partitioning=None,
         )
         user = version.users.positions.find(as_ids(table.column(c.USER_ID), path.name).combine_chunks())
         item = version.items.find(as_ids(table.column(c.ITEM_ID), path.name).combine_chunks())
-        known = (user >= 0) & (item >= 0)
+        times = table.column(c.REQUEST_TS_MS).fill_null(0).to_numpy()
+        known = (user >= 0) & (item >= 0) & version.again.since(item, times)
         pairs.append(np.unique(user[known] * size + item[known]))
     distinct = np.unique(np.concatenate(pairs))
     return pointers(np.bincount(distinct // size, minlength=len(version.users))), (distinct % size).astype(np.int32)

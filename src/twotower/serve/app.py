@@ -6,6 +6,7 @@ import re
 import threading
 import time
 import uuid
+from collections import Counter as CountOf
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -463,7 +464,7 @@ def make_app(
     async def get_metrics() -> Response:
         """Counters and gauges for Prometheus."""
         metrics.refused.set(snapshots.refused is not None)
-        metrics.noted(health, snapshots.set_aside)
+        metrics.noted(health, users.set_aside + CountOf(snapshots.set_aside))
         metrics.learned(snapshots, clock_ms())
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 

@@ -8,6 +8,7 @@ of another log or of other settings, is made again.
 import hashlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -96,6 +97,8 @@ class RecentUsers:
             store.write({_SHAPE: described})
             self._places = [None] * log.partitions
         self._entities = _read_entities(store)
+        self.set_aside = Counter[str]()
+        """By type, events of users and items that were read and name none."""
 
     @property
     def entities(self) -> Entities:
@@ -190,6 +193,7 @@ class RecentUsers:
         """Take in a user or an item that was put or deleted; of a deleted user everything before is forgotten."""
         event, entity_id = record.event, entity_of(record.event)
         if entity_id is None:
+            self.set_aside[event.type] += 1
             _LOGGER.warning("an event of an %s that has no id is set aside: %s", event.type, cut(event.event_id))
             return
         known = self._entities.items if event.type == ITEM else self._entities.users
