@@ -241,9 +241,6 @@ def test_what_a_log_says_that_cannot_be_used_is_set_aside_and_stops_nobody(
         {"item_id": 2**64 - 1, "deleted": True},
     ]
     odd_server.log.append([event(number, body) for number, body in enumerate(bodies)])
-    odd_server.log.append(
-        [Event("user", "user", "user/3", odd_server.now_ms, body={"features": {"user_id": {"a": 1}}})]
-    )
 
     def works(server, read: int) -> None:
         assert odd_put(server, 50, 200, labels=["a"]) == "None"
@@ -254,7 +251,6 @@ def test_what_a_log_says_that_cannot_be_used_is_set_aside_and_stops_nobody(
         assert server.items(k=5, user_id="user/3")
         assert server.snapshots.reload() == server.version.id
         assert server.metric('twotower_entities_set_aside{kind="item"}') == 3 + read
-        assert server.metric('twotower_entities_set_aside{kind="user"}') == 1
         assert server.http.get("/readyz").status_code == 200
 
     odd_server.users.catch_up()
@@ -264,6 +260,19 @@ def test_what_a_log_says_that_cannot_be_used_is_set_aside_and_stops_nobody(
     caplog.clear()
     works(start(odd_world), 0)
     assert sum("'a word'" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_user_who_was_put_for_another_version_is_answered(server, caplog) -> None:
+    user = a_user(server)
+    told = {"age": {"a": 1}, "gender": "f", "colour": 3}
+    server.log.append([Event("by hand", "user", user, server.now_ms, body={"features": told})])
+    server.users.catch_up()
+    server.snapshots.refresh()
+    for _ in range(2):
+        assert len(server.items(user_id=user, k=20)) == 20
+    assert server.metric('twotower_entities_set_aside{kind="user"}') == 1
+    assert sum("age counts as missing" in record.getMessage() for record in caplog.records) == 1
+    assert put(server, f"users/{user}", features={"gender": "f"})["user_id"] == user
 
 
 def test_an_item_that_was_deleted_and_put_again_is_another_one_in_every_answer(server) -> None:
