@@ -176,10 +176,14 @@ class Overlay:
 
     Args:
         base: as `open_version` gives it.
+        by_id: an id has one row, also where an item was deleted and put again, and an item that was put and deleted has
+            none: rows are then a function of what is there now, which the updater's state needs. A server's rows tell
+            one item from the next of its id.
     """
 
-    def __init__(self, base: Version) -> None:
+    def __init__(self, base: Version, *, by_id: bool = False) -> None:
         self.base = base
+        self._by_id = by_id
         self.seq = 0
         self.watermark_ms: int | None = base.watermark_ms
         self._tables: dict[str, tuple[Rows, ...]] = {}
@@ -275,7 +279,7 @@ class Overlay:
         """The version with all that was learned and put."""
         items = changes(self._shown.items, entities.items)
         own = self._own_rows(items or {})
-        if items is None or not self._in_order(items, own):
+        if items is None or not self._in_order(items, own) or (self._by_id and self._leaves_gap(items)):
             self._items, self._laid = _Items(self.base, self._item_tokens), None
             items, self._learned = dict(entities.items), True
             self._admitted = set(self._ids[c.ITEM_ID])
@@ -308,9 +312,15 @@ class Overlay:
         ]
         return not new or min(new) > now.last
 
+    def _leaves_gap(self, items: Mapping[EntityId, Entity]) -> bool:
+        """An item that was put gives up its row."""
+        births = self._items.births
+        return any(one in births and (entity.deleted or births[one] != _birth(entity)) for one, entity in items.items())
+
     def _needs_row(self, entity: Entity, own: int) -> bool:
-        """The item stands in the catalogue, and not as the version's own of that id."""
-        return not entity.deleted and entity.features is not None and (own < 0 or self._is_another(entity))
+        """The item stands in the catalogue, and not in the version's own row of that id."""
+        another = not self._by_id and self._is_another(entity)
+        return not entity.deleted and entity.features is not None and (own < 0 or another)
 
     def _is_another(self, entity: Entity) -> bool:
         """It was deleted and put again since the version was made: what the version has under the id is not meant."""
@@ -358,7 +368,9 @@ class Overlay:
         """The catalogue row of an item, a new one where it needs it; -1 where it has none."""
         now, before = self._items, self._items.rows.get(one, -1)
         if not self._needs_row(entity, own):
-            if own >= 0 and not entity.deleted:
+            if entity.deleted:
+                now.put.pop(one, None)
+            if own >= 0 and (self._by_id or not entity.deleted):
                 now.rows.pop(one, None)
                 return own
             now.put.pop(one, None)
@@ -394,7 +406,9 @@ class Overlay:
         for one, entity in changed.items():
             row = rows[one]
             gone[[earlier for earlier in before[one] if earlier >= 0 and earlier != row]] = True
-            if row >= 0 and (entity.available is not None or entity.features is not None):
+            if row >= 0 and entity.deleted:
+                gone[row] = True
+            elif row >= 0 and (entity.available is not None or entity.features is not None):
                 gone[row] = entity.available is False
             elif row >= 0:
                 gone[row] = self._base_gone[row]

@@ -167,7 +167,7 @@ class Chain:
         """The state behind the latest delta."""
         self.close()
         version = self.version
-        self._overlay, self._entities, self._laid = Overlay(version), Entities(), version
+        self._overlay, self._entities, self._laid = Overlay(version, by_id=True), Entities(), version
         self._follows, self._reports = self._base, Reports()
         self.seq, self.watermark_ms = 0, version.watermark_ms
         self._rows_at = self._first_rows()
