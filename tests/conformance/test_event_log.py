@@ -227,7 +227,7 @@ def test_a_readers_thread_sees_a_prefix_while_others_write(reopen: Reopen) -> No
     assert seen == [str(n) for n in range(150)]
 
 
-@pytest.mark.parametrize("text", ["", "é漢字🙂", '\x00\n\t"\\', "x" * 65_536])
+@pytest.mark.parametrize("text", ["", "é漢字🙂", '\x00\n\t"\\', "x" * 16_384])
 def test_any_text_survives(reopen: Reopen, text: str) -> None:
     log = reopen()
     acks = log.append([event("before"), event(f"e{text[:5]}", text=text), event("after")])

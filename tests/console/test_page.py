@@ -13,7 +13,8 @@ from fastapi import FastAPI
 from twotower.console.page import add_page, describe, shown_attributes
 from twotower.features.store import LmdbFeatureStore
 from twotower.logs import LocalEventLog
-from twotower.publish.version import ItemKeys, Version
+from twotower.publish.catalogue import Attributes, ItemKeys
+from twotower.publish.version import Version
 from twotower.serve.app import Metrics, make_app
 from twotower.serve.funnel import Sizes
 from twotower.serve.snapshots import Snapshots
@@ -201,7 +202,7 @@ def test_any_catalogue_can_be_shown(version: Version) -> None:
             "blob": pa.array([b"x", b"y"]),
         }
     )
-    other = replace(version, catalogue=catalogue, items=ItemKeys(catalogue.column("item_id"), 2))
+    other = replace(version, attributes=Attributes(catalogue), items=ItemKeys(catalogue.column("item_id")))
     assert shown_attributes(other) == ["genres", "year", "brand"]
     assert describe(other, [7, 4]) == [
         {"item_id": 7, "title": None, "attributes": {"genres": None, "year": None, "brand": "b"}},

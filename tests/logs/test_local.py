@@ -358,13 +358,13 @@ def test_a_batch_larger_than_a_segment_is_one_segment(tmp_path: Path) -> None:
 
 def test_too_large_an_event_is_refused_with_its_batch(tmp_path: Path) -> None:
     def large(name: str, texts: int) -> Event:
-        return Event(name, "click", 1, NOW_MS, body={"texts": ["x" * 65_000] * texts})
+        return Event(name, "click", 1, NOW_MS, body={"texts": ["x" * 16_000] * texts})
 
     with closing(open_one(tmp_path)) as log:
         with pytest.raises(DataError, match="event 'large' takes 2145178 bytes, at most 2097152 are allowed"):
-            log.append([event("small"), large("large", 33)])
+            log.append([event("small"), large("large", 132)])
         assert ids(log) == []
-        log.append([large("largest", 32)])
+        log.append([large("largest", 130)])
         assert ids(log) == ["largest"]
 
 

@@ -167,7 +167,8 @@ def test_an_item_that_is_put_after_it_was_deleted_has_nothing_of_before(base: Ve
     mine = base.item_ids[3].as_py()
     laid = Overlay(base).lay(Entities(items={mine: Entity(features=put(base, 3), fresh=True)}))
     again = Overlay(base).lay(Entities(items={new_id(base): Entity(features=put(base, 3))}))
-    np.testing.assert_array_equal(laid.item_vectors[np.array([3])], again.item_vectors[np.array([len(base.item_ids)])])
+    row = laid.items.find(pa.array([mine]))
+    np.testing.assert_array_equal(laid.item_vectors[row], again.item_vectors[np.array([len(base.item_ids)])])
 
 
 def test_replicas_that_learned_step_by_step_and_at_once_have_the_same_bytes(base: Version) -> None:
@@ -244,3 +245,34 @@ def test_pieces_of_a_table_are_few_and_say_what_all_deltas_say() -> None:
         laid = LaidRows(laid, piece.rows, piece.values)
     assert laid.shape == table.shape
     np.testing.assert_array_equal(laid[np.arange(5000)], expected)
+
+
+def test_more_items_than_the_version_has_may_be_put_at_once(base: Version) -> None:
+    many = {new_id(base, number): Entity(features={}) for number in range(2 * len(base.item_ids) + 50)}
+    laid = Overlay(base).lay(Entities(items=many))
+    tokens = laid.two_tower.item_tokens
+    np.testing.assert_array_equal(tokens[: len(base.item_ids)], base.two_tower.item_tokens)
+    assert (tokens[len(base.item_ids) :] == UNKNOWN).all()
+    assert len(tokens) == len(laid.items) == len(base.item_ids) + len(many)
+
+
+def test_items_get_their_rows_in_the_order_of_the_log(base: Version) -> None:
+    first = {new_id(base, 9): Entity(features={}, began=3)}
+    second = {**first, new_id(base, 1): Entity(features={}, began=4)}
+    step_by_step = Overlay(base)
+    held = step_by_step.lay(Entities(items=first))
+    laid = step_by_step.lay(Entities(items=second))
+    assert laid.items.at(np.arange(2) + len(base.item_ids)) == [new_id(base, 9), new_id(base, 1)]
+    assert Overlay(base).lay(Entities(items=dict(reversed(second.items())))).item_ids.equals(laid.item_ids)
+    assert len(held.items) == len(base.item_ids) + 1
+    assert held.items.find(pa.array([new_id(base, 1)])).tolist() == [-1]
+
+
+def test_an_item_that_was_put_again_before_the_version_was_made_is_the_versions(base: Version) -> None:
+    one = base.item_ids[3].as_py()
+    entity = Entity(features=put(base, 3), fresh=True, deleted_ms=base.watermark_ms)
+    known = Overlay(base).lay(Entities(items={one: entity}))
+    assert len(known.items) == len(base.items)
+    other = Overlay(base).lay(Entities(items={one: replace(entity, deleted_ms=base.watermark_ms + 1)}))
+    assert other.items.find(pa.array([one])).tolist() == [len(base.items)]
+    assert other.gone[3]

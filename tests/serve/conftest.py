@@ -17,6 +17,7 @@ from twotower.publish.version import Version
 from twotower.serve.app import Metrics, make_app
 from twotower.serve.entities import add_entities
 from twotower.serve.funnel import Sizes
+from twotower.serve.health import Health
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import RecentUsers
 
@@ -54,6 +55,7 @@ class Server:
     log: LocalEventLog
     users: RecentUsers
     store: LmdbFeatureStore
+    health: Health
     now_ms: int = NOW_MS
 
     @property
@@ -91,7 +93,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
     with ExitStack() as opened:
 
         def started(settings: Settings, channel_timeout_ms: float = 60_000) -> Server:
-            metrics = Metrics()
+            metrics, health = Metrics(), Health()
             log = LocalEventLog.open(tmp_path / "log", sync="never", clock_ms=lambda: server.now_ms)
             opened.callback(log.close)
             store = LmdbFeatureStore(tmp_path / "store")
@@ -110,10 +112,11 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
                 channel_timeout_ms=channel_timeout_ms,
                 sizes=SIZES,
                 page=10,
+                health=health,
                 clock_ms=lambda: server.now_ms,
             )
             add_entities(app, snapshots, log, users, lambda: server.now_ms)
-            server = Server(Http(app), snapshots, log, users, store)
+            server = Server(Http(app), snapshots, log, users, store, health)
             return server
 
         yield started

@@ -1,6 +1,10 @@
+import asyncio
 import json
+import threading
 from collections.abc import Callable
 
+import anyio.to_thread
+import httpx
 import numpy as np
 import pytest
 
@@ -10,7 +14,8 @@ from twotower.logs import EventLogError
 from twotower.models.popular import Popular
 from twotower.publish.version import Version
 from twotower.schema.errors import DataError
-from twotower.serve.app import MOST_BYTES
+from twotower.schema.limits import MAX_BODY_BYTES, MAX_EVENTS_BODY_BYTES
+from twotower.serve.users import Recent
 
 DAY_MS = 86_400_000
 
@@ -253,7 +258,8 @@ def test_every_channel_respects_filters_and_exclusions(server) -> None:
         ({"kind": {"forbid": ["kind 1"]}}, "body.filters.kind.forbid: "),
         ({"kind": {"allow": "kind 1"}}, "body.filters.kind.allow: "),
         ({"added": [5]}, "added is of type timestamp"),
-        ({"price": [1.5]}, "price holds numbers with a fraction"),
+        ({"price": [1.5]}, "price holds numbers with a fraction, and a filter compares for equality"),
+        ({"item_id": list(range(10_001))}, "10001 values in all, at most 10000 are allowed"),
         ({"size": [1.5]}, "filters: size is of type double, not [1.5]"),
         ({"item_id": ["3"]}, "filters: item_id is of type int64, not ['3']"),
         ({"item_id": [2**70]}, "filters: item_id is of type int64"),
@@ -295,6 +301,13 @@ def test_filters_that_fit_no_attribute_are_refused(odd_server, filters: dict, me
         ({"filters": {"category": "x"}}, "body.filters.category: "),
         ({"item_id": 3}, "body.item_id: "),
         ([], "body: "),
+        ({"user_id": "x" * 513}, "at most 512 bytes are allowed"),
+        ({"features": {"gender": "x" * 20_000}}, "features: gender: a string of 20000 bytes"),
+        ({"features": {"age": [1] * 5000}}, "features: age: a list of 5000 entries"),
+        ({"features": {"age": 2**64}}, "does not fit int64"),
+        ({"features": {"x" * 10_000: 1}}, "xxx... is no feature of this model"),
+        ({"channels": ["x" * 10_000]}, "xxx...; it has two_tower"),
+        ({"exclude": "x" * 10_000}, "xxx...': it is one of"),
     ],
 )
 def test_a_request_that_cannot_be_meant_is_refused_with_a_sentence(server, body: object, message: str) -> None:
@@ -302,6 +315,7 @@ def test_a_request_that_cannot_be_meant_is_refused_with_a_sentence(server, body:
     assert response.status_code == 422, response.text
     assert list(response.json()) == ["error"]
     assert message in response.json()["error"]
+    assert len(response.content) < 1200
 
 
 @pytest.mark.parametrize(
@@ -314,6 +328,15 @@ def test_a_request_that_cannot_be_meant_is_refused_with_a_sentence(server, body:
         b'{"user_id": "\\ud800"}',
         b'{"channels": ["\\ud800"]}',
         b'{"k": ' + b"9" * 5000,
+        b'{"features": {"age": NaN}}',
+        b'{"features": {"age": -Infinity}}',
+        b'{"features": {"age": 1e309}}',
+        b'{"k": 3, "k": 4}',
+        b'{"context": ' + b"[" * 100 + b"]" * 100 + b"}",
+        b'{"context": ' + b"[" * 100_000,
+        b'{"filters": {"\\ud800": []}}',
+        b'\xef\xbb\xbf{"k": 3}',
+        '{"k": 3}'.encode("utf-16"),
     ],
 )
 def test_what_is_no_json_is_the_senders_fault(server, content: bytes) -> None:
@@ -323,15 +346,13 @@ def test_what_is_no_json_is_the_senders_fault(server, content: bytes) -> None:
 
 
 def test_a_body_that_is_too_large_is_refused(server) -> None:
-    answer = server.http.post("/v1/events", content=b" " * (MOST_BYTES + 1))
-    assert answer.status_code == 413
-    assert "send it in parts" in answer.json()["error"]
+    for path, most in [("/v1/events", MAX_EVENTS_BODY_BYTES), ("/v1/retrieve", MAX_BODY_BYTES)]:
+        answer = server.http.post(path, content=b" " * (most + 1))
+        assert answer.status_code == 413
+        assert f"more than {most} bytes" in answer.json()["error"]
 
 
-def test_nan_is_a_missing_feature_and_never_in_an_answer(server) -> None:
-    body = b'{"k": 50, "features": {"age": NaN}}'
-    response = server.http.post("/v1/retrieve", content=body, headers={"Content-Type": "application/json"})
-    assert response.json()["items"] == server.retrieve(k=50, features={"age": None})["items"]
+def test_nan_is_never_in_an_answer(server) -> None:
     huge = server.retrieve(k=10_000, exclude="none")
 
     def refuse(text: str) -> None:
@@ -366,7 +387,7 @@ def test_nan_is_a_missing_feature_and_never_in_an_answer(server) -> None:
         ({"weight": 1e29}, "weight=1e+29: a number from 0 to 1000 is required"),
         ({"weight": "heavy"}, "weight='heavy': a number from 0 to 1000 is required"),
         ({"context": {"scene": "x" * 2000}}, "context takes 2012 bytes, at most 1024 are allowed"),
-        ({"features": {"bio": "x" * 70_000}}, "has 70000 bytes, at most 65536 are allowed"),
+        ({"features": {"bio": "x" * 20_000}}, "has 20000 bytes, at most 16384 are allowed"),
         ({"note": [[[[[1]]]]]}, "more than 4 lists or objects within each other"),
         ({"size": 2**63}, "does not fit int64"),
         ({"logged_ms": 1}, "names logged_ms, which only the log writes"),
@@ -469,7 +490,7 @@ def test_similar_items_come_from_every_channel_that_can_say(server) -> None:
 
 def test_similar_items_of_an_integer_id(odd_server) -> None:
     assert len(odd_server.http.get("/v1/items/7/similar").json()["items"]) == 20
-    for text, status in [("41", 404), (str(2**63), 404), ("-1", 404), ("seven", 422), ("1_0", 422), ("9" * 40, 422)]:
+    for text, status in [("41", 404), ("-1", 404), (str(2**63), 422), ("seven", 422), ("1_0", 422), ("9" * 40, 422)]:
         response = odd_server.http.get(f"/v1/items/{text}/similar")
         assert (response.status_code, list(response.json())) == (status, ["error"]), text
     assert odd_server.http.get("/v1/items/7/similar?k=0").status_code == 422
@@ -488,7 +509,7 @@ def test_a_user_with_a_string_id_is_served_and_an_integer_is_refused(odd_server)
     assert odd_server.items(user_id=known, k=300) != before
     response = odd_server.http.post("/v1/retrieve", json={"user_id": 3})
     assert "user_id 3 is a int: the ids of users are string" in response.json()["error"]
-    for stranger in ("", "x" * 5000, "名前", "user/999"):
+    for stranger in ("", "x" * 512, "名前", "user/999"):
         assert odd_server.items(user_id=stranger, k=300) == odd_server.items(k=300)
 
 
@@ -517,6 +538,49 @@ def test_health_version_and_metrics(server) -> None:
     assert server.metric("twotower_version_refused") == 0
     assert server.metric('twotower_requests_total{route="/healthz",status="200"}') == 1
     assert server.metric('twotower_request_seconds_count{route="/v1/version"}') == 1
+
+
+def test_probes_answer_while_every_thread_is_busy(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    waiting = threading.Semaphore(0)
+
+    def wait(_: object) -> Recent:
+        waiting.release()
+        free.wait()
+        return Recent()
+
+    monkeypatch.setattr(server.users, "get", wait)
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(server.http._app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            busy = [asyncio.create_task(client.post("/v1/retrieve", json={"user_id": 1, "k": 1})) for _ in range(60)]
+            threads = int(anyio.to_thread.current_default_thread_limiter().total_tokens)
+            for _ in range(threads):
+                while not waiting.acquire(blocking=False):
+                    await asyncio.sleep(0.001)
+            for path in ("/healthz", "/readyz", "/metrics"):
+                assert (await client.get(path)).status_code == 200
+            free.set()
+            assert {(await one).status_code for one in busy} == {200}
+
+    asyncio.run(ask())
+
+
+def test_readyz_names_a_thread_that_fails_and_recovers_with_it(server) -> None:
+    def broken() -> None:
+        raise DataError("the log was emptied")
+
+    stop = threading.Event()
+    for _ in range(3):
+        assert server.http.get("/readyz").status_code == 200
+        server.health.attempt("the reader of the log", broken, 0.2, stop)
+    response = server.http.get("/readyz")
+    assert response.status_code == 503
+    assert response.json() == {"error": "the reader of the log has failed 3 times in a row: the log was emptied"}
+    assert server.metric('twotower_thread_failing{thread="the reader of the log"}') == 1
+    server.health.attempt("the reader of the log", lambda: None, 0.2, stop)
+    assert server.http.get("/readyz").status_code == 200
 
 
 def test_an_unknown_address_and_a_wrong_verb_say_so(server) -> None:

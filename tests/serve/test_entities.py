@@ -6,6 +6,9 @@ import pytest
 
 from twotower.config import Settings
 from twotower.features.vocabulary import UNKNOWN
+from twotower.logs import Event
+from twotower.logs.entities import CATALOGUE
+from twotower.publish import overlay
 from twotower.publish.delta import Delta, Rows, delta_folder, write_delta
 from twotower.publish.delta import base_digest as digest_of
 from twotower.schema import columns as c
@@ -178,3 +181,178 @@ def test_a_new_replica_begins_with_the_version_and_its_deltas(server, start, own
     server.close()
     again = start(own_world)
     assert again.retrieve(k=K, user_id=a_user(again)) == answer
+
+
+def odd_put(server, one: Any, status: int, **features: Any) -> str:
+    response = server.http.request("PUT", f"/v1/items/{one}", json={"features": features})
+    assert response.status_code == status, response.text
+    return str(response.json().get("error"))
+
+
+@pytest.mark.parametrize("one", [2**63, -(2**63) - 1, "007", "1.0", "x" * 600])
+def test_an_id_that_items_cannot_have_is_refused_and_not_logged(odd_server, one: Any) -> None:
+    for method in ("PUT", "DELETE"):
+        response = odd_server.http.request(method, f"/v1/items/{one}", json={"features": {}})
+        assert (response.status_code, list(response.json())) == (422, ["error"])
+    assert sum(odd_server.log.ends()) == 0
+
+
+def test_an_id_that_is_too_long_is_refused_and_not_logged(server) -> None:
+    for path in ("items/" + "x" * 513, "items/" + "é" * 257):
+        assert "at most 512 are allowed" in put(server, path, status=422, features={})["error"]
+    assert sum(server.log.ends()) == 0
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"labels": "rain"}, "labels = 'rain', where list"),
+        ({"labels": ["a", 1]}, "labels = ['a', 1]"),
+        ({"labels": [["a"]]}, "a list holds ['a']"),
+        ({"labels": ["a"] * 5000}, "a list of 5000 entries"),
+        ({"labels": {"a": 1}}, "is an object"),
+        ({"kind": ["a"]}, "kind = ['a'], where string is due"),
+        ({"kind": "x" * 20_000}, "a string of 20000 bytes"),
+        ({"price": "dear"}, "price = 'dear', where double is due"),
+        ({"fresh": 1}, "fresh = 1, where bool is due"),
+        ({"added": 10**18}, "added = 1000000000000000000, where timestamp"),
+        ({"colour": 1}, "no attribute colour"),
+    ],
+)
+def test_features_of_another_type_are_refused_and_not_logged(odd_server, features: Any, message: str) -> None:
+    assert message in odd_put(odd_server, 50, 422, **features)
+    assert sum(odd_server.log.ends()) == 0
+
+
+def test_what_a_log_says_that_cannot_be_used_is_set_aside_and_stops_nobody(
+    odd_server, start, odd_world, caplog
+) -> None:
+    def event(number: int, body: dict[str, Any]) -> Event:
+        return Event(f"by hand {number}", "item", CATALOGUE, odd_server.now_ms, body=body)
+
+    bodies = [
+        {"item_id": 2**63, "features": {}},
+        {"item_id": "a word", "features": {}},
+        {"item_id": None, "features": {}},
+        {"features": {}},
+        {"item_id": 60, "features": {"labels": "rain", "kind": {"a": [1]}, "price": "dear", "size": [[[]]]}},
+        {"item_id": 61, "features": "none", "available": "no"},
+        {"item_id": "another", "deleted": True},
+        {"item_id": 2**64 - 1, "deleted": True},
+    ]
+    odd_server.log.append([event(number, body) for number, body in enumerate(bodies)])
+
+    def works(server, read: int) -> None:
+        assert odd_put(server, 50, 200, labels=["a"]) == "None"
+        assert {50, 60} <= set(server.items(k=100, exclude="none"))
+        assert server.version.attributes.at(server.version.items.find(pa.array([60])), ["labels"]) == [{"labels": None}]
+        assert server.http.request("DELETE", "/v1/items/50").status_code == 200
+        assert 50 not in server.items(k=100, exclude="none")
+        assert server.items(k=5, user_id="user/3")
+        assert server.snapshots.reload() == server.version.id
+        assert server.metric('twotower_entities_set_aside{kind="item"}') == 3 + read
+        assert server.http.get("/readyz").status_code == 200
+
+    odd_server.users.catch_up()
+    odd_server.snapshots.refresh()
+    works(odd_server, 4)
+    odd_server.close()
+    caplog.clear()
+    works(start(odd_world), 0)
+    assert sum("'a word'" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_user_who_was_put_for_another_version_is_answered(server, caplog) -> None:
+    user = a_user(server)
+    told = {"age": {"a": 1}, "gender": "f", "colour": 3}
+    server.log.append([Event("by hand", "user", user, server.now_ms, body={"features": told})])
+    server.users.catch_up()
+    server.snapshots.refresh()
+    for _ in range(2):
+        assert len(server.items(user_id=user, k=20)) == 20
+    assert server.metric('twotower_entities_set_aside{kind="user"}') == 1
+    assert sum("age counts as missing" in record.getMessage() for record in caplog.records) == 1
+    assert put(server, f"users/{user}", features={"gender": "f"})["user_id"] == user
+
+
+def test_an_item_that_was_deleted_and_put_again_is_another_one_in_every_answer(server) -> None:
+    user, one = a_user(server), server.items(k=1, channels=["popular"], exclude="none")[0]
+    attributes = features(server, int(server.version.items.find(pa.array([one]))[0]))
+    server.event("click", user, item_id=one)
+    server.event("impression", user, items=[one])
+    server.now_ms += 1000
+    delete(server, f"items/{one}")
+    assert server.http.get(f"/v1/items/{one}/similar").status_code == 404
+    assert "is new" in put(server, f"items/{one}", status=422, available=True)["error"]
+    server.now_ms += 1000
+    put(server, f"items/{one}", features=attributes)
+    assert one in server.items(k=K, user_id=user)  # neither clicked nor shown
+    for channel in ("popular", "item_cf"):
+        assert one not in server.items(k=K, user_id=user, channels=[channel], exclude="none")
+    assert one in server.items(k=K, user_id=user, channels=["two_tower"])
+    similar = server.http.get(f"/v1/items/{one}/similar").json()
+    assert similar["channels"]["item_cf"] == []
+    assert similar["items"]
+    assert one not in [item["item_id"] for item in similar["items"]]
+    told = server.http.post("/v1/explain", json={"user_id": user, "item_id": one}).json()
+    assert (told["filtered"], told["channels"]["popular"]["rank"]) == ([], None)
+    server.now_ms += 1000
+    server.event("impression", user, items=[one])
+    assert one not in server.items(k=K, user_id=user)
+    assert server.items(k=K, exclude="none").count(one) == 1
+
+
+def test_every_route_answers_for_items_that_were_put_deleted_hidden_or_say_nothing(server) -> None:
+    known = [server.version.item_ids[row].as_py() for row in (3, 4)]
+    put(server, "items/bare", features={})
+    put(server, "items/full", features=features(server, 5))
+    put(server, "items/hidden", features=features(server, 5), available=False)
+    delete(server, f"items/{known[0]}")
+    put(server, f"items/{known[1]}", available=False)
+    expected = {"bare": 200, "full": 200, "hidden": 200, known[0]: 404, known[1]: 200, "never": 404}
+    for one, status in expected.items():
+        assert server.http.get(f"/v1/items/{one}/similar").status_code == status, one
+        told = server.http.post("/v1/explain", json={"user_id": a_user(server), "item_id": one})
+        assert told.status_code == 200
+        assert (told.json()["outcome"] == "unknown_item") == (status == 404)
+        assert told.json()["failed_channels"] == []
+    answered = server.retrieve(k=K, user_id=a_user(server), exclude="none")
+    assert answered["failed_channels"] == []
+    assert {item["item_id"] for item in answered["items"]} & expected.keys() == {"bare", "full"}
+
+
+def test_the_next_put_touches_no_item_that_was_put_before(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    encode = overlay.item_columns
+
+    def counting(base: Any, one: Any, *rest: Any) -> Any:
+        made.append(one)
+        return encode(base, one, *rest)
+
+    monkeypatch.setattr(overlay, "item_columns", counting)
+    kept, largest = 0, None
+    for number in range(40):
+        put(server, f"items/zz {number:02}", features=features(server, number))
+        assert made.pop() == f"zz {number:02}"
+        assert made == []
+        pieces = server.version.attributes._put
+        assert len(pieces) <= 2
+        kept, largest = kept + (pieces[0] is largest), pieces[0]
+    assert kept >= 14  # most of what was put is not copied by every put
+    before = server.version
+    put(server, "items/zz 40", features={})
+    assert (len(before.items), len(server.version.items)) == (340, 341)
+    assert before.items.find(pa.array(["zz 40"])).tolist() == [-1]
+    assert before.items.ids.to_pylist()[-1] == "zz 39"
+
+
+def test_recommend_says_which_delta_is_served_and_a_retry_says_the_same(server) -> None:
+    digest = learn(server, 1)
+    server.snapshots.reload()
+    body = {"user_id": a_user(server), "request_id": "r"}
+    first = server.http.post("/v1/recommend", json=body).json()
+    learn(server, 2, digest)
+    server.snapshots.reload()
+    again = server.http.post("/v1/recommend", json=body).json()
+    assert (first["delta_seq"], server.version.delta_seq) == (1, 2)
+    assert again == first

@@ -83,9 +83,9 @@ def add_page(app: FastAPI, snapshots: Snapshots, users: RecentUsers) -> None:
             {
                 "version": version.id,
                 "users": len(version.users),
-                "items": len(version.item_ids),
+                "items": len(version.items),
                 "user_id_type": _kind(version.users.ids.type),
-                "item_id_type": _kind(version.item_ids.type),
+                "item_id_type": _kind(version.items.kind),
                 "channels": list(version.channels),
                 "attributes": [name for name in shown_attributes(version) if name != TITLE],
             }
@@ -155,12 +155,12 @@ def describe(version: Version, item_ids: Sequence[ItemId]) -> list[dict[str, Any
 
 def shown_attributes(version: Version) -> list[str]:
     """Columns of the catalogue that a person can read: words, numbers, times and lists of words; no vectors."""
-    return [field.name for field in version.catalogue.schema if field.name != c.ITEM_ID and _is_readable(field.type)]
+    return [field.name for field in version.attributes.schema if field.name != c.ITEM_ID and _is_readable(field.type)]
 
 
 def _at_rows(version: Version, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
     names = shown_attributes(version)
-    chosen = version.catalogue.select([c.ITEM_ID, *names]).take(pa.array(rows)).to_pylist()
+    chosen = version.attributes.at(rows, [c.ITEM_ID, *names])
     return [
         {
             c.ITEM_ID: item[c.ITEM_ID],

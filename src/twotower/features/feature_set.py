@@ -26,8 +26,9 @@ from twotower.features.fitted import (
 )
 from twotower.features.vocabulary import Vocabulary, as_values, fit_vocabulary
 from twotower.schema import columns as c
-from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.errors import ConfigError, DataError, cut
 from twotower.schema.files import map_batches, read_json, write_json
+from twotower.schema.limits import check_value
 
 HISTORY = "history"
 """The sequence feature that is the user's clicks before the request."""
@@ -308,7 +309,10 @@ def encode_request(features: Iterable[Fitted], values: Mapping[str, Any], where:
     unknown = set(values) - {feature.name for feature in features}
     if unknown:
         names = ", ".join(feature.name for feature in features) or "none"
-        raise DataError(f"{where}: {', '.join(sorted(unknown))} is no feature of this model; its features are {names}")
+        told = cut(", ".join(sorted(unknown)))
+        raise DataError(f"{where}: {told} is no feature of this model; its features are {names}")
+    for name, value in values.items():
+        check_value(value, f"{where}: {name}")
     return {
         feature.name: feature.absent(1)
         if values.get(feature.name) is None

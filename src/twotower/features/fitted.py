@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from twotower.features.columns import Bag, Numbers, Rows, pointers
 from twotower.features.vocabulary import FIRST, MISSING, Vocabulary, as_values
-from twotower.schema.errors import DataError
+from twotower.schema.errors import DataError, shown
 
 INTERESTS = "interests"
 """The encoder that gives a vector for each interest: what the channel `mind` makes of the click history."""
@@ -280,4 +280,4 @@ def raw_column(fitted: Fitted, values: list[Any]) -> pa.Array:
             ]
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError, OverflowError, UnicodeError):
-        raise DataError(f"{fitted.name}: {values[:2]!r} is no value of one type that a column can hold") from None
+        raise DataError(f"{fitted.name}: {shown(values[:2])} is no value of one type that a column can hold") from None

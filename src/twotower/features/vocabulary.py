@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.schema.errors import DataError
+from twotower.schema.errors import DataError, shown
 
 MISSING = 0
 UNKNOWN = 1
@@ -77,9 +77,8 @@ class Positions:
         if len(self.values) == 0 or values.null_count == len(values):
             return np.full(len(values), -1, np.int64)
         if values.type != self.values.type:
-            raise DataError(
-                f"values are of type {values.type} where {self.values.type} is known, such as {values[:2].to_pylist()}"
-            )
+            seen = shown(values[:2].to_pylist())
+            raise DataError(f"values are of type {values.type} where {self.values.type} is known, such as {seen}")
         if self.values.type == pa.int64():
             known = self.values.to_numpy(zero_copy_only=True)
             asked = values.fill_null(0).to_numpy(zero_copy_only=False)

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from twotower.logs.events import ITEM, USER
 from twotower.logs.protocol import Event
 from twotower.schema import columns as c
 
-USER: Final = "user"
-ITEM: Final = "item"
 TYPES: Final = (USER, ITEM)
 """Types of events that only a server writes."""
 CATALOGUE: Final = "@catalogue"
@@ -37,6 +36,12 @@ class Entity:
     """It is gone. What is put later under its id is another one: `fresh`."""
     fresh: bool = False
     """It was deleted and put again: what the tables have under its id is not meant."""
+    deleted_ms: int | None = None
+    """When one of this id was deleted last: what happened before is not of this one; None = it never was, or an older
+    release noted it."""
+    began: int = 0
+    """Place in the log of the event that began this one: the first after there was none. In its order items get their
+    rows."""
 
 
 def item_event(
@@ -78,11 +83,18 @@ def entity_of(event: Event) -> EntityId | None:
     if event.type == USER:
         return event.user_id
     item_id = event.body.get(c.ITEM_ID) if event.type == ITEM else None
-    return item_id if type(item_id) in (int, str) else None
+    if type(item_id) is int:  # a record may be of a server that did not check it
+        return item_id if -(2**63) <= item_id < 2**63 else None
+    return item_id if type(item_id) is str else None
 
 
-def after(before: Entity | None, event: Event) -> Entity:
+def after(before: Entity | None, event: Event, place: int = 0) -> Entity:
     """What is known of an entity after one more of its events.
+
+    Args:
+        before: what was known; None = nothing.
+        event: of that entity.
+        place: of the event in its partition of the log.
 
     >>> put = user_event("a", 1_700_000_000_000, 7, {"age": 3})
     >>> gone = after(after(None, put), user_deleted("b", 1_700_000_000_001, 7))
@@ -90,9 +102,11 @@ def after(before: Entity | None, event: Event) -> Entity:
     (True, None, True)
     """
     if is_deletion(event):
-        return Entity(deleted=True, fresh=True)
-    before = before or Entity()
+        return Entity(deleted=True, fresh=True, deleted_ms=event.ts_ms)
     features, available = event.body.get(_FEATURES), event.body.get(c.AVAILABLE)
+    before = before or Entity()
+    if before.deleted or (before.features is None and features is not None):
+        before = replace(before, began=place)
     if isinstance(features, dict):
         before = replace(before, features=features)
     elif before.fresh and before.features is None:

@@ -15,11 +15,23 @@ import orjson
 from twotower.logs.protocol import Event
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, shown
+from twotower.schema.limits import (
+    MAX_CONTEXT_BYTES,
+    MAX_DEPTH,
+    MAX_ENTRIES,
+    MAX_HISTORY,
+    MAX_ID_BYTES,
+    MAX_ITEMS,
+    MAX_TEXT_BYTES,
+    MAX_TYPE_BYTES,
+)
 from twotower.schema.tables import MAX_WEIGHT
 
 CLICK: Final = "click"
 IMPRESSION: Final = "impression"
 REQUEST: Final = "request"
+USER: Final = "user"
+ITEM: Final = "item"
 
 # Fields of a click, an impression or a request.
 ITEMS: Final = "items"
@@ -49,23 +61,6 @@ NOBODY: Final = "@erased"
 
 ALLOWED_SKEW_MS: Final = 300_000
 """How far a time may lie ahead of the log's clock: the clocks of clients and servers differ a little."""
-MAX_ID_BYTES: Final = 512
-"""Of an id in UTF-8: of an event, a request, a user or an item."""
-MAX_TYPE_BYTES: Final = 64
-MAX_ITEMS: Final = 10_000
-"""Items of one event, as many as a request for candidates may ask for."""
-MAX_HISTORY: Final = 1_000
-"""Items in the history of a request."""
-MAX_ENTRIES: Final = 10_000
-"""Entries of any other list, and fields of an object."""
-MAX_TEXT_BYTES: Final = 64 << 10
-"""Of a text in UTF-8, such as a feature."""
-MAX_CONTEXT_BYTES: Final = 1 << 10
-"""Of a context as JSON: each row that a request becomes has it."""
-MAX_DEPTH: Final = 4
-"""Lists and objects within each other."""
-MAX_EVENT_BYTES: Final = 2 << 20
-"""Of an event as JSON."""
 
 # Why an event cannot be used.
 MALFORMED: Final = "malformed"
@@ -116,8 +111,8 @@ def check_event(event: Event, logged_ms: int) -> None:
     if event.type == REQUEST:
         _check_list(event.body.get(HISTORY), MAX_HISTORY, f"{where}: {HISTORY}")
         _check_ids(event.body.get(HISTORY) or [], f"{where}: {HISTORY}")
-    if c.ITEM_ID in event.body:
-        _check_ids([event.body[c.ITEM_ID]], f"{where}: {c.ITEM_ID}")
+    if c.ITEM_ID in event.body or event.type == ITEM:
+        _check_ids([event.body.get(c.ITEM_ID)], f"{where}: {c.ITEM_ID}")
     if not _is_plain_value(dict(event.body), 0):
         for name, value in event.body.items():
             _check_text(name, MAX_ID_BYTES, f"{where}: the name of a field")

@@ -18,7 +18,6 @@ import orjson
 from twotower.logs.events import (
     ERASED,
     MALFORMED,
-    MAX_EVENT_BYTES,
     NOBODY,
     TOO_LARGE,
     UNUSABLE,
@@ -31,6 +30,7 @@ from twotower.logs.protocol import EVENT_ID, LOGGED_MS, Event, Record
 from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import DataError, shown
+from twotower.schema.limits import MAX_EVENT_BYTES
 from twotower.schema.tables import EARLIEST_MS, LATEST_MS
 
 REASON: Final = "reason"

@@ -105,7 +105,12 @@ class VectorChannel:
         if self._item_vectors is None:
             return None
         itself = Exclusions(np.arange(len(rows) + 1), rows)
-        found = self.index.search(np.ascontiguousarray(self._item_vectors[rows]), k, itself)
+        known = rows < self._item_vectors.shape[0]  # an item may have been put since, and this channel not know it
+        vectors = np.array(self._item_vectors[np.where(known, rows, 0)], np.float32)
+        vectors[~known] = 0
+        found = self.index.search(np.ascontiguousarray(vectors), k, itself)
+        unknown = ~vectors.any(axis=1)
+        found.rows[unknown], found.scores[unknown] = PADDING, -np.inf
         return Candidates(found.rows, found.scores)
 
 

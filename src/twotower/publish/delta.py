@@ -102,6 +102,9 @@ class Rows:
         distinct, first = np.unique(rows, return_index=True)  # the first occurrence is the other's
         return Rows(distinct, np.concatenate([other.values, self.values])[first])
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
 
 @dataclass(frozen=True)
 class Delta:

@@ -4,16 +4,19 @@ The version stays as it is, mapped into memory. A new overlay is a new `Version`
 change; who answers swaps one reference. It is a function of the version, of its deltas in their order and of what the
 log says of entities, so all replicas have the same bytes.
 
+One more item costs the same however many were put before: see `twotower.publish.catalogue` for how, and for why it is
+safe. What an overlay keeps besides is its own, and nobody reads it but the one who lays.
+
 N items of the version, A items put since, D vector.
 """
 
 import copy
 import functools
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,24 +28,23 @@ from twotower.features.columns import Rows as Tokens
 from twotower.features.feature_set import encode_request
 from twotower.features.vocabulary import UNKNOWN
 from twotower.index.checks import ROWS
+from twotower.index.exact import ExactIndex
 from twotower.index.overlaid import OverlaidIndex
-from twotower.index.protocol import PADDING, Exclusions
+from twotower.index.protocol import PADDING, Exclusions, VectorIndex
 from twotower.logs.entities import Entity, EntityId
+from twotower.logs.events import ITEM
 from twotower.models.channel import VectorChannel
 from twotower.models.retriever import Candidates, Queries, Retriever, WithoutItems, similar_items
 from twotower.models.two_tower import Table, table_of
+from twotower.publish.catalogue import SMALLER, Attributes, Encoded, Grown, Layered, PutRows, SetAside, changes, put_row
 from twotower.publish.delta import Delta, Rows, base_digest, read_next
 from twotower.publish.onnx import OnnxTower
-from twotower.publish.ranker import OnnxRanker
 from twotower.publish.tables import LaidRows, map_tables
-from twotower.publish.version import NEW_ITEMS, TWO_TOWER, ItemKeys, Since, Version
+from twotower.publish.version import NEW_ITEMS, TWO_TOWER, Again, Since, Version
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError
-
-log = logging.getLogger(__name__)
-
-_SMALLER = 16
-"""How many times a piece of a table is smaller than the one below it, at least."""
+from twotower.schema.errors import DataError, cut, shown
+from twotower.schema.limits import check_value
+from twotower.schema.tables import column_of, is_id
 
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -52,20 +54,86 @@ Floats = npt.NDArray[np.float32]
 class Entities:
     """The users and items that were put or deleted, by id."""
 
-    items: Mapping[EntityId, Entity] = field(default_factory=dict)
-    users: Mapping[EntityId, Entity] = field(default_factory=dict)
+    items: Mapping[EntityId, Entity] = field(default_factory=Layered[EntityId, Entity])
+    users: Mapping[EntityId, Entity] = field(default_factory=Layered[EntityId, Entity])
+
+    def with_newer(self, items: Mapping[EntityId, Entity], users: Mapping[EntityId, Entity]) -> "Entities":
+        """The same with some that were put or deleted since."""
+        return Entities(_layered(self.items).with_newer(items), _layered(self.users).with_newer(users))
+
+
+def _layered(entities: Mapping[EntityId, Entity]) -> Layered[EntityId, Entity]:
+    return entities if isinstance(entities, Layered) else Layered[EntityId, Entity]().with_newer(entities)
 
 
 @dataclass(frozen=True)
-class _Catalogue:
-    """The items of a version and those put since."""
+class _Put:
+    """An item whose features were put."""
 
-    batch: pa.RecordBatch
-    keys: ItemKeys
-    gone: npt.NDArray[np.bool_]
-    """(N + A,) deleted or not available."""
-    put: dict[EntityId, int]
-    """Rows of the items whose features were put."""
+    entity: Entity
+    row: int
+    token: int
+    """Its row of the table of item ids."""
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """Newer vectors of some items, and an index of them."""
+
+    rows: Rows
+
+    @cached_property
+    def index(self) -> ExactIndex:
+        return ExactIndex.build(self.rows.rows, np.ascontiguousarray(self.rows.values))
+
+    def with_newer(self, other: "_Vectors") -> "_Vectors":
+        return _Vectors(self.rows.with_newer(other.rows))
+
+    def __len__(self) -> int:
+        return len(self.rows.rows)
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """An index of a channel without some rows of the version."""
+
+    rows: npt.NDArray[np.bool_]
+    """(N,)"""
+    index: VectorIndex
+
+
+class _Items:
+    """The items of a version and those put since, as they are now; a snapshot is taken of it.
+
+    Args:
+        base: the version.
+        tokens: (N,) rows of its items in the table of item ids.
+    """
+
+    def __init__(self, base: Version, tokens: Tokens) -> None:
+        self.ids: list[EntityId] = []
+        """(A,) of the items put since, in the order of their rows."""
+        self.rows: dict[EntityId, int] = {}
+        """See `ItemKeys`."""
+        self.births: dict[EntityId, tuple[int, int | None]] = {}
+        """Which of the items that had the id one after the other has its row."""
+        self.last: tuple[int, Any] = (-1, "")
+        """What the latest of the items put since is ordered by."""
+        self.put: dict[EntityId, _Put] = {}
+        self.gone = base.gone
+        """(N + A,) deleted or not available."""
+        self.attributes: tuple[PutRows, ...] = ()
+        self.encoded: tuple[Encoded, ...] = ()
+        self.vectors: tuple[_Vectors, ...] = ()
+        self.again = Again()
+        self.tokens = _with_room(tokens, base.base_items)
+        """(N + A and more,) rows of the table of item ids; unknown behind the end."""
+
+    def copied(self) -> "_Items":
+        other = copy.copy(self)
+        for name in ("ids", "rows", "births", "put", "tokens"):
+            setattr(other, name, copy.copy(getattr(self, name)))
+        return other
 
 
 class KnownItems:
@@ -110,10 +178,14 @@ class Overlay:
 
     Args:
         base: as `open_version` gives it.
+        by_id: an id has one row, also where an item was deleted and put again, and an item that was put and deleted has
+            none: rows are then a function of what is there now, which the updater's state needs. A server's rows tell
+            one item from the next of its id.
     """
 
-    def __init__(self, base: Version) -> None:
+    def __init__(self, base: Version, *, by_id: bool = False) -> None:
         self.base = base
+        self._by_id = by_id
         self.seq = 0
         self.watermark_ms: int | None = base.watermark_ms
         self._tables: dict[str, tuple[Rows, ...]] = {}
@@ -124,27 +196,64 @@ class Overlay:
         self._mapped = map_tables(base.path / "channels" / TWO_TOWER)
         self._item_tower: OnnxTower | None = None
         self._base_gone = base.gone
-        self._of_entities: Mapping[EntityId, Entity] = {}
-        self._catalogue = _Catalogue(base.catalogue, base.items, self._base_gone, {})
-        self._put: dict[EntityId, tuple[Entity, int, Floats]] = {}
+        self._shown = Entities()
+        """What was laid last."""
+        self._laid: Version | None = None
+        self._hidden: dict[str, _Hidden] = {}
+        """By channel, its index as of last time."""
+        self.aside = SetAside()
+        """What cannot be used of what was put."""
         self._moved: set[int] = set()
+        """Rows of the table of item ids that were touched since `lay`."""
+        self._admitted: set[EntityId] = set()
+        """Items that have another row since."""
+        self._learned = False
+        self._back = np.zeros(0, np.int64)
+        """Rows of the version's items that are available again."""
+        self._below: dict[str, _Vectors] = {}
+        """By channel, newer vectors below those of items that were put."""
+        self._other_tokens: dict[str, Tokens] = {}
+        """By channel, what `_Items.tokens` is for the two towers: it does not learn between versions."""
+        self._encode_users = base.user_tower
         self._new_rows = _rows_of_index(base)
-        self._rankers = dict(base.rankers)
         ids = base.features.vocabularies.get(c.ITEM_ID)
         self._item_tokens = base.two_tower.item_tokens
         if ids is not None and base.features.history is None:
             self._item_tokens = ids.rows(base.item_ids)
+        self._items = _Items(base, self._item_tokens)
 
     def copied(self) -> "Overlay":
         """The same, to try a delta on."""
         other = copy.copy(self)
-        other._tables, other._moved, other._put = dict(self._tables), set(self._moved), dict(self._put)
+        other._tables, other._moved, other._admitted = dict(self._tables), set(self._moved), set(self._admitted)
+        other._items, other._hidden = self._items.copied(), dict(self._hidden)
+        other._below, other._other_tokens = dict(self._below), dict(self._other_tokens)
         other._ids = {name: dict(ids) for name, ids in self._ids.items()}
         other._forgotten = {name: set(ids) for name, ids in self._forgotten.items()}
         return other
 
     def learn(self, delta: Delta) -> None:
         """Take in the next delta; `lay` shows it."""
+        self._check(delta)
+        for name, rows in delta.tables.items():
+            self._tables[name] = _piled(self._tables.get(name, ()), rows)
+        for name, ids in delta.new_ids.items():
+            for one, row in zip(ids.column("id").to_pylist(), ids.column("row").to_pylist(), strict=True):
+                self._ids[name][one] = row
+                if name == c.ITEM_ID:
+                    self._admitted.add(one)
+                if row == UNKNOWN:
+                    self._forgotten[name].add(one)
+        found = self.base.items.find(delta.item_ids)
+        known = np.flatnonzero(found >= 0)
+        order = known[np.argsort(found[known], kind="stable")]
+        self._vectors = self._vectors.with_newer(Rows(found[order], delta.item_vectors[order]))
+        if c.ITEM_ID in delta.tables:
+            self._moved |= set(delta.tables[c.ITEM_ID].rows.tolist())
+        self.seq, self.watermark_ms, self._learned = delta.seq, delta.watermark_ms, True
+
+    def _check(self, delta: Delta) -> None:
+        """Refuse a delta whose rows, ids or vectors do not fit the version."""
         for name, rows in delta.tables.items():
             if name not in self._mapped or rows.values.shape[1] != self._mapped[name].shape[1]:
                 raise DataError(f"delta {delta.seq} has rows of a table {name} that version {self.base.id} has not so")
@@ -161,20 +270,6 @@ class Overlay:
                 raise DataError(f"delta {delta.seq} has ids of {name} with rows beyond its table")
         if delta.item_vectors.shape[1] != self._vectors.values.shape[1]:
             raise DataError(f"delta {delta.seq} has vectors of {delta.item_vectors.shape[1]} numbers")
-        for name, rows in delta.tables.items():
-            self._tables[name] = _piled(self._tables.get(name, ()), rows)
-        for name, ids in delta.new_ids.items():
-            for one, row in zip(ids.column("id").to_pylist(), ids.column("row").to_pylist(), strict=True):
-                self._ids[name][one] = row
-                if row == UNKNOWN:
-                    self._forgotten[name].add(one)
-        found = self.base.items.find(delta.item_ids)
-        known = np.flatnonzero(found >= 0)
-        order = known[np.argsort(found[known], kind="stable")]
-        self._vectors = self._vectors.with_newer(Rows(found[order], delta.item_vectors[order]))
-        if c.ITEM_ID in delta.tables:
-            self._moved |= set(delta.tables[c.ITEM_ID].rows.tolist())
-        self.seq, self.watermark_ms = delta.seq, delta.watermark_ms
 
     def folded(self) -> Delta:
         """What a reader is to know of all that was learned, as one delta."""
@@ -201,150 +296,305 @@ class Overlay:
 
     def lay(self, entities: Entities) -> Version:
         """The version with all that was learned and put."""
-        base = self.base
-        if entities.items is not self._of_entities:
-            self._catalogue = self._merge(entities.items)
-            self._of_entities = entities.items
-            self._rankers = self._with_put(entities.items)
-        catalogue = self._catalogue
+        items = changes(self._shown.items, entities.items)
+        own = self._own_rows(items or {})
+        if items is None or not self._in_order(items, own) or (self._by_id and self._leaves_gap(items)):
+            self._items, self._laid = _Items(self.base, self._item_tokens), None
+            items, self._learned = dict(entities.items), True
+            self._admitted = set(self._ids[c.ITEM_ID])
+            own = self._own_rows(items)
+        if self._laid is None or items or self._learned:
+            self._take({one: entity for one, entity in items.items() if one in own}, own)
+            self._laid = self._snapshot()
+        self._shown, self._learned = entities, False
+        since = Since(self._ids[c.USER_ID], entities.users, self._forgotten[c.USER_ID], self.aside)
+        return replace(self._laid, since=since, delta_seq=self.seq)
+
+    def _own_rows(self, items: Iterable[EntityId]) -> dict[EntityId, int]:
+        """Rows that the version itself has of some ids, -1 without one; an id of another type is set aside."""
+        kind = self.base.items.kind
+        usable = []
+        for one in items:
+            if is_id(one, kind):
+                usable.append(one)
+            else:
+                self.aside.note(ITEM, one, f"the ids of items are {kind}")
+        return dict(zip(usable, self.base.items.find(pa.array(usable, kind)).tolist(), strict=True))
+
+    def _in_order(self, items: Mapping[EntityId, Entity], own: Mapping[EntityId, int]) -> bool:
+        """Items that are new come behind those put before: their rows stand in the order of the log."""
+        now = self._items
+        new = [
+            _order(one, entity)
+            for one, entity in items.items()
+            if one in own and self._needs_row(entity, own[one]) and now.births.get(one) != _birth(entity)
+        ]
+        return not new or min(new) > now.last
+
+    def _leaves_gap(self, items: Mapping[EntityId, Entity]) -> bool:
+        """An item that was put gives up its row."""
+        births = self._items.births
+        return any(one in births and (entity.deleted or births[one] != _birth(entity)) for one, entity in items.items())
+
+    def _needs_row(self, entity: Entity, own: int) -> bool:
+        """The item stands in the catalogue, and not in the version's own row of that id."""
+        another = not self._by_id and self._is_another(entity)
+        return not entity.deleted and entity.features is not None and (own < 0 or another)
+
+    def _is_another(self, entity: Entity) -> bool:
+        """It was deleted and put again since the version was made: what the version has under the id is not meant."""
+        if not entity.fresh or entity.deleted_ms is None:
+            return entity.fresh
+        return self.base.watermark_ms is None or entity.deleted_ms > self.base.watermark_ms
+
+    def _take(self, changed: Mapping[EntityId, Entity], own: Mapping[EntityId, int]) -> None:
+        """Take up items that were put or deleted, and what the deltas since say of those put before."""
+        now = self._items
+        columns: dict[EntityId, dict[str, Column]] = {}
+        usable: dict[EntityId, Entity] = {}
+        for one, entity in sorted(changed.items(), key=lambda entry: _order(*entry)):
+            try:
+                if entity.features is not None and not entity.deleted:
+                    columns[one] = item_columns(self.base, one, entity, UNKNOWN, self.aside)
+            except Exception as error:  # whatever it is, the other items are served
+                self.aside.note(ITEM, one, repr(error))
+                continue
+            usable[one] = entity
+        before = {one: now.rows.get(one, -1) for one in usable}
+        rows = {one: self._row_of(one, entity, own[one]) for one, entity in usable.items()}
+        now.gone = self._gone(usable, {one: (own[one], before[one]) for one in usable}, rows)
+        put = [one for one in columns if rows[one] >= 0]
+        if put:
+            schema = self.base.attributes.schema
+            parts = [put_row(schema, rows[one], _attributes(one, usable[one])) for one in put]
+            now.attributes = _piled(now.attributes, PutRows.of(parts))
+            for one, part in zip(put, parts, strict=True):
+                self._note_lost(one, usable[one], part)
+        for one in put:
+            now.put[one] = _Put(usable[one], rows[one], self._token(one, usable[one], rows[one]))
+        self._set_tokens(put)
+        self._encode({**self._moved_items(), **dict.fromkeys(put)}, columns)
+        self._moved, self._admitted = set(), set()
+
+    def _note_lost(self, one: EntityId, entity: Entity, put: PutRows) -> None:
+        """Note attributes that were put for a version where they were of other types, or did not exist."""
+        given = {name for name, value in (entity.features or {}).items() if value is not None}
+        kept = {name for name in put.batch.schema.names if put.batch.column(name).null_count == 0}
+        if lost := sorted(given - kept):
+            self.aside.note(ITEM, one, f"{', '.join(lost)} counts as missing: not an attribute of that type here")
+
+    def _row_of(self, one: EntityId, entity: Entity, own: int) -> int:
+        """The catalogue row of an item, a new one where it needs it; -1 where it has none."""
+        now, before = self._items, self._items.rows.get(one, -1)
+        if not self._needs_row(entity, own):
+            if entity.deleted:
+                now.put.pop(one, None)
+            if own >= 0 and (self._by_id or not entity.deleted):
+                now.rows.pop(one, None)
+                return own
+            now.put.pop(one, None)
+            now.births.pop(one, None)
+            if own >= 0 or before >= 0:
+                now.rows[one] = -1
+            return -1
+        if now.births.get(one) == _birth(entity):
+            return before
+        row = self.base.base_items + len(now.ids)
+        now.ids.append(one)
+        now.births[one], now.rows[one], now.last = _birth(entity), row, _order(one, entity)
+        if entity.deleted_ms is not None:
+            again = now.again
+            now.again = Again(np.append(again.rows, row), np.append(again.deleted_ms, entity.deleted_ms))
+        return row
+
+    def _gone(
+        self,
+        changed: Mapping[EntityId, Entity],
+        before: Mapping[EntityId, tuple[int, int]],
+        rows: Mapping[EntityId, int],
+    ) -> npt.NDArray[np.bool_]:
+        """(N + A,) which items are deleted or not available, after some have changed.
+
+        Args:
+            changed: the items.
+            before: the version's own rows, and those that they had.
+            rows: those that they have now; -1 = none.
+        """
+        count = self.base.base_items + len(self._items.ids)
+        gone = np.concatenate([self._items.gone, np.zeros(count - len(self._items.gone), np.bool_)])
+        for one, entity in changed.items():
+            row = rows[one]
+            gone[[earlier for earlier in before[one] if earlier >= 0 and earlier != row]] = True
+            if row >= 0 and entity.deleted:
+                gone[row] = True
+            elif row >= 0 and (entity.available is not None or entity.features is not None):
+                gone[row] = entity.available is False
+            elif row >= 0:
+                gone[row] = self._base_gone[row]
+        return gone
+
+    def _token(self, one: EntityId, entity: Entity, row: int) -> int:
+        """The row of an item in the table of item ids."""
+        if self._is_another(entity) and one not in self._forgotten[c.ITEM_ID]:
+            return UNKNOWN
+        if one in self._ids[c.ITEM_ID]:
+            return self._ids[c.ITEM_ID][one]
+        return int(self._item_tokens[row]) if row < self.base.base_items else UNKNOWN
+
+    def _set_tokens(self, put: Sequence[EntityId]) -> None:
+        """Bring the rows of the table of item ids up to date, in a new array where a snapshot may read the old one."""
+        now, count = self._items, self.base.base_items + len(self._items.ids)
+        published = 0 if self._laid is None else len(self._laid.items)
+        if len(now.tokens) < count:
+            now.tokens = _with_room(now.tokens[: max(published, self.base.base_items)], count)
+        token_of: dict[int, int] = {}
+        if self._admitted:
+            ids = [one for one in self._admitted if is_id(one, self.base.items.kind)]
+            found = self.base.items.grown(Grown(now.ids), now.rows).find(pa.array(ids, self.base.items.kind))
+            for one, row in zip(ids, found.tolist(), strict=True):
+                if row >= 0:
+                    entity = now.put[one].entity if one in now.put else Entity()
+                    token_of[row] = self._token(one, entity, row)
+        token_of |= {now.put[one].row: now.put[one].token for one in put}
+        changed = {row: token for row, token in token_of.items() if now.tokens[row] != token}
+        if any(row < published for row in changed):
+            now.tokens = now.tokens.copy()
+        for row, token in changed.items():
+            now.tokens[row] = token
+        for one in self._admitted & now.put.keys():
+            item = now.put[one]
+            now.put[one] = replace(item, token=int(now.tokens[item.row]))
+
+    def _moved_items(self) -> dict[EntityId, None]:
+        """Items put before whose vectors have to be made again, because rows that they are made of have moved."""
+        if not self._moved and not self._admitted:
+            return {}
+        put = self._items.put
+        if self._moved and self._reads_others:
+            return dict.fromkeys(put)
+        return dict.fromkeys(one for one, item in put.items() if item.token in self._moved or one in self._admitted)
+
+    def _encode(self, items: Iterable[EntityId], columns: Mapping[EntityId, dict[str, Column]]) -> None:
+        """Make the vectors of items that were put, by the frozen item tower; each by itself, so that the bytes do not
+        depend on which others there are.
+        """
+        now = self._items
+        order = sorted(items, key=lambda one: now.put[one].row)
+        if not order:
+            return
+        tower, each, vectors = self._tower().with_tables(self._all_tables()), [], []
+        for one in order:
+            item = now.put[one]
+            encoded = dict(columns[one] if one in columns else item_columns(self.base, one, item.entity, UNKNOWN))
+            if c.ITEM_ID in encoded:
+                encoded[c.ITEM_ID] = np.array([item.token], np.int32)
+            try:
+                vector = tower.encode(encoded)[0]
+                problem = None if np.isfinite(vector).all() else "its features give no finite vector"
+            except Exception as error:  # whatever it is, the other items are served
+                problem = repr(error)
+            if problem is not None:
+                vector = np.zeros(self._vectors.values.shape[1], np.float32)
+                self.aside.note(ITEM, one, problem)
+                now.gone = now.gone.copy()
+                now.gone[item.row] = True
+            vectors.append(vector)
+            if c.ITEM_ID in encoded:  # rankers do not learn between versions
+                known = item.row < self.base.base_items
+                encoded[c.ITEM_ID] = self._item_tokens[[item.row]] if known else np.array([UNKNOWN], np.int32)
+            each.append(encoded)
+        rows = np.array([now.put[one].row for one in order], np.int64)
+        now.vectors = _piled(now.vectors, _Vectors(Rows(rows, np.stack(vectors))))
+        if self.base.rankers:
+            together = {name: concatenate([one[name] for one in each]) for name in each[0]}
+            now.encoded = _piled(now.encoded, Encoded(rows, together))
+
+    def _all_tables(self) -> dict[str, Table]:
         tables: dict[str, Table] = dict(self._mapped)
         for name, pieces in self._tables.items():
             for piece in pieces:
                 tables[name] = LaidRows(tables[name], piece.rows, piece.values)
-        tokens = self._tokens(entities.items)
-        put = self._put_vectors(entities.items, tokens, tables)
-        back = np.flatnonzero(self._base_gone & ~catalogue.gone[: base.base_items])
-        since = Since(self._user_tokens(entities.users), entities.users)
-        encode = base.user_tower.with_tables(tables)
+        return tables
+
+    def _snapshot(self) -> Version:
+        """The version with the items as they are now."""
+        base, now = self.base, self._items
+        count = base.base_items + len(now.ids)
+        back = np.flatnonzero(self._base_gone & ~now.gone[: base.base_items])
+        if self._learned or self._laid is None or not np.array_equal(back, self._back):
+            self._encode_users = base.user_tower.with_tables(self._all_tables())
+            self._back, self._hidden = back, {}
+            self._below = {
+                name: _Vectors(_vectors_of(channel, back))
+                for name, channel in base.channels.items()
+                if isinstance(channel, VectorChannel) and name != NEW_ITEMS
+            }
+            self._below[TWO_TOWER] = self._below[TWO_TOWER].with_newer(_Vectors(self._vectors))
+            if NEW_ITEMS in base.channels:
+                self._below[NEW_ITEMS] = self._of_new(self._below[TWO_TOWER])
         channels: dict[str, Retriever] = {}
         for name, channel in base.channels.items():
             if isinstance(channel, VectorChannel) and name in (TWO_TOWER, NEW_ITEMS):
-                newer = _vectors_of(base.two_tower, back).with_newer(self._vectors).with_newer(put)
-                channels[name] = self._laid(
-                    channel, newer if name == TWO_TOWER else self._of_new(newer), tokens, encode
-                )
+                pieces = now.vectors if name == TWO_TOWER else tuple(self._of_new(piece) for piece in now.vectors)
+                channels[name] = self._lay_channel(channel, pieces, now.tokens[:count], self._encode_users)
             elif isinstance(channel, VectorChannel):
-                others = np.concatenate(
-                    [channel.item_tokens, np.full(len(tokens) - base.base_items, UNKNOWN, np.int32)]
-                )
-                channels[name] = self._laid(channel, _vectors_of(channel, back), others, None)
+                if len(self._other_tokens.get(name, ())) < count:
+                    self._other_tokens[name] = _with_room(channel.item_tokens, count)
+                channels[name] = self._lay_channel(channel, (), self._other_tokens[name][:count], None)
             else:
                 channels[name] = self._without(channel)
-        all_newer = self._vectors.with_newer(put)
+        laid = channels[TWO_TOWER]
+        assert isinstance(laid, VectorChannel)
+        assert isinstance(laid.item_vectors, np.ndarray | LaidRows)
+        changed = count > base.base_items or now.attributes
         return replace(
             base,
-            catalogue=catalogue.batch,
-            items=catalogue.keys,
-            item_vectors=_lay_vectors(base.two_tower, all_newer),
+            attributes=Attributes(base.catalogue, now.attributes, count) if changed else base.attributes,
+            items=base.items.grown(Grown(now.ids), now.rows) if changed or now.rows else base.items,
+            item_vectors=laid.item_vectors,
             channels=channels,
-            user_tower=encode,
-            delta_seq=self.seq,
-            since=since,
-            gone=catalogue.gone,
-            rankers=self._rankers,
-            put=catalogue.put,
+            user_tower=self._encode_users,
+            gone=now.gone,
+            rankers={name: ranker.with_items(now.encoded) for name, ranker in base.rankers.items()},
+            again=now.again,
         )
 
-    def _laid(self, channel: VectorChannel, newer: Rows, tokens: Tokens, encode: OnnxTower | None) -> VectorChannel:
-        gone = np.flatnonzero(self._catalogue.gone)
-        kept = ~np.isin(newer.rows, gone)
-        index = OverlaidIndex.over(channel.index, newer.rows[kept], np.ascontiguousarray(newer.values[kept]))
-        return channel.newer(
-            tokens,
-            index.without(gone) if len(gone) else index,
-            None if channel.item_vectors is None else _lay_vectors(channel, newer),
-            None if encode is None else encode.encode,
-        )
+    def _lay_channel(
+        self, channel: VectorChannel, pieces: tuple[_Vectors, ...], tokens: Tokens, encode: OnnxTower | None
+    ) -> VectorChannel:
+        """A channel with newer vectors of some items, pieces of which the last is the newest, without what is gone."""
+        gone, below = self._items.gone, self._below[channel.name]
+        newer = tuple(piece for piece in (below, *pieces) if len(piece))
+        indexes: list[ExactIndex] = []
+        for place, piece in enumerate(newer):
+            out = gone[piece.rows.rows]
+            for above in newer[place + 1 :]:
+                at = np.minimum(np.searchsorted(piece.rows.rows, above.rows.rows), len(piece) - 1)
+                out[at[piece.rows.rows[at] == above.rows.rows]] = True
+            indexes.append(piece.index.without(piece.rows.rows[out]) if out.any() else piece.index)
+        hidden = gone[: self.base.base_items] & ~self._base_gone
+        for piece in newer:
+            hidden[piece.rows.rows[: np.searchsorted(piece.rows.rows, self.base.base_items)]] = True
+        before = self._hidden.get(channel.name)
+        if before is None or not np.array_equal(before.rows, hidden):
+            left = channel.index.without(np.flatnonzero(hidden)) if hidden.any() else channel.index
+            before = self._hidden[channel.name] = _Hidden(hidden, left)
+        index = before.index
+        for one in indexes:
+            index = OverlaidIndex(index, one)
+        vectors = channel.item_vectors
+        if vectors is not None:
+            for piece in newer:
+                vectors = LaidRows(vectors, piece.rows.rows, piece.rows.values)
+        return channel.newer(tokens, index, vectors, None if encode is None else encode.encode)
 
     def _without(self, channel: Retriever) -> Retriever:
         """A counted channel without what is gone, that is not asked about what it does not know."""
-        gone = self._catalogue.gone[: self.base.base_items]
+        gone = self._items.gone[: self.base.base_items]
         if not np.array_equal(gone, self._base_gone):
             channel = channel.channel if isinstance(channel, WithoutItems) else channel
             channel = WithoutItems(channel, gone) if gone.any() else channel
-        added = len(self._catalogue.gone) > self.base.base_items
-        return KnownItems(channel, self.base.base_items) if added else channel
-
-    def _with_put(self, items: Mapping[EntityId, Entity]) -> dict[str, OnnxRanker]:
-        """The rankers with the features of the items that were put; new ones and those that came back have no id."""
-        put = sorted(self._catalogue.put.items(), key=lambda one: one[1])
-        if not put or not self.base.rankers:
-            return dict(self.base.rankers)
-        known = self._item_tokens
-        tokens = [UNKNOWN if row >= len(known) or items[one].fresh else int(known[row]) for one, row in put]
-        each = [item_columns(self.base, one, items[one], token) for (one, _), token in zip(put, tokens, strict=True)]
-        columns = {name: concatenate([one[name] for one in each]) for name in each[0]}
-        rows = np.array([row for _, row in put], np.int64)
-        return {name: ranker.with_items(rows, columns) for name, ranker in self.base.rankers.items()}
-
-    def _merge(self, items: Mapping[EntityId, Entity]) -> _Catalogue:
-        """The catalogue with the items that were put, new ones in ascending order behind the others."""
-        base = self.base
-        kind = base.item_ids.type
-        items = {one: entity for one, entity in items.items() if type(one) is (int if kind == pa.int64() else str)}
-        ids = [one for one, entity in items.items() if not entity.deleted]
-        rows = dict(zip(ids, base.items.find(pa.array(ids, kind)).tolist(), strict=True))
-        added = pa.array(sorted(one for one, row in rows.items() if row < 0 and items[one].features is not None), kind)
-        keys = ItemKeys(pa.concat_arrays([base.item_ids, added]), base.base_items) if len(added) else base.items
-        rows |= {one: base.base_items + place for place, one in enumerate(added.to_pylist())}
-        put = {one: row for one, row in rows.items() if row >= 0 and items[one].features is not None}
-        batch = base.catalogue
-        if put:
-            batch = _with_attributes(
-                base.catalogue, [(row, one, items[one]) for one, row in put.items()], len(keys.ids)
-            )
-        gone = np.concatenate([self._base_gone, np.zeros(len(added), np.bool_)])
-        for one, row in rows.items():
-            available = items[one].available
-            if row >= 0 and (available is not None or one in put):
-                gone[row] = available is False
-        deleted = pa.array([one for one, entity in items.items() if entity.deleted], kind)
-        out = base.items.find(deleted)
-        gone[out[out >= 0]] = True
-        return _Catalogue(batch, keys, gone, put)
-
-    def _tokens(self, items: Mapping[EntityId, Entity]) -> Tokens:
-        """(N + A,) row of each item in the table of item ids."""
-        base, catalogue = self.base, self._catalogue
-        added = len(catalogue.gone) - base.base_items
-        tokens = np.concatenate([self._item_tokens, np.full(added, UNKNOWN, np.int32)])
-        if self._ids[c.ITEM_ID]:
-            learned = self._ids[c.ITEM_ID]
-            rows = catalogue.keys.find(pa.array(list(learned), base.item_ids.type))
-            there = rows >= 0
-            tokens[rows[there]] = np.array(list(learned.values()), np.int32)[there]
-        again = [one for one, entity in items.items() if entity.fresh and one not in self._forgotten[c.ITEM_ID]]
-        if again:
-            rows = catalogue.keys.find(pa.array(again, base.item_ids.type))
-            tokens[rows[rows >= 0]] = UNKNOWN
-        return tokens
-
-    def _user_tokens(self, users: Mapping[EntityId, Entity]) -> dict[EntityId, int]:
-        tokens = dict(self._ids[c.USER_ID])
-        for one, entity in users.items():
-            if entity.fresh and one not in self._forgotten[c.USER_ID]:
-                tokens[one] = UNKNOWN
-        return tokens
-
-    def _put_vectors(self, items: Mapping[EntityId, Entity], tokens: Tokens, tables: Mapping[str, Table]) -> Rows:
-        """Vectors of the items whose features were put, by the frozen item tower; each by itself, so that the bytes do
-        not depend on which others there are.
-        """
-        put, moved = self._catalogue.put, self._moved
-        tower = self._tower().with_tables(tables) if put else None
-        fresh: dict[EntityId, tuple[Entity, int, Floats]] = {}
-        for one, row in put.items():
-            token, before = int(tokens[row]), self._put.get(one)
-            same = before is not None and before[0] == items[one] and before[1] == token
-            if before is not None and same and token not in moved and not self._reads_others:
-                fresh[one] = before
-            elif tower is not None:
-                fresh[one] = (items[one], token, tower.encode(item_columns(self.base, one, items[one], token))[0])
-        self._put, self._moved = fresh, set()
-        order = sorted(put, key=lambda one: put[one])
-        if not order:
-            return Rows.none(self._vectors.values.shape[1])
-        return Rows(np.array([put[one] for one in order], np.int64), np.stack([fresh[one][2] for one in order]))
+        return KnownItems(channel, self.base.base_items) if self._items.ids else channel
 
     @property
     def _reads_others(self) -> bool:
@@ -357,9 +607,11 @@ class Overlay:
             self._item_tower = OnnxTower(folder / "item_tower.onnx", self.base.features.item, self._mapped)
         return self._item_tower
 
-    def _of_new(self, vectors: Rows) -> Rows:
-        kept = np.isin(vectors.rows, self._new_rows) | (vectors.rows >= self.base.base_items)
-        return Rows(vectors.rows[kept], vectors.values[kept])
+    def _of_new(self, piece: _Vectors) -> _Vectors:
+        """Those of new items."""
+        rows = piece.rows
+        kept = np.isin(rows.rows, self._new_rows) | (rows.rows >= self.base.base_items)
+        return piece if kept.all() else _Vectors(Rows(rows.rows[kept], rows.values[kept]))
 
 
 def as_served(base: Version, deltas: Path, entities: Entities) -> Version:
@@ -381,14 +633,17 @@ def as_served(base: Version, deltas: Path, entities: Entities) -> Version:
     return overlay.lay(entities) if overlay.seq or entities.items or entities.users else base
 
 
-def item_columns(base: Version, item_id: EntityId, entity: Entity, token: int) -> dict[str, Column]:
-    """What enters the item tower for one item that was put (N = 1)."""
+def item_columns(
+    base: Version, item_id: EntityId, entity: Entity, token: int, aside: SetAside | None = None
+) -> dict[str, Column]:
+    """What enters the item tower for one item that was put (N = 1); `aside` notes what cannot be used of it."""
     columns: dict[str, Column] = {}
     for feature in base.features.item:
         try:
-            columns |= encode_request([feature], _only(feature.name, entity.features or {}), f"item {item_id!r}")
+            columns |= encode_request([feature], _only(feature.name, entity.features or {}), "features")
         except DataError as error:  # it was put for a version whose features were of other types
-            log.warning("counts as missing: %s", error)
+            if aside is not None:
+                aside.note(ITEM, item_id, f"{feature.name} counts as missing: {error}")
             columns[feature.name] = feature.absent(1)
     if c.ITEM_ID in columns:
         columns[c.ITEM_ID] = np.array([token], np.int32)
@@ -405,24 +660,17 @@ def check_item(base: Version, features: Mapping[str, Any]) -> None:
     Raises:
         DataError: a name that is no attribute of items, or a value of another type.
     """
-    names = [name for name in base.catalogue.schema.names if name not in (c.ITEM_ID, c.AVAILABLE)]
+    names = [name for name in base.attributes.schema.names if name not in (c.ITEM_ID, c.AVAILABLE)]
     if strange := sorted(set(features) - set(names)):
-        raise DataError(f"features: items have no attribute {', '.join(strange)}; they have {', '.join(names)}")
+        raise DataError(f"features: items have no attribute {cut(', '.join(strange))}; they have {', '.join(names)}")
     for name, value in features.items():
-        kind = base.catalogue.schema.field(name).type
-        if _one(value, kind) is None:
-            raise DataError(f"features: {name} = {value!r}, where {plain_type(kind)} is due")
+        check_value(value, f"features: {name}")
+        kind = base.attributes.schema.field(name).type
+        if column_of(value, kind) is None:
+            raise DataError(f"features: {name} = {shown(value)}, where {plain_type(kind)} is due")
     own = [feature for feature in base.features.item if feature.name != c.ITEM_ID]
     given = [feature.name for feature in own if feature.name in features]
     encode_request(own, {name: features[name] for name in given}, "features")
-
-
-def _one(value: Any, kind: pa.DataType) -> pa.Array | None:
-    """A value as a column of one row, None where it is not of the type."""
-    try:
-        return pa.array([value], plain_type(kind)).cast(kind)
-    except (pa.ArrowException, TypeError, OverflowError, UnicodeError, ValueError):
-        return None
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -430,42 +678,47 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _with_attributes(
-    catalogue: pa.RecordBatch, put: Sequence[tuple[int, EntityId, Entity]], count: int
-) -> pa.RecordBatch:
-    """A catalogue of `count` rows, the given ones with the attributes that were put."""
-    take = np.arange(count)
-    for place, (row, _, _) in enumerate(put):
-        take[row] = catalogue.num_rows + place
-    columns = []
-    for field_ in catalogue.schema:
-        if field_.name == c.ITEM_ID:
-            values: list[Any] = [one for _, one, _ in put]
-        elif field_.name == c.AVAILABLE:
-            values = [entity.available is not False for _, _, entity in put]
-        else:
-            values = [(entity.features or {}).get(field_.name) for _, _, entity in put]
-        column = catalogue.column(field_.name)
-        parts = [_one(value, field_.type) for value in values]
-        newer = pa.concat_arrays([pa.nulls(1, field_.type) if part is None else part for part in parts])
-        both = pa.chunked_array([column, newer]).unify_dictionaries().combine_chunks()
-        columns.append(both.take(pa.array(take)))
-    return pa.record_batch(columns, schema=catalogue.schema)
+def _attributes(one: EntityId, entity: Entity) -> dict[str, Any]:
+    return {**(entity.features or {}), c.ITEM_ID: one, c.AVAILABLE: entity.available is not False}
 
 
-def _piled(pieces: tuple[Rows, ...], newer: Rows) -> tuple[Rows, ...]:
+def _order(one: EntityId, entity: Entity) -> tuple[int, Any]:
+    """What items that need a row are ordered by."""
+    return entity.began, one
+
+
+def _birth(entity: Entity) -> tuple[int, int | None]:
+    """Tells an item from those that had its id before."""
+    return entity.began, entity.deleted_ms
+
+
+def _with_room(tokens: Tokens, count: int) -> Tokens:
+    """The same rows of the table of item ids, and as many unknown ones behind them as there are places."""
+    return np.concatenate([tokens, np.full(2 * max(count, len(tokens)) + SMALLER - len(tokens), UNKNOWN, np.int32)])
+
+
+class _Piece(Protocol):
+    def __len__(self) -> int: ...
+
+    def with_newer(self, other: Self, /) -> Self: ...
+
+
+P = TypeVar("P", bound=_Piece)
+
+
+def _piled(pieces: tuple[P, ...], newer: P) -> tuple[P, ...]:
     """Pieces of a table with a newer one on top: few, and each far smaller than the one below it.
 
     A delta of a few rows is laid on a million without copying them, and a look-up goes through a handful.
 
     >>> piece = Rows(np.arange(3), np.zeros((3, 1), np.float32))
     >>> below = Rows(np.arange(100), np.ones((100, 1), np.float32))
-    >>> [len(one.rows) for one in _piled((below, piece), piece)]
+    >>> [len(one) for one in _piled((below, piece), piece)]
     [100, 3]
     """
-    if pieces and not len(newer.rows):
+    if pieces and not len(newer):
         return pieces
-    while pieces and len(pieces[-1].rows) < _SMALLER * len(newer.rows):
+    while pieces and len(pieces[-1]) < SMALLER * len(newer):
         *below, last = pieces
         pieces, newer = tuple(below), last.with_newer(newer)
     return (*pieces, newer)
@@ -476,12 +729,6 @@ def _vectors_of(channel: VectorChannel, rows: Longs) -> Rows:
     vectors = channel.item_vectors
     assert vectors is not None
     return Rows(rows, np.array(vectors[rows], np.float32))
-
-
-def _lay_vectors(channel: VectorChannel, newer: Rows) -> LaidRows:
-    vectors = channel.item_vectors
-    assert isinstance(vectors, np.ndarray)
-    return LaidRows(vectors, newer.rows, newer.values)
 
 
 def _rows_of_index(base: Version) -> Longs:

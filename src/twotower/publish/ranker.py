@@ -18,6 +18,7 @@ from twotower.models.channel import latest
 from twotower.models.ranker import Ranker
 from twotower.models.towers import LENGTH, input_width, is_encoded
 from twotower.models.two_tower import tower_inputs
+from twotower.publish.catalogue import Encoded
 from twotower.publish.onnx import export, open_session
 from twotower.publish.tables import map_tables, save_tables
 from twotower.samples.read import Entities
@@ -47,8 +48,7 @@ class OnnxRanker:
         self._items = items
         history = self._features.history
         self._tokens = history.vocabulary.rows(items.ids) if history else np.zeros(len(items), np.int32)
-        self._put_rows: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        self._put: Mapping[str, Column] = {}
+        self._put: tuple[Encoded, ...] = ()
         self.about: dict[str, Any] = read_json(folder / ABOUT)
         """`calibration` and `position`, as training told of them."""
 
@@ -79,37 +79,39 @@ class OnnxRanker:
         probabilities: npt.NDArray[np.float32] = self._session.run([PROBABILITY], inputs)[0]
         return probabilities
 
-    def with_items(self, rows: npt.NDArray[np.int64], columns: Mapping[str, Column]) -> Self:
+    def with_items(self, put: tuple[Encoded, ...]) -> Self:
         """The same with other features of some items, or features of new ones beyond the catalogue.
 
         Args:
-            rows: (P,) catalogue rows, ascending.
-            columns: their encoded features.
+            put: pieces, the newest last.
         """
         laid = copy(self)
-        laid._put_rows, laid._put = rows, columns
+        laid._put = put
         return laid
 
     def _columns_of(self, rows: npt.NDArray[np.int64]) -> dict[str, Column]:
         """Encoded features of candidates (n,): as they were put, else as published, else none."""
-        size, put = len(self._items), self._put_rows
-        if not len(put) and rows.max() < size:
+        size = len(self._items)
+        if not self._put and rows.max() < size:
             return {f.name: take(self._items.features[f.name], rows) for f in self._features.item}
-        place = np.minimum(np.searchsorted(put, rows), max(0, len(put) - 1))
-        is_put = put[place] == rows if len(put) else np.zeros(len(rows), np.bool_)
-        published = ~is_put & (rows < size)
-        kept = rows[published]
-        # Side by side: the published ones, all that were put, one of which nothing is known.
-        where = np.full(len(rows), len(kept) + len(put))
-        where[published] = np.arange(len(kept))
-        where[is_put] = len(kept) + place[is_put]
+        # Side by side: what each piece has, the newest first, the published ones, one of which nothing is known.
+        where, begin = np.full(len(rows), -1), 0
+        parts: dict[str, list[Column]] = {feature.name: [] for feature in self._features.item}
+        for piece in reversed(self._put):
+            place = np.minimum(np.searchsorted(piece.rows, rows), len(piece.rows) - 1)
+            mine = (piece.rows[place] == rows) & (where < 0)
+            where[mine] = begin + np.arange(mine.sum())
+            begin += int(mine.sum())
+            for name, part in parts.items():
+                part.append(take(piece.columns[name], place[mine]))
+        published = (where < 0) & (rows < size)
+        where[published] = begin + np.arange(published.sum())
+        where[where < 0] = begin + int(published.sum())
         columns: dict[str, Column] = {}
         for feature in self._features.item:
             nothing = np.full(1, UNKNOWN, np.int32) if feature.name == c.ITEM_ID else feature.absent(1)
-            later = [self._put[feature.name]] if len(put) else []
-            columns[feature.name] = take(
-                concatenate([take(self._items.features[feature.name], kept), *later, nothing]), where
-            )
+            own = take(self._items.features[feature.name], rows[published])
+            columns[feature.name] = take(concatenate([*parts[feature.name], own, nothing]), where)
         return columns
 
     def _known_user(self, columns: dict[str, Column]) -> None:

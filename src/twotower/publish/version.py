@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.datasets.tables import end_of_day
-from twotower.features.bloom import hash_ids
 from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import FeatureSet, encode_request, load
-from twotower.features.vocabulary import Positions
+from twotower.features.vocabulary import UNKNOWN
 from twotower.fusion.fuse import Fused, Fusion
 from twotower.index.build import load_index
 from twotower.index.checks import ROWS
 from twotower.index.protocol import VectorIndex
 from twotower.logs.entities import Entity, EntityId
+from twotower.logs.events import USER
 from twotower.models.channel import VectorChannel
 from twotower.models.fit import KINDS
 from twotower.models.queries import queries_of_users
 from twotower.models.retriever import Queries, Retriever, WithoutItems
 from twotower.models.two_tower import table_of
+from twotower.publish.catalogue import Attributes, ItemKeys, SetAside
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.ranker import OnnxRanker
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.samples.columns_file import map_columns
 from twotower.samples.read import Clicks, Entities, open_clicks, open_items, open_users
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError, VersionError
+from twotower.schema.errors import DataError, VersionError, cut
 from twotower.schema.files import MANIFEST, Kind, check_fields, check_listing, read_json, write_json
 
 FORMAT = 3
@@ -65,32 +65,6 @@ DIGEST = "digest"
 """Key of a manifest: the SHA-256 of all its other entries, because a flipped digit in JSON is still JSON."""
 
 
-class ItemKeys:
-    """The ids of a catalogue, by row: those of the version in ascending order, then those put since, too.
-
-    Args:
-        ids: (N,) of the catalogue.
-        base: how many of them are the version's own.
-    """
-
-    def __init__(self, ids: pa.Array, base: int) -> None:
-        self.ids = ids
-        self.base = base
-
-    def find(self, ids: pa.Array) -> npt.NDArray[np.int64]:
-        """The row of each id (n,), -1 where it is null or not in the catalogue."""
-        rows = Positions(self.ids.slice(0, self.base)).find(ids)
-        if self.base == len(self.ids):
-            return rows
-        added = Positions(self.ids.slice(self.base)).find(ids)
-        return np.where(added >= 0, added + self.base, rows)
-
-    @cached_property
-    def hashes(self) -> npt.NDArray[np.uint64]:
-        """(N,) hashes of the ids, which filters of shown items are asked with."""
-        return hash_ids(self.ids)
-
-
 @dataclass(frozen=True)
 class Since:
     """What was learned of users since the version was made."""
@@ -99,6 +73,35 @@ class Since:
     """Rows of the table of user ids, of users who have one of their own since."""
     users: Mapping[EntityId, Entity] = field(default_factory=dict)
     """Users who were put or deleted."""
+    forgotten: Collection[EntityId] = ()
+    """Users whose deletion is in `tokens`: what is there came after it."""
+    aside: SetAside = field(default_factory=SetAside)
+    """Notes what cannot be used."""
+
+    def token(self, user_id: EntityId) -> int | None:
+        """A user's row of the table of user ids; None = that of the version."""
+        entity = self.users.get(user_id)
+        if entity is not None and entity.fresh and user_id not in self.forgotten:
+            return UNKNOWN
+        return self.tokens.get(user_id)
+
+
+@dataclass(frozen=True)
+class Again:
+    """Items that were deleted and put again: what happened to their ids before is not of them."""
+
+    rows: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """(n,) catalogue rows, ascending."""
+    deleted_ms: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """(n,) when the one before was deleted."""
+
+    def since(self, rows: npt.NDArray[np.int64], times_ms: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which events (n,) of some rows, at some times, are of the items that have these rows now."""
+        if not len(self.rows):
+            return np.ones(len(rows), np.bool_)
+        place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        kept: npt.NDArray[np.bool_] = (self.rows[place] != rows) | (times_ms > self.deleted_ms[place])
+        return kept
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Version:
     features: FeatureSet
     users: Entities
     clicks: Clicks
-    catalogue: pa.RecordBatch
+    attributes: Attributes
     """Items with their attributes, in ascending order of ids; a row of it is what all channels mean by a row. Items put
     since the version was made follow."""
     item_vectors: npt.NDArray[np.float32] | LaidRows
@@ -126,11 +129,11 @@ class Version:
     """(N,) deleted or not available: in no answer."""
     delta_seq: int = 0
     """The latest delta that is laid over it."""
-    put: Mapping[EntityId, int] = field(default_factory=dict)
-    """Rows of the items whose features were put since."""
     since: Since = field(default_factory=Since)
     rankers: Mapping[str, OnnxRanker] = field(default_factory=dict)
     """By name, those that the version has."""
+    again: Again = field(default_factory=Again)
+    """Items that were deleted and put again."""
 
     @property
     def two_tower(self) -> VectorChannel:
@@ -140,9 +143,22 @@ class Version:
         return channel
 
     @property
+    def catalogue(self) -> pa.RecordBatch:
+        """Items with all their attributes."""
+        return self.attributes.batch
+
+    @property
+    def put(self) -> dict[EntityId, int]:
+        """Rows of the items whose features were put since, by id."""
+        rows = self.attributes.put
+        ids = self.items.at(rows)
+        there = self.items.find(pa.array(ids, self.items.kind)) == rows  # else it was deleted
+        return {one: row for one, row, kept in zip(ids, rows.tolist(), there.tolist(), strict=True) if kept}
+
+    @property
     def item_ids(self) -> pa.Array:
         """(N,) ids of the catalogue."""
-        return self.catalogue.column(c.ITEM_ID)
+        return self.items.ids
 
     @property
     def base_items(self) -> int:
@@ -211,11 +227,15 @@ class Version:
         entity = self.since.users.get(user_id)
         for feature in self.features.user_columns:
             if feature.name == c.USER_ID:
-                if user_id in self.since.tokens:
-                    columns[c.USER_ID] = np.array([self.since.tokens[user_id]], np.int32)
+                if (token := self.since.token(user_id)) is not None:
+                    columns[c.USER_ID] = np.array([token], np.int32)
             elif entity is not None and entity.features is not None:
                 value = {feature.name: entity.features[feature.name]} if feature.name in entity.features else {}
-                columns |= encode_request([feature], value, f"user {user_id!r}")
+                try:
+                    columns |= encode_request([feature], value, feature.name)
+                except DataError as error:  # put for a version whose feature was of another type
+                    self.since.aside.note(USER, user_id, f"{feature.name} counts as missing: {error}")
+                    columns[feature.name] = feature.absent(1)
         return columns
 
     def retrieve(self, queries: Queries, k: int, channels: Sequence[str]) -> Fused:
@@ -230,7 +250,9 @@ class Version:
             DataError: with the names that it has.
         """
         if unknown := [name for name in names if name not in self.channels]:
-            raise DataError(f"version {self.id} has no channel {', '.join(unknown)}; it has {', '.join(self.channels)}")
+            raise DataError(
+                f"version {self.id} has no channel {cut(', '.join(unknown))}; it has {', '.join(self.channels)}"
+            )
 
 
 def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> Version:
@@ -274,12 +296,12 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
             load(path / "channels" / TWO_TOWER),
             open_users(path),
             open_clicks(path),
-            catalogue,
+            Attributes(catalogue),
             _item_vectors(path / "channels" / TWO_TOWER),
             channels,
             Fusion(**manifest["fusion"]),
             user_tower,
-            ItemKeys(item_ids, len(item_ids)),
+            ItemKeys(item_ids),
             gone,
             rankers=_open_rankers(path / RANKERS, rankers, threads),
         )

@@ -17,11 +17,31 @@ class VersionError(TwotowerError):
     """A published version is missing, damaged or not of this format."""
 
 
-def shown(value: object) -> str:
-    """A value for a message: its representation, cut where it is long.
+MOST_SHOWN = 200
+"""Characters of somebody's input that a message repeats."""
 
-    >>> shown("e1"), len(shown("x" * 1000))
-    ("'e1'", 83)
+
+def shown(value: object, most: int = MOST_SHOWN) -> str:
+    """A value as a message shows it: its `repr`, cut where it is long.
+
+    >>> shown("x" * 9, 6)
+    "'xxx...'"
+    >>> shown([1, 2])
+    '[1, 2]'
     """
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    if isinstance(value, str) and len(value) > most:
+        return f"{value[: most - 3]!r}"[:-1] + "...'"
+    if isinstance(value, int) and value.bit_length() > 4 * most:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, list | tuple) and len(value) > most:
+        value = value[:most]
+    return cut(repr(value), most)
+
+
+def cut(text: str, most: int = MOST_SHOWN) -> str:
+    """A text as a message repeats it: its beginning where it is long.
+
+    >>> cut("abcdefgh", 6)
+    'abc...'
+    """
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -5,7 +5,9 @@ string at this border and become dense rows inside.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -105,6 +107,31 @@ def is_id(value: object, kind: pa.DataType) -> bool:
     if kind == pa.int64():
         return type(value) is int and -(2**63) <= value < 2**63
     return type(value) is str
+
+
+def column_of(value: Any, kind: pa.DataType) -> pa.Array | None:
+    """A value as a column of one row, None where it is not of the type.
+
+    Arrow takes more than is meant: a string for a list of its characters, a number beyond float32 for infinity.
+
+    >>> column_of(["rain"], pa.list_(pa.string())).to_pylist(), column_of("rain", pa.list_(pa.string()))
+    ([['rain']], None)
+    """
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_list = pa.types.is_list(plain) or pa.types.is_large_list(plain) or pa.types.is_fixed_size_list(plain)
+    if value is not None and isinstance(value, list | tuple) != is_list:
+        return None
+    numbers = plain.value_type if is_list else plain
+    try:
+        column = pa.array([value], plain).cast(kind)
+        column.to_pylist()  # a time that Python cannot show would fail in every answer
+        if pa.types.is_floating(numbers):
+            found = (column.flatten() if is_list else column).fill_null(0).to_numpy(zero_copy_only=False)
+            if not np.isfinite(np.asarray(found, np.float64)).all():
+                return None
+    except (pa.ArrowException, TypeError, OverflowError, UnicodeError, ValueError):
+        return None
+    return column
 
 
 def check_entities(table: pa.Table, id_column: str, where: str) -> pa.Table:

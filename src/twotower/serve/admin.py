@@ -10,9 +10,14 @@ from pydantic import BaseModel, ConfigDict
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from twotower.publish.publish import current, list_versions, promote, roll_back
-from twotower.schema.errors import TwotowerError
+from twotower.schema.errors import ConfigError, TwotowerError
 from twotower.serve.app import answer_errors, json_response, problem
+from twotower.serve.bodies import Bounded
 from twotower.serve.snapshots import Snapshots
+
+MOST_BYTES = 2**16
+MOST_TOGETHER = 2**22
+"""Of a request's body, and of all at one time."""
 
 
 class Named(BaseModel):
@@ -55,9 +60,16 @@ class Authorised:
 
 
 def make_admin_app(snapshots: Snapshots, versions: Path, token: str) -> FastAPI:
-    """The admin application: promote, roll back, reload, list. Every request carries `Authorization: Bearer TOKEN`."""
+    """The admin application: promote, roll back, reload, list. Every request carries `Authorization: Bearer TOKEN`.
+
+    Raises:
+        ConfigError: the token is blank, has blanks around it, or no character that a header can carry.
+    """
+    if not token.strip() or token != token.strip() or not token.isprintable():
+        raise ConfigError("the admin token is blank, or has blanks or control characters in it: set another one")
     app = FastAPI(title="twotower admin", version="1")
 
+    app.add_middleware(Bounded, refuse=problem, most_bytes=MOST_BYTES, most_of={}, most_together=MOST_TOGETHER)
     app.add_middleware(Authorised, token=token)
     answer_errors(app)
 

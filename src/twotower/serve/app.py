@@ -6,9 +6,10 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Annotated, Any
 
 import orjson
@@ -17,7 +18,16 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    field_validator,
+)
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,11 +38,21 @@ from twotower.logs.events import CLICK, IMPRESSION, ITEMS, REQUEST, check_event,
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms
-from twotower.schema.errors import DataError, shown
+from twotower.schema.errors import DataError, cut, shown
+from twotower.schema.limits import (
+    MAX_BODIES_BYTES,
+    MAX_BODY_BYTES,
+    MAX_EVENTS_BODY_BYTES,
+    MAX_FILTER_VALUES,
+    MAX_ID_BYTES,
+    check_id,
+)
 from twotower.schema.tables import EARLIEST_MS, LATEST_MS, is_id
+from twotower.serve.bodies import Bounded, StrictRoute
 from twotower.serve.channels import Ask, SideBySide
 from twotower.serve.filters import Filter
 from twotower.serve.funnel import Sizes, explain, page_of, recommend
+from twotower.serve.health import Health
 from twotower.serve.monitors import monitors
 from twotower.serve.request import Asked, Unanswerable, retrieve, similar
 from twotower.serve.snapshots import Snapshots
@@ -40,17 +60,22 @@ from twotower.serve.users import Recent, RecentUsers
 
 log = logging.getLogger(__name__)
 
+EVENTS_PATH = "/v1/events"
 MOST_K = 10_000
 MOST_PAGE = 200
 MOST_EVENTS = 10_000
-MOST_BYTES = 16 * 2**20
-"""Of a request's body."""
+MOST_CHANNELS = 100
+MOST_MESSAGE = 1000
+"""Characters of an error's sentence; what is longer loses its middle."""
+MOST_SENTENCES = 5
+"""Mistakes that the answer to one request names."""
 AT_ONCE = max(1, min(2, (os.cpu_count() or 1) // 2))
 """Searches that run at the same time; more fight for the interpreter's lock and all take longer."""
 
 
 def _writable(text: str) -> str:
-    text.encode()  # half a surrogate pair raises a ValueError
+    if len(text.encode()) > MAX_ID_BYTES:  # half a surrogate pair raises a ValueError
+        raise ValueError(f"at most {MAX_ID_BYTES} bytes are allowed")
     return text
 
 
@@ -89,7 +114,17 @@ class AskedBody(BaseModel):
     filters: dict[str, Filtered] = Field(
         default_factory=dict, description="By attribute: values that it may have, or `allow` and `deny`."
     )
-    channels: list[str] = Field(default_factory=list, description="Channels to ask; empty = all.")
+    channels: Annotated[list[str], Field(max_length=MOST_CHANNELS)] = Field(
+        default_factory=list, description="Channels to ask; empty = all."
+    )
+
+    @field_validator("filters")
+    @classmethod
+    def _bounded(cls, filters: dict[str, FilterBody]) -> dict[str, FilterBody]:
+        values = sum(len(one.allow or ()) + len(one.deny) for one in filters.values())
+        if values > MAX_FILTER_VALUES or len(filters) > MAX_FILTER_VALUES:
+            raise ValueError(f"{values} values in all, at most {MAX_FILTER_VALUES} are allowed")
+        return filters
 
 
 class RetrieveBody(AskedBody):
@@ -180,6 +215,14 @@ class Metrics:
             ["bound"],
             registry=self.registry,
         )
+        self.failing = Gauge(
+            "twotower_thread_failing", "1 for a background thread that fails or has ended.", ["thread"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.set_aside = Gauge(
+            "twotower_entities_set_aside", "Users and items in the log of which the served version can use nothing, or "
+            "not all.", ["kind"], registry=self.registry,
+        )  # fmt: skip
         self.found = Gauge(
             "twotower_recall_next",
             "recall@20 of positives before they are trained on, by hour of their time (UTC), with its positives.",
@@ -220,6 +263,14 @@ class Metrics:
             if value is not None:
                 gauge.set(value)
 
+    def noted(self, health: Health, set_aside: Mapping[str, int]) -> None:
+        """Note what fails, and what cannot be used."""
+        self.failing.clear()
+        for name in health.problems():
+            self.failing.labels(name).set(1)
+        for kind in TYPES:
+            self.set_aside.labels(kind).set(set_aside.get(kind, 0))
+
     def switched(self, version_id: str) -> None:
         """Note the version that went live."""
         self.version.clear()
@@ -231,9 +282,13 @@ def json_response(content: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")
 
 
-def problem(status: int, message: str) -> Response:
+def problem(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """An error as every route gives it."""
-    return json_response({"error": message.encode(errors="backslashreplace").decode()}, status)
+    if len(message) > MOST_MESSAGE:
+        message = f"{message[: MOST_MESSAGE // 2]} ... {message[-MOST_MESSAGE // 2 :]}"
+    response = json_response({"error": message.encode(errors="backslashreplace").decode()}, status)
+    response.headers.update(headers or {})
+    return response
 
 
 class Counted:
@@ -270,47 +325,20 @@ class Counted:
             self._metrics.latency.labels(route).observe(time.perf_counter() - started)
 
 
-class Bounded:
-    """Refuses a request whose body is too large before it is held in memory; plain ASGI, as `Counted`.
-
-    Args:
-        app: what answers.
-        most_bytes: the largest body.
-    """
-
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
-        self._app = app
-        self._most_bytes = most_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on while its body is small enough."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        taken = 0
-
-        async def counting() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self._most_bytes:
-                raise HTTPException(413, f"the body has more than {self._most_bytes} bytes: send it in parts")
-            return message
-
-        await self._app(scope, counting, send)
-
-
 def answer_errors(app: FastAPI) -> None:
-    """Give every error as `{"error": sentence}`."""
+    """Read bodies strictly, and give every error as `{"error": sentence}`."""
+    app.router.route_class = StrictRoute
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
-        sentences = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
-        return problem(422, "; ".join(sentences))
+        told = list(islice(error.errors(), MOST_SENTENCES))
+        sentences = [f"{cut('.'.join(str(part) for part in e['loc']))}: {cut(e['msg'])}" for e in told]
+        left = len(error.errors()) - len(told)
+        return problem(422, "; ".join(sentences) + (f"; and {left} more" if left else ""))
 
     @app.exception_handler(HTTPException)
     async def no_such(_: Request, error: HTTPException) -> Response:
-        return problem(error.status_code, error.detail)
+        return problem(error.status_code, error.detail, error.headers)
 
     @app.exception_handler(Exception)
     async def defect(_: Request, error: Exception) -> Response:
@@ -328,6 +356,7 @@ def make_app(
     channel_timeout_ms: float,
     sizes: Sizes,
     page: int,
+    health: Health | None = None,
     clock_ms: ClockMs = now_ms,
 ) -> FastAPI:
     """The public application.
@@ -342,8 +371,10 @@ def make_app(
         channel_timeout_ms: how long a request waits for its channels, where it has several.
         sizes: of the stages of a request for a page.
         page: items of a page, unless a request says otherwise.
+        health: of the background threads; None = there are none.
         clock_ms: milliseconds since 1970.
     """
+    health = health or Health()
     app = FastAPI(
         title="twotower",
         version="1",
@@ -354,7 +385,13 @@ def make_app(
 
     channels = SideBySide(channel_timeout_ms / 1000, lambda channel, why: metrics.failed.labels(channel, why).inc())
     searching = threading.BoundedSemaphore(AT_ONCE)
-    app.add_middleware(Bounded, most_bytes=MOST_BYTES)
+    app.add_middleware(
+        Bounded,
+        refuse=problem,
+        most_bytes=MAX_BODY_BYTES,
+        most_of={EVENTS_PATH: MAX_EVENTS_BODY_BYTES},
+        most_together=MAX_BODIES_BYTES,
+    )
     app.add_middleware(Counted, metrics=metrics)
     answer_errors(app)
 
@@ -377,7 +414,7 @@ def make_app(
             answer = retrieve(snapshots.version, asked, recent, clock_ms(), impressed_window_ms, channels.ask)
         return json_response(answer)
 
-    @app.post("/v1/events", status_code=202)
+    @app.post(EVENTS_PATH, status_code=202)
     def post_events(body: EventsBody) -> Response:
         """Put events into the log; they count from the user's next request on."""
         version = snapshots.version
@@ -402,9 +439,9 @@ def make_app(
         """The items most like an item, by every channel that can say."""
         version = snapshots.version
         try:
-            return json_response(similar(version, parse_id(item_id, version.item_ids.type), k))
+            return json_response(similar(version, parse_id(item_id, version.items.kind), k))
         except KeyError:
-            return problem(404, f"version {version.id} has no item {item_id}")
+            return problem(404, f"version {version.id} has no item {cut(item_id)}")
 
     @app.get("/v1/version")
     def get_version() -> Response:
@@ -424,20 +461,24 @@ def make_app(
             }
         )
 
+    # Probes run on the event loop itself, and wait for nothing: threads may all be busy with searches.
     @app.get("/healthz")
-    def healthz() -> Response:
+    async def healthz() -> Response:
         """The process answers."""
         return json_response({"ok": True})
 
     @app.get("/readyz")
-    def readyz() -> Response:
-        """A version is served."""
+    async def readyz() -> Response:
+        """A version is served, and every background thread does its work."""
+        if problems := health.problems():
+            return problem(503, ". ".join(problems.values()))
         return json_response({"ok": True, "version": snapshots.version.id})
 
     @app.get("/metrics")
-    def get_metrics() -> Response:
+    async def get_metrics() -> Response:
         """Counters and gauges for Prometheus."""
         metrics.refused.set(snapshots.refused is not None)
+        metrics.noted(health, snapshots.set_aside)
         metrics.learned(snapshots, clock_ms())
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -508,16 +549,18 @@ def parse_id(text: str, kind: pa.DataType) -> int | str:
     """An id out of an address, in the type of the ids that it is looked up among.
 
     Raises:
-        DataError: no integer where ids are integers.
+        DataError: no integer where ids are integers, or one with leading zeros; too long; beyond int64.
 
     >>> parse_id("-7", pa.int64()), parse_id("-7", pa.string())
     (-7, '-7')
     """
-    if kind != pa.int64():
-        return text
-    if not re.fullmatch(r"-?[0-9]{1,19}", text):
-        raise DataError(f"{text!r} is no id: ids are integers here")
-    return int(text)
+    found: int | str = text
+    if kind == pa.int64():
+        if not re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text):
+            raise DataError(f"{shown(text)} is no id: ids are integers here")
+        found = int(text)
+    check_id(found, "the id")
+    return found
 
 
 def _checked(document: dict[str, Any], place: int, version: Version, now_ms: int) -> Event:
@@ -545,7 +588,7 @@ def _checked(document: dict[str, Any], place: int, version: Version, now_ms: int
 
 
 def _check_items(event: Event, where: str, version: Version) -> None:
-    body, known = event.body, version.item_ids.type
+    body, known = event.body, version.items.kind
     if event.type != REQUEST and not (body.keys() & {ITEMS, c.ITEM_ID}):
         raise DataError(f"{where}: {event.type} of nothing: name item_id, or a list of items")
     items = body.get(ITEMS) or ([body[c.ITEM_ID]] if c.ITEM_ID in body else [])

@@ -13,13 +13,13 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from twotower.features.feature_set import encode_request
-from twotower.logs import Event, EventLog
+from twotower.logs import Event, EventLog, EventLogError
 from twotower.logs.entities import CATALOGUE, item_deleted, item_event, user_deleted, user_event
 from twotower.logs.events import NOBODY
 from twotower.publish.overlay import check_item
 from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms
-from twotower.schema.errors import DataError
+from twotower.schema.errors import DataError, cut
 from twotower.serve.app import json_response, parse_id, problem
 from twotower.serve.request import find_items
 from twotower.serve.snapshots import Snapshots
@@ -58,17 +58,20 @@ def add_entities(
 
     def _write(event: Event) -> None:
         ack = event_log.append([event])[0]
-        users.catch_up([ack.partition])
+        try:
+            users.catch_up([ack.partition])
+        except DataError as error:  # the log's damage, not the sender's
+            raise EventLogError(f"it is in the log, but the log cannot be read: {error}") from error
         snapshots.refresh()
 
     @app.put("/v1/items/{item_id:path}")
     def put_item(item_id: str, body: ItemBody) -> Response:
         """Put an item: it is retrieved from its features at once, without training."""
         version = snapshots.version
-        one = _entity_id(item_id, version.item_ids.type, "item")
+        one = _entity_id(item_id, version.items.kind, "item")
         if body.features is None:
             if find_items(version, [one])[0] < 0:
-                raise DataError(f"item {item_id} is new: give its features, {{}} if nothing is known of it")
+                raise DataError(f"item {cut(item_id)} is new: give its features, {{}} if nothing is known of it")
         else:
             check_item(version, body.features)
         _write(item_event(uuid.uuid4().hex, clock_ms(), one, body.features, body.available))
@@ -78,10 +81,10 @@ def add_entities(
     def delete_item(item_id: str) -> Response:
         """Delete an item: it is in no answer any more."""
         version = snapshots.version
-        one = _entity_id(item_id, version.item_ids.type, "item")
+        one = _entity_id(item_id, version.items.kind, "item")
         entity = users.entities.items.get(one)
         if entity.deleted if entity is not None else find_items(version, [one])[0] < 0:
-            return problem(404, f"there is no item {item_id}")
+            return problem(404, f"there is no item {cut(item_id)}")
         _write(item_deleted(uuid.uuid4().hex, clock_ms(), one))
         return _answer(snapshots, c.ITEM_ID, one)
 

@@ -15,9 +15,12 @@ import pyarrow.compute as pc
 from twotower.features.fitted import Categories, split
 from twotower.features.vocabulary import as_values
 from twotower.publish.version import Version
-from twotower.schema.errors import DataError
+from twotower.schema.errors import DataError, cut, shown
 
 Mask = npt.NDArray[np.bool_]
+
+_MOST_WHOLE = 2.0**53
+"""Beyond it, a float is no whole number that is known exactly."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,11 @@ def passing(version: Version, attribute: str, wanted: Filter) -> Mask:
     Raises:
         DataError: no such attribute, or values of another type.
     """
-    names = version.catalogue.schema.names
+    names = version.attributes.schema.names
     if attribute not in names:
-        raise DataError(f"filters: items have no attribute {attribute}; they have {', '.join(names)}")
-    column = version.catalogue.column(attribute)
+        raise DataError(f"filters: items have no attribute {cut(attribute)}; they have {', '.join(names)}")
+    column = version.attributes.column(attribute)
+    _check_comparable(column, attribute)
     try:
         lists = _several(version, attribute, column)
         values = as_values(column if lists is None else lists.flatten(), attribute)
@@ -58,8 +62,25 @@ def passing(version: Version, attribute: str, wanted: Filter) -> Mask:
         none: Mask = (lengths == 0) & (None in asked)
         return some | none
 
-    passed = np.ones(version.catalogue.num_rows, np.bool_) if wanted.allow is None else has_one_of(wanted.allow)
+    passed = np.ones(version.attributes.num_rows, np.bool_) if wanted.allow is None else has_one_of(wanted.allow)
     return passed & ~has_one_of(wanted.deny) if wanted.deny else passed
+
+
+def _check_comparable(column: pa.Array, attribute: str) -> None:
+    """Refuse an attribute whose numbers have a fraction: a filter compares for equality."""
+    values = column
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        values = values.flatten()
+    if not pa.types.is_floating(values.type):
+        return
+    numbers = values.to_numpy(zero_copy_only=False)
+    numbers = numbers[np.isfinite(numbers)]
+    if (np.abs(numbers) > _MOST_WHOLE).any() or (numbers != np.floor(numbers)).any():
+        raise DataError(
+            f"filters: {attribute} holds numbers with a fraction, and a filter compares for equality, which is not "
+            "reliable for them. Filter by another attribute, or add one to the items that names the range of "
+            f"{attribute}, as a word or an integer"
+        )
 
 
 def _several(version: Version, attribute: str, column: pa.Array) -> pa.Array | None:
@@ -80,6 +101,6 @@ def _is_in(values: pa.Array, asked: Sequence[Any], attribute: str, kind: pa.Data
     except (DataError, pa.ArrowException, TypeError, OverflowError, UnicodeError):
         wanted = None
     if wanted is None or (wanted.type != values.type and wanted.null_count < len(wanted)):
-        raise DataError(f"filters: {attribute} is of type {kind}, not {list(asked)[:3]!r}")
+        raise DataError(f"filters: {attribute} is of type {kind}, not {shown(list(asked)[:3])}")
     found: Mask = pc.is_in(values, wanted.cast(values.type)).to_numpy(zero_copy_only=False)
     return found

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from twotower.features.fitted import Items
 from twotower.index.protocol import Exclusions
@@ -36,7 +35,7 @@ from twotower.logs.events import (
 from twotower.models.retriever import Queries
 from twotower.publish.version import PRE_RANK, RANK, Version
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError
+from twotower.schema.errors import DataError, cut
 from twotower.serve.channels import Ask, ask_in_turn
 from twotower.serve.filters import passing
 from twotower.serve.request import Asked, Found, find, find_items, find_user, left_out, queries_of
@@ -191,11 +190,11 @@ def recommend(
     ended[page] = SHOWN
     counts = np.bincount(ended, minlength=len(STAGES)).tolist()
     scores = _rounded(found, ranked, page)
-    ids = version.item_ids.take(pa.array(ranked.rows[page])).to_pylist()
+    ids = version.items.at(ranked.rows[page])
     answer = Page(
         request_id,
         version.id,
-        0,
+        version.delta_seq,
         [
             Shown(ids[i], i + 1, scores[i], found.fused.channels_of(0, at), at == explored)
             for i, at in enumerate(page.tolist())
@@ -321,7 +320,7 @@ def _body(
     clicks, last = found.queries.clicks.rows, _longest_history(version)
     history = clicks[max(0, len(clicks) - last) :]
     return {
-        ITEMS: version.item_ids.take(pa.array(ranked.rows[logged])).to_pylist(),
+        ITEMS: version.items.at(ranked.rows[logged]),
         OUTCOMES: [STAGES[stage] for stage in ended[logged].tolist()],
         POSITIONS: [*range(1, shown + 1), *([None] * (len(logged) - shown))],
         SCORES: _rounded(found, ranked, logged),
@@ -330,7 +329,7 @@ def _body(
         PROPENSITIES: [drawn.get(at) for at in logged.tolist()],
         CONTEXT: dict(asked.context),
         FEATURES: dict(asked.features),
-        HISTORY: version.item_ids.take(pa.array(history)).to_pylist(),
+        HISTORY: version.items.at(history.astype(np.int64)),
     }
 
 
@@ -412,7 +411,7 @@ def explain(
     since_ms = now_ms - impressed_window_ms
     queries = queries_of(version, asked, recent, since_ms)
     told = Explanation(
-        version.id, version.delta_seq, item_id, "unknown_item", f"version {version.id} has no item {item_id}",
+        version.id, version.delta_seq, item_id, "unknown_item", f"version {version.id} has no item {cut(str(item_id))}",
         asked.user_id, find_user(version, asked.user_id) >= 0, len(queries.clicks.rows),
     )  # fmt: skip
     row = int(find_items(version, [item_id])[0])
@@ -423,9 +422,7 @@ def explain(
     queries = replace(queries, exclude=Exclusions.of([others[others != row]]))
     names = tuple(asked.channels) or tuple(version.channels)
     found = find(version, names, queries, max(sizes.candidates(version), asked.k))
-    deep = ask_in_turn(
-        {name: version.channels[name] for name in names}, queries, min(MOST_RANKS, len(version.item_ids))
-    )
+    deep = ask_in_turn({name: version.channels[name] for name in names}, queries, min(MOST_RANKS, len(version.items)))
     ranked = rank(version, queries, found.rows, max(sizes.pre_rank, asked.k), sizes.cosine)
     at = np.flatnonzero(found.rows == row)
     told = replace(

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from twotower.features.bloom import Seen
 from twotower.features.columns import Bag, Column
 from twotower.features.feature_set import encode_request
 from twotower.fusion.fuse import Fused
@@ -15,7 +16,7 @@ from twotower.index.protocol import Exclusions
 from twotower.models.retriever import Queries, similar_items
 from twotower.publish.version import TWO_TOWER, Version
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError, TwotowerError
+from twotower.schema.errors import DataError, TwotowerError, shown
 from twotower.schema.tables import is_id
 from twotower.serve.channels import ERROR, Ask, ask_in_turn
 from twotower.serve.filters import Filter, passing
@@ -105,7 +106,7 @@ def retrieve(
     """
     queries = queries_of(version, asked, recent, now_ms - impressed_window_ms)
     found = find(version, asked.channels, queries, asked.k, ask)
-    ids = version.item_ids.take(pa.array(found.rows)).to_pylist()
+    ids = version.items.at(found.rows)
     scores = found.fused.candidates.scores[0].tolist()
     by = found.fused.brought_by[0].tolist()
     places = {bits: place for place, bits in enumerate(by)}  # few combinations of channels, many items
@@ -147,7 +148,7 @@ def find_user(version: Version, user_id: UserId | None) -> int:
         return -1
     known = version.users.ids.type
     if not is_id(user_id, known):
-        raise DataError(f"user_id {user_id!r} is a {type(user_id).__name__}: the ids of users are {known}")
+        raise DataError(f"user_id {shown(user_id)} is a {type(user_id).__name__}: the ids of users are {known}")
     if (entity := version.since.users.get(user_id)) is not None and (entity.deleted or entity.fresh):
         return -1
     return int(version.users.positions.find(pa.array([user_id], known))[0])
@@ -155,7 +156,7 @@ def find_user(version: Version, user_id: UserId | None) -> int:
 
 def find_items(version: Version, item_ids: Sequence[ItemId]) -> npt.NDArray[np.int64]:
     """Catalogue rows of items (n,), -1 for those that the version does not have."""
-    known = version.item_ids.type
+    known = version.items.kind
     return version.items.find(pa.array([item if is_id(item, known) else None for item in item_ids], known))
 
 
@@ -167,8 +168,18 @@ def clicked_rows(version: Version, user_row: int, recent: Recent) -> npt.NDArray
         stored = version.clicks.item_row[indptr[user_row] : indptr[user_row + 1]]
     known_ms = version.knows_until_ms
     newer = [click for click in recent.clicks if known_ms is None or click[0] > known_ms]
-    rows = find_items(version, [item for _, item in sorted(newer, key=lambda click: click[0])])
-    return np.concatenate([stored, rows[rows >= 0].astype(np.int32)])
+    rows = rows_of_events(version, sorted(newer, key=lambda click: click[0]))
+    return np.concatenate([stored, rows.astype(np.int32)])
+
+
+def rows_of_events(version: Version, events: Sequence[tuple[int, ItemId]]) -> npt.NDArray[np.int64]:
+    """Catalogue rows of the items of events, without those that the version does not have.
+
+    An item that was deleted and put again is another one: events before that are not of it.
+    """
+    rows = find_items(version, [item for _, item in events])
+    times = np.array([ts_ms for ts_ms, _ in events], np.int64)
+    return rows[(rows >= 0) & version.again.since(rows, times)]
 
 
 def user_columns(version: Version, user_row: int, asked: Asked) -> dict[str, Column]:
@@ -187,22 +198,32 @@ def left_out(
 ) -> npt.NDArray[np.int64]:
     """Catalogue rows that the answer must not hold: clicked, impressed lately, outside the filters."""
     if asked.exclude not in EXCLUDE:
-        raise DataError(f"exclude = {asked.exclude!r}: it is one of {', '.join(EXCLUDE)}")
+        raise DataError(f"exclude = {shown(asked.exclude)}: it is one of {', '.join(EXCLUDE)}")
     parts = [np.zeros(0, np.int64)]
     if asked.exclude != "none":
         parts.append(clicks.astype(np.int64))
     if asked.exclude == "impressed":
-        shown = find_items(version, [item for ts_ms, item in recent.shown if ts_ms >= since_ms])
-        parts.append(shown[shown >= 0])
+        parts.append(rows_of_events(version, [event for event in recent.shown if event[0] >= since_ms]))
         if recent.seen is not None:
-            parts.append(np.flatnonzero(recent.seen.contains(version.item_hashes, since_ms)))
+            parts.append(_seen(version, recent.seen, since_ms))
     if not asked.filters:
         return np.unique(np.concatenate(parts))
-    out = np.zeros(len(version.item_ids), np.bool_)
+    out = np.zeros(len(version.items), np.bool_)
     out[np.concatenate(parts)] = True
     for attribute, wanted in asked.filters.items():
         out |= ~passing(version, attribute, wanted)
     return np.flatnonzero(out)
+
+
+def _seen(version: Version, seen: Seen, since_ms: int) -> npt.NDArray[np.int64]:
+    """Catalogue rows of the items in filters; of an item that was put again only what was shown after that counts."""
+    within = seen.contains(version.item_hashes, since_ms)
+    again = version.again
+    for deleted_ms in np.unique(again.deleted_ms[again.deleted_ms >= since_ms]).tolist():
+        rows = again.rows[again.deleted_ms == deleted_ms]
+        rows = rows[within[rows]]
+        within[rows] = seen.contains(version.item_hashes[rows], deleted_ms + 1)
+    return np.flatnonzero(within)
 
 
 @dataclass(frozen=True)
@@ -237,7 +258,7 @@ def similar(version: Version, item_id: ItemId, k: int) -> Similar:
     for name, channel in version.channels.items():
         found = similar_items(channel, row, k)
         if found is not None:
-            ids = version.item_ids.take(pa.array(found.rows[0][found.rows[0] >= 0])).to_pylist()
+            ids = version.items.at(found.rows[0][found.rows[0] >= 0])
             by_channel[name] = [Neighbour(ids[i], float(found.scores[0, i])) for i in range(len(ids))]
     nearest = by_channel[TWO_TOWER]
     return Similar(version.id, [Candidate(one.item_id, one.score, [TWO_TOWER]) for one in nearest], by_channel)

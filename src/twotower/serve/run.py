@@ -16,15 +16,21 @@ from fastapi import FastAPI
 from twotower.features.bloom import Shape
 from twotower.features.store import LmdbFeatureStore
 from twotower.logs import EventLog
-from twotower.schema.errors import ConfigError, TwotowerError
+from twotower.schema.errors import ConfigError, DataError
 from twotower.serve.admin import make_admin_app
 from twotower.serve.app import Metrics, make_app
 from twotower.serve.entities import add_entities
 from twotower.serve.funnel import Sizes
-from twotower.serve.snapshots import Snapshots
+from twotower.serve.health import Health
+from twotower.serve.snapshots import POLL_S, Snapshots
 from twotower.serve.users import RecentUsers
 
 log = logging.getLogger(__name__)
+
+READER = "the reader of the log"
+ERASER = "the eraser of deleted users"
+ADMIN = "the admin port"
+"""Names of background threads."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def run_server(
         EventLogError: another process writes the log.
         ConfigError: a port is taken.
     """
-    metrics = Metrics()
+    metrics, health = Metrics(), Health()
     with ExitStack() as opened:
         snapshots = Snapshots(versions, metrics.switched, deltas)  # first: without a version nothing is made
         event_log = open_log()
@@ -92,7 +98,7 @@ def run_server(
         users = RecentUsers(event_log, store, impressed_shape, lambda reason: metrics.passed_over.labels(reason).inc())
         if applied := users.catch_up():
             log.info("%d events of the log applied", applied)
-        opened.enter_context(_erasing(event_log, users, erase_every_s))
+        opened.enter_context(_erasing(event_log, users, erase_every_s, health))
         opened.callback(snapshots.close)
         snapshots.heed(lambda: users.entities)
         app = make_app(
@@ -105,16 +111,19 @@ def run_server(
             channel_timeout_ms=channel_timeout_ms,
             sizes=sizes,
             page=page,
+            health=health,
         )
         add_entities(app, snapshots, event_log, users)
         extend(app, snapshots, users)
         public = opened.enter_context(_listen(host, port))
         admin_url = None
         if admin_token:
+            admin_app = make_admin_app(snapshots, versions, admin_token)
             admin = opened.enter_context(_listen("127.0.0.1", admin_port))
             admin_url = _url("127.0.0.1", admin)
-            opened.enter_context(_in_background(_server(make_admin_app(snapshots, versions, admin_token)), admin))
-        snapshots.follow(users.catch_up)
+            opened.enter_context(_in_background(_server(admin_app), admin, health))
+        opened.enter_context(_reading(users, health))
+        snapshots.follow(health)
         address = Address(_url(host, public), admin_url, snapshots.version.id)
         server = _server(app)
         with _ended_by_signals(server):
@@ -122,22 +131,15 @@ def run_server(
 
 
 @contextmanager
-def _erasing(event_log: EventLog, users: RecentUsers, every_s: float) -> Iterator[None]:
+def _erasing(event_log: EventLog, users: RecentUsers, every_s: float, health: Health) -> Iterator[None]:
     """Erase deleted users' events from the log, now and every so often; the log is closed at the end."""
     stop = threading.Event()
 
     def erase() -> None:
-        while not stop.is_set():
-            try:
-                if number := users.erase_deleted():
-                    log.info("%d events of deleted users erased from the log", number)
-            except TwotowerError as error:
-                if not stop.is_set():
-                    log.error("deleted users are not yet erased from the log: %s", error)
-            stop.wait(every_s)
+        if number := users.erase_deleted():
+            log.info("%d events of deleted users erased from the log", number)
 
-    thread = threading.Thread(target=erase, name="erase", daemon=True)
-    thread.start()
+    thread = health.repeat(ERASER, erase, every_s, stop)
     try:
         yield
     finally:
@@ -147,8 +149,35 @@ def _erasing(event_log: EventLog, users: RecentUsers, every_s: float) -> Iterato
 
 
 @contextmanager
-def _in_background(server: uvicorn.Server, listening: socket.socket) -> Iterator[None]:
+def _reading(users: RecentUsers, health: Health) -> Iterator[None]:
+    """Read what others write to the log, five times a second."""
+    stop = threading.Event()
+    thread = health.repeat(READER, lambda: read_log(users, health), POLL_S, stop)
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def read_log(users: RecentUsers, health: Health) -> None:
+    """Read what is new in the log, after a failure only where it is still the log that was read before.
+
+    Raises:
+        DataError: it is another one, or emptied, or damaged.
+    """
+    if health.fails(READER) and not users.is_of_this_log():
+        raise DataError(
+            "the log does not hold what was read of it before: it was emptied, replaced or damaged. Restore it, or "
+            "restart the server: it then reads the log from its beginning, and forgets what only the lost log said"
+        )
+    users.catch_up()
+
+
+@contextmanager
+def _in_background(server: uvicorn.Server, listening: socket.socket, health: Health) -> Iterator[None]:
     thread = threading.Thread(target=server.run, args=([listening],), name="admin", daemon=True)
+    health.watch(ADMIN, thread)
     thread.start()
     try:
         yield

@@ -19,10 +19,13 @@ from twotower.publish.overlay import Entities, Overlay
 from twotower.publish.publish import current, existing_path
 from twotower.publish.version import Version, open_version
 from twotower.schema.errors import TwotowerError, VersionError
+from twotower.serve.health import Health
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
+FOLLOWER = "the follower of versions and deltas"
+"""Names its thread."""
 _NOTHING = Entities()
 
 
@@ -80,7 +83,9 @@ class Snapshots:
         self._deltas = deltas
         self._entities = entities
         self._stop = threading.Event()
-        self._reloading = threading.Lock()
+        self._switching = threading.Lock()
+        self._advancing = threading.Lock()
+        """Held for a moment only: opening a version goes on beside puts."""
         self._follower: threading.Thread | None = None
         self.refused: Refusal | None = None
         version_id = current(versions)
@@ -111,6 +116,11 @@ class Snapshots:
         return {**self._serving.reports.latest, "recall": dict(self._serving.reports.recall)}
 
     @property
+    def set_aside(self) -> Mapping[str, int]:
+        """By kind, how many users and items the log says something of that the served version cannot use."""
+        return dict(self._serving.overlay.aside.count)
+
+    @property
     def watermark_ms(self) -> int | None:
         """Event time up to which what is served has learned."""
         return self._serving.overlay.watermark_ms
@@ -121,9 +131,9 @@ class Snapshots:
         Returns:
             The id of the version that is served then.
         """
-        with self._reloading:
+        with self._switching:
             self._switch()
-            self._advance(self._serving)
+            self.refresh()
             return self._serving.version.id
 
     def heed(self, entities: Callable[[], Entities]) -> None:
@@ -133,17 +143,16 @@ class Snapshots:
 
     def refresh(self) -> None:
         """Take up what was learned and put since."""
-        with self._reloading:
+        with self._advancing:
             self._advance(self._serving)
 
-    def follow(self, before: Callable[[], object] = lambda: None) -> None:
+    def follow(self, health: Health) -> None:
         """Start to look for another version, deltas and entities every fifth of a second.
 
         Args:
-            before: called each time before, such as to read what others wrote to the log.
+            health: told how it goes.
         """
-        self._follower = threading.Thread(target=self._follow, args=(before,), name="versions", daemon=True)
-        self._follower.start()
+        self._follower = health.repeat(FOLLOWER, self.reload, POLL_S, self._stop)
 
     def close(self) -> None:
         """Stop following."""
@@ -155,14 +164,6 @@ class Snapshots:
         """Let the next reload try a refused version or delta again, after it was restored."""
         self.refused = self._serving.refused = None
 
-    def _follow(self, before: Callable[[], object]) -> None:
-        while not self._stop.wait(POLL_S):
-            try:
-                before()
-                self.reload()
-            except (OSError, TwotowerError):
-                log.exception("looking for what is new failed; what is served stays")
-
     def _switch(self) -> None:
         """Serve what `CURRENT` names, with all that was learned since, in one step."""
         version_id = current(self._versions)
@@ -173,12 +174,14 @@ class Snapshots:
             return
         try:
             opened = self._open(version_id)
+            with self._advancing:
+                self._advance(opened)
+                self._serving = opened
         except Exception as error:  # whatever is wrong with the new version, the old one answers on
             self.refused = Refusal(version_id, str(error) or repr(error))
             unexpected = not isinstance(error, TwotowerError)
             log.error("%s is refused, %s stays: %s", version_id, self._serving.version.id, error, exc_info=unexpected)
             return
-        self._serving = opened
         self.refused = None
         self._on_switch(version_id)
         log.info("now serving %s", version_id)
@@ -196,7 +199,8 @@ class Snapshots:
         """Take up further deltas and entities, in one step."""
         learned = self._learn(serving)
         entities = self._entities()
-        if learned or (entities is not serving.shown and entities != serving.shown):
+        changed = entities is not serving.shown and any((*_sizes(entities), *_sizes(serving.shown)))
+        if learned or changed:
             serving.version = serving.overlay.lay(entities)
         serving.shown = entities
 
@@ -228,3 +232,7 @@ class Snapshots:
         after = max(overlay.seq, serving.over_it)
         serving.over_it = max(folded_seqs(deltas, overlay.base.id), default=0)
         return read_folded(deltas, overlay.base.id, serving.base, after)
+
+
+def _sizes(entities: Entities) -> tuple[int, int]:
+    return len(entities.items), len(entities.users)

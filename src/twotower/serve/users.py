@@ -18,8 +18,8 @@ import pyarrow as pa
 from twotower.features.bloom import Seen, Shape, hash_ids
 from twotower.features.store import FeatureStore
 from twotower.logs import Event, EventLog, Record
-from twotower.logs.entities import ITEM, TYPES, USER, Entity, EntityId, after, entity_of, is_deletion
-from twotower.logs.events import CLICK, IMPRESSION, ITEMS, OUTCOMES, REQUEST, UNUSABLE
+from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of, is_deletion
+from twotower.logs.events import CLICK, IMPRESSION, ITEM, ITEMS, OUTCOMES, REQUEST, UNUSABLE, USER
 from twotower.logs.payload import MESSAGE, REASON, mark_of
 from twotower.publish.overlay import Entities
 from twotower.schema import columns as c
@@ -92,7 +92,7 @@ class RecentUsers:
         stored = store.get(_PLACES)
         self._places = [None if place is None else _Place(*place) for place in orjson.loads(stored or b"[]")]
         described = orjson.dumps(shape)
-        if not self._is_of_this_log() or (store.get(_SHAPE) or b"null") != described:
+        if not self.is_of_this_log() or (store.get(_SHAPE) or b"null") != described:
             if stored:
                 _LOGGER.warning("what was learned of users is not of this log and settings: reading the log again")
             store.clear()
@@ -148,7 +148,7 @@ class RecentUsers:
                 unusable.setdefault(event.body[REASON], record)
                 self._passed_over(event.body[REASON])
             elif event.type in TYPES:
-                self._put(event, put, changed)
+                self._put(record, put, changed)
                 if event.type == USER and is_deletion(event):
                     values[_erase_key(event.user_id)] = orjson.dumps([partition, event.user_id, record.offset])
             else:
@@ -199,13 +199,14 @@ class RecentUsers:
             raise DataError("; ".join(damaged))
         return number
 
-    def _put(self, event: Event, put: dict[tuple[str, EntityId], Entity], changed: dict[bytes, Recent]) -> None:
+    def _put(self, record: Record, put: dict[tuple[str, EntityId], Entity], changed: dict[bytes, Recent]) -> None:
         """Take in a user or an item that was put or deleted; of a deleted user everything before is forgotten."""
-        entity_id = entity_of(event)
+        event, entity_id = record.event, entity_of(record.event)
         if entity_id is None:
             return
         known = self._entities.items if event.type == ITEM else self._entities.users
-        put[event.type, entity_id] = after(put.get((event.type, entity_id), known.get(entity_id)), event)
+        before = put.get((event.type, entity_id), known.get(entity_id))
+        put[event.type, entity_id] = after(before, event, record.offset)
         if event.type != ITEM and is_deletion(event):
             changed[_user_key(entity_id)] = Recent()
 
@@ -226,7 +227,7 @@ class RecentUsers:
                     seen = seen.add([ts_ms for ts_ms, _ in some], hash_ids(ids))
         return Recent(clicks[-MOST_CLICKS:], impressions[-MOST_SHOWN:], seen)
 
-    def _is_of_this_log(self) -> bool:
+    def is_of_this_log(self) -> bool:
         """The log still holds the last event applied of each partition, where it was."""
         if len(self._places) != self._log.partitions:
             return False
@@ -274,12 +275,10 @@ def _read_entities(store: FeatureStore) -> Entities:
 
 
 def _with_entities(entities: Entities, put: dict[tuple[str, EntityId], Entity]) -> Entities:
-    items, users = entities.items, entities.users
-    if mine := {entity_id: entity for (kind, entity_id), entity in put.items() if kind == ITEM}:
-        items = {**items, **mine}
-    if mine := {entity_id: entity for (kind, entity_id), entity in put.items() if kind != ITEM}:
-        users = {**users, **mine}
-    return Entities(items, users)
+    parts: dict[bool, dict[EntityId, Entity]] = {True: {}, False: {}}
+    for (kind, entity_id), entity in put.items():
+        parts[kind == ITEM][entity_id] = entity
+    return entities.with_newer(parts[True], parts[False])
 
 
 def _user_key(user_id: UserId) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from twotower.logs import Event, EventLog, Record, entities
+from twotower.logs.events import USER
 from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError, TwotowerError
 from twotower.schema.tables import is_id
@@ -170,7 +171,7 @@ class PartitionJoin:
                 if batch := self._joiner.feed(record):
                     batches.append(batch)
                     rows += len(batch)
-                if event.type == entities.USER and entities.is_deletion(event) and is_id(event.user_id, user_id):
+                if event.type == USER and entities.is_deletion(event) and is_id(event.user_id, user_id):
                     deleted.append(Deleted(event.user_id, self._first_row + rows))
                 self._offset, events = record.next_offset, events + 1
                 hour = self._hour if hour is None else hour

@@ -38,6 +38,7 @@ from twotower.logs.events import (
     REQUEST,
     SCORES,
     UNUSABLE,
+    USER,
     VERSION,
 )
 from twotower.logs.payload import MESSAGE, REASON, type_before
@@ -243,7 +244,7 @@ class Joiner:
         if self._clock.is_beyond(record.logged_ms):
             self._come_back(record, rows)
         if type_before(event) in entities.TYPES:  # stamped by a server, whatever time requests carry: no event time
-            if entities.is_deletion(event) and event.type == entities.USER:
+            if entities.is_deletion(event) and event.type == USER:
                 self._forget_user(event.user_id)
             return rows
         if event.type == ERASED:

@@ -25,7 +25,8 @@ from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import EventLog
-from twotower.logs.entities import ITEM, TYPES, USER, Entity, EntityId, after, entity_of, is_deletion
+from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of, is_deletion
+from twotower.logs.events import ITEM, USER
 from twotower.models.embedding import EmbeddingTable
 from twotower.models.two_tower import TwoTower
 from twotower.publish.delta import (
@@ -189,7 +190,7 @@ class Chain:
         """The state behind the latest delta."""
         self.close()
         version = self.version
-        self._overlay, self._entities, self._laid = Overlay(version), Entities(), version
+        self._overlay, self._entities, self._laid = Overlay(version, by_id=True), Entities(), version
         self._follows, self._reports = self._base, Reports()
         self.seq, self.watermark_ms = 0, version.watermark_ms
         self._rows_at = self._first_rows()
@@ -855,7 +856,7 @@ class Chain:
             offset = begin
             while self._log is not None and offset < end:
                 records = [one for one in self._log.read(int(name), offset, _EVENTS) if one.offset < end]
-                for event in (record.event for record in records):
+                for place, event in ((record.offset, record.event) for record in records):
                     if event.type not in TYPES:
                         continue
                     one = entity_of(event)
@@ -863,7 +864,7 @@ class Chain:
                         strange[event.type] = strange.get(event.type, 0) + 1
                         continue
                     known = self._entities.items if event.type == ITEM else self._entities.users
-                    found[event.type, one] = after(found.get((event.type, one), known.get(one)), event)
+                    found[event.type, one] = after(found.get((event.type, one), known.get(one)), event, place)
                     if is_deletion(event):
                         deleted_ms[event.type, one] = event.ts_ms
                 if not records:

@@ -18,14 +18,15 @@ from twotower.features.bloom import is_untrained
 from twotower.features.columns import Bag, take
 from twotower.features.feature_set import HISTORY
 from twotower.logs import EventLog
-from twotower.logs.entities import ITEM, TYPES, Entity, EntityId, after, entity_of
+from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of
+from twotower.logs.events import ITEM
 from twotower.publish.overlay import Entities
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.clock import day_of
 from twotower.schema.files import parquet_files, whole_file
-from twotower.schema.tables import as_ids, check_entities
+from twotower.schema.tables import as_ids, check_entities, column_of
 from twotower.stream.clock import joined_until
 from twotower.stream.days import stale_days
 from twotower.stream.shards import manifests, progress_of
@@ -91,9 +92,9 @@ def read_entities(event_log: EventLog) -> Entities:
     for partition, end in enumerate(event_log.ends()):
         offset = 0
         while offset < end and (records := event_log.read(partition, offset, _EVENTS)):
-            for event in (record.event for record in records):
+            for place, event in ((record.offset, record.event) for record in records):
                 if event.type in TYPES and (one := entity_of(event)) is not None:
-                    found[event.type, one] = after(found.get((event.type, one)), event)
+                    found[event.type, one] = after(found.get((event.type, one)), event, place)
             offset = records[-1].next_offset
     return Entities(
         {one: entity for (kind, one), entity in found.items() if kind == ITEM},
@@ -156,11 +157,7 @@ def value_or_none(value: Any, kind: pa.DataType) -> Any:
     >>> value_or_none("dear", pa.float64()), value_or_none(3, pa.float64())
     (None, 3)
     """
-    try:
-        pa.array([value], kind)
-    except (pa.ArrowException, TypeError, OverflowError, UnicodeError, ValueError):
-        return None
-    return value
+    return value if column_of(value, kind) is not None else None
 
 
 def rows_of_day(samples: Samples, day: str, after_ms: int = 0) -> Samples:
