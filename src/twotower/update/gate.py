@@ -27,6 +27,8 @@ SAMPLED_USERS = 64
 """Users in whose lists the gate looks for items that rise."""
 LISTED = 20
 """Items of such a list."""
+LISTED_AMONG = 200_000
+"""Items that such lists are made of, at most."""
 LEAST_ACCUMULATED = 1e-6
 """Stands for the largest accumulator of a table that was hardly trained."""
 
@@ -153,7 +155,7 @@ def check_served(version: Version, vectors: Floats, limits: Limits) -> list[str]
 
 
 def lists_with(version: Version, vectors: Floats, rows: Longs) -> Longs:
-    """In how many lists of 20, among at most 20,000 items, of a fixed sample of users some items (n,) are.
+    """In how many lists of 20, among at most 200,000 items, of a fixed sample of users some items (n,) are.
 
     Args:
         version: as it is served.
@@ -164,11 +166,12 @@ def lists_with(version: Version, vectors: Floats, rows: Longs) -> Longs:
     sample = np.unique(np.linspace(0, count - 1, min(SAMPLED_USERS, count)).astype(np.int64))
     users = version.two_tower.user_vectors(version.queries(sample))
     users = users[users.any(axis=1)]
-    others = np.unique(np.linspace(0, len(vectors) - 1, min(COMPETITORS, len(vectors))).astype(np.int64))
+    others = np.unique(np.linspace(0, len(vectors) - 1, min(LISTED_AMONG, len(vectors))).astype(np.int64))
+    listed = max(1, round(LISTED * len(others) / len(vectors)))  # of a share of the items, that share of a list
     others = others[~version.gone[others]]
-    if len(others) <= LISTED:
+    if len(others) <= listed:
         return np.full(len(rows), len(users), np.int64)
-    last = np.partition(users @ vectors[others].T, -LISTED, axis=1)[:, -LISTED]
+    last = np.partition(users @ vectors[others].T, -listed, axis=1)[:, -listed]
     counts: Longs = (users @ vectors[rows].T >= last[:, None]).sum(axis=0, dtype=np.int64)
     return counts
 
