@@ -98,7 +98,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
             opened.callback(log.close)
             store = LmdbFeatureStore(tmp_path / "store")
             opened.callback(store.close)
-            users = RecentUsers(log, store)
+            users = RecentUsers(log, store, passed_over=lambda reason: metrics.passed_over.labels(reason).inc())
             users.catch_up()
             where = places(settings)
             snapshots = Snapshots(where.versions, metrics.switched, where.deltas, lambda: users.entities)

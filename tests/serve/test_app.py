@@ -422,6 +422,16 @@ def test_a_request_beyond_the_clock_is_refused_and_nothing_is_logged(server) -> 
     assert sum(server.log.ends()) == 0
 
 
+def test_impressions_of_a_clock_that_was_ahead_do_not_count_once_it_is_right(server) -> None:
+    user_id, years_ms = known_user(server.version), 10 * 365 * 86_400_000
+    before = server.items(user_id=user_id, k=10, exclude="impressed")
+    server.now_ms += years_ms
+    server.event("impression", user_id, items=before)
+    assert not set(before) & set(server.items(user_id=user_id, k=10, exclude="impressed"))
+    server.now_ms -= years_ms
+    assert server.items(user_id=user_id, k=10, exclude="impressed") == before
+
+
 def test_a_click_of_nothing_is_refused(server) -> None:
     assert "click of nothing" in server.event("click", 1, status=422)["error"]
 
@@ -531,6 +541,7 @@ def test_health_version_and_metrics(server) -> None:
             "unknown_item_share": None,
             "popularity_drift": None,
             "gated": 0,
+            "held_back": {},
         },
         "refused_delta": None,
     }

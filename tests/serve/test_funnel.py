@@ -104,7 +104,9 @@ def test_the_towers_cosine_counts_in_the_order_and_not_in_the_score(version: Ver
     assert {item.score for item in one.page.items} == {0.5}
     kept = {item for item, outcome in outcomes(one.record).items() if outcome != c.PRE_RANK_REJECTED}
     assert kept == {item.item_id for item in nearest.items}
-    far = version.two_tower.cosines(queries_of(version, asked(version), Recent(), 0), np.arange(len(version.item_ids)))
+    far = version.two_tower.cosines(
+        queries_of(version, asked(version), Recent(), range(0)), np.arange(len(version.item_ids))
+    )
     found = dict(zip(version.item_ids.to_pylist(), far.tolist(), strict=True))
     assert [found[item.item_id] for item in nearest.items] == pytest.approx(
         [item.score for item in nearest.items], abs=1e-5

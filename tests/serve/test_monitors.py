@@ -20,4 +20,4 @@ def test_figures_are_shares_of_what_the_updater_counted() -> None:
 
 def test_before_the_first_delta_little_is_known() -> None:
     found = monitors(SimpleNamespace(report={"recall": {}}, watermark_ms=None, gated=()), 9500)  # type: ignore[arg-type]
-    assert found == type(found)(None, (), None, None, None, 0)
+    assert found == type(found)(None, (), None, None, None, 0, {})

@@ -36,11 +36,11 @@ def test_without_a_watermark_every_click_of_the_log_counts(version: Version) -> 
 
 
 def test_exclusions_join_clicks_impressions_of_the_window_and_filters(version: Version) -> None:
-    recent = Recent(shown=((100, 5), (99, 6), (100, 77)))
+    recent = Recent(shown=((100, 5), (99, 6), (100, 77), (1000, 7)))
     clicks = np.array([8, 8, 2], np.int32)
 
     def rows(exclude: str, **filters: Filter) -> list[int]:
-        return left_out(version, Asked(10, exclude, filters=filters), clicks, recent, 100).tolist()
+        return left_out(version, Asked(10, exclude, filters=filters), clicks, recent, range(100, 1000)).tolist()
 
     assert rows("none") == []
     assert rows("clicked") == [2, 8]
@@ -54,7 +54,7 @@ def test_impressions_in_filters_are_left_out_while_they_are_within_the_window(ve
     recent = Recent(shown=((650, 9),), seen=seen)
 
     def rows(exclude: str, since_ms: int) -> list[int]:
-        return left_out(version, Asked(10, exclude), np.zeros(0, np.int32), recent, since_ms).tolist()
+        return left_out(version, Asked(10, exclude), np.zeros(0, np.int32), recent, range(since_ms, 1000)).tolist()
 
     assert [rows("impressed", since_ms) for since_ms in (150, 200, 650)] == [[5, 6, 9], [6, 9], [9]]
     assert rows("clicked", 150) == []

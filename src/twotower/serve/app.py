@@ -572,13 +572,11 @@ def _checked(document: dict[str, Any], place: int, version: Version, now_ms: int
     where = f"events[{place}]"
     try:
         event = Event.from_json(document)
+        if event.type in TYPES or event.user_id == CATALOGUE:
+            raise DataError(f"type {shown(event.type)} is the server's own: PUT or DELETE /v1/items/ID or /v1/users/ID")
         check_event(event, now_ms)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    if event.type in TYPES or event.user_id == CATALOGUE:
-        raise DataError(
-            f"{where}: type {shown(event.type)} is the server's own: PUT or DELETE /v1/items/ID or /v1/users/ID instead"
-        )
     known = version.users.ids.type
     if not is_id(event.user_id, known):
         raise DataError(f"{where}: user_id {shown(event.user_id)}, but the ids of users are {known}")

@@ -38,7 +38,7 @@ from twotower.schema import columns as c
 from twotower.schema.errors import DataError, cut
 from twotower.serve.channels import Ask, ask_in_turn
 from twotower.serve.filters import passing
-from twotower.serve.request import Asked, Found, find, find_items, find_user, left_out, queries_of
+from twotower.serve.request import Asked, Found, find, find_items, find_user, impressed_window, left_out, queries_of
 from twotower.serve.users import ItemId, Recent, UserId
 
 Ints = npt.NDArray[np.int64]
@@ -171,7 +171,7 @@ def recommend(
         DataError: as `retrieve`.
         Unanswerable: no channel answered.
     """
-    queries = queries_of(version, asked, recent, now_ms - impressed_window_ms)
+    queries = queries_of(version, asked, recent, impressed_window(now_ms, impressed_window_ms))
     found = find(version, asked.channels, queries, max(sizes.candidates(version), asked.k), ask)
     ranked = rank(version, queries, found.rows, max(sizes.pre_rank, asked.k), sizes.cosine)
     rng = np.random.default_rng(int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest()))
@@ -408,8 +408,8 @@ def explain(
         DataError: as `retrieve`.
         Unanswerable: no channel answered.
     """
-    since_ms = now_ms - impressed_window_ms
-    queries = queries_of(version, asked, recent, since_ms)
+    window = impressed_window(now_ms, impressed_window_ms)
+    queries = queries_of(version, asked, recent, window)
     told = Explanation(
         version.id, version.delta_seq, item_id, "unknown_item", f"version {version.id} has no item {cut(str(item_id))}",
         asked.user_id, find_user(version, asked.user_id) >= 0, len(queries.clicks.rows),
@@ -417,7 +417,7 @@ def explain(
     row = int(find_items(version, [item_id])[0])
     if row < 0:
         return told
-    told = replace(told, filtered=_filters_of(version, asked, queries, recent, row, since_ms))
+    told = replace(told, filtered=_filters_of(version, asked, queries, recent, row, window))
     others = queries.exclude.rows
     queries = replace(queries, exclude=Exclusions.of([others[others != row]]))
     names = tuple(asked.channels) or tuple(version.channels)
@@ -436,14 +436,14 @@ def explain(
     return replace(told, **asdict(_verdict(told, ranked, at, asked.k, sizes)))
 
 
-def _filters_of(version: Version, asked: Asked, queries: Queries, recent: Recent, row: int, since_ms: int) -> list[str]:
+def _filters_of(version: Version, asked: Asked, queries: Queries, recent: Recent, row: int, window: range) -> list[str]:
     """Everything that leaves an item out of a request."""
     names = []
     if version.gone[row]:
         names.append("unavailable")
     if asked.exclude != "none" and row in queries.clicks.rows:
         names.append("clicked")
-    shown = left_out(version, replace(asked, filters={}), np.zeros(0, np.int32), recent, since_ms)
+    shown = left_out(version, replace(asked, filters={}), np.zeros(0, np.int32), recent, window)
     if row in shown:
         names.append("impressed")
     return names + [name for name, wanted in asked.filters.items() if not passing(version, name, wanted)[row]]

@@ -13,6 +13,7 @@ from twotower.features.columns import Bag, Column
 from twotower.features.feature_set import encode_request
 from twotower.fusion.fuse import Fused
 from twotower.index.protocol import Exclusions
+from twotower.logs.events import ALLOWED_SKEW_MS
 from twotower.models.retriever import Queries, similar_items
 from twotower.publish.version import TWO_TOWER, Version
 from twotower.schema import columns as c
@@ -104,7 +105,7 @@ def retrieve(
         DataError: an unknown feature, channel, attribute or kind of exclusion, or a value of another type.
         Unanswerable: no channel answered.
     """
-    queries = queries_of(version, asked, recent, now_ms - impressed_window_ms)
+    queries = queries_of(version, asked, recent, impressed_window(now_ms, impressed_window_ms))
     found = find(version, asked.channels, queries, asked.k, ask)
     ids = version.items.at(found.rows)
     scores = found.fused.candidates.scores[0].tolist()
@@ -127,14 +128,19 @@ def find(version: Version, channels: Sequence[str], queries: Queries, k: int, as
     return Found(queries, version.fusion.fuse(brought.lists, k), brought.left_out)
 
 
-def queries_of(version: Version, asked: Asked, recent: Recent, since_ms: int) -> Queries:
-    """Who asks, as the channels see them; impressions count from `since_ms` on."""
+def impressed_window(now_ms: int, window_ms: int) -> range:
+    """The times of impressions that count. Later ones are of a clock that was ahead, and must not count for years."""
+    return range(now_ms - window_ms, now_ms + ALLOWED_SKEW_MS + 1)
+
+
+def queries_of(version: Version, asked: Asked, recent: Recent, window: range) -> Queries:
+    """Who asks, as the channels see them; impressions count whose time is within the window."""
     user_row = find_user(version, asked.user_id)
     clicks = clicked_rows(version, user_row, recent)
     return Queries(
         user_columns(version, user_row, asked),
         Bag(np.array([0, len(clicks)]), clicks),
-        Exclusions.of([left_out(version, asked, clicks, recent, since_ms)]),
+        Exclusions.of([left_out(version, asked, clicks, recent, window)]),
     )
 
 
@@ -194,7 +200,7 @@ def user_columns(version: Version, user_row: int, asked: Asked) -> dict[str, Col
 
 
 def left_out(
-    version: Version, asked: Asked, clicks: npt.NDArray[np.int32], recent: Recent, since_ms: int
+    version: Version, asked: Asked, clicks: npt.NDArray[np.int32], recent: Recent, window: range
 ) -> npt.NDArray[np.int64]:
     """Catalogue rows that the answer must not hold: clicked, impressed lately, outside the filters."""
     if asked.exclude not in EXCLUDE:
@@ -203,9 +209,9 @@ def left_out(
     if asked.exclude != "none":
         parts.append(clicks.astype(np.int64))
     if asked.exclude == "impressed":
-        parts.append(rows_of_events(version, [event for event in recent.shown if event[0] >= since_ms]))
+        parts.append(rows_of_events(version, [event for event in recent.shown if event[0] in window]))
         if recent.seen is not None:
-            parts.append(_seen(version, recent.seen, since_ms))
+            parts.append(_seen(version, recent.seen, window.start))
     if not asked.filters:
         return np.unique(np.concatenate(parts))
     out = np.zeros(len(version.items), np.bool_)
