@@ -216,7 +216,8 @@ def _parse(body: memoryview, names: list[str], delimiter: str, path: Path, data:
         text.seek(0)
         return pa_csv.read_csv(
             text,
-            pa_csv.ReadOptions(column_names=keys, block_size=block_bytes),
+            # one thread: with more, a command that ends soon after has been seen to abort at its exit
+            pa_csv.ReadOptions(column_names=keys, block_size=block_bytes, use_threads=False),
             pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=judge),
             pa_csv.ConvertOptions(
                 column_types=dict.fromkeys(keys, pa.string()), null_values=[""], strings_can_be_null=True
