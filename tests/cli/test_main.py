@@ -52,7 +52,7 @@ def test_wrong_usage_exits_with_2_and_a_sentence(
         "versions verify",
         "versions promote x",
         "versions rollback",
-        "retrieve --out o",
+        "retrieve --out o.parquet",
     ],
 )
 def test_a_missing_workspace_exits_with_1_says_so_and_makes_nothing(
@@ -95,7 +95,8 @@ def test_a_damaged_version_is_reported_and_exits_with_1(run, own_world: Settings
         (["--k", 0], 2),
         (["--exclude", "seen"], 2),
         (["--channel", "mind"], 2),
-        (["--users", "absent"], 1),
+        (["--users", "absent.csv"], 1),
+        (["--users", "absent"], 2),
         (["--version", "x"], 1),
     ],
 )
@@ -108,9 +109,11 @@ def test_retrieve_refuses_what_cannot_be_meant(
     assert not (tmp_path / "o.parquet").exists()
 
 
-def test_sigterm_ends_a_command_with_1_and_nothing_half_written(own_world: Settings, tmp_path: Path) -> None:
+def test_sigterm_ends_a_command_with_1_and_nothing_half_written(own_world: Settings, as_trained: list[str]) -> None:
     workspace = Path(own_world.workspace.path)
-    options = ["--set", f"workspace.path={json.dumps(str(workspace))}", "--set", "train.epochs=100000"]
+    config = Path(__file__).parents[2] / "examples" / "demo.toml"
+    place = f"workspace.path={json.dumps(str(workspace))}"
+    options = ["-c", str(config), *as_trained, "--set", place, "--set", "train.epochs=100000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "twotower", "train", *options],
         stdout=subprocess.PIPE,

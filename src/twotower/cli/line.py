@@ -560,9 +560,9 @@ def publish_version(
     Given ones are of this very configuration. The latest ones may be of another: then it is refused.
     """
     check_ready(settings, trained=True)
+    where, fusion = places(settings), fusion_of(settings)
     if checkpoints is None:
         settings = as_trained(settings)
-    where, fusion = places(settings), fusion_of(settings)
     samples = open_samples(where.samples)
 
     def made(name: str) -> Checkpoint:

@@ -45,6 +45,8 @@ Width = Annotated[int, Field(gt=0), _at_most(16_384)]
 Length = Annotated[int, Field(gt=0), _at_most(1_000_000)]
 """Of a list that is held as a whole."""
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False), _at_most(1e12)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), _at_most(1e38)]
+"""Within float32: one that is too high ends in a loss that is not finite, which says so."""
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _at_most(1e12)]
 AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False), _at_most(1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -551,11 +553,11 @@ class PreRank:
     """Impressions in a step."""
     epochs: Positive = 1
     """Passes over the impressions."""
-    learning_rate: PositiveReal = 0.001
+    learning_rate: Rate = 0.001
     """Of the network (Adam)."""
-    table_learning_rate: PositiveReal = 0.02
+    table_learning_rate: Rate = 0.02
     """Of the embedding tables (row-wise Adagrad)."""
-    position_learning_rate: PositiveReal = 0.05
+    position_learning_rate: Rate = 0.05
     """Of the biases of positions (Adam)."""
     weight_decay: NotNegative = 0.0
     """Of the network, decoupled."""
@@ -607,9 +609,9 @@ class Train:
     """Passes over the positives in the bootstrap; a full update is always one."""
     seed: Whole = 0
     """Of the initial weights, the order of rows and whatever else is drawn."""
-    learning_rate: PositiveReal = 0.001
+    learning_rate: Rate = 0.001
     """Of the networks (Adam)."""
-    table_learning_rate: PositiveReal = 0.05
+    table_learning_rate: Rate = 0.05
     """Of the embedding tables (row-wise Adagrad)."""
     schedule: Literal["constant", "linear"] = "constant"
     """`linear`: both rates fall to zero over the whole run."""
@@ -923,7 +925,7 @@ class Update:
     """Rows of the shards that one delta is made of at most."""
     batch_size: Positive = 256
     """Positives in a step at most."""
-    learning_rate: PositiveReal | None = None
+    learning_rate: Rate | None = None
     """Of the rows that move; absent = `train.table_learning_rate`."""
     negatives: Positive = 1024
     """Of a step, from the sources of `samples.negatives.easy`; `in_batch` = the stream's latest positives."""
