@@ -487,6 +487,7 @@ def test_health_version_and_metrics(server) -> None:
             "unknown_item_share": None,
             "popularity_drift": None,
             "gated": 0,
+            "held_back": {},
         },
         "refused_delta": None,
     }
