@@ -54,7 +54,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, name: str) -> None:
         with pytest.raises(DataError, match=f"{name} cannot be read"):
             ExactIndex.load(folder)
     (folder / name).unlink()
-    with pytest.raises(DataError, match=f"{name} cannot be read"):
+    with pytest.raises(DataError, match=f"{name} does not exist"):
         ExactIndex.load(folder)
 
 

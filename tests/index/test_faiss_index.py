@@ -252,7 +252,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, flat_below: int) -> None:
     with pytest.raises(DataError, match="is no index of FAISS"):
         FaissIndex.load(folder)
     path.unlink()
-    with pytest.raises(DataError, match="is missing"):
+    with pytest.raises(DataError, match="does not exist"):
         FaissIndex.load(folder)
 
 

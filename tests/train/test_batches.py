@@ -419,6 +419,15 @@ def test_no_id_is_dropped_at_0_and_nearly_all_near_1(samples: Samples) -> None:
             assert low <= dropped.mean() <= high, (share, name)
 
 
+@pytest.mark.parametrize("weight", [1e29, np.inf, np.nan, -1.0])
+def test_a_weight_whose_squares_are_no_numbers_is_refused(samples: Samples, weight: float) -> None:
+    weights = np.ones(len(samples.positives), np.float32)
+    weights[3] = weight
+    wild = replace(samples, positives=replace(samples.positives, weight=weights))
+    with pytest.raises(DataError, match=r"1 of .* positives have a weight such as"):
+        maker(wild, 16)
+
+
 def test_weights_go_with_their_rows(build_world: BuildWorld, random_events: Draw) -> None:
     events = random_events(USERS, ITEMS, 60, True)
     weighted = [type(e)(e.user, e.item, e.request_ms, e.click_ms, 1.0 + e.item) for e in events]

@@ -385,7 +385,6 @@ def _read_manifest(path: Path, version_id: str, seq: int) -> dict[str, Any]:
         raise VersionError(f"{path} is damaged: {MANIFEST} does not have its own SHA-256")
     try:
         check_fields(manifest, FIELDS, f"{path}: {MANIFEST}")
-        check_fields(manifest["offsets"], {"shards": dict, "log": dict}, f"{path}: offsets")
         if (stands_for := manifest.get("stands_for")) is not None:
             check_fields(stands_for, {"digest": str}, f"{path}: stands_for")
             check_fields(manifest["report"].get(FOLDED), {"gated": list, "recall": dict}, f"{path}: report")

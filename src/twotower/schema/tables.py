@@ -23,6 +23,8 @@ MAX_WEIGHT = 1000.0
 
 MAX_WEIGHT = 1000.0
 """Largest weight of a click: squares of far larger ones overflow the optimizer's accumulators."""
+MAX_TRAINING_WEIGHT = 1e9
+"""Largest weight of a positive in training, where weights of a batch sum to one: such as milliseconds watched."""
 
 
 def joined_events(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:

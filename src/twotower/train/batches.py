@@ -18,6 +18,7 @@ from twotower.models.losses import Mask
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.tables import MAX_TRAINING_WEIGHT
 from twotower.train.negatives import CountedFrequency, EasyNegatives, HardNegatives, StreamingFrequency
 
 Longs = npt.NDArray[np.int64]
@@ -106,7 +107,7 @@ class BatchMaker:
         in_time_order: an epoch goes through the positives as they were clicked; else it shuffles them.
 
     Raises:
-        DataError: an epoch has fewer than two rows, or `batch_size` is below 2.
+        DataError: an epoch has fewer than two rows, `batch_size` is below 2, or a weight is not from 0 to 1e9.
         ConfigError: a transformer is to read histories that have no order, or positives without a time are to age or
             to come in its order.
     """
@@ -139,7 +140,7 @@ class BatchMaker:
         self._items = Compactor(len(samples.items))
         self._users = Compactor(len(samples.users))
         self._column = np.full(len(samples.items), -1, np.int32)
-        self._weight = samples.positives.weight
+        self._weight = _bounded(samples.positives.weight)
         if half_life_days is not None:
             self._weight = self._weight * freshness(samples, half_life_days)
         self._weak = len(samples.positives) > int(samples.item_positives.sum())
@@ -445,3 +446,18 @@ def _with_own(mask: Mask, positive: Longs, negatives: int) -> Mask:
     lacking = np.flatnonzero(~there & (positive < negatives))
     line, columns = np.concatenate([line, lacking]), np.concatenate([mask.columns, positive[lacking]])
     return Mask(pointers(np.bincount(line, minlength=len(positive))), columns[np.argsort(line, kind="stable")])
+
+
+def _bounded(weight: Reals) -> Reals:
+    """Weights (N,) as they are, if the sums and squares of them are numbers.
+
+    Raises:
+        DataError: some are not.
+    """
+    wrong = ~((weight >= 0) & (weight <= MAX_TRAINING_WEIGHT))
+    if wrong.any():
+        raise DataError(
+            f"{int(wrong.sum())} of {len(weight)} positives have a weight such as {weight[wrong][0]:g}, where a number "
+            f"from 0 to {MAX_TRAINING_WEIGHT:g} is expected: scale the column of samples.weight"
+        )
+    return weight
