@@ -25,6 +25,7 @@ from twotower.datasets.tables import DAY_MS, Tables
 from twotower.datasets.workspace import ITEMS, MANIFEST, USERS, ImportReport, write_workspace
 from twotower.datasets.world import FIRST_DAY_MS, NOTHING, SCENES, Requests, Truth, World, date_of, make_world, rng_of
 from twotower.schema import columns as c
+from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.schema.tables import joined_events
@@ -143,7 +144,9 @@ def simulate(users: int, items: int, days: int, seed: int, like: str = DEFAULT) 
     return Simulation(world, user_table, item_table, events)
 
 
-def simulate_workspace(path: Path, users: int, items: int, days: int, seed: int, like: str = DEFAULT) -> ImportReport:
+def simulate_workspace(
+    path: Path, users: int, items: int, days: int, seed: int, like: str = DEFAULT, clock_ms: ClockMs = now_ms
+) -> ImportReport:
     """Simulate a world and write it as a workspace whose last day is held out.
 
     Args:
@@ -153,13 +156,21 @@ def simulate_workspace(path: Path, users: int, items: int, days: int, seed: int,
         days: see `simulate`; at least 2, because the last one is held out.
         seed: see `simulate`.
         like: see `simulate`.
+        clock_ms: what every stage takes for now: the world has to end before it.
 
     Raises:
-        ConfigError: a size or a seed that is too small, no such nature, or something stands at `path`.
+        ConfigError: a size or a seed that is too small, a world that ends later than now, no such nature, or something
+            stands at `path`.
         DataError: the world is so small that nobody clicked before the last day, or on it.
     """
     if days < 2:
         raise ConfigError(f"days={days}: the last day is held out, so simulate at least 2")
+    past = (clock_ms() - FIRST_DAY_MS) // DAY_MS
+    if days > past:
+        raise ConfigError(
+            f"days={days}: a world begins on {date_of(0)}, and this one would end later than now, where no stage takes "
+            f"events: simulate at most {max(0, past)} days, and look at the clock of this machine"
+        )
     simulation = simulate(users, items, days, seed, like)
     tables = Tables(SOURCE, simulation.users, simulation.items, simulation.events)
     arguments = {"users": users, "items": items, "days": days, "seed": seed, "like": like}
