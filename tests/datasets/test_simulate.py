@@ -328,7 +328,7 @@ def test_a_workspace_of_one_day_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_world_that_ends_later_than_now_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="begins on 2026-01-05.*at most 2 days"):
+    with pytest.raises(ConfigError, match=r"begins on 2026-01-05.*at most 2 days"):
         simulate_workspace(tmp_path / "w", 80, 120, 3, 5, clock_ms=lambda: FIRST_DAY_MS + 3 * DAY_MS - 1)
     assert not (tmp_path / "w").exists()
 
