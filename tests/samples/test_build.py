@@ -641,7 +641,7 @@ def test_a_folder_without_samples_is_refused(tmp_path: Path, world: World, build
         open_samples(tmp_path)
     samples = build(world(USERS, ITEMS, {DAY1: [GOOD]}))
     (samples.path / "clicks.arrow").unlink()
-    with pytest.raises(DataError, match=r"clicks\.arrow cannot be read"):
+    with pytest.raises(DataError, match=r"clicks\.arrow does not exist"):
         open_samples(samples.path)
 
 

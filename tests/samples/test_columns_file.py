@@ -55,5 +55,5 @@ def test_a_file_of_several_batches_is_refused(tmp_path: Path) -> None:
     table = pa.table({"x": pa.chunked_array([[1, 2], [3]])})
     with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    with pytest.raises(DataError, match="has 2 record batches, where one is due"):
+    with pytest.raises(DataError, match="has 2 record batches, where one is expected"):
         map_columns(tmp_path / "x.arrow")

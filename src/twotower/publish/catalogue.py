@@ -315,15 +315,16 @@ class SetAside:
 
     count: dict[str, int] = field(default_factory=dict)
     """Entities by kind."""
-    _told: set[tuple[str, EntityId]] = field(default_factory=set)
+    told: dict[tuple[str, EntityId], str] = field(default_factory=dict)
+    """Why, by kind and id; of the first ones."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, kind: str, one: EntityId, reason: str) -> None:
         """Note that an entity, or a feature of it, cannot be used."""
         with self._lock:
-            if (kind, one) in self._told:
+            if (kind, one) in self.told:
                 return
             self.count[kind] = self.count.get(kind, 0) + 1
-            if len(self._told) < _MOST_TOLD:
-                self._told.add((kind, one))
+            if len(self.told) < _MOST_TOLD:
+                self.told[kind, one] = cut(reason)
         log.warning("what the log says of %s %s cannot be used and is set aside: %s", kind, shown(one), cut(reason))

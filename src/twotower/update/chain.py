@@ -44,7 +44,7 @@ from twotower.publish.delta import (
 from twotower.publish.overlay import Entities, Overlay, item_columns
 from twotower.publish.version import Version
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError, VersionError
+from twotower.schema.errors import DataError, VersionError, shown
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.schema.tables import is_id
 from twotower.stream.shards import partitions, read_parts, usable_manifests
@@ -503,6 +503,7 @@ class Chain:
         """The next delta and what is wrong with it; learner and overlay are behind it then."""
         learner, touched = self._learner, Touched()
         pending = {name: dict(counts) for name, counts in learner.pending.items()}
+        told = set(self._overlay.aside.told)
         self._take_entities(entities.found, entities.deleted_ms)
         forgotten = self._forget(entities.deleted_ms, touched)
         sorted_out = self._sort_out(tables, risen)
@@ -583,6 +584,10 @@ class Chain:
         trial = self._overlay.copied()
         trial.learn(delta)
         laid = trial.lay(self._entities)
+        noted = {named: why for named, why in trial.aside.told.items() if named not in told}
+        if noted:
+            aside += [f"{kind} {shown(one)}: {why}" for (kind, one), why in noted.items()]
+            report["set_aside"] = aside[:TOLD]
         if not refused and (problems := check_served(laid, learner.vectors, self._limits)):
             return _Learned(delta, problems)
         too_far = frozenset[EntityId]()
