@@ -1,6 +1,7 @@
 """What a log gives back of whatever is stored in it."""
 
 import struct
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -85,7 +86,7 @@ def test_an_event_is_stored_and_read_as_it_is_or_refused(document: dict[str, Any
     except DataError:
         return
     record = record_of(0, 1, payload)
-    assert (record.event, record.logged_ms) == (event, T0)
+    assert (record.event, record.logged_ms) == (replace(event, ts_ms=min(event.ts_ms, T0)), T0)
 
 
 def test_a_payload_of_an_earlier_release_has_the_clock_of_its_reader() -> None:
@@ -93,6 +94,11 @@ def test_a_payload_of_an_earlier_release_has_the_clock_of_its_reader() -> None:
     assert (record.event.type, record.logged_ms) == ("click", T0 + 5)
     late = record_of(0, 1, orjson.dumps(GOOD), lambda: T0 - ALLOWED_SKEW_MS - 1)
     assert (late.event.type, late.event.body["reason"]) == (UNUSABLE, "beyond_clock")
+
+
+def test_an_event_of_a_clock_that_is_a_little_ahead_happened_when_it_was_logged() -> None:
+    ahead = Event("e", "click", 1, T0 + 200_000, body={"item_id": 3})
+    assert record_of(0, 1, payload_of(ahead, T0)).event.ts_ms == T0
 
 
 def test_a_stub_of_an_earlier_release_is_read() -> None:

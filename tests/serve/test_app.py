@@ -380,6 +380,8 @@ def test_nan_is_never_in_an_answer(server) -> None:
         ({"type": "request", "items": ["a"], "outcomes": []}, "one entry for each of the 1 items"),
         ({"type": "request", "items": ["a"], "outcomes": ["bought"]}, "outcome 'bought': it is one of"),
         ({"ts_ms": 1_893_456_000_000}, "ahead of the log's clock"),
+        ({"item_id": ""}, "item_id holds an empty id"),
+        ({"item_id": "a", "items": ["b"]}, "has both item_id and items"),
         ({"event_id": "x" * 513}, "has 513 bytes, at most 512 are allowed"),
         ({"item_id": "x" * 513}, "has 513 bytes, at most 512 are allowed"),
         ({"items": ["a"] * 10_001}, "items has 10001 entries, at most 10000 are allowed"),
@@ -398,7 +400,9 @@ def test_events_that_no_one_could_use_are_refused_and_none_of_the_batch_is_logge
     server, change: dict, message: str
 ) -> None:
     good = {"event_id": "e", "type": "click", "user_id": 1, "ts_ms": server.now_ms, "item_id": "a"}
-    response = server.http.post("/v1/events", json={"events": [good, {**good, **change}]})
+    named = {} if "items" in change else {"item_id": "a"}
+    bad = {**{name: value for name, value in good.items() if name != "item_id"}, **named, **change}
+    response = server.http.post("/v1/events", json={"events": [good, bad]})
     assert response.status_code == 422, response.text
     assert response.json()["error"].startswith("events[1]: ")
     assert message in response.json()["error"]
@@ -420,6 +424,14 @@ def test_a_request_beyond_the_clock_is_refused_and_nothing_is_logged(server) -> 
         assert response.status_code == 422
         assert "ahead of the log's clock" in response.json()["error"]
     assert sum(server.log.ends()) == 0
+
+
+@pytest.mark.parametrize("user_id", ["@erased", "@catalogue"])
+def test_a_user_of_the_logs_own_is_answered_nothing(odd_server, user_id: str) -> None:
+    for route in ("retrieve", "recommend", "explain"):
+        more = {"item_id": 3} if route == "explain" else {}
+        response = odd_server.http.post(f"/v1/{route}", json={"user_id": user_id, **more})
+        assert (response.status_code, "the log's own" in response.text) == (422, True)
 
 
 def test_impressions_of_a_clock_that_was_ahead_do_not_count_once_it_is_right(server) -> None:

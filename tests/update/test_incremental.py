@@ -678,6 +678,30 @@ def test_an_accumulator_without_bounds_is_refused_and_one_in_a_chain_is_repaired
     assert all(np.isfinite(table.accumulator).all() for table in chain._learner.model.tables.values())
 
 
+def test_an_item_that_the_version_was_trained_on_keeps_its_row_though_it_was_put_again_before(learning, happen, clicks):
+    version = open_served(learning)
+    row = int(np.argmax(np.bincount(version.clicks.item_row)))
+    item, before = version.item_ids[row].as_py(), version.watermark_ms - 1000
+    again = [item_deleted("d", before, item), item_event("p", before + 1, item, {"category": "astronomy"}, None)]
+    happen(learning, [*again, *clicks(learning, 40)])
+    report = run(learning)
+    assert (report.refused, report.set_aside) == ([], [])
+    [delta] = deltas(learning)
+    assert item not in {one for ids in delta.new_ids.values() for one in ids.column("id").to_pylist()}
+    chain = open_chain(learning, version.path, None)
+    assert chain._learner.item_tokens[row] == version.features.vocabularies[c.ITEM_ID].rows(version.item_ids)[row]
+    assert chain._learner.clicks[row] > 0
+
+
+def test_a_shard_without_clicks_is_no_problem_while_a_user_is_deleted(learning, happen, clicks) -> None:
+    version = open_served(learning)
+    user, at = version.users.ids[0].as_py(), version.watermark_ms
+    shown = {"items": [version.item_ids[0].as_py()], "outcomes": ["impressed"]}
+    happen(learning, [user_deleted("d", at + 1, user), Event("q", "request", 1001, at + 2, "r", shown)])
+    report = run(learning)
+    assert (report.refused, report.set_aside) == ([], [])
+
+
 def test_a_click_before_the_deletion_of_an_item_is_not_learned_by_the_one_that_has_its_id_now(learning, happen) -> None:
     version = open_served(learning)
     row = int(np.argmax(np.bincount(version.clicks.item_row)))

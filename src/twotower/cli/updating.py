@@ -124,7 +124,8 @@ def update_full(settings: Settings, *, dry_run: bool) -> UpdateReport:
             log.info("full update of %s", day)
             made = _learn_day(settings, where, _done(where), day)
             rows += made.rows
-            latest = replace(latest, version=made.version, seq=made.seq, rows=rows, watermark_ms=made.watermark_ms)
+            aside, reasons = [*latest.set_aside, *made.set_aside], [*latest.reasons, *made.reasons]
+            latest = replace(made, rows=rows, set_aside=aside, reasons=reasons)
             refused += [place] if made.refused else []
     return replace(latest, refused=refused)
 
@@ -175,7 +176,7 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
         caught_up = catch_up(where.versions / version, where.deltas, lambda path: open_chain(settings, path, event_log))
         promote(where.versions, version)
     _note(where, [*done, FullDay(day, chain, version)], latest)
-    return UpdateReport("full", version, caught_up.seq, len(own.positives), caught_up.watermark_ms)
+    return replace(caught_up, kind="full", rows=len(own.positives), refused=[], plan=None)
 
 
 def _left_by_a_killed_run(where: Places, served: Path, towers: Checkpoint, configuration: dict[str, Any]) -> str | None:

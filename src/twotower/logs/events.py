@@ -142,6 +142,8 @@ def _check_items(event: Event, where: str) -> None:
     """The items of a click, an impression or a request, and what a request says of each of them."""
     body = event.body
     items = body.get(ITEMS)
+    if items is not None and c.ITEM_ID in body:
+        raise UnusableEvent(MALFORMED, f"{where} has both item_id and items: put all items into items")
     _check_list(items, MAX_ITEMS, f"{where}: items")
     _check_ids(items or [], f"{where}: items")
     weight = body.get(c.WEIGHT)
@@ -185,6 +187,8 @@ def _check_ids(values: Sequence[Any], where: str) -> None:
     if int in kinds:
         _check_integers([value for value in values if type(value) is int], where)
     if str in kinds:
+        if "" in values:
+            raise UnusableEvent(MALFORMED, f"{where} holds an empty id: leave it out, or give the item its id")
         for value in values:
             _check_text(value, MAX_ID_BYTES, where)
 

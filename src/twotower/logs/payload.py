@@ -10,6 +10,7 @@ keeps its offset, counts as an event of nobody, and stops no reader.
 """
 
 import struct
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -88,6 +89,8 @@ def record_of(offset: int, next_offset: int, payload: bytes | None, clock_ms: Cl
             logged_ms = clock_ms() if logged_ms is None else logged_ms
             event = Event.from_json(document)
             check_event(event, logged_ms)
+            if event.ts_ms > logged_ms:  # by a clock that is a little ahead: nothing happened after it was logged
+                event = replace(event, ts_ms=logged_ms)
     except DataError as error:
         reason = error.reason if isinstance(error, UnusableEvent) else MALFORMED
         logged_ms = clock_ms() if logged_ms is None else logged_ms

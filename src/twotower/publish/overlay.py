@@ -338,10 +338,10 @@ class Overlay:
 
     def _needs_row(self, entity: Entity, own: int) -> bool:
         """The item stands in the catalogue, and not in the version's own row of that id."""
-        another = not self._by_id and self._is_another(entity)
+        another = not self._by_id and self.is_another(entity)
         return not entity.deleted and entity.features is not None and (own < 0 or another)
 
-    def _is_another(self, entity: Entity) -> bool:
+    def is_another(self, entity: Entity) -> bool:
         """It was deleted and put again since the version was made: what the version has under the id is not meant."""
         if not entity.fresh or entity.deleted_ms is None:
             return entity.fresh
@@ -435,7 +435,7 @@ class Overlay:
 
     def _token(self, one: EntityId, entity: Entity, row: int) -> int:
         """The row of an item in the table of item ids."""
-        if self._is_another(entity) and one not in self._forgotten[c.ITEM_ID]:
+        if self.is_another(entity) and one not in self._forgotten[c.ITEM_ID]:
             return UNKNOWN
         if one in self._ids[c.ITEM_ID]:
             return self._ids[c.ITEM_ID][one]

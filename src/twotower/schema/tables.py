@@ -124,6 +124,8 @@ def column_of(value: Any, kind: pa.DataType) -> pa.Array | None:
     if value is not None and isinstance(value, list | tuple) != is_list:
         return None
     numbers = plain.value_type if is_list else plain
+    if not all(_is_of(one, numbers) for one in (value if isinstance(value, list | tuple) else [value])):
+        return None
     try:
         column = pa.array([value], plain).cast(kind)
         column.to_pylist()  # a time that Python cannot show would fail in every answer
@@ -134,6 +136,14 @@ def column_of(value: Any, kind: pa.DataType) -> pa.Array | None:
     except (pa.ArrowException, TypeError, OverflowError, UnicodeError, ValueError):
         return None
     return column
+
+
+def _is_of(value: Any, kind: pa.DataType) -> bool:
+    """Arrow would cut a fraction, and take true for 1."""
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        whole = not isinstance(value, float) or value.is_integer() or pa.types.is_floating(kind)
+        return not isinstance(value, bool) and whole
+    return True
 
 
 def check_entities(table: pa.Table, id_column: str, where: str) -> pa.Table:

@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from twotower.features.store import FeatureStoreError
 from twotower.logs import Event, EventLog, EventLogError
 from twotower.logs.entities import CATALOGUE, TYPES
-from twotower.logs.events import CLICK, IMPRESSION, ITEMS, REQUEST, check_event, check_time
+from twotower.logs.events import CLICK, IMPRESSION, ITEMS, NOBODY, REQUEST, check_event, check_time
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms
@@ -537,6 +537,8 @@ def _add_funnel(
 
 
 def _asked(body: AskedBody, k: int, exclude: str) -> Asked:
+    if body.user_id in (NOBODY, CATALOGUE):
+        raise DataError(f"user_id {shown(body.user_id)} is the log's own: users have other ids")
     filters = {name: Filter(wanted.allow, wanted.deny) for name, wanted in body.filters.items()}
     return Asked(k, body.exclude or exclude, body.user_id, body.features, body.context, filters, body.channels)
 

@@ -727,7 +727,7 @@ class Chain:
         items = self._laid.items.find(item_ids)
         there = (items >= 0) & ~self._laid.gone[np.maximum(items, 0)]
         gone = {one for one, entity in self._entities.users.items() if entity.deleted}
-        deleted = np.array([one in gone for one in user_ids.to_pylist()]) if gone else np.zeros(len(times), np.bool_)
+        deleted = np.array([one in gone for one in user_ids.to_pylist()], np.bool_)
         former = self._of_former(ITEM, item_ids, times) | self._of_former(USER, user_ids, times)
         positives = self._encoded(found.filter(pa.array(~late & there & ~deleted & ~former)))
         counts |= {
@@ -758,7 +758,7 @@ class Chain:
         learner, forgotten = self._learner, dict[str, list[tuple[EntityId, int]]]()
         for kind, one in deleted:
             table = c.ITEM_ID if kind == ITEM else c.USER_ID
-            if table not in learner.model.tables:
+            if table not in learner.model.tables or (kind == ITEM and self._is_known(one)):
                 continue
             ids = pa.array([one], self._id_type(table))
             token = int(tokens_of(self.version.features, table, ids, learner.learned[table])[0])
@@ -769,6 +769,11 @@ class Chain:
             if table == c.ITEM_ID:
                 self._set_tokens(_ids([(one, UNKNOWN)], self._id_type(table)))
         return forgotten
+
+    def _is_known(self, item_id: EntityId) -> bool:
+        """The version itself was trained on the item that has the id now: it was put again before its watermark."""
+        entity = self._entities.items.get(item_id)
+        return entity is not None and entity.fresh and not entity.deleted and not self._overlay.is_another(entity)
 
     def _id_type(self, table: str) -> pa.DataType:
         return (self.version.item_ids if table == c.ITEM_ID else self.version.users.ids).type
@@ -814,7 +819,7 @@ class Chain:
 
     def _fresh_rows(self) -> Longs:
         """Catalogue rows of items that were deleted and put again: what the version counted was of others."""
-        fresh = [one for one, entity in self._entities.items.items() if entity.fresh]
+        fresh = [one for one, entity in self._entities.items.items() if entity.fresh and not self._is_known(one)]
         rows = self._laid.items.find(pa.array(fresh, self.version.item_ids.type))
         return rows[rows >= 0]
 
