@@ -26,7 +26,7 @@ from twotower.logs import Event
 from twotower.logs.entities import item_deleted, item_event, user_deleted
 from twotower.models.channel import latest
 from twotower.publish import overlay as overlay_module
-from twotower.publish.delta import Delta, base_digest, last_seq, read_delta
+from twotower.publish.delta import Delta, base_digest, chain_folder, delta_folder, last_seq, read_delta, verify_chain
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.publish.version import digest, open_version
@@ -691,6 +691,22 @@ def test_an_item_that_the_version_was_trained_on_keeps_its_row_though_it_was_put
     chain = open_chain(learning, version.path, None)
     assert chain._learner.item_tokens[row] == version.features.vocabularies[c.ITEM_ID].rows(version.item_ids)[row]
     assert chain._learner.clicks[row] > 0
+
+
+def test_a_damaged_delta_is_told_by_verify_and_the_chain_without_it_is_learned_anew(learning, happen, clicks) -> None:
+    where, version = places(learning), open_served(learning)
+    happen(learning, clicks(learning, 40))
+    assert run(learning).seq == 1
+    assert verify_chain(where.deltas, version.path) == []
+    state = delta_folder(where.deltas, version.id, 1) / "state.json"
+    state.write_bytes(state.read_bytes()[:-5])
+    [problem] = verify_chain(where.deltas, version.path)
+    assert "is damaged: state.json" in problem
+    assert f"remove {chain_folder(where.deltas, version.id)}" in problem
+    with pytest.raises(VersionError, match="Restore it from a copy"):
+        run(learning)
+    shutil.rmtree(chain_folder(where.deltas, version.id))
+    assert (run(learning).rows, verify_chain(where.deltas, version.path)) == (40, [])
 
 
 def test_a_shard_without_clicks_is_no_problem_while_a_user_is_deleted(learning, happen, clicks) -> None:

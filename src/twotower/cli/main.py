@@ -229,14 +229,15 @@ def versions_list(config: ConfigFile = None, overrides: Overrides = None) -> Non
 def versions_verify(
     version: Annotated[str | None, typer.Argument()] = None, config: ConfigFile = None, overrides: Overrides = None
 ) -> None:
-    """Check the files of a version and replay its golden queries."""
+    """Check the files of a version and of its deltas, and replay its golden queries."""
     from twotower.cli.line import places
+    from twotower.publish.delta import verify_chain
     from twotower.publish.publish import current_path, existing_path, verify
 
     with command():
-        folder = places(load(config, overrides or [])).versions
-        path = existing_path(folder, version) if version else current_path(folder)
-        problems = verify(path)
+        where = places(load(config, overrides or []))
+        path = existing_path(where.versions, version) if version else current_path(where.versions)
+        problems = verify(path) or verify_chain(where.deltas, path)
         answer({"version": path.name, "ok": not problems, "problems": problems})
         if problems:
             raise typer.Exit(1)

@@ -297,8 +297,23 @@ def read_next(deltas: Path, version_id: str, base: str, seq: int, follows: str) 
     except VersionError as error:  # damaged, or removed while it was read
         problem = error
     if seq == 0 or (folded := read_folded(deltas, version_id, base, seq)) is None:
-        raise problem
+        raise VersionError(
+            f"{problem}. Restore it from a copy; or remove {chain_folder(deltas, version_id)} and restart the servers: "
+            "the updater then learns these deltas anew from the shards"
+        ) from problem
     return folded
+
+
+def verify_chain(deltas: Path, version_path: Path) -> list[str]:
+    """What is wrong with the deltas of a version: a sentence on the first that cannot be read, none where all can."""
+    base = follows = base_digest(version_path)
+    seq = 0
+    try:
+        while (delta := read_next(deltas, version_path.name, base, seq, follows)) is not None:
+            seq, follows = delta.seq, delta.digest
+    except VersionError as error:
+        return [str(error)]
+    return []
 
 
 def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
