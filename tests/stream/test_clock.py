@@ -1,7 +1,7 @@
 import pytest
 
 from twotower.logs import Event
-from twotower.stream.clock import Clock, Progress, joined_until
+from twotower.stream.clock import Clock, JoinProgress, joined_until
 
 T0 = 1_700_000_000_000
 HOUR_MS = 3_600_000
@@ -33,14 +33,14 @@ def test_a_clock_that_comes_back_takes_what_a_flush_raised_with_it() -> None:
     ("partitions", "reached"),
     [
         ([], None),
-        ([Progress(None, True)], None),
-        ([Progress(5_000, False), Progress(3_000, False)], 3_000),
-        ([Progress(5_000, False), Progress(4_500, True)], 4_500),  # not idle for long enough
-        ([Progress(5_000, False), Progress(3_000, True)], 5_000),  # idle
-        ([Progress(5_000, True), Progress(3_000, True)], 5_000),
-        ([Progress(5_000, True), Progress(None, True)], 5_000),  # never had an event
-        ([Progress(5_000, True), Progress(None, False)], None),  # has events that nobody joined yet
+        ([JoinProgress(None, True)], None),
+        ([JoinProgress(5_000, False), JoinProgress(3_000, False)], 3_000),
+        ([JoinProgress(5_000, False), JoinProgress(4_500, True)], 4_500),  # not idle for long enough
+        ([JoinProgress(5_000, False), JoinProgress(3_000, True)], 5_000),  # idle
+        ([JoinProgress(5_000, True), JoinProgress(3_000, True)], 5_000),
+        ([JoinProgress(5_000, True), JoinProgress(None, True)], 5_000),  # never had an event
+        ([JoinProgress(5_000, True), JoinProgress(None, False)], None),  # has events that nobody joined yet
     ],
 )
-def test_an_idle_partition_does_not_hold_the_others(partitions: list[Progress], reached: int | None) -> None:
+def test_an_idle_partition_does_not_hold_the_others(partitions: list[JoinProgress], reached: int | None) -> None:
     assert joined_until(partitions, idle_ms=1_000) == reached

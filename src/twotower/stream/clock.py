@@ -60,7 +60,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Progress:
+class JoinProgress:
     """How far a partition is joined."""
 
     watermark_ms: int | None
@@ -69,13 +69,13 @@ class Progress:
     """Nothing of the partition's log is left to be joined."""
 
 
-def joined_until(partitions: Iterable[Progress], idle_ms: int) -> int | None:
+def joined_until(partitions: Iterable[JoinProgress], idle_ms: int) -> int | None:
     """Event time up to which all partitions are joined; None where one has events and none of them is joined yet.
 
     A partition that was read to its end is left out if it has no event, or if its watermark is more than `idle_ms`
     behind the latest one.
 
-    >>> busy, idle = Progress(90_000_000, False), Progress(10_000_000, True)
+    >>> busy, idle = JoinProgress(90_000_000, False), JoinProgress(10_000_000, True)
     >>> joined_until([busy, idle], idle_ms=600_000)
     90000000
     """

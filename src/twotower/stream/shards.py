@@ -28,7 +28,7 @@ from twotower.logs import EventLog
 from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError
 from twotower.schema.files import TEMPORARY, read_json, sha256, whole_file, write_json
-from twotower.stream.clock import Clock, Progress
+from twotower.stream.clock import Clock, JoinProgress
 from twotower.stream.decode import decode_rows
 from twotower.stream.example import encode_rows
 from twotower.stream.joiner import Counts, Replay
@@ -158,7 +158,7 @@ def partitions(folder: Path) -> list[int]:
     return sorted(int(found[1]) for name in os.listdir(folder) if (found := _PARTITION.fullmatch(name)))
 
 
-def progress_of(folder: Path, event_log: EventLog | None) -> dict[int, Progress]:
+def progress_of(folder: Path, event_log: EventLog | None) -> dict[int, JoinProgress]:
     """How far each partition is joined, by its number.
 
     Args:
@@ -171,7 +171,7 @@ def progress_of(folder: Path, event_log: EventLog | None) -> dict[int, Progress]
         known = manifests(folder, number)
         last = known[-1] if known else None
         at_end = event_log is None or not event_log.read(number, last.end if last else 0, 1)
-        found[number] = Progress(last.watermark_ms if last else None, at_end)
+        found[number] = JoinProgress(last.watermark_ms if last else None, at_end)
     return found
 
 

@@ -43,7 +43,7 @@ class Bounds:
 
 
 @dataclass
-class Counts:
+class WindowCounts:
     """What was trained in one window."""
 
     pairs: Counter[tuple[EntityId, EntityId]] = field(default_factory=Counter)
@@ -77,13 +77,13 @@ class Rise:
     these windows."""
 
 
-class Windows:
+class ClickWindows:
     """Counts of the latest windows of a chain; they are read from its deltas again.
 
     Args:
         bounds: what is allowed.
 
-    >>> windows = Windows(Bounds(pair=2))
+    >>> windows = ClickWindows(Bounds(pair=2))
     >>> windows.admit(["ann"] * 3 + ["bob"], ["song"] * 4, [0, 1, 2, 3]).tolist()
     ['', '', 'pair', '']
     >>> windows.admit(["ann"], ["song"], [3_600_000]).tolist()
@@ -92,10 +92,10 @@ class Windows:
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
-        self._counts: dict[int, Counts] = {}
+        self._counts: dict[int, WindowCounts] = {}
 
-    def _use(self, window: int) -> Counts:
-        self._counts[window] = self._counts.pop(window, Counts())
+    def _use(self, window: int) -> WindowCounts:
+        self._counts[window] = self._counts.pop(window, WindowCounts())
         for old in list(self._counts)[:-WINDOWS]:
             del self._counts[old]
         return self._counts[window]
@@ -110,12 +110,12 @@ class Windows:
         for place, ts in enumerate(ts_ms):
             by_window.setdefault(ts // self.bounds.window_ms, []).append(place)
         for window, places in by_window.items():
-            self._admit(self._counts.get(window, Counts()), users, items, places, why)
+            self._admit(self._counts.get(window, WindowCounts()), users, items, places, why)
         return why
 
     def _admit(
         self,
-        before: Counts,
+        before: WindowCounts,
         users: Sequence[EntityId],
         items: Sequence[EntityId],
         places: Sequence[int],
@@ -171,7 +171,7 @@ class Windows:
         for window, user, item, count in zip(*counted, strict=True):
             self._use(window).add(user, item, count)
         for window, item, change in risen:
-            self._counts.setdefault(window, Counts()).risen[item] += change
+            self._counts.setdefault(window, WindowCounts()).risen[item] += change
 
     def folded(self) -> dict[str, list[list[Any]]]:
         """All counts, in the order in which their windows were used."""
@@ -204,5 +204,5 @@ class Windows:
         return found
 
 
-def _both(counts: Sequence[Counts]) -> tuple[list[Counter[EntityId]], list[Counter[EntityId]]]:
+def _both(counts: Sequence[WindowCounts]) -> tuple[list[Counter[EntityId]], list[Counter[EntityId]]]:
     return [one.risen for one in counts], [one.items for one in counts]

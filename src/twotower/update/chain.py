@@ -49,7 +49,7 @@ from twotower.schema.files import read_json, whole_file, write_json
 from twotower.schema.tables import is_id
 from twotower.stream.shards import partitions, read_parts, usable_manifests
 from twotower.update.bounds import ITEM as OF_ITEM
-from twotower.update.bounds import PAIR, RISEN, Bounds, Windows
+from twotower.update.bounds import PAIR, RISEN, Bounds, ClickWindows
 from twotower.update.bounds import USER as OF_USER
 from twotower.update.gate import (
     LISTED,
@@ -196,7 +196,7 @@ class Chain:
         self._rows_at = self._first_rows()
         self._events_at: dict[str, int] = {}
         self._window: list[_Witness] = []
-        self._windows = Windows(self._bounds)
+        self._windows = ClickWindows(self._bounds)
         self._deleted_ms: dict[Named, int] = {}
         """When ids were deleted last: clicks up to then are of another user or item."""
         model, self.repaired = self._model(), 0
@@ -238,7 +238,7 @@ class Chain:
         """Take in a delta that was committed."""
         state, learner = delta.state, self._learner
         if delta.folded:  # it has these whole
-            learner.recent, self._window, self._windows = np.zeros(0, np.int64), [], Windows(self._bounds)
+            learner.recent, self._window, self._windows = np.zeros(0, np.int64), [], ClickWindows(self._bounds)
             learner.next_row |= state["next_row"]
         deleted = {(kind, one): ts_ms for kind, one, ts_ms in state.get("deleted", [])}
         self._take_entities({(kind, one): Entity(**entity) for kind, one, entity in state["entities"]}, deleted)
