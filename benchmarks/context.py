@@ -28,16 +28,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from twotower.cli.line import channel_of, make_samples, places, train_from
+from twotower.channels.item_cf import ItemCF
+from twotower.channels.popular import Popular
+from twotower.channels.retriever import Candidates, Queries, Retriever
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.workspace import HOLDOUT, HOLDOUT_COLD, HOLDOUT_IMPRESSIONS
 from twotower.evaluate.holdout import Truth, asked_first, candidates, cold_truth, first_requests, read_truth
 from twotower.evaluate.metrics import difference, score_lists
 from twotower.features.columns import Bag, pointers, take
-from twotower.models.item_cf import ItemCF
-from twotower.models.popular import Popular
-from twotower.models.retriever import Candidates, Queries, Retriever
+from twotower.pipeline.line import channel_of, make_samples, places, train_from
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.train.checkpoint import load_model, open_checkpoint

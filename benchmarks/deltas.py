@@ -33,18 +33,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.cli.line import open_served, places, run_line
-from twotower.cli.streaming import join_log
-from twotower.cli.updating import open_chain
 from twotower.config import Settings, load
-from twotower.datasets.simulate import simulate_workspace
 from twotower.features.vocabulary import FIRST
 from twotower.logs import Event, LocalEventLog
+from twotower.pipeline.line import open_served, places, run_line
+from twotower.pipeline.streaming import join_log
+from twotower.pipeline.updating import open_chain
 from twotower.publish.delta import Delta, Rows, base_digest, chain_folder, delta_folder, read_delta, write_delta
 from twotower.publish.tables import map_tables
 from twotower.serve.snapshots import Snapshots
 from twotower.stream.shards import read_rows
 from twotower.update.chain import Chain, Plan
+from twotower.worlds.simulate import simulate_workspace
 
 CONFIG = Path(__file__).parents[1] / "examples" / "demo.toml"
 HISTORY = 20

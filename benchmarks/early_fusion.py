@@ -24,15 +24,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from twotower.config import settings as spec
 from twotower.features.columns import Bag
 from twotower.features.feature_set import FeatureSet, encode_request, encode_table, fit
+from twotower.features.options import Categorical, Features, MultiCategorical, Numeric, Sequence
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
-from twotower.models.ranker import Ranker, RankerShape
-from twotower.models.towers import Network
 from twotower.publish.ranker import OnnxRanker, write_ranker
 from twotower.samples.read import Entities
+from twotower.towers.ranker import Ranker, RankerShape
+from twotower.towers.towers import Network
 
 DIMENSION = 64
 CENTRES = 200
@@ -49,18 +49,18 @@ SHAPES = {
     "pre_rank": RankerShape(Network("dnn", (64,)), 0.0, "mean", 16, 50),
     "rank": RankerShape(Network("dnn", (128, 64)), 0.0, "target", 16, 50),
 }
-FEATURES = spec.Features(
+FEATURES = Features(
     user={
-        "user_id": spec.Categorical("categorical"),
-        "age": spec.Numeric("numeric"),
-        "history": spec.Sequence("sequence", last=HISTORY),
+        "user_id": Categorical("categorical"),
+        "age": Numeric("numeric"),
+        "history": Sequence("sequence", last=HISTORY),
     },
     item={
-        "item_id": spec.Categorical("categorical"),
-        "category": spec.Categorical("categorical"),
-        "author": spec.Categorical("categorical"),
-        "tags": spec.MultiCategorical("multi_categorical"),
-        "price": spec.Numeric("numeric", transform="log"),
+        "item_id": Categorical("categorical"),
+        "category": Categorical("categorical"),
+        "author": Categorical("categorical"),
+        "tags": MultiCategorical("multi_categorical"),
+        "price": Numeric("numeric", transform="log"),
     },
 )
 

@@ -105,8 +105,8 @@ def run_job(workspace: Path, job: str, name: str) -> dict[str, Any]:
 def run_samples(workspace: Path, engine: Any) -> str:
     """Build samples; the hash of the hashes of their files."""
     from twotower.config import parse
-    from twotower.config import settings as spec
     from twotower.samples import build_samples, open_samples
+    from twotower.samples.options import HotOptions
 
     document: dict[str, Any] = {
         "user": {"user_id": {"kind": "categorical"}, "age": {"kind": "numeric"}, "history": {"kind": "sequence"}},
@@ -114,13 +114,13 @@ def run_samples(workspace: Path, engine: Any) -> str:
         "context": {"hour": {"kind": "categorical"}, "price": {"kind": "numeric"}},
     }
     folder = workspace / f"samples-{engine.name}"
-    build_samples(workspace, folder, parse({"features": document}).features, 64, hot=spec.Hot("sqrt"), engine=engine)
+    build_samples(workspace, folder, parse({"features": document}).features, 64, hot=HotOptions("sqrt"), engine=engine)
     return hashlib.sha256(json.dumps(open_samples(folder).manifest, sort_keys=True).encode()).hexdigest()
 
 
 def run_item_cf(workspace: Path, engine: Any) -> str:
     """Fit ItemCF to the samples; the hash of its file."""
-    from twotower.models.item_cf import ItemCF
+    from twotower.channels.item_cf import ItemCF
     from twotower.samples import open_samples
 
     samples = open_samples(workspace / "samples-duckdb")
@@ -132,7 +132,7 @@ def run_item_cf(workspace: Path, engine: Any) -> str:
 
 def run_swing(workspace: Path, engine: Any) -> str:
     """Fit Swing to the samples; the hash of its file."""
-    from twotower.models.swing import Swing
+    from twotower.channels.swing import Swing
     from twotower.samples import open_samples
 
     samples = open_samples(workspace / "samples-duckdb")

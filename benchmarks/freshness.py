@@ -32,11 +32,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 
-from twotower.cli.line import open_served, places, run_line
 from twotower.config import load
-from twotower.datasets.simulate import simulate_workspace
 from twotower.features.vocabulary import FIRST
+from twotower.pipeline.line import open_served, places, run_line
 from twotower.publish.delta import base_digest, last_seq, read_delta
+from twotower.worlds.simulate import simulate_workspace
 
 CONFIG = Path(__file__).parents[1] / "examples" / "demo.toml"
 REQUESTS_A_S = 50

@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from twotower.cli.line import make_samples, offline_channel, places, train_model
 from twotower.config import load
-from twotower.datasets.simulate import simulate_workspace
 from twotower.evaluate.holdout import evaluate
+from twotower.pipeline.line import make_samples, offline_channel, places, train_model
 from twotower.samples.read import open_samples
 from twotower.train.checkpoint import open_checkpoint
+from twotower.worlds.simulate import simulate_workspace
 
 CONFIG = Path(__file__).parent.parent / "examples" / "demo.toml"
 ALONE = 'models.channels=["two_tower"]'

@@ -19,12 +19,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from twotower.cli.line import make_samples, offline_channel, places
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.evaluate.holdout import evaluate
-from twotower.models.towers import Network
+from twotower.pipeline.line import make_samples, offline_channel, places
 from twotower.samples.read import open_samples
+from twotower.towers.towers import Network
 from twotower.train.checkpoint import Shape, open_checkpoint
 from twotower.train.loop import Loss, Negatives, train
 from twotower.train.negatives import Shares

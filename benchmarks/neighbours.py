@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from twotower.cli.line import make_samples, places
+from twotower.channels.item_cf import ItemCF
+from twotower.channels.swing import Swing
 from twotower.config import load
-from twotower.config import settings as spec
 from twotower.datasets.importers import import_dataset
 from twotower.evaluate.holdout import ranked, read_truth
 from twotower.evaluate.metrics import score_lists
-from twotower.models.item_cf import ItemCF
-from twotower.models.swing import Swing
+from twotower.pipeline.line import make_samples, places
+from twotower.samples.options import EngineOptions
 from twotower.samples.read import Clicks, Samples, open_samples
 
 CONFIG = Path(__file__).parent.parent / "examples" / "ids_only.toml"
@@ -156,7 +156,7 @@ def our_fit(method: str, samples: Samples) -> Callable[[], Answer]:
     kind.fit(few, 2)
 
     def fit() -> Answer:
-        channel = kind.fit(samples.clicks, len(samples.items), engine=spec.Engine(threads=THREADS))
+        channel = kind.fit(samples.clicks, len(samples.items), engine=EngineOptions(threads=THREADS))
         return lambda user_rows, k: ranked(samples, channel, user_rows, k)
 
     return fit

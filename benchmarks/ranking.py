@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from twotower.cli.line import evaluate_rankers, make_samples, places, train_model
 from twotower.config import load
 from twotower.config.settings import Settings
 from twotower.datasets.importers import import_dataset
-from twotower.datasets.simulate import simulate_workspace, world_of
-from twotower.datasets.world import SCENES
 from twotower.evaluate.calibration import auc, auc_within
 from twotower.evaluate.ranking import read_shown, user_auc
+from twotower.pipeline.line import evaluate_rankers, make_samples, places, train_model
 from twotower.samples.read import Samples, open_samples
+from twotower.worlds.simulate import simulate_workspace, world_of
+from twotower.worlds.world import SCENES
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PRIOR = 20

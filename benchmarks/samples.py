@@ -69,8 +69,8 @@ def generate(workspace: Path, events: int, users: int, items: int) -> None:
 def build(workspace: Path) -> dict[str, Any]:
     """Build the samples; seconds, rows and the peak of this process."""
     from twotower.config import parse
-    from twotower.config import settings as spec
     from twotower.samples import build_samples
+    from twotower.samples.options import EngineOptions
 
     document: dict[str, Any] = {
         "user": {
@@ -84,7 +84,7 @@ def build(workspace: Path) -> dict[str, Any]:
     features = parse({"features": document}).features
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    engine = spec.Engine(memory_gb=MEMORY_GB, threads=THREADS)
+    engine = EngineOptions(memory_gb=MEMORY_GB, threads=THREADS)
     report = build_samples(workspace, workspace / "samples", features, dimension=64, engine=engine)
     seconds = time.perf_counter() - start
     return {

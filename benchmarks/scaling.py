@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.config import settings as spec
-from twotower.models.towers import Network
+from twotower.features.options import Features
 from twotower.samples import build_samples, open_samples
 from twotower.schema import columns as c
+from twotower.towers.towers import Network
 from twotower.train.checkpoint import Shape
 from twotower.train.loop import Loss, Negatives, train
 from twotower.train.negatives import Shares
@@ -39,7 +39,7 @@ def case(rows: int, items: int, clicked: int, room: float, loss: str, count: int
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder) / "workspace"
         make(workspace, rows, items, clicked)
-        build_samples(workspace, Path(folder) / "samples", spec.Features(), 64, room=room)
+        build_samples(workspace, Path(folder) / "samples", Features(), 64, room=room)
         samples = open_samples(Path(folder) / "samples")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         report = train(

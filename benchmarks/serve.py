@@ -27,9 +27,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from twotower.cli.line import open_served, run_line
 from twotower.config import load
-from twotower.datasets.simulate import simulate_workspace
+from twotower.pipeline.line import open_served, run_line
+from twotower.worlds.simulate import simulate_workspace
 
 CONFIG = Path(__file__).parents[1] / "examples" / "demo.toml"
 CONNECTIONS = (1, 4, 16)

@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from twotower.cli.line import make_samples, places
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.features.columns import Bag, ranges
-from twotower.models.losses import Mask, sampled_softmax, shared_loss
+from twotower.pipeline.line import make_samples, places
 from twotower.samples.read import Samples, open_samples
+from twotower.towers.losses import Mask, sampled_softmax, shared_loss
 from twotower.train.batches import fed_frequency
 
 ROOT = Path(__file__).parent.parent

@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from twotower.cli.line import channel_of, make_samples, places, train_from
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.evaluate.holdout import held_out, judge
+from twotower.pipeline.line import channel_of, make_samples, places, train_from
 from twotower.samples.read import open_samples
 from twotower.train.checkpoint import load_model, open_checkpoint
 

@@ -26,11 +26,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.datasets.importers import import_dataset
-from twotower.datasets.natures import NATURES
-from twotower.datasets.simulate import simulate
 from twotower.datasets.tables import DAY_MS, codes
 from twotower.datasets.workspace import open_workspace
 from twotower.schema import columns as c
+from twotower.worlds.natures import NATURES
+from twotower.worlds.simulate import simulate
 
 REAL = {"kuairand": "since:2022-05-04", "globo": "since:2017-10-10"}
 """Data sets with the hold-out that the import takes away; the days before it are measured."""

@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from twotower.config import Settings
-    from twotower.config import settings as spec
 
 FEW = 'models.channels=["two_tower", "item_cf", "popular"]'
 TRAINED = ("train.epochs=2", "train.batch_size=256", "models.dimension=16", FEW)
@@ -34,9 +33,9 @@ ALLOWED_SKIPS = tuple(
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
     """The configuration of a tiny simulated workspace, trained, published and promoted; it is only read."""
-    from twotower.cli.line import run_line  # torch and Ibis take seconds to load, and most tests need neither
     from twotower.config import load
-    from twotower.datasets.simulate import simulate_workspace
+    from twotower.pipeline.line import run_line  # torch and Ibis take seconds to load, and most tests need neither
+    from twotower.worlds.simulate import simulate_workspace
 
     path = tmp_path_factory.mktemp("world") / "workspace"
     simulate_workspace(path, users=300, items=300, days=3, seed=1)
@@ -53,8 +52,8 @@ def odd_world(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from twotower.cli.line import run_line
     from twotower.config import parse
+    from twotower.pipeline.line import run_line
 
     path = tmp_path_factory.mktemp("odd") / "workspace"
     (path / "events" / "date=2023-11-15").mkdir(parents=True)
@@ -101,9 +100,9 @@ def as_trained() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def spark(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[spec.Engine]":
+def spark(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Any]":
     """The options of a Spark that runs as long as the tests of this process: starting one takes ten seconds."""
-    from twotower.config import settings as spec
+    from twotower.samples.options import EngineOptions
     from twotower.samples.spark_engine import find_java, open_spark
     from twotower.schema.errors import ConfigError
 
@@ -117,7 +116,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[spec.Engine]":
         java = SparkContext._gateway.proc
         # Small data: making Java code for each query would take longer than running it.
         interpreted = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
-        yield spec.Engine("spark", options={**interpreted, "spark.sql.shuffle.partitions": "3"})
+        yield EngineOptions("spark", options={**interpreted, "spark.sql.shuffle.partitions": "3"})
     assert java.returncode is not None, "Java still runs"
 
 
@@ -245,3 +244,25 @@ def pytest_configure(config: pytest.Config) -> None:
     # As a plugin it also sees what is outside of tests/, unlike the hooks of a conftest.
     if os.environ.get("CI") == "true":
         config.pluginmanager.register(NoSilentSkips())
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> "Callable[..., Any]":
+    """Runs a command in this process; gives its JSON, which is all that stdout may hold."""
+    import json
+
+    from twotower.cli.main import app
+
+    def ran(*arguments: object, code: int = 0) -> Any:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            app([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        assert (ended.value.code or 0) == code, captured.err
+        ran.err = captured.err
+        if code and not captured.out:
+            return None
+        assert captured.out.count("\n") == 1, captured.out
+        return json.loads(captured.out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+
+    return ran

@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 
 import twotower
+import twotower_lab
 
 CLIENTS = {"twotower.logs.kafka": "confluent_kafka", "twotower.logs.redis": "redis"}
 
@@ -27,7 +28,11 @@ def is_without_its_client(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    found = [module.name for module in pkgutil.walk_packages(twotower.__path__, "twotower.")]
+    found = [
+        module.name
+        for package in (twotower, twotower_lab)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
     modules = [name for name in found if name != "twotower.__main__"]
     without = [name for name in modules if is_without_its_client(name)]
     rest = f"; {', '.join(without)} without their clients" if without else ""

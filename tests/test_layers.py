@@ -8,8 +8,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "twotower"
 ORDER = """
-schema < config < features < logs < datasets < samples < index < models < evaluate < train < fusion < publish < serve
-< stream < update < lab < console < cli
+schema < features < logs < datasets < samples < index < towers < channels < evaluate < worlds < train < fusion < publish
+< serve < stream < update < console < config < pipeline < cli
 """
 STAGES = [word for word in ORDER.split() if word != "<"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SOURCES = sorted((ROOT / "src" / "twotower").rglob("*.py"))
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+OURS = {"twotower", "twotower_lab"}
 MACHINE_PATHS = re.compile(r"(?<![\w.])/(work|home|root|opt)/")
 
 
@@ -62,7 +63,7 @@ def test_every_imported_package_is_declared():
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            for module in {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"twotower"}:
+            for module in {module.split(".")[0] for module in modules} - sys.stdlib_module_names - OURS:
                 owners = {canonical(name) for name in distributions.get(module, [module])}
                 if not owners & known:
                     found.add(f"{path.relative_to(ROOT)}:{node.lineno}: {module}")

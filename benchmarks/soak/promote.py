@@ -29,11 +29,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 
-from twotower.cli.line import places, run_line
 from twotower.config import Settings, load
-from twotower.datasets.simulate import simulate_workspace
 from twotower.features.columns import to_arrow
 from twotower.index.build import build_index
+from twotower.pipeline.line import places, run_line
 from twotower.publish.golden import write_golden
 from twotower.publish.publish import current_path, promote
 from twotower.publish.version import open_version, read_manifest, write_manifest
@@ -42,6 +41,7 @@ from twotower.schema import columns as c
 from twotower.schema.files import MANIFEST, folder_listing
 from twotower.serve.request import Asked, retrieve
 from twotower.serve.users import Recent
+from twotower.worlds.simulate import simulate_workspace
 
 ROOT = Path(__file__).parents[2]
 CONNECTIONS = 8

@@ -21,10 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from twotower.cli.line import make_samples, places, publish_version, train_model
 from twotower.config import Settings, parse
-from twotower.datasets.simulate import simulate_workspace
+from twotower.pipeline.line import make_samples, places, publish_version, train_model
 from twotower.publish.publish import current, list_versions, verify
+from twotower.worlds.simulate import simulate_workspace
 
 KEPT = 3
 """Versions that are kept between kills, so that checking them does not take ever longer."""

@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from twotower.config import settings as spec
-from twotower.models.towers import Network
+from twotower.features.options import Features
 from twotower.samples import build_samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.files import sha256
+from twotower.towers.towers import Network
 from twotower.train.checkpoint import FINISHED, TENSORS, Shape
 from twotower.train.loop import Loss, Negatives, train
 
@@ -54,7 +54,7 @@ def make_world(folder: Path) -> None:
         c.OUTCOME: [c.CLICKED] * CLICKS,
     }
     pq.write_table(pa.table(events), workspace / "events" / "date=2023-11-14" / "0.parquet")
-    build_samples(workspace, folder / "samples", spec.Features(), 16)
+    build_samples(workspace, folder / "samples", Features(), 16)
 
 
 def child(samples: Path, checkpoints: Path) -> None:

@@ -58,15 +58,14 @@ import pyarrow.parquet as pq
 import torch.export._trace
 import torch.onnx._internal.exporter._core  # noqa: F401
 
-from twotower.cli.line import LATEST, Places, places, run_line
-from twotower.cli.streaming import join_log
-from twotower.cli.updating import FULL, learn, update_full
 from twotower.config import Settings, parse
-from twotower.datasets.simulate import simulate_workspace
 from twotower.datasets.tables import DAY_MS
 from twotower.features.bloom import is_untrained
 from twotower.logs import Event, LocalEventLog
 from twotower.logs.entities import item_deleted, item_event, user_deleted
+from twotower.pipeline.line import LATEST, Places, places, run_line
+from twotower.pipeline.streaming import join_log
+from twotower.pipeline.updating import FULL, learn, update_full
 from twotower.publish.delta import FOLDED, Delta, base_digest, delta_folder, last_seq, read_delta
 from twotower.publish.publish import CURRENT, current_path, list_versions, verify
 from twotower.publish.version import DIGEST, read_manifest
@@ -77,6 +76,7 @@ from twotower.stream.shards import manifests, partitions, read_rows
 from twotower.update.chain import PLAN, QUARANTINE
 from twotower.update.incremental import LOCK
 from twotower.update.rows import clicked
+from twotower.worlds.simulate import simulate_workspace
 
 STEPS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
 """What Python tells an audit hook before it happens: that a process writes, flushes, renames, removes or makes."""

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from twotower.lab.experiments import EXPERIMENTS
+from twotower_lab.experiments import EXPERIMENTS
 
 
 def test_the_lab_lists_its_experiments(run) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from twotower.cli.line import places
 from twotower.config import Settings
+from twotower.pipeline.line import places
 from twotower.publish.publish import current
 
 STAGES = ("samples", "train", "evaluate", "publish", "run")

@@ -13,10 +13,10 @@ import pytest
 
 from twotower.cli.visit import UnreachableError, visit_server
 from twotower.config import Settings, load
-from twotower.datasets.simulate import simulate_workspace, world_of
-from twotower.datasets.visit import visit
-from twotower.datasets.world import FIRST_DAY_MS, Requests, World
 from twotower.schema.errors import ConfigError, DataError
+from twotower.worlds.simulate import simulate_workspace, world_of
+from twotower.worlds.visit import visit
+from twotower.worlds.world import FIRST_DAY_MS, Requests, World
 
 DAY = 4
 """Two days after the log."""

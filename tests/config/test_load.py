@@ -7,7 +7,7 @@ import pytest
 
 from twotower.config import Settings, load, parse
 from twotower.config.load import as_dict
-from twotower.config.settings import Categorical, MultiCategorical, Numeric, Sequence, Vector
+from twotower.features.options import Categorical, MultiCategorical, Numeric, Sequence, Vector
 from twotower.schema.errors import ConfigError
 
 EXAMPLE = """

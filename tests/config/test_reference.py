@@ -3,7 +3,8 @@ import re
 from pathlib import Path
 
 from twotower.config.reference import reference
-from twotower.config.settings import KINDS, Settings
+from twotower.config.settings import Settings
+from twotower.features.options import KINDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 

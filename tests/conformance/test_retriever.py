@@ -9,28 +9,28 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from twotower.config import settings as spec
-from twotower.datasets.simulate import simulate_workspace
+from twotower.channels.als import ALS, Options
+from twotower.channels.fit import Counted
+from twotower.channels.item_cf import ItemCF
+from twotower.channels.popular import Popular
+from twotower.channels.queries import queries_of_users
+from twotower.channels.retriever import Candidates, Queries, Retriever, WithoutItems, similar_items
+from twotower.channels.same_category import SameCategory
+from twotower.channels.swing import Swing
+from twotower.channels.vector_channel import VectorChannel
 from twotower.features.columns import Bag
 from twotower.features.feature_set import FeatureSet
+from twotower.features.options import Categorical, Features, Sequence
 from twotower.index.exact import ExactIndex
 from twotower.index.protocol import Exclusions
-from twotower.models.als import ALS, Options
-from twotower.models.channel import VectorChannel
-from twotower.models.fit import Counted
-from twotower.models.item_cf import ItemCF
-from twotower.models.popular import Popular
-from twotower.models.queries import queries_of_users
-from twotower.models.retriever import Candidates, Queries, Retriever, WithoutItems, similar_items
-from twotower.models.same_category import SameCategory
-from twotower.models.swing import Swing
-from twotower.models.towers import Network
-from twotower.models.two_tower import TwoTower
 from twotower.samples import Samples, build_samples, open_samples
+from twotower.towers.towers import Network
+from twotower.towers.two_tower import TwoTower
+from twotower.worlds.simulate import simulate_workspace
 
-FEATURES = spec.Features(
-    user={"user_id": spec.Categorical("categorical"), "history": spec.Sequence("sequence", last=10)},
-    item={"item_id": spec.Categorical("categorical"), "category": spec.Categorical("categorical")},
+FEATURES = Features(
+    user={"user_id": Categorical("categorical"), "history": Sequence("sequence", last=10)},
+    item={"item_id": Categorical("categorical"), "category": Categorical("categorical")},
 )
 
 

@@ -9,10 +9,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.cli.line import run_line
 from twotower.config.load import load
-from twotower.datasets.simulate import simulate_workspace
+from twotower.pipeline.line import run_line
 from twotower.schema import columns as c
+from twotower.worlds.simulate import simulate_workspace
 
 MARKUP = "<script>document.title = 'broken'</script><b>bold</b> & more"
 """Title of the most clicked item."""

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.config import settings as spec
+from twotower.features.options import Features
 from twotower.samples import Samples, build_samples, open_samples
 from twotower.schema import columns as c
 
@@ -43,5 +43,5 @@ def samples(tmp_path: Path) -> Samples:
         c.OUTCOME: [c.CLICKED] * len(CLICKS),
     }
     pq.write_table(pa.table(columns), events / "0.parquet")
-    build_samples(tmp_path, tmp_path / "samples", spec.Features(), 4)
+    build_samples(tmp_path, tmp_path / "samples", Features(), 4)
     return open_samples(tmp_path / "samples")

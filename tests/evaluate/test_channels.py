@@ -6,11 +6,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from twotower.channels.retriever import Candidates, Queries
 from twotower.evaluate import channels as module
 from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.page import markdown, plot
 from twotower.fusion.fuse import reciprocal_rank
-from twotower.models.retriever import Candidates, Queries
 from twotower.samples import Samples
 from twotower.schema import columns as c
 

@@ -7,14 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.config import settings as spec
+from twotower.channels.item_cf import ItemCF
+from twotower.channels.popular import Popular
+from twotower.channels.retriever import Candidates, Queries
 from twotower.evaluate import holdout
 from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate, read_truth
 from twotower.features.fitted import Category
-from twotower.models.item_cf import ItemCF
-from twotower.models.popular import Popular
-from twotower.models.retriever import Candidates, Queries
+from twotower.features.options import Categorical, Features
 from twotower.samples import Samples, build_samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -138,7 +138,7 @@ def scenes(tmp_path: Path) -> Samples:
         "scene": ["home"] * 5 + ["search"],
     }
     pq.write_table(pa.table(columns), events / "0.parquet")
-    features = spec.Features(context={"scene": spec.Categorical(kind="categorical")})
+    features = Features(context={"scene": Categorical(kind="categorical")})
     build_samples(tmp_path, tmp_path / "samples", features, 4)
     return open_samples(tmp_path / "samples")
 

@@ -8,15 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from twotower.cli.line import evaluate_rankers, latest_checkpoint, places
+from twotower.channels.retriever import Queries
 from twotower.config import Settings
 from twotower.evaluate.calibration import auc
 from twotower.evaluate.ranking import Shown, evaluate_ranker, kept_of_top, read_shown, score_shown, user_auc
-from twotower.models.ranker import Ranker
-from twotower.models.retriever import Queries
+from twotower.pipeline.line import evaluate_rankers, latest_checkpoint, places
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
+from twotower.towers.ranker import Ranker
 from twotower.train.checkpoint import load_ranker
 
 

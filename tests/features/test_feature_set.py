@@ -4,7 +4,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.config import settings as spec
 from twotower.features.feature_set import (
     FEATURES_FILE,
     VOCABULARY_FILE,
@@ -17,9 +16,10 @@ from twotower.features.feature_set import (
     save,
     width,
 )
+from twotower.features.options import Categorical, Features, MultiCategorical, Numeric, Sequence, Vector
 from twotower.schema.errors import ConfigError, DataError
 
-CATEGORY = spec.Categorical("categorical")
+CATEGORY = Categorical("categorical")
 USERS = pa.table(
     {
         "user_id": ["u1", "u2"],
@@ -33,18 +33,18 @@ USERS = pa.table(
 )
 ITEMS = pa.table({"item_id": [1, 2, 3], "tags": ["a|b", None, "c"]})
 CONTEXT = {"hour": pa.array([3, 8])}
-FEATURES = spec.Features(
+FEATURES = Features(
     {
         "user_id": CATEGORY,
         "city": CATEGORY,
         "empty": CATEGORY,
-        "age": spec.Numeric("numeric", "log"),
-        "height": spec.Numeric("numeric", "buckets", 3),
-        "seen": spec.Sequence("sequence", 5, "attention"),
-        "history": spec.Sequence("sequence", 7),
-        "face": spec.Vector("vector", 1),
+        "age": Numeric("numeric", "log"),
+        "height": Numeric("numeric", "buckets", 3),
+        "seen": Sequence("sequence", 5, "attention"),
+        "history": Sequence("sequence", 7),
+        "face": Vector("vector", 1),
     },
-    {"item_id": CATEGORY, "tags": spec.MultiCategorical("multi_categorical", "|")},
+    {"item_id": CATEGORY, "tags": MultiCategorical("multi_categorical", "|")},
     {"hour": CATEGORY},
 )
 
@@ -111,12 +111,12 @@ def test_widths_grow_with_the_vocabulary_up_to_the_dimension() -> None:
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (spec.Features({"agee": CATEGORY}), r"features.user.agee: no such column; there are user_id, city"),
-        (spec.Features(context={"hours": CATEGORY}), r"features.context.hours: no such column; there are hour"),
-        (spec.Features(item={"tags": spec.Sequence("sequence")}), "features.item.tags: a sequence of items belongs to"),
+        (Features({"agee": CATEGORY}), r"features.user.agee: no such column; there are user_id, city"),
+        (Features(context={"hours": CATEGORY}), r"features.context.hours: no such column; there are hour"),
+        (Features(item={"tags": Sequence("sequence")}), "features.item.tags: a sequence of items belongs to"),
     ],
 )
-def test_a_feature_without_its_column_is_refused(features: spec.Features, message: str) -> None:
+def test_a_feature_without_its_column_is_refused(features: Features, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fit(features, USERS, ITEMS, CONTEXT, 16, 0.0)
 
@@ -124,7 +124,7 @@ def test_a_feature_without_its_column_is_refused(features: spec.Features, messag
 @pytest.mark.parametrize("transform", ["standard", "log", "buckets"])
 def test_statistics_do_not_depend_on_the_order_of_rows(transform: str) -> None:
     values = np.random.default_rng(0).lognormal(0, 9, 10_000)
-    kind = spec.Numeric("numeric", transform, 7)  # type: ignore[arg-type]
+    kind = Numeric("numeric", transform, 7)  # type: ignore[arg-type]
     one, two = (fit_numeric("x", "t", kind, pa.array(order), 8) for order in (values, values[::-1]))
     assert one == two
 
@@ -132,14 +132,14 @@ def test_statistics_do_not_depend_on_the_order_of_rows(transform: str) -> None:
 @pytest.mark.parametrize("values", [[], [None, None], [float("nan"), float("inf")]])
 @pytest.mark.parametrize("transform", ["standard", "log", "buckets"])
 def test_a_number_without_a_finite_value_still_encodes(values: list[float], transform: str) -> None:
-    kind = spec.Numeric("numeric", transform)  # type: ignore[arg-type]
+    kind = Numeric("numeric", transform)  # type: ignore[arg-type]
     feature = fit_numeric("x", "t", kind, pa.array(values, pa.float64()), 8)
     assert np.isfinite(feature.encode(pa.array([1.0, None]))).all()
 
 
 def test_numbers_too_great_to_standardise_are_refused() -> None:
     with pytest.raises(DataError, match="x holds numbers as great as 1e\\+308: use transform = 'log' or 'buckets'"):
-        fit_numeric("x", "t", spec.Numeric("numeric"), pa.array([1e308, 1e308, -1e308]), 8)
+        fit_numeric("x", "t", Numeric("numeric"), pa.array([1e308, 1e308, -1e308]), 8)
 
 
 def test_a_damaged_file_is_a_data_error(tmp_path: Path) -> None:
@@ -155,10 +155,10 @@ def test_a_damaged_file_is_a_data_error(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-SHARING = spec.Features(
-    {"user_id": CATEGORY, "follows": spec.MultiCategorical("multi_categorical", "|", table="author")},
-    {"item_id": CATEGORY, "author": spec.Categorical("categorical", table="author")},
-    {"from_author": spec.Categorical("categorical", table="author")},
+SHARING = Features(
+    {"user_id": CATEGORY, "follows": MultiCategorical("multi_categorical", "|", table="author")},
+    {"item_id": CATEGORY, "author": Categorical("categorical", table="author")},
+    {"from_author": Categorical("categorical", table="author")},
 )
 FOLLOWERS = pa.table({"user_id": ["u1", "u2"], "follows": ["ann|bob", None]})
 WRITTEN = pa.table({"item_id": [1, 2], "author": ["bob", "cyd"]})
@@ -181,7 +181,7 @@ def test_a_shared_table_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_a_category_can_share_the_table_of_item_ids() -> None:
-    favourite = spec.Features({"favourite": spec.Categorical("categorical", table="item_id")}, {"item_id": CATEGORY})
+    favourite = Features({"favourite": Categorical("categorical", table="item_id")}, {"item_id": CATEGORY})
     users = pa.table({"user_id": ["u1"], "favourite": [2]})
     found = fit(favourite, users, WRITTEN, {}, 16, 0.5)
     assert list(found.tables) == ["item_id"]
@@ -196,9 +196,9 @@ def test_a_category_can_share_the_table_of_item_ids() -> None:
     ],
 )
 def test_features_that_cannot_share_a_table_are_refused(given: dict[str, int], said: str) -> None:
-    wanted = spec.Features(
-        {"follows": spec.MultiCategorical("multi_categorical", "|", table="author", **given)},
-        {"author": spec.Categorical("categorical", table="author", dimension=5 if given else None)},
+    wanted = Features(
+        {"follows": MultiCategorical("multi_categorical", "|", table="author", **given)},
+        {"author": Categorical("categorical", table="author", dimension=5 if given else None)},
     )
     written = pa.table({"item_id": [1, 2], "author": ["bob", "cyd"] if given else [4, 5]})
     with pytest.raises(ConfigError, match=said):

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twotower.config import settings as spec
 from twotower.features.columns import Bag, Column, concatenate
 from twotower.features.feature_set import FeatureSet, encode_request, encode_table, fit
 from twotower.features.fitted import Categories, Category, Fitted, Items, Number, Ready, raw_column, split
+from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Sequence, Vector
 from twotower.features.vocabulary import MISSING, UNKNOWN, fit_vocabulary
 from twotower.schema.errors import DataError
 
@@ -26,18 +26,18 @@ TRAINING: dict[str, list[Any]] = {
     "seen": [[10, 30], [], None, [20]],
     "face": [[1.0, 2.0], None, [], [3.0, -1.0]],
 }
-KINDS: dict[str, spec.Feature] = {
-    "city": spec.Categorical("categorical"),
-    "code": spec.Categorical("categorical"),
-    "member": spec.Categorical("categorical"),
-    "price": spec.Numeric("numeric"),
-    "income": spec.Numeric("numeric"),
-    "visits": spec.Numeric("numeric", "log"),
-    "height": spec.Numeric("numeric", "buckets", 4),
-    "tags": spec.MultiCategorical("multi_categorical", "|"),
-    "likes": spec.MultiCategorical("multi_categorical"),
-    "seen": spec.Sequence("sequence", 2),
-    "face": spec.Vector("vector", 2),
+KINDS: dict[str, Feature] = {
+    "city": Categorical("categorical"),
+    "code": Categorical("categorical"),
+    "member": Categorical("categorical"),
+    "price": Numeric("numeric"),
+    "income": Numeric("numeric"),
+    "visits": Numeric("numeric", "log"),
+    "height": Numeric("numeric", "buckets", 4),
+    "tags": MultiCategorical("multi_categorical", "|"),
+    "likes": MultiCategorical("multi_categorical"),
+    "seen": Sequence("sequence", 2),
+    "face": Vector("vector", 2),
 }
 TYPES = {
     "seen": pa.list_(pa.int64()),
@@ -56,8 +56,8 @@ def table(values: dict[str, list[Any]]) -> pa.Table:
 
 
 def fitted() -> FeatureSet:
-    item = {"item_id": spec.Categorical("categorical")}
-    return fit(spec.Features(KINDS, item), table(TRAINING), ITEMS, {}, 8, 0.0)
+    item = {"item_id": Categorical("categorical")}
+    return fit(Features(KINDS, item), table(TRAINING), ITEMS, {}, 8, 0.0)
 
 
 def same_bytes(left: Column, right: Column) -> bool:
@@ -195,7 +195,7 @@ def test_scores_end_at_a_thousand_deviations() -> None:
 
 def test_a_constant_number_scores_zero_and_others_their_distance() -> None:
     [feature] = fit(
-        spec.Features({"x": spec.Numeric("numeric")}, {"item_id": spec.Categorical("categorical")}),
+        Features({"x": Numeric("numeric")}, {"item_id": Categorical("categorical")}),
         pa.table({"x": [0.1, 0.1, 0.1]}),
         ITEMS,
         {},

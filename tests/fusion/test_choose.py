@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
+from twotower.channels.retriever import Candidates
 from twotower.features.columns import Bag
 from twotower.fusion.choose import choose
 from twotower.fusion.fuse import Fusion
-from twotower.models.retriever import Candidates
 
 USERS, ITEMS, DEPTH = 400, 400, 100
 

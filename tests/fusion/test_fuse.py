@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twotower.channels.retriever import Candidates
 from twotower.fusion.fuse import Fused, Fusion, quota, reciprocal_rank
-from twotower.models.retriever import Candidates
 from twotower.schema.errors import ConfigError
 
 Lists = dict[str, list[list[int]]]

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from twotower.cli.lab import SYSTEM
-from twotower.lab.run import run
+from twotower_lab.run import run
 
 
 @pytest.fixture(scope="session")

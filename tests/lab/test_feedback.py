@@ -7,14 +7,14 @@ import pytest
 
 from twotower.cli.lab import SYSTEM
 from twotower.config import load
-from twotower.datasets.simulate import simulate_workspace, world_of
 from twotower.datasets.tables import DAY_MS
 from twotower.datasets.workspace import open_workspace
-from twotower.datasets.world import FIRST_DAY_MS, date_of
-from twotower.lab.feedback import entropy, feed_back, gini
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
+from twotower.worlds.simulate import simulate_workspace, world_of
+from twotower.worlds.world import FIRST_DAY_MS, date_of
+from twotower_lab.feedback import entropy, feed_back, gini
 
 CHANGES = [
     'models.channels=["two_tower"]',

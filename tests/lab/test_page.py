@@ -3,8 +3,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
-from twotower.lab.page import plot, report
-from twotower.lab.run import results
+from twotower_lab.page import plot, report
+from twotower_lab.run import results
 
 LOADING = {"src", "srcset", "data", "action", "poster", "background"}
 

@@ -9,18 +9,18 @@ import pyarrow as pa
 import pytest
 
 from twotower.cli.lab import SYSTEM
-from twotower.cli.line import LATEST, places
 from twotower.config import Settings, load
-from twotower.datasets.simulate import simulate_workspace, world_of
 from twotower.datasets.tables import DAY_MS
 from twotower.datasets.workspace import open_workspace
-from twotower.lab.experiments import Way
-from twotower.lab.replay import HOUR_MS, LOGGED, Later, first_model, replay, set_aside
+from twotower.pipeline.line import LATEST, places
 from twotower.publish.delta import last_seq
 from twotower.publish.publish import list_versions
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import read_json
+from twotower.worlds.simulate import simulate_workspace, world_of
+from twotower_lab.experiments import Way
+from twotower_lab.replay import HOUR_MS, LOGGED, Later, first_model, replay, set_aside
 
 CHANGES = [
     'models.channels=["two_tower"]', "models.rankers=[]", "models.dimension=16", "train.epochs=2",

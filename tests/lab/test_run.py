@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from twotower.cli.lab import SYSTEM
-from twotower.lab import trials
-from twotower.lab.experiments import DATA, EXPERIMENTS, Claim
-from twotower.lab.run import _judged, listed, results, run
-from twotower.lab.trials import Unit, check_definitions, finished, key_of, result_path, units, usable
 from twotower.schema.errors import ConfigError
+from twotower_lab import trials
+from twotower_lab.experiments import DATA, EXPERIMENTS, Claim
+from twotower_lab.run import _judged, listed, results, run
+from twotower_lab.trials import Unit, check_definitions, finished, key_of, result_path, units, usable
 
 MEASURES = {"recall@50", "true_recall@50", "ndcg@20", "page_clicks", "pop_pct@50"}
 

@@ -6,12 +6,12 @@ import pytest
 
 from twotower.cli.lab import SYSTEM
 from twotower.config import load
-from twotower.datasets.simulate import simulate_workspace, world_of
-from twotower.datasets.world import NOTHING
 from twotower.evaluate.holdout import read_truth
-from twotower.evaluate.truth import clicked_by, first_times
-from twotower.lab.score import groups, score
 from twotower.samples.read import open_samples
+from twotower.worlds.simulate import simulate_workspace, world_of
+from twotower.worlds.truth import clicked_by, first_times
+from twotower.worlds.world import NOTHING
+from twotower_lab.score import groups, score
 
 
 def test_the_best_lists_of_the_truth_find_everything_that_is_wanted(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from twotower.cli.line import open_served
 from twotower.config import Settings
-from twotower.lab.stages import Stages
+from twotower.pipeline.line import open_served
 from twotower.publish.version import Version
+from twotower_lab.stages import Stages
 
 EVERYTHING = 10**6
 

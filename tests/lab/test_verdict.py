@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from twotower.lab.verdict import (
+from twotower.schema.errors import ConfigError
+from twotower_lab.verdict import (
     AGREES,
     BLIND,
     DEPENDS,
@@ -19,7 +20,6 @@ from twotower.lab.verdict import (
     offline,
     verdict,
 )
-from twotower.schema.errors import ConfigError
 
 
 def test_over_seeds_alone_it_is_students_interval_of_their_means() -> None:

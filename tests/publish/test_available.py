@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.cli.line import open_served, publish_version
+from twotower.channels.retriever import similar_items
 from twotower.config import Settings
-from twotower.models.retriever import similar_items
+from twotower.pipeline.line import open_served, publish_version
 from twotower.publish.version import unavailable
 from twotower.schema.errors import DataError
 

@@ -6,13 +6,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.cli.line import open_served, places, publish_version
+from twotower.channels.item_cf import ItemCF
+from twotower.channels.item_cf import Options as ItemCFOptions
+from twotower.channels.swing import Options as SwingOptions
+from twotower.channels.swing import Swing
 from twotower.config import Settings
 from twotower.config.load import as_dict, parse
-from twotower.models.item_cf import ItemCF
-from twotower.models.item_cf import Options as ItemCFOptions
-from twotower.models.swing import Options as SwingOptions
-from twotower.models.swing import Swing
+from twotower.pipeline.line import open_served, places, publish_version
 from twotower.publish.retrieve import retrieve_file
 from twotower.samples.read import open_samples
 

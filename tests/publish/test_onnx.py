@@ -8,9 +8,9 @@ import torch
 from twotower.features.columns import Bag, pointers
 from twotower.features.fitted import Category, Items, Number
 from twotower.features.vocabulary import Vocabulary
-from twotower.models.towers import Network, Tower, WithPopularity
-from twotower.models.two_tower import PREFERENCE, tower_inputs
 from twotower.publish.onnx import OnnxTower, export_tower
+from twotower.towers.towers import Network, Tower, WithPopularity
+from twotower.towers.two_tower import PREFERENCE, tower_inputs
 
 
 @pytest.mark.parametrize("network", ["dnn", "dcn"])

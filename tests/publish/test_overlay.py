@@ -6,11 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.cli.line import latest_checkpoint, open_served
 from twotower.config import Settings
 from twotower.features.vocabulary import UNKNOWN
 from twotower.logs.entities import Entity
-from twotower.models.two_tower import Table
+from twotower.pipeline.line import latest_checkpoint, open_served
 from twotower.publish.delta import Delta, Rows
 from twotower.publish.overlay import Entities, Overlay, _piled, check_item
 from twotower.publish.tables import LaidRows, map_tables
@@ -20,6 +19,7 @@ from twotower.schema.errors import DataError
 from twotower.serve.filters import Filter, passing
 from twotower.serve.request import Asked, retrieve, similar
 from twotower.serve.users import Recent
+from twotower.towers.two_tower import Table
 from twotower.train.checkpoint import load_model
 
 K = 1000

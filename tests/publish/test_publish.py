@@ -11,10 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.cli.line import latest_checkpoint, places, publish_version
 from twotower.config import Settings
 from twotower.fusion.fuse import Fusion
-from twotower.models.two_tower import TwoTower
+from twotower.pipeline.line import latest_checkpoint, places, publish_version
 from twotower.publish import publish as module
 from twotower.publish.publish import (
     current,
@@ -31,6 +30,7 @@ from twotower.samples.columns_file import map_columns, write_table
 from twotower.samples.read import open_samples
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import MANIFEST, folder_listing
+from twotower.towers.two_tower import TwoTower
 
 
 def versions_of(settings: Settings) -> Path:
@@ -387,7 +387,7 @@ def test_publishing_again_removes_leftovers_and_gives_the_same_content_with_the_
 def test_a_version_of_the_same_moment_is_not_replaced(own_world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     served = current_path(versions_of(own_world))
     created_ms = read_manifest(served)["created_ms"]
-    monkeypatch.setattr("twotower.cli.line.now_ms", lambda: created_ms)
+    monkeypatch.setattr("twotower.pipeline.line.now_ms", lambda: created_ms)
     with pytest.raises(VersionError, match="a version is never replaced"):
         publish_version(own_world, promoted=False)
     assert verify(served) == []

@@ -6,14 +6,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from twotower.cli.line import latest_checkpoint, open_served, places
+from twotower.channels.queries import queries_of_users
 from twotower.config import Settings
 from twotower.evaluate.ranking import with_history
 from twotower.features.columns import Bag, Column, take
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.entities import Entity
-from twotower.models.queries import queries_of_users
-from twotower.models.ranker import Ranker
+from twotower.pipeline.line import latest_checkpoint, open_served, places
 from twotower.publish.overlay import Entities, Overlay
 from twotower.publish.ranker import OnnxRanker
 from twotower.publish.version import Version
@@ -22,6 +21,7 @@ from twotower.schema import columns as c
 from twotower.serve.funnel import Sizes, recommend
 from twotower.serve.request import Asked
 from twotower.serve.users import Recent
+from twotower.towers.ranker import Ranker
 from twotower.train.checkpoint import load_ranker
 
 

@@ -6,10 +6,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.cli.line import open_served, places
 from twotower.config import Settings
 from twotower.features.vocabulary import UNKNOWN
 from twotower.logs.entities import Entity
+from twotower.pipeline.line import open_served, places
 from twotower.publish.delta import Delta, Rows
 from twotower.publish.overlay import Entities, Overlay
 from twotower.publish.retrieve import RetrieveReport, retrieve_file, shown_items

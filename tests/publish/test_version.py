@@ -5,18 +5,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.cli.line import latest_checkpoint, open_served, places
+from twotower.channels.queries import queries_of_users
+from twotower.channels.vector_channel import latest
 from twotower.config import Settings
 from twotower.features.columns import Bag, Column, take
-from twotower.models.channel import latest
-from twotower.models.queries import queries_of_users
-from twotower.models.two_tower import TwoTower
+from twotower.pipeline.line import latest_checkpoint, open_served, places
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import map_tables
 from twotower.publish.version import Version, item_tokens
 from twotower.samples.read import Clicks, Samples, open_samples
 from twotower.serve.request import Asked, clicked_rows, find_user, user_columns
 from twotower.serve.users import Recent
+from twotower.towers.two_tower import TwoTower
 from twotower.train.batches import BatchMaker, fed_frequency
 from twotower.train.checkpoint import load_model
 from twotower.train.negatives import CountedFrequency

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.config import settings as spec
+from twotower.features.options import Features
 from twotower.samples import build_samples, open_samples
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
@@ -54,8 +54,8 @@ def as_table(rows: Rows, types: Mapping[str, pa.DataType]) -> pa.Table:
 def build() -> Build:
     """The samples of a workspace, beside its tables."""
 
-    def run(workspace: Path, features: spec.Features | None = None, **options: Any) -> Samples:
-        build_samples(workspace, workspace / "samples", features or spec.Features(), 8, **options)
+    def run(workspace: Path, features: Features | None = None, **options: Any) -> Samples:
+        build_samples(workspace, workspace / "samples", features or Features(), 8, **options)
         return open_samples(workspace / "samples")
 
     return run

@@ -10,10 +10,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.config import settings as spec
-from twotower.datasets.simulate import simulate_workspace
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import Bag
+from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Vector
 from twotower.samples import build as module
 from twotower.samples import build_samples, open_samples
 from twotower.samples.build import SamplesReport
@@ -21,11 +20,12 @@ from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import check_listing
+from twotower.worlds.simulate import simulate_workspace
 
 DAY_MS = 86_400_000
 START_MS = 1_704_067_200_000
 """2024-01-01"""
-CATEGORY = spec.Categorical("categorical")
+CATEGORY = Categorical("categorical")
 Rows = Sequence[Mapping[str, Any]]
 World = Callable[..., Path]
 Build = Callable[..., Samples]
@@ -164,7 +164,7 @@ def test_the_report_counts_every_event_once(world: World) -> None:
         event(7, "u2", 20, 5, 7),
     ]
     workspace = world(USERS, ITEMS, {DAY1: rows})
-    report = build_samples(workspace, workspace / "samples", spec.Features(), 8)
+    report = build_samples(workspace, workspace / "samples", Features(), 8)
     assert report == SamplesReport(
         path=str(workspace / "samples"),
         events=8,
@@ -195,17 +195,17 @@ def test_the_order_of_rows_and_files_changes_no_byte(world: World, build: Build,
     ]
     if not timed:
         rows = [{**row, c.REQUEST_TS_MS: None, c.CLICK_TS_MS: None} for row in rows]
-    context: dict[str, spec.Feature] = {
+    context: dict[str, Feature] = {
         "hour": CATEGORY,
-        "price": spec.Numeric("numeric"),
-        "tags": spec.MultiCategorical("multi_categorical", "|"),
+        "price": Numeric("numeric"),
+        "tags": MultiCategorical("multi_categorical", "|"),
     }
     day = DAY1 if timed else "date=unknown/a.parquet"
     shuffled = rng.sample(rows, len(rows))
-    one = build(world(USERS, ITEMS, {day: rows}, "one"), spec.Features(context=context))
+    one = build(world(USERS, ITEMS, {day: rows}, "one"), Features(context=context))
     files = {day.replace("a.p", "z.p"): shuffled[:20], day: shuffled[20:30], day.replace("a.p", "b.p"): shuffled[30:]}
     users, items = ({name: column[::-1] for name, column in table.items()} for table in (USERS, ITEMS))
-    two = build(world(users, items, files, "two"), spec.Features(context=context))
+    two = build(world(users, items, files, "two"), Features(context=context))
     assert one.manifest == two.manifest
     assert {path.name for path in one.path.iterdir()} == {*one.manifest["files"], "manifest.json"}
     for path in one.path.iterdir():
@@ -229,15 +229,15 @@ def test_context_of_every_kind_is_stored_as_it_is_encoded(world: World, build: B
         event(1, "u1", 20, 1, 1, hour=None, price=None, level=None, tags=None, likes=None, face=None, seen=[9]),
         event(2, "u2", 10, 2, 2, hour=8, price=3.0, level=7, tags="b", likes=[], face=[3.0, 4.0], seen=[9]),
     ]
-    context: dict[str, spec.Feature] = {
+    context: dict[str, Feature] = {
         "hour": CATEGORY,
-        "price": spec.Numeric("numeric"),
-        "level": spec.Numeric("numeric", "buckets", 2),
-        "tags": spec.MultiCategorical("multi_categorical", "|"),
-        "likes": spec.MultiCategorical("multi_categorical"),
-        "face": spec.Vector("vector", 2),
+        "price": Numeric("numeric"),
+        "level": Numeric("numeric", "buckets", 2),
+        "tags": MultiCategorical("multi_categorical", "|"),
+        "likes": MultiCategorical("multi_categorical"),
+        "face": Vector("vector", 2),
     }
-    samples = build(world(USERS, ITEMS, {DAY1: rows}), spec.Features(context=context))
+    samples = build(world(USERS, ITEMS, {DAY1: rows}), Features(context=context))
     found = samples.positives.context
     assert np.asarray(found["hour"]).tolist() == [2, 0, 3]
     assert np.asarray(found["price"]).tolist() == [[-1, 0], [0, 1], [1, 0]]
@@ -259,7 +259,7 @@ def test_a_context_column_may_have_a_name_of_ours(world: World, build: Build) ->
     names = [*OURS, *ODD]
     own = {name: place % 2 for place, name in enumerate(names)}
     rows = [event(0, "u1", 10, 0, 0, weight=4.0, **own), event(1, "u2", 20, 5, 5, weight=2.0, **own)]
-    features = spec.Features({"age": CATEGORY}, context=dict.fromkeys(names, CATEGORY))
+    features = Features({"age": CATEGORY}, context=dict.fromkeys(names, CATEGORY))
     samples = build(world({**USERS, "age": [1, 2, 3]}, ITEMS, {DAY1: rows}), features, weight="weight")
     assert sorted(samples.positives.context) == sorted(names)
     assert samples.positives.weight.tolist() == [4.0, 2.0]
@@ -287,7 +287,7 @@ def test_columns_that_an_engine_takes_for_one_are_refused(days: int, world: Worl
         build(world(USERS, ITEMS, {DAY1: rows}))
     rows = [event(0, "u1", 10, 0, 0, scene=3), event(1, "u2", 20, DAY_MS, DAY_MS, Scene=3)]
     with pytest.raises(DataError, match=r"events has the columns Scene and scene, which"):
-        build(world(USERS, ITEMS, {DAY1: rows[:1], DAY2: rows[1:]}, "b"), spec.Features(context={"scene": CATEGORY}))
+        build(world(USERS, ITEMS, {DAY1: rows[:1], DAY2: rows[1:]}, "b"), Features(context={"scene": CATEGORY}))
 
 
 FUTURE = 3473 * DAY_MS
@@ -372,12 +372,12 @@ def test_positions_of_whole_numbers_with_a_point_are_read(world: World, build: B
 def test_a_context_column_may_be_absent_from_some_days_but_not_from_all(world: World, build: Build) -> None:
     files = {DAY1: [event(0, "u1", 10, 0, 0)], DAY2: [event(1, "u1", 20, DAY_MS, DAY_MS, scene="home")]}
     workspace = world(USERS, ITEMS, files)
-    samples = build(workspace, spec.Features(context={"scene": CATEGORY}))
+    samples = build(workspace, Features(context={"scene": CATEGORY}))
     assert np.asarray(samples.positives.context["scene"]).tolist() == [0, 2]
     with pytest.raises(
         ConfigError, match=r"features\.context\.scenes: no such column in events/; there are click_ts_ms"
     ):
-        build(workspace, spec.Features(context={"scenes": CATEGORY}))
+        build(workspace, Features(context={"scenes": CATEGORY}))
 
 
 def test_numbers_of_a_large_log_are_fitted_to_a_fair_sample(
@@ -385,7 +385,7 @@ def test_numbers_of_a_large_log_are_fitted_to_a_fair_sample(
 ) -> None:
     monkeypatch.setattr(module, "_FITTED_NUMBERS", 500)
     rows = [event(seq, "u1", 10, seq, seq, price=float(seq % 10)) for seq in range(5000)]
-    samples = build(world(USERS, ITEMS, {DAY1: rows}), spec.Features(context={"price": spec.Numeric("numeric")}))
+    samples = build(world(USERS, ITEMS, {DAY1: rows}), Features(context={"price": Numeric("numeric")}))
     [price] = samples.features.context
     assert vars(price)["mean"] == pytest.approx(4.5, abs=3 * 2.9 / 500**0.5)
     assert vars(price)["mean"] != 4.5
@@ -647,8 +647,8 @@ def test_a_folder_without_samples_is_refused(tmp_path: Path, world: World, build
 
 def test_users_whom_nothing_is_trained_on_have_histories_and_no_positives(tmp_path: Path) -> None:
     simulate_workspace(tmp_path / "world", users=100, items=100, days=2, seed=3)
-    features = spec.Features(
-        user={"user_id": spec.Categorical(kind="categorical")}, item={"item_id": spec.Categorical(kind="categorical")}
+    features = Features(
+        user={"user_id": Categorical(kind="categorical")}, item={"item_id": Categorical(kind="categorical")}
     )
     for share in (0.0, 0.3):
         build_samples(tmp_path / "world", tmp_path / "samples", features, 8, untrained_users=share)

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from twotower.config import settings as spec
+from twotower.features.options import Features
 from twotower.samples import build_samples
+from twotower.samples.options import HotOptions
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
@@ -70,7 +71,7 @@ def test_hard_negatives_are_what_was_rejected_in_the_request_of_the_positive(wor
 
 def test_the_report_says_what_the_rows_of_each_outcome_became(world: World) -> None:
     workspace = world(USERS, ITEMS, {DAY1: FUNNEL})
-    report = build_samples(workspace, workspace / "samples", spec.Features(), 8)
+    report = build_samples(workspace, workspace / "samples", Features(), 8)
     assert report.used == {
         c.PRE_RANK_REJECTED: {"hard_negative": 3, "no_positive_in_its_request": 1, "shown_or_clicked": 1},
         c.RANK_REJECTED: {"hard_negative": 2, "repeated": 1, "shown_or_clicked": 1},
@@ -87,7 +88,7 @@ def test_no_more_than_asked_for_are_kept_of_a_request_and_they_are_chosen_by_the
     workspace = world(USERS, ITEMS, {DAY1: many})
     chosen = set()
     for seed in range(12):
-        report = build_samples(workspace, workspace / "samples", spec.Features(), 8, hard_most=4, seed=seed)
+        report = build_samples(workspace, workspace / "samples", Features(), 8, hard_most=4, seed=seed)
         assert report.used[c.RANK_REJECTED] == {"hard_negative": 4, "beyond_hard_most": 6}
         from twotower.samples import open_samples
 
@@ -101,8 +102,8 @@ def test_no_more_than_asked_for_are_kept_of_a_request_and_they_are_chosen_by_the
 
 def test_the_order_of_rows_changes_no_byte(world: World, build: Build) -> None:
     shuffled = [FUNNEL[place] for place in np.random.default_rng(0).permutation(len(FUNNEL))]
-    one = build(world(USERS, ITEMS, {DAY1: FUNNEL}, "one"), hard_most=2, hot=spec.Hot("sqrt", 0.5))
-    other = build(world(USERS, ITEMS, {DAY1: shuffled}, "other"), hard_most=2, hot=spec.Hot("sqrt", 0.5))
+    one = build(world(USERS, ITEMS, {DAY1: FUNNEL}, "one"), hard_most=2, hot=HotOptions("sqrt", 0.5))
+    other = build(world(USERS, ITEMS, {DAY1: shuffled}, "other"), hard_most=2, hot=HotOptions("sqrt", 0.5))
     assert one.manifest["files"] == other.manifest["files"]
 
 

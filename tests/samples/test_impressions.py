@@ -4,11 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from twotower.config import settings as spec
+from twotower.features.options import Categorical, Features
+from twotower.samples.options import EngineOptions
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
 
-FEATURES = spec.Features(context={"scene": spec.Categorical("categorical")})
+FEATURES = Features(context={"scene": Categorical("categorical")})
 START_MS = 1_700_000_000_000
 
 
@@ -42,7 +43,7 @@ USERS, ITEMS = {c.USER_ID: [1, 2]}, {c.ITEM_ID: [10, 11, 12, 13]}
 def test_impressions_are_what_was_shown_with_what_was_clicked_before(
     engine: str, world: Any, build: Any, request: pytest.FixtureRequest
 ) -> None:
-    options = request.getfixturevalue("spark") if engine == "spark" else spec.Engine()
+    options = request.getfixturevalue("spark") if engine == "spark" else EngineOptions()
     workspace = world(USERS, ITEMS, {"date=2023-11-14/0.parquet": LOG[::-1]})
     samples = build(workspace, FEATURES, impressions=True, engine=options)
     shown = samples.impressions

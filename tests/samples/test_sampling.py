@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from twotower.config import settings as spec
+from twotower.samples.options import ColdOptions, HotOptions
 from twotower.samples.read import Samples
 from twotower.samples.sampling import by_decile, expected_copies
 from twotower.schema import columns as c
@@ -14,7 +14,7 @@ World = Callable[..., Path]
 Build = Callable[..., Samples]
 CLICKS = np.array([1600, 400, 100, 25, 0])
 """531.25 is the mean of those that were clicked."""
-NONE = spec.Hot(), spec.Cold()
+NONE = HotOptions(), ColdOptions()
 
 
 def test_without_sampling_every_row_is_fed_once() -> None:
@@ -24,25 +24,25 @@ def test_without_sampling_every_row_is_fed_once() -> None:
 @pytest.mark.parametrize(
     ("hot", "expected"),
     [
-        (spec.Hot("sqrt", 100 / 531.25), [0.25, 0.5, 1, 1, 1]),
-        (spec.Hot("power", 100 / 531.25, 1.0), [1 / 16, 0.25, 1, 1, 1]),
-        (spec.Hot("power", 100 / 531.25, 0.75), [1 / 8, 4**-0.75, 1, 1, 1]),
-        (spec.Hot("word2vec", 100 / 531.25), [0.25 + 1 / 16, 0.75, 1, 1, 1]),
+        (HotOptions("sqrt", 100 / 531.25), [0.25, 0.5, 1, 1, 1]),
+        (HotOptions("power", 100 / 531.25, 1.0), [1 / 16, 0.25, 1, 1, 1]),
+        (HotOptions("power", 100 / 531.25, 0.75), [1 / 8, 4**-0.75, 1, 1, 1]),
+        (HotOptions("word2vec", 100 / 531.25), [0.25 + 1 / 16, 0.75, 1, 1, 1]),
     ],
 )
-def test_hot_items_are_kept_less_the_more_they_are_clicked(hot: spec.Hot, expected: list[float]) -> None:
-    np.testing.assert_allclose(expected_copies(CLICKS, hot, spec.Cold()), expected)
+def test_hot_items_are_kept_less_the_more_they_are_clicked(hot: HotOptions, expected: list[float]) -> None:
+    np.testing.assert_allclose(expected_copies(CLICKS, hot, ColdOptions()), expected)
 
 
 @pytest.mark.parametrize(
     ("cold", "expected"),
     [
-        (spec.Cold("sqrt", 400 / 531.25, most=10), [1, 1, 2, 4, 1]),
-        (spec.Cold("power", 400 / 531.25, 1.0, most=10), [1, 1, 4, 10, 1]),
+        (ColdOptions("sqrt", 400 / 531.25, most=10), [1, 1, 2, 4, 1]),
+        (ColdOptions("power", 400 / 531.25, 1.0, most=10), [1, 1, 4, 10, 1]),
     ],
 )
-def test_cold_items_are_repeated_up_to_a_limit(cold: spec.Cold, expected: list[float]) -> None:
-    np.testing.assert_allclose(expected_copies(CLICKS, spec.Hot(), cold), expected)
+def test_cold_items_are_repeated_up_to_a_limit(cold: ColdOptions, expected: list[float]) -> None:
+    np.testing.assert_allclose(expected_copies(CLICKS, HotOptions(), cold), expected)
 
 
 def log(timed: bool) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def log(timed: bool) -> list[dict[str, Any]]:
 def test_rows_are_drawn_as_often_as_they_should_be_and_none_is_lost(world: World, build: Build, timed: bool) -> None:
     day = "date=2024-01-01" if timed else "date=unknown"
     workspace = world({c.USER_ID: np.arange(50)}, {c.ITEM_ID: np.arange(20)}, {f"{day}/a.parquet": log(timed)})
-    hot, cold = spec.Hot("sqrt", 1.0), spec.Cold("power", 0.5, 0.7, 3.5)
+    hot, cold = HotOptions("sqrt", 1.0), ColdOptions("power", 0.5, 0.7, 3.5)
     samples = build(workspace, hot=hot, cold=cold)
     plain = build(workspace)
     clicks = samples.item_positives
@@ -90,7 +90,7 @@ def test_rows_are_drawn_as_often_as_they_should_be_and_none_is_lost(world: World
 def test_the_report_shows_the_effect_by_decile(world: World, build: Build) -> None:
     events = {"date=2024-01-01/a.parquet": log(True)}
     workspace = world({c.USER_ID: np.arange(50)}, {c.ITEM_ID: np.arange(20)}, events)
-    samples = build(workspace, hot=spec.Hot("power", 1.0, 1.0))
+    samples = build(workspace, hot=HotOptions("power", 1.0, 1.0))
     before, after = samples.manifest["deciles"]["before"], samples.manifest["deciles"]["after"]
     assert sum(before) == int(samples.item_positives.sum())
     assert sum(after) == samples.manifest["rows_fed"] == int(samples.positives.copies.sum())

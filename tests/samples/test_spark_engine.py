@@ -14,23 +14,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.cli.line import make_samples
 from twotower.config import load
-from twotower.config import settings as spec
 from twotower.datasets.importers import import_dataset
-from twotower.datasets.simulate import simulate_workspace
+from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Vector
+from twotower.pipeline.line import make_samples
 from twotower.samples import build_samples, open_samples
 from twotower.samples.duckdb_engine import BATCH_ROWS
 from twotower.samples.engine import Engine, open_engine
+from twotower.samples.options import ColdOptions, EngineOptions, HotOptions
 from twotower.samples.spark_engine import find_java, open_spark
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
+from twotower.worlds.simulate import simulate_workspace
 
 World = Callable[..., Path]
 START_MS, DAY_MS = 1_704_067_200_000, 86_400_000
 FUTURE_MS = 20 * 365 * DAY_MS
 EXAMPLES = Path(__file__).parents[2] / "examples"
-DUCKDB = spec.Engine()
+DUCKDB = EngineOptions()
 FUNNEL = (c.CLICKED, c.IMPRESSED, c.RANKED_NOT_SHOWN, c.RANK_REJECTED, c.PRE_RANK_REJECTED)
 
 
@@ -41,7 +42,7 @@ def assert_same(one: Path, other: Path) -> None:
         assert path.read_bytes() == (other / path.name).read_bytes(), path.name
 
 
-def build_with_both(workspace: Path, spark: spec.Engine, features: spec.Features, **options: Any) -> None:
+def build_with_both(workspace: Path, spark: EngineOptions, features: Features, **options: Any) -> None:
     for engine in (DUCKDB, spark):
         build_samples(workspace, workspace / engine.name, features, 8, engine=engine, **options)
     assert_same(workspace / DUCKDB.name, workspace / spark.name)
@@ -79,17 +80,17 @@ def funnel(count: int = 1500) -> list[dict[str, Any]]:
     return rows
 
 
-CONTEXT: dict[str, spec.Feature] = {
-    "hour.of day": spec.Categorical("categorical"),
-    "price": spec.Numeric("numeric", "log"),
-    "tags": spec.MultiCategorical("multi_categorical", "|"),
-    "likes": spec.MultiCategorical("multi_categorical"),
-    "face": spec.Vector("vector", 2),
-    "code": spec.Categorical("categorical"),
-    "scene": spec.Categorical("categorical"),
-    "nothing": spec.MultiCategorical("multi_categorical"),
-    "item_row": spec.Categorical("categorical"),
-    "_metadata": spec.Categorical("categorical"),
+CONTEXT: dict[str, Feature] = {
+    "hour.of day": Categorical("categorical"),
+    "price": Numeric("numeric", "log"),
+    "tags": MultiCategorical("multi_categorical", "|"),
+    "likes": MultiCategorical("multi_categorical"),
+    "face": Vector("vector", 2),
+    "code": Categorical("categorical"),
+    "scene": Categorical("categorical"),
+    "nothing": MultiCategorical("multi_categorical"),
+    "item_row": Categorical("categorical"),
+    "_metadata": Categorical("categorical"),
 }
 TYPES = {
     "stars": pa.int16(),
@@ -110,7 +111,7 @@ def by_day(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return days
 
 
-def test_a_funnel_with_every_kind_of_context_gives_the_same_bytes(world: World, spark: spec.Engine) -> None:
+def test_a_funnel_with_every_kind_of_context_gives_the_same_bytes(world: World, spark: EngineOptions) -> None:
     """Its files differ in their columns and types, and its path has characters that mean something in patterns."""
     files = by_day(funnel())
     first = files["date=2024-01-01/a.parquet"]
@@ -128,13 +129,13 @@ def test_a_funnel_with_every_kind_of_context_gives_the_same_bytes(world: World, 
     build_with_both(
         workspace,
         spark,
-        spec.Features(context=CONTEXT),
+        Features(context=CONTEXT),
         first_day="2024-01-02",
         last_day="2024-01-03",
         weight="stars",
         impressed_weight=0.1,
-        hot=spec.Hot("sqrt", 0.9),
-        cold=spec.Cold("power", 1.1),
+        hot=HotOptions("sqrt", 0.9),
+        cold=ColdOptions("power", 1.1),
         hard_most=3,
         seed=7,
         clock_ms=lambda: START_MS + 10 * DAY_MS,
@@ -142,13 +143,13 @@ def test_a_funnel_with_every_kind_of_context_gives_the_same_bytes(world: World, 
     assert open_samples(workspace / "duckdb").manifest["dropped"]["beyond_now"] > 0
 
 
-def test_events_without_time_give_the_same_bytes(world: World, spark: spec.Engine) -> None:
+def test_events_without_time_give_the_same_bytes(world: World, spark: EngineOptions) -> None:
     rows = [{**row, c.REQUEST_TS_MS: None, c.CLICK_TS_MS: None} for row in funnel(400)]
     workspace = world(USERS, ITEMS, {"date=unknown/a.parquet": rows}, types=TYPES)
-    build_with_both(workspace, spark, spec.Features(context=CONTEXT), hot=spec.Hot("word2vec", 0.5))
+    build_with_both(workspace, spark, Features(context=CONTEXT), hot=HotOptions("word2vec", 0.5))
 
 
-def test_the_configured_engine_gives_the_same_bytes_of_a_simulated_world(tmp_path: Path, spark: spec.Engine) -> None:
+def test_the_configured_engine_gives_the_same_bytes_of_a_simulated_world(tmp_path: Path, spark: EngineOptions) -> None:
     simulate_workspace(tmp_path / "world", users=150, items=200, days=2, seed=3)
     for engine in (DUCKDB, spark):
         settings = load(EXAMPLES / "demo.toml", [f"workspace.path={tmp_path / 'world'}"])
@@ -159,7 +160,7 @@ def test_the_configured_engine_gives_the_same_bytes_of_a_simulated_world(tmp_pat
 
 
 def test_one_user_of_most_clicks_and_one_item_of_all_users_give_the_same_bytes(
-    world: World, spark: spec.Engine
+    world: World, spark: EngineOptions
 ) -> None:
     rng = np.random.default_rng(0)
     many, users = 60_000, 3_000
@@ -180,10 +181,10 @@ def test_one_user_of_most_clicks_and_one_item_of_all_users_give_the_same_bytes(
     workspace = world(
         {c.USER_ID: list(range(users))}, {c.ITEM_ID: list(range(50))}, {"date=2024-01-01/a.parquet": rows}
     )
-    build_with_both(workspace, spark, spec.Features(), hot=spec.Hot("power"))
+    build_with_both(workspace, spark, Features(), hot=HotOptions("power"))
 
 
-def test_movielens_gives_the_same_bytes(tmp_path: Path, real_data: Callable[[str], Path], spark: spec.Engine) -> None:
+def test_movielens_gives_the_same_bytes(tmp_path: Path, real_data: Callable[[str], Path], spark: EngineOptions) -> None:
     import_dataset("movielens-1m", real_data("ml-1m"), tmp_path / "ml", holdout="time:0.9", positive="4")
     settings = load(EXAMPLES / "movielens.toml", [f"workspace.path={tmp_path / 'ml'}"])
     for engine in (DUCKDB, replace(spark, options={})):
@@ -204,7 +205,7 @@ GOOD = {c.EVENT_SEQ: 1, c.USER_ID: "u1", c.ITEM_ID: 10, c.REQUEST_TS_MS: START_M
     ],
 )
 def test_events_that_are_wrong_are_refused_alike(
-    world: World, spark: spec.Engine, rows: list[dict[str, Any]], message: str
+    world: World, spark: EngineOptions, rows: list[dict[str, Any]], message: str
 ) -> None:
     clicked = [{**row, c.OUTCOME: c.CLICKED} for row in rows]
     workspace = world(USERS, ITEMS, {"date=2024-01-01/a.parquet": clicked})
@@ -213,7 +214,7 @@ def test_events_that_are_wrong_are_refused_alike(
             build_samples(
                 workspace,
                 workspace / "samples",
-                spec.Features(),
+                Features(),
                 8,
                 weight="weight" if "weight" in rows[0] else None,
                 engine=engine,
@@ -260,7 +261,7 @@ def test_parts_that_are_spread_come_in_their_order(engine: Engine) -> None:
     assert list(engine.spread(partial(count_up, 10), 0, schema)) == []
 
 
-def test_spark_listens_on_this_machine_alone(spark: spec.Engine) -> None:
+def test_spark_listens_on_this_machine_alone(spark: EngineOptions) -> None:
     from pyspark import SparkContext
 
     sockets = {
@@ -280,7 +281,7 @@ def test_spark_listens_on_this_machine_alone(spark: spec.Engine) -> None:
 
 
 def test_spark_ends_with_its_job_and_starts_again_for_the_next_and_prints_nothing(
-    tmp_path: Path, spark: spec.Engine
+    tmp_path: Path, spark: EngineOptions
 ) -> None:
     """In a process of its own, because here one runs."""
     code = """

@@ -9,10 +9,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from twotower.cli.line import places
 from twotower.config import Settings
 from twotower.features.store import LmdbFeatureStore
 from twotower.logs import LocalEventLog
+from twotower.pipeline.line import places
 from twotower.publish.version import Version
 from twotower.serve.app import Metrics, make_app
 from twotower.serve.entities import add_entities

@@ -8,10 +8,10 @@ import httpx
 import numpy as np
 import pytest
 
-from twotower.cli.line import places
+from twotower.channels.popular import Popular
 from twotower.config import Settings
 from twotower.logs import EventLogError
-from twotower.models.popular import Popular
+from twotower.pipeline.line import places
 from twotower.publish.version import Version
 from twotower.schema.errors import DataError
 from twotower.schema.limits import MAX_BODY_BYTES, MAX_EVENTS_BODY_BYTES

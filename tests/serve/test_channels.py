@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from twotower.channels.retriever import Candidates, Queries
 from twotower.config import Settings
 from twotower.features.columns import Bag
 from twotower.index.protocol import Exclusions
-from twotower.models.retriever import Candidates, Queries
 from twotower.serve.channels import BUSY, ERROR, LATE, SideBySide, ask_in_turn
 
 NOBODY = Queries({}, Bag(np.array([0, 0]), np.zeros(0, np.int32)), Exclusions.of([[]]))

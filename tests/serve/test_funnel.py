@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 from scipy.stats import chisquare
 
-from twotower.cli.line import open_served
 from twotower.config import Settings
 from twotower.features.columns import Bag, Column
 from twotower.logs import Event, EventLogError
+from twotower.pipeline.line import open_served
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError

@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.cli.line import open_served
 from twotower.config import Settings
 from twotower.features.bloom import Seen, Shape, hash_ids
+from twotower.pipeline.line import open_served
 from twotower.publish.version import Version
 from twotower.serve.filters import Filter
 from twotower.serve.request import Asked, clicked_rows, find_items, left_out, retrieve

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from twotower.cli.line import places
 from twotower.config import Settings
+from twotower.pipeline.line import places
 from twotower.publish.publish import current_path
 from twotower.publish.version import read_manifest, write_manifest
 

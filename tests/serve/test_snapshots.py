@@ -4,8 +4,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from twotower.cli.line import places
 from twotower.config import Settings
+from twotower.pipeline.line import places
 from twotower.publish.publish import current, current_path, existing_path
 from twotower.publish.version import read_manifest, write_manifest
 from twotower.serve import snapshots as module

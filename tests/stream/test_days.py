@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.cli.line import make_samples
-from twotower.cli.streaming import join_log
 from twotower.config import Settings
 from twotower.datasets.workspace import open_workspace
 from twotower.logs import Event, LocalEventLog
+from twotower.pipeline.line import make_samples
+from twotower.pipeline.streaming import join_log
 from twotower.schema.errors import ConfigError
 from twotower.stream.days import joined_path
 from twotower.stream.rows import as_value, read_types

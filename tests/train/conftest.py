@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.config import settings as spec
+from twotower.features.options import Categorical, Features
 from twotower.samples.build import build_samples
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 
 START_MS = 1_700_000_000_000
-HOUR = spec.Features(context={"hour": spec.Categorical("categorical")})
+HOUR = Features(context={"hour": Categorical("categorical")})
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ BuildWorld = Callable[..., Samples]
 def build_world(tmp_path: Path) -> BuildWorld:
     """Samples of users 0..U-1 and items 0..N-1 with the given clicks; times in milliseconds after a start."""
 
-    def build(events: Sequence[Event], users: int, items: int, features: spec.Features = HOUR) -> Samples:
+    def build(events: Sequence[Event], users: int, items: int, features: Features = HOUR) -> Samples:
         day = "date=2023-11-15" if events[0].request_ms is not None else "date=unknown"
         folder = tmp_path / "workspace"
         (folder / "events" / day).mkdir(parents=True)

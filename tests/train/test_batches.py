@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from twotower.config import settings as spec
 from twotower.features.columns import Bag, Beginnings, pointers
+from twotower.features.options import Categorical, Features, Sequence
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.samples.read import Clicks, Samples
 from twotower.schema import columns as c
@@ -80,7 +80,7 @@ def lists(bag: Any) -> list[list[int]]:
     return [bag.rows[start:stop].tolist() for start, stop in zip(bag.indptr, bag.indptr[1:], strict=False)]
 
 
-def pairs(batches: Sequence[Batch]) -> list[tuple[int, int]]:
+def pairs(batches: list[Batch]) -> list[tuple[int, int]]:
     """(user, item) of all rows; ids are not dropped, so a user's token tells the user."""
     return [
         (int(user) - FIRST, int(item))
@@ -278,9 +278,9 @@ def test_a_history_is_the_latest_clicks_before_the_request_in_their_order(
 ) -> None:
     events = random_events(USERS, ITEMS, EVENTS, True)
     last = 5
-    features = spec.Features(
-        user={"user_id": spec.Categorical("categorical"), "history": spec.Sequence("sequence", last=last)},
-        context={"hour": spec.Categorical("categorical")},
+    features = Features(
+        user={"user_id": Categorical("categorical"), "history": Sequence("sequence", last=last)},
+        context={"hour": Categorical("categorical")},
     )
     samples = build_world(events, USERS, ITEMS, features)
     expected = []
@@ -327,8 +327,8 @@ def test_without_time_each_half_of_the_clicks_is_the_history_of_the_other(build_
 def test_a_horizon_leaves_out_some_of_the_latest_clicks_and_never_all(
     encoder: Any, build_world: BuildWorld, random_events: Draw
 ) -> None:
-    sequence = spec.Sequence("sequence", last=50, encoder=encoder)
-    wanted = spec.Features(user={"user_id": spec.Categorical("categorical"), "history": sequence})
+    sequence = Sequence("sequence", last=50, encoder=encoder)
+    wanted = Features(user={"user_id": Categorical("categorical"), "history": sequence})
     samples = build_world(random_events(USERS, ITEMS, EVENTS, True), USERS, ITEMS, wanted)
 
     def lengths(horizon: int, epoch: int) -> list[int]:
@@ -347,10 +347,10 @@ def test_a_horizon_leaves_out_some_of_the_latest_clicks_and_never_all(
     assert set(skipped) == {0, 1, 2, 3}
 
 
-IN_ORDER = spec.Features(
+IN_ORDER = Features(
     user={
-        "user_id": spec.Categorical("categorical"),
-        "history": spec.Sequence("sequence", last=4, encoder="transformer"),
+        "user_id": Categorical("categorical"),
+        "history": Sequence("sequence", last=4, encoder="transformer"),
     }
 )
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from twotower.features.columns import Bag
 from twotower.features.feature_set import FeatureSet
-from twotower.models.losses import row_loss, sampled_softmax, shared_loss
 from twotower.samples.read import Clicks, Entities, Positives, Samples
+from twotower.towers.losses import row_loss, sampled_softmax, shared_loss
 from twotower.train.batches import Batch, BatchMaker, SharedNegatives, fed_frequency
 from twotower.train.negatives import CountedFrequency, Draws, EasyNegatives, Shares
 

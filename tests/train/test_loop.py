@@ -10,17 +10,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from twotower.config import settings as spec
 from twotower.features.columns import Bag
 from twotower.features.feature_set import FeatureSet
-from twotower.models.embedding import EmbeddingTable
-from twotower.models.losses import sampled_softmax
-from twotower.models.towers import Network
-from twotower.models.two_tower import PREFERENCE
+from twotower.features.options import Categorical, Features, Sequence
 from twotower.samples.read import Clicks, Entities, Positives, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import MANIFEST, sha256
+from twotower.towers.embedding import EmbeddingTable
+from twotower.towers.losses import sampled_softmax
+from twotower.towers.towers import Network
+from twotower.towers.two_tower import PREFERENCE
 from twotower.train.batches import BatchMaker, fed_frequency
 from twotower.train.checkpoint import TENSORS, Shape, load_model, open_checkpoint
 from twotower.train.loop import Loss, Negatives, TrainReport, _loss, train
@@ -220,7 +220,7 @@ def test_the_cosine_is_the_log_of_an_items_share_and_popularity_more(
         SimpleNamespace(user=i, item=int(item), request_ms=10 * i, click_ms=10 * i + 1, weight=1.0)
         for i, item in enumerate(np.random.default_rng(0).permutation(items))
     ]
-    features = spec.Features(user={"history": spec.Sequence("sequence")})
+    features = Features(user={"history": Sequence("sequence")})
     samples = build_world(events, len(events), 3, features)
     report = run(
         samples,
@@ -252,7 +252,7 @@ def test_rows_of_no_weight_teach_nothing(build_world: BuildWorld, two_camps: lis
             events.append(
                 type(event)(event.user, item, 2 * event.request_ms + kind, 2 * event.request_ms + kind + 1, kind)
             )
-    features = spec.Features(user={"user_id": spec.Categorical("categorical")})
+    features = Features(user={"user_id": Categorical("categorical")})
     samples = build_world(events, 32, 16, features)
     report = run(samples, tmp_path, epochs=40, loss=Loss(temperature=0.1), id_dropout=0.0)
     model = load_model(open_checkpoint(Path(report.checkpoint)))

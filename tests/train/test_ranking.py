@@ -8,18 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.config import settings as spec
 from twotower.evaluate.calibration import auc, sigmoid
 from twotower.evaluate.ranking import evaluate_ranker, read_shown
 from twotower.features.columns import Bag
+from twotower.features.options import Categorical, Features, Sequence
 from twotower.features.vocabulary import MISSING, UNKNOWN
-from twotower.models.ranker import Ranker, RankerShape
-from twotower.models.towers import Network
 from twotower.samples.build import build_samples
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import sha256
+from twotower.towers.ranker import Ranker, RankerShape
+from twotower.towers.towers import Network
 from twotower.train.checkpoint import TENSORS, load_ranker, open_checkpoint
 from twotower.train.ranking import ImpressionBatches, RankerReport, train_ranker
 
@@ -37,10 +37,10 @@ ARGUMENTS: dict[str, Any] = {
     "checkpoint_s": 1e9,
     "threads": 1,
 }
-FEATURES = spec.Features(
-    user={"camp": spec.Categorical("categorical"), "history": spec.Sequence("sequence", last=5)},
-    item={"item_id": spec.Categorical("categorical"), "camp": spec.Categorical("categorical")},
-    context={"scene": spec.Categorical("categorical")},
+FEATURES = Features(
+    user={"camp": Categorical("categorical"), "history": Sequence("sequence", last=5)},
+    item={"item_id": Categorical("categorical"), "camp": Categorical("categorical")},
+    context={"scene": Categorical("categorical")},
 )
 USERS, ITEMS, PAGES, ON_PAGE = 60, 40, 4000, 5
 BIAS = np.array([0.0, 0.0, -0.6, -1.2, -1.8, -2.4])

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from twotower.cli.line import open_served, places
-from twotower.cli.streaming import join_log
 from twotower.config import Settings
 from twotower.logs import Event, LocalEventLog
+from twotower.pipeline.line import open_served, places
+from twotower.pipeline.streaming import join_log
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from twotower.cli.line import open_served, places
-from twotower.cli.updating import learn
 from twotower.config import Settings
 from twotower.config.load import as_dict
 from twotower.features.vocabulary import UNKNOWN
 from twotower.logs import Event
 from twotower.logs.entities import item_deleted, item_event, user_deleted, user_event
+from twotower.pipeline.line import open_served, places
+from twotower.pipeline.updating import learn
 from twotower.publish.delta import (
     base_digest,
     chain_folder,
@@ -236,7 +236,7 @@ def test_what_a_killed_run_left_out_is_made_up_for(both, happen, content, monkey
 
 KILLED = """
 import json, os, signal, sys
-from twotower.cli.updating import learn
+from twotower.pipeline.updating import learn
 from twotower.config.load import parse
 from twotower.publish import delta
 

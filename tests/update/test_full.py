@@ -7,14 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.cli import updating as module
-from twotower.cli.line import LATEST, open_served, places, run_line
-from twotower.cli.updating import learn, update_full
 from twotower.config import Settings, load
-from twotower.datasets.simulate import simulate_workspace
 from twotower.datasets.tables import DAY_MS, end_of_day
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.entities import item_deleted, item_event, user_deleted, user_event
+from twotower.pipeline import updating as module
+from twotower.pipeline.line import LATEST, open_served, places, run_line
+from twotower.pipeline.updating import learn, update_full
 from twotower.publish.publish import Listed, list_versions, roll_back
 from twotower.publish.version import read_manifest
 from twotower.samples.read import open_samples
@@ -23,6 +22,7 @@ from twotower.schema.files import read_json
 from twotower.serve.snapshots import Snapshots
 from twotower.train.checkpoint import load_model, open_checkpoint
 from twotower.update.full import due_days, rows_of_day
+from twotower.worlds.simulate import simulate_workspace
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,12 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from twotower.cli import updating
-from twotower.cli.line import open_served, places, run_line
+from twotower.channels.vector_channel import latest
 from twotower.cli.main import app
-from twotower.cli.updating import learn, open_as_served, open_chain
 from twotower.config import Settings, parse
-from twotower.datasets.simulate import simulate_workspace
 from twotower.datasets.tables import end_of_day
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import take
@@ -24,7 +21,9 @@ from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import Event
 from twotower.logs.entities import item_deleted, item_event, user_deleted
-from twotower.models.channel import latest
+from twotower.pipeline import updating
+from twotower.pipeline.line import open_served, places, run_line
+from twotower.pipeline.updating import learn, open_as_served, open_chain
 from twotower.publish import overlay as overlay_module
 from twotower.publish.delta import Delta, base_digest, chain_folder, delta_folder, last_seq, read_delta, verify_chain
 from twotower.publish.onnx import OnnxTower
@@ -42,6 +41,7 @@ from twotower.update import chain as module
 from twotower.update.gate import SAMPLED_USERS, Limits, check_accumulators, lists_with
 from twotower.update.incremental import _only_updater
 from twotower.update.learner import Touched
+from twotower.worlds.simulate import simulate_workspace
 
 
 def deltas(settings: Settings):

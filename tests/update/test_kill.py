@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from twotower.cli.line import open_served, places
-from twotower.cli.updating import open_chain
 from twotower.config import Settings
 from twotower.config.load import as_dict
+from twotower.pipeline.line import open_served, places
+from twotower.pipeline.updating import open_chain
 from twotower.publish.delta import last_seq
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ SOAK = ROOT / "benchmarks" / "soak" / "update.py"
 def start(settings: Settings, *options: str) -> "subprocess.Popen[bytes]":
     """The updater in a process of its own."""
     code = (
-        "import json, sys; from twotower.config.load import parse; from twotower.cli.updating import learn;"
+        "import json, sys; from twotower.config.load import parse; from twotower.pipeline.updating import learn;"
         "learn(parse(json.loads(sys.argv[1])), follow='--follow' in sys.argv, dry_run=False)"
     )
     document = json.dumps(as_dict(settings))

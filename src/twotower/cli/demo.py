@@ -14,14 +14,14 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from twotower.cli.line import places, run_line
-from twotower.cli.serving import serve
 from twotower.config.load import load
 from twotower.config.settings import Settings
 from twotower.datasets.importers import import_dataset
-from twotower.datasets.simulate import simulate_workspace
+from twotower.pipeline.line import places, run_line
+from twotower.pipeline.serving import serve
 from twotower.schema.errors import ConfigError, TwotowerError
 from twotower.serve.run import Address
+from twotower.worlds.simulate import simulate_workspace
 
 log = logging.getLogger(__name__)
 

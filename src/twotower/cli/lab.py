@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from twotower.cli.line import (
+from twotower.config.settings import Settings
+from twotower.pipeline.line import (
     fusion_of,
     make_samples,
     offline_channels,
@@ -13,13 +14,12 @@ from twotower.cli.line import (
     publish_version,
     train_model,
 )
-from twotower.cli.updating import open_chain, update_full
-from twotower.config.settings import Settings
-from twotower.lab.run import run
-from twotower.lab.system import System
+from twotower.pipeline.updating import open_chain, update_full
 from twotower.publish.publish import current_path
 from twotower.schema.errors import ConfigError
 from twotower.update.chain import Chain
+from twotower_lab.run import run
+from twotower_lab.system import System
 
 
 def _publish(settings: Settings) -> None:

@@ -113,7 +113,7 @@ def simulate(
     like: Annotated[str, typer.Option(help="default, or near to a real log: kuairand, globo.")] = "default",
 ) -> None:
     """Make a workspace out of a simulated world."""
-    from twotower.datasets.simulate import simulate_workspace
+    from twotower.worlds.simulate import simulate_workspace
 
     with command():
         answer(vars(simulate_workspace(out, users, items, days, seed, like)))
@@ -122,7 +122,7 @@ def simulate(
 @app.command()
 def samples(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Build positives, histories, counts and encoded features from a workspace."""
-    from twotower.cli.line import make_samples
+    from twotower.pipeline.line import make_samples
 
     stage(lambda settings: asdict(make_samples(settings)), config, overrides)
 
@@ -134,8 +134,8 @@ def train(
     trials: Annotated[int | None, typer.Option(min=1, help="Choose settings by so many trials first.")] = None,
 ) -> None:
     """Train the two towers; a killed run goes on from its last checkpoint."""
-    from twotower.cli.line import train_model
-    from twotower.cli.tune import tune
+    from twotower.pipeline.line import train_model
+    from twotower.pipeline.tune import tune
 
     stage(
         lambda settings: asdict(train_model(settings) if trials is None else tune(settings, trials)), config, overrides
@@ -151,7 +151,7 @@ def evaluate(
     ),
 ) -> None:
     """Judge the latest checkpoint on the hold-out, beside popularity and ItemCF."""
-    from twotower.cli.line import evaluate_channels_of, evaluate_model
+    from twotower.pipeline.line import evaluate_channels_of, evaluate_model
 
     stage(evaluate_channels_of if channels else evaluate_model, config, overrides)
 
@@ -159,7 +159,7 @@ def evaluate(
 @app.command()
 def fuse(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Choose how channels become one list, on a validation split of the training events."""
-    from twotower.cli.fuse import fuse as choose
+    from twotower.pipeline.fuse import fuse as choose
 
     stage(lambda settings: asdict(choose(settings)), config, overrides)
 
@@ -167,7 +167,7 @@ def fuse(config: ConfigFile = None, overrides: Overrides = None) -> None:
 @app.command()
 def publish(config: ConfigFile = None, overrides: Overrides = None, promote: Promote = True) -> None:
     """Make a version out of the latest checkpoint."""
-    from twotower.cli.line import publish_version
+    from twotower.pipeline.line import publish_version
 
     stage(lambda settings: publish_version(settings, promoted=promote), config, overrides)
 
@@ -175,7 +175,7 @@ def publish(config: ConfigFile = None, overrides: Overrides = None, promote: Pro
 @app.command()
 def run(config: ConfigFile = None, overrides: Overrides = None, promote: Promote = True) -> None:
     """Samples, train, evaluate, publish: everything at once."""
-    from twotower.cli.line import run_line
+    from twotower.pipeline.line import run_line
 
     stage(lambda settings: run_line(settings, promoted=promote), config, overrides)
 
@@ -196,8 +196,8 @@ def retrieve(
     overrides: Overrides = None,
 ) -> None:
     """Write recommendations for many users."""
-    from twotower.cli.line import open_served, places
-    from twotower.cli.updating import open_as_served
+    from twotower.pipeline.line import open_served, places
+    from twotower.pipeline.updating import open_as_served
     from twotower.publish.retrieve import check_retrieval, retrieve_file
 
     def write(settings: Settings) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def retrieve(
 @versions_app.command("list")
 def versions_list(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """All versions, and which one is served."""
-    from twotower.cli.line import places
+    from twotower.pipeline.line import places
     from twotower.publish.publish import current, list_versions
 
     def listed(settings: Settings) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def versions_verify(
     version: Annotated[str | None, typer.Argument()] = None, config: ConfigFile = None, overrides: Overrides = None
 ) -> None:
     """Check the files of a version and of its deltas, and replay its golden queries."""
-    from twotower.cli.line import places
+    from twotower.pipeline.line import places
     from twotower.publish.delta import verify_chain
     from twotower.publish.publish import current_path, existing_path, verify
 
@@ -246,7 +246,7 @@ def versions_verify(
 @versions_app.command("promote")
 def versions_promote(version: str, config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Serve a version, after checking it."""
-    from twotower.cli.line import places
+    from twotower.pipeline.line import places
     from twotower.publish.publish import promote
 
     def promoted(settings: Settings) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def versions_rollback(
     version: Annotated[str | None, typer.Argument()] = None, config: ConfigFile = None, overrides: Overrides = None
 ) -> None:
     """Serve an earlier version again: the given one, or the parent of the served one."""
-    from twotower.cli.line import places
+    from twotower.pipeline.line import places
     from twotower.publish.publish import roll_back
 
     stage(lambda settings: {"current": roll_back(places(settings).versions, version)}, config, overrides)
@@ -270,7 +270,7 @@ def versions_rollback(
 @app.command()
 def serve(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Serve the promoted version over HTTP; the JSON line comes when it is ready."""
-    from twotower.cli.serving import serve as serve_settings
+    from twotower.pipeline.serving import serve as serve_settings
 
     with command():
         serve_settings(load(config, overrides or []), lambda address: answer(asdict(address)))
@@ -303,7 +303,7 @@ def join(
     share: Annotated[str, typer.Option(help="K/N: the K-th of N joiners, each has every N-th partition.")] = "1/1",
 ) -> None:
     """Join the event log into TFRecord shards and daily partitions."""
-    from twotower.cli.streaming import join_log
+    from twotower.pipeline.streaming import join_log
 
     stage(lambda settings: asdict(join_log(settings, follow=follow, flush=flush, share=share)), config, overrides)
 
@@ -319,7 +319,7 @@ def update_incremental(
     dry_run: DryRun = False,
 ) -> None:
     """Learn ID embeddings from the joined samples since the served version, in deltas that servers take up."""
-    from twotower.cli.updating import learn
+    from twotower.pipeline.updating import learn
 
     stage(lambda settings: asdict(learn(settings, follow=follow, dry_run=dry_run)), config, overrides)
 
@@ -327,7 +327,7 @@ def update_incremental(
 @update_app.command("full")
 def update_full(config: ConfigFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Learn every whole day since, from yesterday's full parameters; publish and promote with what came after it."""
-    from twotower.cli.updating import update_full as run_full
+    from twotower.pipeline.updating import update_full as run_full
 
     stage(lambda settings: asdict(run_full(settings, dry_run=dry_run)), config, overrides)
 
@@ -349,7 +349,7 @@ def demo(
 @lab_app.command("list")
 def lab_list() -> None:
     """All experiments, with their arms and claims."""
-    from twotower.lab.run import listed
+    from twotower_lab.run import listed
 
     with command():
         answer({"experiments": listed()})

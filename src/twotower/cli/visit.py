@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.cli.line import places
 from twotower.config.settings import Settings
-from twotower.datasets.inhabitants import Ints
-from twotower.datasets.simulate import add_arrivals, world_of
-from twotower.datasets.visit import Clicks, visit
-from twotower.datasets.world import NOTHING, SCENES, Requests, World, date_of
+from twotower.pipeline.line import places
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, TwotowerError
+from twotower.worlds.inhabitants import Ints
+from twotower.worlds.simulate import add_arrivals, world_of
+from twotower.worlds.visit import Clicks, visit
+from twotower.worlds.world import NOTHING, SCENES, Requests, World, date_of
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ says so, never a silent default.
 
 from collections.abc import Iterator
 
-from twotower.config.settings import Categorical, Feature, MultiCategorical, Numeric, Sequence, Settings
+from twotower.config.settings import Settings
+from twotower.features.options import Categorical, Feature, MultiCategorical, Numeric, Sequence
 from twotower.schema.errors import ConfigError
 
 CHANNELS = ("two_tower", "mind", "mf", "als", "item_cf", "swing", "popular", "new_items", "same_category")

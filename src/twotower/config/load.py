@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from twotower.config.settings import KINDS, Settings
+from twotower.config.settings import Settings
+from twotower.features.options import KINDS
 from twotower.schema.errors import ConfigError
 
 _ADAPTER = TypeAdapter(Settings)

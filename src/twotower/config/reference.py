@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic.fields import FieldInfo
 
-from twotower.config import settings as spec
+from twotower.config.settings import Settings
+from twotower.features.options import KINDS, Features
+from twotower.schema.options import Day, NotNegative, Share
+from twotower.train.options import Span
 
 _HEAD = """\
 # Configuration
@@ -19,7 +22,7 @@ One TOML file configures everything. Every key has a default, so that a file hol
 an error, and so is a value of another type. `--set section.key=value` overrides the file, any number of times; the
 value is TOML, or else a plain string (`--set workspace.path=my world`).
 
-This page is generated from `config/settings.py`.
+This page is generated from the sections that the stages define (`options.py` of each) and `config/settings.py`.
 """
 _FEATURES = """\
 A feature is written `name = { kind = "..." }`, under `[features.user]`, `[features.item]` or `[features.context]`; see
@@ -35,9 +38,9 @@ _WORDS = {
 }
 _VALUES = {
     str: "texts by name",
-    spec.Span: "spans by key",
-    spec.NotNegative: "numbers ≥ 0 by name",
-    spec.Share: "numbers, 0 to 1, by name",
+    Span: "spans by key",
+    NotNegative: "numbers ≥ 0 by name",
+    Share: "numbers, 0 to 1, by name",
 }
 """Of a table, by the type of its values; features otherwise."""
 
@@ -45,13 +48,13 @@ _VALUES = {
 def reference() -> str:
     """All sections in their order as Markdown: a table each of key, type or choices, default, what it does."""
     pages = [_HEAD]
-    for name, section in get_type_hints(spec.Settings).items():
+    for name, section in get_type_hints(Settings).items():
         pages.append(f"## `[{name}]`\n\n{_doc(section)}\n")
-        if section is spec.Features:
+        if section is Features:
             pages.append(_FEATURES)
         pages.append(_table(list(_rows(section, ""))))
-        if section is spec.Features:
-            pages += [f'### `kind = "{kind}"`\n\n{_doc(cls)}\n\n{_kind_table(cls)}' for kind, cls in spec.KINDS.items()]
+        if section is Features:
+            pages += [f'### `kind = "{kind}"`\n\n{_doc(cls)}\n\n{_kind_table(cls)}' for kind, cls in KINDS.items()]
     return "\n".join(pages).rstrip() + "\n"
 
 
@@ -59,7 +62,7 @@ def _rows(section: Any, prefix: str) -> Iterator[_Row]:
     """The rows of a section; those of sections within it follow under dotted names."""
     hints = get_type_hints(section, include_extras=True)
     for name, info in _fields(section).items():
-        if name == "kind" and section in spec.KINDS.values():
+        if name == "kind" and section in KINDS.values():
             continue
         if dataclasses.is_dataclass(hints[name]):
             yield from _rows(hints[name], f"{prefix}{name}.")
@@ -101,10 +104,10 @@ def _one_line(text: str) -> str:
 def _type(hint: Any) -> str:
     """A type in words, with the limits of a number.
 
-    >>> _type(spec.Share), _type(list[spec.Positive]), _type(Literal["a", "b"])
+    >>> _type(Share), _type(list[Positive]), _type(Literal["a", "b"])
     ('number, 0 to 1', 'list of integer > 0', '`a`, `b`')
     """
-    if hint is spec.Day:
+    if hint is Day:
         return "day, `YYYY-MM-DD`"
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:

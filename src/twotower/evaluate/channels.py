@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twotower.channels.retriever import Candidates, Retriever
 from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
 from twotower.evaluate.holdout import (
     Truth,
@@ -26,7 +27,6 @@ from twotower.evaluate.holdout import (
 from twotower.evaluate.metrics import PerUser, difference, summarise
 from twotower.features.columns import Bag, take
 from twotower.index.protocol import PADDING
-from twotower.models.retriever import Candidates, Retriever
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.clock import BEYOND_NOW

@@ -14,13 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.channels.queries import queries_of_users
+from twotower.channels.retriever import Candidates, Retriever
 from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
 from twotower.evaluate.held_out import read_held_out
 from twotower.evaluate.metrics import Figure, PerUser, difference, score_lists, summarise
 from twotower.features.columns import Bag, Column, concatenate, pointers, take
 from twotower.features.vocabulary import Positions
-from twotower.models.queries import queries_of_users
-from twotower.models.retriever import Candidates, Retriever
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.clock import BEYOND_NOW

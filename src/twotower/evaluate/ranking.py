@@ -13,18 +13,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.channels.queries import queries_of_users
+from twotower.channels.retriever import Queries
 from twotower.evaluate.calibration import auc, auc_within, calibration_error, log_loss, reliability, sigmoid
 from twotower.evaluate.held_out import read_held_out
 from twotower.evaluate.holdout import figure
 from twotower.evaluate.metrics import PerUser, summarise
 from twotower.features.columns import Bag, Column, pointers, ranges, take
-from twotower.models.queries import queries_of_users
-from twotower.models.ranker import FIRST_POSITION, Ranker
-from twotower.models.retriever import Queries
 from twotower.samples.read import Clicks, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.tables import as_ids
+from twotower.towers.ranker import FIRST_POSITION, Ranker
 
 BATCH = 8192
 SHOWN = (c.USER_ID, c.ITEM_ID, c.OUTCOME, c.REQUEST_TS_MS, c.CLICK_TS_MS)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.config import settings as spec
 from twotower.features.columns import Column
 from twotower.features.fitted import (
     INTERESTS,
@@ -24,6 +23,7 @@ from twotower.features.fitted import (
     raw_column,
     split,
 )
+from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Sequence
 from twotower.features.vocabulary import Vocabulary, as_values, fit_vocabulary
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, cut
@@ -119,7 +119,7 @@ class FeatureSet:
 
 
 def fit(
-    features: spec.Features,
+    features: Features,
     users: pa.Table,
     items: pa.Table,
     context: Mapping[str, pa.Array],
@@ -151,19 +151,19 @@ def fit(
     }
     shared = {c.ITEM_ID: SharedTable(ids, dimension), **_fit_shared(sides, dimension)}
 
-    def fit_side(side: str, wanted: Mapping[str, spec.Feature], columns: Mapping[str, Any]) -> Iterable[Fitted]:
+    def fit_side(side: str, wanted: Mapping[str, Feature], columns: Mapping[str, Any]) -> Iterable[Fitted]:
         for name, kind in sorted(wanted.items()):
-            if isinstance(kind, spec.Sequence) and name == HISTORY and side == "user":
+            if isinstance(kind, Sequence) and name == HISTORY and side == "user":
                 yield Items(name, ids, dimension, kind.last, kind.encoder, True, kind.heads, kind.blocks)
                 continue
             if name not in columns:
                 raise ConfigError(f"features.{side}.{name}: no such column; there are {', '.join(columns) or 'none'}")
             column = columns[name].combine_chunks() if isinstance(columns[name], pa.ChunkedArray) else columns[name]
-            if isinstance(kind, spec.Sequence):
+            if isinstance(kind, Sequence):
                 if side != "user":
                     raise ConfigError(f"features.{side}.{name}: a sequence of items belongs to features.user")
                 yield Items(name, ids, dimension, kind.last, kind.encoder, False, kind.heads, kind.blocks)
-            elif isinstance(kind, spec.Categorical):
+            elif isinstance(kind, Categorical):
                 if side == "item" and name == c.ITEM_ID:
                     yield Category(name, ids, dimension)
                     continue
@@ -177,12 +177,12 @@ def fit(
                 yield Category(
                     name, known, dimension if is_id else kind.dimension or width(len(known.values), dimension)
                 )
-            elif isinstance(kind, spec.MultiCategorical) and kind.table is not None:
+            elif isinstance(kind, MultiCategorical) and kind.table is not None:
                 yield Categories(name, shared[kind.table].vocabulary, shared[kind.table].dimension, kind.separator)
-            elif isinstance(kind, spec.MultiCategorical):
+            elif isinstance(kind, MultiCategorical):
                 known = fit_vocabulary(f"{side}.{name}", as_values(split(column, kind.separator, name).flatten(), name))
                 yield Categories(name, known, kind.dimension or width(len(known.values), dimension), kind.separator)
-            elif isinstance(kind, spec.Numeric):
+            elif isinstance(kind, Numeric):
                 yield fit_numeric(name, f"{side}.{name}", kind, column, dimension)
             else:
                 yield Ready(name, kind.size)
@@ -199,7 +199,7 @@ class SharedTable:
 
 
 def _fit_shared(
-    sides: Mapping[str, tuple[Mapping[str, spec.Feature], Mapping[str, Any]]], dimension: int
+    sides: Mapping[str, tuple[Mapping[str, Feature], Mapping[str, Any]]], dimension: int
 ) -> dict[str, SharedTable]:
     """The tables that features share by name, each over the values of all its features.
 
@@ -209,14 +209,12 @@ def _fit_shared(
     members: dict[str, list[tuple[str, pa.Array, int | None]]] = {}
     for side, (wanted, columns) in sides.items():
         for name, kind in sorted(wanted.items()):
-            if not isinstance(kind, spec.Categorical | spec.MultiCategorical) or kind.table is None:
+            if not isinstance(kind, Categorical | MultiCategorical) or kind.table is None:
                 continue
             if name not in columns:
                 continue  # said where the feature itself is fitted
             column = columns[name].combine_chunks() if isinstance(columns[name], pa.ChunkedArray) else columns[name]
-            values = (
-                split(column, kind.separator, name).flatten() if isinstance(kind, spec.MultiCategorical) else column
-            )
+            values = split(column, kind.separator, name).flatten() if isinstance(kind, MultiCategorical) else column
             members.setdefault(kind.table, []).append(
                 (f"features.{side}.{name}", as_values(values, name), kind.dimension)
             )
@@ -240,7 +238,7 @@ def _fit_shared(
     return tables
 
 
-def fit_numeric(name: str, table: str, kind: spec.Numeric, column: pa.Array, dimension: int) -> Number | Bucket:
+def fit_numeric(name: str, table: str, kind: Numeric, column: pa.Array, dimension: int) -> Number | Bucket:
     """Mean and deviation, or quantiles, of the finite values of a column, in whatever order they come.
 
     Raises:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twotower.channels.retriever import Candidates
 from twotower.evaluate.metrics import Figure, difference
 from twotower.features.columns import Bag
 from twotower.fusion.fuse import QUOTA, RRF, RRF_CONSTANT, Floats, Fusion, Union
 from twotower.index.protocol import PADDING
-from twotower.models.retriever import Candidates
 
 log = logging.getLogger(__name__)
 

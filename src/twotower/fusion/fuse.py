@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twotower.channels.retriever import Candidates
 from twotower.index.protocol import PADDING
-from twotower.models.retriever import Candidates
 from twotower.schema.errors import ConfigError
 
 Floats = npt.NDArray[np.float64]

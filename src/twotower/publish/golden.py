@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from twotower.channels.retriever import Queries
 from twotower.features.columns import Bag, take
-from twotower.models.retriever import Queries
 from twotower.publish.version import GOLDEN, RANKERS, Version
 from twotower.schema.files import read_json, write_json
 

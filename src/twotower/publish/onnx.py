@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from twotower.features.columns import Column
 from twotower.features.fitted import Fitted
-from twotower.models.towers import LENGTH, POPULARITY, Tower, WithPopularity, input_width, is_encoded
-from twotower.models.two_tower import Floats, Table, tower_inputs
 from twotower.schema.files import map_file
+from twotower.towers.towers import LENGTH, POPULARITY, Tower, WithPopularity, input_width, is_encoded
+from twotower.towers.two_tower import Floats, Table, tower_inputs
 
 VECTOR = "vector"
 

@@ -23,6 +23,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.channels.retriever import Candidates, Queries, Retriever, WithoutItems, similar_items
+from twotower.channels.vector_channel import VectorChannel
 from twotower.features.columns import Bag, Column, concatenate, pointers
 from twotower.features.columns import Rows as Tokens
 from twotower.features.feature_set import encode_request
@@ -33,9 +35,6 @@ from twotower.index.overlaid import OverlaidIndex
 from twotower.index.protocol import PADDING, Exclusions, VectorIndex
 from twotower.logs.entities import Entity, EntityId
 from twotower.logs.events import ITEM
-from twotower.models.channel import VectorChannel
-from twotower.models.retriever import Candidates, Queries, Retriever, WithoutItems, similar_items
-from twotower.models.two_tower import Table, table_of
 from twotower.publish.catalogue import SMALLER, Attributes, Encoded, Grown, Layered, PutRows, SetAside, changes, put_row
 from twotower.publish.delta import Delta, Rows, base_digest, read_next
 from twotower.publish.onnx import OnnxTower
@@ -45,6 +44,7 @@ from twotower.schema import columns as c
 from twotower.schema.errors import DataError, cut, shown
 from twotower.schema.limits import check_value
 from twotower.schema.tables import column_of, is_id
+from twotower.towers.two_tower import Table, table_of
 
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

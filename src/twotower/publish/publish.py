@@ -20,17 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from twotower.channels.als import ALS
+from twotower.channels.fit import Counted
+from twotower.channels.queries import queries_of_users
+from twotower.channels.retriever import Queries
+from twotower.channels.vector_channel import latest
 from twotower.features.columns import Bag, Column, take, to_arrow
 from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, save
 from twotower.fusion.fuse import Fusion
 from twotower.index.build import build_index
-from twotower.models.als import ALS
-from twotower.models.channel import latest
-from twotower.models.fit import Counted
-from twotower.models.queries import queries_of_users
-from twotower.models.ranker import Ranker
-from twotower.models.retriever import Queries
-from twotower.models.two_tower import Floats, TwoTower
 from twotower.publish.golden import replay, write_golden
 from twotower.publish.onnx import OnnxTower, export_tower
 from twotower.publish.ranker import OnnxRanker, write_ranker
@@ -60,6 +58,8 @@ from twotower.schema.files import (
     whole_folder,
 )
 from twotower.schema.tables import check_entities
+from twotower.towers.ranker import Ranker
+from twotower.towers.two_tower import Floats, TwoTower
 from twotower.train.checkpoint import Checkpoint, load_model, load_ranker
 
 log = logging.getLogger(__name__)

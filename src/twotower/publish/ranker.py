@@ -10,20 +10,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from twotower.channels.vector_channel import latest
 from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import load, save
 from twotower.features.fitted import Category
 from twotower.features.vocabulary import FIRST, UNKNOWN
-from twotower.models.channel import latest
-from twotower.models.ranker import Ranker
-from twotower.models.towers import LENGTH, input_width, is_encoded
-from twotower.models.two_tower import tower_inputs
 from twotower.publish.catalogue import Encoded
 from twotower.publish.onnx import export, open_session
 from twotower.publish.tables import map_tables, save_tables
 from twotower.samples.read import Entities
 from twotower.schema import columns as c
 from twotower.schema.files import read_json, write_json
+from twotower.towers.ranker import Ranker
+from twotower.towers.towers import LENGTH, input_width, is_encoded
+from twotower.towers.two_tower import tower_inputs
 
 NETWORK = "ranker.onnx"
 ABOUT = "ranker.json"

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from twotower.models.two_tower import Table
 from twotower.schema.errors import DataError
 from twotower.schema.files import map_file
+from twotower.towers.two_tower import Table
 
 FILE = "tables.safetensors"
 

@@ -12,6 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.channels.fit import KINDS
+from twotower.channels.queries import queries_of_users
+from twotower.channels.retriever import Queries, Retriever, WithoutItems
+from twotower.channels.vector_channel import VectorChannel
 from twotower.datasets.tables import end_of_day
 from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import FeatureSet, encode_request, load
@@ -22,11 +26,6 @@ from twotower.index.checks import ROWS
 from twotower.index.protocol import VectorIndex
 from twotower.logs.entities import Entity, EntityId
 from twotower.logs.events import USER
-from twotower.models.channel import VectorChannel
-from twotower.models.fit import KINDS
-from twotower.models.queries import queries_of_users
-from twotower.models.retriever import Queries, Retriever, WithoutItems
-from twotower.models.two_tower import table_of
 from twotower.publish.catalogue import Attributes, ItemKeys, SetAside
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.ranker import OnnxRanker
@@ -36,6 +35,7 @@ from twotower.samples.read import Clicks, Entities, open_clicks, open_items, ope
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError, cut
 from twotower.schema.files import MANIFEST, Kind, check_fields, check_listing, read_json, write_json
+from twotower.towers.two_tower import table_of
 
 FORMAT = 3
 CATALOGUE = "catalogue.arrow"

@@ -21,11 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis import _
 
-from twotower.config import settings as spec
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import to_arrow
 from twotower.features.feature_set import FeatureSet, encode_table, extended, fit, save
 from twotower.features.fitted import Fitted
+from twotower.features.options import Features, Numeric, Vector
 from twotower.samples.columns_file import write_columns, write_table
 from twotower.samples.engine import Engine, open_engine
 from twotower.samples.events import (
@@ -38,6 +38,7 @@ from twotower.samples.events import (
     stored_events,
 )
 from twotower.samples.hard import HARD, find_rejected
+from twotower.samples.options import ColdOptions, EngineOptions, HotOptions
 from twotower.samples.sampling import (
     COPIES,
     FACTOR,
@@ -112,7 +113,7 @@ class SamplesReport:
 def build_samples(  # noqa: PLR0915  one job, top to bottom
     workspace: Path,
     out: Path,
-    features: spec.Features,
+    features: Features,
     dimension: int,
     *,
     first_day: str | None = None,
@@ -120,15 +121,15 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
     days: int | None = None,
     weight: str | None = None,
     impressed_weight: float = 0.0,
-    hot: spec.Hot = spec.Hot(),  # noqa: B008  frozen
-    cold: spec.Cold = spec.Cold(),  # noqa: B008
+    hot: HotOptions = HotOptions(),  # noqa: B008  frozen
+    cold: ColdOptions = ColdOptions(),  # noqa: B008
     untrained_users: float = 0.0,
     hard_most: int = 20,
     impressed_as_negatives: bool = False,
     impressions: bool = False,
     seed: int = 0,
     room: float = 0.1,
-    engine: spec.Engine = spec.Engine(),  # noqa: B008
+    engine: EngineOptions = EngineOptions(),  # noqa: B008
     previous: FeatureSet | None = None,
     evict_after_days: int | None = None,
     clock_ms: ClockMs = now_ms,
@@ -552,7 +553,7 @@ def _tally(
 
 
 def _values(
-    engine: Engine, positives: Any, features: spec.Features, rows: int, types: Mapping[str, pa.DataType]
+    engine: Engine, positives: Any, features: Features, rows: int, types: Mapping[str, pa.DataType]
 ) -> dict[str, pa.ChunkedArray]:
     """What each context feature is fitted to, never all rows: distinct values, and of numbers about a million.
 
@@ -564,9 +565,9 @@ def _values(
     values = {}
     for name, kind in features.context.items():
         column = f"{CONTEXT}{name}"
-        if isinstance(kind, spec.Numeric):
+        if isinstance(kind, Numeric):
             query = chosen.select(column)
-        elif isinstance(kind, spec.Vector):
+        elif isinstance(kind, Vector):
             query = positives.select(column).limit(0)
         else:
             query = positives.select(column).distinct()

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from twotower.config import settings as spec
 from twotower.samples.duckdb_engine import DuckDB, open_duckdb
+from twotower.samples.options import EngineOptions
 from twotower.samples.spark_engine import Spark, open_spark
 from twotower.schema.errors import ConfigError
 
@@ -18,7 +18,7 @@ Engine = DuckDB | Spark
 
 
 @contextmanager
-def open_engine(options: spec.Engine, scratch: Path) -> Iterator[Engine]:
+def open_engine(options: EngineOptions, scratch: Path) -> Iterator[Engine]:
     """Open the configured engine.
 
     Args:
@@ -29,7 +29,7 @@ def open_engine(options: spec.Engine, scratch: Path) -> Iterator[Engine]:
         ConfigError: Spark is asked for, and pyspark or Java is not installed; the configured scratch is no folder.
 
     >>> import pyarrow as pa, tempfile
-    >>> with tempfile.TemporaryDirectory() as folder, open_engine(spec.Engine(), Path(folder)) as engine:
+    >>> with tempfile.TemporaryDirectory() as folder, open_engine(EngineOptions(), Path(folder)) as engine:
     ...     numbers = engine.put("numbers", pa.table({"n": [3, 1, 2]}))
     ...     [batch.column("n").to_pylist() for batch in engine.batches(numbers.order_by("n"))]
     [[1, 2, 3]]

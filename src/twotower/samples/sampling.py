@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from ibis import _
 
-from twotower.config import settings as spec
 from twotower.samples.engine import Engine
+from twotower.samples.options import ColdOptions, HotOptions
 from twotower.schema import columns as c
 
 ITEM_ROW = "item_row"
@@ -36,7 +36,7 @@ def _hash(value: Any) -> Any:
     return (value.cast("int64") % PRIME) * FACTOR % PRIME
 
 
-def expected_copies(clicks: npt.NDArray[np.int64], hot: spec.Hot, cold: spec.Cold) -> npt.NDArray[np.float64]:
+def expected_copies(clicks: npt.NDArray[np.int64], hot: HotOptions, cold: ColdOptions) -> npt.NDArray[np.float64]:
     """How often a click of each item is fed (N,), in expectation.
 
     `word2vec` is the rule of that program's code, `sqrt` the one of the paper (Mikolov et al. 2013, eq. 5).

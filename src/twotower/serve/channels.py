@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Final
 
-from twotower.models.retriever import Candidates, Queries, Retriever
+from twotower.channels.retriever import Candidates, Queries, Retriever
 
 log = logging.getLogger(__name__)
 

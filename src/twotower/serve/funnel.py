@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from twotower.channels.retriever import Queries
 from twotower.features.fitted import Items
 from twotower.index.protocol import Exclusions
 from twotower.logs import Event
@@ -32,7 +33,6 @@ from twotower.logs.events import (
     SCORES,
     VERSION,
 )
-from twotower.models.retriever import Queries
 from twotower.publish.version import PRE_RANK, RANK, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, cut

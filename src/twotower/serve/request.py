@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from twotower.channels.retriever import Queries, similar_items
 from twotower.features.bloom import Seen
 from twotower.features.columns import Bag, Column
 from twotower.features.feature_set import encode_request
 from twotower.fusion.fuse import Fused
 from twotower.index.protocol import Exclusions
 from twotower.logs.events import ALLOWED_SKEW_MS
-from twotower.models.retriever import Queries, similar_items
 from twotower.publish.version import TWO_TOWER, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, TwotowerError, shown

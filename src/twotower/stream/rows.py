@@ -14,7 +14,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.config import settings as spec
+from twotower.features import options as spec
 from twotower.logs.events import DELTA_SEQ, HISTORY, VERSION
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError

@@ -13,12 +13,12 @@ import numpy.typing as npt
 from twotower.features.columns import Bag, Beginnings, Column, Rows, concatenate, pointers, ranges, take
 from twotower.features.fitted import Fitted
 from twotower.features.vocabulary import UNKNOWN
-from twotower.models.embedding import Compactor
-from twotower.models.losses import Mask
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import MAX_TRAINING_WEIGHT
+from twotower.towers.embedding import Compactor
+from twotower.towers.losses import Mask
 from twotower.train.negatives import CountedFrequency, EasyNegatives, HardNegatives, StreamingFrequency
 
 Longs = npt.NDArray[np.int64]

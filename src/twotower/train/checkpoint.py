@@ -26,9 +26,6 @@ from torch import Tensor
 from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, FeatureSet
 from twotower.features.feature_set import load as load_features
 from twotower.features.vocabulary import FIRST, UNKNOWN
-from twotower.models.ranker import Ranker, RankerShape
-from twotower.models.towers import Network
-from twotower.models.two_tower import PREFERENCE, TwoTower
 from twotower.schema.errors import DataError
 from twotower.schema.files import (
     MANIFEST,
@@ -39,6 +36,9 @@ from twotower.schema.files import (
     whole_folder,
     write_json,
 )
+from twotower.towers.ranker import Ranker, RankerShape
+from twotower.towers.towers import Network
+from twotower.towers.two_tower import PREFERENCE, TwoTower
 from twotower.train.negatives import CountedFrequency, StreamingFrequency
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from twotower.models.encoders import label_aware
-from twotower.models.losses import (
+from twotower.samples.read import Samples
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError, DataError
+from twotower.towers.encoders import label_aware
+from twotower.towers.losses import (
     Form,
     bsl,
     corrected_log_q,
@@ -25,10 +28,7 @@ from twotower.models.losses import (
     triplet_hinge,
     triplet_logistic,
 )
-from twotower.models.two_tower import StepAssembler, TwoTower
-from twotower.samples.read import Samples
-from twotower.schema import columns as c
-from twotower.schema.errors import ConfigError, DataError
+from twotower.towers.two_tower import StepAssembler, TwoTower
 from twotower.train.batches import Batch, BatchMaker, RowNegatives, SharedNegatives, fed_frequency, freshness
 from twotower.train.checkpoint import (
     FINISHED,

@@ -16,12 +16,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from twotower.evaluate.calibration import Platt, calibration_error, fit_platt
 from twotower.features.columns import Bag, Beginnings, Column, Rows, pointers, ranges, take
 from twotower.features.vocabulary import MISSING, UNKNOWN
-from twotower.models.ranker import FIRST_POSITION, Ranker, RankerShape
-from twotower.models.two_tower import StepAssembler
 from twotower.samples.build import NO_POSITION
 from twotower.samples.read import Impressions, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
+from twotower.towers.ranker import FIRST_POSITION, Ranker, RankerShape
+from twotower.towers.two_tower import StepAssembler
 from twotower.train.batches import drop_ids, some_missing
 from twotower.train.checkpoint import (
     FINISHED,

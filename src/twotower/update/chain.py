@@ -27,8 +27,6 @@ from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import EventLog
 from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of, is_deletion
 from twotower.logs.events import ITEM, USER
-from twotower.models.embedding import EmbeddingTable
-from twotower.models.two_tower import TwoTower
 from twotower.publish.delta import (
     Delta,
     Reports,
@@ -48,6 +46,8 @@ from twotower.schema.errors import DataError, VersionError, shown
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.schema.tables import is_id
 from twotower.stream.shards import partitions, read_parts, usable_manifests
+from twotower.towers.embedding import EmbeddingTable
+from twotower.towers.two_tower import TwoTower
 from twotower.update.bounds import ITEM as OF_ITEM
 from twotower.update.bounds import PAIR, RISEN, Bounds, ClickWindows
 from twotower.update.bounds import USER as OF_USER

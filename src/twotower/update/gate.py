@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from twotower.channels.retriever import Queries
 from twotower.features.columns import Bag
 from twotower.features.vocabulary import FIRST
-from twotower.models.retriever import Queries
 from twotower.publish.delta import Rows
 from twotower.publish.version import Version
 

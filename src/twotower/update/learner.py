@@ -17,10 +17,10 @@ import torch
 from twotower.features.columns import Bag, Column, concatenate, pointers, take
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.entities import EntityId
-from twotower.models.losses import Mask, shared_loss
-from twotower.models.two_tower import StepAssembler, TwoTower, table_of
 from twotower.publish.delta import Rows
 from twotower.schema import columns as c
+from twotower.towers.losses import Mask, shared_loss
+from twotower.towers.two_tower import StepAssembler, TwoTower, table_of
 from twotower.train.loop import Loss
 from twotower.train.negatives import Draws, EasyNegatives, Shares
 from twotower.update.rows import Positives

@@ -1,0 +1,1 @@
+"""Channels: what retrieves candidates for a request, and the protocol that they share."""

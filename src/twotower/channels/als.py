@@ -1,0 +1,170 @@
+"""Implicit ALS: matrix factorisation that counts every item that a user did not click, a little (Hu et al. 2008).
+
+The factors come from the library `implicit`. A user's vector is solved for from their clicks when they ask, so that a
+click counts at once and a new user needs no training. N items, F factors, B users.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+from twotower.channels.retriever import Candidates, Queries
+from twotower.features.columns import Bag
+from twotower.index.build import load_index
+from twotower.index.exact import ExactIndex
+from twotower.index.protocol import PADDING, Exclusions, VectorIndex
+from twotower.samples.read import Clicks
+from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.files import read_json, write_json
+
+FACTORS = "factors.safetensors"
+SETTINGS = "als.json"
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the factors are found."""
+
+    factors: int = 64
+    regularization: float = 0.05
+    """Added to the diagonal, for users and items alike."""
+    confidence: float = 10.0
+    """Weight of a clicked item, where one that was not clicked weighs 1; `alpha` in the library."""
+    iterations: int = 15
+
+
+class ALS:
+    """Item factors, and an index over them.
+
+    Items are found by the inner product, so each factor is scaled to length at most 1 and filled up to a unit vector by
+    one number more (Bachrach et al. 2014): the nearest by cosine are then those of the greatest product.
+
+    Args:
+        factors: (N, F) of the items; zero for one that nobody clicked.
+        options: what they were made with.
+        index: of the filled-up vectors (N, F + 1), by catalogue row.
+    """
+
+    name = "als"
+
+    def __init__(self, factors: Floats, options: Options, index: VectorIndex | None = None) -> None:
+        self._factors = factors
+        self._options = options
+        self._longest = float(np.linalg.norm(factors, axis=1).max(initial=1e-12))
+        exact = factors.astype(np.float64)
+        self._gram = exact.T @ exact + options.regularization * np.eye(factors.shape[1])
+        self.index = index or ExactIndex.build(*self.found)
+
+    @classmethod
+    def fit(cls, clicks: Clicks, items: int, options: Options, threads: int, seed: int) -> Self:
+        """Factorise all users' distinct clicks.
+
+        Args:
+            clicks: every user's clicks.
+            items: N, size of the catalogue.
+            options: of the factorisation.
+            threads: of the library.
+            seed: of the first factors.
+
+        Raises:
+            ConfigError: the library is not installed.
+            DataError: the factors are not finite.
+        """
+        try:
+            from implicit.cpu.als import AlternatingLeastSquares  # an extra
+            from scipy.sparse import csr_matrix
+            from threadpoolctl import threadpool_limits
+        except ImportError:
+            raise ConfigError("the channel als needs a library: pip install 'twotower[als]'") from None
+        users = len(clicks.indptr) - 1
+        owner = np.repeat(np.arange(users, dtype=np.int64), np.diff(clicks.indptr))
+        pairs = np.unique(owner * items + clicks.item_row)
+        clicked = csr_matrix((np.ones(len(pairs), np.float32), (pairs // items, pairs % items)), (users, items))
+        model = AlternatingLeastSquares(
+            options.factors,
+            options.regularization,
+            options.confidence,
+            iterations=options.iterations,
+            num_threads=threads,
+            random_state=seed,
+        )
+        with threadpool_limits(1, "blas"):  # the library has threads of its own
+            model.fit(clicked, show_progress=False)
+        factors: Floats = np.asarray(model.item_factors, np.float32).copy()
+        factors[np.bincount(pairs % items, minlength=items) == 0] = 0
+        if not np.isfinite(factors).all():
+            raise DataError("als: the factors are not finite: raise models.als.regularization")
+        return cls(factors, options)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        options = Options(**read_json(folder / SETTINGS))
+        return cls(load_file(folder / FACTORS)["factors"], options, load_index(folder / "index"))
+
+    def save(self, folder: Path) -> None:
+        """Write all that answering needs into a folder."""
+        save_file({"factors": self._factors}, folder / FACTORS)
+        write_json(folder / SETTINGS, asdict(self._options))
+        self.index.save(folder / "index")
+
+    def with_index(self, index: VectorIndex) -> Self:
+        """The same factors behind another index of what is `found`."""
+        return type(self)(self._factors, self._options, index)
+
+    @property
+    def found(self) -> tuple[npt.NDArray[np.int64], Floats]:
+        """What an index of it holds: the rows (n,) of clicked items, and their unit vectors (n, F + 1)."""
+        rows = np.flatnonzero(self._factors.any(axis=1))
+        scaled = self._factors[rows] / np.float32(self._longest)
+        rest = np.sqrt(np.maximum(0, 1 - np.einsum("nf,nf->n", scaled, scaled)))
+        return rows, np.concatenate([scaled, rest[:, None]], axis=1)
+
+    def user_vectors(self, clicks: Bag) -> Floats:
+        """Queries (B, F + 1) of users from the catalogue rows that they clicked (eq. 4 of the paper); zero without any.
+
+        Their product with an item's vector is the preference that the model predicts, about 1 for what was clicked.
+        """
+        found = np.zeros((len(clicks), self._factors.shape[1] + 1), np.float32)
+        for user in range(len(clicks)):
+            rows = np.unique(clicks.rows[clicks.indptr[user] : clicks.indptr[user + 1]])
+            clicked = self._factors[rows].astype(np.float64)
+            weighed = self._gram + (self._options.confidence - 1) * clicked.T @ clicked
+            preferred = np.linalg.solve(weighed, self._options.confidence * clicked.sum(axis=0))
+            found[user, :-1] = preferred * self._longest
+        return found
+
+    def retrieve(self, queries: Queries, k: int) -> Candidates:
+        """See `Retriever.retrieve`."""
+        return _nearest(self.index, self.user_vectors(queries.clicks), k, queries.exclude)
+
+    def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
+        """See `SimilarItems.similar`: by the cosine of the factors, whose length is an item's popularity."""
+        itself = Exclusions(np.arange(len(rows) + 1), rows)
+        return _nearest(self._alike, _unit(self._factors[rows]), k, itself)
+
+    @cached_property
+    def _alike(self) -> ExactIndex:
+        """Of the factors at unit length; made when somebody asks."""
+        rows = np.flatnonzero(self._factors.any(axis=1))
+        return ExactIndex.build(rows, _unit(self._factors[rows]))
+
+
+def _nearest(index: VectorIndex, vectors: Floats, k: int, exclude: Exclusions) -> Candidates:
+    """The k best of each vector; nothing for one that is zero."""
+    found = index.search(vectors, k, exclude)
+    unknown = ~vectors.any(axis=1)
+    found.rows[unknown], found.scores[unknown] = PADDING, -np.inf
+    return Candidates(found.rows, found.scores)
+
+
+def _unit(factors: Floats) -> Floats:
+    scaled: Floats = factors / np.maximum(np.linalg.norm(factors, axis=1, keepdims=True), np.float32(1e-12))
+    return scaled

@@ -1,0 +1,162 @@
+"""Options of the features and of the store of what a server learns."""
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from twotower.schema import columns as c
+from twotower.schema.options import STRICT, Length, Text, Width, at_most
+
+LABELS = (c.ITEM_ID, c.OUTCOME, c.CLICK_TS_MS)
+"""Columns of events that no request can know: as a context they would tell the model its target."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Categorical:
+    """One value out of a vocabulary: an embedding row each."""
+
+    kind: Literal["categorical"]
+    dimension: Width | None = None
+    """Width of the embedding; absent = by the size of the vocabulary, ids have `models.dimension`."""
+    table: Text | None = None
+    """Name of a table that features share, on both sides: one vocabulary and one embedding for all of them. `item_id`
+    is that of the item ids."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class MultiCategorical:
+    """Several values out of a vocabulary: the mean of their embedding rows."""
+
+    kind: Literal["multi_categorical"]
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    """Splits a string column; absent for a list column."""
+    dimension: Width | None = None
+    """Width of the embedding; absent = by the size of the vocabulary."""
+    table: Text | None = None
+    """Name of a table that features share, as of `categorical`."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Numeric:
+    """A number."""
+
+    kind: Literal["numeric"]
+    transform: Literal["standard", "log", "buckets"] = "standard"
+    """`standard`: zero mean and unit variance; `log`: the same of sign(x) log(1 + |x|); `buckets`: an embedding row for
+    each quantile."""
+    buckets: Length = 20
+    """Number of quantiles for `buckets`."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Sequence:
+    """Items in the order of time, sharing the table of item ids.
+
+    `history` is what the user clicked before the request; any other name is a list column of item ids of
+    `users.parquet`.
+    """
+
+    kind: Literal["sequence"]
+    last: Length = 50
+    """How many of the latest items count."""
+    encoder: Literal["mean", "attention", "transformer"] = "mean"
+    """How they become one vector: their mean; a mean weighted by item and age; a small transformer that knows their
+    order."""
+    heads: Length = 2
+    """`attention`, `transformer`: ways to look at the sequence; of a transformer a divisor of `models.dimension`."""
+    blocks: Annotated[int, Field(gt=0), at_most(100)] = 2
+    """`transformer`: how deep it is."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Vector:
+    """A ready-made vector, of a text or an image, say."""
+
+    kind: Literal["vector"]
+    size: Width
+    """Its length."""
+
+
+KINDS = {
+    "categorical": Categorical,
+    "multi_categorical": MultiCategorical,
+    "numeric": Numeric,
+    "sequence": Sequence,
+    "vector": Vector,
+}
+
+
+Feature = Annotated[Categorical | MultiCategorical | Numeric | Sequence | Vector, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Features:
+    """Columns that enter the towers, by name."""
+
+    user: dict[str, Feature] = field(
+        default_factory=lambda: {"user_id": Categorical("categorical"), "history": Sequence("sequence")}
+    )
+    """Columns of `users.parquet`, and `history`."""
+    item: dict[str, Feature] = field(default_factory=lambda: {"item_id": Categorical("categorical")})
+    """Columns of `items.parquet`."""
+    context: dict[str, Feature] = field(default_factory=dict)
+    """Columns of `events/`, and keys of a request's `context`; they enter the user tower."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no pair of towers could be built from.
+
+        Raises:
+            ValueError: a tower without features, a name on both sides of the user tower, a context that is the target.
+        """
+        if not self.item:
+            raise ValueError("features.item is empty: the item tower needs a feature, such as item_id")
+        if not self.user and not self.context:
+            raise ValueError("features.user is empty: the user tower needs a feature, such as user_id")
+        if both := sorted(self.user.keys() & self.context.keys()):
+            raise ValueError(f"{both[0]} is in features.user and in features.context: rename the column in one of them")
+        if labels := sorted(self.context.keys() & set(LABELS)):
+            raise ValueError(f"features.context.{labels[0]} is what the model is to find, no request knows it")
+        if problems := [
+            *_unusable({"user": self.user, "context": self.context}),
+            *_unusable({"item": self.item}),
+        ]:
+            raise ValueError("; ".join(problems))
+
+
+def _unusable(sides: Mapping[str, Mapping[str, Feature]]) -> list[str]:
+    """What is wrong with the names of the features of one tower, by side of the configuration.
+
+    Columns have prefixes inside, so that no other name is one of ours. Two places have none: in daily partitions the
+    context stands beside the columns of joined events, and in a tower the length of a sequence stands beside it. Upper
+    and lower case are one to the engines.
+    """
+    problems = []
+    kinds = {f"features.{side}.{name}": (side, name, kind) for side, of in sides.items() for name, kind in of.items()}
+    names = {name for _, name, _ in kinds.values()}
+    seen: dict[str, str] = {}
+    for where, (side, name, kind) in kinds.items():
+        if not name.strip() or not name.isprintable():
+            problems.append(f"features.{side} has the name {name!r}: a name is text that can be printed")
+        if side == "context" and name.casefold() in c.JOINED:
+            problems.append(
+                f"{where}: joined events have a column {name.casefold()} of their own, so give yours another name. "
+                f"Taken are {', '.join(c.JOINED)}"
+            )
+        if (other := seen.setdefault(name.casefold(), where)) != where:
+            problems.append(f"{other} and {where} differ in upper and lower case alone: rename one of the columns")
+        taken = [f"{name}{end}" for end in (".length", ".row")] if isinstance(kind, Sequence) else [".popularity"]
+        problems += [f"{where} takes the name {one} too: rename one of the columns" for one in taken if one in names]
+    return problems
+
+
+@dataclass(frozen=True, config=STRICT)
+class FeatureStoreOptions:
+    """Where a server keeps what it learns of a user."""
+
+    kind: Literal["lmdb", "redis"] = "lmdb"
+    """`lmdb` is embedded."""
+    url: Text | None = None
+    """Address of an external store."""

@@ -1,1 +1,0 @@
-"""Retrievers, the towers behind one of them, and the losses that train it."""

@@ -1,0 +1,1 @@
+"""All stages in their order, as a configuration describes them."""

@@ -1,0 +1,160 @@
+"""Choosing how channels are fused on parts of the training events, never on the test set.
+
+All channels are trained and fitted on the rest of the training events, and give their lists once; with several parts,
+each is held out of what the one after it left. What is chosen then stands in `fusion.json` of the workspace, and goes
+into every version that is published from there.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twotower.channels.retriever import Candidates
+from twotower.config.load import as_dict
+from twotower.config.settings import Settings
+from twotower.evaluate.holdout import Truth, candidates, held_out
+from twotower.features.columns import Bag, pointers, take
+from twotower.fusion.choose import choose
+from twotower.pipeline.line import FUSION, make_samples, offline_channels, places, train_model
+from twotower.pipeline.ready import check_ready
+from twotower.pipeline.tune import identity, validation_workspace, with_values
+from twotower.samples.read import open_samples
+from twotower.schema.errors import ConfigError
+from twotower.schema.files import write_json
+
+log = logging.getLogger(__name__)
+
+FUSING = "fusing"
+_DECIDING = ("features", "samples", "models", "train")
+"""Sections that make the channels what they are."""
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `twotower fuse` prints."""
+
+    path: str
+    """The file with what was chosen."""
+    method: str
+    weights: dict[str, float]
+    users: int
+    """Of validation, that it was chosen on."""
+    recall: dict[str, dict[str, float]]
+    """On validation: of each channel, of the fusion (by users that it was not chosen on) and of equal weights."""
+    gain: dict[str, Any]
+    """Of the fusion over the best channel, and of each part."""
+
+
+def fuse(settings: Settings) -> FuseReport:
+    """Choose method, weights and constants on validation parts, for the versions published from now on.
+
+    Raises:
+        ConfigError: there is a single channel.
+        DataError: a part leaves no events to learn from.
+    """
+    check_ready(settings, trained=True)
+    if len(settings.models.channels) < 2:
+        raise ConfigError(f"models.channels = {settings.models.channels}: fusing takes two channels or more")
+    options = settings.fusion
+    folder = places(settings).workspace / FUSING / identity(settings, (*_DECIDING, "tune"))
+    parts, found = [settings], []
+    for number in range(options.parts):
+        parts.append(part_before(parts[-1], folder / f"part-{number + 1}"))
+    for part in parts[1:]:
+        samples_of(part)
+    for number, part in enumerate(parts[1:]):
+        log.info("validation part %d of %d", number + 1, options.parts)
+        found.append(lists_of(part, math.ceil(options.users / options.parts), max(*options.k, options.depth)))
+    lists = {name: end_to_end([one.lists[name] for one in found]) for name in found[0].lists}
+    users = [len(one.truth.user_rows) for one in found]
+    truth = Bag(
+        pointers(np.concatenate([np.diff(one.truth.items.indptr) for one in found])),
+        np.concatenate([one.truth.items.rows for one in found]),
+    )
+    ks = sorted({min(k, found[0].items) for k in options.k})
+    chosen = choose(lists, truth, ks, settings.train.seed, np.repeat(np.arange(len(found)), users))
+    recall = {**chosen.channels, "fused": chosen.fused, "equal_weights": chosen.equal}
+    gain = {"value": round(chosen.gain.value, 5), "ci95": [round(bound, 5) for bound in chosen.gain.ci95 or ()]}
+    gain["by_part"] = list(chosen.by_part)
+    path = places(settings).workspace / FUSION
+    document = {key: value for key, value in as_dict(settings).items() if key in (*_DECIDING, "tune", "fusion")}
+    write_json(
+        path,
+        {
+            **asdict(chosen.fusion),
+            "depth": options.depth,
+            "channels": list(lists),
+            "validation": {"users": chosen.users, "recall": recall, "gain": gain},
+            "configuration_sha256": hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest(),
+        },
+    )
+    weights = dict(chosen.fusion.weights)
+    return FuseReport(str(path), chosen.fusion.method, weights, chosen.users, recall, gain)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What all channels bring the users of one validation part."""
+
+    lists: dict[str, Candidates]
+    truth: Truth
+    items: int
+    """Size of the catalogue, which all parts share."""
+
+
+def part_before(settings: Settings, folder: Path) -> Settings:
+    """The configuration of a validation part: its workspace has the events that the part leaves to learn from.
+
+    The next part is made of it in turn: its rule is absent, so that the one of this part is applied again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    workspace = validation_workspace(settings, folder)
+    return with_values(settings, {"workspace.path": str(workspace), "tune.holdout": None})
+
+
+def samples_of(settings: Settings) -> None:
+    """Make the samples of a validation part, and see that it can judge, before anything is trained.
+
+    Raises:
+        DataError: a part has no held-out positive of a user and an item that its samples know.
+    """
+    where = places(settings)
+    if not where.samples.exists():
+        make_samples(settings)
+    held_out(where.workspace, open_samples(where.samples), settings.evaluate.context)
+
+
+def lists_of(settings: Settings, users: int, depth: int) -> Lists:
+    """Train all channels, and ask them for lists of some users."""
+    where = places(settings)
+    train_model(settings)
+    samples = open_samples(where.samples)
+    truth = some_users(held_out(where.workspace, samples, settings.evaluate.context), users, settings.train.seed)
+    lists = {}
+    for name, channel in offline_channels(settings, samples).items():
+        log.info("lists of %s", name)
+        lists[name] = candidates(samples, channel, truth.user_rows, min(len(samples.items), depth), truth.context)
+    return Lists(lists, truth, len(samples.items))
+
+
+def end_to_end(found: Sequence[Candidates]) -> Candidates:
+    """Candidates of the users of several parts; these share their catalogue, so that all lists are as long."""
+    return Candidates(np.concatenate([one.rows for one in found]), np.concatenate([one.scores for one in found]))
+
+
+def some_users(truth: Truth, most: int, seed: int) -> Truth:
+    """A random part of the users, with their items."""
+    if len(truth.user_rows) <= most:
+        return truth
+    kept = np.sort(np.random.default_rng(seed).permutation(len(truth.user_rows))[:most])
+    items = take(truth.items, kept)
+    assert isinstance(items, Bag)
+    context = {name: take(column, kept) for name, column in truth.context.items()}
+    return Truth(truth.user_rows[kept], items, context)

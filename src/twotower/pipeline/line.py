@@ -1,0 +1,617 @@
+"""The stages in their order, each called with plain arguments out of the configuration.
+
+This is the only module that knows both: no stage sees the configuration.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.channels import item_cf, swing
+from twotower.channels.als import ALS, Options
+from twotower.channels.fit import Recipe, fit_channels
+from twotower.channels.item_cf import ItemCF
+from twotower.channels.popular import Popular, check_popular
+from twotower.channels.retriever import Queries, Retriever
+from twotower.channels.same_category import SameCategory, check_attributes
+from twotower.channels.swing import Swing
+from twotower.channels.vector_channel import VectorChannel
+from twotower.config.load import as_dict
+from twotower.config.settings import Settings
+from twotower.datasets.workspace import HOLDOUT, HOLDOUT_IMPRESSIONS
+from twotower.evaluate import page
+from twotower.evaluate.channels import evaluate_channels
+from twotower.evaluate.holdout import evaluate
+from twotower.evaluate.ranking import evaluate_ranker, kept_of_top, read_shown, some_users
+from twotower.features.feature_set import FeatureSet
+from twotower.fusion.fuse import Fusion
+from twotower.index.exact import ExactIndex
+from twotower.pipeline.ready import check_ready
+from twotower.pipeline.recorded import ASKED, MADE_WITH, as_made, check_same, fixed_by_samples, fixed_by_training
+from twotower.publish.publish import current_path, promote, publish
+from twotower.publish.version import (
+    NEW_ITEMS,
+    PRE_RANK,
+    RANK,
+    TWO_TOWER,
+    VECTOR_CHANNELS,
+    Version,
+    item_tokens,
+    open_version,
+)
+from twotower.samples.build import SamplesReport, build_samples
+from twotower.samples.options import NegativesOptions
+from twotower.samples.read import Samples, open_samples
+from twotower.schema import columns as c
+from twotower.schema.clock import now_ms
+from twotower.schema.errors import DataError
+from twotower.schema.files import read_json, whole_file, write_json
+from twotower.towers.options import TowerOptions
+from twotower.towers.ranker import Ranker, RankerShape
+from twotower.towers.towers import Network, check_widths
+from twotower.towers.two_tower import TwoTower
+from twotower.train.checkpoint import Checkpoint, Shape, load_model, load_ranker, open_checkpoint
+from twotower.train.loop import Loss, Negatives, TrainReport, train
+from twotower.train.negatives import Shares
+from twotower.train.options import PreRankOptions
+from twotower.train.ranking import RankerReport, both_kinds, train_ranker
+from twotower.worlds.simulate import world_of
+from twotower.worlds.truth import evaluate_by_truth
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest.json"
+METRICS = "metrics.json"
+CHANNELS = "channels"
+KEPT_USERS = 200
+"""Users of the hold-out whose candidates both rankers are asked about, at most."""
+FUSION = "fusion.json"
+"""In a workspace: how `twotower fuse` chose to fuse."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a workspace keeps what the commands add."""
+
+    workspace: Path
+
+    @property
+    def samples(self) -> Path:
+        """What training reads."""
+        return self.workspace / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Runs of training."""
+        return self.workspace / "checkpoints"
+
+    @property
+    def versions(self) -> Path:
+        """Published versions."""
+        return self.workspace / "versions"
+
+    @property
+    def deltas(self) -> Path:
+        """What was learned since a version, by version."""
+        return self.workspace / "deltas"
+
+    @property
+    def log(self) -> Path:
+        """The event log."""
+        return self.workspace / "log"
+
+    @property
+    def events(self) -> Path:
+        """Joined events, a folder a day."""
+        return self.workspace / "events"
+
+    @property
+    def shards(self) -> Path:
+        """What the joiner made of the event log."""
+        return self.workspace / "shards"
+
+    @property
+    def feature_store(self) -> Path:
+        """What a server has learned of users since the version."""
+        return self.workspace / "features"
+
+
+def places(settings: Settings) -> Places:
+    """The places of a configuration's workspace."""
+    return Places(Path(settings.workspace.path))
+
+
+def make_samples(
+    settings: Settings, previous: FeatureSet | None = None, evict_after_days: int | None = None
+) -> SamplesReport:
+    """Samples out of the workspace; `previous` and `evict_after_days` as in `build_samples`."""
+    check_ready(settings)
+    where = places(settings)
+    return build_samples(
+        where.workspace,
+        where.samples,
+        settings.features,
+        settings.models.dimension,
+        first_day=settings.samples.first_day,
+        days=settings.samples.days,
+        last_day=settings.samples.last_day,
+        weight=settings.samples.weight,
+        impressed_weight=settings.samples.impressed_weight,
+        hot=settings.samples.hot,
+        cold=settings.samples.cold,
+        untrained_users=settings.samples.untrained_users,
+        hard_most=settings.samples.negatives.hard_most,
+        impressed_as_negatives=settings.samples.negatives.impressed_as_negatives_for_experiments,
+        impressions=bool(settings.models.rankers),
+        seed=settings.samples.seed,
+        room=settings.samples.vocabulary_room,
+        engine=settings.engine,
+        previous=previous,
+        evict_after_days=evict_after_days,
+        recorded=fixed_by_samples(settings),
+    )
+
+
+def train_model(settings: Settings, asked: Settings | None = None) -> TrainReport:
+    """A checkpoint of each trained channel and ranker; the report is the two towers', the others in it.
+
+    Args:
+        settings: how to train.
+        asked: the configuration out of which trials chose these settings; None = these themselves. It is what later
+            commands bring.
+    """
+    check_ready(settings, trained=True)
+    where = places(settings)
+    samples = open_samples(where.samples)
+    check_samples(settings, samples)
+    reports: dict[str, TrainReport] = {}
+    for name in trained_channels(settings):
+        log.info("training %s", name)
+        reports[name] = train_from(settings, samples, channel=name)
+    rankers: dict[str, RankerReport] = {}
+    for name in settings.models.rankers:
+        log.info("training %s", name)
+        rankers[name] = train_ranker_from(settings, samples, name)
+    finished = {name: one.checkpoint for name, one in reports.items()} | {
+        n: one.checkpoint for n, one in rankers.items()
+    }
+    latest = {name: os.path.relpath(checkpoint, where.checkpoints) for name, checkpoint in finished.items()}
+    made = {MADE_WITH: fixed_by_training(settings), ASKED: fixed_by_training(asked or settings)}
+    write_json(where.checkpoints / LATEST, {"checkpoints": latest, **made})
+    return replace(reports.pop(TWO_TOWER), channels=reports, rankers=rankers)
+
+
+def check_samples(settings: Settings, samples: Samples) -> None:
+    """Refuse samples out of which not everything can be trained and fitted, before anything is.
+
+    Raises:
+        ConfigError: they were made with other settings, or a channel needs a feature or a time that they do not have.
+        DataError: a ranker cannot learn from their impressions.
+    """
+    remedy = "run `twotower samples` and train again"
+    check_same(samples.manifest.get(MADE_WITH, {}), fixed_by_samples(settings), f"{samples.path} holds samples", remedy)
+    for name in trained_channels(settings):
+        shape = shape_of(settings, name)
+        features = shape.features_of(samples.features)
+        check_widths((*features.user, *features.context), shape.user, shape.dimension)
+        check_widths(features.item, shape.item, shape.dimension)
+    for name in settings.models.rankers:
+        ranker_shape(settings, name).features_of(samples.features)
+        both_kinds(samples, _ranker_options(settings, name).calibration_share)
+    popular, channels = settings.models.popular, settings.models.channels
+    if "popular" in channels:
+        check_popular(samples, popular.window_days, popular.segment, popular.half_life_days, popular.prior)
+    if "same_category" in channels:
+        check_attributes(samples, settings.models.same_category.attributes)
+
+
+def _ranker_options(settings: Settings, name: str) -> PreRankOptions:
+    return {PRE_RANK: settings.pre_rank, RANK: settings.rank}[name]
+
+
+def ranker_shape(settings: Settings, name: str) -> RankerShape:
+    """The shape of a configured ranker, `pre_rank` or `rank`."""
+    options = _ranker_options(settings, name)
+    network = Network(options.network, tuple(options.layers), options.crosses)
+    return RankerShape(network, options.dropout, options.history, options.attention, options.positions)
+
+
+def train_ranker_from(settings: Settings, samples: Samples, name: str) -> RankerReport:
+    """A checkpoint of one ranker, `pre_rank` or `rank`, out of given samples."""
+    options = _ranker_options(settings, name)
+    return train_ranker(
+        samples,
+        places(settings).checkpoints,
+        name,
+        ranker_shape(settings, name),
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        seed=settings.train.seed,
+        learning_rate=options.learning_rate,
+        table_learning_rate=options.table_learning_rate,
+        position_learning_rate=options.position_learning_rate,
+        weight_decay=options.weight_decay,
+        id_dropout=options.id_dropout,
+        calibration_share=options.calibration_share,
+        checkpoint_s=settings.train.checkpoint_s,
+        threads=settings.train.threads,
+    )
+
+
+def trained_channels(settings: Settings) -> list[str]:
+    """The configured channels that have towers."""
+    return [name for name in settings.models.channels if name in VECTOR_CHANNELS]
+
+
+def shape_of(settings: Settings, channel: str) -> Shape:
+    """The shape of the model of a trained channel."""
+    models = settings.models
+    shape = Shape(
+        models.dimension,
+        _network(models.user_tower),
+        _network(models.item_tower),
+        settings.train.dropout,
+        popularity=settings.train.popularity > 0,
+    )
+    if channel == "mf":
+        return replace(shape, user=Network("none", ()), item=Network("none", ()), dropout=0.0, ids_alone=True)
+    if channel == "mind":
+        return replace(shape, interests=models.mind.interests, rounds=models.mind.rounds)
+    return shape
+
+
+def train_from(
+    settings: Settings,
+    samples: Samples,
+    enough: Callable[[int, TwoTower], bool] | None = None,
+    channel: str = TWO_TOWER,
+    warm: Checkpoint | None = None,
+) -> TrainReport:
+    """A checkpoint of one channel out of given samples; `enough` as in `train`. With `warm`, one epoch from there."""
+    options, models = settings.train, settings.models
+    own = {TWO_TOWER: None, "mf": models.mf.epochs, "mind": models.mind.epochs}
+    return train(
+        samples,
+        places(settings).checkpoints,
+        shape_of(settings, channel),
+        loss=loss_of(settings),
+        negatives=_negatives(settings.samples.negatives),
+        batch_size=options.batch_size,
+        epochs=1 if warm else own[channel] or options.epochs,
+        seed=options.seed,
+        learning_rate=options.learning_rate,
+        table_learning_rate=options.table_learning_rate,
+        schedule="constant" if warm else options.schedule,
+        weight_decay=options.weight_decay,
+        id_dropout=0.0 if channel == "mf" else options.id_dropout,
+        horizon=options.horizon,
+        half_life_days=options.half_life_days,
+        in_time_order=options.order == "time",
+        checkpoint_s=options.checkpoint_s,
+        threads=options.threads,
+        sharpness=models.mind.sharpness,
+        enough=enough,
+        warm=warm,
+        decay=settings.update.decay,
+    )
+
+
+def loss_of(settings: Settings) -> Loss:
+    """The loss that is configured."""
+    options = settings.train
+    return Loss(
+        options.loss,
+        options.temperature,
+        options.positive_temperature,
+        options.margin,
+        options.sigma,
+        options.scale,
+        options.pointwise_negatives,
+        options.popularity,
+    )
+
+
+def _network(tower: TowerOptions) -> Network:
+    return Network(tower.network, tuple(tower.layers), tower.crosses)
+
+
+def _negatives(wanted: NegativesOptions) -> Negatives:
+    return Negatives(
+        Shares(wanted.easy.in_batch, wanted.easy.uniform, wanted.easy.clicks),
+        wanted.alpha,
+        wanted.count,
+        wanted.shared,
+        wanted.frequency == "streaming",
+        {c.PRE_RANK_REJECTED: wanted.hard.pre_rank_rejected, c.RANK_REJECTED: wanted.hard.rank_rejected},
+        wanted.hard_share,
+        wanted.hard_count,
+        wanted.impressed_as_negatives_for_experiments,
+        wanted.uncorrected_for_experiments,
+    )
+
+
+def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
+    """How each counted channel is fitted."""
+    models, threads = settings.models, settings.engine.threads
+    factorise = Options(**asdict(models.als))
+    popular, alike = models.popular, models.same_category
+    scratch = places(settings).checkpoints
+    return {
+        "item_cf": Recipe(
+            asdict(models.item_cf),
+            lambda: ItemCF.fit(
+                samples.clicks,
+                len(samples.items),
+                item_cf.Options(**asdict(models.item_cf)),
+                settings.engine,
+                scratch,
+                samples.positives,
+            ),
+        ),
+        "swing": Recipe(
+            asdict(models.swing),
+            lambda: Swing.fit(
+                samples.clicks,
+                len(samples.items),
+                swing.Options(**asdict(models.swing)),
+                settings.engine,
+                scratch,
+            ),
+        ),
+        "als": Recipe(
+            {**asdict(models.als), "seed": settings.train.seed},
+            lambda: ALS.fit(samples.clicks, len(samples.items), factorise, threads, settings.train.seed),
+        ),
+        "popular": Recipe(
+            asdict(popular),
+            lambda: Popular.of(samples, popular.window_days, popular.segment, popular.half_life_days, popular.prior),
+        ),
+        "same_category": Recipe(
+            asdict(alike), lambda: SameCategory.fit(samples, alike.attributes, alike.last, alike.items)
+        ),
+    }
+
+
+def _configured(settings: Settings, samples: Samples) -> dict[str, Recipe]:
+    return {name: recipe for name, recipe in _recipes(settings, samples).items() if name in settings.models.channels}
+
+
+def noted_checkpoints(settings: Settings) -> dict[str, Any]:
+    """What training noted of the checkpoints that it finished last; empty where there are none."""
+    path = places(settings).checkpoints / LATEST
+    noted: dict[str, Any] = read_json(path) if path.exists() else {}
+    return noted
+
+
+def as_trained(settings: Settings, channels: Sequence[str] | None = None) -> Settings:
+    """A configuration with what trials have chosen for the checkpoints that are there.
+
+    Args:
+        settings: the configuration.
+        channels: the trained channels that are needed; None = all that are configured.
+
+    Raises:
+        ConfigError: it says something else than they were trained with.
+        DataError: there is none of a channel or ranker.
+    """
+    needed = trained_channels(settings) if channels is None else channels
+    for name in (*needed, *settings.models.rankers):
+        latest_checkpoint(settings, name)
+    noted = noted_checkpoints(settings)
+    where = f"{places(settings).checkpoints} holds checkpoints"
+    check_same(noted.get(ASKED, {}), fixed_by_training(settings, needed), where, "run `twotower train` again")
+    return as_made(settings, noted.get(MADE_WITH, {}))
+
+
+def latest_checkpoint(settings: Settings, channel: str = TWO_TOWER) -> Checkpoint:
+    """The checkpoint of a channel that training finished last."""
+    checkpoints = places(settings).checkpoints
+    latest = noted_checkpoints(settings).get("checkpoints", {})
+    if channel not in latest:
+        raise DataError(f"{checkpoints} has no finished checkpoint of {channel}: run `twotower train` first")
+    return open_checkpoint(checkpoints / latest[channel])
+
+
+def evaluate_model(settings: Settings) -> dict[str, Any]:
+    """Metrics of the latest checkpoint on the hold-out, baselines beside it; also kept beside the checkpoint."""
+    check_ready(settings, evaluated=True)
+    settings = as_trained(settings, [TWO_TOWER])
+    where = places(settings)
+    samples, checkpoint = open_samples(where.samples), latest_checkpoint(settings)
+    counted = {**_recipes(settings, samples), "popular": Recipe({}, lambda: Popular.fit(samples.item_positives))}
+    baselines = fit_channels(samples, {name: counted[name] for name in ("popular", "item_cf")}, where.checkpoints)
+    channels = [offline_channel(samples, checkpoint), baselines["popular"], baselines["item_cf"]]
+    options = (settings.evaluate.k, settings.evaluate.bootstrap, settings.train.seed, settings.evaluate.context)
+    metrics = evaluate(samples, where.workspace, channels, *options)
+    if (world := world_of(where.workspace)) is not None:
+        metrics["truth"] = evaluate_by_truth(samples, where.workspace, world, channels, *options)
+    if settings.models.rankers:
+        metrics["rankers"] = evaluate_rankers(settings, samples)
+    write_json(checkpoint.path.parent / METRICS, metrics)
+    return metrics
+
+
+def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
+    """Each ranker on held-out impressions; with both, how much of the ranker's best the pre-ranker keeps.
+
+    Without held-out impressions there is nothing to judge them by, and the result is empty.
+    """
+    funnel, resamples, seed = settings.funnel, settings.evaluate.bootstrap, settings.train.seed
+    path = places(settings).workspace / HOLDOUT_IMPRESSIONS
+    if not path.exists():
+        log.warning("rankers are not judged: %s does not exist; a hold-out of a log with impressions has it", path)
+        return {}
+    shown = read_shown(path, samples)
+    rankers: dict[str, Ranker] = {
+        name: load_ranker(latest_checkpoint(settings, name)) for name in settings.models.rankers
+    }
+    result: dict[str, Any] = {
+        name: evaluate_ranker(samples, shown, ranker, resamples, seed) for name, ranker in rankers.items()
+    }
+    if len(rankers) < len((PRE_RANK, RANK)):
+        return result
+    fusion, channels = fusion_of(settings), offline_channels(settings, samples)
+
+    def fused(queries: Queries, k: int) -> npt.NDArray[np.int64]:
+        asked = fusion.asked(k, list(channels))
+        return fusion.fuse({name: one.retrieve(queries, asked) for name, one in channels.items()}, k).candidates.rows
+
+    result["kept_of_top"] = kept_of_top(
+        samples,
+        some_users(shown.user_row, KEPT_USERS),
+        fused,
+        rankers[PRE_RANK],
+        rankers[RANK],
+        retrieved=funnel.retrieve,
+        kept=funnel.pre_rank,
+        top=funnel.rank,
+        resamples=resamples,
+        seed=seed,
+    )
+    return result
+
+
+def evaluate_channels_of(settings: Settings) -> dict[str, Any]:
+    """What each configured channel and the fused list find of the hold-out; JSON, Markdown and a plot are kept."""
+    check_ready(settings, trained=True, evaluated=True)
+    settings = as_trained(settings)
+    where, fusion = places(settings), fusion_of(settings)
+    samples = open_samples(where.samples)
+    report = evaluate_channels(
+        samples,
+        where.workspace,
+        offline_channels(settings, samples),
+        lambda lists, k: fusion.fuse(lists, k).candidates,
+        settings.evaluate.channels_k,
+        fusion.depth,
+        settings.evaluate.bootstrap,
+        settings.train.seed,
+        settings.evaluate.context,
+    )
+    report["fusion"] = asdict(fusion)
+    folder = latest_checkpoint(settings).path.parent
+    write_json(folder / f"{CHANNELS}.json", report)
+    for suffix, text in (("md", page.markdown(report)), ("svg", page.plot(report))):
+        with whole_file(folder / f"{CHANNELS}.{suffix}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return {**report, "files": [str(folder / f"{CHANNELS}.{suffix}") for suffix in ("json", "md", "svg")]}
+
+
+def offline_channel(samples: Samples, checkpoint: Checkpoint, name: str = TWO_TOWER) -> VectorChannel:
+    """A trained channel of a checkpoint over an exact index of the whole catalogue."""
+    return channel_of(load_model(checkpoint), samples, name)
+
+
+def channel_of(model: TwoTower, samples: Samples, name: str = TWO_TOWER) -> VectorChannel:
+    """The same of a model in memory."""
+    vectors = model.encode_items(samples.items.features)
+    index = ExactIndex.build(np.arange(len(vectors)), vectors)
+    return VectorChannel(
+        name, model.features, item_tokens(model.features, samples.items.ids), model.encode_users, index
+    )
+
+
+def offline_channels(settings: Settings, samples: Samples) -> dict[str, Retriever]:
+    """All configured channels by name as evaluation asks them: vectors are searched exactly, in the whole catalogue."""
+    trained = {name: offline_channel(samples, latest_checkpoint(settings, name), name)
+               for name in trained_channels(settings)}  # fmt: skip
+    counted = fit_channels(samples, _configured(settings, samples), places(settings).checkpoints)
+    channels: dict[str, Retriever] = {**trained, **counted}
+    if NEW_ITEMS in settings.models.channels:
+        towers, most = trained[TWO_TOWER], settings.models.new_items.most_clicks
+        channels[NEW_ITEMS] = towers.over(
+            NEW_ITEMS, towers.index.without(np.flatnonzero(samples.item_positives > most))
+        )
+    return {name: channels[name] for name in settings.models.channels}
+
+
+def fusion_of(settings: Settings) -> Fusion:
+    """How channels are fused: as the configuration says, else as `twotower fuse` chose, else all alike.
+
+    Raises:
+        DataError: the choice was made among other channels.
+    """
+    options, channels, path = settings.fusion, settings.models.channels, places(settings).workspace / FUSION
+    weights, constants, reserved = (
+        {str(name): value for name, value in given.items() if name in channels}
+        for given in (options.weights, options.constants, options.reserved)
+    )
+    if weights or constants or not path.exists():
+        return Fusion(settings.serve.fusion, weights, constants, options.depth, reserved)
+    chosen = read_json(path)
+    if sorted(chosen["channels"]) != sorted(channels):
+        raise DataError(
+            f"{path} was chosen for {', '.join(chosen['channels'])}, and models.channels = {', '.join(channels)}: run "
+            "`twotower fuse` again, remove the file, or give fusion.weights"
+        )
+    return Fusion(**{name: chosen[name] for name in ("method", "weights", "constants", "depth")}, reserved=reserved)
+
+
+def publish_version(
+    settings: Settings, *, promoted: bool, checkpoints: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """A version out of the latest checkpoints, or of given ones by channel and ranker; promoted or not.
+
+    Given ones are of this very configuration. The latest ones may be of another: then it is refused.
+    """
+    check_ready(settings, trained=True)
+    where, fusion = places(settings), fusion_of(settings)
+    if checkpoints is None:
+        settings = as_trained(settings)
+    samples = open_samples(where.samples)
+
+    def made(name: str) -> Checkpoint:
+        return latest_checkpoint(settings, name) if checkpoints is None else open_checkpoint(Path(checkpoints[name]))
+
+    channels = {name: made(name) for name in trained_channels(settings)}
+    checkpoint = channels[TWO_TOWER]
+    metrics_file = checkpoint.path.parent / METRICS
+    metrics = read_json(metrics_file) if metrics_file.exists() else {}
+    version = publish(
+        where.versions,
+        channels,
+        samples,
+        where.workspace / "items.parquet",
+        fit_channels(samples, _configured(settings, samples), where.checkpoints),
+        {name: made(name) for name in settings.models.rankers},
+        fusion=fusion,
+        configuration=as_dict(settings),
+        metrics=metrics,
+        index_kind=settings.index.kind,
+        index_recall=settings.index.recall,
+        index_ks=sorted({*settings.evaluate.k, 500, fusion.depth}),
+        most_new_clicks=settings.models.new_items.most_clicks,
+        seed=settings.train.seed,
+        clock_ms=now_ms,
+    )
+    if promoted:
+        promote(where.versions, version)
+    return {"version": version, "path": str(where.versions / version), "metrics": metrics}
+
+
+def run_line(settings: Settings, *, promoted: bool) -> dict[str, Any]:
+    """Samples, training, evaluation (where there is a hold-out) and publishing in one go."""
+    holdout = (places(settings).workspace / HOLDOUT).exists()
+    check_ready(settings, trained=True, evaluated=holdout)
+    fusion_of(settings)
+    report = make_samples(settings)
+    log.info("samples: %s", json.dumps(asdict(report)))
+    trained = train_model(settings)
+    log.info("trained: %s", json.dumps(asdict(trained)))
+    if holdout:
+        metrics = evaluate_model(settings)
+        log.info("evaluated: %s", json.dumps({k: v for k, v in metrics.items() if k.startswith("recall")}))
+    return publish_version(settings, promoted=promoted)
+
+
+def open_served(settings: Settings, version: str | None = None) -> Version:
+    """The served version, or a given one."""
+    versions = places(settings).versions
+    return open_version(versions / version if version else current_path(versions), threads=settings.train.threads)

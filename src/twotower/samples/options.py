@@ -1,0 +1,156 @@
+"""Options of the samples and of the engine that makes them."""
+
+import math
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from twotower.schema.options import STRICT, Day, Length, Positive, PositiveReal, Share, Text, Threads, Whole, at_most
+
+
+@dataclass(frozen=True, config=STRICT)
+class EngineOptions:
+    """What runs the batch jobs: samples and item-to-item channels."""
+
+    name: Literal["duckdb", "spark"] = "duckdb"
+    """`duckdb` is embedded; `spark` is for logs that outgrow one machine."""
+    memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False), at_most(1e6)] = 2.0
+    """Memory of a whole batch job; beyond it the engine spills to disk. On a cluster that of the driver alone."""
+    threads: Threads = 2
+    """Threads of a batch job; on a cluster `options` say what there is."""
+    url: Text | None = None
+    """`spark`: the master, such as `local[4]`, `spark://HOST:7077` or `yarn`; absent = the threads of this machine."""
+    scratch: Text | None = None
+    """Folder for what a job keeps on its way, on a cluster one that all machines see; absent = beside the result."""
+    options: dict[str, str] = field(default_factory=dict)
+    """`spark`: further configuration, such as `{ "spark.executor.memory" = "8g" }`."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class HotOptions:
+    """Down-sampling of hot items among the positives; r is an item's clicks over the mean of all clicked items."""
+
+    form: Literal["none", "sqrt", "power", "word2vec"] = "none"
+    """Share of an item's clicks that is kept, at most 1: `sqrt`: (threshold / r)^0.5; `power`: (threshold / r)^power;
+    `word2vec`: (threshold / r)^0.5 + threshold / r."""
+    threshold: PositiveReal = 3.0
+    """From which r on an item is hot."""
+    power: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Of `power`; 1 = all hot items end up with the same number."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ColdOptions:
+    """Over-sampling of cold items among the positives; r is an item's clicks over the mean of all clicked items."""
+
+    form: Literal["none", "sqrt", "power"] = "none"
+    """How often an item's click is fed, at least once: `sqrt`: (threshold / r)^0.5; `power`: (threshold / r)^power."""
+    threshold: PositiveReal = 0.3
+    """Up to which r an item is cold."""
+    power: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Of `power`."""
+    most: Annotated[float, Field(ge=1, allow_inf_nan=False), at_most(1000)] = 4.0
+    """How often a click is fed at most."""
+
+
+def _check_whole(total: float) -> None:
+    if not math.isclose(total, 1, abs_tol=1e-6):
+        raise ValueError(f"the shares sum to {total:g}, where 1 is due; absent ones have their defaults")
+
+
+@dataclass(frozen=True, config=STRICT)
+class EasyShares:
+    """Shares of the sources of easy negatives, sum 1."""
+
+    in_batch: Share = 1.0
+    """The other positives of the batch."""
+    uniform: Share = 0.0
+    """Drawn evenly from the catalogue."""
+    clicks: Share = 0.0
+    """Drawn by clicks to the power `alpha`."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are no division of a whole."""
+        _check_whole(self.in_batch + self.uniform + self.clicks)
+
+
+@dataclass(frozen=True, config=STRICT)
+class HardShares:
+    """Shares of the sources of hard negatives, sum 1."""
+
+    pre_rank_rejected: Share = 0.5
+    """Dropped by the pre-ranker."""
+    rank_rejected: Share = 0.5
+    """In the tail of the ranker's order."""
+    impressed: Share = 0.0
+    """Shown and not clicked: refused."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are no division of a whole, and shown items."""
+        if self.impressed:
+            raise ValueError(
+                "an impressed item is no negative of retrieval: it was good enough to be shown, and the ranker learns "
+                "from it. samples.negatives.impressed_as_negatives_for_experiments shows what it does to a model"
+            )
+        _check_whole(self.pre_rank_rejected + self.rank_rejected)
+
+
+@dataclass(frozen=True, config=STRICT)
+class NegativesOptions:
+    """What a positive is compared with."""
+
+    easy: EasyShares = field(default_factory=EasyShares)
+    """Shares of the easy ones."""
+    alpha: Share = 0.75
+    """Exponent of clicks."""
+    count: Positive | None = None
+    """Easy negatives of a positive; absent = the whole batch where `in_batch` has a share, else 1024; 4 where each
+    row has its own."""
+    shared: bool = True
+    """One set of easy negatives for all rows of a batch; false = one for each row, hard ones among its `count`."""
+    frequency: Literal["counts", "streaming"] = "counts"
+    """Where q of in-batch negatives comes from: the counts of the rows as fed, or an estimate from their stream."""
+    hard: HardShares = field(default_factory=HardShares)
+    """Shares of the hard ones."""
+    hard_share: Share | None = None
+    """Hard ones among all; absent = half where the log has them, else none."""
+    hard_count: Length = 8
+    """Hard ones of a positive in a step, where the easy ones are shared."""
+    hard_most: Length = 20
+    """Hard ones of a positive that are kept of each source."""
+    impressed_as_negatives_for_experiments: bool = False
+    """Use shown-but-not-clicked rows as negatives, which is wrong: for experiments that show it."""
+    uncorrected_for_experiments: bool = False
+    """Every easy negative counts alike, however often it is drawn (no log q): for experiments that show what the
+    correction does."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SamplesOptions:
+    """Which events become training rows."""
+
+    first_day: Day | None = None
+    """First day of positives; absent = the first of the log."""
+    last_day: Day | None = None
+    """Last day, of positives and of histories; absent = the last of the log."""
+    days: Positive | None = None
+    """Positives of so many days up to the last, in place of `first_day`; absent = no such limit."""
+    untrained_users: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of users, by a hash of their ids, whom nothing is trained on, by no update either: the gate of updates
+    judges on them. 0 where no update is to run, for a comparison on a fixed data set."""
+    hot: HotOptions = field(default_factory=HotOptions)
+    """Down-sampling of hot items."""
+    cold: ColdOptions = field(default_factory=ColdOptions)
+    """Over-sampling of cold items."""
+    seed: Whole = 0
+    """Of the rows that are dropped, repeated or kept by chance."""
+    weight: Text | None = None
+    """Column of events that weighs a positive; absent = all weigh 1."""
+    impressed_weight: Annotated[float, Field(ge=0, allow_inf_nan=False), at_most(1e9)] = 0.0
+    """Weight of a shown, not clicked item as a weak positive."""
+    vocabulary_room: Annotated[float, Field(ge=0, allow_inf_nan=False), at_most(100)] = 0.1
+    """Spare rows of an id table for ids to come, as a share of the known ones."""
+    negatives: NegativesOptions = field(default_factory=NegativesOptions)
+    """What a positive is compared with."""

@@ -1,0 +1,60 @@
+"""Types of the values of options, with their limits."""
+
+import datetime
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+def at_most(most: float) -> AfterValidator:
+    """Refuse a number that nothing can be made of: it would end as an overflow, or take all memory."""
+
+    def check(value: float) -> float:
+        if value > most:
+            raise ValueError(f"{value:.6g} is too large: at most {most:.15g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _text(value: str) -> str:
+    if not value.strip() or not value.isprintable():
+        raise ValueError(f"{value[:100]!r} is no text that can be printed, which is needed here")
+    return value
+
+
+_LARGEST = 2**31 - 1
+Positive = Annotated[int, Field(gt=0), at_most(_LARGEST)]
+Whole = Annotated[int, Field(ge=0), at_most(_LARGEST)]
+Threads = Annotated[int, Field(gt=0), at_most(1024)]
+Width = Annotated[int, Field(gt=0), at_most(16_384)]
+"""Of a layer or a vector."""
+
+
+Length = Annotated[int, Field(gt=0), at_most(1_000_000)]
+"""Of a list that is held as a whole."""
+
+
+PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False), at_most(1e12)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), at_most(1e38)]
+"""Within float32: one that is too high ends in a loss that is not finite, which says so."""
+
+
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), at_most(1e12)]
+AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False), at_most(1e12)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, AfterValidator(_text)]
+
+
+def _calendar_day(day: str) -> str:
+    try:
+        if datetime.date.fromisoformat(day).isoformat() == day:
+            return day
+    except ValueError:
+        pass
+    raise ValueError("a day is written YYYY-MM-DD, such as 2024-01-31")
+
+
+Day = Annotated[str, AfterValidator(_calendar_day)]

@@ -1,0 +1,1 @@
+"""The two towers: encoders, embedding tables, losses; and the rankers."""

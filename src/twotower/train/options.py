@@ -1,0 +1,183 @@
+"""Options of training, of towers and of rankers, and of the search for settings."""
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from twotower.schema.options import (
+    STRICT,
+    AtLeastOne,
+    Length,
+    NotNegative,
+    Positive,
+    PositiveReal,
+    Rate,
+    Text,
+    Threads,
+    Whole,
+    Width,
+    at_most,
+)
+
+
+@dataclass(frozen=True, config=STRICT)
+class PreRankOptions:
+    """The pre-ranker: an early-fusion network that scores all candidates, trained on what was shown, clicked or not."""
+
+    history: Literal["mean", "target"] = "mean"
+    """How it reads sequences of items: their mean; or each weighted by how it meets the candidate (DIN)."""
+    attention: Width = 16
+    """`target`: hidden units of that weight."""
+    network: Literal["dnn", "dcn"] = "dnn"
+    """`dnn`: fully connected layers; `dcn`: crosses of features beside them."""
+    layers: list[Width] = field(default_factory=lambda: [64])
+    """Widths of the fully connected layers; empty = none."""
+    crosses: Annotated[int, Field(gt=0), at_most(100)] = 2
+    """`dcn`: how many cross layers."""
+    positions: Length = 50
+    """Positions of a page that have a bias of their own; later ones share that of the last."""
+    batch_size: Positive = 512
+    """Impressions in a step."""
+    epochs: Positive = 1
+    """Passes over the impressions."""
+    learning_rate: Rate = 0.001
+    """Of the network (Adam)."""
+    table_learning_rate: Rate = 0.02
+    """Of the embedding tables (row-wise Adagrad)."""
+    position_learning_rate: Rate = 0.05
+    """Of the biases of positions (Adam)."""
+    weight_decay: NotNegative = 0.0
+    """Of the network, decoupled."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of hidden units left out in training."""
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of ids replaced by the unknown id in training, and of contexts made missing."""
+    calibration_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The latest impressions are not trained on: log-odds are scaled to fit them."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class RankOptions(PreRankOptions):
+    """The ranker: the same network, larger, for what the pre-ranker keeps."""
+
+    history: Literal["mean", "target"] = "target"
+    """How it reads sequences of items: their mean; or each weighted by how it meets the candidate (DIN)."""
+    layers: list[Width] = field(default_factory=lambda: [128, 64])
+    """Widths of the fully connected layers; empty = none."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainOptions:
+    """How the towers are trained."""
+
+    loss: Literal["pointwise", "triplet_hinge", "triplet_logistic", "sampled_softmax", "corrected_log_q", "bsl"] = (
+        "sampled_softmax"
+    )
+    """What is minimised."""
+    temperature: PositiveReal = 0.07
+    """Divides the cosine in a softmax: `sampled_softmax`, `corrected_log_q`, `bsl`."""
+    positive_temperature: PositiveReal | None = None
+    """`bsl`: divides the positive's cosine; absent = as `temperature`."""
+    margin: PositiveReal = 0.4
+    """`triplet_hinge`: by how much a positive is to be nearer than a negative."""
+    sigma: PositiveReal = 10.0
+    """`triplet_logistic`: multiplies the difference of the cosines."""
+    scale: AtLeastOne = 10.0
+    """`pointwise`: initial scale of the cosine; it is learned."""
+    pointwise_negatives: PositiveReal = 3.0
+    """`pointwise`: weight of all negatives of a positive over its own."""
+    popularity: NotNegative = 0.0
+    """`sampled_softmax`, `corrected_log_q`, `bsl`: how much more than the softmax says items of many clicks are
+    preferred: candidates are ordered by log P(item | user) + this x log P(item), by two numbers more in all vectors.
+    Choose it on a validation part, 0 to 0.6. With `half_life_days`, older clicks count for less here, too."""
+    batch_size: Positive = 4096
+    """Positives in a step."""
+    epochs: Positive = 10
+    """Passes over the positives in the bootstrap; a full update is always one."""
+    seed: Whole = 0
+    """Of the initial weights, the order of rows and whatever else is drawn."""
+    learning_rate: Rate = 0.001
+    """Of the networks (Adam)."""
+    table_learning_rate: Rate = 0.05
+    """Of the embedding tables (row-wise Adagrad)."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """`linear`: both rates fall to zero over the whole run."""
+    weight_decay: NotNegative = 0.0
+    """Of the networks, decoupled."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a tower's hidden units left out in training."""
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of ids replaced by the unknown id in training, so that new users and items get their features' vector."""
+    horizon: Whole = 0
+    """A training row's history ends up to so many clicks before its request, drawn evenly: 0 teaches what is clicked
+    next, more teaches what is clicked later too. For data with time."""
+    half_life_days: PositiveReal | None = None
+    """Days before the latest request after which a positive counts half; absent = age does not matter."""
+    order: Literal["shuffled", "time"] = "shuffled"
+    """Of the positives of an epoch. `time`: as they were clicked, each day's last ones are learned last; for data with
+    time."""
+    checkpoint_s: PositiveReal = 60.0
+    """Seconds between checkpoints that a killed run resumes from."""
+    threads: Threads = 2
+    """Threads of a step."""
+
+    def __post_init__(self) -> None:
+        """Refuse a preference that the loss cannot have.
+
+        Raises:
+            ValueError: the loss is no softmax.
+        """
+        if self.popularity and self.loss not in ("sampled_softmax", "corrected_log_q", "bsl"):
+            raise ValueError(
+                f"popularity = {self.popularity:g} is for a softmax, and the loss is {self.loss}: set it to 0"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Span:
+    """The values that a key may take: `{ low = 0.05, high = 0.2, log = true }` or `{ choices = [64, 128] }`."""
+
+    low: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    high: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    log: bool = False
+    """Even on a logarithmic scale."""
+    whole: bool = False
+    """Whole numbers alone."""
+    choices: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is neither a range nor a list.
+
+        Raises:
+            ValueError: no range, an empty one or list, both, or a logarithm of numbers below 0.
+        """
+        ranged = self.low is not None and self.high is not None
+        if self.choices is not None:
+            if not self.choices or self.low is not None or self.high is not None:
+                raise ValueError("give low and high, or choices that are not empty")
+        elif not ranged:
+            raise ValueError("give low and high, or choices that are not empty")
+        elif not (self.low or 0) < (self.high or 0):
+            raise ValueError(f"low = {self.low:g} is not below high = {self.high:g}")
+        elif self.log and (self.low or 0) <= 0:
+            raise ValueError(f"log needs numbers above 0, and low = {self.low:g}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class TuneOptions:
+    """What `twotower train --trials N` tries, and how it judges."""
+
+    space: dict[str, Span] = field(default_factory=dict)
+    """Keys of this file, such as `"train.temperature"`, with the values that they may take; without any, the number of
+    epochs alone is chosen."""
+    holdout: Text | None = None
+    """What of the training events is validation, for `twotower fuse` too: `time:Q`, `since:DAY`, `leave-one-out`,
+    `pause:DAYS` or, without time, `random:SHARE`; absent = as the workspace's own hold-out was cut."""
+    metric: Annotated[str, Field(pattern=r"^(recall|ndcg|hit)@[1-9]\d{0,5}$")] = "recall@50"
+    """What is to be greatest: `recall@K`, `ndcg@K` or `hit@K`."""
+    patience: Positive = 3
+    """A trial ends after so many epochs that were no better than its best."""
+    seed: Whole = 0
+    """Of the search."""

@@ -1,0 +1,1 @@
+"""Simulated worlds whose users' true interests are known."""

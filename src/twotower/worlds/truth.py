@@ -1,0 +1,148 @@
+"""How good lists are by a simulated world's truth, beside what its log says of them.
+
+A log knows of an item only if it was shown: a list of what users would like and were never shown scores nothing there.
+
+B users, K candidates of a list, P places of a page.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from twotower.channels.retriever import Retriever
+from twotower.evaluate.held_out import read_held_out
+from twotower.evaluate.holdout import figure, held_out, ranked
+from twotower.evaluate.metrics import PerUser, difference, summarise
+from twotower.samples.read import Samples
+from twotower.schema import columns as c
+from twotower.worlds.world import NOTHING, Requests, World
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+WANTED: Final = 50
+"""How many of the items that a user likes best are looked for."""
+PAGE: Final = 8
+"""Places of the page whose clicks are expected."""
+BEST: Final = "best"
+"""In a report: what could be had at most."""
+
+
+def evaluate_by_truth(
+    samples: Samples,
+    workspace: Path,
+    world: World,
+    channels: Sequence[Retriever],
+    ks: Sequence[int],
+    resamples: int = 1000,
+    seed: int = 0,
+    context: bool = True,
+) -> dict[str, Any]:
+    """True recall and expected clicks of channels, for the users of the hold-out when they first click in it.
+
+    The lists are those of `evaluate`, whose recall against logged clicks stands beside this.
+
+    Args:
+        samples: what the channels were trained on.
+        workspace: with `holdout.parquet`.
+        world: in which it was simulated.
+        channels: the judged one first, then baselines.
+        ks: cut-offs.
+        resamples: of users, behind each interval.
+        seed: of the resampling.
+        context: requests carry the context of each user's first held-out request, as in `evaluate`.
+
+    Returns:
+        By channel, and for `best`, the best possible lists: `true_recall@k` and `page_clicks`, each
+        `{"value", "ci95"}`, of baselines also `difference` of the judged channel to them; besides `users`, and `wanted`
+        and `page`, their sizes.
+    """
+    asked = held_out(workspace, samples, context)
+    rows = asked.user_rows
+    user = world.user_rows(samples.users.ids.take(pa.array(rows)))
+    ts_ms = first_times(workspace / "holdout.parquet", world)[user]
+    item = world.item_rows(samples.items.ids)
+    clicked = clicked_by(samples, world, item)
+    requests = Requests(np.arange(len(user)), user, ts_ms, np.zeros(len(user), np.int64))
+    most = min(max(ks), len(samples.items))
+    lists = {BEST: world.top(user, ts_ms, most, clicked)}
+    for channel in channels:
+        found = ranked(samples, channel, rows, most, asked.context)
+        lists[channel.name] = np.where(found == NOTHING, NOTHING, item[found])
+    values = {name: true_recall(world, user, ts_ms, found, ks, WANTED, clicked) for name, found in lists.items()}
+    for name, found in lists.items():
+        values[name]["page_clicks"] = page_clicks(world, requests, found[:, :PAGE])
+    report: dict[str, Any] = {"users": len(user), "wanted": WANTED, "page": PAGE}
+    judged = channels[0].name
+    for name, of in values.items():
+        report[name] = {metric: figure(one) for metric, one in summarise(PerUser(of, {}, {}), resamples, seed).items()}
+        if name not in (judged, BEST):
+            for metric, theirs in of.items():
+                between = difference(values[judged][metric], theirs, resamples, seed)
+                report[name][metric]["difference"] = figure(between)
+    return report
+
+
+def first_times(holdout: Path, world: World) -> Ints:
+    """(U,) the time of each user's first held-out click."""
+    table = read_held_out(holdout, [c.USER_ID, c.TS_MS]).rows
+    first = np.full(len(world.truth.taste), np.iinfo(np.int64).max)
+    np.minimum.at(first, world.user_rows(table[c.USER_ID]), table[c.TS_MS].to_numpy())
+    return first
+
+
+def clicked_by(samples: Samples, world: World, item: Ints) -> Bools:
+    """(U, N) what each user of the world has clicked."""
+    clicked = np.zeros((len(world.truth.taste), len(world.truth.item_vector)), np.bool_)
+    user = np.repeat(world.user_rows(samples.users.ids), np.diff(samples.clicks.indptr))
+    clicked_item = item[samples.clicks.item_row]
+    known = clicked_item != NOTHING  # a server's own items are not of the world
+    clicked[user[known], clicked_item[known]] = True
+    return clicked
+
+
+def true_recall(
+    world: World,
+    user: Ints,
+    ts_ms: Ints,
+    lists: Ints,
+    ks: Sequence[int],
+    n: int = WANTED,
+    clicked: Bools | None = None,
+) -> dict[str, Floats]:
+    """`true_recall@k` of each user: the share of the n items that they like best then which are among the first k.
+
+    Those are the n of greatest utility among the items alive at that time which the user has not clicked.
+
+    Args:
+        world: with a horizon beyond these times.
+        user: (B,) rows of users.
+        ts_ms: (B,) milliseconds since 1970.
+        lists: (B, K) rows of the world's items, best first, -1 = the list has ended.
+        ks: cut-offs, at most K.
+        n: how many items are wanted.
+        clicked: (U, N) items that are not wanted again; absent = none.
+    """
+    wanted = world.top(user, ts_ms, n, clicked)
+    size = len(world.truth.birth_day)
+    owner = np.arange(len(user))[:, None] * size
+    hit = np.isin(owner + lists, (owner + wanted)[wanted != NOTHING]) & (lists != NOTHING)
+    possible = np.maximum((wanted != NOTHING).sum(axis=1), 1)
+    return {f"true_recall@{k}": hit[:, :k].sum(axis=1) / possible for k in ks}
+
+
+def page_clicks(world: World, requests: Requests, pages: Ints) -> Floats:
+    """The clicks to expect on each page (R,); no chance is left in it but that of who asks when.
+
+    Args:
+        world: with a horizon beyond these requests.
+        requests: R of them.
+        pages: (R, P) rows of the world's items from the first position on, -1 = nothing.
+    """
+    expected: Floats = world.chances(requests, pages).sum(axis=1)
+    return expected

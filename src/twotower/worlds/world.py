@@ -1,0 +1,507 @@
+"""A simulated world of which the truth is known: who likes what and when, who comes, and what is clicked on a page.
+
+Any recommender can meet it: `simulate` does with one of its own, `visit` with whatever answers. What happens is a
+function of the seed and of what it happens to (a mood of the user and the time, a click of the request, its item and
+its position), never of the order of calls. So two recommenders meet the same day, and a request that both answer alike
+is clicked alike. A world made for more days is the same on the days that it shares with one made for fewer.
+
+Dimensions: U users, N items, C categories, D the hidden vectors, R requests, P places of a page.
+"""
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.datasets.tables import DAY_MS
+from twotower.schema import columns as c
+from twotower.schema.errors import ConfigError
+from twotower.worlds.inhabitants import (
+    NAMES,
+    Bools,
+    Culture,
+    Floats,
+    Ints,
+    Items,
+    Users,
+    draw_culture,
+    draw_items,
+    draw_users,
+)
+from twotower.worlds.natures import DEFAULT, Nature, nature_of
+
+FIRST_DAY_MS: Final = 1_767_571_200_000
+"""2026-01-05T00:00:00Z, a Monday."""
+HOUR_MS: Final = 3_600_000
+FEWEST_ITEMS: Final = 100
+NOTHING: Final = -1
+"""In a page: no item at this place."""
+
+# Moods.
+DAILY_MOOD_STD: Final = 0.4
+"""Of what a quarter of the day adds to a category, every day."""
+TREND_STD: Final = 0.4
+"""Of what the hour adds to a category for everyone, never to come again."""
+TREND_HOURS: Final = 4
+"""From one trend to the next, which has nothing in common with it."""
+MOOD_NORM: Final = 2.0
+"""How far a user's own mood pulls the taste towards a category."""
+MOOD_HOURS: Final = 3
+"""How long a user stays in a mood."""
+MOOD_SHARPNESS: Final = 0.5
+"""A mood is drawn with probability proportional to exp(this x what the user likes about the category)."""
+DRIFT_A_WEEK: Final = 0.15
+"""Angle in radians by which a taste turns."""
+
+# The click.
+ACCIDENTS: Final = 0.01
+"""Chance of a click on the first place whatever stands there."""
+POSITION_EXPONENT: Final = 0.3
+
+SCENES: Final = ("home", "detail", "search")
+SCENES_OF_DEVICE: Final = ((0.7, 0.22, 0.08), (0.75, 0.18, 0.07), (0.5, 0.28, 0.22), (0.9, 0.08, 0.02))
+
+_SHARED, _ITEMS, _USERS, _TREND, _REQUESTS, _MOOD, _PHASE, _CLICK, _DELAY = range(9)
+"""What is drawn: a part of the key of every generator."""
+_REQUESTS_A_DAY: Final = 10**9
+"""More than there are: request numbers of different days differ."""
+_AT_ONCE: Final = 1 << 21
+"""Utilities computed at a time."""
+
+
+def date_of(day: int) -> datetime.date:
+    """The date of a day of a world.
+
+    >>> str(date_of(6))
+    '2026-01-11'
+    """
+    return datetime.datetime.fromtimestamp(FIRST_DAY_MS / 1000, datetime.UTC).date() + datetime.timedelta(day)
+
+
+def rng_of(seed: int, part: int, day: int = 0) -> np.random.Generator:
+    """A generator of its own for each part of a world and each day."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(part, day)))
+
+
+def uniform(seed: int, *keys: Ints | int) -> Floats:
+    """Uniform numbers in [0, 1) that are a function of their keys (Steele et al. 2014, the finaliser of SplitMix64).
+
+    Args:
+        seed: not negative.
+        keys: integers that broadcast against each other.
+
+    >>> uniform(0, 1, np.array([2, 3])).round(3).tolist(), uniform(0, np.array([1]), 3).round(3).tolist()
+    ([0.85, 0.461], [0.461])
+    """
+    state: Any = np.array(seed % 2**64, np.uint64)
+    for key in keys:
+        state = _mixed(state ^ _mixed(np.asarray(key).astype(np.uint64)))
+    result: Floats = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return result.reshape(np.broadcast_shapes(*map(np.shape, keys)))
+
+
+def _mixed(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    state = np.atleast_1d(state) + np.uint64(0x9E3779B97F4A7C15)  # overflow is meant: arrays wrap without a warning
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests in the order of time; users break ties."""
+
+    number: Ints
+    """(R,) names a request of a world, on whichever day."""
+    user: Ints
+    """(R,) rows of users."""
+    ts_ms: Ints
+    """(R,) strictly rising within a user."""
+    scene: Ints
+    """(R,) rows in `SCENES`."""
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def take(self, rows: npt.NDArray[Any]) -> "Requests":
+        """Some of them, by place or by mask."""
+        return Requests(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    @classmethod
+    def joined(cls, parts: Sequence["Requests"]) -> "Requests":
+        """Those of several days, one after another."""
+        return cls(
+            **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)}
+        )
+
+    @property
+    def hour(self) -> Ints:
+        """(R,) 0 to 23, UTC."""
+        return self.ts_ms // HOUR_MS % 24
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What no log tells; rows are those of the world's users and items."""
+
+    seed: int
+    nature: Nature
+    taste: Floats
+    """(U, D), each of norm `TASTE_NORM`, on the first day."""
+    turn: Floats
+    """(U, D), perpendicular to it and as long: where a taste drifts."""
+    mood_edges: Floats
+    """(U, C) running sums of the probabilities of a user's own moods."""
+    start_day: Ints
+    """(U,) the day, from 0, on which a user first may come."""
+    centre: Floats
+    """(C, D), each of norm 1."""
+    item_vector: Floats
+    """(N, D), each of norm 1."""
+    quality: Floats
+    """(N,) what everyone likes about an item."""
+    category: Ints
+    """(N,) row in the sorted names of the categories."""
+    birth_day: Ints
+    """(N,) the day at whose beginning an item appears; negative if before the first."""
+    daily_mood: Floats
+    """(4, C) what a quarter of the day adds to a category."""
+    trend: Floats
+    """(knots, C) one every `TREND_HOURS`."""
+
+    def taste_at(self, user: Ints, ts_ms: Ints | int) -> Floats:
+        """What a user likes in the long run, (..., D): the taste of the first day, turned by `DRIFT_A_WEEK`."""
+        angle = DRIFT_A_WEEK / 7 * (np.asarray(ts_ms) - FIRST_DAY_MS)[..., None] / DAY_MS
+        taste: Floats = np.cos(angle) * self.taste[user] + np.sin(angle) * self.turn[user]
+        return taste
+
+    def mood_at(self, user: Ints, ts_ms: Ints | int) -> Ints:
+        """The category that a user is in the mood for (...,), anew every `MOOD_HOURS`, at times of the user's own."""
+        length = MOOD_HOURS * HOUR_MS
+        phase = (uniform(self.seed, _PHASE, user) * length).astype(np.int64)
+        number = (np.asarray(ts_ms) - FIRST_DAY_MS + phase) // length
+        drawn = uniform(self.seed, _MOOD, user, number)
+        mood: Ints = (drawn[..., None] > self.mood_edges[user][..., :-1]).sum(axis=-1)
+        return mood
+
+    def trend_at(self, category: Ints, ts_ms: Ints | int) -> Floats:
+        """What the hour adds to a category for everyone (...,): it turns from one trend into the next."""
+        place = (np.asarray(ts_ms) - FIRST_DAY_MS) / (TREND_HOURS * HOUR_MS)
+        knot = np.floor(place).astype(np.int64)
+        angle = np.pi / 2 * (place - knot)
+        trend: Floats = np.cos(angle) * self.trend[knot, category] + np.sin(angle) * self.trend[knot + 1, category]
+        return trend
+
+    def freshness_at(self, item: Ints, ts_ms: Ints | int) -> Floats:
+        """What an item's age adds (...,): half of it is gone after every half-life."""
+        age_days = (np.asarray(ts_ms) - FIRST_DAY_MS) / DAY_MS - self.birth_day[item]
+        fresh: Floats = self.nature.freshness * np.exp2(-age_days / self.nature.half_life_days)
+        return fresh
+
+    def utility(self, user: Ints, item: Ints, ts_ms: Ints, scene: Ints) -> Floats:
+        """How much a user likes an item at a time: (taste + own mood) . item + quality + moods + freshness + scene.
+
+        The arguments broadcast against each other.
+
+        Args:
+            user: rows of users.
+            item: rows of items.
+            ts_ms: milliseconds since 1970.
+            scene: rows in `SCENES`.
+
+        Returns:
+            Utilities, in the log-odds of a click, of the broadcast shape.
+        """
+        wish = self.taste_at(user, ts_ms) + MOOD_NORM * self.centre[self.mood_at(user, ts_ms)]
+        # einsum runs in numpy's own single-threaded loop, so that the sums do not depend on a thread count
+        affinity = np.einsum("...d,...d->...", wish, self.item_vector[item])
+        category = self.category[item]
+        daily = self.daily_mood[np.asarray(ts_ms) // HOUR_MS % 24 // 6, category]
+        of_all = self.quality[item] + daily + self.trend_at(category, ts_ms) + self.freshness_at(item, ts_ms)
+        total: Floats = affinity + of_all + np.asarray(self.nature.scene_effect)[scene]
+        return total
+
+
+@dataclass(frozen=True)
+class World:
+    """A world on the days before its horizon; see `make_world`."""
+
+    seed: int
+    nature: Nature
+    days: int
+    """Of the log that its first users and items are counted by."""
+    horizon: int
+    """The first day that it knows nothing of."""
+    truth: Truth
+    _users: Users
+    _items: Items
+
+    def users(self, day: int) -> pa.Table:
+        """`user_id` (int64), `age`, `gender`, `city`, `device` of everyone there by the end of a day; some are null."""
+        return self._users.table.slice(0, self._there(self.truth.start_day, day))
+
+    def items(self, day: int) -> pa.Table:
+        """`item_id` (string), `title`, `category`, `tags`, `author`, `price`, `age_days` on that day.
+
+        Of all items there by the end of the day, or of the first log if that ends later: an age may be negative.
+        """
+        count = self._there(self.truth.birth_day, day)
+        return self._items.table.slice(0, count).append_column(
+            "age_days", pa.array(max(day, self.days - 1) - self.truth.birth_day[:count], pa.int64())
+        )
+
+    def alive(self, day: int) -> Ints:
+        """Rows of the items that exist on a day."""
+        self._check(day)
+        return np.flatnonzero(self.truth.birth_day <= day)
+
+    def requests(self, day: int) -> Requests:
+        """Who asks on a day.
+
+        Sessions by the hourly curve, some followed by another one soon; a few requests each, 20 s to some minutes
+        apart. What would fall into the next day does not happen.
+        """
+        self._check(day)
+        nature, rng = self.nature, rng_of(self.seed, _REQUESTS, day)
+        there = np.flatnonzero(self.truth.start_day <= day)
+        user = np.repeat(there, rng.poisson(nature.sessions_a_day * self._users.activity[there]))
+        curve = np.array(nature.volume_by_hour)
+        begin = rng.choice(24, len(user), p=curve / curve.sum()) * HOUR_MS + rng.integers(0, HOUR_MS, len(user))
+
+        chain = rng.geometric(1.0 - nature.comes_back, len(user))
+        wait = rng.exponential(nature.back_hours * HOUR_MS, chain.sum()).astype(np.int64)
+        user, begin = np.repeat(user, chain), np.repeat(begin, chain) + _elapsed(chain, wait)
+        length = rng.geometric(1.0 / nature.requests_a_session, len(user))
+        gap = 20_000 + rng.exponential(60_000.0, length.sum()).astype(np.int64)
+        user, ts_ms = np.repeat(user, length), np.repeat(begin, length) + _elapsed(length, gap)
+
+        # strictly rising within a user: a running maximum of time minus rank; a span longer than all keeps users apart
+        order = np.lexsort((ts_ms, user))
+        user, ts_ms = user[order], ts_ms[order]
+        rank = np.arange(len(user))
+        span = int(ts_ms.max(initial=0)) + len(user)
+        ts_ms = np.maximum.accumulate(user * span + ts_ms - rank) - user * span + rank
+        edges = np.cumsum(SCENES_OF_DEVICE, axis=1)[self._users.device[user]]  # (R, scenes)
+        scene = (rng.random((len(user), 1)) > edges[:, :-1]).sum(axis=1)
+        order = np.lexsort((user, ts_ms))
+        order = order[ts_ms[order] < DAY_MS]
+        number = day * _REQUESTS_A_DAY + np.arange(len(order))
+        return Requests(number, user[order], FIRST_DAY_MS + day * DAY_MS + ts_ms[order], scene[order])
+
+    def chances(self, requests: Requests, pages: Ints) -> Floats:
+        """The probability of a click on each place of each page.
+
+        It is (a + (1 - a) sigmoid(bias + utility)) / position^0.3 with a = 1 % of accidents; 0 where there is no item.
+
+        Args:
+            requests: R of them.
+            pages: (R, P) rows of items from the first position on, -1 = nothing.
+        """
+        shown = pages != NOTHING
+        item = np.where(shown, pages, 0)
+        utility = self.truth.utility(requests.user[:, None], item, requests.ts_ms[:, None], requests.scene[:, None])
+        return np.where(shown, click_chance(utility, 1 + np.arange(pages.shape[1]), self.nature), 0.0)
+
+    def clicks(self, requests: Requests, pages: Ints) -> Ints:
+        """What is clicked, (R, P): milliseconds from the request to the click, 0 = no click.
+
+        Every place is clicked by itself. 2 s, 1.5 s more for each position and an exponential time (mean 10 s) go by,
+        so now and then a click comes after the user's next request.
+
+        Args:
+            requests: R of them.
+            pages: (R, P) as in `chances`.
+        """
+        number = requests.number[:, None]
+        hit = uniform(self.seed, _CLICK, number, pages) < self.chances(requests, pages)
+        thinking = -10_000.0 * np.log1p(-uniform(self.seed, _DELAY, number, pages))
+        delay = 2_000 + 1_500 * (1 + np.arange(pages.shape[1])) + thinking.astype(np.int64)
+        clicks: Ints = np.where(hit, delay, 0)
+        return clicks
+
+    def top(self, user: Ints, ts_ms: Ints, n: int, clicked: Bools | None = None) -> Ints:
+        """The n items alive that each of some users likes best at a time of theirs, (B, n), best first.
+
+        The scene adds the same to every item and does not matter. Equal utilities are ordered by row; -1 where there
+        are no more items.
+
+        Args:
+            user: (B,) rows of users.
+            ts_ms: (B,) milliseconds since 1970.
+            n: items of each.
+            clicked: (U, N) items that are left out; absent = none.
+        """
+        best = np.full((len(user), n), NOTHING, np.int64)
+        step = max(1, _AT_ONCE // len(self.truth.birth_day))
+        for start in range(0, len(user), step):
+            mine, when = user[start : start + step, None], np.asarray(ts_ms)[start : start + step, None]
+            born = self.truth.birth_day <= (when - FIRST_DAY_MS) // DAY_MS
+            free = born if clicked is None else born & ~clicked[mine[:, 0], : born.shape[1]]
+            utility = self.truth.utility(mine, np.arange(born.shape[1])[None, :], when, np.zeros((1, 1), np.int64))
+            value = np.where(free, -utility, np.inf)
+            order = np.argsort(value, axis=1, kind="stable")[:, :n]
+            best[start : start + step, : order.shape[1]] = np.where(
+                np.take_along_axis(free, order, axis=1), order, NOTHING
+            )
+        return best
+
+    def user_ids(self, rows: Ints) -> pa.Array:
+        """Ids of users by row."""
+        return self._users.table[c.USER_ID].combine_chunks().take(pa.array(rows))
+
+    def item_ids(self, rows: Ints) -> pa.Array:
+        """Ids of items by row."""
+        return self._items.table[c.ITEM_ID].combine_chunks().take(pa.array(rows))
+
+    def user_rows(self, user_id: pa.Array | pa.ChunkedArray) -> Ints:
+        """Rows of users by id, -1 for those that the world does not have."""
+        return _rows(user_id, self._users.table[c.USER_ID])
+
+    def item_rows(self, item_id: pa.Array | pa.ChunkedArray) -> Ints:
+        """Rows of items by id, -1 for those that the world does not have."""
+        return _rows(item_id, self._items.table[c.ITEM_ID])
+
+    def _there(self, since: Ints, day: int) -> int:
+        """How many rows are there by the end of a day, or of the first log: rows of later days follow those."""
+        self._check(day)
+        return int(np.searchsorted(np.maximum(since, self.days - 1), max(day, self.days - 1), side="right"))
+
+    def _check(self, day: int) -> None:
+        if not 0 <= day < self.horizon:
+            raise ConfigError(f"day={day}: this world was made for days 0 to {self.horizon - 1}, raise its horizon")
+
+
+def make_world(
+    users: int, items: int, days: int, seed: int, *, like: str = DEFAULT, horizon: int | None = None
+) -> World:
+    """Make a world that begins on 2026-01-05.
+
+    Args:
+        users: number of users by the end of the first log.
+        items: the same of items, at least 100.
+        days: of the first log, at least 1. Some users and items come on each of its days; on later ones, more than
+            those that were counted.
+        seed: not negative; the same seed and sizes give the same world.
+        like: the name of its nature.
+        horizon: how many days can be asked about; absent = those of the first log.
+
+    Raises:
+        ConfigError: a size, a seed or a horizon that is too small, or no nature of that name.
+
+    >>> world = make_world(users=20, items=100, days=2, seed=0, horizon=5)
+    >>> world.items(1).num_rows, world.items(4).num_rows
+    (100, 106)
+    """
+    nature = nature_of(like)
+    horizon = days if horizon is None else horizon
+    smallest = {
+        "users": (users, 1),
+        "items": (items, FEWEST_ITEMS),
+        "days": (days, 1),
+        "seed": (seed, 0),
+        "horizon": (horizon, days),
+    }
+    for name, (value, least) in smallest.items():
+        if value < least:
+            raise ConfigError(f"{name}={value}: a simulated world takes {name} of at least {least}")
+    shared = rng_of(seed, _SHARED)
+    culture = draw_culture(items, shared)
+    daily_mood = DAILY_MOOD_STD * shared.standard_normal((4, len(NAMES)))
+    people, catalogue = (
+        _users(users, days, horizon, culture, nature, seed),
+        _items(items, days, horizon, culture, nature, seed),
+    )
+    knots = [rng_of(seed, _TREND, day).standard_normal((24 // TREND_HOURS, len(NAMES))) for day in range(horizon + 1)]
+    appeal = np.exp(MOOD_SHARPNESS * np.einsum("ud,cd->uc", people.taste, culture.category))
+    truth = Truth(
+        seed=seed,
+        nature=nature,
+        taste=people.taste,
+        turn=people.turn,
+        mood_edges=np.cumsum(appeal, axis=1) / appeal.sum(axis=1, keepdims=True),
+        start_day=people.start_day,
+        centre=culture.category,
+        item_vector=catalogue.vector,
+        quality=catalogue.quality,
+        category=catalogue.category,
+        birth_day=catalogue.birth_day,
+        daily_mood=daily_mood,
+        trend=TREND_STD * np.concatenate(knots),
+    )
+    return World(seed, nature, days, horizon, truth, people, catalogue)
+
+
+def click_chance(utility: Floats, position: Ints, nature: Nature) -> Floats:
+    """The probability of a click; utilities and positions (from 1) broadcast against each other.
+
+    A cascade-free position-based model (Craswell et al. 2008): a place is looked at with probability position^-0.3,
+    and what is looked at is clicked by its utility, or by accident.
+    """
+    by_liking = 1.0 / (1.0 + np.exp(-nature.click_bias - utility))
+    chance: Floats = (ACCIDENTS + (1.0 - ACCIDENTS) * by_liking) * np.asarray(position) ** -POSITION_EXPONENT
+    return chance
+
+
+def _items(count: int, days: int, horizon: int, culture: Culture, nature: Nature, seed: int) -> Items:
+    """The items of the first log, then those of each later day."""
+    rng, rate = rng_of(seed, _ITEMS), nature.new_items_a_day
+    old = -1 - rng.exponential(nature.past_days, count).astype(np.int64)
+    birth_day = np.where(rng.random(count) < _share(rate, days), rng.integers(0, days, count), old)
+    parts = [draw_items(0, birth_day, culture, nature, rng)]
+    for day in range(days, horizon):
+        born = np.full(round(count * _share(rate, days) / days), day)
+        parts.append(
+            draw_items(sum(len(part.quality) for part in parts), born, culture, nature, rng_of(seed, _ITEMS, day))
+        )
+    return _joined(parts)
+
+
+def _users(count: int, days: int, horizon: int, culture: Culture, nature: Nature, seed: int) -> Users:
+    """The users of the first log, then those of each later day."""
+    rng, rate = rng_of(seed, _USERS), nature.new_users_a_day
+    start_day = np.where(rng.random(count) < _share(rate, days), rng.integers(0, days, count), 0)
+    parts = [draw_users(0, start_day, culture, nature, rng)]
+    for day in range(days, horizon):
+        come = np.full(round(count * _share(rate, days) / days), day)
+        parts.append(
+            draw_users(sum(len(part.start_day) for part in parts), come, culture, nature, rng_of(seed, _USERS, day))
+        )
+    return _joined(parts)
+
+
+def _share(rate: float, days: int) -> float:
+    """The share of all that came during so many days, at a daily rate of those who were there before."""
+    return rate * days / (1.0 + rate * days)
+
+
+Rows = TypeVar("Rows", Items, Users)
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(parts[0])}
+    tables = columns.pop("table")
+    return type(parts[0])(
+        table=pa.concat_tables(tables).combine_chunks(),
+        **{name: np.concatenate(values) for name, values in columns.items()},
+    )
+
+
+def _elapsed(length: Ints, gap: Ints) -> Ints:
+    """Running sums of gaps within groups of the given lengths; each group begins at 0.
+
+    >>> _elapsed(np.array([2, 3]), np.array([9, 1, 9, 2, 3])).tolist()
+    [0, 1, 0, 2, 5]
+    """
+    total = np.cumsum(gap)
+    first: Ints = np.repeat(np.cumsum(length) - length, length)
+    return total - total[first]
+
+
+def _rows(ids: pa.Array | pa.ChunkedArray, known: pa.ChunkedArray) -> Ints:
+    found: Ints = pc.fill_null(pc.index_in(ids, known.combine_chunks()), NOTHING).to_numpy().astype(np.int64)
+    return found

@@ -1,0 +1,471 @@
+"""The last days of a log, replayed hour by hour: test on what is clicked, then learn it.
+
+A first model is trained on the days before and published. From then on every click is first asked for, of whatever has
+been learned by then, and given to the updates afterwards: deltas every so often, a full update every night. These are
+the updates that serve; the shards are those that a joiner would have written, a row for each click with the history
+that a request would have had.
+
+B clicks of a period, N items, D vector, H hours.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.channels.item_cf import ItemCF, Options
+from twotower.channels.retriever import Queries
+from twotower.config.settings import Settings
+from twotower.datasets.tables import DAY_MS, end_of_day
+from twotower.datasets.workspace import EVENTS, open_workspace
+from twotower.features.columns import Bag, pointers, ranges
+from twotower.features.feature_set import HISTORY
+from twotower.features.vocabulary import FIRST
+from twotower.index.protocol import Exclusions
+from twotower.samples.read import Clicks
+from twotower.schema import columns as c
+from twotower.schema.errors import DataError
+from twotower.stream.clock import Clock
+from twotower.stream.joiner import Counts
+from twotower.stream.joiner import Replay as ReplayFrom
+from twotower.stream.rows import Asked, Row, Types, read_types
+from twotower.stream.shards import State, write_shard
+from twotower.update.chain import Plan
+from twotower.worlds.truth import true_recall
+from twotower.worlds.world import FIRST_DAY_MS, NOTHING, World
+from twotower_lab.experiments import Way
+from twotower_lab.system import System
+
+log = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+K: Final = 20
+HOUR_MS: Final = 3_600_000
+LEAST: Final = 20
+"""Clicks that an hour must have to count."""
+LOGGED: Final = 50
+"""Clicks that a request logs with it, at most."""
+LATER: Final = "later"
+"""Folder of the events of the days to come."""
+STREAM: Final = "stream"
+"""Folder of their shards."""
+JUDGED: Final = 40
+"""Users of an hour by whose truth a world is judged, at most."""
+AT_ONCE: Final = 1024
+EDGE_DAYS: Final = 10
+"""Days at the beginning and at the end of a long time that are compared."""
+HOT: Final = 0.01
+"""Share of the items, the most clicked ones, whose embeddings are watched."""
+
+
+@dataclass(frozen=True)
+class Later:
+    """The clicks of the replayed days, in the order of time."""
+
+    rows: pa.Table
+    """As a shard has them."""
+    ts_ms: Longs
+    item: Longs
+    """Rows of the workspace's items."""
+    before: pa.Table
+    """Clicks of the days before, the columns that both have."""
+    judged: Bools
+    """A first click of this user on this item: clicks on what was clicked before are no test."""
+    born_ms: Longs
+    """(N,) when each item is there from: in a log from the hour of its first click."""
+    item_ids: pa.Array
+    """(N,) of the workspace."""
+    days: list[str]
+
+    @property
+    def begin_ms(self) -> int:
+        """Midnight before the first."""
+        return end_of_day(self.days[0]) - DAY_MS + 1
+
+    def rows_of(self, item_ids: pa.Array) -> Longs:
+        """Rows of the workspace's items, -1 = none of them."""
+        found: Longs = pc.index_in(item_ids, self.item_ids).fill_null(-1).to_numpy().astype(np.int64)
+        return found
+
+    def clicked_before(self, world: World, row: int) -> Bools:
+        """What each user (U) has clicked of the items (N) of a world before a click."""
+        clicked = np.zeros((len(world.truth.taste), len(world.truth.item_vector)), np.bool_)
+        for clicks in (self.before, self.rows.slice(0, row)):
+            clicked[world.user_rows(clicks[c.USER_ID]), world.item_rows(clicks[c.ITEM_ID])] = True
+        return clicked
+
+    def between(self, begin_ms: int, end_ms: int) -> tuple[int, int]:
+        """The numbers of the first click of a time and of the one behind the last."""
+        begin, end = np.searchsorted(self.ts_ms, [begin_ms, end_ms])
+        return int(begin), int(end)
+
+
+@dataclass
+class _Score:
+    """What was found, click by click."""
+
+    found: Bools
+    true: dict[int, list[float]] = field(default_factory=dict)
+    """By hour since the beginning."""
+
+
+def set_aside(workspace: Path, days: int, world: World | None) -> Later:
+    """Take the last days out of a workspace; their events stand aside from now on.
+
+    Args:
+        workspace: of a log.
+        days: so many.
+        world: in which it was simulated: there every item is born at its time; elsewhere when it is first clicked.
+
+    Raises:
+        DataError: there are no more days than these.
+    """
+    opened = open_workspace(workspace)
+    dates = opened.dates()
+    if len(dates) <= days:
+        raise DataError(f"{workspace} has {len(dates)} days: fewer than {days} can be replayed")
+    clicks = opened.events()
+    clicks = clicks.filter(pc.equal(clicks[c.OUTCOME], c.CLICKED))
+    clicks = clicks.append_column("at", pc.coalesce(clicks[c.CLICK_TS_MS], clicks[c.REQUEST_TS_MS])).sort_by("at")
+    (workspace / LATER).mkdir()
+    for date in dates[-days:]:
+        (workspace / EVENTS / f"{c.DATE}={date}").rename(workspace / LATER / f"{c.DATE}={date}")
+    later = _later(clicks, opened.items()[c.ITEM_ID], dates[-days:])
+    if world is None:
+        return later
+    born = FIRST_DAY_MS + DAY_MS * world.truth.birth_day[world.item_rows(later.item_ids)]
+    return replace(later, born_ms=born.astype(np.int64))
+
+
+def _later(clicks: pa.Table, items: pa.ChunkedArray, days: list[str]) -> Later:
+    ts_ms = clicks["at"].to_numpy()
+    user = pc.dictionary_encode(clicks[c.USER_ID].combine_chunks()).indices.to_numpy().astype(np.int64)
+    item = pc.index_in(clicks[c.ITEM_ID].combine_chunks(), items.combine_chunks()).to_numpy().astype(np.int64)
+    order = np.lexsort((np.arange(len(user)), user))  # by user, then time
+    starts = np.searchsorted(user[order], np.arange(user.max() + 1))
+    place = np.empty(len(user), np.int64)
+    place[order] = np.arange(len(user))
+    known = np.minimum(place - starts[user], LOGGED)
+    first = np.zeros(len(user), np.bool_)
+    first[np.unique(user * len(items) + item, return_index=True)[1]] = True
+    born = np.full(len(items), np.iinfo(np.int64).max)
+    np.minimum.at(born, item, ts_ms // HOUR_MS * HOUR_MS)
+    begin_ms = end_of_day(days[0]) - DAY_MS + 1
+    since = clicks[c.REQUEST_TS_MS].to_numpy() >= begin_ms  # a click past midnight may be of the last of the first days
+    later = np.flatnonzero(since & (ts_ms <= end_of_day(days[-1])))
+    flat = order[ranges(place[later] - known[later], known[later])]
+    history = pa.ListArray.from_arrays(
+        pa.array(pointers(known[later]).astype(np.int32)), clicks[c.ITEM_ID].combine_chunks().take(pa.array(flat))
+    )
+    rows = clicks.take(pa.array(later)).append_column(HISTORY, history)
+    before, item_ids = clicks.filter(pa.array(~since)), items.combine_chunks()
+    return Later(rows, ts_ms[later], item[later], before, first[later], born, item_ids, days)
+
+
+def write_hours(folder: Path, later: Later, types: Types) -> None:
+    """Write the shards of all hours into a folder, as a joiner would have."""
+    ids = [later.rows[name].to_pylist() for name in (c.USER_ID, c.ITEM_ID, c.REQUEST_TS_MS, HISTORY)]
+    context = {name: later.rows[name].to_pylist() for name in types.context if name in later.rows.column_names}
+    every = range(later.begin_ms, later.begin_ms + len(later.days) * DAY_MS, HOUR_MS)
+    hours = [hour_ms for hour_ms in every if np.diff(later.between(hour_ms, hour_ms + HOUR_MS))[0]]
+    for hour_ms, next_ms in zip(hours, [*hours[1:], every.stop], strict=True):
+        begin, end = later.between(hour_ms, next_ms)
+        rows = [
+            Row(
+                Asked(user, None, asked_ms, {name: values[place] for name, values in context.items()}, history=history),
+                item,
+                c.CLICKED,
+                int(later.ts_ms[place]),
+            )
+            for place, user, item, asked_ms, history in zip(
+                range(begin, end), *(column[begin:end] for column in ids), strict=True
+            )
+        ]
+        write_shard(
+            folder, [rows], types, partition=0, begin=begin, end=end, first_row=begin, hour=hour_ms // HOUR_MS,
+            watermark_ms=next_ms, counts=Counts(events=len(rows)), state=State(ReplayFrom(begin, Clock())),
+        )  # fmt: skip
+
+
+def first_model(system: System, settings: Settings, workspace: Path, later: Later) -> None:
+    """Train and publish on the first days, and write the shards of the others aside."""
+    write_hours(workspace / STREAM, later, read_types(workspace, settings.features.user, settings.features.context))
+    system.make_samples(settings)
+    system.train(settings)
+    system.publish(settings)
+
+
+def replay(
+    system: System, settings: Settings, way: Way, later: Later, world: World | None = None
+) -> tuple[dict[str, Floats], dict[str, Any]]:
+    """Replay the days from the first model on.
+
+    Args:
+        system: what serves and learns.
+        settings: of the arm; its workspace has the first model and is changed.
+        way: how it goes on.
+        later: what is clicked.
+        world: in which the workspace was simulated; None = nobody knows the truth.
+
+    Returns:
+        By measure the hours with enough clicks (H,): `recall@20` of first clicks of a user on an item, and of a world
+        `true_recall@20`. Of a long time also single numbers, see `_edges`. And facts of the arm.
+    """
+    workspace = Path(settings.workspace.path)
+    score = _Score(np.zeros(len(later.ts_ms), np.bool_))
+    asks = _Crowd(way.crowd, later) if way.crowd else _Model(system, settings, later, world, score)
+    for number in range(24 * len(later.days)):
+        hour_ms = later.begin_ms + number * HOUR_MS
+        if number and number % 24 == 0 and way.nightly != "no":
+            assert isinstance(asks, _Model)
+            asks.night(way.nightly, later.days[number // 24 - 1])
+        _reveal(workspace, *later.between(hour_ms, hour_ms + HOUR_MS))
+        step_ms = min(HOUR_MS, (way.every_min or 60) * 60_000)
+        for begin_ms in range(hour_ms, hour_ms + HOUR_MS, step_ms):
+            begin, end = later.between(begin_ms, begin_ms + step_ms)
+            if begin < end:
+                score.found[begin:end] = asks.found(begin, end, begin_ms)
+            if way.every_min and (begin_ms + step_ms - later.begin_ms) % (way.every_min * 60_000) == 0:
+                assert isinstance(asks, _Model)
+                asks.learn(end)
+        if number % 24 == 23:
+            log.info("%s: recall %.4f", later.days[number // 24], _by_day(score, later)[number // 24])
+    values, facts = _by_hour(score, later), {"by_day": _by_day(score, later)}
+    if isinstance(asks, _Model):
+        facts |= asks.facts()
+        if len(later.days) >= 2 * EDGE_DAYS:
+            values |= _edges(score, later, asks.moves)
+    return values, facts
+
+
+class _Model:
+    """A model that goes on, as its chain of deltas has it."""
+
+    def __init__(self, system: System, settings: Settings, later: Later, world: World | None, score: _Score) -> None:
+        self._system = system
+        self._settings = settings
+        self._later = later
+        self._world = world
+        self._score = score
+        self._hide = settings.serve.exclude != "none"
+        self.moves: list[float] = []
+        self._nights_s: list[float] = []
+        self._deltas, self._deltas_s, self._refused = 0, 0.0, 0
+        self._at = 0
+        self._open()
+
+    def _open(self) -> None:
+        self._chain = self._system.open_chain(self._settings)
+        self._row = self._later.rows_of(self._chain.item_ids)
+        """(N,) of the chain, rows of the workspace's items as they were at first; -1 = none of them."""
+        if self._world is not None:
+            self._world_row = self._world.item_rows(self._chain.item_ids)
+
+    def found(self, begin: int, end: int, now_ms: int) -> Bools:
+        """Which of some clicks are among the first K for their users, as the model is before it learns them."""
+        found = np.zeros(end - begin, np.bool_)
+        wanted = np.flatnonzero(self._later.judged[begin:end])
+        alive = np.flatnonzero((self._row >= 0) & (self._later.born_ms[self._row] <= now_ms))
+        column = np.full(len(self._row), -1)
+        column[alive] = np.arange(len(alive))
+        vectors = self._chain.item_vectors[alive]
+        judge = set(np.linspace(0, len(wanted) - 1, min(JUDGED, len(wanted))).astype(np.int64).tolist())
+        for start in range(0, len(wanted), AT_ONCE):
+            part = wanted[start : start + AT_ONCE]
+            asked = self._chain.ask(self._later.rows.take(pa.array(begin + part)))
+            own = column[asked.positives.item_row]
+            there = own >= 0
+            scores = asked.users @ vectors.T
+            mine = np.where(there, np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)[:, 0], np.inf)
+            if self._hide:
+                clicked = asked.positives.clicked
+                hidden = column[clicked.rows]
+                owner = np.repeat(np.arange(len(scores)), np.diff(clicked.indptr))[hidden >= 0]
+                scores[owner, hidden[hidden >= 0]] = -np.inf
+            above = (scores > mine[:, None]).sum(axis=1)
+            found[part[asked.places]] = there & (above < K)
+            if self._world is not None:
+                chosen = [at for at, place in enumerate(asked.places.tolist()) if start + place in judge]
+                self._judge(begin + part[asked.places[chosen]], alive, scores[chosen])
+        return found
+
+    def _judge(self, rows: Longs, alive: Longs, scores: npt.NDArray[np.float32]) -> None:
+        """The true recall of some lists."""
+        assert self._world is not None
+        if not len(rows):
+            return
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :K]
+        listed = self._world_row[alive[best]]
+        listed[np.take_along_axis(scores, best, axis=1) == -np.inf] = NOTHING
+        user = self._world.user_rows(self._later.rows[c.USER_ID].take(pa.array(rows)))
+        ts_ms = self._later.ts_ms[rows]
+        clicked = self._later.clicked_before(self._world, int(rows.min()))
+        true = true_recall(self._world, user, ts_ms, listed, [K], K, clicked)[f"true_recall@{K}"]
+        for hour, one in zip(((ts_ms - self._later.begin_ms) // HOUR_MS).tolist(), true.tolist(), strict=True):
+            self._score.true.setdefault(hour, []).append(one)
+
+    def learn(self, end: int) -> None:
+        """A delta of the clicks since the last one."""
+        if end == self._at:
+            return
+        started = time.process_time()
+        done = self._chain.make(Plan(self._chain.seq + 1, {"0": [self._at, end]}, {}))
+        self._deltas, self._refused = self._deltas + 1, self._refused + bool(done.refused)
+        self._deltas_s += time.process_time() - started
+        self._at = end
+
+    def night(self, nightly: str, day: str) -> None:
+        """The day before is there as a whole."""
+        workspace = Path(self._settings.workspace.path)
+        (workspace / LATER / f"{c.DATE}={day}").rename(workspace / EVENTS / f"{c.DATE}={day}")
+        started, before = time.process_time(), self._hot()
+        if nightly == "full":
+            self._system.update_full(self._settings)
+        else:
+            self._system.make_samples(self._settings)
+            self._system.train(self._settings)
+            self._system.publish(self._settings)
+        self._nights_s.append(time.process_time() - started)
+        self._open()
+        self._at = self._later.between(0, self._later.begin_ms + DAY_MS * (1 + self._later.days.index(day)))[0]
+        after = self._hot()
+        both = [one for one in before if one in after]
+        self.moves.append(
+            float(np.mean([np.linalg.norm(after[one] - before[one]) / np.linalg.norm(before[one]) for one in both]))
+        )
+
+    def _hot(self) -> dict[Any, npt.NDArray[np.float32]]:
+        """The embeddings of the most clicked items of the version, by id."""
+        version = self._chain.version
+        order = np.argsort(-np.bincount(version.clicks.item_row, minlength=version.base_items), kind="stable")
+        rows = order[: max(1, int(HOT * len(order)))]
+        tokens = version.two_tower.item_tokens[rows]
+        table = self._chain.embeddings(c.ITEM_ID)
+        return {
+            one: table[token].copy()
+            for one, token in zip(version.item_ids.take(pa.array(rows)).to_pylist(), tokens.tolist(), strict=True)
+            if token >= FIRST
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Counts, processor time and movement."""
+        found: dict[str, Any] = {"deltas": self._deltas, "refused": self._refused}
+        if self._deltas:
+            found["delta_ms"] = round(1000 * self._deltas_s / self._deltas, 1)
+        if self._nights_s:
+            found["night_s"] = round(float(np.mean(self._nights_s)), 1)
+            found["hot_moves"] = [round(one, 4) for one in self.moves]
+        return found
+
+
+class _Crowd:
+    """What was clicked in the hour before, in place of a model."""
+
+    def __init__(self, name: str, later: Later) -> None:
+        self._name = name
+        self._later = later
+        names = ["at", c.USER_ID, c.ITEM_ID]
+        clicks = pa.concat_tables([later.before.select(names), later.rows.select(names)]).sort_by("at").combine_chunks()
+        self._user = pc.dictionary_encode(clicks[c.USER_ID].combine_chunks()).indices.to_numpy().astype(np.int64)
+        self._item = later.rows_of(clicks[c.ITEM_ID].combine_chunks())
+        self._ts_ms = clicks["at"].to_numpy()
+        lists = later.rows[HISTORY].combine_chunks()
+        self._clicked = later.rows_of(lists.flatten())
+        self._starts = np.concatenate([[0], np.cumsum(pc.list_value_length(lists).to_numpy())]).astype(np.int64)
+
+    def found(self, begin: int, end: int, now_ms: int) -> Bools:
+        """Which of some clicks are among the first K for their users."""
+        found = np.zeros(end - begin, np.bool_)
+        part = begin + np.flatnonzero(self._later.judged[begin:end])
+        first, last = np.searchsorted(self._ts_ms, [now_ms - HOUR_MS, now_ms])
+        if first < last and len(part):
+            asks = self._popular if self._name == "popular" else self._item_cf
+            found[part - begin] = asks(part, slice(int(first), int(last)))
+        return found
+
+    def _histories(self, part: Longs) -> Bag:
+        counts = self._starts[part + 1] - self._starts[part]
+        return Bag(pointers(counts), self._clicked[ranges(self._starts[part], counts)].astype(np.int32))
+
+    def _popular(self, part: Longs, hour: slice) -> Bools:
+        counts = np.bincount(self._item[hour], minlength=len(self._later.item_ids))
+        rank = np.empty(len(counts), np.int64)
+        rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
+        history = self._histories(part)
+        owner = np.repeat(np.arange(len(part)), np.diff(history.indptr))
+        pairs = np.unique(owner * len(counts) + history.rows)
+        own, above = rank[self._later.item[part]], pairs // len(counts)
+        left_out = np.bincount(above[rank[pairs % len(counts)] < own[above]], minlength=len(part))
+        found: Bools = (own - left_out < K) & (counts[self._later.item[part]] > 0)
+        return found
+
+    def _item_cf(self, part: Longs, hour: slice) -> Bools:
+        user, item, ts_ms = self._user[hour], self._item[hour], self._ts_ms[hour]
+        order = np.lexsort((ts_ms, user))
+        counts = np.bincount(np.unique(user, return_inverse=True)[1])
+        clicks = Clicks(pointers(counts), item[order].astype(np.int32), ts_ms[order])
+        channel = ItemCF.fit(clicks, len(self._later.item_ids), Options())
+        history = self._histories(part)
+        queries = Queries({}, history, Exclusions(history.indptr, history.rows.astype(np.int64)))
+        rows = channel.retrieve(queries, K).rows
+        found: Bools = (rows == self._later.item[part][:, None]).any(axis=1)
+        return found
+
+
+def _reveal(workspace: Path, begin: int, end: int) -> None:
+    """Let the updates see the shard of an hour."""
+    for path in (workspace / STREAM).glob(f"partition-0000/{begin:020d}-{end:020d}.*"):
+        there = workspace / "shards" / "partition-0000" / path.name
+        there.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, there)
+
+
+def _by_hour(score: _Score, later: Later) -> dict[str, Floats]:
+    """The measures of the hours with enough clicks."""
+    hour = (later.ts_ms - later.begin_ms) // HOUR_MS
+    counts = np.bincount(hour[later.judged], minlength=24 * len(later.days))
+    hits = np.bincount(hour[later.judged & score.found], minlength=len(counts))
+    hours = np.flatnonzero(counts >= LEAST)
+    values = {f"recall@{K}": hits[hours] / counts[hours]}
+    if score.true:
+        values[f"true_recall@{K}"] = np.array([np.mean(score.true[one]) for one in hours.tolist()])
+    return values
+
+
+def _by_day(score: _Score, later: Later) -> list[float]:
+    """Recall of each day, over its clicks."""
+    day = ((later.ts_ms - later.begin_ms) // DAY_MS)[later.judged]
+    hits = np.bincount(day, score.found[later.judged], len(later.days))
+    shares: list[float] = (hits / np.maximum(np.bincount(day, minlength=len(later.days)), 1)).round(4).tolist()
+    return shares
+
+
+def _edges(score: _Score, later: Later, moves: Sequence[float]) -> dict[str, Floats]:
+    """Each measure over the last ten days, and how much it grew since the first ten; single numbers."""
+    days = {f"recall@{K}": np.array(_by_day(score, later))}
+    if score.true:
+        days[f"true_recall@{K}"] = np.array(
+            [
+                np.mean([one for hour in range(24 * day, 24 * day + 24) for one in score.true.get(hour, [])])
+                for day in range(len(later.days))
+            ]
+        )
+    values = {}
+    for name, by_day in days.items():
+        end = by_day[-EDGE_DAYS:].mean()
+        values[f"{name}, last days"] = np.array([end])
+        values[f"{name}, growth"] = np.array([end - by_day[:EDGE_DAYS].mean()])
+    if moves:
+        values["hot_moves, last days"] = np.array([np.mean(moves[-EDGE_DAYS:])])
+    return values

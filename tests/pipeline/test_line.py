@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from twotower.channels.queries import queries_of_users
+from twotower.channels.vector_channel import VectorChannel
+from twotower.config import Settings
+from twotower.config.load import as_dict, parse
+from twotower.evaluate.holdout import held_out
+from twotower.features.columns import take
+from twotower.pipeline.fuse import some_users
+from twotower.pipeline.line import latest_checkpoint, offline_channel, open_served, places, run_line
+from twotower.samples.read import open_samples
+from twotower.serve.request import Asked, retrieve
+from twotower.serve.users import Recent
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("encoder", ["attention", "transformer"])
+def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
+    encoder: str, own_world: Settings, tmp_path: Path
+) -> None:
+    changes = [
+        f'features.user.history.encoder="{encoder}"',
+        'models.user_tower.network="dcn"',
+        'models.channels=["two_tower", "mind", "new_items", "als", "mf", "same_category", "popular"]',
+        "models.mf.epochs=2",
+        "models.als.factors=8",
+        'models.same_category.attributes=["category", "author"]',
+        'models.popular={ window_days = 1, segment = "device" }',
+        "train.epochs=1",
+    ]
+    settings = parse(as_dict(own_world), changes)
+    run_line(settings, promoted=True)
+    samples, version = open_samples(places(settings).samples), open_served(settings)
+    rows = np.arange(60)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
+    for name in ("two_tower", "mind", "mf"):
+        served = version.channels[name]
+        assert isinstance(served, VectorChannel)
+        trained = offline_channel(samples, latest_checkpoint(settings, name), name)
+        np.testing.assert_allclose(served.user_vectors(queries), trained.user_vectors(queries), atol=1e-5)
+    assert version.channels["mind"].user_vectors(queries).shape == (60, 4, settings.models.dimension)  # type: ignore[attr-defined]
+    assert latest_checkpoint(settings, "mf").manifest["progress"]["epoch"] == 2
+    # The same user asks twice, with and without a click that the version has not seen.
+    user_id = samples.users.ids[int(np.argmax(np.diff(samples.clicks.indptr)))].as_py()
+    asked = Asked(20, "none", user_id)
+    now = int(version.watermark_ms or 0) + 1000
+    before = retrieve(version, asked, Recent(), now, 1000)
+    clicked = samples.items.ids[0].as_py()
+    after = retrieve(version, asked, Recent(clicks=((now, clicked),)), now, 1000)
+    assert [item.item_id for item in before.items] != [item.item_id for item in after.items]
+    assert before.failed_channels == []
+    assert {name for item in before.items for name in item.channels} >= {"two_tower", "mind", "mf", "als", "popular"}
+    new = retrieve(version, Asked(20, "none", user_id, channels=["new_items"]), Recent(), now, 1000)
+    assert new.items
+    found = version.items.find(pa.array([item.item_id for item in new.items]))
+    assert (samples.item_positives[found] == 0).all()
+    nobody = retrieve(version, Asked(20, "none"), Recent(), now, 1000)
+    assert len(nobody.items) == 20
+
+
+def test_recommendations_for_held_out_requests_are_those_that_evaluate_judges(
+    run, own_world: Settings, as_trained: list[str], tmp_path: Path
+) -> None:
+    workspace = places(own_world).workspace
+    config = ["-c", tmp_path / "demo.toml", *as_trained, "--set", f"workspace.path={workspace}"]
+    config += ["--set", "models.rankers=[]"]
+    (tmp_path / "demo.toml").write_text((EXAMPLES / "demo.toml").read_text())
+    held_out = pq.read_table(workspace / "holdout.parquet").to_pandas()[["user_id", "item_id"]].drop_duplicates()
+    found = []
+    for users, in_context in (("holdout_impressions", "true"), ("holdout", "false")):
+        judged = run("evaluate", *config, "--set", f"evaluate.context={in_context}")
+        out = tmp_path / f"{users}.parquet"
+        report = run("retrieve", *config, "--users", workspace / f"{users}.parquet", "--k", 50, "--out", out)
+        assert set(judged["context"]["features"]) == set(report["context"])
+        listed = pq.read_table(out).to_pandas()[["user_id", "item_id"]].assign(hit=1.0)
+        hits = held_out.merge(listed, "left", on=["user_id", "item_id"]).fillna({"hit": 0.0})
+        assert hits.groupby("user_id")["hit"].mean().mean() == pytest.approx(judged["recall@50"]["value"], abs=1e-4)
+        found.append(judged)
+    assert found[0]["context"] == {"features": ["hour", "scene"], "users": found[0]["users"]}
+    assert found[1]["context"] == {"features": [], "users": 0}
+    assert found[0]["truth"]["two_tower"] != found[1]["truth"]["two_tower"]
+    assert found[0]["popular"]["recall@50"]["value"] == found[1]["popular"]["recall@50"]["value"]
+
+
+def test_trials_and_fusing_ask_as_evaluate_does(world: Settings) -> None:
+    samples = open_samples(places(world).samples)
+    truth = held_out(places(world).workspace, samples, world.evaluate.context)
+    assert list(truth.context) == ["hour", "scene"]
+    some = some_users(truth, 20, 0)
+    place = np.searchsorted(truth.user_rows, some.user_rows)
+    for name, column in some.context.items():
+        np.testing.assert_array_equal(column, take(truth.context[name], place))
+    silent = held_out(places(world).workspace, samples, context=False)
+    assert silent.context == {}
+    assert silent.user_rows.tolist() == truth.user_rows.tolist()
