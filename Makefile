@@ -46,7 +46,7 @@ $(BASE):
 $(DEV): $(BASE)
 	@echo "set-up: the tools of development into .venv" >&2
 	@touch .venv/.installing
-	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,dev,kafka,redis,spark,swing,tune]'
+	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,dev,kafka,lab,plots,redis,spark,swing,tune]'
 	@rm .venv/.installing
 	@touch $@
 

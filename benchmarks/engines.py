@@ -10,18 +10,16 @@ seconds (`cpu_s`, Python's and Java's) tell more than those of the clock. With `
 sizes and jobs stays. Progress goes to stderr, one JSON line to stdout.
 """
 
-import argparse
 import hashlib
 import json
-import os
-import platform
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common import arguments_of, finish, note, run
 
 DAYS = 10
 FIRST_MS = 1_704_067_200_000
@@ -74,7 +72,7 @@ def generate(workspace: Path, events: int, users: int, items: int) -> None:
         folder = workspace / "events" / f"date=2024-01-{day + 1:02}"
         folder.mkdir(parents=True)
         pq.write_table(table.take(rng.permutation(count)), folder / "part-0.parquet", compression="zstd")
-    print(f"{events} events written", file=sys.stderr)
+    note(f"{events} events written")
 
 
 def run_job(workspace: Path, job: str, name: str) -> dict[str, Any]:
@@ -142,12 +140,6 @@ def run_swing(workspace: Path, engine: Any) -> str:
     return hashlib.sha256((folder / "neighbours.arrow").read_bytes()).hexdigest()
 
 
-def child(*arguments: object) -> str:
-    """Run this file again with a hidden command; its stdout."""
-    command = [sys.executable, __file__, *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 def main() -> None:
     if sys.argv[1:2] == ["generate"]:
         generate(Path(sys.argv[2]), *map(int, sys.argv[3:6]))
@@ -155,11 +147,9 @@ def main() -> None:
     if sys.argv[1:2] == ["job"]:
         print(json.dumps(run_job(Path(sys.argv[2]), *sys.argv[3:5])))
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a small log: shows that it runs, measures nothing")
+    parser = arguments_of(__doc__, "a small log")
     parser.add_argument("--events", type=int, nargs="+", default=[1_000_000, 3_000_000, 10_000_000, 20_000_000])
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--out", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     sizes, users, items = ([20_000], 400, 200) if arguments.smoke else (arguments.events, 200_000, 100_000)
     rows = []
@@ -170,34 +160,29 @@ def main() -> None:
     for events in sizes:
         with tempfile.TemporaryDirectory() as folder:
             workspace = Path(folder, "workspace")
-            child("generate", workspace, events, users, items)
+            run([sys.executable, __file__, "generate", workspace, events, users, items])
             if "samples" not in arguments.jobs:
-                child("job", workspace, "samples", "duckdb")
+                run([sys.executable, __file__, "job", workspace, "samples", "duckdb"])
             for job in arguments.jobs:
                 for engine in ENGINES:
-                    rows.append({"events": events, **json.loads(child("job", workspace, job, engine))})
-                    print(json.dumps(rows[-1]), file=sys.stderr)
+                    rows.append({"events": events, **run([sys.executable, __file__, "job", workspace, job, engine])})
+                    note(json.dumps(rows[-1]))
     rows.sort(key=lambda row: (JOBS.index(row["job"]), row["events"], row["engine"]))
-    result = {
-        "benchmark": "engines",
-        "smoke": arguments.smoke,
-        "machine": {"cpus": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version()},
-        "users": users,
-        "items": items,
-        "days": DAYS,
-        "seed": SEED,
-        "memory_gb": MEMORY_GB,
-        "threads": THREADS,
-        "same": all(
+    finish(
+        arguments,
+        "engines",
+        users=users,
+        items=items,
+        days=DAYS,
+        seed=SEED,
+        memory_gb=MEMORY_GB,
+        threads=THREADS,
+        same=all(
             len({row["sha256"] for row in rows if (row["events"], row["job"]) == key}) == 1
             for key in {(row["events"], row["job"]) for row in rows}
         ),
-        "rows": rows,
-    }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from twotower.datasets.tables import DAY_MS
 from twotower.datasets.workspace import EVENTS, open_workspace
 from twotower.evaluate.metrics import score_lists
 from twotower.features.columns import Bag, pointers
+from twotower.pipeline.line import make_samples, open_served, publish_version, train_model
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -33,7 +34,6 @@ from twotower.worlds.truth import page_clicks, true_recall
 from twotower.worlds.visit import Clicks, Visited, visit
 from twotower.worlds.world import NOTHING, SCENES, Requests, World, date_of
 from twotower_lab.score import K
-from twotower_lab.system import System
 
 log = logging.getLogger(__name__)
 
@@ -100,13 +100,12 @@ class Site:
             self.shown[user] = [one for one in shown if one[0] >= since_ms]
 
 
-def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, Floats], dict[str, Any]]:
+def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[str, Any]]:
     """Serve a simulated workspace day after day from its held-out day on; the workspace grows by what happens.
 
     Args:
-        system: what serves and learns.
         settings: of the arm.
-        days: so many.
+        days: how many.
 
     Returns:
         Measures of the last days, and how much each grew since the first ones, a single number each (see `measure`);
@@ -130,7 +129,7 @@ def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, 
     series: dict[str, list[float]] = {}
     for day in range(first, first + days):
         add_arrivals(workspace, world, day)
-        version = _morning(system, settings)
+        version = _morning(settings)
         begin_ms = int(world.requests(day).ts_ms[0]) // DAY_MS * DAY_MS
         if site is None:
             site = Site(world, sizes, window_ms, version)
@@ -160,12 +159,12 @@ def _like(events: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _morning(system: System, settings: Settings) -> Version:
+def _morning(settings: Settings) -> Version:
     """Learn from everything up to yesterday; the version that is served today."""
-    system.make_samples(settings)
-    system.train(settings)
-    system.publish(settings)
-    return system.served(settings)
+    make_samples(settings)
+    train_model(settings)
+    publish_version(settings, promoted=True)
+    return open_served(settings)
 
 
 def measure(world: World, day: int, visited: Visited, version: Version) -> dict[str, float]:

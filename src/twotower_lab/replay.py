@@ -30,6 +30,9 @@ from twotower.features.columns import Bag, pointers, ranges
 from twotower.features.feature_set import HISTORY
 from twotower.features.vocabulary import FIRST
 from twotower.index.protocol import Exclusions
+from twotower.pipeline.line import make_samples, places, publish_version, train_model
+from twotower.pipeline.updating import open_chain, update_full
+from twotower.publish.publish import current_path
 from twotower.samples.read import Clicks
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -42,7 +45,6 @@ from twotower.update.chain import Plan
 from twotower.worlds.truth import true_recall
 from twotower.worlds.world import FIRST_DAY_MS, NOTHING, World
 from twotower_lab.experiments import Way
-from twotower_lab.system import System
 
 log = logging.getLogger(__name__)
 
@@ -198,21 +200,20 @@ def write_hours(folder: Path, later: Later, types: Types) -> None:
         )  # fmt: skip
 
 
-def first_model(system: System, settings: Settings, workspace: Path, later: Later) -> None:
+def first_model(settings: Settings, workspace: Path, later: Later) -> None:
     """Train and publish on the first days, and write the shards of the others aside."""
     write_hours(workspace / STREAM, later, read_types(workspace, settings.features.user, settings.features.context))
-    system.make_samples(settings)
-    system.train(settings)
-    system.publish(settings)
+    make_samples(settings)
+    train_model(settings)
+    publish_version(settings, promoted=True)
 
 
 def replay(
-    system: System, settings: Settings, way: Way, later: Later, world: World | None = None
+    settings: Settings, way: Way, later: Later, world: World | None = None
 ) -> tuple[dict[str, Floats], dict[str, Any]]:
     """Replay the days from the first model on.
 
     Args:
-        system: what serves and learns.
         settings: of the arm; its workspace has the first model and is changed.
         way: how it goes on.
         later: what is clicked.
@@ -224,7 +225,7 @@ def replay(
     """
     workspace = Path(settings.workspace.path)
     score = _Score(np.zeros(len(later.ts_ms), np.bool_))
-    asks = _Crowd(way.crowd, later) if way.crowd else _Model(system, settings, later, world, score)
+    asks = _Crowd(way.crowd, later) if way.crowd else _Model(settings, later, world, score)
     for number in range(24 * len(later.days)):
         hour_ms = later.begin_ms + number * HOUR_MS
         if number and number % 24 == 0 and way.nightly != "no":
@@ -252,8 +253,7 @@ def replay(
 class _Model:
     """A model that goes on, as its chain of deltas has it."""
 
-    def __init__(self, system: System, settings: Settings, later: Later, world: World | None, score: _Score) -> None:
-        self._system = system
+    def __init__(self, settings: Settings, later: Later, world: World | None, score: _Score) -> None:
         self._settings = settings
         self._later = later
         self._world = world
@@ -266,7 +266,7 @@ class _Model:
         self._open()
 
     def _open(self) -> None:
-        self._chain = self._system.open_chain(self._settings)
+        self._chain = open_chain(self._settings, current_path(places(self._settings).versions), None)
         self._row = self._later.rows_of(self._chain.item_ids)
         """(N,) of the chain, rows of the workspace's items as they were at first; -1 = none of them."""
         if self._world is not None:
@@ -331,11 +331,11 @@ class _Model:
         (workspace / LATER / f"{c.DATE}={day}").rename(workspace / EVENTS / f"{c.DATE}={day}")
         started, before = time.process_time(), self._hot()
         if nightly == "full":
-            self._system.update_full(self._settings)
+            update_full(self._settings, dry_run=False)
         else:
-            self._system.make_samples(self._settings)
-            self._system.train(self._settings)
-            self._system.publish(self._settings)
+            make_samples(self._settings)
+            train_model(self._settings)
+            publish_version(self._settings, promoted=True)
         self._nights_s.append(time.process_time() - started)
         self._open()
         self._at = self._later.between(0, self._later.begin_ms + DAY_MS * (1 + self._later.days.index(day)))[0]

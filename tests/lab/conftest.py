@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from twotower.cli.lab import SYSTEM
 from twotower_lab.run import run
 
 
@@ -10,5 +9,5 @@ from twotower_lab.run import run
 def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a smoke run of one experiment; only read."""
     out = tmp_path_factory.mktemp("lab")
-    run(SYSTEM, "networks", out, smoke=True, command="twotower lab run networks --smoke")
+    run(["networks"], out, smoke=True)
     return out
