@@ -34,7 +34,7 @@ SERIES: Final = {
 def plot(result: Mapping[str, Any]) -> str:
     """The plot of an experiment's result."""
     loop = result["series"]
-    panels = list(SERIES) if loop else result["panels"]
+    panels: list[Any] = list(SERIES) if loop else result["panels"]
     heights = [2.2 for _ in SERIES] if loop else [1.1 + 0.33 * len(panel["rows"]) for panel in panels] or [1]
     with figure(WIDTH, sum(heights) + 0.4) as drawn:
         every = drawn.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.channels.item_cf import ItemCF, Options
+from twotower.channels.item_cf import ItemCF
+from twotower.channels.popular import Popular
 from twotower.channels.retriever import Queries
 from twotower.config.settings import Settings
 from twotower.datasets.tables import DAY_MS, end_of_day
@@ -390,37 +391,25 @@ class _Crowd:
         part = begin + np.flatnonzero(self._later.judged[begin:end])
         first, last = np.searchsorted(self._ts_ms, [now_ms - HOUR_MS, now_ms])
         if first < last and len(part):
-            asks = self._popular if self._name == "popular" else self._item_cf
-            found[part - begin] = asks(part, slice(int(first), int(last)))
+            counts = np.bincount(self._item[first:last], minlength=len(self._later.item_ids))
+            channel = Popular.fit(counts) if self._name == "popular" else self._item_cf(slice(int(first), int(last)))
+            clicked = self._histories(part)
+            queries = Queries({}, clicked, Exclusions(clicked.indptr, clicked.rows.astype(np.int64)))
+            wanted = self._later.item[part]
+            rows = channel.retrieve(queries, K).rows
+            found[part - begin] = (rows == wanted[:, None]).any(axis=1) & (counts[wanted] > 0)
         return found
 
     def _histories(self, part: Longs) -> Bag:
         counts = self._starts[part + 1] - self._starts[part]
         return Bag(pointers(counts), self._clicked[ranges(self._starts[part], counts)].astype(np.int32))
 
-    def _popular(self, part: Longs, hour: slice) -> Bools:
-        counts = np.bincount(self._item[hour], minlength=len(self._later.item_ids))
-        rank = np.empty(len(counts), np.int64)
-        rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
-        history = self._histories(part)
-        owner = np.repeat(np.arange(len(part)), np.diff(history.indptr))
-        pairs = np.unique(owner * len(counts) + history.rows)
-        own, above = rank[self._later.item[part]], pairs // len(counts)
-        left_out = np.bincount(above[rank[pairs % len(counts)] < own[above]], minlength=len(part))
-        found: Bools = (own - left_out < K) & (counts[self._later.item[part]] > 0)
-        return found
-
-    def _item_cf(self, part: Longs, hour: slice) -> Bools:
+    def _item_cf(self, hour: slice) -> ItemCF:
         user, item, ts_ms = self._user[hour], self._item[hour], self._ts_ms[hour]
         order = np.lexsort((ts_ms, user))
         counts = np.bincount(np.unique(user, return_inverse=True)[1])
         clicks = Clicks(pointers(counts), item[order].astype(np.int32), ts_ms[order])
-        channel = ItemCF.fit(clicks, len(self._later.item_ids), Options())
-        history = self._histories(part)
-        queries = Queries({}, history, Exclusions(history.indptr, history.rows.astype(np.int64)))
-        rows = channel.retrieve(queries, K).rows
-        found: Bools = (rows == self._later.item[part][:, None]).any(axis=1)
-        return found
+        return ItemCF.fit(clicks, len(self._later.item_ids))
 
 
 def _reveal(workspace: Path, begin: int, end: int) -> None:

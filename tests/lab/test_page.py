@@ -43,7 +43,7 @@ def test_the_report_says_how_it_was_made_and_shows_every_arm(networks: Path) -> 
         assert words in page
     for arm, changes in result["arms"].items():
         assert arm in page
-        assert all(change.replace('"', "&quot;") in page for change in changes)
+        assert all(change.replace('"', "&#34;") in page for change in changes)
     whole = report([{**result, "made": {**result["made"], "smoke": False}}])
     assert "smoke run on tiny worlds" not in whole
 
