@@ -143,13 +143,18 @@ def _check_exclude(exclude: str) -> None:
 
 def _read_users(version: Version, users: str) -> pa.Table:
     if users == "all":
-        known = version.users.ids.type
-        deleted = [one for one, entity in version.since.users.items() if entity.deleted and is_id(one, known)]
-        gone = version.users.positions.find(pa.array(deleted, known))
-        kept = np.setdiff1d(np.arange(len(version.users)), gone)
-        return pa.table({c.USER_ID: version.users.ids.take(pa.array(kept))})
+        return stored_users(version)
     types = {feature.name: _text_type(feature) for feature in version.features.context}
     return users_asked(version, read_rows(Path(users), types | {c.USER_ID: version.users.ids.type}, "--users"), users)
+
+
+def stored_users(version: Version) -> pa.Table:
+    """All users of the version who were not deleted since, as `recommend` takes them."""
+    known = version.users.ids.type
+    deleted = [one for one, entity in version.since.users.items() if entity.deleted and is_id(one, known)]
+    gone = version.users.positions.find(pa.array(deleted, known))
+    kept = np.setdiff1d(np.arange(len(version.users)), gone)
+    return pa.table({c.USER_ID: version.users.ids.take(pa.array(kept))})
 
 
 def users_asked(version: Version, table: pa.Table, where: str) -> pa.Table:
