@@ -30,7 +30,8 @@ import pyarrow as pa
 from common import arguments_of, finish, note, options, process, server
 from twotower.config import load
 from twotower.features.vocabulary import FIRST
-from twotower.pipeline.line import open_served, places, run_line
+from twotower.pipeline.line import open_served, run_line
+from twotower.pipeline.places import places
 from twotower.publish.delta import base_digest, last_seq, read_delta
 from twotower.worlds.simulate import simulate_workspace
 

@@ -23,7 +23,8 @@ from common import arguments_of, finish, note
 from common import run as run_program
 from twotower.evaluate.plots import figure, svg
 from twotower.features.options import Features
-from twotower.samples import build_samples, open_samples
+from twotower.samples.build import build_samples
+from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.towers.towers import Network
 from twotower.train.checkpoint import Shape

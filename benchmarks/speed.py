@@ -25,7 +25,8 @@ from common import arguments_of, finish, note, options, run, twotower
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.features.columns import Bag, ranges
-from twotower.pipeline.line import make_samples, places
+from twotower.pipeline.line import make_samples
+from twotower.pipeline.places import places
 from twotower.samples.read import Samples, open_samples
 from twotower.towers.losses import Mask, sampled_softmax, shared_loss
 from twotower.train.batches import fed_frequency

@@ -31,7 +31,8 @@ from twotower.features.columns import Bag, pointers, ranges
 from twotower.features.feature_set import HISTORY
 from twotower.features.vocabulary import FIRST
 from twotower.index.protocol import Exclusions
-from twotower.pipeline.line import make_samples, places, publish_version, train_model
+from twotower.pipeline.line import make_samples, publish_version, train_model
+from twotower.pipeline.places import places
 from twotower.pipeline.updating import open_chain, update_full
 from twotower.publish.publish import current_path
 from twotower.samples.read import Clicks
