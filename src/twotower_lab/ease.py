@@ -16,8 +16,8 @@ def weights(clicked: Floats, regularisation: float) -> Floats:
     """What a click on one item says of another (N, N), out of who clicked what (U, N).
 
     >>> weights(np.array([[1, 1], [1, 1], [0, 1]], np.float32), 1.0).round(2)
-    array([[0.  , 0.5 ],
-           [0.67, 0.  ]], dtype=float32)
+    array([[0.  , 0.67],
+           [0.5 , 0.  ]], dtype=float32)
     """
     inverse = np.linalg.inv(clicked.T @ clicked + regularisation * np.eye(clicked.shape[1], dtype=np.float32))
     weighed: Floats = (inverse / -np.diag(inverse)).astype(np.float32)

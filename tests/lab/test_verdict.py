@@ -1,4 +1,6 @@
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,3 +109,12 @@ def test_the_rule_of_verdicts(signs: list[int], said: str) -> None:
 )
 def test_what_the_offline_metric_does(true: int, logged: int, said: str) -> None:
     assert offline(true, logged) == said
+
+
+def test_the_committed_verdicts_follow_from_their_intervals() -> None:
+    results = sorted((Path(__file__).parents[2] / "benchmarks" / "results" / "lab").glob("*/result.json"))
+    assert results
+    for path in results:
+        for claim in json.loads(path.read_text())["claims"]:
+            signs = [Interval.of(one).sign for one in claim["conditions"] if one["judged"]]
+            assert claim["verdict"] == verdict(signs), (path, claim["text"])
