@@ -54,6 +54,8 @@ def test_a_plot_is_whole_and_has_a_row_for_every_arm_but_the_first(networks: Pat
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "DCN-v2" in texts
     assert "difference to “DNN”" in texts
+    [panel] = [one for one in results(networks)["networks"]["panels"] if one["data"] == "world"]
+    assert {f"{row['value']:+.4f}" for row in panel["rows"]["DCN-v2"].values()} <= set(texts)
     width, height = (float(number) for number in root.get("viewBox").split()[2:])
     marks = list(root.iter("{http://www.w3.org/2000/svg}use"))
     assert marks

@@ -32,7 +32,7 @@ _SHORTER: Final = (
     (r'<g id="[^"]*">', "<g>"),  # names that every figure uses again
     (r" font-family: [^;\"]*;", ""),
     (r' transform="rotate\(-0 [^"]*"', ""),
-    (r"(\.\d\d)\d+", r"\1"),
+    (r"(\.\d\d)\d+(?=[^<>]*>)", r"\1"),  # of places, not of letters
     (r"\n\s*", "\n"),
 )
 """What is left out of an SVG element, which is half of it."""
