@@ -5,7 +5,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,26 @@ def twotower(*arguments: str) -> dict[str, Any]:
 def options(config: str, changes: Sequence[str]) -> list[str]:
     """A configuration of the examples with changes, as arguments of a command."""
     return ["-c", str(EXAMPLES / config), *(word for change in changes for word in ("--set", change))]
+
+
+def make_catalogue(workspace: Path, rng: Any, users: int, items: int) -> tuple[Any, Any, Callable[[int], Any]]:
+    """Write users and items into a new workspace; gives their ids, and what draws rows of items by a Zipf law."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    workspace.mkdir(parents=True)
+    people = {"user_id": np.arange(users) * 7 + 1, "age": rng.integers(12, 80, users)}
+    things = {"item_id": np.arange(items) * 3 + 1, "category": rng.integers(0, 50, items)}
+    pq.write_table(pa.table(people), workspace / "users.parquet")
+    pq.write_table(pa.table(things), workspace / "items.parquet")
+    chances = 1 / np.arange(1, items + 1)
+    edges = np.cumsum(chances / chances.sum())
+
+    def draw(count: int) -> Any:
+        return np.minimum(np.searchsorted(edges, rng.random(count)), items - 1)
+
+    return people["user_id"], things["item_id"], draw
 
 
 @contextmanager

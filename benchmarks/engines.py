@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import arguments_of, finish, note, run
+from common import arguments_of, finish, make_catalogue, note, run
 
 DAYS = 10
 FIRST_MS = 1_704_067_200_000
@@ -42,26 +42,20 @@ def generate(workspace: Path, events: int, users: int, items: int) -> None:
     import pyarrow.parquet as pq
 
     rng = np.random.default_rng(SEED)
-    workspace.mkdir(parents=True)
-    people = {"user_id": np.arange(users) * 7 + 1, "age": rng.integers(12, 80, users)}
-    things = {"item_id": np.arange(items) * 3 + 1, "category": rng.integers(0, 50, items)}
-    pq.write_table(pa.table(people), workspace / "users.parquet")
-    pq.write_table(pa.table(things), workspace / "items.parquet")
-    chances = 1 / np.arange(1, items + 1)
-    edges = np.cumsum(chances / chances.sum())
+    user_id, item_id, draw_items = make_catalogue(workspace, rng, users, items)
     for day in range(DAYS):
         requests = events // DAYS // len(OUTCOMES)
         at = FIRST_MS + day * DAY_MS + np.sort(rng.integers(0, DAY_MS, requests))
         user = np.where(rng.random(requests) < CRAWLER, 0, rng.integers(0, users, requests))
         count = requests * len(OUTCOMES)
-        item = np.minimum(np.searchsorted(edges, rng.random(count)), items - 1)
+        item = draw_items(count)
         clicked = np.tile([outcome == "clicked" for outcome in OUTCOMES], requests)
         request = np.repeat(at, len(OUTCOMES))
         table = pa.table(
             {
                 "event_seq": np.arange(day * count, (day + 1) * count),
-                "user_id": people["user_id"][np.repeat(user, len(OUTCOMES))],
-                "item_id": things["item_id"][item],
+                "user_id": user_id[np.repeat(user, len(OUTCOMES))],
+                "item_id": item_id[item],
                 "request_ts_ms": request,
                 "click_ts_ms": pa.array(request + rng.integers(1, 600_000, count), mask=~clicked),
                 "outcome": np.tile(OUTCOMES, requests),
@@ -85,7 +79,7 @@ def run_job(workspace: Path, job: str, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=workspace) as scratch, open_engine(engine, Path(scratch)):
         # A Spark that runs is used by the job, so that its start is measured here.
         started = time.perf_counter() - start
-        digest = {"samples": run_samples, "item_cf": run_item_cf, "swing": run_swing}[job](workspace, engine)
+        digest = run_samples(workspace, engine) if job == "samples" else run_neighbours(workspace, engine, job)
         seconds = time.perf_counter() - start
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
@@ -117,27 +111,16 @@ def run_samples(workspace: Path, engine: Any) -> str:
     return hashlib.sha256(json.dumps(open_samples(folder).manifest, sort_keys=True).encode()).hexdigest()
 
 
-def run_item_cf(workspace: Path, engine: Any) -> str:
-    """Fit ItemCF to the samples; the hash of its file."""
+def run_neighbours(workspace: Path, engine: Any, job: str) -> str:
+    """Fit ItemCF or Swing to the samples; the hash of its file."""
     from twotower.channels.item_cf import ItemCF
-    from twotower.samples.read import open_samples
-
-    samples = open_samples(workspace / "samples-duckdb")
-    folder = workspace / f"item_cf-{engine.name}"
-    folder.mkdir()
-    ItemCF.fit(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
-    return hashlib.sha256((folder / "neighbours.arrow").read_bytes()).hexdigest()
-
-
-def run_swing(workspace: Path, engine: Any) -> str:
-    """Fit Swing to the samples; the hash of its file."""
     from twotower.channels.swing import Swing
     from twotower.samples.read import open_samples
 
-    samples = open_samples(workspace / "samples-duckdb")
-    folder = workspace / f"swing-{engine.name}"
+    samples, kind = open_samples(workspace / "samples-duckdb"), {"item_cf": ItemCF, "swing": Swing}[job]
+    folder = workspace / f"{job}-{engine.name}"
     folder.mkdir()
-    Swing.fit(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
+    kind.fit(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
     return hashlib.sha256((folder / "neighbours.arrow").read_bytes()).hexdigest()
 
 

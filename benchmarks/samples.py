@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import arguments_of, finish, note, run
+from common import arguments_of, finish, make_catalogue, note, run
 
 DAYS = 10
 FIRST_MS = 1_704_067_200_000
@@ -32,24 +32,18 @@ def generate(workspace: Path, events: int, users: int, items: int) -> None:
     import pyarrow.parquet as pq
 
     rng = np.random.default_rng(SEED)
-    workspace.mkdir(parents=True)
-    people = {"user_id": np.arange(users) * 7 + 1, "age": rng.integers(12, 80, users)}
-    things = {"item_id": np.arange(items) * 3 + 1, "category": rng.integers(0, 50, items)}
-    pq.write_table(pa.table(people), workspace / "users.parquet")
-    pq.write_table(pa.table(things), workspace / "items.parquet")
-    chances = 1 / np.arange(1, items + 1)
-    edges = np.cumsum(chances / chances.sum())
+    user_id, item_id, draw_items = make_catalogue(workspace, rng, users, items)
     for day in range(DAYS):
         first, last = events * day // DAYS, events * (day + 1) // DAYS
         count = last - first
         request = FIRST_MS + day * DAY_MS + np.sort(rng.integers(0, DAY_MS, count))
-        item = np.minimum(np.searchsorted(edges, rng.random(count)), items - 1)
+        item = draw_items(count)
         table = pa.table(
             {
                 "event_seq": np.arange(first, last),
                 "request_id": pa.nulls(count, pa.string()),
-                "user_id": people["user_id"][rng.integers(0, users, count)],
-                "item_id": things["item_id"][item],
+                "user_id": user_id[rng.integers(0, users, count)],
+                "item_id": item_id[item],
                 "request_ts_ms": request,
                 "click_ts_ms": request + rng.integers(1, 600_000, count),
                 "outcome": pa.repeat("clicked", count),

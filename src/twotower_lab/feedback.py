@@ -50,7 +50,7 @@ SEQUENCE: Final = 10**9
 
 
 @dataclass
-class Site:
+class LoopSite:
     """A recommender as the users of a world see it: the served version, and what it heard of them since."""
 
     world: World
@@ -125,14 +125,14 @@ def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[st
     sizes = Sizes(funnel.retrieve, funnel.pre_rank, funnel.rank, funnel.explore_share, funnel.logged, funnel.cosine)
     window_ms = round(1000 * settings.serve.impressed_window_s)
     schema = open_workspace(workspace).events().schema
-    site: Site | None = None
+    site: LoopSite | None = None
     series: dict[str, list[float]] = {}
     for day in range(first, first + days):
         add_arrivals(workspace, world, day)
         version = _morning(settings)
         begin_ms = int(world.requests(day).ts_ms[0]) // DAY_MS * DAY_MS
         if site is None:
-            site = Site(world, sizes, window_ms, version)
+            site = LoopSite(world, sizes, window_ms, version)
         site.next_day(version, begin_ms)
         visited = visit(world, day, site.answer, site.tell)
         events = _like(visited.events(world, day * SEQUENCE), schema)

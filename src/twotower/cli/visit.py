@@ -51,7 +51,7 @@ class UnreachableError(TwotowerError):
 
 
 @dataclass
-class Site:
+class ServerSite:
     """A running server as the world's users see it."""
 
     server: httpx.Client
@@ -171,7 +171,7 @@ def visit_server(
     context = [name for name in settings.features.context if name in ("hour", "scene")]
     born = world.items(day).slice(world.items(max(day - 1, world.days - 1)).num_rows)
     with httpx.Client(base_url=url, timeout=TIMEOUT_S) as server:
-        site = Site(server, world, page, features, context)
+        site = ServerSite(server, world, page, features, context)
         if put:
             site.put(born)
         visited = visit(world, day, site.answer, site.tell, requests=requests, window_ms=1)
