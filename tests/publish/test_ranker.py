@@ -13,7 +13,7 @@ from twotower.features.columns import Bag, Column, take
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.entities import Entity
 from twotower.pipeline.line import latest_checkpoint, open_served, places
-from twotower.publish.overlay import Entities, Overlay
+from twotower.publish.overlay import EntityChanges, Overlay
 from twotower.publish.ranker import OnnxRanker
 from twotower.publish.version import Version
 from twotower.samples.read import Samples, open_samples
@@ -104,7 +104,7 @@ def test_an_item_that_is_put_is_ranked_by_its_features(side: Side) -> None:
     new = 10**9 if base.item_ids.type == pa.int64() else "zz new"
     like = {k: v for k, v in base.catalogue.slice(7, 1).to_pylist()[0].items() if k not in (c.ITEM_ID, c.AVAILABLE)}
     known = base.item_ids[30].as_py()
-    laid = Overlay(base).lay(Entities(items={new: Entity(features=like), known: Entity(features=like)}))
+    laid = Overlay(base).lay(EntityChanges(items={new: Entity(features=like), known: Entity(features=like)}))
     name = next(name for name, one in base.rankers.items() if one is side.published)
     user, clicks = asked(side, 4)
     found = laid.rankers[name].score(user, clicks, np.array([size, 7, 30, 8]))

@@ -11,7 +11,7 @@ from twotower.features.vocabulary import UNKNOWN
 from twotower.logs.entities import Entity
 from twotower.pipeline.line import open_served, places
 from twotower.publish.delta import Delta, Rows
-from twotower.publish.overlay import Entities, Overlay
+from twotower.publish.overlay import EntityChanges, Overlay
 from twotower.publish.retrieve import RetrieveReport, retrieve_file, shown_items
 from twotower.publish.tables import map_tables
 from twotower.publish.version import Version
@@ -210,7 +210,7 @@ def test_what_was_learned_and_put_since_is_answered_like_a_server_answers(versio
     features = version.catalogue.slice(7, 1).to_pylist()[0]
     like = Entity(features={name: one for name, one in features.items() if name not in (c.ITEM_ID, c.AVAILABLE)})
     users = {put: Entity(features={"city": "nowhere"}), deleted: Entity(deleted=True, fresh=True)}
-    served = overlay.lay(Entities({new_item: like}, users))
+    served = overlay.lay(EntityChanges({new_item: like}, users))
     everyone = [moved, learned, put, deleted, plain, stranger]
     out, file = tmp_path / "out.parquet", users_file(tmp_path, user_id=everyone)
     for channel in ("two_tower", "fused"):

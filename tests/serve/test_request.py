@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from twotower.config import Settings
-from twotower.features.bloom import Seen, Shape, hash_ids
+from twotower.features.bloom import FilterShape, Seen, hash_ids
 from twotower.pipeline.line import open_served
 from twotower.publish.version import Version
 from twotower.serve.filters import Filter
@@ -50,7 +50,7 @@ def test_exclusions_join_clicks_impressions_of_the_window_and_filters(version: V
 
 
 def test_impressions_in_filters_are_left_out_while_they_are_within_the_window(version: Version) -> None:
-    seen = Seen(Shape.of(700, 7, 70, 0.001)).add([150, 350, 350], hash_ids(pa.array([5, 6, 77])))
+    seen = Seen(FilterShape.of(700, 7, 70, 0.001)).add([150, 350, 350], hash_ids(pa.array([5, 6, 77])))
     recent = Recent(shown=((650, 9),), seen=seen)
 
     def rows(exclude: str, since_ms: int) -> list[int]:

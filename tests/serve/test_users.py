@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from twotower.features.bloom import Shape, hash_ids
+from twotower.features.bloom import FilterShape, hash_ids
 from twotower.features.store import LmdbFeatureStore
 from twotower.logs import Event, LocalEventLog, partition_of
 from twotower.logs.entities import user_deleted
@@ -31,7 +31,7 @@ def reopen(tmp_path: Path) -> Iterator[Callable[[LocalEventLog], RecentUsers]]:
     """Opens the store again, as a restarted server does."""
     stores: list[LmdbFeatureStore] = []
 
-    def opened(log: LocalEventLog, shape: Shape | None = None) -> RecentUsers:
+    def opened(log: LocalEventLog, shape: FilterShape | None = None) -> RecentUsers:
         for store in stores:
             store.close()
         stores.append(LmdbFeatureStore(tmp_path / "store"))
@@ -178,7 +178,7 @@ def test_only_the_latest_events_of_a_user_are_kept(log: LocalEventLog, reopen) -
     assert [item for _, item in users.get(1).shown] == shown[5:]
 
 
-SHAPE = Shape.of(7 * 86_400_000, 7, 700, 0.01)
+SHAPE = FilterShape.of(7 * 86_400_000, 7, 700, 0.01)
 
 
 def impressions(days: int, a_day: int, name: Callable[[int], int | str] = int) -> list[Event]:
@@ -255,7 +255,7 @@ def test_a_store_of_another_shape_is_made_again(log: LocalEventLog, reopen) -> N
         (None, 0),
         (SHAPE, 10),
         (SHAPE, 0),
-        (Shape.of(10**6, 2, 9, 0.1), 10),
+        (FilterShape.of(10**6, 2, 9, 0.1), 10),
         (None, 10),
     ]:
         assert reopen(log, shape).catch_up() == applied

@@ -68,7 +68,7 @@ def is_untrained(user_ids: pa.Array, share: float) -> npt.NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
-class Shape:
+class FilterShape:
     """The size of filters, and the time that each stands for."""
 
     period_ms: int
@@ -97,8 +97,8 @@ class Shape:
         Raises:
             ConfigError: periods shorter than a millisecond.
 
-        >>> Shape.of(7 * 86_400_000, 7, 7000, 0.008)
-        Shape(period_ms=86400000, filters=8, items=1000, bits=16384, hashes=10)
+        >>> FilterShape.of(7 * 86_400_000, 7, 7000, 0.008)
+        FilterShape(period_ms=86400000, filters=8, items=1000, bits=16384, hashes=10)
         """
         if window_ms < periods:
             raise ConfigError(
@@ -123,7 +123,7 @@ class _Filter:
     count: int
     content: bytes
 
-    def add(self, shape: Shape, hashes: Hashes) -> tuple["_Filter", Hashes]:
+    def add(self, shape: FilterShape, hashes: Hashes) -> tuple["_Filter", Hashes]:
         """With more hashes (n,), as many as there is room for; and those that are left, without what is known."""
         bits = np.frombuffer(self.content, np.uint8).copy()
         hashes = hashes[np.sort(np.unique(hashes, return_index=True)[1])]
@@ -141,7 +141,7 @@ class _Filter:
 class Seen:
     """One user's filters, by rising period; immutable."""
 
-    shape: Shape
+    shape: FilterShape
     filters: tuple[_Filter, ...] = ()
 
     def add(self, times_ms: Sequence[int], hashes: Hashes) -> Self:
@@ -188,7 +188,7 @@ class Seen:
         return b"".join(_HEAD.pack(f.period, f.count) + f.content for f in self.filters)
 
     @classmethod
-    def decode(cls, shape: Shape, value: bytes) -> Self:
+    def decode(cls, shape: FilterShape, value: bytes) -> Self:
         """From the bytes of `encode`, with the same shape."""
         size = _HEAD.size + shape.bits // 8
         parts = [value[start : start + size] for start in range(0, len(value), size)]

@@ -24,7 +24,7 @@ from twotower.features.fitted import (
     split,
 )
 from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Sequence
-from twotower.features.vocabulary import Vocabulary, as_values, fit_vocabulary
+from twotower.features.vocabulary import FIRST, IDS_SCHEMA, Vocabulary, as_values, fit_vocabulary, id_rows
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, cut
 from twotower.schema.files import map_batches, read_json, write_json
@@ -325,24 +325,10 @@ def save(features: FeatureSet, folder: Path) -> None:
         folder / FEATURES_FILE,
         {side: [_describe(f) for f in getattr(features, side)] for side in ("user", "item", "context")},
     )
-    pieces = []
-    for table, vocabulary in features.vocabularies.items():
-        count = len(vocabulary.values)
-        number = vocabulary.values.type == pa.int64()
-        pieces.append(
-            pa.table(
-                {
-                    "table": pa.array([table] * count, pa.string()),
-                    "number": vocabulary.values if number else pa.nulls(count, pa.int64()),
-                    "text": pa.nulls(count, pa.string()) if number else vocabulary.values,
-                    "row": pa.array(np.arange(count, dtype=np.int32) + 2),
-                }
-            )
-        )
-    schema = pa.schema([("table", pa.string()), ("number", pa.int64()), ("text", pa.string()), ("row", pa.int32())])
-    with pa.OSFile(str(folder / VOCABULARY_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for piece in pieces:
-            writer.write_table(piece)
+    with pa.OSFile(str(folder / VOCABULARY_FILE), "wb") as sink, pa.ipc.new_file(sink, IDS_SCHEMA) as writer:
+        for table, vocabulary in features.vocabularies.items():
+            rows = np.arange(len(vocabulary.values), dtype=np.int32) + FIRST
+            writer.write_table(id_rows(table, vocabulary.values, pa.array(rows)))
 
 
 def load(folder: Path) -> FeatureSet:

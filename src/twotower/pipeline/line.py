@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from twotower.channels.swing import Swing
 from twotower.channels.vector_channel import VectorChannel
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
+from twotower.datasets.places import Places
 from twotower.datasets.workspace import HOLDOUT, HOLDOUT_IMPRESSIONS
 from twotower.evaluate import page
 from twotower.evaluate.channels import evaluate_channels
@@ -35,7 +36,7 @@ from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.recorded import ASKED, MADE_WITH, as_made, check_same, fixed_by_samples, fixed_by_training
-from twotower.publish.publish import current_path, promote, publish
+from twotower.publish.publish import VersionParts, current_path, promote, publish
 from twotower.publish.version import (
     NEW_ITEMS,
     PRE_RANK,
@@ -74,53 +75,6 @@ KEPT_USERS = 200
 """Users of the hold-out whose candidates both rankers are asked about, at most."""
 FUSION = "fusion.json"
 """In a workspace: how `twotower fuse` chose to fuse."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where a workspace keeps what the commands add."""
-
-    workspace: Path
-
-    @property
-    def samples(self) -> Path:
-        """What training reads."""
-        return self.workspace / "samples"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Runs of training."""
-        return self.workspace / "checkpoints"
-
-    @property
-    def versions(self) -> Path:
-        """Published versions."""
-        return self.workspace / "versions"
-
-    @property
-    def deltas(self) -> Path:
-        """What was learned since a version, by version."""
-        return self.workspace / "deltas"
-
-    @property
-    def log(self) -> Path:
-        """The event log."""
-        return self.workspace / "log"
-
-    @property
-    def events(self) -> Path:
-        """Joined events, a folder a day."""
-        return self.workspace / "events"
-
-    @property
-    def shards(self) -> Path:
-        """What the joiner made of the event log."""
-        return self.workspace / "shards"
-
-    @property
-    def feature_store(self) -> Path:
-        """What a server has learned of users since the version."""
-        return self.workspace / "features"
 
 
 def places(settings: Settings) -> Places:
@@ -574,21 +528,22 @@ def publish_version(
     checkpoint = channels[TWO_TOWER]
     metrics_file = checkpoint.path.parent / METRICS
     metrics = read_json(metrics_file) if metrics_file.exists() else {}
-    version = publish(
-        where.versions,
-        channels,
+    parts = VersionParts(
         samples,
         where.workspace / "items.parquet",
+        channels,
         fit_channels(samples, _configured(settings, samples), where.checkpoints),
         {name: made(name) for name in settings.models.rankers},
-        fusion=fusion,
-        configuration=as_dict(settings),
-        metrics=metrics,
-        index_kind=settings.index.kind,
-        index_recall=settings.index.recall,
-        index_ks=sorted({*settings.evaluate.k, 500, fusion.depth}),
-        most_new_clicks=settings.models.new_items.most_clicks,
+        fusion,
+    )
+    version = publish(
+        where.versions,
+        parts,
+        settings.models,
+        settings.index,
+        ks=sorted({*settings.evaluate.k, 500, fusion.depth}),
         seed=settings.train.seed,
+        recorded={"configuration": as_dict(settings), "metrics": metrics},
         clock_ms=now_ms,
     )
     if promoted:

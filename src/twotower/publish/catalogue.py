@@ -1,15 +1,14 @@
-"""The items of a version and those put since, in forms that one more item leaves almost as they are.
+"""The items of a version and those put since, in data structures to which adding one more item is cheap.
 
-An item that is put is to cost the same whether ten or ten thousand were put before. So nothing here is copied as a
-whole when something is added:
+Putting an item costs the same whether ten or ten thousand were put before. So nothing here is copied as a whole:
 
 - A list that only grows is shared by all snapshots, and each snapshot knows its own length. What lies behind that
   length belongs to later snapshots and is not read.
-- What may also change is kept in pieces, each far smaller than the one below it. A new piece is laid on top and takes
-  in those that are not much larger, so that each entry is copied a few times in all, and a look-up goes through few
+- What may also change is kept in pieces, each far smaller than the one below it. A new piece is laid on top and merged
+  with those that are not much larger. So each entry is copied a few times in all, and a look-up goes through few
   pieces. No piece is ever changed.
 
-Both are safe to read without a lock while one writer adds: a reader never sees a place that is written again.
+Both can be read without a lock while one writer adds: a reader never sees a place that is written again.
 
 N items of the version, A items put since.
 """
@@ -38,8 +37,8 @@ SMALLER = 16
 """How many times a piece is smaller than the one below it, at least."""
 _FEWER = 4
 """The same of the pieces of a mapping, whose entries are cheap to copy."""
-_MOST_TOLD = 10_000
-"""Entities set aside that are told apart; more are counted again whenever they are met."""
+_MAX_TOLD = 10_000
+"""Entities set aside that are remembered; the others are counted again whenever they are met."""
 
 Longs = npt.NDArray[np.int64]
 K = TypeVar("K")
@@ -191,6 +190,17 @@ class ItemKeys:
         return other
 
 
+def newest(newer: Longs, older: Longs) -> tuple[Longs, Longs]:
+    """The rows of two pieces together, ascending, and where each stands in the newer followed by the older piece.
+
+    >>> rows, first = newest(np.array([2, 3]), np.array([1, 3]))
+    >>> rows.tolist(), first.tolist()
+    ([1, 2, 3], [2, 0, 1])
+    """
+    distinct, first = np.unique(np.concatenate([newer, older]), return_index=True)
+    return distinct, first
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Encoded features of some items."""
@@ -201,12 +211,9 @@ class Encoded:
 
     def with_newer(self, other: "Encoded") -> "Encoded":
         """Both, where the other's values hold for the rows that both have."""
-        rows = np.concatenate([other.rows, self.rows])
-        distinct, first = np.unique(rows, return_index=True)
-        columns = {
-            name: take(concatenate([other.columns[name], column]), first) for name, column in self.columns.items()
-        }
-        return Encoded(distinct, columns)
+        rows, first = newest(other.rows, self.rows)
+        columns = self.columns.items()
+        return Encoded(rows, {name: take(concatenate([other.columns[name], own]), first) for name, own in columns})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -230,9 +237,8 @@ class PutRows:
 
     def with_newer(self, other: "PutRows") -> "PutRows":
         """Both, where the other's values hold for the rows that both have."""
-        rows = np.concatenate([other.rows, self.rows])
-        distinct, first = np.unique(rows, return_index=True)
-        return PutRows(distinct, pa.concat_batches([other.batch, self.batch]).take(pa.array(first)))
+        rows, first = newest(other.rows, self.rows)
+        return PutRows(rows, pa.concat_batches([other.batch, self.batch]).take(pa.array(first)))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -308,10 +314,7 @@ def put_row(schema: pa.Schema, row: int, values: Mapping[str, Any]) -> PutRows:
 
 @dataclass
 class SetAside:
-    """What the log says of users and items that this version cannot use: it counts for nothing, and stops nobody.
-
-    Each entity is logged once.
-    """
+    """Changes of users and items in the log that this version cannot use. They are counted, and logged once each."""
 
     count: dict[str, int] = field(default_factory=dict)
     """Entities by kind."""
@@ -325,6 +328,6 @@ class SetAside:
             if (kind, one) in self.told:
                 return
             self.count[kind] = self.count.get(kind, 0) + 1
-            if len(self.told) < _MOST_TOLD:
+            if len(self.told) < _MAX_TOLD:
                 self.told[kind, one] = cut(reason)
         log.warning("what the log says of %s %s cannot be used and is set aside: %s", kind, shown(one), cut(reason))

@@ -10,8 +10,8 @@
     deltas/<version>/folded/<seq>/    the same files: one delta in place of the deltas 1 to seq
 
 The rename that gives the folder its name is the commit. What is served is the version and its deltas in their order.
-A folded delta says nothing that they do not say: who has taken it in has the same bytes as who has read them all. It
-spares who opens a version the long way through a day, and what it stands for can be removed.
+Applying a folded delta gives exactly the same state as applying every delta that it replaces. It shortens the opening
+of a version after a day of deltas, and what it replaces can be removed.
 """
 
 import logging
@@ -20,6 +20,7 @@ import shutil
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ import pyarrow.compute as pc
 from safetensors.numpy import load_file, save_file
 
 from twotower.features.columns import from_arrow, to_arrow
-from twotower.features.vocabulary import FIRST, UNKNOWN
-from twotower.publish.version import DIGEST, digest, read_manifest
+from twotower.features.vocabulary import FIRST, IDS_SCHEMA, UNKNOWN, id_rows
+from twotower.index.exact import ExactIndex
+from twotower.publish.catalogue import newest
+from twotower.publish.manifest import DIGEST, checked_manifest, write_manifest
+from twotower.publish.version import read_manifest
 from twotower.samples.columns_file import map_columns, write_table
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import (
-    MANIFEST,
     TEMPORARY,
     Kind,
     check_fields,
@@ -52,12 +55,14 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 FOLDED = "folded"
 HOURS = 48
-"""Hours whose recall is told."""
+"""Hours whose recall is reported, the latest ones."""
 GATED = 20
-"""Deltas that the gate refused that are told, the latest ones."""
-TABLES, NEW_IDS, ITEMS, OPTIMIZER, STATE = (
-    *("tables.safetensors", "new_ids.arrow", "items.arrow", "optimizer.safetensors", "state.json"),
-)
+"""Deltas rejected by the gate that are reported, the latest ones."""
+TABLES = "tables.safetensors"
+NEW_IDS = "new_ids.arrow"
+ITEMS = "items.arrow"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
 
 FIELDS: Mapping[str, Kind] = {
     "version": str,
@@ -88,6 +93,11 @@ class Rows:
         """No row."""
         return cls(np.zeros(0, np.int64), np.zeros((0, dimension), np.float32))
 
+    @cached_property
+    def index(self) -> ExactIndex:
+        """An index of the values, where these are vectors of items and the rows those of the catalogue."""
+        return ExactIndex.build(self.rows, np.ascontiguousarray(self.values))
+
     def with_newer(self, other: "Rows") -> "Rows":
         """Both, where the other's values hold for the rows that both have.
 
@@ -98,9 +108,8 @@ class Rows:
         """
         if not len(other.rows):
             return self
-        rows = np.concatenate([other.rows, self.rows])
-        distinct, first = np.unique(rows, return_index=True)  # the first occurrence is the other's
-        return Rows(distinct, np.concatenate([other.values, self.values])[first])
+        rows, first = newest(other.rows, self.rows)
+        return Rows(rows, np.concatenate([other.values, self.values])[first])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -235,9 +244,7 @@ def _write(path: Path, delta: Delta, links: Mapping[str, Any]) -> str:
             "rows": {name: len(rows.rows) for name, rows in delta.tables.items()},
             "files": folder_listing(folder),
         }
-        manifest[DIGEST] = digest(manifest)
-        write_json(folder / MANIFEST, manifest)
-    return str(manifest[DIGEST])
+        return write_manifest(folder, manifest)
 
 
 def read_delta(deltas: Path, version_id: str, seq: int, follows: str) -> Delta:
@@ -256,7 +263,7 @@ def read_folded(deltas: Path, version_id: str, base: str, after: int = 0) -> Del
         deltas: the folder of the chains of all versions.
         version_id: the base.
         base: digest of its manifest.
-        after: it stands for more deltas than so many.
+        after: it stands for more deltas than this many.
     """
     for seq in reversed(folded_seqs(deltas, version_id)):
         if seq <= after:
@@ -327,8 +334,8 @@ def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
     try:
         if problems := check_listing(path, manifest["files"]):
             raise VersionError(f"{path} is damaged: {'; '.join(problems)}")
-        tensors = load_file(path / TABLES)
-        items = map_columns(path / ITEMS)
+        tensors, items = load_file(path / TABLES), map_columns(path / ITEMS)
+        tables = [name.removesuffix(".rows") for name in tensors if name.endswith(".rows")]
         vectors = from_arrow(items.column(c.VECTOR))
         assert isinstance(vectors, np.ndarray)
         return _checked(
@@ -336,11 +343,7 @@ def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
                 version_id,
                 seq,
                 manifest["watermark_ms"],
-                {
-                    name.removesuffix(".rows"): Rows(rows, tensors[f"{name.removesuffix('.rows')}.values"])
-                    for name, rows in tensors.items()
-                    if name.endswith(".rows")
-                },
+                {name: Rows(tensors[f"{name}.rows"], tensors[f"{name}.values"]) for name in tables},
                 _new_ids(map_columns(path / NEW_IDS)),
                 items.column(c.ITEM_ID),
                 vectors.astype(np.float32),
@@ -354,7 +357,7 @@ def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
         )
     except (VersionError, MemoryError):
         raise
-    except Exception as error:  # whatever Arrow, NumPy and safetensors say of files that are none of a delta
+    except Exception as error:  # Arrow, NumPy and safetensors raise many kinds for files that are not theirs
         raise VersionError(f"{path} cannot be read: {error or repr(error)}") from error
 
 
@@ -390,16 +393,8 @@ def _read_manifest(path: Path, version_id: str, seq: int) -> dict[str, Any]:
     Raises:
         VersionError: missing, damaged, of another format or of another base.
     """
+    manifest = checked_manifest(path, "delta", FORMAT, FIELDS)
     try:
-        manifest = read_json(path / MANIFEST)
-    except DataError as error:
-        raise VersionError(f"{path} is no whole delta: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != "delta" or manifest.get("format") != FORMAT:
-        raise VersionError(f"{path} is no delta of format {FORMAT}")
-    if manifest.get(DIGEST) != digest({key: value for key, value in manifest.items() if key != DIGEST}):
-        raise VersionError(f"{path} is damaged: {MANIFEST} does not have its own SHA-256")
-    try:
-        check_fields(manifest, FIELDS, f"{path}: {MANIFEST}")
         if (stands_for := manifest.get("stands_for")) is not None:
             check_fields(stands_for, {"digest": str}, f"{path}: stands_for")
             check_fields(manifest["report"].get(FOLDED), {"gated": list, "recall": dict}, f"{path}: report")
@@ -453,23 +448,11 @@ def base_digest(version_path: Path) -> str:
 
 
 def _ids_table(new_ids: Mapping[str, pa.Table]) -> pa.Table:
-    schema = pa.schema([("table", pa.string()), ("number", pa.int64()), ("text", pa.string()), ("row", pa.int32())])
-    pieces = []
-    for name, ids in sorted(new_ids.items()):
-        number = ids.column("id").type == pa.int64()
-        none = pa.nulls(ids.num_rows, pa.string() if number else pa.int64())
-        pieces.append(
-            pa.table(
-                {
-                    "table": pa.array([name] * ids.num_rows, pa.string()),
-                    "number": ids.column("id") if number else none,
-                    "text": none if number else ids.column("id"),
-                    "row": ids.column("row"),
-                },
-                schema=schema,
-            )
-        )
-    return pa.concat_tables([schema.empty_table(), *pieces]).combine_chunks()
+    pieces = [
+        id_rows(name, *(ids.column(key).combine_chunks() for key in ("id", "row")))
+        for name, ids in sorted(new_ids.items())
+    ]
+    return pa.concat_tables([IDS_SCHEMA.empty_table(), *pieces]).combine_chunks()
 
 
 def _new_ids(stored: pa.RecordBatch) -> dict[str, pa.Table]:

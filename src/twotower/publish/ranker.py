@@ -10,11 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from twotower.channels.retriever import Queries
 from twotower.channels.vector_channel import latest
 from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import load, save
 from twotower.features.fitted import Category
 from twotower.features.vocabulary import FIRST, UNKNOWN
+from twotower.index.protocol import Exclusions
 from twotower.publish.catalogue import Encoded
 from twotower.publish.onnx import export, open_session
 from twotower.publish.tables import map_tables, save_tables
@@ -121,6 +123,15 @@ class OnnxRanker:
             row = columns[c.USER_ID]
             assert not isinstance(row, Bag)
             columns[c.USER_ID] = np.where(row < FIRST + len(ids.vocabulary.values), row, np.int32(UNKNOWN))
+
+
+def user_of(queries: Queries, place: int) -> Queries:
+    """One of the users of some queries, with their clicks, alone; nothing is left out for them."""
+    alone = np.array([place])
+    clicks = take(queries.clicks, alone)
+    assert isinstance(clicks, Bag)
+    columns = {name: take(column, alone) for name, column in queries.features.items()}
+    return Queries(columns, clicks, Exclusions.of([[]]))
 
 
 def write_ranker(folder: Path, model: Ranker, about: Mapping[str, Any]) -> None:

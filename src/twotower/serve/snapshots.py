@@ -15,7 +15,7 @@ from typing import Any
 
 from twotower.publish.delta import Delta, Reports, base_digest, folded_seqs, read_folded, read_next
 from twotower.publish.golden import replay
-from twotower.publish.overlay import Entities, Overlay
+from twotower.publish.overlay import EntityChanges, Overlay
 from twotower.publish.publish import current, existing_path
 from twotower.publish.version import Version, open_version
 from twotower.schema.errors import TwotowerError, VersionError
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 FOLLOWER = "the follower of versions and deltas"
 """Names its thread."""
-_NOTHING = Entities()
+_NOTHING = EntityChanges()
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Serving:
     """Digest of the latest delta, or of the version."""
     version: Version
     """What requests see; replaced in one step."""
-    shown: Entities = _NOTHING
+    shown: EntityChanges = _NOTHING
     refused: Refusal | None = None
     """The delta that did not go live, if there is one."""
     over_it: int = 0
@@ -76,7 +76,7 @@ class Snapshots:
         versions: Path,
         on_switch: Callable[[str], None] = lambda _: None,
         deltas: Path | None = None,
-        entities: Callable[[], Entities] = lambda: _NOTHING,
+        entities: Callable[[], EntityChanges] = lambda: _NOTHING,
     ) -> None:
         self._versions = versions
         self._on_switch = on_switch
@@ -136,7 +136,7 @@ class Snapshots:
             self.refresh()
             return self._serving.version.id
 
-    def heed(self, entities: Callable[[], Entities]) -> None:
+    def heed(self, entities: Callable[[], EntityChanges]) -> None:
         """Take up the users and items that were put or deleted from another source, now and from now on."""
         self._entities = entities
         self.refresh()
@@ -234,5 +234,5 @@ class Snapshots:
         return read_folded(deltas, overlay.base.id, serving.base, after)
 
 
-def _sizes(entities: Entities) -> tuple[int, int]:
+def _sizes(entities: EntityChanges) -> tuple[int, int]:
     return len(entities.items), len(entities.users)

@@ -15,13 +15,13 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
-from twotower.features.bloom import Seen, Shape, hash_ids
+from twotower.features.bloom import FilterShape, Seen, hash_ids
 from twotower.features.store import FeatureStore
 from twotower.logs import Event, EventLog, Record
 from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of, is_deletion
 from twotower.logs.events import CLICK, IMPRESSION, ITEM, ITEMS, OUTCOMES, REQUEST, UNUSABLE, USER
 from twotower.logs.payload import MESSAGE, REASON, mark_of
-from twotower.publish.overlay import Entities
+from twotower.publish.overlay import EntityChanges
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 
@@ -81,7 +81,7 @@ class RecentUsers:
         self,
         log: EventLog,
         store: FeatureStore,
-        shape: Shape | None = None,
+        shape: FilterShape | None = None,
         passed_over: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._log = log
@@ -101,7 +101,7 @@ class RecentUsers:
         self._entities = _read_entities(store)
 
     @property
-    def entities(self) -> Entities:
+    def entities(self) -> EntityChanges:
         """The users and items that were put or deleted; the same object until there is another one."""
         return self._entities
 
@@ -266,15 +266,15 @@ def items_of(event: Event) -> tuple[list[ItemId], list[ItemId]]:
     return [], []
 
 
-def _read_entities(store: FeatureStore) -> Entities:
+def _read_entities(store: FeatureStore) -> EntityChanges:
     found: dict[tuple[str, EntityId], Entity] = {}
     for value in store.scan(_ENTITY).values():
         kind, entity_id, entity = orjson.loads(value)
         found[kind, entity_id] = Entity(**entity)
-    return _with_entities(Entities(), found)
+    return _with_entities(EntityChanges(), found)
 
 
-def _with_entities(entities: Entities, put: dict[tuple[str, EntityId], Entity]) -> Entities:
+def _with_entities(entities: EntityChanges, put: dict[tuple[str, EntityId], Entity]) -> EntityChanges:
     parts: dict[bool, dict[EntityId, Entity]] = {True: {}, False: {}}
     for (kind, entity_id), entity in put.items():
         parts[kind == ITEM][entity_id] = entity
