@@ -17,7 +17,7 @@ from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.serve.filters import Filter, passing
-from twotower.serve.request import Asked, retrieve, similar
+from twotower.serve.request import Request, impressed_window, retrieve, similar
 from twotower.serve.users import Recent
 from twotower.towers.two_tower import Table
 from twotower.train.checkpoint import load_model
@@ -30,12 +30,12 @@ def base(world: Settings) -> Version:
     return open_served(world)
 
 
-def asked(user_id: Any = None, **options: Any) -> Asked:
-    return Asked(K, "none", user_id, **options)
+def asked(user_id: Any = None, **options: Any) -> Request:
+    return Request(K, "none", user_id, **options)
 
 
 def answer(version: Version, user_id: Any = None, recent: Recent = Recent(), **options: Any) -> list[Any]:  # noqa: B008
-    return retrieve(version, asked(user_id, **options), recent, 0, 0).items
+    return retrieve(version, asked(user_id, **options), recent, range(0)).items
 
 
 def ids(version: Version, *args: Any, **options: Any) -> list[Any]:
@@ -65,7 +65,7 @@ def test_a_touched_user_row_changes_that_users_answers_alone(base: Version) -> N
     assert laid.delta_seq == 1
     assert answer(laid, moved, channels=["two_tower"]) != answer(base, moved, channels=["two_tower"])
     assert answer(laid, other) == answer(base, other)
-    assert retrieve(laid, asked(moved), Recent(), 0, 0).delta_seq == 1
+    assert retrieve(laid, asked(moved), Recent(), range(0)).delta_seq == 1
 
 
 def test_a_new_user_has_a_row_from_the_delta_that_admits_them(base: Version) -> None:
@@ -131,9 +131,10 @@ def test_an_item_that_is_put_is_retrieved_from_its_features_by_the_frozen_tower(
 def test_clicks_on_an_item_that_was_put_are_a_history_and_exclude_it(base: Version) -> None:
     one = new_id(base)
     laid = Overlay(base).lay(EntityChanges(items={one: Entity(features=put(base, 7))}))
+    window = impressed_window(base.watermark_ms + 2, 100)
     recent = Recent(clicks=((base.watermark_ms + 1, one),), shown=((base.watermark_ms + 1, one),))
     for exclude in ("clicked", "impressed"):
-        found = retrieve(laid, Asked(K, exclude, a_user(base, 1)), recent, base.watermark_ms + 2, 100)
+        found = retrieve(laid, Request(K, exclude, a_user(base, 1)), recent, window)
         assert found.failed_channels == []
         assert one not in [item.item_id for item in found.items]
 

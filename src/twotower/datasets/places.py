@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Places:
-    """The folders of a workspace."""
+    """The files and folders of a workspace."""
 
     workspace: Path
 

@@ -25,7 +25,6 @@ from twotower.channels.swing import Swing
 from twotower.channels.vector_channel import VectorChannel
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
-from twotower.datasets.places import Places
 from twotower.datasets.workspace import HOLDOUT, HOLDOUT_IMPRESSIONS
 from twotower.evaluate import page
 from twotower.evaluate.channels import evaluate_channels
@@ -34,6 +33,7 @@ from twotower.evaluate.ranking import evaluate_ranker, kept_of_top, read_shown, 
 from twotower.features.feature_set import FeatureSet
 from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
+from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.recorded import ASKED, MADE_WITH, as_made, check_same, fixed_by_samples, fixed_by_training
 from twotower.publish.publish import VersionParts, current_path, promote, publish
@@ -75,11 +75,6 @@ KEPT_USERS = 200
 """Users of the hold-out whose candidates both rankers are asked about, at most."""
 FUSION = "fusion.json"
 """In a workspace: how `twotower fuse` chose to fuse."""
-
-
-def places(settings: Settings) -> Places:
-    """The places of a configuration's workspace."""
-    return Places(Path(settings.workspace.path))
 
 
 def make_samples(

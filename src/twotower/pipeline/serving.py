@@ -6,7 +6,7 @@ from collections.abc import Callable
 from twotower.config.available import check_available
 from twotower.config.settings import Settings
 from twotower.console.page import add_page
-from twotower.pipeline.line import places
+from twotower.pipeline.places import places
 from twotower.serve.run import Address, run_server
 
 TOKEN = "TWOTOWER_ADMIN_TOKEN"

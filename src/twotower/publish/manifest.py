@@ -40,8 +40,8 @@ def checked_manifest(folder: Path, kind: str, number: int, fields: Mapping[str, 
         raise VersionError(f"{folder} is no {kind} of format {number}: it is of another release; publish again")
     if manifest.get(DIGEST) != digest({key: value for key, value in manifest.items() if key != DIGEST}):
         raise VersionError(
-            f"{kind} {folder.name} is damaged: {folder / MANIFEST} does not have its own SHA-256. Restore it or publish "
-            "again"
+            f"{kind} {folder.name} is damaged: {folder / MANIFEST} does not have its own SHA-256. Restore it or "
+            "publish again"
         )
     try:
         return check_fields(manifest, fields, f"{kind} {folder.name}: {MANIFEST}")

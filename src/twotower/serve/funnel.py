@@ -269,7 +269,7 @@ def _items(
 
 
 def _sampled(ended: Longs, page: Longs, count: int, rng: np.random.Generator) -> tuple[Longs, npt.NDArray[np.float64]]:
-    """Places of the page and of `count` candidates of each other stage, and the probability (n,) of being among them."""
+    """Places of the page and of `count` candidates of each other stage, and the probability (n,) to be among them."""
     logged, probability = [page], np.ones(len(ended))
     for stage in (NOT_SHOWN, RANKED_OUT, PRE_RANKED_OUT):
         others = np.flatnonzero(ended == stage)

@@ -127,7 +127,7 @@ def candidates_of(
 
 
 def impressed_window(now_ms: int, window_ms: int) -> range:
-    """The times of impressions that count: a later one comes from a clock that is ahead, and must not count for years."""
+    """The times of impressions that count: later ones come from a clock that is ahead, and must not count for years."""
     return range(now_ms - window_ms, now_ms + ALLOWED_SKEW_MS + 1)
 
 
