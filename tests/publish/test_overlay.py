@@ -11,6 +11,7 @@ from twotower.features.vocabulary import UNKNOWN
 from twotower.logs.entities import Entity
 from twotower.pipeline.line import latest_checkpoint, open_served
 from twotower.publish.delta import Delta, Rows
+from twotower.publish.onnx import OnnxTower
 from twotower.publish.overlay import EntityChanges, Overlay, _piled, check_item
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.publish.version import Version
@@ -53,6 +54,19 @@ def a_user(base: Version, place: int) -> Any:
     """A user with a row of their own."""
     trained = np.flatnonzero(base.users.features[c.USER_ID] > UNKNOWN)
     return base.users.ids[int(trained[place])].as_py()
+
+
+def test_new_items_share_the_users_vectors_of_the_two_towers(base: Version, monkeypatch: pytest.MonkeyPatch) -> None:
+    towers = base.two_tower
+    channels = {"new_items": towers.over("new_items", towers.index), **base.channels}
+    item = Entity(features=put(base, 7))
+    laid = Overlay(replace(base, channels=channels)).lay(EntityChanges(items={new_id(base): item}))
+    calls, encode = [], OnnxTower.encode
+    monkeypatch.setattr(OnnxTower, "encode", lambda tower, columns: calls.append(1) or encode(tower, columns))
+    assert new_id(base) in ids(laid, a_user(base, 1), channels=["new_items"])
+    assert len(calls) == 1
+    assert new_id(base) in ids(laid, a_user(base, 1), channels=["two_tower", "new_items"])
+    assert len(calls) == 2
 
 
 def test_a_touched_user_row_changes_that_users_answers_alone(base: Version) -> None:

@@ -14,6 +14,7 @@ from twotower.pipeline.line import open_served
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
+from twotower.serve.channels import SideBySide
 from twotower.serve.explain import explain
 from twotower.serve.filters import Filter
 from twotower.serve.funnel import STAGES, Served, page_of, recommend
@@ -253,6 +254,27 @@ def test_an_explanation_of_what_the_version_does_not_have_says_so(version: Versi
         version, Request(10, "none", 999_999_999), Recent(), WINDOW, SIZES, item_id=version.item_ids[0].as_py()
     )
     assert (stranger.known_user, stranger.clicks) == (False, 0)
+
+
+def test_the_user_tower_runs_once_for_a_request(version: Version) -> None:
+    towers, calls = version.two_tower, []
+
+    def counted(columns: Mapping[str, Column]) -> np.ndarray:
+        calls.append(columns)
+        return version.user_tower.encode(columns)
+
+    towers = towers.newer(towers.item_tokens, towers.index, towers.item_vectors, counted)
+    channels = {**version.channels, "two_tower": towers, "new_items": towers.over("new_items", towers.index)}
+    counting, side_by_side = replace(version, channels=channels), SideBySide(20.0)
+    options = replace(SIZES, cosine=2.0, explore_share=1.0)
+    common = (counting, asked(version), Recent(), WINDOW)
+    served = recommend(*common, options, now_ms=NOW_MS, request_id="r", ask=side_by_side.ask)
+    assert len(calls) == 1
+    assert served.page.items
+    explain(*common, options, item_id=served.page.items[0].item_id)
+    assert len(calls) == 2
+    retrieve(*common, side_by_side.ask)
+    assert len(calls) == 3
 
 
 # Over HTTP.

@@ -159,7 +159,7 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Ready:
+class PrecomputedVector:
     """A ready-made vector -> (N, size + 1): its numbers, and 1 where it is missing (they are then 0).
 
     A vector with a number that is null, NaN or beyond float32 is missing as a whole.
@@ -192,7 +192,7 @@ class Ready:
         return encoded
 
 
-Fitted = Category | Categories | Number | Bucket | Items | Ready
+Fitted = Category | Categories | Number | Bucket | Items | PrecomputedVector
 
 
 def split(column: pa.Array, separator: str | None, where: str) -> pa.Array:

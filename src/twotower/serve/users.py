@@ -59,7 +59,7 @@ class Recent:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Applied:
     """How far a partition was read: the last event that was applied, and where the next one stands."""
 
     offset: int
@@ -90,7 +90,7 @@ class RecentUsers:
         self._passed_over = passed_over
         self._applying = threading.Lock()
         stored = store.get(_PLACES)
-        self._places = [None if place is None else _Place(*place) for place in orjson.loads(stored or b"[]")]
+        self._places = [None if place is None else _Applied(*place) for place in orjson.loads(stored or b"[]")]
         described = orjson.dumps(shape)
         if not self.is_of_this_log() or (store.get(_SHAPE) or b"null") != described:
             if stored:
@@ -159,7 +159,7 @@ class RecentUsers:
             _LOGGER.warning("partition %d, offset %d: an event is passed over: %s", partition, record.offset, why)
         last = records[-1]
         places = list(self._places)
-        places[partition] = _Place(last.offset, last.next_offset, mark_of(last.event))
+        places[partition] = _Applied(last.offset, last.next_offset, mark_of(last.event))
         for user_key, recent in changed.items():
             values[user_key] = orjson.dumps([recent.clicks, recent.shown])
             if recent.seen is not None:
