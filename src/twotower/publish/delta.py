@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -311,13 +311,20 @@ def read_next(deltas: Path, version_id: str, base: str, seq: int, follows: str) 
     return folded
 
 
-def verify_chain(deltas: Path, version_path: Path) -> list[str]:
-    """What is wrong with the deltas of a version: a sentence on the first that cannot be read, none where all can."""
+def read_chain(deltas: Path, version_path: Path) -> Iterator[Delta]:
+    """The deltas of a version in their order, from the latest folded one on; errors as of `read_next`."""
     base = follows = base_digest(version_path)
     seq = 0
+    while (delta := read_next(deltas, version_path.name, base, seq, follows)) is not None:
+        yield delta
+        seq, follows = delta.seq, delta.digest
+
+
+def verify_chain(deltas: Path, version_path: Path) -> list[str]:
+    """What is wrong with the deltas of a version: a sentence on the first that cannot be read, none where all can."""
     try:
-        while (delta := read_next(deltas, version_path.name, base, seq, follows)) is not None:
-            seq, follows = delta.seq, delta.digest
+        for _ in read_chain(deltas, version_path):
+            pass
     except VersionError as error:
         return [str(error)]
     return []
