@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.features.bloom import MOST_OVER, FilterShape, Seen, hash_ids
+from twotower.features.bloom import MAX_OVER, FilterShape, Seen, hash_ids
 from twotower.schema.errors import ConfigError
 
 DAY_MS = 86_400_000
@@ -47,7 +47,7 @@ def test_someone_who_is_shown_more_than_expected_gets_more_filters_and_the_error
     assert seen.contains(hash_ids(pa.array(items.ravel())), 0).all()
     others = np.random.default_rng(0).integers(10**9, 2**62, 100_000)
     assert seen.contains(hash_ids(pa.array(others)), 0).mean() < 0.03
-    assert len(shown(SHAPE, 7, 6000)[0].filters) == MOST_OVER * SHAPE.filters
+    assert len(shown(SHAPE, 7, 6000)[0].filters) == MAX_OVER * SHAPE.filters
 
 
 def test_the_same_item_again_takes_no_room() -> None:

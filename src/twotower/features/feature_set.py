@@ -64,7 +64,7 @@ class FeatureSet:
         return tuple(f for f in self.user if not (isinstance(f, Items) and f.from_clicks))
 
     def of_ids(self) -> "FeatureSet":
-        """The ids of users and of items alone: what matrix factorisation knows.
+        """The ids of users and of items alone, as matrix factorisation reads them.
 
         Raises:
             ConfigError: an id is no feature.
@@ -285,13 +285,13 @@ def width(values: int, most: int) -> int:
 
 
 def extended(features: FeatureSet, known: Mapping[str, pa.Array], room: float) -> FeatureSet:
-    """The same features with other ids: those of the full update, whose towers go on with yesterday's.
+    """The same features with other ids, for the full update, which continues yesterday's training.
 
     Everything else stays as it was fitted, because the networks were trained on it.
 
     Args:
         features: yesterday's.
-        known: for `user_id` and `item_id`, the ids that are to have a row.
+        known: for `user_id` and `item_id`, the ids that get a row.
         room: spare rows of the id tables, as a share of the known ids.
     """
     tables = {table: fit_vocabulary(table, ids, room) for table, ids in known.items()}

@@ -1,7 +1,7 @@
 """From raw values to rows of an embedding table.
 
 Row 0 stands for a missing value, row 1 for an unknown one; known values follow in ascending order, so that a vocabulary
-does not depend on the order in which values were seen. Behind them a table may have spare rows for values to come.
+does not depend on the order in which values were seen. After them a table may have spare rows for new values.
 """
 
 from bisect import bisect_left
@@ -24,8 +24,8 @@ IDS_SCHEMA = pa.schema([("table", pa.string()), ("number", pa.int64()), ("text",
 """How ids are stored with their rows: integers as `number`, strings as `text`."""
 _FEW = 64
 _FEW_SHARE = 0.01
-"""Up to so many values, or this share of the vocabulary, a binary search each beats building Arrow's hash table of the
-whole vocabulary."""
+"""Up to this many values, or this share of the vocabulary, one binary search per value is faster than building Arrow's
+hash table of the whole vocabulary."""
 
 
 def as_values(column: pa.ChunkedArray | pa.Array, where: str) -> pa.Array:

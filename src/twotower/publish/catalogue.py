@@ -34,9 +34,9 @@ from twotower.schema.tables import column_of
 log = logging.getLogger(__name__)
 
 SMALLER = 16
-"""How many times a piece is smaller than the one below it, at least."""
+"""A piece is at least this many times smaller than the one below it."""
 _FEWER = 4
-"""The same of the pieces of a mapping, whose entries are cheap to copy."""
+"""The same for the pieces of a mapping, whose entries are cheap to copy."""
 _MAX_TOLD = 10_000
 """Entities set aside that are remembered; the others are counted again whenever they are met."""
 
@@ -74,7 +74,7 @@ class Layered(Mapping[K, V], Generic[K, V]):
         return Layered((*layers, dict(newer)), self._count + added)
 
     def since(self, earlier: "Layered[K, V]") -> dict[K, V]:
-        """The entries that are others than in an earlier one; it costs what was added since."""
+        """The entries that differ from an earlier one; the cost is that of what was added since."""
         kept = {id(layer) for layer in earlier._layers}
         keys = [key for layer in self._layers if id(layer) not in kept for key in layer]
         return {key: self[key] for key in keys if key not in earlier or earlier[key] != self[key]}
@@ -93,7 +93,7 @@ class Layered(Mapping[K, V], Generic[K, V]):
 
 
 def changes(earlier: Mapping[K, V], now: Mapping[K, V]) -> dict[K, V] | None:
-    """The entries of a mapping that are others than earlier; None where some are gone."""
+    """The entries of a mapping that differ from an earlier one; None where some are gone."""
     if now is earlier:
         return {}
     if isinstance(now, Layered) and isinstance(earlier, Layered) and len(now) >= len(earlier):
@@ -104,7 +104,7 @@ def changes(earlier: Mapping[K, V], now: Mapping[K, V]) -> dict[K, V] | None:
 
 
 class Grown(Sequence[D], Generic[D]):
-    """The beginning of a list that only grows: what was there when this was made."""
+    """A view of a list that only grows: the entries that it had when this view was made."""
 
     def __init__(self, whole: list[D]) -> None:
         self._whole = whole
@@ -129,8 +129,8 @@ class ItemKeys:
     Args:
         base: (N,) ids of the version.
         added: (A,) ids put since, in the order of the log.
-        rows: by id, the row of what is another item than the version's of that id: one put since, or -1 for one that
-            was deleted. It is shared with later snapshots; their rows lie beyond the end of this one.
+        rows: by id, the row of an item put since, or -1 for one that was deleted. It is shared with later snapshots,
+            whose rows lie beyond the end of this one.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class PutRows:
 
 
 class Attributes:
-    """Items with their attributes, by catalogue row; a column is put together when somebody asks for it.
+    """Items with their attributes, by catalogue row; a column is put together on first use.
 
     Args:
         base: of the version.
@@ -261,7 +261,7 @@ class Attributes:
         self._columns: dict[str, pa.Array] = {}
 
     def column(self, name: str) -> pa.Array:
-        """(N + A,) an attribute; null for an item that has it not."""
+        """(N + A,) an attribute; null for an item without it."""
         if not self._put:
             return self._base.column(name)
         if name not in self._columns:
@@ -289,7 +289,7 @@ class Attributes:
 
     @cached_property
     def batch(self) -> pa.RecordBatch:
-        """All of it."""
+        """All columns."""
         if not self._put:
             return self._base
         return pa.record_batch([self.column(name) for name in self.schema.names], schema=self.schema)
@@ -301,7 +301,7 @@ class Attributes:
 
 
 def put_row(schema: pa.Schema, row: int, values: Mapping[str, Any]) -> PutRows:
-    """The attributes of one item as they were put; one that is not of its type is null."""
+    """The attributes of one item as they were put; a value of another type is null."""
     plain = pa.schema(
         [(one.name, one.type.value_type if pa.types.is_dictionary(one.type) else one.type) for one in schema]
     )
@@ -319,7 +319,7 @@ class SetAside:
     count: dict[str, int] = field(default_factory=dict)
     """Entities by kind."""
     told: dict[tuple[str, EntityId], str] = field(default_factory=dict)
-    """Why, by kind and id; of the first ones."""
+    """The reason, by kind and id, of the first ones."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, kind: str, one: EntityId, reason: str) -> None:

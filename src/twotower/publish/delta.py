@@ -117,7 +117,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step of the incremental chain changed; a folded one, what all steps up to it did."""
+    """The changes of one step of the incremental chain; of all steps up to it, if it is folded."""
 
     version: str
     """The base."""
@@ -135,28 +135,28 @@ class Delta:
     offsets: Mapping[str, Any]
     """How far the shards and the log have been read."""
     report: Mapping[str, Any] = field(default_factory=dict)
-    """Counts and figures of the gate, for who reads the manifest."""
+    """Counts, and figures of the gate."""
     optimizer: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
     folded: bool = False
-    """It stands for the deltas 1 to `seq`."""
+    """It replaces the deltas 1 to `seq`."""
     digest: str = ""
-    """What the next delta follows: the digest of this one's manifest, or of the last one's that it stands for."""
+    """What the next delta follows: the digest of this one's manifest, or of the last one that it replaces."""
 
 
 class Reports:
-    """What the deltas of a chain say of themselves, taken together."""
+    """The reports of the deltas of a chain, taken together."""
 
     def __init__(self) -> None:
         self.latest: Mapping[str, Any] = {}
-        """What the latest delta says."""
+        """The report of the latest delta."""
         self.gated: deque[tuple[int, list[str]]] = deque(maxlen=GATED)
-        """Deltas in whose place the gate let nothing through, with its reasons; the latest ones."""
+        """Deltas that the gate rejected, with its reasons; the latest ones."""
         self.recall: dict[int, tuple[int, int]] = {}
-        """By hour since 1970, how many positives to come were found, of how many; the latest hours."""
+        """By hour since 1970, how many of the next positives were found, and how many there were; the latest hours."""
 
     def note(self, delta: Delta) -> None:
-        """Take in the next delta, or a folded one that stands for all."""
+        """Take in the next delta, or a folded one that replaces all."""
         self.latest = {name: value for name, value in delta.report.items() if name != FOLDED}
         told = delta.report.get("recall", {})
         if delta.folded:
@@ -189,12 +189,12 @@ def delta_folder(deltas: Path, version_id: str, seq: int) -> Path:
 
 
 def folded_folder(deltas: Path, version_id: str, seq: int) -> Path:
-    """A delta that stands for the deltas 1 to `seq`."""
+    """A delta that replaces the deltas 1 to `seq`."""
     return chain_folder(deltas, version_id) / FOLDED / f"{seq:08d}"
 
 
 def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
-    """Commit a delta; gives the digest that the next one is to follow.
+    """Commit a delta; gives the digest that the next one follows.
 
     Args:
         deltas: the folder of the chains of all versions.
@@ -211,11 +211,11 @@ def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
 
 
 def write_folded(deltas: Path, delta: Delta, base: str) -> None:
-    """Write a folded delta; one that stands there is damaged, and is replaced.
+    """Write a folded delta; an existing one is damaged, and is replaced.
 
     Args:
         deltas: the folder of the chains of all versions.
-        delta: what to write; its digest is that of the last delta that it stands for.
+        delta: what to write; its digest is that of the last delta that it replaces.
         base: digest of the version's manifest.
     """
     stands_for = {"first": 1, "digest": delta.digest}
@@ -248,7 +248,7 @@ def _write(path: Path, delta: Delta, links: Mapping[str, Any]) -> str:
 
 
 def read_delta(deltas: Path, version_id: str, seq: int, follows: str) -> Delta:
-    """A delta, its files checked against their hashes, and that it follows what is served.
+    """A delta; its files are checked against their hashes, and that it follows what is served.
 
     Raises:
         VersionError: missing, damaged, of another base, or it follows something else than was given.
@@ -257,7 +257,7 @@ def read_delta(deltas: Path, version_id: str, seq: int, follows: str) -> Delta:
 
 
 def read_folded(deltas: Path, version_id: str, base: str, after: int = 0) -> Delta | None:
-    """The latest folded delta that is whole, None where there is none; a damaged one is passed over with a log line.
+    """The latest folded delta that is not damaged, None where there is none; damaged ones are logged.
 
     Args:
         deltas: the folder of the chains of all versions.
@@ -276,10 +276,10 @@ def read_folded(deltas: Path, version_id: str, base: str, after: int = 0) -> Del
 
 
 def read_next(deltas: Path, version_id: str, base: str, seq: int, follows: str) -> Delta | None:
-    """What comes behind delta `seq` of a chain; None where that is the end.
+    """The delta after `seq` of a chain; None at the end.
 
-    At the beginning that is the latest folded delta. Later on it is the next delta, and where that one is gone or
-    damaged, a folded one that stands for it.
+    At the beginning that is the latest folded delta. Later on it is the next delta, or a folded one that replaces it if
+    it is gone or damaged.
 
     Args:
         deltas: the folder of the chains of all versions.
@@ -369,10 +369,10 @@ def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
 
 
 def _checked(delta: Delta) -> Delta:
-    """A delta whose arrays are what a delta has.
+    """A delta whose arrays have the right types and shapes.
 
     Raises:
-        DataError: they are not.
+        DataError: they do not.
     """
     for name, rows in delta.tables.items():
         at, values = rows.rows, rows.values
@@ -415,17 +415,17 @@ def _read_manifest(path: Path, version_id: str, seq: int) -> dict[str, Any]:
 
 
 def prune(deltas: Path, version_id: str) -> None:
-    """Remove what the folded deltas of a chain stand for.
+    """Remove the deltas of a chain that folded ones replace.
 
-    The latest folded one stays and the one before it, with the deltas behind that: a server that is not further behind
-    than they reach goes on delta by delta, and a folded one that was damaged has another beside it.
+    The latest two folded deltas stay, with the deltas after the first of them: a server that is at most that far behind
+    continues delta by delta, and if one folded delta is damaged there is another.
     """
     chain, kept = chain_folder(deltas, version_id), [0, 0, *folded_seqs(deltas, version_id)][-2]
     for folder, last in ((chain, kept), (chain / FOLDED, kept - 1)):
         for name in sorted(_names(folder)):
             number = name.removeprefix(TEMPORARY)
             if number.isdigit() and int(number) <= last:
-                removed = folder / f"{TEMPORARY}{number}"  # so that who reads it finds it whole or gone
+                removed = folder / f"{TEMPORARY}{number}"  # so that a reader finds it whole or gone
                 if name == number:
                     os.replace(folder / name, removed)
                 shutil.rmtree(removed)

@@ -120,7 +120,7 @@ class _Items:
 
 
 class KnownItems:
-    """A channel of a version that is asked about items put since: it knows nothing of them.
+    """A channel that knows nothing of the items put since; queries that name such items work too.
 
     Args:
         channel: what it asks.
@@ -161,9 +161,9 @@ class Overlay:
 
     Args:
         base: as `open_version` gives it.
-        by_id: an id has one row, also where an item was deleted and put again, and an item that was put and deleted has
-            none: rows are then a function of what is there now, which the updater's state needs. A server's rows tell
-            one item from the next of its id.
+        by_id: an id has one row, even if its item was deleted and put again, and none if it was put and deleted. Rows
+            are then a function of the items that exist now, as the updater's state requires. Without it, each item that
+            had the id one after the other has a row of its own, as a server requires.
     """
 
     def __init__(self, base: Version, *, by_id: bool = False) -> None:
@@ -180,23 +180,23 @@ class Overlay:
         self._count = base.items.base
         """N"""
         self._shown = EntityChanges()
-        """What was laid last."""
+        """The changes that the latest snapshot has."""
         self._laid: Version | None = None
         self._hidden: dict[str, _Hidden] = {}
-        """By channel, its index as of last time."""
+        """By channel, its index in the latest snapshot."""
         self.aside = SetAside()
-        """What cannot be used of what was put."""
+        """Changes that cannot be used."""
         self._moved: set[int] = set()
         """Rows of the table of item ids that were touched since `lay`."""
         self._admitted: set[EntityId] = set()
-        """Items that have another row since."""
+        """Items whose row of that table changed since."""
         self._learned = False
         self._back = np.zeros(0, np.int64)
         """Rows of the version's items that are available again."""
         self._below: dict[str, Rows] = {}
         """By channel, newer vectors below those of items that were put."""
         self._other_tokens: dict[str, Tokens] = {}
-        """By channel, what `_Items.tokens` is for the two towers: it does not learn between versions."""
+        """By channel, the same as `_Items.tokens` for channels that do not learn between versions."""
         self._encode_users = base.user_tower
         self._new_rows = _rows_of_index(base)
         ids = base.features.vocabularies.get(c.ITEM_ID)
@@ -206,7 +206,7 @@ class Overlay:
         self._items = _Items(base, self._item_tokens)
 
     def copied(self) -> "Overlay":
-        """The same, to try a delta on."""
+        """A copy, for trying a delta."""
         other = copy.copy(self)
         other._tables, other._moved, other._admitted = dict(self._tables), set(self._moved), set(self._admitted)
         other._items, other._hidden = self._items.copied(), dict(self._hidden)
@@ -255,7 +255,7 @@ class Overlay:
             raise DataError(f"delta {delta.seq} has vectors of {delta.item_vectors.shape[1]} numbers")
 
     def folded(self) -> Delta:
-        """What a reader is to know of all that was learned, as one delta."""
+        """All that was learned, as one delta for readers."""
         base = self.base
         kinds = {c.USER_ID: base.users.ids.type, c.ITEM_ID: base.item_ids.type}
         new_ids = {}
@@ -294,7 +294,7 @@ class Overlay:
         return replace(self._laid, since=since, delta_seq=self.seq)
 
     def _own_rows(self, items: Iterable[EntityId]) -> dict[EntityId, int]:
-        """Rows that the version itself has of some ids, -1 without one; an id of another type is set aside."""
+        """The version's own rows of some ids, -1 without one; an id of another type is set aside."""
         kind = self.base.items.kind
         usable = []
         for one in items:
@@ -305,7 +305,7 @@ class Overlay:
         return dict(zip(usable, self.base.items.find(pa.array(usable, kind)).tolist(), strict=True))
 
     def _in_order(self, items: Mapping[EntityId, Entity], own: Mapping[EntityId, int]) -> bool:
-        """Items that are new come behind those put before: their rows stand in the order of the log."""
+        """Whether new items come after those put before: rows stand in the order of the log."""
         now = self._items
         new = [
             _order(one, entity)
@@ -315,23 +315,23 @@ class Overlay:
         return not new or min(new) > now.last
 
     def _leaves_gap(self, items: Mapping[EntityId, Entity]) -> bool:
-        """An item that was put gives up its row."""
+        """Whether an item that was put gives up its row."""
         births = self._items.births
         return any(one in births and (entity.deleted or births[one] != _birth(entity)) for one, entity in items.items())
 
     def _needs_row(self, entity: Entity, own: int) -> bool:
-        """The item stands in the catalogue, and not in the version's own row of that id."""
+        """Whether the item needs another row than the version's own of that id."""
         another = not self._by_id and self.is_another(entity)
         return not entity.deleted and entity.features is not None and (own < 0 or another)
 
     def is_another(self, entity: Entity) -> bool:
-        """It was deleted and put again since the version was made: what the version has under the id is not meant."""
+        """Whether it was deleted and put again since the version was made: the version's own item is another."""
         if not entity.fresh or entity.deleted_ms is None:
             return entity.fresh
         return self.base.watermark_ms is None or entity.deleted_ms > self.base.watermark_ms
 
     def _take(self, changed: Mapping[EntityId, Entity], own: Mapping[EntityId, int]) -> None:
-        """Take up items that were put or deleted, and what the deltas since say of those put before."""
+        """Take up items that were put or deleted, and what deltas changed for those put before."""
         now = self._items
         columns: dict[EntityId, dict[str, Column]] = {}
         usable: dict[EntityId, Entity] = {}
@@ -425,7 +425,7 @@ class Overlay:
         return int(self._item_tokens[row]) if row < self._count else UNKNOWN
 
     def _set_tokens(self, put: Sequence[EntityId]) -> None:
-        """Bring the rows of the table of item ids up to date, in a new array where a snapshot may read the old one."""
+        """Update the rows of the table of item ids, in a new array if a snapshot may read the old one."""
         now, count = self._items, self._count + len(self._items.ids)
         published = 0 if self._laid is None else len(self._laid.items)
         if len(now.tokens) < count:
@@ -449,7 +449,7 @@ class Overlay:
             now.put[one] = replace(item, token=int(now.tokens[item.row]))
 
     def _moved_items(self) -> dict[EntityId, None]:
-        """Items put before whose vectors have to be made again, because rows that they are made of have moved."""
+        """Items put before whose vectors must be computed again, because rows that they read have changed."""
         if not self._moved and not self._admitted:
             return {}
         put = self._items.put
@@ -458,8 +458,8 @@ class Overlay:
         return dict.fromkeys(one for one, item in put.items() if item.token in self._moved or one in self._admitted)
 
     def _encode(self, items: Iterable[EntityId], columns: Mapping[EntityId, dict[str, Column]]) -> None:
-        """Make the vectors of items that were put, by the frozen item tower; each by itself, so that the bytes do not
-        depend on which others there are.
+        """Compute the vectors of items that were put, by the frozen item tower; one at a time, so that the bytes do not
+        depend on the other items.
         """
         now = self._items
         order = sorted(items, key=lambda one: now.put[one].row)
@@ -575,7 +575,7 @@ class Overlay:
         return functools.reduce(OverlaidIndex, indexes, before.index)
 
     def _without(self, channel: Retriever) -> Retriever:
-        """A counted channel without what is gone, that is not asked about what it does not know."""
+        """A counted channel without the items that are gone, and without those that it does not know."""
         gone = self._items.gone[: self._count]
         if not np.array_equal(gone, self.base.gone):
             channel = channel.channel if isinstance(channel, WithoutItems) else channel
@@ -584,7 +584,7 @@ class Overlay:
 
     @property
     def _reads_others(self) -> bool:
-        """An item's vector depends on rows of the table of item ids beside its own."""
+        """Whether an item's vector depends on other rows of the table of item ids than its own."""
         return any(table_of(feature) == c.ITEM_ID and feature.name != c.ITEM_ID for feature in self.base.features.item)
 
     @cached_property
@@ -599,7 +599,7 @@ class Overlay:
 
 
 def as_served(base: Version, deltas: Path, entities: EntityChanges) -> Version:
-    """A version with its deltas and with what was put or deleted, as a server that starts now shows it.
+    """A version with its deltas and with what was put or deleted, as a server that starts now serves it.
 
     Args:
         base: as `open_version` gives it.
@@ -675,7 +675,7 @@ def _birth(entity: Entity) -> tuple[int, int | None]:
 
 
 def _with_room(tokens: Tokens, count: int) -> Tokens:
-    """The same rows of the table of item ids, and as many unknown ones behind them as there are places."""
+    """The same rows of the table of item ids, with unknown ones behind them as room for more items."""
     return np.concatenate([tokens, np.full(2 * max(count, len(tokens)) + SMALLER - len(tokens), UNKNOWN, np.int32)])
 
 
@@ -691,7 +691,7 @@ P = TypeVar("P", bound=_Piece)
 def _piled(pieces: tuple[P, ...], newer: P) -> tuple[P, ...]:
     """Pieces of a table with a newer one on top: few, and each far smaller than the one below it.
 
-    A delta of a few rows is laid on a million without copying them, and a look-up goes through a handful.
+    A delta of a few rows is laid on a million without copying them, and a look-up goes through a few pieces.
 
     >>> piece = Rows(np.arange(3), np.zeros((3, 1), np.float32))
     >>> below = Rows(np.arange(100), np.ones((100, 1), np.float32))
