@@ -60,9 +60,10 @@ def test_new_items_share_the_users_vectors_of_the_two_towers(base: Version, monk
     towers = base.two_tower
     channels = {"new_items": towers.over("new_items", towers.index), **base.channels}
     item = Entity(features=put(base, 7))
-    laid = Overlay(replace(base, channels=channels)).lay(EntityChanges(items={new_id(base): item}))
     calls, encode = [], OnnxTower.encode
     monkeypatch.setattr(OnnxTower, "encode", lambda tower, columns: calls.append(1) or encode(tower, columns))
+    laid = Overlay(replace(base, channels=channels)).lay(EntityChanges(items={new_id(base): item}))
+    calls.clear()  # of the item tower
     assert new_id(base) in ids(laid, a_user(base, 1), channels=["new_items"])
     assert len(calls) == 1
     assert new_id(base) in ids(laid, a_user(base, 1), channels=["two_tower", "new_items"])
