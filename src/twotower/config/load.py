@@ -16,6 +16,11 @@ from twotower.config.settings import Settings
 from twotower.features.options import KINDS
 from twotower.schema.errors import ConfigError
 
+RENAMED = {
+    "train.popularity": "train.logit_adjustment",
+}
+"""Keys of earlier releases, with the names that they have now."""
+
 _ADAPTER = TypeAdapter(Settings)
 _SHOWN = 100
 """Characters of a wrong value that an error shows."""
@@ -103,6 +108,28 @@ def as_dict(settings: Settings) -> dict[str, Any]:
     return document
 
 
+def with_present_names(document: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that an earlier release recorded, under the names that its keys have now.
+
+    >>> with_present_names({"train": {"popularity": 0.4, "epochs": 2}})
+    {'train': {'epochs': 2, 'logit_adjustment': 0.4}}
+    """
+    document = copy.deepcopy(document)
+    for old, new in RENAMED.items():
+        *sections, key = old.split(".")
+        section: Any = document
+        for name in sections:
+            section = section.get(name, {})
+        if key in section:
+            value = section.pop(key)
+            *sections, key = new.split(".")
+            section = document
+            for name in sections:
+                section = section.setdefault(name, {})
+            section[key] = value
+    return document
+
+
 def _plain(value: Any) -> str:
     """TOML's dates and times as text."""
     if isinstance(value, datetime.date | datetime.time):
@@ -141,9 +168,7 @@ def _sentence(location: tuple[int | str, ...], kind: str, message: str, seen: An
     name = ".".join(str(part) for part in _without_kind(location))
     match kind:
         case "unexpected_keyword_argument":
-            known = _keys_beside(location)
-            near = difflib.get_close_matches(str(location[-1]), known, n=1)
-            return f"{name[:_SHOWN]} is no key; " + _hint(near, known)
+            return f"{name[:_SHOWN]} is no key; " + _hint(name, _keys_beside(location))
         case "missing":
             return f"{name} is missing"
         case "dataclass_type" | "model_attributes_type" | "dict_type":
@@ -156,7 +181,10 @@ def _sentence(location: tuple[int | str, ...], kind: str, message: str, seen: An
             return f"{name} = {shown}: {message[0].lower()}{message[1:]}"
 
 
-def _hint(near: list[str], known: list[str]) -> str:
+def _hint(name: str, known: list[str]) -> str:
+    if name in RENAMED:
+        return f"it is called {RENAMED[name]} now"
+    near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
     return f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(known) or 'none'}"
 
 
