@@ -15,6 +15,7 @@ import torch
 from twotower.config.available import check_available
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
+from twotower.datasets.places import Places
 from twotower.datasets.tables import end_of_day
 from twotower.features.feature_set import load as load_features
 from twotower.logs import EventLog, open_reader
@@ -27,7 +28,7 @@ from twotower.pipeline.line import (
     train_from,
     train_ranker_from,
 )
-from twotower.pipeline.places import Places, places
+from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.streaming import until_signals
 from twotower.publish.delta import last_seq
