@@ -58,7 +58,6 @@ port = 8000
 admin_port = 8001
 fusion = "rrf"
 exclude = "impressed"
-features = { kind = "lmdb" }
 [stream]
 log = { kind = "local" }
 window_s = 600
