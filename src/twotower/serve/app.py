@@ -33,10 +33,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.features.store import FeatureStoreError
 from twotower.logs import Event, EventLog, EventLogError
-from twotower.logs.entities import CATALOGUE, TYPES
-from twotower.logs.events import CLICK, IMPRESSION, ITEMS, NOBODY, REQUEST, check_event, check_time
+from twotower.logs.events import (
+    CATALOGUE,
+    ITEM,
+    NOBODY,
+    USER,
+    Click,
+    EntityDeleted,
+    EntityPut,
+    Impression,
+    check_event,
+    check_time,
+)
+from twotower.logs.events import Request as LoggedRequest
 from twotower.publish.version import Version
-from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import DataError, cut, shown
 from twotower.schema.limits import (
@@ -268,7 +278,7 @@ class Metrics:
         self.failing.clear()
         for name in health.problems():
             self.failing.labels(name).set(1)
-        for kind in TYPES:
+        for kind in (USER, ITEM):
             self.set_aside.labels(kind).set(set_aside.get(kind, 0))
 
     def switched(self, version_id: str) -> None:
@@ -574,7 +584,8 @@ def _checked(document: dict[str, Any], place: int, version: Version, now_ms: int
     where = f"events[{place}]"
     try:
         event = Event.from_json(document)
-        if event.type in TYPES or event.user_id == CATALOGUE:
+        said = event.content
+        if isinstance(said, EntityPut | EntityDeleted) or event.user_id == CATALOGUE:
             raise DataError(f"type {shown(event.type)} is the server's own: PUT or DELETE /v1/items/ID or /v1/users/ID")
         check_event(event, now_ms)
     except DataError as error:
@@ -582,18 +593,13 @@ def _checked(document: dict[str, Any], place: int, version: Version, now_ms: int
     known = version.users.ids.type
     if not is_id(event.user_id, known):
         raise DataError(f"{where}: user_id {shown(event.user_id)}, but the ids of users are {known}")
-    if event.type in (CLICK, IMPRESSION, REQUEST):
-        _check_items(event, where, version)
+    if isinstance(said, LoggedRequest | Click | Impression):
+        if said.items is None and not isinstance(said, LoggedRequest):
+            raise DataError(f"{where}: {event.type} of nothing: name item_id, or a list of items")
+        items = version.items.kind
+        if strange := [item for item in said.items or () if not is_id(item, items)]:
+            raise DataError(f"{where}: item {shown(strange[0])}, but the ids of items are {items}")
     return event
-
-
-def _check_items(event: Event, where: str, version: Version) -> None:
-    body, known = event.body, version.items.kind
-    if event.type != REQUEST and not (body.keys() & {ITEMS, c.ITEM_ID}):
-        raise DataError(f"{where}: {event.type} of nothing: name item_id, or a list of items")
-    items = body.get(ITEMS) or ([body[c.ITEM_ID]] if c.ITEM_ID in body else [])
-    if strange := [item for item in items if not is_id(item, known)]:
-        raise DataError(f"{where}: item {shown(strange[0])}, but the ids of items are {known}")
 
 
 def _time_of(ts_ms: int | None, now_ms: int) -> int:

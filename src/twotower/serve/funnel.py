@@ -15,24 +15,7 @@ from twotower.channels.retriever import Queries
 from twotower.features.fitted import Items
 from twotower.index.protocol import Exclusions
 from twotower.logs import Event
-from twotower.logs.events import (
-    CHANNELS,
-    CONTEXT,
-    COUNTS,
-    DELTA_SEQ,
-    FAILED,
-    FEATURES,
-    HISTORY,
-    ITEMS,
-    OUTCOMES,
-    POSITIONS,
-    PROBABILITIES,
-    PROPENSITIES,
-    REQUEST,
-    RETRIEVED,
-    SCORES,
-    VERSION,
-)
+from twotower.logs.events import REQUEST, Request
 from twotower.publish.version import PRE_RANK, RANK, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, cut
@@ -199,7 +182,7 @@ def recommend(
             Shown(ids[i], i + 1, scores[i], found.fused.channels_of(0, at), at == explored)
             for i, at in enumerate(page.tolist())
         ],
-        {RETRIEVED: len(ended), **dict(zip(STAGES, counts, strict=True))},
+        {"retrieved": len(ended), **dict(zip(STAGES, counts, strict=True))},
         list(found.left_out),
     )
     if asked.user_id is None:
@@ -212,24 +195,9 @@ def recommend(
             logged.append(rng.permutation(others)[: sizes.logged])
             probability[others] = len(logged[-1]) / len(others)
     drawn = {} if explored is None else {explored: propensity}
-    body = _body(version, asked, found, ranked, ended, np.concatenate(logged), len(page), probability, drawn)
-    return Served(
-        answer,
-        Event(
-            f"{REQUEST}/{request_id}",
-            REQUEST,
-            asked.user_id,
-            now_ms,
-            request_id,
-            {
-                **body,
-                VERSION: version.id,
-                DELTA_SEQ: version.delta_seq,
-                COUNTS: answer.counts,
-                FAILED: answer.failed_channels,
-            },
-        ),
-    )
+    said = _said(version, asked, found, ranked, ended, np.concatenate(logged), len(page), probability, drawn)
+    said = replace(said, delta_seq=version.delta_seq, counts=answer.counts, failed_channels=answer.failed_channels)
+    return Served(answer, Event(f"{REQUEST}/{request_id}", REQUEST, asked.user_id, now_ms, request_id, said.body()))
 
 
 def page_of(record: Event) -> Page:
@@ -238,23 +206,23 @@ def page_of(record: Event) -> Page:
     Raises:
         DataError: the record is none of this server's.
     """
-    body = record.body
+    said: Any = record.content
     try:
-        shown = [at for at, position in enumerate(body[POSITIONS]) if position is not None]
+        columns = zip(said.items, said.positions, said.scores, said.channels, said.propensities, strict=True)
         items = [
-            Shown(
-                body[ITEMS][at],
-                body[POSITIONS][at],
-                body[SCORES][at],
-                list(body[CHANNELS][at]),
-                body[PROPENSITIES][at] is not None,
-            )
-            for at in shown
+            Shown(item, position, score, list(channels), propensity is not None)
+            for item, position, score, channels, propensity in columns
+            if position is not None
         ]
         return Page(
-            str(record.request_id), body[VERSION], body[DELTA_SEQ], items, dict(body[COUNTS]), list(body[FAILED])
+            str(record.request_id),
+            said.version,
+            said.delta_seq,
+            items,
+            dict(said.counts),
+            list(said.failed_channels),
         )
-    except (KeyError, IndexError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f"the log's record of request {record.request_id} is no page: {error!r}") from None
 
 
@@ -305,7 +273,7 @@ def _with_score(version: Version, queries: Queries, ranked: Ranked, place: int) 
     return replace(ranked, rank=Judged(probability, ranked.rank.key))
 
 
-def _body(
+def _said(
     version: Version,
     asked: Asked,
     found: Found,
@@ -315,22 +283,23 @@ def _body(
     shown: int,
     probability: npt.NDArray[np.float64],
     drawn: Mapping[int, float],
-) -> dict[str, Any]:
+) -> Request:
     """What a request's record says: the page, then the sampled others, with all that the request knew."""
     clicks, last = found.queries.clicks.rows, _longest_history(version)
     history = clicks[max(0, len(clicks) - last) :]
-    return {
-        ITEMS: version.items.at(ranked.rows[logged]),
-        OUTCOMES: [STAGES[stage] for stage in ended[logged].tolist()],
-        POSITIONS: [*range(1, shown + 1), *([None] * (len(logged) - shown))],
-        SCORES: _rounded(found, ranked, logged),
-        CHANNELS: [found.fused.channels_of(0, at) for at in logged.tolist()],
-        PROBABILITIES: [round(one, 6) for one in probability[logged].tolist()],
-        PROPENSITIES: [drawn.get(at) for at in logged.tolist()],
-        CONTEXT: dict(asked.context),
-        FEATURES: dict(asked.features),
-        HISTORY: version.items.at(history.astype(np.int64)),
-    }
+    return Request(
+        items=version.items.at(ranked.rows[logged]),
+        outcomes=[STAGES[stage] for stage in ended[logged].tolist()],
+        positions=[*range(1, shown + 1), *([None] * (len(logged) - shown))],
+        scores=_rounded(found, ranked, logged),
+        channels=[found.fused.channels_of(0, at) for at in logged.tolist()],
+        probabilities=[round(one, 6) for one in probability[logged].tolist()],
+        propensities=[drawn.get(at) for at in logged.tolist()],
+        context=dict(asked.context),
+        features=dict(asked.features),
+        history=version.items.at(history.astype(np.int64)),
+        version=version.id,
+    )
 
 
 def _rounded(found: Found, ranked: Ranked, places: Ints) -> list[float | None]:
