@@ -27,14 +27,15 @@ from twotower.pipeline.places import places
 from twotower.pipeline.updating import learn, open_as_served, open_chain
 from twotower.publish import overlay as overlay_module
 from twotower.publish.delta import Delta, base_digest, chain_folder, delta_folder, last_seq, read_delta, verify_chain
+from twotower.publish.manifest import digest
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
-from twotower.publish.version import digest, open_version
+from twotower.publish.version import open_version
 from twotower.schema import columns as c
 from twotower.schema.errors import VersionError
 from twotower.schema.files import folder_listing, read_json, write_json
 from twotower.serve.monitors import monitors
-from twotower.serve.request import Asked, retrieve
+from twotower.serve.request import Request, retrieve
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import Recent
 from twotower.stream.shards import read_manifest, read_rows
@@ -127,7 +128,8 @@ def test_what_a_user_clicks_again_and_again_comes_nearer(learning, happen) -> No
     trained = np.flatnonzero(version.users.features[c.USER_ID] > UNKNOWN)
     user = version.users.ids[int(trained[0])].as_py()
     ranked = [
-        one.item_id for one in retrieve(version, Asked(300, "none", user, channels=["two_tower"]), Recent(), 0, 0).items
+        one.item_id
+        for one in retrieve(version, Request(300, "none", user, channels=["two_tower"]), Recent(), range(0)).items
     ]
     far = ranked[len(ranked) // 2]
     begin = version.watermark_ms + 1  # over ten hours: of one hour only a few would be trained
@@ -135,7 +137,8 @@ def test_what_a_user_clicks_again_and_again_comes_nearer(learning, happen) -> No
     run(learning)
     laid = snapshots(learning).version
     after = [
-        one.item_id for one in retrieve(laid, Asked(300, "none", user, channels=["two_tower"]), Recent(), 0, 0).items
+        one.item_id
+        for one in retrieve(laid, Request(300, "none", user, channels=["two_tower"]), Recent(), range(0)).items
     ]
     assert after.index(far) < ranked.index(far) / 2
     assert laid.delta_seq == 2
@@ -411,7 +414,7 @@ def test_retrieve_reads_the_version_as_it_is_served(learning, happen, clicks, tm
     told, after = asked()
     assert (told["version"], told["delta_seq"]) == (version.id, 1)
     expected = retrieve(
-        snapshots(learning).version, Asked(21, "none", stranger, channels=["two_tower"]), Recent(), 0, 0
+        snapshots(learning).version, Request(21, "none", stranger, channels=["two_tower"]), Recent(), range(0)
     )
     assert after == [one.item_id for one in expected.items if one.item_id != before[1][0]][:20]
     assert after != before[1]
@@ -457,7 +460,7 @@ def test_numbers_for_popularity_stay_as_they_are_and_a_new_item_has_the_least(tm
             "item": {"item_id": kind, "category": kind},
         },
         "models": {"dimension": 8, "channels": ["two_tower", "item_cf", "popular"]},
-        "train": {"epochs": 1, "batch_size": 64, "popularity": 0.4},
+        "train": {"epochs": 1, "batch_size": 64, "logit_adjustment": 0.4},
         "samples": {"vocabulary_room": 1},
     }
     settings = parse(document)

@@ -97,7 +97,7 @@ class Impression:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class LoggedRequest:
     """A request with what became of its candidates: lists with one value for each of its items, but for the last ones.
 
     What `Click` says of values that a reader compares holds here too.
@@ -128,7 +128,7 @@ class Request:
 
     def body(self) -> dict[str, Any]:
         """The JSON fields of its event."""
-        return {name: getattr(self, name) for name in _FIELDS[Request]}
+        return {name: getattr(self, name) for name in _FIELDS[LoggedRequest]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +174,9 @@ class Other:
     """An event of any other type."""
 
 
-Content = Request | Click | Impression | EntityPut | EntityDeleted | Erased | Unusable | Other
+Content = LoggedRequest | Click | Impression | EntityPut | EntityDeleted | Erased | Unusable | Other
 
-_WITH_ITEMS: Final = {REQUEST: Request, CLICK: Click, IMPRESSION: Impression}
+_WITH_ITEMS: Final = {REQUEST: LoggedRequest, CLICK: Click, IMPRESSION: Impression}
 _FIELDS: Final = {kind: tuple(one.name for one in fields(kind)) for kind in _WITH_ITEMS.values()}
 
 
@@ -345,11 +345,11 @@ def check_event(event: Event, logged_ms: int) -> None:
     if event.type == ITEM or c.ITEM_ID in body:
         _check_ids([body.get(c.ITEM_ID)], 1, f"{where}: {c.ITEM_ID}")
     said = event.content
-    if isinstance(said, Request | Click | Impression):
+    if isinstance(said, LoggedRequest | Click | Impression):
         if body.get(_ITEMS) is not None and c.ITEM_ID in body:
             raise Refused(MALFORMED, f"{where} has both item_id and items: put all items into items")
         _check_ids(said.items, MAX_ITEMS, f"{where}: {_ITEMS}")
-    if isinstance(said, Request):
+    if isinstance(said, LoggedRequest):
         _check_ids(said.history, MAX_HISTORY, f"{where}: {c.HISTORY}")
         _check_outcomes(said.outcomes, len(said.items or ()), where)
     if isinstance(said, Click):

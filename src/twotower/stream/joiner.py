@@ -31,7 +31,7 @@ from twotower.logs.events import (
     EntityId,
     Erased,
     Impression,
-    Request,
+    LoggedRequest,
     Unusable,
 )
 from twotower.schema import columns as c
@@ -226,11 +226,11 @@ class Joiner:
             return rows
         if isinstance(said, Erased):
             self._counts.dropped[WAS_ERASED] += 1
-        elif not isinstance(said, Request | Click | Impression):
+        elif not isinstance(said, LoggedRequest | Click | Impression):
             self._counts.dropped[OTHER_TYPE] += 1
         elif not is_id(event.user_id, self._types.user_id):
             self._counts.dropped[WRONG_USER_ID] += 1
-        elif isinstance(said, Request):
+        elif isinstance(said, LoggedRequest):
             self._take_request(record, said, rows)
         elif isinstance(said, Click):
             self._take_click(record, said, rows)
@@ -348,7 +348,7 @@ class Joiner:
             return event.ts_ms
         return min(event.ts_ms, self._clock.request_ms + self._window_ms)
 
-    def _take_request(self, record: Record, said: Request, rows: list[Row]) -> None:
+    def _take_request(self, record: Record, said: LoggedRequest, rows: list[Row]) -> None:
         event = record.event
         request_id = event.request_id or event.event_id
         before = self._entries.get((event.user_id, request_id))
@@ -450,7 +450,7 @@ class Joiner:
         event = self._fetch(entry.offset)
         said = event.content
         # An erased one is that of a user whose deletion is still to be read.
-        logged = self._logged(event, said) if isinstance(said, Request) else None
+        logged = self._logged(event, said) if isinstance(said, LoggedRequest) else None
         self._counts = counts
         return logged
 
@@ -494,7 +494,7 @@ class Joiner:
 
     def _read_request(self, event: Event) -> RowRequest:
         said = event.content
-        assert isinstance(said, Request | Click | Impression)
+        assert isinstance(said, LoggedRequest | Click | Impression)
         return RowRequest(
             event.user_id,
             event.request_id or (event.event_id if event.type == REQUEST else None),
@@ -524,7 +524,7 @@ class Joiner:
             self._counts.dropped[BAD_VALUE] += 1
             return None
 
-    def _logged(self, event: Event, said: Request) -> _Logged | None:
+    def _logged(self, event: Event, said: LoggedRequest) -> _Logged | None:
         """A request, or None where its lists have not one value for each item, which is counted."""
         items: Sequence[EntityId] = said.items or ()
         outcomes: Sequence[str] = said.outcomes or ()

@@ -39,7 +39,7 @@ from twotower.publish.delta import (
     write_delta,
     write_folded,
 )
-from twotower.publish.overlay import Entities, Overlay, item_columns
+from twotower.publish.overlay import EntityChanges, Overlay, item_columns
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError, shown
@@ -190,7 +190,7 @@ class Chain:
         """The state behind the latest delta."""
         self.close()
         version = self.version
-        self._overlay, self._entities, self._laid = Overlay(version, by_id=True), Entities(), version
+        self._overlay, self._entities, self._laid = Overlay(version, by_id=True), EntityChanges(), version
         self._follows, self._reports = self._base, Reports()
         self.seq, self.watermark_ms = 0, version.watermark_ms
         self._rows_at = self._first_rows()
@@ -482,7 +482,7 @@ class Chain:
     def _wrong_with(self, named: Named, entity: Entity) -> str | None:
         """Why a user or an item cannot be laid over the version, None where it can."""
         kind, one = named
-        alone = Entities({one: entity}, {}) if kind == ITEM else Entities({}, {one: entity})
+        alone = EntityChanges({one: entity}, {}) if kind == ITEM else EntityChanges({}, {one: entity})
         try:
             self._overlay.copied().lay(alone)
         except (OSError, MemoryError):
@@ -786,7 +786,7 @@ class Chain:
         self._window = [one for one in self._window if one.item_id not in former]
         items = {one: entity for (kind, one), entity in put.items() if kind == ITEM}
         users = {one: entity for (kind, one), entity in put.items() if kind != ITEM}
-        self._entities = Entities(
+        self._entities = EntityChanges(
             {**self._entities.items, **items} if items else self._entities.items, {**self._entities.users, **users}
         )
         learner, before = self._learner, self._laid

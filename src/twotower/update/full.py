@@ -20,7 +20,7 @@ from twotower.features.feature_set import HISTORY
 from twotower.logs import EventLog
 from twotower.logs.entities import Entity, after
 from twotower.logs.events import ITEM, EntityDeleted, EntityId, EntityPut
-from twotower.publish.overlay import Entities
+from twotower.publish.overlay import EntityChanges
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
@@ -86,7 +86,7 @@ def _goes_on(events: Path, day: str, watermark_ms: int) -> bool:
     )
 
 
-def read_entities(event_log: EventLog) -> Entities:
+def read_entities(event_log: EventLog) -> EntityChanges:
     """All users and items that were put or deleted, as the log tells."""
     found: dict[tuple[str, EntityId], Entity] = {}
     for partition, end in enumerate(event_log.ends()):
@@ -98,13 +98,13 @@ def read_entities(event_log: EventLog) -> Entities:
                     named = said.kind, said.entity_id
                     found[named] = after(found.get(named), said, event.ts_ms, place)
             offset = records[-1].next_offset
-    return Entities(
+    return EntityChanges(
         {one: entity for (kind, one), entity in found.items() if kind == ITEM},
         {one: entity for (kind, one), entity in found.items() if kind != ITEM},
     )
 
 
-def fold(workspace: Path, entities: Entities, files: Iterable[Path]) -> None:
+def fold(workspace: Path, entities: EntityChanges, files: Iterable[Path]) -> None:
     """Write what was put or deleted into the tables of a workspace, and users who are new in joined events.
 
     Args:
