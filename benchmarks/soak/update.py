@@ -63,7 +63,7 @@ from twotower.datasets.places import Places
 from twotower.datasets.tables import DAY_MS
 from twotower.features.bloom import is_untrained
 from twotower.logs import Event, LocalEventLog
-from twotower.logs.entities import item_deleted, item_event, user_deleted
+from twotower.logs.events import item_deleted, item_event, user_deleted
 from twotower.pipeline.line import LATEST, run_line
 from twotower.pipeline.places import places
 from twotower.pipeline.streaming import join_log

@@ -235,7 +235,7 @@ WRONG: list[tuple[Fitted, Any, str]] = [
     (Category("city", fit_vocabulary("city", pa.array(["7"])), 4), 7, "of type int64 where string is known"),
     (Category("code", fit_vocabulary("code", pa.array([7])), 4), 7.5, "numbers with a fraction"),
     (Category("code", fit_vocabulary("code", pa.array([7])), 4), 2**64 - 1, "does not fit int64"),
-    (Category("code", fit_vocabulary("code", pa.array([7])), 4), {"a": 1}, "is an object, where"),
+    (Category("code", fit_vocabulary("code", pa.array([7])), 4), {"a": 1}, "holds {'a': 1}, where"),
     (Category("city", fit_vocabulary("city", pa.array(["a"])), 4), "\ud800", "half a surrogate pair"),
     (Number("price", False, 0, 1), "12", "price is of type string, where numbers are due"),
     (Categories("tags", fit_vocabulary("tags", pa.array(["a"])), 4, None), "a", "where a list is due"),

@@ -20,7 +20,7 @@ from twotower.features.columns import take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import Event
-from twotower.logs.entities import item_deleted, item_event, user_deleted
+from twotower.logs.events import item_deleted, item_event, user_deleted
 from twotower.pipeline import updating
 from twotower.pipeline.line import open_served, run_line
 from twotower.pipeline.places import places
@@ -211,7 +211,7 @@ def test_without_room_new_ids_stay_unknown_and_are_counted(learning, happen) -> 
     assert sum(delta.report["no_room"] for delta in deltas(learning)) == 2
 
 
-@pytest.mark.parametrize("before", ["write_json", "read_parts", "write_delta", "delta"])
+@pytest.mark.parametrize("before", ["write_json", "read_positives", "write_delta", "delta"])
 def test_a_run_that_was_killed_makes_the_same_bytes(
     learning, happen, clicks, content, monkeypatch: pytest.MonkeyPatch, before: str, tmp_path
 ) -> None:
@@ -636,7 +636,7 @@ def test_a_damaged_shard_is_set_aside_and_the_others_are_learned(learning, happe
 
 def test_rows_of_another_shape_and_wild_weights_are_left_out_and_counted(learning, happen, clicks, monkeypatch) -> None:
     happen(learning, clicks(learning, 40))
-    real = module.read_parts
+    real = module.read_positives
 
     def strange(*where):
         parts = real(*where)
@@ -652,7 +652,7 @@ def test_rows_of_another_shape_and_wild_weights_are_left_out_and_counted(learnin
         ]
         return replace(parts, tables=[*changed, *(others if where[1] == 0 or changed else [])])
 
-    monkeypatch.setattr(module, "read_parts", strange)
+    monkeypatch.setattr(module, "read_positives", strange)
     report = run(learning)
     assert report.refused == []
     [delta] = deltas(learning)

@@ -18,6 +18,8 @@ from twotower.schema.errors import ConfigError
 
 RENAMED = {
     "train.popularity": "train.logit_adjustment",
+    "stream.lateness_s": "stream.allowed_lateness_s",
+    "stream.late_s": "stream.remember_s",
 }
 """Keys of earlier releases, with the names that they have now."""
 REMOVED = {

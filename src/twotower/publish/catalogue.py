@@ -27,7 +27,7 @@ import pyarrow as pa
 from twotower.features.bloom import Hashes, hash_ids
 from twotower.features.columns import Column, concatenate, take
 from twotower.features.vocabulary import Positions
-from twotower.logs.entities import EntityId
+from twotower.logs.events import EntityId
 from twotower.schema.errors import cut, shown
 from twotower.schema.tables import column_of
 

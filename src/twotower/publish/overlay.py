@@ -33,8 +33,8 @@ from twotower.index.checks import ROWS
 from twotower.index.exact import ExactIndex
 from twotower.index.overlaid import OverlaidIndex
 from twotower.index.protocol import PADDING, Exclusions, VectorIndex
-from twotower.logs.entities import Entity, EntityId
-from twotower.logs.events import ITEM
+from twotower.logs.entities import Entity
+from twotower.logs.events import ITEM, EntityId
 from twotower.publish.catalogue import SMALLER, Attributes, Encoded, Grown, Layered, PutRows, SetAside, changes, put_row
 from twotower.publish.delta import Delta, Rows, read_chain
 from twotower.publish.onnx import OnnxTower

@@ -25,8 +25,8 @@ from twotower.fusion.fuse import Fused, Fusion
 from twotower.index.build import load_index
 from twotower.index.checks import ROWS
 from twotower.index.protocol import VectorIndex
-from twotower.logs.entities import Entity, EntityId
-from twotower.logs.events import USER
+from twotower.logs.entities import Entity
+from twotower.logs.events import USER, EntityId
 from twotower.publish.catalogue import Attributes, ItemKeys, SetAside
 from twotower.publish.manifest import checked_manifest
 from twotower.publish.onnx import OnnxTower

@@ -13,8 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, field_va
 
 from twotower.features.store import FeatureStoreError
 from twotower.logs import EventLogError
-from twotower.logs.entities import CATALOGUE
-from twotower.logs.events import NOBODY, check_time
+from twotower.logs.events import CATALOGUE, NOBODY, check_time
 from twotower.schema.errors import DataError, cut, shown
 from twotower.schema.limits import MAX_FILTER_VALUES
 from twotower.schema.tables import EARLIEST_MS, LATEST_MS

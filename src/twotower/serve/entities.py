@@ -14,8 +14,7 @@ from pydantic import Field, StrictBool
 
 from twotower.features.feature_set import encode_request
 from twotower.logs import Event
-from twotower.logs.entities import CATALOGUE, item_deleted, item_event, user_deleted, user_event
-from twotower.logs.events import NOBODY
+from twotower.logs.events import CATALOGUE, NOBODY, item_deleted, item_event, user_deleted, user_event
 from twotower.publish.overlay import check_item
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, cut

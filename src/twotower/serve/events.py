@@ -7,10 +7,17 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from twotower.logs import Event
-from twotower.logs.entities import CATALOGUE, TYPES
-from twotower.logs.events import CLICK, IMPRESSION, ITEMS, REQUEST, check_event
+from twotower.logs.events import (
+    CATALOGUE,
+    Click,
+    Content,
+    EntityDeleted,
+    EntityPut,
+    Impression,
+    LoggedRequest,
+    check_event,
+)
 from twotower.publish.version import Version
-from twotower.schema import columns as c
 from twotower.schema.errors import DataError, shown
 from twotower.schema.tables import is_id
 from twotower.serve.answers import json_response
@@ -51,24 +58,25 @@ def _checked(document: dict[str, Any], where: str, version: Version, now_ms: int
     """
     try:
         event = Event.from_json(document)
-        if event.type in TYPES or event.user_id == CATALOGUE:
+        said = event.content
+        if isinstance(said, EntityPut | EntityDeleted) or event.user_id == CATALOGUE:
             raise DataError(f"type {shown(event.type)} is the server's own: PUT or DELETE /v1/items/ID or /v1/users/ID")
         check_event(event, now_ms)
         known = version.users.ids.type
         if not is_id(event.user_id, known):
             raise DataError(f"user_id {shown(event.user_id)}, but the ids of users are {known}")
-        if event.type in (CLICK, IMPRESSION, REQUEST):
-            _check_items(event, version)
+        _check_items(said, event.type, version)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     return event
 
 
-def _check_items(event: Event, version: Version) -> None:
-    body, known = event.body, version.items.kind
-    if event.type != REQUEST and not (body.keys() & {ITEMS, c.ITEM_ID}):
-        raise DataError(f"{event.type} of nothing: name item_id, or a list of items")
-    items = body.get(ITEMS) or ([body[c.ITEM_ID]] if c.ITEM_ID in body else [])
-    for item in items:
+def _check_items(said: Content, kind: str, version: Version) -> None:
+    if not isinstance(said, LoggedRequest | Click | Impression):
+        return
+    if said.items is None and not isinstance(said, LoggedRequest):
+        raise DataError(f"{kind} of nothing: name item_id, or a list of items")
+    known = version.items.kind
+    for item in said.items or ():
         if not is_id(item, known):
             raise DataError(f"item {shown(item)}, but the ids of items are {known}")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from twotower.channels.retriever import Queries
 from twotower.features.fitted import Items
 from twotower.logs import Event
-from twotower.logs import events as e
+from twotower.logs.events import REQUEST, LoggedRequest
 from twotower.publish.version import PRE_RANK, RANK, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -144,27 +144,27 @@ def recommend(
         version.id,
         version.delta_seq,
         _items(version, retrieved, ranked, page, propensities),
-        {e.RETRIEVED: len(ended), **dict(zip(STAGES, counts, strict=True))},
+        {"retrieved": len(ended), **dict(zip(STAGES, counts, strict=True))},
         list(retrieved.left_out),
     )
     if request.user_id is None:
         return Served(answer, None)
     logged, probability = _sampled(ended, page, options.logged, rng)
-    body = {
+    record = LoggedRequest(
         **_items_of_record(version, retrieved, ranked, logged),
-        e.OUTCOMES: [STAGES[stage] for stage in ended[logged].tolist()],
-        e.POSITIONS: [*range(1, len(page) + 1), *([None] * (len(logged) - len(page)))],
-        e.PROBABILITIES: [round(share, 6) for share in probability[logged].tolist()],
-        e.PROPENSITIES: [propensities.get(place) for place in logged.tolist()],
-        e.CONTEXT: dict(request.context),
-        e.FEATURES: dict(request.features),
-        e.HISTORY: _history(version, queries),
-        e.VERSION: version.id,
-        e.DELTA_SEQ: version.delta_seq,
-        e.COUNTS: answer.counts,
-        e.FAILED: answer.failed_channels,
-    }
-    return Served(answer, Event(f"{e.REQUEST}/{request_id}", e.REQUEST, request.user_id, now_ms, request_id, body))
+        outcomes=[STAGES[stage] for stage in ended[logged].tolist()],
+        positions=[*range(1, len(page) + 1), *([None] * (len(logged) - len(page)))],
+        probabilities=[round(share, 6) for share in probability[logged].tolist()],
+        propensities=[propensities.get(place) for place in logged.tolist()],
+        context=dict(request.context),
+        features=dict(request.features),
+        history=_history(version, queries),
+        version=version.id,
+        delta_seq=version.delta_seq,
+        counts=answer.counts,
+        failed_channels=answer.failed_channels,
+    )
+    return Served(answer, Event(f"{REQUEST}/{request_id}", REQUEST, request.user_id, now_ms, request_id, record.body()))
 
 
 def wanted(version: Version, request: Request, options: FunnelOptions) -> int:
@@ -184,18 +184,17 @@ def page_of(record: Event) -> Page:
     Raises:
         DataError: the record is none of this server's.
     """
-    body = record.body
+    said: Any = record.content
     try:
+        columns = zip(said.items, said.positions, said.scores, said.channels, said.propensities, strict=True)
         items = [
             PageItem(item, position, score, list(channels), propensity is not None)
-            for item, position, score, channels, propensity in zip(
-                *(body[name] for name in (e.ITEMS, e.POSITIONS, e.SCORES, e.CHANNELS, e.PROPENSITIES)), strict=True
-            )
+            for item, position, score, channels, propensity in columns
             if position is not None
         ]
-        counts, failed = dict(body[e.COUNTS]), list(body[e.FAILED])
-        return Page(str(record.request_id), body[e.VERSION], body[e.DELTA_SEQ], items, counts, failed)
-    except (KeyError, ValueError, TypeError) as error:
+        counts, failed = dict(said.counts), list(said.failed_channels)
+        return Page(str(record.request_id), said.version, said.delta_seq, items, counts, failed)
+    except (AttributeError, ValueError, TypeError) as error:
         raise DataError(f"the log's record of request {record.request_id} is no page: {error!r}") from None
 
 
@@ -252,9 +251,9 @@ def _items_of_record(version: Version, retrieved: Retrieved, ranked: Ranked, pla
     scored = ranked.rank or ranked.pre_rank
     scores = retrieved.fused.candidates.scores[0] if scored is None else scored.probability
     return {
-        e.ITEMS: version.items.at(ranked.rows[places]),
-        e.SCORES: [round(score, 6) if np.isfinite(score) else None for score in scores[places].tolist()],
-        e.CHANNELS: [retrieved.fused.channels_of(0, place) for place in places.tolist()],
+        "items": version.items.at(ranked.rows[places]),
+        "scores": [round(score, 6) if np.isfinite(score) else None for score in scores[places].tolist()],
+        "channels": [retrieved.fused.channels_of(0, place) for place in places.tolist()],
     }
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from twotower.logs.entities import TYPES
+from twotower.logs.events import ITEM, USER
 from twotower.serve.health import Health
 from twotower.serve.monitors import monitors
 from twotower.serve.snapshots import Snapshots
@@ -78,7 +78,7 @@ class Metrics:
         self.failing.clear()
         for name in health.problems():
             self.failing.labels(name).set(1)
-        for kind in TYPES:
+        for kind in (USER, ITEM):
             self.set_aside.labels(kind).set(snapshots.set_aside.get(kind, 0))
         self._set_monitors(snapshots, now_ms)
         return generate_latest(self.registry)

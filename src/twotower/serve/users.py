@@ -18,9 +18,20 @@ import pyarrow as pa
 from twotower.features.bloom import FilterShape, Seen, hash_ids
 from twotower.features.store import FeatureStore
 from twotower.logs import Event, EventLog, Record
-from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of, is_deletion
-from twotower.logs.events import CLICK, IMPRESSION, ITEM, ITEMS, OUTCOMES, REQUEST, UNUSABLE, USER
-from twotower.logs.payload import MESSAGE, REASON, mark_of
+from twotower.logs.entities import Entity, after
+from twotower.logs.events import (
+    ITEM,
+    USER,
+    Click,
+    Content,
+    EntityDeleted,
+    EntityId,
+    EntityPut,
+    Impression,
+    LoggedRequest,
+    Unusable,
+)
+from twotower.logs.payload import mark_of
 from twotower.publish.overlay import EntityChanges
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -141,22 +152,21 @@ class RecentUsers:
         changed: dict[bytes, Recent] = {}
         put: dict[tuple[str, EntityId], Entity] = {}
         values: dict[bytes, bytes | None] = {}
-        unusable: dict[str, Record] = {}
+        unusable: dict[str, tuple[int, str]] = {}
         for record in records:
-            event = record.event
-            if event.type == UNUSABLE:
-                unusable.setdefault(event.body[REASON], record)
-                self._passed_over(event.body[REASON])
-            elif event.type in TYPES:
-                self._put(record, put, changed)
-                if event.type == USER and is_deletion(event):
+            event, said = record.event, record.event.content
+            if isinstance(said, Unusable):
+                unusable.setdefault(said.reason, (record.offset, said.message))
+                self._passed_over(said.reason)
+            elif isinstance(said, EntityPut | EntityDeleted):
+                self._put(record, said, put, changed)
+                if isinstance(said, EntityDeleted) and said.kind == USER:
                     values[_erase_key(event.user_id)] = orjson.dumps([partition, event.user_id, record.offset])
             else:
                 user_key = _user_key(event.user_id)
                 changed[user_key] = self._after(changed.get(user_key) or self.get(event.user_id), event)
-        for record in unusable.values():  # one line for each reason
-            why = record.event.body[MESSAGE]
-            _LOGGER.warning("partition %d, offset %d: an event is passed over: %s", partition, record.offset, why)
+        for offset, why in unusable.values():  # one line for each reason
+            _LOGGER.warning("partition %d, offset %d: an event is passed over: %s", partition, offset, why)
         last = records[-1]
         places = list(self._places)
         places[partition] = _Applied(last.offset, last.next_offset, mark_of(last.event))
@@ -199,20 +209,23 @@ class RecentUsers:
             raise DataError("; ".join(damaged))
         return number
 
-    def _put(self, record: Record, put: dict[tuple[str, EntityId], Entity], changed: dict[bytes, Recent]) -> None:
+    def _put(
+        self,
+        record: Record,
+        said: EntityPut | EntityDeleted,
+        put: dict[tuple[str, EntityId], Entity],
+        changed: dict[bytes, Recent],
+    ) -> None:
         """Take in a user or an item that was put or deleted; a deletion forgets all earlier events of a user."""
-        event, entity_id = record.event, entity_of(record.event)
-        if entity_id is None:
-            return
-        known = self._entities.items if event.type == ITEM else self._entities.users
-        before = put.get((event.type, entity_id), known.get(entity_id))
-        put[event.type, entity_id] = after(before, event, record.offset)
-        if event.type != ITEM and is_deletion(event):
-            changed[_user_key(entity_id)] = Recent()
+        kind, one = said.kind, said.entity_id
+        known = self._entities.items if kind == ITEM else self._entities.users
+        put[kind, one] = after(put.get((kind, one), known.get(one)), said, record.event.ts_ms, record.offset)
+        if kind == USER and isinstance(said, EntityDeleted):
+            changed[_user_key(one)] = Recent()
 
     def _after(self, recent: Recent, event: Event) -> Recent:
         """What is known of a user after one more event; impressions beyond the latest go into filters."""
-        clicked, shown = items_of(event)
+        clicked, shown = items_of(event.content)
         if not clicked and not shown:
             return recent
         clicks = (*recent.clicks, *((event.ts_ms, item) for item in clicked))
@@ -243,26 +256,19 @@ class RecentUsers:
         return True
 
 
-def items_of(event: Event) -> tuple[list[ItemId], list[ItemId]]:
+def items_of(said: Content) -> tuple[Sequence[ItemId], Sequence[ItemId]]:
     """The items that were clicked, and those that were shown, according to an event.
 
-    A click or an impression names `item_id` or packed `items`; a request has packed `items` and `outcomes`.
-
-    >>> body = {"items": [4, 5], "outcomes": ["clicked", "rank_rejected"]}
-    >>> items_of(Event("e", "request", 1, 1_700_000_000_000, body=body))
+    >>> items_of(LoggedRequest(items=[4, 5], outcomes=["clicked", "rank_rejected"]))
     ([4], [4])
     """
-    body = event.body
-    items = body.get(ITEMS, [body[c.ITEM_ID]] if c.ITEM_ID in body else [])
-    items = [item for item in items if type(item) in (int, str)] if isinstance(items, list) else []
-    if event.type == CLICK:
-        return items, []
-    if event.type == IMPRESSION:
-        return [], items
-    if event.type == REQUEST and isinstance(body.get(OUTCOMES), list):
-        pairs = list(zip(items, body[OUTCOMES], strict=False))
-        clicked = [item for item, outcome in pairs if outcome == c.CLICKED]
-        return clicked, [item for item, outcome in pairs if outcome in (c.CLICKED, c.IMPRESSED)]
+    match said:
+        case Click():
+            return said.items or [], []
+        case Impression():
+            return [], said.items or []
+        case LoggedRequest():
+            return said.ended(c.CLICKED), said.ended(c.CLICKED, c.IMPRESSED)
     return [], []
 
 

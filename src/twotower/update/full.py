@@ -18,8 +18,8 @@ from twotower.features.bloom import is_untrained
 from twotower.features.columns import Bag, take
 from twotower.features.feature_set import HISTORY
 from twotower.logs import EventLog
-from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of
-from twotower.logs.events import ITEM
+from twotower.logs.entities import Entity, after
+from twotower.logs.events import ITEM, EntityDeleted, EntityId, EntityPut
 from twotower.publish.overlay import EntityChanges
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
@@ -93,8 +93,10 @@ def read_entities(event_log: EventLog) -> EntityChanges:
         offset = 0
         while offset < end and (records := event_log.read(partition, offset, _EVENTS)):
             for place, event in ((record.offset, record.event) for record in records):
-                if event.type in TYPES and (one := entity_of(event)) is not None:
-                    found[event.type, one] = after(found.get((event.type, one)), event, place)
+                said = event.content
+                if isinstance(said, EntityPut | EntityDeleted):
+                    named = said.kind, said.entity_id
+                    found[named] = after(found.get(named), said, event.ts_ms, place)
             offset = records[-1].next_offset
     return EntityChanges(
         {one: entity for (kind, one), entity in found.items() if kind == ITEM},
