@@ -96,7 +96,7 @@ def spread(samples: Samples) -> Floats:
     An item's vector has a number for each user who clicked it, and length 1: no model decides what is alike.
     """
     clicks, shape = samples.clicks, (len(samples.users), len(samples.items))
-    clicked = sparse.csr_matrix((np.ones(len(clicks.item_row)), clicks.item_row, clicks.indptr), shape)
+    clicked = sparse.csr_matrix((np.ones(len(clicks.item_row)), clicks.item_row, clicks.indptr), shape, copy=True)
     clicked.sum_duplicates()
     clicked.data[:] = 1
     of_item, of_user = (np.maximum(np.asarray(clicked.sum(axis=axis)).ravel(), 1) for axis in (0, 1))

@@ -37,7 +37,7 @@ from twotower.pipeline.recorded import fixed_by_samples, fixed_by_training
 from twotower.publish.version import PRE_RANK, RANK, TWO_TOWER
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
-from twotower.train.loop import TrainReport
+from twotower.train.towers import TrainReport
 from twotower.worlds.world import SCENES, World
 from twotower_lab.ease import Ease
 from twotower_lab.experiments import Experiment
