@@ -57,15 +57,15 @@ Bools = npt.NDArray[np.bool_]
 K: Final = 20
 HOUR_MS: Final = 3_600_000
 LEAST: Final = 20
-"""Clicks that an hour must have to count."""
+"""An hour with fewer clicks does not count."""
 LOGGED: Final = 50
-"""Clicks that a request logs with it, at most."""
+"""A request logs at most this many clicks of its user."""
 LATER: Final = "later"
 """Folder of the events of the days to come."""
 STREAM: Final = "stream"
 """Folder of their shards."""
 JUDGED: Final = 40
-"""Users of an hour by whose truth a world is judged, at most."""
+"""In a world, at most this many users of an hour are judged by their truth."""
 AT_ONCE: Final = 1024
 EDGE_DAYS: Final = 10
 """Days at the beginning and at the end of a long time that are compared."""
@@ -85,9 +85,9 @@ class Later:
     before: pa.Table
     """Clicks of the days before, the columns that both have."""
     judged: Bools
-    """A first click of this user on this item: clicks on what was clicked before are no test."""
+    """(B,) whether it is this user's first click on this item; others are no test."""
     born_ms: Longs
-    """(N,) when each item is there from: in a log from the hour of its first click."""
+    """(N,) when each item begins: in a real log at the hour of its first click."""
     item_ids: pa.Array
     """(N,) of the workspace."""
     days: list[str]
@@ -129,8 +129,8 @@ def set_aside(workspace: Path, days: int, world: World | None) -> Later:
 
     Args:
         workspace: of a log.
-        days: so many.
-        world: in which it was simulated: there every item is born at its time; elsewhere when it is first clicked.
+        days: how many.
+        world: in which it was simulated; None = a real log, whose items begin at their first click.
 
     Raises:
         DataError: there are no more days than these.
@@ -232,7 +232,7 @@ def replay(
 
     Returns:
         By measure the hours with enough clicks (H,): `recall@20` of first clicks of a user on an item, and of a world
-        `true_recall@20`. Of a long time also single numbers, see `_edges`. And facts of the arm.
+        `true_recall@20`; for many days also single numbers, see `_edges`. And facts of the arm.
     """
     workspace = Path(settings.workspace.path)
     score = _Score(np.zeros(len(later.ts_ms), np.bool_))
