@@ -29,6 +29,7 @@ from twotower.evaluate.calibration import auc, auc_within
 from twotower.evaluate.ranking import read_shown, user_auc
 from twotower.pipeline.line import evaluate_rankers, make_samples, places, train_model
 from twotower.samples.read import Samples, open_samples
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower.worlds.world import SCENES
 
@@ -64,7 +65,9 @@ def main() -> None:
                 found["kuairand"].append(one_run("kuairand", "kuairand.toml", workspace, seed))
         for seed in range(arguments.seeds):
             workspace = Path(folder, f"world{seed}")
-            simulate_workspace(workspace, arguments.users, arguments.items, arguments.days, seed)
+            simulate_workspace(
+                workspace, WorldOptions(users=arguments.users, items=arguments.items, days=arguments.days, seed=seed)
+            )
             found["world"].append(one_run("world", "demo.toml", workspace, seed))
     result = {
         "benchmark": "pre-ranker and ranker",

@@ -35,10 +35,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
     """The configuration of a tiny simulated workspace, trained, published and promoted; it is only read."""
     from twotower.config import load
     from twotower.pipeline.line import run_line  # torch and Ibis take seconds to load, and most tests need neither
+    from twotower.worlds.options import WorldOptions
     from twotower.worlds.simulate import simulate_workspace
 
     path = tmp_path_factory.mktemp("world") / "workspace"
-    simulate_workspace(path, users=300, items=300, days=3, seed=1)
+    simulate_workspace(path, WorldOptions(users=300, items=300, days=3, seed=1))
     overrides = [f"workspace.path={path}", *TRAINED]
     settings = load(Path(__file__).parents[1] / "examples" / "demo.toml", overrides)
     run_line(settings, promoted=True)

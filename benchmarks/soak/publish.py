@@ -24,6 +24,7 @@ from pathlib import Path
 from twotower.config import Settings, parse
 from twotower.pipeline.line import make_samples, places, publish_version, train_model
 from twotower.publish.publish import current, list_versions, verify
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 KEPT = 3
@@ -74,7 +75,7 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, int | float]:
     """Kill `kills` children; counts of what happened."""
     generator = random.Random(seed)
     workspace = folder / "workspace"
-    simulate_workspace(workspace, users=100, items=100, days=2, seed=0)
+    simulate_workspace(workspace, WorldOptions(users=100, items=100, days=2, seed=0))
     settings = configuration(workspace)
     make_samples(settings)
     train_model(settings)

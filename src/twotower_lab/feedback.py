@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.config.settings import Settings
-from twotower.datasets.tables import DAY_MS
 from twotower.datasets.workspace import EVENTS, open_workspace
 from twotower.evaluate.metrics import score_lists
 from twotower.features.columns import Bag, pointers
 from twotower.publish.version import Version
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import DataError
 from twotower.schema.files import whole_file
 from twotower.serve.funnel import Sizes, recommend
@@ -78,7 +78,7 @@ class Site:
                 ts_ms,
                 self.window_ms,
                 self.sizes,
-                f"{self.world.seed}/{requests.number[place]}",
+                f"{self.world.options.seed}/{requests.number[place]}",
             )
             items = [one.item_id for one in served.page.items]
             self.shown.setdefault(user, []).extend((ts_ms, item) for item in items)
@@ -236,7 +236,7 @@ def _recalls(world: World, clicks: Clicks, version: Version) -> dict[str, float]
     owner = pairs // len(item)
     truth = Bag(pointers(np.bincount(owner, minlength=len(user))), (pairs % len(item)).astype(np.int32))
     logged = score_lists(found, truth, np.ones(len(item), np.int64), [K]).values[f"recall@{K}"]
-    clicked = np.zeros((len(world.truth.taste), len(world.truth.item_vector)), np.bool_)
+    clicked = np.zeros((len(world.truth.people.taste), len(world.truth.catalogue.vector)), np.bool_)
     known = np.repeat(world.user_rows(version.users.ids), np.diff(stored.indptr))
     clicked[known, item[stored.item_row]] = True
     listed = np.where(found == NOTHING, NOTHING, item[found])

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.truth import evaluate_by_truth, page_clicks, true_recall
 from twotower.worlds.world import NOTHING, Requests, World, make_world
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @cache
 def small() -> World:
-    return make_world(users=50, items=120, days=2, seed=0)
+    return make_world(WorldOptions(users=50, items=120, days=2, seed=0))
 
 
 def asked(count: int = 12) -> tuple[np.ndarray, np.ndarray]:

@@ -80,7 +80,7 @@ class Site:
         users = self.world.users(self.world.horizon - 1).take(pa.array(requests.user)).to_pylist()
         for place, user in enumerate(users):
             number, row = int(requests.number[place]), int(requests.user[place])
-            came_later = self.world.truth.start_day[row] >= self.world.days
+            came_later = self.world.truth.people.start_day[row] >= self.world.options.days
             values = {"hour": int(requests.hour[place]), "scene": SCENES[requests.scene[place]]}
             found = self._send(
                 "POST",
@@ -174,7 +174,7 @@ def visit_server(
     features = [name for name in settings.features.user if name in world.users(0).column_names and name != c.USER_ID]
     context = [name for name in settings.features.context if name in ("hour", "scene")]
     site = Site(url.rstrip("/"), world, page, features, context)
-    born = world.items(day).slice(world.items(max(day - 1, world.days - 1)).num_rows)
+    born = world.items(day).slice(world.items(max(day - 1, world.options.days - 1)).num_rows)
     if put:
         site.put(born)
     visited = visit(world, day, site.answer, site.tell, requests=requests, window_ms=1)

@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.datasets.options import ImportOptions
 from twotower.datasets.sources import find_files, read_table, read_tables
 from twotower.datasets.tables import Source, check_codes, plain
 from twotower.schema import columns as c
-from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.errors import DataError
 from twotower.schema.tables import as_ids
 
 NAME: Final = "kuairand"
@@ -34,22 +35,15 @@ _VIDEO_CODES: Final = ("visible_status", "music_type")
 """Codes that the source stores as floats, because some are missing; so it does with some `onehot_feat*`."""
 
 
-def read_kuairand(src: Path, positive: str) -> Source:
+def read_kuairand(src: Path, _: ImportOptions) -> Source:
     """Read a folder with `log_*.parquet`, `users`, `videos` and `user_history_before_*.parquet`.
 
     Every impression is an event, clicked if `is_click`. The log's own `date` is the day of the app (UTC+8, and up to an
     hour off `time_ms` around midnight); hold-outs by date read it.
 
-    Args:
-        src: the folder.
-        positive: `all`: every click. There are no ratings.
-
     Raises:
-        ConfigError: another `positive`.
         DataError: files or columns are missing, or are not of their form.
     """
-    if positive != "all":
-        raise ConfigError(f"--positive {positive}: {NAME} has clicks, no ratings; use `all`")
     read = read_tables(find_files(src, pattern="log_*"), _LOG)
     log = plain(read.rows, NAME)
     check_codes(log, [c.OUTCOME, DAY, HOUR], f"{src}, the log")

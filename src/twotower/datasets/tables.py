@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.datasets.sources import UNTYPED, SourceColumn
+from twotower.features.bloom import mixed
 from twotower.schema import columns as c
-from twotower.schema.clock import ClockMs, now_ms
+from twotower.schema.clock import DAY_MS, ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import (
     EARLIEST_MS,
@@ -30,8 +31,6 @@ from twotower.schema.tables import (
     require_columns,
 )
 from twotower.schema.tables import holdout as holdout_schema
-
-DAY_MS: Final = 86_400_000
 
 
 def end_of_day(day: str) -> int:
@@ -257,21 +256,11 @@ def _representable(kind: pa.DataType) -> bool:
         return not pa.types.is_nested(kind.value_type) and _representable(kind.value_type)
     if pa.types.is_dictionary(kind):
         return _representable(kind.value_type)
-    return any(
-        test(kind)
-        for test in (
-            pa.types.is_null,
-            pa.types.is_boolean,
-            pa.types.is_integer,
-            pa.types.is_floating,
-            pa.types.is_decimal,
-            pa.types.is_date,
-            pa.types.is_timestamp,
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_string_view,
-        )
-    )
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_decimal(kind):
+        return True
+    if pa.types.is_time(kind) or pa.types.is_duration(kind) or pa.types.is_interval(kind):
+        return False
+    return pa.types.is_primitive(kind) or pa.types.is_null(kind) or pa.types.is_string(kind)
 
 
 def assemble(
@@ -320,7 +309,7 @@ def assemble(
         ts_ms = _rising(rows, source.requests_have_rows)
         order = pa.array(np.argsort(ts_ms, kind="stable"))  # rows are by user: ties of users stay in order
         instants = rows[c.TS_MS].take(order)
-        rows = _replace(rows, c.TS_MS, pa.chunked_array([ts_ms])).take(order)
+        rows = replaced(rows, c.TS_MS, pa.chunked_array([ts_ms])).take(order)
     if not pc.any(pc.equal(rows[c.OUTCOME], c.CLICKED)).as_py():
         least = "" if source.minimum is None else f" with --positive {source.minimum:g}"
         raise DataError(f"{where}: none of {rows.num_rows} rows is a positive{least}")
@@ -473,14 +462,14 @@ def _usable(table: pa.Table, source: Source, where: str, now_ms: int, dropped: D
     table = dropped.drop(table, pc.or_(_no_id(table[c.USER_ID]), _no_id(table[c.ITEM_ID])), NULL_ID)
     _refuse_empty(table, where, dropped)
     for name in (c.USER_ID, c.ITEM_ID):
-        table = _replace(table, name, as_ids(table[name], f"{where}, column {name}"))
+        table = replaced(table, name, as_ids(table[name], f"{where}, column {name}"))
     if c.TS_MS in table.column_names:
         table = _with_times(table, source.day, where, now_ms, dropped)
     table = _with_weight(table, source.minimum, where, dropped)
     _refuse_empty(table, where, dropped)
     for name, kind in KNOWN_TYPES.items():
         if name in table.column_names:
-            table = _replace(table, name, _as_known(table[name], kind, f"{where}, column {name}"))
+            table = replaced(table, name, _as_known(table[name], kind, f"{where}, column {name}"))
     return _with_outcome(table, source.minimum, where)
 
 
@@ -567,7 +556,7 @@ def _with_weight(table: pa.Table, minimum: float | None, where: str, dropped: Dr
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         shown = _first_shown(table[c.WEIGHT])
         raise DataError(f"{where}: the weight or rating is of type {kind}, such as {shown}; a number is due")
-    table = _replace(table, c.WEIGHT, table[c.WEIGHT].cast(pa.float32(), safe=False))
+    table = replaced(table, c.WEIGHT, table[c.WEIGHT].cast(pa.float32(), safe=False))
     finite = pc.fill_null(pc.is_finite(table[c.WEIGHT]), False)
     return dropped.drop(table, pc.invert(finite), BAD_RATING)
 
@@ -651,17 +640,9 @@ def _ordered(rows: pa.Table, source: Source, where: str, dropped: Dropped) -> pa
 
 
 def tie_hash(user_id: pa.ChunkedArray, item_id: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """A number (N,) for each pair of ids, of the pair alone and in no order of ids (SplitMix64, Steele et al. 2014)."""
-    value = _scrambled(_numbers(user_id)) + _numbers(item_id)
-    return (_scrambled(value) >> np.uint64(1)).astype(np.int64)
-
-
-def _scrambled(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    scrambled: npt.NDArray[np.uint64] = value ^ (value >> np.uint64(31))
-    return scrambled
+    """A number (N,) for each pair of ids, of the pair alone and in no order of ids."""
+    value = mixed(_numbers(user_id)) + _numbers(item_id)
+    return (mixed(value) >> np.uint64(1)).astype(np.int64)
 
 
 def _numbers(ids: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
@@ -743,5 +724,6 @@ def _test_positives(test: pa.Table, dropped: Dropped) -> pa.Table:
     return dropped.drop(pairs, pa.array(same), DUPLICATE_EVENT)
 
 
-def _replace(table: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
+def replaced(table: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
+    """The table with another column in the place of that name."""
     return table.set_column(table.schema.get_field_index(name), name, column)

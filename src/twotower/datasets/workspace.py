@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.datasets.holdout import Split
-from twotower.datasets.tables import DAY_MS, Tables
+from twotower.datasets.tables import Tables
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import parquet_files, whole_folder, write_json
 

@@ -23,9 +23,8 @@ from typing import Final
 
 import pyarrow as pa
 
-from twotower.datasets.tables import DAY_MS
 from twotower.logs import EventLog
-from twotower.schema.clock import day_of
+from twotower.schema.clock import DAY_MS, day_of
 from twotower.schema.errors import DataError
 from twotower.schema.files import TEMPORARY, read_json, sha256, whole_file, write_json
 from twotower.stream.clock import Clock, JoinProgress

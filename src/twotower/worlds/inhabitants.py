@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from twotower.schema import columns as c
 from twotower.worlds import words
+from twotower.worlds.arrays import Bools, Floats, Ints
 from twotower.worlds.natures import Nature
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 DIMENSION: Final = 16
 TASTE_NORM: Final = 4.5

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from twotower.channels.retriever import Retriever
@@ -19,11 +18,8 @@ from twotower.evaluate.holdout import figure, held_out, ranked
 from twotower.evaluate.metrics import PerUser, difference, summarise
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
+from twotower.worlds.arrays import Bools, Floats, Ints
 from twotower.worlds.world import NOTHING, Requests, World
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 WANTED: Final = 50
 """How many of the items that a user likes best are looked for."""
@@ -91,14 +87,14 @@ def evaluate_by_truth(
 def first_times(holdout: Path, world: World) -> Ints:
     """(U,) the time of each user's first held-out click."""
     table = read_held_out(holdout, [c.USER_ID, c.TS_MS]).rows
-    first = np.full(len(world.truth.taste), np.iinfo(np.int64).max)
+    first = np.full(len(world.truth.people.taste), np.iinfo(np.int64).max)
     np.minimum.at(first, world.user_rows(table[c.USER_ID]), table[c.TS_MS].to_numpy())
     return first
 
 
 def clicked_by(samples: Samples, world: World, item: Ints) -> Bools:
     """(U, N) what each user of the world has clicked."""
-    clicked = np.zeros((len(world.truth.taste), len(world.truth.item_vector)), np.bool_)
+    clicked = np.zeros((len(world.truth.people.taste), len(world.truth.catalogue.vector)), np.bool_)
     user = np.repeat(world.user_rows(samples.users.ids), np.diff(samples.clicks.indptr))
     clicked_item = item[samples.clicks.item_row]
     known = clicked_item != NOTHING  # a server's own items are not of the world
@@ -129,7 +125,7 @@ def true_recall(
         clicked: (U, N) items that are not wanted again; absent = none.
     """
     wanted = world.top(user, ts_ms, n, clicked)
-    size = len(world.truth.birth_day)
+    size = len(world.truth.catalogue.birth_day)
     owner = np.arange(len(user))[:, None] * size
     hit = np.isin(owner + lists, (owner + wanted)[wanted != NOTHING]) & (lists != NOTHING)
     possible = np.maximum((wanted != NOTHING).sum(axis=1), 1)
