@@ -29,8 +29,10 @@ import torch
 
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.features.columns import Bag, ranges
-from twotower.pipeline.line import make_samples, places
+from twotower.pipeline.line import make_samples
+from twotower.pipeline.places import places
 from twotower.samples.read import Samples, open_samples
 from twotower.towers.losses import Mask, sampled_softmax, shared_loss
 from twotower.train.batches import fed_frequency
@@ -62,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = load(CONFIG, [f"workspace.path={folder}/workspace", *FEATURES])
         workspace = places(settings).workspace
-        import_dataset("movielens-1m", arguments.data, workspace, "time:0.9", None, "4", None)
+        import_dataset("movielens-1m", arguments.data, workspace, ImportOptions(holdout="time:0.9", positive="4"))
         make_samples(settings)
         rows = Path(folder) / "rows.npz"
         export(open_samples(workspace / "samples"), rows)

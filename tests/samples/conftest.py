@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.features.options import Features
-from twotower.samples import build_samples, open_samples
-from twotower.samples.read import Samples
+from twotower.samples.build import build_samples
+from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 
 TYPES: dict[str, pa.DataType] = {

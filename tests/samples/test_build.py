@@ -14,9 +14,8 @@ from twotower.features.bloom import is_untrained
 from twotower.features.columns import Bag
 from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Vector
 from twotower.samples import build as module
-from twotower.samples import build_samples, open_samples
-from twotower.samples.build import SamplesReport
-from twotower.samples.read import Samples
+from twotower.samples.build import SamplesReport, build_samples
+from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import check_listing

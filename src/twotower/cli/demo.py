@@ -18,7 +18,8 @@ from twotower.config.load import load
 from twotower.config.settings import Settings
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
-from twotower.pipeline.line import places, run_line
+from twotower.pipeline.line import run_line
+from twotower.pipeline.places import places
 from twotower.pipeline.serving import serve
 from twotower.schema.errors import ConfigError, TwotowerError
 from twotower.serve.run import Address

@@ -25,10 +25,11 @@ from typing import Final, NamedTuple
 
 import google_crc32c
 
+from twotower.logs.events import Event
 from twotower.logs.former import former_partitions, former_records, remove_former
 from twotower.logs.partition import digest, partition_of
 from twotower.logs.payload import erased_payload, payload_of, record_of, user_of
-from twotower.logs.protocol import Ack, Event, EventLogError, Record, Sync, check_range
+from twotower.logs.protocol import Ack, EventLogError, Record, Sync, check_range
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import sync_file, sync_folder
