@@ -263,11 +263,7 @@ def _representable(kind: pa.DataType) -> bool:
     return pa.types.is_primitive(kind) or pa.types.is_null(kind) or pa.types.is_string(kind)
 
 
-def assemble(
-    source: Source,
-    until: datetime.date | None = None,
-    clock_ms: ClockMs = now_ms,
-) -> Tables:
+def assemble(source: Source, until: datetime.date | None = None, clock_ms: ClockMs = now_ms) -> Tables:
     """Check what an importer found and bring it into the common form.
 
     Rows of events that cannot be used are dropped and counted; anything wrong with a whole column, with the users or
@@ -285,11 +281,9 @@ def assemble(
             users or items, ids are integers in one table and strings in another, there are fewer than two items, or
             no event or no positive is left.
     """
-    dropped = Dropped()
-    now_ms = clock_ms()
-    where = f"{source.name} events"
-    given_source, source = source, _with_agreed_ids(source)
-    source, left_out = _without_unusable_columns(source)
+    dropped, now_ms, where = Dropped(), clock_ms(), f"{source.name} events"
+    given_source = source
+    source, left_out = _without_unusable_columns(_with_agreed_ids(source))
     rows = _usable(source.events, source, where, now_ms, dropped)
     if until is not None:
         rows = _until(rows, until, source, dropped)
@@ -302,14 +296,7 @@ def assemble(
     rows = _known(rows, users, items, where, dropped)
     _refuse_empty(rows, where, dropped)
 
-    rows = _ordered(rows, source, where, dropped)
-    timed = c.TS_MS in rows.column_names
-    instants = None
-    if timed:
-        ts_ms = _rising(rows, source.requests_have_rows)
-        order = pa.array(np.argsort(ts_ms, kind="stable"))  # rows are by user: ties of users stay in order
-        instants = rows[c.TS_MS].take(order)
-        rows = replaced(rows, c.TS_MS, pa.chunked_array([ts_ms])).take(order)
+    rows, instants = _by_time(_ordered(rows, source, where, dropped), source.requests_have_rows)
     if not pc.any(pc.equal(rows[c.OUTCOME], c.CLICKED)).as_py():
         least = "" if source.minimum is None else f" with --positive {source.minimum:g}"
         raise DataError(f"{where}: none of {rows.num_rows} rows is a positive{least}")
@@ -330,6 +317,17 @@ def assemble(
         columns=_columns_report(given_source, source, left_out),
         not_read=source.not_read,
     )
+
+
+def _by_time(rows: pa.Table, requests_have_rows: bool) -> tuple[pa.Table, pa.ChunkedArray | None]:
+    """Rows in the order of time, with times that rise within each user, and the times of the source; None if it has
+    none.
+    """
+    if c.TS_MS not in rows.column_names:
+        return rows, None
+    ts_ms = _rising(rows, requests_have_rows)
+    order = pa.array(np.argsort(ts_ms, kind="stable"))  # rows are by user: ties of users stay in order
+    return replaced(rows, c.TS_MS, pa.chunked_array([ts_ms])).take(order), rows[c.TS_MS].take(order)
 
 
 def _with_agreed_ids(source: Source) -> Source:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from twotower.schema import columns as c
@@ -136,31 +137,36 @@ def draw_items(first_row: int, birth_day: Ints, culture: Culture, nature: Nature
     log_price = 0.8 * rng.standard_normal(count)
     price = np.round(np.exp(log_price + culture.price_level[category]), 2)
     quality = nature.quality_std * rng.standard_normal(count) + PRICE_EFFECT * log_price
-
-    adjective = rng.integers(0, len(words.ADJECTIVES), count)
-    noun = _NOUNS[category, rng.integers(0, _NOUNS.shape[1], count)]
-    ending = rng.integers(0, len(words.ENDINGS), count)
-    tags = [
-        "|".join([*mine[:own], *([words.SHARED_TAGS[shared]] if shared < len(words.SHARED_TAGS) else [])])
-        for mine, own, shared in zip(
-            _TAGS[category[:, None], order].tolist(), has_tag.sum(axis=1).tolist(), shared_tag.tolist(), strict=True
-        )
-    ]
-    titles = [
-        f"The {words.ADJECTIVES[first]} {second} {words.ENDINGS[third]}"
-        for first, second, third in zip(adjective.tolist(), noun.tolist(), ending.tolist(), strict=True)
-    ]
     table = pa.table(
         {
             c.ITEM_ID: pa.array([f"i{row:06d}" for row in range(first_row, first_row + count)], pa.string()),
-            "title": pa.array(titles, pa.string()),
+            "title": pa.array(_titles(category, rng), pa.string()),
             "category": strings(NAMES, category),
-            "tags": pa.array(tags, pa.string()),
+            "tags": pa.array(_tags(_TAGS[category[:, None], order], has_tag.sum(axis=1), shared_tag), pa.string()),
             "author": pa.array([words.author_name(row) for row in author.tolist()], pa.string()),
             "price": pa.array(price, pa.float64(), mask=rng.random(count) < 0.06),
         }
     )
     return Items(table, vector, quality, category, birth_day)
+
+
+def _titles(category: Ints, rng: np.random.Generator) -> list[str]:
+    count = len(category)
+    adjective = rng.integers(0, len(words.ADJECTIVES), count)
+    noun = _NOUNS[category, rng.integers(0, _NOUNS.shape[1], count)]
+    ending = rng.integers(0, len(words.ENDINGS), count)
+    return [
+        f"The {words.ADJECTIVES[first]} {second} {words.ENDINGS[third]}"
+        for first, second, third in zip(adjective.tolist(), noun.tolist(), ending.tolist(), strict=True)
+    ]
+
+
+def _tags(names: npt.NDArray[np.str_], own: Ints, shared: Ints) -> list[str]:
+    """The first `own` names of each item, and the tag that all categories share, where it is one."""
+    return [
+        "|".join([*mine[:many], *words.SHARED_TAGS[place : place + 1]])
+        for mine, many, place in zip(names.tolist(), own.tolist(), shared.tolist(), strict=True)
+    ]
 
 
 def draw_users(first_row: int, start_day: Ints, culture: Culture, nature: Nature, rng: np.random.Generator) -> Users:

@@ -301,26 +301,10 @@ def _one_step(
     rng: np.random.Generator,
 ) -> _Rows:
     """Run requests of different users, numbered by `step`, through sources, pre-ranker, ranker, page and clicks."""
-    user = requests.user[:, None]
-    item = _candidates(category_edges[user[:, 0]], shelf, rng)  # (R, K), as are all grids below
-    channel = np.broadcast_to(np.repeat(np.arange(len(CHANNELS)), SOURCE_SIZES), item.shape)
-    utility = world.truth.utility(user, item, requests.ts_ms[:, None], requests.scene[:, None])
-
-    # the pre-ranker; an item drawn twice counts once, for its first source
-    real = ~_repeated(item)
-    view = utility + PRE_RANK_NOISE * rng.standard_normal(item.shape)
-    order = np.argsort(np.where(real, -view, np.inf), axis=1, kind="stable")
-    item, channel, utility, real = _reordered(order, item, channel, utility, real)
-    column = np.arange(item.shape[1])
-    kept = real & (column < PRE_RANK_KEEPS)
-
-    # the ranker orders what is left; the others stay behind it
-    score = np.where(kept, utility + RANK_NOISE * rng.standard_normal(item.shape), np.nan)
-    order = np.argsort(np.where(kept, -score, np.inf), axis=1, kind="stable")
-    item, channel, utility, real, kept, score = _reordered(order, item, channel, utility, real, kept, score)
+    item, channel, real, kept, score = _ranked(requests, world.truth, shelf, category_edges, rng)
 
     # the page: the first ones that the user has not clicked yet
-    free = kept & ~clicked[user, item]
+    free = kept & ~clicked[requests.user[:, None], item]
     place = np.cumsum(free, axis=1)
     shown = free & (place <= SHOWN)
     position = np.where(shown, place, 0)
@@ -329,7 +313,7 @@ def _one_step(
     delay = np.where(shown, np.take_along_axis(world.clicks(requests, pages), np.maximum(position, 1) - 1, axis=1), 0)
 
     rejected = real & ~kept
-    tail = kept & ~shown & (column >= RANK_TAIL)
+    tail = kept & ~shown & (np.arange(item.shape[1]) >= RANK_TAIL)
     not_shown = kept & ~shown & ~tail
     logged = (
         shown
@@ -347,6 +331,33 @@ def _one_step(
         channel=channel[logged],
         click_delay_ms=delay[logged],
     )
+
+
+def _ranked(
+    requests: Requests, truth: Preferences, shelf: _Shelf, category_edges: Floats, rng: np.random.Generator
+) -> list[npt.NDArray[Any]]:
+    """Candidates in the order of pre-ranker and ranker.
+
+    Returns:
+        (R, K) each: items, their channels, whether an item stands there for the first time, whether the pre-ranker
+        kept it, and the ranker's score.
+    """
+    user = requests.user[:, None]
+    item = _candidates(category_edges[requests.user], shelf, rng)
+    channel = np.broadcast_to(np.repeat(np.arange(len(CHANNELS)), SOURCE_SIZES), item.shape)
+    utility = truth.utility(user, item, requests.ts_ms[:, None], requests.scene[:, None])
+
+    # the pre-ranker; an item drawn twice counts once, for its first source
+    real = ~_repeated(item)
+    view = utility + PRE_RANK_NOISE * rng.standard_normal(item.shape)
+    order = np.argsort(np.where(real, -view, np.inf), axis=1, kind="stable")
+    item, channel, utility, real = _reordered(order, item, channel, utility, real)
+    kept = real & (np.arange(item.shape[1]) < PRE_RANK_KEEPS)
+
+    # the ranker orders what is left; the others stay behind it
+    score = np.where(kept, utility + RANK_NOISE * rng.standard_normal(item.shape), np.nan)
+    order = np.argsort(np.where(kept, -score, np.inf), axis=1, kind="stable")
+    return _reordered(order, item, channel, real, kept, score)
 
 
 def _event_table(requests: Requests, rows: _Rows, user_id: pa.ChunkedArray, item_id: pa.ChunkedArray) -> pa.Table:
