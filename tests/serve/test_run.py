@@ -76,7 +76,7 @@ def test_a_server_says_where_it_is_answers_what_it_began_and_ends_with_0(
     assert second.line == ""
     second.process.wait(20)
     assert second.process.returncode == 1
-    assert "is open in another writer: a log has one at a time" in second.process.stderr.read()
+    assert "is in use by another process" in second.process.stderr.read()
 
     address = urlsplit(server.ready["url"])
     body = json.dumps({"k": 5}).encode()

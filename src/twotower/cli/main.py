@@ -80,7 +80,7 @@ def import_(
         str | None, typer.Option(help="time:Q, since:DATE, leave-one-out, pause:DAYS or, without time, random:SHARE")
     ] = None,
     test: Annotated[Path | None, typer.Option(help="A file of held-out positives.")] = None,
-    positive: Annotated[str, typer.Option(help="all, or the least rating that counts.")] = "all",
+    positive: Annotated[str, typer.Option(help="all, or the lowest rating that counts.")] = "all",
     until: Annotated[str | None, typer.Option(help="Last day to read, YYYY-MM-DD.")] = None,
     users: Annotated[Path | None, typer.Option(help="interactions: a table of users.")] = None,
     items: Annotated[Path | None, typer.Option(help="interactions: a table of items.")] = None,

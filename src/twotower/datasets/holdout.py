@@ -2,8 +2,8 @@
 
 Everything from the held-out period leaves the training events, not only its positives: an impression after the last
 click tells of that click. Held-out positives of a user and an item that training knows are the test; the others are
-kept apart with their reason. A pair that the user already clicked in training stays in the test: leaving out what was
-clicked is a choice of whoever recommends, not of the data.
+kept apart with their reason. A pair that the user already clicked in training stays in the test: whether to leave out
+what was clicked is decided when recommending.
 """
 
 import datetime

@@ -49,7 +49,7 @@ def read_kuairand(src: Path, _: ImportOptions) -> Source:
     check_codes(log, [c.OUTCOME, DAY, HOUR], f"{src}, the log")
     click = log[c.OUTCOME]
     if not set(pc.unique(click).to_pylist()) <= {0, 1}:
-        raise DataError(f"{src}: is_click holds {pc.unique(click).to_pylist()[:5]}, where 0 and 1 are due")
+        raise DataError(f"{src}: is_click holds {pc.unique(click).to_pylist()[:5]}, expected 0 and 1")
     replaced = {
         c.OUTCOME: pc.if_else(pc.equal(click, 1), c.CLICKED, c.IMPRESSED),
         DAY: _days(log[DAY], src),
@@ -85,7 +85,7 @@ def _users(people: pa.Table, src: Path) -> pa.Table:
         return users  # refused with the other checks
     if not pa.types.is_list(history.schema.field(PRIOR_HISTORY).type):
         kind = history.schema.field(PRIOR_HISTORY).type
-        raise DataError(f"{src}: watch_seq is of type {kind}, where lists of videos are due")
+        raise DataError(f"{src}: watch_seq is of type {kind}, expected lists of videos")
     ids = [
         as_ids(table[c.USER_ID], f"{src}, user_id of {name}")
         for table, name in ((users, "users"), (history, "histories"))

@@ -88,7 +88,7 @@ class Source:
     test: pa.Table | None = None
     """Held-out events given by the user: `user_id`, `item_id`, where known `ts_ms`, `outcome`, `weight`."""
     minimum: float | None = None
-    """Least weight of a positive; absent = all."""
+    """Lowest weight of a positive; absent = all."""
     order: tuple[str, ...] = ()
     """Columns that order a user's events more finely than the clock does."""
     day: str | None = None
@@ -181,7 +181,7 @@ class Tables:
 
 
 def parse_positive(text: str) -> float | None:
-    """Read `--positive`: the least rating of a positive, or None for `all`.
+    """Read `--positive`: the lowest rating of a positive, or None for `all`.
 
     Raises:
         ConfigError: neither `all` nor a finite number.
@@ -196,7 +196,7 @@ def parse_positive(text: str) -> float | None:
     except ValueError:
         minimum = np.nan
     if not np.isfinite(minimum):
-        raise ConfigError(f"--positive {text}: give `all`, or the least rating of a positive, such as 4")
+        raise ConfigError(f"--positive {text}: give `all`, or the lowest rating of a positive, such as 4")
     return minimum
 
 
@@ -232,8 +232,8 @@ def check_codes(table: pa.Table, names: Sequence[str], where: str, text: bool = 
     for name in names:
         kind = table.schema.field(name).type
         if not (pa.types.is_integer(kind) or pa.types.is_null(kind) or (text and pa.types.is_string(kind))):
-            due = "integers or text are" if text else "integers are"
-            raise DataError(f"{where}, column {name} is of type {kind}, where {due} due")
+            expected = "integers or text" if text else "integers"
+            raise DataError(f"{where}, column {name} is of type {kind}, expected {expected}")
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
@@ -414,7 +414,7 @@ def _refuse_alike(names: Sequence[str], where: str) -> None:
     for name in names:
         other = seen.setdefault(name.lower(), name)
         if other != name or names.count(name) > 1:
-            raise DataError(f"{where}: the names {other} and {name} differ in case alone: rename one column")
+            raise DataError(f"{where}: the names {other} and {name} differ only in case: rename one column")
 
 
 def number(events: pa.Table) -> pa.Table:
@@ -497,7 +497,7 @@ def _with_times(table: pa.Table, day: str | None, where: str, now_ms: int, dropp
     for value in sorted(wrong.to_pylist()):
         likely = mistaken_time(value, now_ms)
         if value < EARLIEST_MS or "looks like" in str(likely):
-            raise DataError(f"{where}, column {c.TS_MS} holds {value}, where milliseconds since 1970 are due; {likely}")
+            raise DataError(f"{where}, column {c.TS_MS} holds {value}, expected milliseconds since 1970; {likely}")
     if day is not None and day in table.column_names:
         # a calendar is at most 14 hours ahead of UTC
         tomorrow = datetime.date(1970, 1, 1) + datetime.timedelta(days=now_ms // DAY_MS + 1)
@@ -525,9 +525,9 @@ def _as_known(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.Chun
             pass
     if column.null_count == len(column):
         return pa.chunked_array([pa.nulls(len(column), kind)])
-    due = {pa.int32(): "whole numbers", pa.float32(): "numbers"}.get(kind, "text")
+    expected = {pa.int32(): "whole numbers", pa.float32(): "numbers"}.get(kind, "text")
     raise DataError(
-        f"{where} is of type {column.type}, such as {_first_shown(column)}, where {due} are due: mend it, or rename it "
+        f"{where} is of type {column.type}, such as {_first_shown(column)}, expected {expected}: mend it, or rename it "
         "if it is something else"
     )
 
@@ -553,7 +553,7 @@ def _with_weight(table: pa.Table, minimum: float | None, where: str, dropped: Dr
     kind = table.schema.field(c.WEIGHT).type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         shown = _first_shown(table[c.WEIGHT])
-        raise DataError(f"{where}: the weight or rating is of type {kind}, such as {shown}; a number is due")
+        raise DataError(f"{where}: the weight or rating is of type {kind}, such as {shown}; expected a number")
     table = replaced(table, c.WEIGHT, table[c.WEIGHT].cast(pa.float32(), safe=False))
     finite = pc.fill_null(pc.is_finite(table[c.WEIGHT]), False)
     return dropped.drop(table, pc.invert(finite), BAD_RATING)
@@ -613,7 +613,7 @@ def _ordered(rows: pa.Table, source: Source, where: str, dropped: Dropped) -> pa
 
     The hash is of user and item: an order by ids would make the newest item of a catalogue the last one of every tie.
     Rows of a request stand beside each other. Without a time a user and an item are one interaction: a row that is a
-    click stays, of these that of most weight.
+    click stays, of several the one of most weight.
     """
     require_columns(rows, source.order, where)
     timed = c.TS_MS in rows.column_names
@@ -638,7 +638,7 @@ def _ordered(rows: pa.Table, source: Source, where: str, dropped: Dropped) -> pa
 
 
 def tie_hash(user_id: pa.ChunkedArray, item_id: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """A number (N,) for each pair of ids, of the pair alone and in no order of ids."""
+    """A number (N,) for each pair of ids, which depends on nothing else and is in no order of ids."""
     value = mixed(_numbers(user_id)) + _numbers(item_id)
     return (mixed(value) >> np.uint64(1)).astype(np.int64)
 

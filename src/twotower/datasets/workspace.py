@@ -202,7 +202,7 @@ def write_workspace(
 
 
 def _write_events(events: pa.Table, folder: Path) -> None:
-    """One file a day of UTC; the date is the folder's name alone."""
+    """One file a day of UTC; only the folder's name has the date."""
     if events[c.REQUEST_TS_MS].null_count == events.num_rows:
         _write(events, folder / f"{c.DATE}={c.UNKNOWN_DATE}" / "part-0.parquet")
         return

@@ -84,7 +84,7 @@ class Users:
 
 
 def draw_culture(items: int, rng: np.random.Generator) -> Culture:
-    """The culture of a world that begins with so many items."""
+    """The culture of a world that begins with this many items."""
     many = len(NAMES)
     shared = np.zeros((3 * len(words.SHARED_TAGS), DIMENSION))
     shared[: len(words.SHARED_TAGS)] = unit(rng.standard_normal((len(words.SHARED_TAGS), DIMENSION)))
@@ -108,7 +108,7 @@ def draw_items(first_row: int, birth_day: Ints, culture: Culture, nature: Nature
         birth_day: (N,)
         culture: of the world.
         nature: of the world.
-        rng: of these items alone.
+        rng: used for these items only.
     """
     count, many = len(birth_day), len(NAMES)
     category = rng.choice(many, count, p=zipf(many, 0.5))
@@ -177,7 +177,7 @@ def draw_users(first_row: int, start_day: Ints, culture: Culture, nature: Nature
         start_day: (U,)
         culture: of the world.
         nature: of the world.
-        rng: of these users alone.
+        rng: used for these users only.
     """
     count = len(start_day)
     age = np.clip(np.round(rng.normal(36.0, 13.0, count)), 16, 80).astype(np.int64)

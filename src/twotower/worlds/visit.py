@@ -123,7 +123,7 @@ def visit(
         day: from 0; it may lie after the first log.
         answer: gives the pages, always of the same number of places.
         tell: hears of the clicks; absent = nobody does.
-        requests: of so many requests only (see `some`); absent = all.
+        requests: this many requests only (see `some`); absent = all.
         window_ms: length of a window; 1 = every request by itself.
     """
     asking = world.requests(day)

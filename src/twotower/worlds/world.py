@@ -275,7 +275,7 @@ class World:
         return clicks
 
     def top(self, user: Ints, ts_ms: Ints, n: int, clicked: Bools | None = None) -> Ints:
-        """The n items alive that each of some users likes best at a time of theirs, (B, n), best first.
+        """The n available items that each user likes best at a given time, (B, n), best first.
 
         The scene adds the same to every item and does not matter. Equal utilities are ordered by row; -1 where there
         are no more items.
