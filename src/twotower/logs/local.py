@@ -43,6 +43,8 @@ _FILE: Final = "events.sqlite"
 _WAL: Final = "events.sqlite-wal"
 _PLACE: Final = struct.Struct("<q16s")
 _BUSY_S: Final = 10.0
+_CACHE_KIB: Final = 64 << 10
+"""Pages that a writer keeps in memory: digests are in no order, so each new one is looked up in another page."""
 _SCANNED_AT_ONCE: Final = 500
 """Rows that an erasing pass looks through at once."""
 _DAMAGE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -256,6 +258,7 @@ class _Writer:
             with self._turns():
                 self._database = opened.enter_context(closing(_connect(folder, "rwc")))
                 self._database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+                self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
                 self._database.execute("PRAGMA synchronous = NORMAL")
                 self._database.execute("PRAGMA secure_delete = ON")
                 _make(folder, self._database, partitions)
@@ -301,8 +304,8 @@ class _Writer:
 
     def forget(self, partition: int, before: int) -> None:
         """Remove what stands before an offset, but for the last event."""
-        last = _bounds(self._database, partition)[1] - 1
         with self._transaction("cannot forget events"):
+            last = _bounds(self._database, partition)[1] - 1
             self._database.execute(f"DELETE FROM partition_{partition} WHERE offset < ?", (min(before, last),))
 
     def empty_wal(self) -> None:
