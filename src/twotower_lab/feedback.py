@@ -120,7 +120,7 @@ def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, 
     begun = world_of(workspace)
     if begun is None:
         raise DataError(f"{workspace} holds no simulated world, which alone can be served again")
-    first = begun.days - 1
+    first = begun.options.days - 1
     world = world_of(workspace, first + days)
     assert world is not None
     window_ms = round(1000 * settings.serve.impressed_window_s)

@@ -82,8 +82,8 @@ def demo(data: Path | None, out: Path, overrides: list[str], check: bool, answer
             if known is None or data is None:
                 simulate_workspace(workspace, WorldOptions(users=USERS, items=ITEMS, days=DAYS, seed=SEED))
             else:
-                options = ImportOptions(holdout=known.holdout, positive=known.positive, until=known.until)
-                import_dataset(known.name, data, workspace, options)
+                imported = ImportOptions(holdout=known.holdout, positive=known.positive, until=known.until)
+                import_dataset(known.name, data, workspace, imported)
         result = run_line(settings, promoted=True)
         seconds = round(time.monotonic() - started, 1)
         if check:

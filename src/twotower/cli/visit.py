@@ -16,7 +16,7 @@ from twotower.config.settings import Settings
 from twotower.pipeline.places import places
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, TwotowerError
-from twotower.worlds.inhabitants import Ints
+from twotower.worlds.arrays import Ints
 from twotower.worlds.simulate import add_arrivals, world_of
 from twotower.worlds.visit import Clicks, visit
 from twotower.worlds.world import NOTHING, SCENES, Requests, World, date_of

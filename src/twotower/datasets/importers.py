@@ -47,7 +47,7 @@ def import_dataset(name: str, src: Path, out: Path, options: ImportOptions, cloc
         not_read = (*source.not_read, *map(str, read.not_read))
         source = replace(source, test=read.rows, columns={**source.columns, "test": read.columns}, not_read=not_read)
     tables = assemble(source, last, clock_ms)
-    held_out = split_given(tables) if options.test is not None else rule and split(tables, rule)
+    held_out = split_given(tables) if options.test is not None else None if rule is None else split(tables, rule)
     return write_workspace(out, tables, held_out, _arguments(src, options))
 
 

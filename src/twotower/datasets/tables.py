@@ -260,7 +260,7 @@ def _representable(kind: pa.DataType) -> bool:
         return True
     if pa.types.is_time(kind) or pa.types.is_duration(kind) or pa.types.is_interval(kind):
         return False
-    return pa.types.is_primitive(kind) or pa.types.is_null(kind) or pa.types.is_string(kind)
+    return bool(pa.types.is_primitive(kind) or pa.types.is_null(kind) or pa.types.is_string(kind))
 
 
 def assemble(source: Source, until: datetime.date | None = None, clock_ms: ClockMs = now_ms) -> Tables:

@@ -18,15 +18,17 @@ def joined(parts: Sequence[Columns]) -> Columns:
     """The rows of all parts, of which there is at least one."""
     kind: Any = type(parts[0])
     values = {field.name: [getattr(part, field.name) for part in parts] for field in fields(kind)}
-    return kind(
+    whole: Columns = kind(
         **{
             name: pa.concat_tables(some).combine_chunks() if isinstance(some[0], pa.Table) else np.concatenate(some)
             for name, some in values.items()
         }
     )
+    return whole
 
 
 def taken(columns: Columns, rows: npt.NDArray[Any] | slice) -> Columns:
     """Some rows of columns that are all arrays."""
     kind: Any = type(columns)
-    return kind(**{field.name: getattr(columns, field.name)[rows] for field in fields(kind)})
+    some: Columns = kind(**{field.name: getattr(columns, field.name)[rows] for field in fields(kind)})
+    return some
