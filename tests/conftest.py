@@ -92,6 +92,7 @@ def world(shared: Path, made_once: Callable[[str, Callable[[Path], object]], Pat
     """The configuration of a tiny simulated workspace, trained, published and promoted; it is only read."""
     from twotower.config import load
     from twotower.pipeline.line import run_line  # torch and Ibis take seconds to load, and most tests need neither
+    from twotower.worlds.options import WorldOptions
     from twotower.worlds.simulate import simulate_workspace
 
     def configured(folder: Path) -> "Settings":
@@ -99,7 +100,7 @@ def world(shared: Path, made_once: Callable[[str, Callable[[Path], object]], Pat
         return load(Path(__file__).parents[1] / "examples" / "demo.toml", overrides)
 
     def make(folder: Path) -> None:
-        simulate_workspace(folder / "workspace", users=300, items=300, days=3, seed=1)
+        simulate_workspace(folder / "workspace", WorldOptions(users=300, items=300, days=3, seed=1))
         with exporting_once(shared):
             run_line(configured(folder), promoted=True)
 

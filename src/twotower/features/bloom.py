@@ -37,7 +37,7 @@ def hash_ids(ids: pa.Array) -> Hashes:
     if len(ids) > _AT_ONCE:
         return np.concatenate([hash_ids(ids.slice(start, _AT_ONCE)) for start in range(0, len(ids), _AT_ONCE)])
     if ids.type == pa.int64():
-        return _mixed(ids.to_numpy(zero_copy_only=False).astype(np.uint64))
+        return mixed(ids.to_numpy(zero_copy_only=False).astype(np.uint64))
     offsets = np.frombuffer(ids.buffers()[1], np.int32)[ids.offset : ids.offset + len(ids) + 1].astype(np.int64)
     lengths = np.diff(offsets)
     content = np.frombuffer(ids.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]] if len(ids) else np.zeros(0)
@@ -47,10 +47,10 @@ def hash_ids(ids: pa.Array) -> Hashes:
         [np.zeros(1, np.uint64), np.cumsum((content.astype(np.uint64) + np.uint64(1)) * powers[place])]
     )
     starts = offsets - offsets[:1]
-    return _mixed(sums[starts[1:]] - sums[starts[:-1]])  # a polynomial of each id's bytes, modulo 2^64
+    return mixed(sums[starts[1:]] - sums[starts[:-1]])  # a polynomial of each id's bytes, modulo 2^64
 
 
-def _mixed(values: Hashes) -> Hashes:
+def mixed(values: Hashes) -> Hashes:
     """Every bit of a value spread over all bits (the finaliser of SplitMix64, Steele et al. 2014)."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
