@@ -151,7 +151,7 @@ def _read_users(version: Version, users: str) -> pa.Table:
 def stored_users(version: Version) -> pa.Table:
     """All users of the version who were not deleted since, as `recommend` takes them."""
     known = version.users.ids.type
-    deleted = [one for one, entity in version.since.users.items() if entity.deleted and is_id(one, known)]
+    deleted = [user_id for user_id, entity in version.since.users.items() if entity.deleted and is_id(user_id, known)]
     gone = version.users.positions.find(pa.array(deleted, known))
     kept = np.setdiff1d(np.arange(len(version.users)), gone)
     return pa.table({c.USER_ID: version.users.ids.take(pa.array(kept))})
