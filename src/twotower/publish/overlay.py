@@ -498,7 +498,7 @@ class Overlay:
         rows = np.array([now.put[item_id].row for item_id in order], np.int64)
         now.vectors = _piled(now.vectors, Rows(rows, np.stack(vectors)))
         if self.base.rankers:
-            together = {name: concatenate([item_id[name] for encoded_item in each]) for name in each[0]}
+            together = {name: concatenate([item[name] for item in each]) for name in each[0]}
             now.encoded = _piled(now.encoded, Encoded(rows, together))
 
     def _all_tables(self) -> dict[str, Table]:
