@@ -212,7 +212,8 @@ def retrieve(
     def write(settings: Settings) -> dict[str, Any]:
         check_retrieval(users, k, out, exclude)
         served = open_served(settings, version) if no_deltas else open_as_served(settings, version)
-        report = retrieve_file(served, places(settings).workspace, users, k, out, channel, exclude)
+        workspace = places(settings).workspace
+        report = retrieve_file(served, workspace, users, out, k=k, channel=channel, exclude=exclude)
         told = {"out": str(out), **asdict(report), "version": served.id}
         return {**told, "delta_seq": served.delta_seq, "channel": channel}
 

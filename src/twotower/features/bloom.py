@@ -150,12 +150,12 @@ class Seen:
         periods = np.asarray(times_ms, np.int64) // self.shape.period_ms
         for period in np.unique(periods).tolist():
             left = hashes[periods == period]
-            for place, one in enumerate(filters):
-                if one.period == period and len(left):
-                    filters[place], left = one.add(self.shape, left)
+            for place, filtered in enumerate(filters):
+                if filtered.period == period and len(left):
+                    filters[place], left = filtered.add(self.shape, left)
             while len(left):
-                one, left = _Filter(period, 0, bytes(self.shape.bits // 8)).add(self.shape, left)
-                filters.append(one)
+                filtered, left = _Filter(period, 0, bytes(self.shape.bits // 8)).add(self.shape, left)
+                filters.append(filtered)
         filters.sort(key=lambda f: f.period)  # stable: of a period the newest last
         return replace(self, filters=tuple(filters[-MAX_OVER * self.shape.filters :]))
 
@@ -171,8 +171,8 @@ class Seen:
         """Which items (n,) are in one of at most 64 filters."""
         # A bit of `table` for each filter: all are asked at once, and most items drop out after a few hashes.
         table = np.zeros(self.shape.bits, np.uint64)
-        for number, one in enumerate(filters):
-            bits = np.unpackbits(np.frombuffer(one.content, np.uint8), bitorder="little")
+        for number, filtered in enumerate(filters):
+            bits = np.unpackbits(np.frombuffer(filtered.content, np.uint8), bitorder="little")
             table |= bits.astype(np.uint64) << np.uint64(number)
         left = np.arange(len(hashes))
         within = np.full(len(hashes), np.iinfo(np.uint64).max, np.uint64)
