@@ -21,8 +21,10 @@ import numpy as np
 from twotower.config.load import load
 from twotower.config.settings import Settings
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.schema.errors import DataError
 from twotower.schema.files import read_json, write_json
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower_lab.experiments import DATA, EVERYWHERE, EXPERIMENTS, Experiment, LogData, WorldData
 from twotower_lab.feedback import feed_back
@@ -173,12 +175,12 @@ def _results(unit: Unit, arms: Sequence[str], workspace: Path) -> Iterator[Resul
 
 def _make_workspace(data: WorldData | LogData, seed: int, workspace: Path, folder: Path | None) -> None:
     if isinstance(data, WorldData):
-        simulate_workspace(workspace, data.users, data.items, data.days, seed)
+        simulate_workspace(workspace, WorldOptions(users=data.users, items=data.items, days=data.days, seed=seed))
     elif folder is None:
         raise DataError(f"no folder of data for {data.dataset}")
     else:
-        source = folder / data.folder
-        import_dataset(data.dataset, source, workspace, data.holdout, positive=data.positive, until=data.until)
+        options = ImportOptions(holdout=data.holdout, positive=data.positive, until=data.until)
+        import_dataset(data.dataset, folder / data.folder, workspace, options)
 
 
 def usable(name: str, folder: Path | None, smoke: bool) -> str | None:
