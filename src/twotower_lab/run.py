@@ -76,33 +76,18 @@ def run(
         ConfigError: no such experiment, a number that cannot be, `data` is no folder, or no experiment has its data.
         DataError: a data set that is there, but not whole.
     """
-    if unknown := [name for name in names if name not in (*EXPERIMENTS, ALL)]:
-        raise ConfigError(f"there is no experiment {unknown[0]!r}: one of {', '.join(EXPERIMENTS)}, or {ALL}")
-    if jobs < 1 or (seeds is not None and seeds < 1):
-        raise ConfigError(f"seeds={seeds}, jobs={jobs}: at least 1 of each")
-    if data is not None and not data.is_dir():
-        raise ConfigError(f"--data {data} is no folder: it holds a folder of each real log, such as kuairand")
-    chosen = list(EXPERIMENTS) if ALL in names else list(dict.fromkeys(names))
+    chosen = _chosen(names, seeds, data, jobs)
     words = [*names, *(["--seeds", seeds] if seeds else []), *(["--smoke"] if smoke else []), "--jobs", jobs]
     command = " ".join(["twotower lab run", *map(str, words), "--out DIR"])
     data = data or _real_logs()
     check_definitions()
-    skipped: dict[str, dict[str, str]] = {}
-    todo: dict[str, list[Unit]] = {}
+    skipped = {name: _without(name, data, smoke) for name in chosen}
+    todo = {name: own for name in chosen if (own := list(_units(name, skipped[name], seeds, smoke)))}
     for name in chosen:
-        reasons = {where: usable(where, data, smoke) for where in EXPERIMENTS[name].data}
-        skipped[name] = {where: reason for where, reason in reasons.items() if reason is not None}
-        todo[name] = [
-            unit
-            for where in EXPERIMENTS[name].data
-            if where not in skipped[name]
-            for unit in units(name, where, 1 if smoke else seeds or DATA[where].seeds, smoke)
-        ]
-        if not todo[name]:
+        if name not in todo:
             log.warning("%s is left out: %s", name, "; ".join(skipped[name].values()))
-            del todo[name]
     if not todo:
-        raise ConfigError(f"no data for {', '.join(chosen)}: {'; '.join(skipped[chosen[0]].values())}")
+        raise ConfigError(f"nothing can be run: {'; '.join(skipped[chosen[0]].values())}")
     verdicts = {}
     for name in _done(todo, out, data, jobs):
         when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -114,6 +99,33 @@ def run(
         verdicts[name] = {claim["text"]: claim["verdict"] for claim in result["claims"]}
         log.info("%s done. %s", name, ", ".join(f"{text}: {said}" for text, said in verdicts[name].items()))
     return {"report": str(out / REPORT), "experiments": {name: verdicts[name] for name in todo}}
+
+
+def _chosen(names: Sequence[str], seeds: int | None, data: Path | None, jobs: int) -> list[str]:
+    """The experiments that are asked for.
+
+    Raises:
+        ConfigError: no such experiment, a number that cannot be, or `data` is no folder.
+    """
+    if unknown := [name for name in names if name not in (*EXPERIMENTS, ALL)]:
+        raise ConfigError(f"there is no experiment {unknown[0]!r}: one of {', '.join(EXPERIMENTS)}, or {ALL}")
+    if jobs < 1 or (seeds is not None and seeds < 1):
+        raise ConfigError(f"seeds={seeds}, jobs={jobs}: at least 1 of each")
+    if data is not None and not data.is_dir():
+        raise ConfigError(f"--data {data} is no folder: it holds a folder of each real log, such as kuairand")
+    return list(EXPERIMENTS) if ALL in names else list(dict.fromkeys(names))
+
+
+def _without(name: str, data: Path | None, smoke: bool) -> dict[str, str]:
+    """The data of an experiment that cannot be used, with the reason."""
+    reasons = {where: usable(where, data, smoke) for where in EXPERIMENTS[name].data}
+    return {where: reason for where, reason in reasons.items() if reason is not None}
+
+
+def _units(name: str, skipped: Mapping[str, str], seeds: int | None, smoke: bool) -> Iterator[Unit]:
+    for where in EXPERIMENTS[name].data:
+        if where not in skipped:
+            yield from units(name, where, 1 if smoke else seeds or DATA[where].seeds, smoke)
 
 
 def write_report(out: Path) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def usable(name: str, folder: Path | None, smoke: bool) -> str | None:
     if isinstance(data, WorldData):
         return None
     if smoke:
-        return "left out of a smoke run"
+        return "a smoke run has worlds alone"
     if folder is None or not (folder / data.folder).exists():
         return f"no {data.folder} in --data, $TWOTOWER_DATA or ../shared/data"
     return None

@@ -36,7 +36,7 @@ def test_every_arm_is_a_configuration_and_every_claim_is_about_arms_that_there_a
 
 def test_an_experiment_from_a_world_to_a_verdict(networks: Path) -> None:
     result = results(networks)["networks"]
-    assert result["skipped"] == {"kuairand": "left out of a smoke run"}
+    assert result["skipped"] == {"kuairand": "a smoke run has worlds alone"}
     assert result["data"]["world"]["seeds"] == 1
     arms = [json.loads(path.read_text()) for path in arm_files(networks)]
     assert [one["arm"] for one in arms] == ["DCN-v2", "DNN"]
@@ -111,7 +111,7 @@ def test_a_log_that_is_absent_is_left_out_with_its_reason(tmp_path: Path) -> Non
     assert usable("movielens", tmp_path, False) == "no ml-1m in --data, $TWOTOWER_DATA or ../shared/data"
     (tmp_path / "ml-1m").mkdir()
     assert usable("movielens", tmp_path, False) is None
-    assert usable("movielens", tmp_path, True) == "left out of a smoke run"
+    assert usable("movielens", tmp_path, True) == "a smoke run has worlds alone"
 
 
 def test_units_share_a_workspace_except_those_that_change_it() -> None:
@@ -187,5 +187,5 @@ def test_several_experiments_are_run_by_their_names_and_those_without_data_are_l
     shutil.copytree(networks, tmp_path / "lab")
     told = run(["networks", "mind", "networks"], tmp_path / "lab", smoke=True)
     assert list(told["experiments"]) == ["networks"]
-    with pytest.raises(ConfigError, match="no data for mind: left out of a smoke run"):
+    with pytest.raises(ConfigError, match="nothing can be run: a smoke run has worlds alone"):
         run(["mind"], tmp_path / "lab", smoke=True)
