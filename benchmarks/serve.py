@@ -125,7 +125,7 @@ def bench(workspace: Path, seconds: float, connections: tuple[int, ...]) -> dict
 
 
 def main() -> None:
-    parser = arguments_of(__doc__, "a second in all, on a tiny world")
+    parser = arguments_of(__doc__, "two seconds a case, on a tiny world")
     parser.add_argument("--workspace", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +138,7 @@ def main() -> None:
             )
             overrides = [f"workspace.path={json.dumps(str(workspace))}", f"train.epochs={epochs}"]
             run_line(load(CONFIG, overrides), promoted=True)
-        result = bench(workspace, 0.5 if arguments.smoke else 5.0, (1,) if arguments.smoke else CONNECTIONS)
+        result = bench(workspace, 2.0 if arguments.smoke else 5.0, (1,) if arguments.smoke else CONNECTIONS)
     finish(arguments, "serve", **result)
 
 
