@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,36 +59,46 @@ def made_once(shared: Path) -> Callable[[str, Callable[[Path], object]], Path]:
     return made
 
 
-@contextmanager
-def exporting_once(folder: Path) -> Iterator[None]:
-    """Export a network with the same weights once: it takes seconds, and tests often publish the same checkpoint."""
-    import torch.onnx
+@pytest.fixture(scope="session")
+def exporting_once(shared: Path) -> Callable[[], AbstractContextManager[None]]:
+    """Within it a network with the same weights is exported once by all workers: it takes seconds, and tests often
+    publish the same checkpoint.
+    """
 
-    export = torch.onnx.export
+    @contextmanager
+    def patched() -> Iterator[None]:
+        import torch.onnx
 
-    def exported(module: Any, examples: Any, path: str, **options: Any) -> None:
-        torch.save((module, examples, repr(options)), buffer := io.BytesIO())
-        kept = folder / f"exported-{hashlib.sha256(buffer.getbuffer()).hexdigest()}.onnx"
-        if not kept.exists():
-            export(module, examples, path, **options)
-            shutil.copyfile(path, half := f"{kept}.{os.getpid()}")
-            Path(half).rename(kept)
-        shutil.copyfile(kept, path)
+        export = torch.onnx.export
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", exported)
-        yield
+        def exported(module: Any, examples: Any, path: str, **options: Any) -> None:
+            torch.save((module, examples, repr(options)), content := io.BytesIO())
+            kept = shared / f"exported-{hashlib.sha256(content.getbuffer()).hexdigest()}.onnx"
+            if not kept.exists():
+                export(module, examples, path, **options)
+                shutil.copyfile(path, half := f"{kept}.{os.getpid()}")
+                Path(half).rename(kept)
+            shutil.copyfile(kept, path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.onnx, "export", exported)
+            yield
+
+    return patched
 
 
 @pytest.fixture
-def exported_once(shared: Path) -> Iterator[None]:
+def exported_once(exporting_once: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """For a test that publishes the same checkpoint again, or one that another test publishes."""
-    with exporting_once(shared):
+    with exporting_once():
         yield
 
 
 @pytest.fixture(scope="session")
-def world(shared: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> "Settings":
+def world(
+    made_once: Callable[[str, Callable[[Path], object]], Path],
+    exporting_once: Callable[[], AbstractContextManager[None]],
+) -> "Settings":
     """The configuration of a tiny simulated workspace, trained, published and promoted; it is only read."""
     from twotower.config import load
     from twotower.pipeline.line import run_line  # torch and Ibis take seconds to load, and most tests need neither
@@ -100,7 +110,7 @@ def world(shared: Path, made_once: Callable[[str, Callable[[Path], object]], Pat
 
     def make(folder: Path) -> None:
         simulate_workspace(folder / "workspace", users=300, items=300, days=3, seed=1)
-        with exporting_once(shared):
+        with exporting_once():
             run_line(configured(folder), promoted=True)
 
     return configured(made_once("world", make))
