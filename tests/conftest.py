@@ -102,6 +102,7 @@ def world(
     """The configuration of a tiny simulated workspace, trained, published and promoted; it is only read."""
     from twotower.config import load
     from twotower.pipeline.line import run_line  # torch and Ibis take seconds to load, and most tests need neither
+    from twotower.worlds.options import WorldOptions
     from twotower.worlds.simulate import simulate_workspace
 
     def configured(folder: Path) -> "Settings":
@@ -109,7 +110,7 @@ def world(
         return load(Path(__file__).parents[1] / "examples" / "demo.toml", overrides)
 
     def make(folder: Path) -> None:
-        simulate_workspace(folder / "workspace", users=300, items=300, days=3, seed=1)
+        simulate_workspace(folder / "workspace", WorldOptions(users=300, items=300, days=3, seed=1))
         with exporting_once():
             run_line(configured(folder), promoted=True)
 
@@ -283,6 +284,23 @@ def real_data() -> Callable[[str], Path]:
         return path
 
     return path_of
+
+
+@pytest.fixture(scope="session")
+def some_movielens(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The folder of MovieLens-1M with the ratings of its first 300 users; skips the test where the data are absent."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    def make(folder: Path) -> None:
+        for name in ("ratings", "users", "movies"):
+            table = pq.read_table(source / f"{name}.parquet")
+            rows = table if name == "movies" else table.filter(pc.field("user_id") <= 300)
+            pq.write_table(rows, folder / f"{name}.parquet")
+
+    if not (source := REAL_DATA / "ml-1m").exists():
+        pytest.skip("real data absent: no ml-1m in $TWOTOWER_DATA or ../shared/data")
+    return made_once("movielens", make)
 
 
 class NoSilentSkips:

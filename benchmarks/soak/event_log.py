@@ -3,7 +3,7 @@
     python benchmarks/soak/event_log.py --kills 500 --seed 0
 
 A process appends from several threads and notes each acknowledgement in a file; it is killed (SIGKILL) at a
-random moment, sometimes while it still opens the log, and often half a record or zeros are put behind what it wrote.
+random moment, sometimes while it still opens the log, and often half a frame or zeros are put behind what it wrote.
 After each kill the log opens again and holds
 
 - every acknowledged event of all runs exactly once, at the acknowledged offset,
@@ -13,9 +13,9 @@ After each kill the log opens again and holds
 Meanwhile a thread of the process erases a user of each earlier run: their events may be erased or not after a kill, and
 nothing else may. In the end they are erased once more, and no file of the log names these users.
 
-Each process first sends the beginning of the run before it again, as clients do that got no answer. Segments are small,
-so that kills meet their sealing too. Another log begins after every 50 kills: all of it is read after each kill. The
-last line is one JSON object.
+Each process first sends the beginning of the run before it again, as clients do that got no answer. The write-ahead log
+is short, so that kills meet the copying of it into the database too. Another log begins after every 50 kills: all of it
+is read after each kill. The last line is one JSON object.
 """
 
 import argparse
@@ -32,13 +32,12 @@ from pathlib import Path
 
 import forks
 
-from twotower.logs import Event, LocalEventLog, Record, partition_of
+from twotower.logs import Event, LocalEventLog, Record, local, partition_of
 from twotower.logs.events import ERASED
 from twotower.logs.payload import mark_of
-from twotower.logs.segment import encode
 
 PARTITIONS = 2
-SEGMENT_BYTES = 30_000
+CHECKPOINT_PAGES = 20
 THREADS = 3
 USERS = 2
 RETRIED = 40
@@ -48,7 +47,8 @@ MOST_STEPS = 2000
 
 
 def open_log(folder: Path) -> LocalEventLog:
-    return LocalEventLog.open(folder, partitions=PARTITIONS, sync="always", segment_bytes=SEGMENT_BYTES)
+    local.CHECKPOINT_PAGES = CHECKPOINT_PAGES
+    return LocalEventLog.open(folder, partitions=PARTITIONS, sync="always")
 
 
 def sent(run: int, thread: int, step: int) -> Event:
@@ -144,13 +144,16 @@ def check(found: list[list[Record]], acknowledged: list[list[int]], erased: dict
         assert places.get(f"{run}-{thread}-{step}") == (partition, offset), f"{run}-{thread}-{step} was acknowledged"
 
 
-def tear(folder: Path, generator: random.Random) -> None:
-    """Leave at some ends what a power cut leaves: part of a record, or zeros; a kill alone seldom does."""
-    for partition in sorted(folder.glob("partition-*")):
-        whole = encode(sent(0, 0, 299).to_json())
-        tail = generator.choice([b"", whole[: generator.randrange(1, len(whole))], bytes(generator.randrange(1, 9000))])
-        with max(partition.glob("*.log")).open("ab") as file:
-            file.write(tail)
+def tear(folder: Path, generator: random.Random) -> int:
+    """Leave at the end of the write-ahead log what a power cut leaves: part of a frame, or zeros; gives its bytes."""
+    wal = folder / "events.sqlite-wal"
+    if not wal.exists():
+        return 0
+    frame = wal.read_bytes()[-4120:]
+    tail = generator.choice([b"", frame[: generator.randrange(1, 4120)], bytes(generator.randrange(1, 9000))])
+    with wal.open("ab") as file:
+        file.write(tail)
+    return len(tail)
 
 
 def soak(folder: Path, kills: int, generator: random.Random) -> dict[str, int]:
@@ -159,6 +162,7 @@ def soak(folder: Path, kills: int, generator: random.Random) -> dict[str, int]:
     open_log(log_folder).close()
     followed: list[list[Record]] = [[] for _ in range(PARTITIONS)]
     acknowledged: list[list[int]] = []
+    torn = 0
     with closing(LocalEventLog.reader(log_folder)) as reader:
         for run in range(kills):
             acks = folder / f"acks-{run}"
@@ -169,7 +173,7 @@ def soak(folder: Path, kills: int, generator: random.Random) -> dict[str, int]:
             assert not forks.wait(process, generator.uniform(0, LONGEST_S)), "a writer ended by itself"
             lines = acks.read_text().splitlines(keepends=True)
             acknowledged += [[int(word) for word in line.split()] for line in lines if line.endswith("\n")]
-            tear(log_folder, generator)
+            torn += tear(log_folder, generator) > 0
             with closing(open_log(log_folder)) as log:
                 found: list[list[Record]] = [[] for _ in range(PARTITIONS)]
                 read_on(log, found)
@@ -179,14 +183,13 @@ def soak(folder: Path, kills: int, generator: random.Random) -> dict[str, int]:
     erased = sum(record.event.type == ERASED for records in found for record in records)
     with closing(open_log(log_folder)) as log:
         erased += erase(log, kills)
-    named = b"".join(path.read_bytes() for path in log_folder.rglob("*.log"))
+        named = b"".join(path.read_bytes() for path in log_folder.iterdir())
     assert not any(f'"{run}-0-0"'.encode() in named for run in range(kills)), "a user that was erased is named"
     return {
         "erased": erased,
         "acknowledged": len(acknowledged),
         "events": sum(map(len, found)),
-        "torn": len(list(log_folder.rglob("*.torn-*"))),
-        "segments": len(list(log_folder.rglob("*.log"))),
+        "torn": torn,
     }
 
 

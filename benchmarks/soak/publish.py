@@ -27,6 +27,7 @@ from twotower.pipeline.line import make_samples, publish_version, train_model
 from twotower.pipeline.places import places
 from twotower.publish.publish import current, list_versions, verify
 from twotower.schema.files import TEMPORARY
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 KEPT = 3
@@ -76,7 +77,7 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, int | float]:
     versions = places(settings).versions
 
     def prepare() -> None:
-        simulate_workspace(workspace, users=100, items=100, days=2, seed=0)
+        simulate_workspace(workspace, WorldOptions(users=100, items=100, days=2, seed=0))
         make_samples(settings)
         train_model(settings)
         publish_version(settings, promoted=True)  # the later ones follow a version, and take other steps

@@ -50,7 +50,6 @@ from forks import Work
 
 from twotower.config import Settings, parse
 from twotower.datasets.places import Places
-from twotower.datasets.tables import DAY_MS
 from twotower.features.bloom import is_untrained
 from twotower.logs import Event, LocalEventLog
 from twotower.logs.events import item_deleted, item_event, user_deleted
@@ -63,12 +62,14 @@ from twotower.publish.manifest import DIGEST
 from twotower.publish.publish import CURRENT, current_path, list_versions, verify
 from twotower.publish.version import read_manifest
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.files import MANIFEST, TEMPORARY, read_json
 from twotower.serve.snapshots import Snapshots
 from twotower.stream.shards import manifests, partitions, read_rows
 from twotower.update.chain import PLAN, QUARANTINE
 from twotower.update.incremental import LOCK
 from twotower.update.rows import clicked
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 BY_THE_CLOCK = {"created_ms", "follows", "stands_for", DIGEST}
@@ -154,7 +155,7 @@ def make_world(folder: Path, later_days: int) -> World:
     settings = configuration(workspace)
 
     def publish() -> None:
-        simulate_workspace(workspace, users=100, items=100, days=3 + later_days, seed=0)
+        simulate_workspace(workspace, WorldOptions(users=100, items=100, days=3 + later_days, seed=0))
         late = sorted((workspace / "events").iterdir())[2:]
         for day in late:
             day.rename(workspace / day.name)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.config import Settings, load
-from twotower.datasets.tables import DAY_MS, end_of_day
+from twotower.datasets.tables import end_of_day
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.events import item_deleted, item_event, user_deleted, user_event
 from twotower.pipeline import updating as module
@@ -20,10 +20,12 @@ from twotower.publish.publish import Listed, list_versions, roll_back
 from twotower.publish.version import read_manifest
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.files import read_json
 from twotower.serve.snapshots import Snapshots
 from twotower.train.checkpoint import load_model, open_checkpoint
 from twotower.update.full import due_days, rows_of_day
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +43,7 @@ def three_days(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Se
         return load(ROOT / "examples" / "demo.toml", overrides)
 
     def make(path: Path) -> None:
-        simulate_workspace(path, users=200, items=150, days=4, seed=2)
+        simulate_workspace(path, WorldOptions(users=200, items=150, days=4, seed=2))
         late = sorted((path / "events").iterdir())[2:]
         for day in late:
             shutil.move(day, path / day.name)
