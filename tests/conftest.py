@@ -61,15 +61,22 @@ def made_once(shared: Path) -> Callable[[str, Callable[[Path], object]], Path]:
 
 @pytest.fixture(scope="session")
 def exporting_once(shared: Path) -> Callable[[], AbstractContextManager[None]]:
-    """Within it a network with the same weights is exported once by all workers: it takes seconds, and tests often
-    publish the same checkpoint.
+    """Within it all workers export a network with the same weights once, and each reads the table of operators once: an
+    export takes seconds, and tests often publish the same checkpoint.
     """
+    operators: list[Any] = []
 
     @contextmanager
     def patched() -> Iterator[None]:
         import torch.onnx
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-        export = torch.onnx.export
+        export, read = torch.onnx.export, ONNXRegistry.from_torchlib
+
+        def read_once(*given: Any, **options: Any) -> ONNXRegistry:
+            if not operators:
+                operators.append(read(*given, **options))
+            return operators[0]
 
         def exported(module: Any, examples: Any, path: str, **options: Any) -> None:
             torch.save((module, examples, repr(options)), content := io.BytesIO())
@@ -82,6 +89,7 @@ def exporting_once(shared: Path) -> Callable[[], AbstractContextManager[None]]:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.onnx, "export", exported)
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(read_once))
             yield
 
     return patched
