@@ -1,9 +1,7 @@
 """From the log to shards and daily partitions, one partition after the other, once or for ever."""
 
-import fcntl
 import gc
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +14,7 @@ from twotower.logs import Event, EventLog, Record
 from twotower.logs.events import USER, EntityDeleted
 from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError, TwotowerError
+from twotower.schema.locks import take_lock
 from twotower.schema.tables import is_id
 from twotower.stream.clock import joined_until
 from twotower.stream.days import stale_days, write_day
@@ -93,32 +92,22 @@ class PartitionJoin:
         self._options = options
         own = partition_folder(folder, partition)
         own.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(own / "joiner.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = take_lock(
+            own / "joiner.lock",
+            lambda _: Taken(f"another joiner has {own}: stop it, or share the partitions with `--share K/N`"),
+        )
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             tidy(folder, partition)
             self.shards = manifests(folder, partition)
             last = self.shards[-1] if self.shards else None
             self._offset = last.end if last else 0
             self._flushes = last.state.flushes if last else ()
-            if last is None:
-                self._joiner = Joiner(types, options, self._fetch)
-            else:
+            self._joiner = Joiner(types, options, self._fetch)
+            if last is not None:
                 replay = last.state.replay
-                self._joiner = Joiner.resume(
-                    types,
-                    options,
-                    self._fetch,
-                    replay=replay,
-                    flushes=self._flushes,
-                    records=self._records(replay.offset, last.end),
-                    end=last.end,
-                )
-        except BlockingIOError:
-            os.close(self._lock)
-            raise Taken(f"another joiner has {own}: stop it, or share the partitions with `--share K/N`") from None
+                self._joiner.resume(replay, self._flushes, self._records(replay.offset, last.end), last.end)
         except BaseException:
-            os.close(self._lock)
+            self._lock.release()
             raise
 
     @property
@@ -219,7 +208,7 @@ class PartitionJoin:
 
     def close(self) -> None:
         """Let go of the partition."""
-        os.close(self._lock)
+        self._lock.release()
 
     @property
     def _first_row(self) -> int:

@@ -12,8 +12,8 @@ erased in between is missing from it, and only that: event time runs through era
 
 import heapq
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -147,42 +147,26 @@ class Joiner:
         self._latest_request: tuple[Event, RowRequest] | None = None
         self._counts = JoinCounts()
 
-    @classmethod
-    def resume(
-        cls,
-        types: Types,
-        options: StreamOptions,
-        fetch: Callable[[int], Event],
-        *,
-        replay: Replay,
-        flushes: Sequence[int],
-        records: Iterator[Record],
-        end: int,
-    ) -> "Joiner":
-        """A joiner that remembers what another did that had read everything before the offset `end`.
+    def resume(self, replay: Replay, flushes: Sequence[int], records: Iterable[Record], end: int) -> None:
+        """Remember what another joiner did that had read everything before the offset `end`.
 
         Args:
-            types: those of the other.
-            options: those of the other.
-            fetch: the event at an offset of the partition.
             replay: what the other gave as its `replay` there.
             flushes: offsets before which it was flushed, ascending.
             records: the log from `replay.offset` on, up to `end`.
             end: offset up to which the other had read.
         """
-        joiner = cls(types, options, fetch)
-        joiner._clock = replay.clock
-        pending = [offset for offset in flushes if offset > replay.offset]
+        self._clock = replay.clock
+        pending = deque(offset for offset in flushes if offset > replay.offset)
         for record in records:
             while pending and pending[0] <= record.offset:
-                pending.pop(0)
-                joiner.flush()
-            joiner.feed(record)
+                pending.popleft()
+                self.flush()
+            self.feed(record)
         while pending and pending[0] <= end:
-            pending.pop(0)
-            joiner.flush()
-        joiner.take_counts()
-        return joiner
+            pending.popleft()
+            self.flush()
+        self.take_counts()
 
     @property
     def clock(self) -> Clock:

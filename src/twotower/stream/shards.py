@@ -44,7 +44,7 @@ from twotower.stream.tfrecord import Records, read_records, write_records
 
 FORMAT: Final = 3
 """2 has all rows in one file, without their numbers; 1 has the history and the features of a request in each of its
-rows. All three are read."""
+rows. All three are read; shards of 1 and 2 are merged into one that has all rows in one file too."""
 POSITIVES: Final = "positives"
 OTHERS: Final = "others"
 ALL: Final = "all"
@@ -463,7 +463,7 @@ def write_shard(folder: Path, batches: Sequence[Sequence[Row]], types: Types, ma
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest: the commit of its shard."""
     content = {
-        "format": 2 if ALL in manifest.files else FORMAT,
+        "format": FORMAT,
         "kind": "shard",
         **{name: getattr(manifest, name) for name in _PLAIN},
         "days": {day: asdict(rows) for day, rows in manifest.days.items()},
