@@ -357,7 +357,7 @@ class _Model:
     def _hot(self) -> dict[Any, npt.NDArray[np.float32]]:
         """The embeddings of the most clicked items of the version, by id."""
         version = self._chain.version
-        order = np.argsort(-np.bincount(version.clicks.item_row, minlength=version.base_items), kind="stable")
+        order = np.argsort(-np.bincount(version.clicks.item_row, minlength=version.items.base), kind="stable")
         rows = order[: max(1, int(HOT * len(order)))]
         tokens = version.two_tower.item_tokens[rows]
         table = self._chain.embeddings(c.ITEM_ID)

@@ -19,9 +19,10 @@ from twotower.samples.read import Clicks, Samples, open_samples
 from twotower.serve.request import Request, queries_of
 from twotower.serve.users import Recent
 from twotower.towers.two_tower import TwoTower
-from twotower.train.batches import BatchMaker, fed_frequency
+from twotower.train.batches import BatchMaker
 from twotower.train.checkpoint import load_model
-from twotower.train.negatives import CountedFrequency
+from twotower.train.negatives import CountedFrequency, NegativeSources, fed_frequency
+from twotower.train.options import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def test_a_request_has_the_bytes_that_training_read_for_the_same_user_and_histor
     clicks = samples.clicks
     none = Clicks(np.zeros_like(clicks.indptr), clicks.item_row[:0], clicks.ts_ms[:0])
     version = replace(side.version, clicks=none, manifest={**side.version.manifest, "watermark_ms": 0})
-    frequency = CountedFrequency(fed_frequency(samples))
-    maker = BatchMaker(samples, len(samples.positives), 0.0, 0, None, frequency, True, None)
+    sources = NegativeSources(None, CountedFrequency(fed_frequency(samples)))
+    maker = BatchMaker(samples, TrainOptions(batch_size=len(samples.positives), id_dropout=0.0), sources)
     order = maker._order(0).positives
     [batch] = maker.epoch(0)
     for place, row in enumerate(order[:100]):

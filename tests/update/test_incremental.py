@@ -494,7 +494,7 @@ def lists_of(version, row: int) -> int:
 def test_an_item_that_is_pushed_is_held_back_and_rises_no_further_than_others(learning, happen) -> None:
     """Ten clicks each of all known users on one item that hardly anybody saw."""
     version = open_served(learning)
-    rows = np.argsort(np.bincount(version.clicks.item_row, minlength=version.base_items), kind="stable")
+    rows = np.argsort(np.bincount(version.clicks.item_row, minlength=version.items.base), kind="stable")
     pushed, begin = version.item_ids[int(rows[0])].as_py(), (version.watermark_ms // 3_600_000 + 1) * 3_600_000
     events = [
         Event(f"e{n}-{user}", "click", user, begin + n, body={"item_id": pushed})
@@ -517,7 +517,7 @@ def test_an_item_that_rises_further_than_its_users_explain_is_left_out_of_its_de
     gate = replace(learning.update.gate, most_rise=0.1)
     loose = replace(learning, update=replace(learning.update, bounds=bounds, gate=gate, rows=2000))
     version = open_served(loose)
-    rows = np.argsort(np.bincount(version.clicks.item_row, minlength=version.base_items), kind="stable")
+    rows = np.argsort(np.bincount(version.clicks.item_row, minlength=version.items.base), kind="stable")
     pushed, begin = version.item_ids[int(rows[0])].as_py(), (version.watermark_ms // 3_600_000 + 1) * 3_600_000
     users = version.users.ids.to_pylist()
     pushes = [Event(f"e{n}", "click", users[n % len(users)], begin + n, body={"item_id": pushed}) for n in range(900)]

@@ -19,11 +19,14 @@ class UserVectors:
     """The vectors of the users of some queries, by user tower: made once, by whichever channel asks first."""
 
     def __init__(self) -> None:
-        self._made: dict[object, tuple[threading.Lock, list[npt.NDArray[np.float32]]]] = {}
+        self._made: dict[object, tuple[threading.Lock, list[npt.NDArray[np.float32]], object]] = {}
 
-    def once(self, tower: object, encode: Callable[[], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-        """The vectors of one tower; a second thread that asks for them waits for the first."""
-        lock, vectors = self._made.setdefault(tower, (threading.Lock(), []))
+    def once(
+        self, tower: object, item_tokens: object, encode: Callable[[], npt.NDArray[np.float32]]
+    ) -> npt.NDArray[np.float32]:
+        """The vectors of a tower that reads the history by some tokens; a second thread waits for the first."""
+        key = (tower, id(item_tokens))  # the entry holds the array, so that no other one gets its id
+        lock, vectors, _ = self._made.setdefault(key, (threading.Lock(), [], item_tokens))
         with lock:
             if not vectors:
                 vectors.append(encode())

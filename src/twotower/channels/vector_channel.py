@@ -50,12 +50,10 @@ class VectorChannel:
         self._encode_users = encode_users
         self.index = index
         self._item_vectors = item_vectors
-        self._tower = object()
-        """Names the user tower in `Queries.vectors`."""
 
     def user_vectors(self, queries: Queries) -> Floats:
         """The vectors of users (B, D), or of their interests (B, K, D); made once for queries, also of `over`."""
-        return queries.vectors.once(self._tower, lambda: self._encoded(queries))
+        return queries.vectors.once(self._encode_users, self._item_tokens, lambda: self._encoded(queries))
 
     def _encoded(self, queries: Queries) -> Floats:
         columns = dict(queries.features)

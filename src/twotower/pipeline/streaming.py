@@ -9,8 +9,9 @@ from contextlib import closing, contextmanager
 
 from twotower.config.available import check_available
 from twotower.config.settings import Settings
+from twotower.datasets.places import Places
 from twotower.logs import open_reader
-from twotower.pipeline.places import Places, places
+from twotower.pipeline.places import places
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
 from twotower.stream.join import JoinReport, join

@@ -623,7 +623,7 @@ class Chain:
         if problems:
             return problems
         # Of the version's own items: those put since may be as alike as they like, that was not learned.
-        alike = alikeness(self._learner.vectors[: self.version.base_items]) - self._base_alike
+        alike = alikeness(self._learner.vectors[: self.version.items.base]) - self._base_alike
         if alike > self._limits.most_alike:
             problems.append(f"items are more alike than in the version, by {alike:.3f} in the mean cosine")
         if before is not None and after is not None and after < before - self._limits.margin:
@@ -793,7 +793,7 @@ class Chain:
         self._laid = self._overlay.lay(self._entities)
         if not items:
             return
-        laid, base = self._laid, self.version.base_items
+        laid, base = self._laid, self.version.items.base
         former_ids = pa.array(sorted(former), before.item_ids.type)
         recent = before.item_ids.take(pa.array(learner.recent))
         recent = laid.items.find(recent.filter(pc.invert(pc.is_in(recent, former_ids))))
