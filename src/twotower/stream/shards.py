@@ -13,20 +13,22 @@ positives alone, so that it does not read the others.
 
 import functools
 import itertools
+import json
 import os
 import re
 import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
 from twotower.datasets.tables import DAY_MS
 from twotower.logs import EventLog
@@ -35,7 +37,7 @@ from twotower.schema import columns as c
 from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError
 from twotower.schema.files import TEMPORARY, read_json, sha256, whole_file, write_json
-from twotower.stream.clock import Clock, JoinProgress
+from twotower.stream.clock import JoinProgress
 from twotower.stream.decode import decode, decode_rows
 from twotower.stream.example import encode_rows
 from twotower.stream.joiner import JoinCounts, Replay
@@ -61,16 +63,32 @@ _TYPES: Final = {
 }
 _NAMES: Final = {kind: name for name, kind in _TYPES.items()}
 _LIST: Final = "list of "
-_PLAIN: Final = ("partition", "begin", "end", "first_row", "rows", "hour", "outcomes", "watermark_ms")
-"""Fields of a manifest that JSON has as they are."""
+
+Count = Annotated[int, Field(ge=0)]
+
+
+def _type(name: str) -> pa.DataType:
+    return pa.list_(_TYPES[name.removeprefix(_LIST)]) if name.startswith(_LIST) else _TYPES[name]
+
+
+def _name(kind: pa.DataType) -> str:
+    return f"{_LIST}{_NAMES[kind.value_type]}" if pa.types.is_list(kind) else _NAMES[kind]
+
+
+Columns = Annotated[
+    pa.Schema,
+    PlainValidator(lambda columns: pa.schema([(name, _type(kind)) for name, kind in columns])),
+    PlainSerializer(lambda schema: [[field.name, _name(field.type)] for field in schema]),
+]
+"""Columns of rows; in JSON a list of names and types."""
 
 
 @dataclass(frozen=True)
 class Day:
     """The rows of one day in a shard."""
 
-    rows: int
-    last_row: int
+    rows: Count
+    last_row: Count
     """The number of the last of them."""
 
 
@@ -79,7 +97,7 @@ class DeletedUser:
     """A user who was deleted: nothing of theirs with a smaller number is to be kept."""
 
     user_id: EntityId
-    row: int
+    row: Count
 
 
 @dataclass(frozen=True)
@@ -95,8 +113,8 @@ class JoinState:
 class ShardFile:
     """A file of rows."""
 
-    rows: int
-    bytes: int
+    rows: Count
+    bytes: Count
     sha256: str
 
 
@@ -104,12 +122,12 @@ class ShardFile:
 class Manifest:
     """What is in a shard, and how far the log has been read."""
 
-    partition: int
-    begin: int
+    partition: Count
+    begin: Count
     """Offset of the log from which it was read."""
-    end: int
+    end: Count
     """Offset at which reading goes on."""
-    first_row: int
+    first_row: Count
     """Number of its first row in the partition."""
     hour: int | None
     """Hour since 1970 of the event time at its beginning; shards of one hour may be merged."""
@@ -119,14 +137,14 @@ class Manifest:
     state: JoinState
     deleted: tuple[DeletedUser, ...] = ()
     """Users who were deleted while it was read."""
-    rows: int = 0
+    rows: Count = 0
     days: Mapping[str, Day] = field(default_factory=dict)
     """By day of UTC of the request."""
-    outcomes: Mapping[str, int] = field(default_factory=dict)
+    outcomes: Mapping[str, Count] = field(default_factory=dict)
     """Rows by outcome."""
-    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    schema: Columns = field(default_factory=lambda: pa.schema([]))
     """Columns of its rows, without their numbers."""
-    files: Mapping[str, ShardFile] = field(default_factory=dict)
+    files: Mapping[Literal["positives", "others", "all"], ShardFile] = field(default_factory=dict)
     """By what they hold: `positives` and `others`, or `all`."""
 
     @property
@@ -143,6 +161,9 @@ class Manifest:
     def bytes(self) -> int:
         """Size of its rows on disk."""
         return sum(file.bytes for file in self.files.values())
+
+
+_MANIFESTS: Final = TypeAdapter(Manifest)
 
 
 def shard_name(begin: int, end: int) -> str:
@@ -292,37 +313,21 @@ def read_manifest(path: Path) -> Manifest:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") not in range(1, FORMAT + 1):
         raise DataError(f"{path} is no shard's manifest of a format up to {FORMAT}: another version wrote it")
-    named = _MANIFEST.fullmatch(path.name)
+    if "files" not in content:
+        content["files"] = {ALL: {name: content.get(name) for name in ("rows", "bytes", "sha256")}}
     try:
-        if "files" not in content:
-            content["files"] = {ALL: {name: content[name] for name in ("rows", "bytes", "sha256")}}
-        files = {name: ShardFile(**file) for name, file in content["files"].items() if name in _ENDINGS}
-        numbers = [content[name] for name in ("partition", "begin", "end", "first_row", "rows")]
-        sizes = [number for file in files.values() for number in (file.rows, file.bytes)]
-        if any(type(number) is not int or number < 0 for number in (*numbers, *sizes)):
-            raise TypeError(f"numbers {numbers}, sizes {sizes}")
-        if sum(file.rows for file in files.values()) != content["rows"]:
-            raise TypeError(f"{content['rows']} rows, but other ones in its files")
-        if named and numbers[1:3] != [int(named[1]), int(named[2])]:
-            raise TypeError(f"offsets {numbers[1]} to {numbers[2]}")
-        if content["watermark_ms"] is not None and type(content["watermark_ms"]) is not int:
-            raise TypeError(f"watermark {content['watermark_ms']!r}")
-        counts, state = content["counts"], content["state"]
-        return Manifest(
-            **{name: content[name] for name in _PLAIN},
-            days={day: Day(**rows) for day, rows in content["days"].items()},
-            counts=JoinCounts(**{**counts, "dropped": Counter(counts["dropped"])}),
-            state=JoinState(
-                Replay(state["replay"]["offset"], Clock(**state["replay"]["clock"])), tuple(state["flushes"])
-            ),
-            schema=pa.schema([(name, _type(kind)) for name, kind in content["schema"]]),
-            deleted=tuple(DeletedUser(**user) for user in content["deleted"]),
-            files=files,
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        manifest = _MANIFESTS.validate_json(json.dumps(content), strict=True)
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        problems = error.errors() if isinstance(error, ValidationError) else []
+        told = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems)
         raise DataError(
-            f"{path} is no whole manifest ({error!r}): it was damaged or written by something else"
+            f"{path} is no whole manifest ({told or repr(error)}): it was damaged or written by something else"
         ) from None
+    if sum(file.rows for file in manifest.files.values()) != manifest.rows:
+        raise DataError(f"{path} has {manifest.rows} rows, its files have others: it was damaged")
+    if _MANIFEST.fullmatch(path.name) and path.stem != manifest.name:
+        raise DataError(f"{path} is the manifest of {manifest.name}: it was renamed")
+    return manifest
 
 
 def read_shard(
@@ -462,18 +467,8 @@ def write_shard(folder: Path, batches: Sequence[Sequence[Row]], types: Types, ma
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest: the commit of its shard."""
-    content = {
-        "format": FORMAT,
-        "kind": "shard",
-        **{name: getattr(manifest, name) for name in _PLAIN},
-        "days": {day: asdict(rows) for day, rows in manifest.days.items()},
-        "counts": {**vars(manifest.counts), "dropped": dict(sorted(manifest.counts.dropped.items()))},
-        "state": asdict(manifest.state),
-        "deleted": [asdict(user) for user in manifest.deleted],
-        "files": {name: asdict(file) for name, file in manifest.files.items()},
-        "schema": [[field.name, _name(field.type)] for field in manifest.schema],
-    }
-    write_json(partition_folder(folder, manifest.partition) / f"{manifest.name}.json", content)
+    content = {"format": FORMAT, "kind": "shard", **_MANIFESTS.dump_python(manifest, mode="json")}
+    write_json(_manifest_path(folder, manifest), content)
 
 
 def tidy(folder: Path, partition: int) -> None:
@@ -590,11 +585,3 @@ def _covering(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
             if before < 0 or kept[before][1] <= begin:
                 kept.append((begin, end))
     return sorted(kept)
-
-
-def _name(kind: pa.DataType) -> str:
-    return f"{_LIST}{_NAMES[kind.value_type]}" if pa.types.is_list(kind) else _NAMES[kind]
-
-
-def _type(name: str) -> pa.DataType:
-    return pa.list_(_TYPES[name.removeprefix(_LIST)]) if name.startswith(_LIST) else _TYPES[name]
