@@ -53,7 +53,7 @@ def test_a_log_that_is_opened_to_read_refuses_to_write(
 
 def test_a_topic_keeps_its_number_of_partitions(kafka_servers: Callable[[str], str], topic: str) -> None:
     servers = kafka_servers(topic)
-    with pytest.raises(ConfigError, match=r"has 4 partitions, 3 are asked for.*set stream\.log\.partitions = 4"):
+    with pytest.raises(ConfigError, match=r"has 4 partitions, 3 are configured.*set stream\.log\.partitions = 4"):
         KafkaEventLog(servers, topic, partitions=3)
 
 

@@ -44,7 +44,7 @@ def test_logs_of_two_names_share_a_server(redis_url: str, name: str) -> None:
 
 def test_a_log_keeps_its_number_of_partitions(redis_url: str, name: str) -> None:
     RedisEventLog(redis_url, name, partitions=3).close()
-    with pytest.raises(ConfigError, match=r"has 3 partitions, 4 are asked for.*set stream\.log\.partitions = 3"):
+    with pytest.raises(ConfigError, match=r"has 3 partitions, 4 are configured.*set stream\.log\.partitions = 3"):
         RedisEventLog(redis_url, name, partitions=4)
     assert RedisEventLog(redis_url, name, partitions=None).partitions == 3
 

@@ -1,6 +1,6 @@
 """Events: as they are sent and stored (`Event`), and what they say (`Event.content`).
 
-The names of an event's fields stand here alone. `check_event` is the one check that every event passes: before a log
+The names of an event's fields stand only here. `check_event` is the one check that every event passes: before a log
 stores it, and when it is read. A log stores nothing that the check refuses. What others wrote into it, such as a
 producer of its own into a Kafka topic, or an earlier release, passes the same check when it is read
 (`twotower.logs.payload`). So the size of what one event can become is bounded for everybody who reads.

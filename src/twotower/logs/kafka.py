@@ -30,7 +30,7 @@ _BATCH: Final = 1000
 _WAIT_MS: Final = 50
 """How long a fetch waits at the end of a partition; reading elsewhere goes on only after it."""
 _ROOM_BYTES: Final = 1 << 10
-"""Of a message beside its content."""
+"""Bytes of a message beside its content."""
 
 
 class KafkaEventLog:
@@ -97,7 +97,7 @@ class KafkaEventLog:
         """See `EventLog`."""
         self._check_open()
         if not self._writers:
-            raise EventLogError(f"{self._where} was opened to read alone: open it to write")
+            raise EventLogError(f"{self._where} was opened to read only: open it to write")
         logged_ms = self._clock_ms()
         payloads = [payload_of(event, logged_ms) for event in events]
         places: dict[int, list[int]] = {}
@@ -165,7 +165,7 @@ class KafkaEventLog:
         there = len(found.partitions)
         if partitions not in (None, there):
             raise ConfigError(
-                f"{self._where} has {there} partitions, {partitions} are asked for: adding some would move users to "
+                f"{self._where} has {there} partitions, {partitions} are configured: adding some would move users to "
                 f"others; set stream.log.partitions = {there}, or another stream.log.name"
             )
         return there

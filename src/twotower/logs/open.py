@@ -15,7 +15,7 @@ def open_log(options: EventLogOptions, folder: Path) -> EventLog:
     """An event log to write and to read.
 
     Args:
-        options: of the log.
+        options: the options of the log.
         folder: `local`: its files.
 
     Raises:

@@ -60,7 +60,7 @@ _FLOAT32_MOST: Final = 1e38
 _RANK: Final = {outcome: rank for rank, outcome in enumerate(c.OUTCOMES)}
 
 _LEAVE, _CLOSE, _FORGET = range(3)
-"""What is due at a moment: clicks that wait for their request leave, a window closes, a request is forgotten."""
+"""What happens at a moment: clicks that wait for their request leave, a window closes, a request is forgotten."""
 
 _Key = tuple[EntityId, str]
 """A user and the id of a request."""
@@ -84,7 +84,7 @@ class JoinCounts:
     duplicates: int = 0
     """Second clicks of an item in one request, and second requests of one id."""
     unjoined: int = 0
-    """Clicks that left without a request: they name none, or one that did not come."""
+    """Clicks that left without a request: they name no request, or one that did not come."""
     before_request: int = 0
     """Clicks stamped before their request; they take its time."""
     clock_jumps: int = 0
@@ -128,7 +128,7 @@ class Joiner:
     """Joins the events of one partition.
 
     Args:
-        types: of ids and raw values.
+        types: the types of ids and raw values.
         options: the join window and how long things are waited for.
         fetch: the event at an offset of the partition.
     """
@@ -287,7 +287,7 @@ class Joiner:
             entry.logged = None
 
     def _do(self, one: tuple[int, int, int, _Key], watermark_ms: int | None, rows: list[Row]) -> None:
-        """What is due; without a watermark, whatever its time."""
+        """Do one thing whose moment has come; without a watermark, whatever its moment is."""
         due_ms, first_offset, what, key = one
         entry = self._entries.get(key)
         if entry is None or entry.first_offset != first_offset:
@@ -327,7 +327,7 @@ class Joiner:
         return entry
 
     def _moment_ms(self, event: Event) -> int:
-        """When an event happened, for what is due; never further ahead than it may move the clock."""
+        """When an event happened; never further ahead than it may move the clock."""
         if event.type == REQUEST or self._clock.request_ms is None:
             return event.ts_ms
         return min(event.ts_ms, self._clock.request_ms + self._window_ms)

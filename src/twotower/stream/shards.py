@@ -94,7 +94,7 @@ class Day:
 
 @dataclass(frozen=True)
 class DeletedUser:
-    """A user who was deleted: nothing of theirs with a smaller number is to be kept."""
+    """A user who was deleted: their rows with a smaller number are not kept."""
 
     user_id: EntityId
     row: Count
@@ -191,8 +191,8 @@ def progress_of(folder: Path, event_log: EventLog | None) -> dict[int, JoinProgr
     """How far each partition is joined, by its number.
 
     Args:
-        folder: of all shards.
-        event_log: which they are of; None = there is none any more, so that nothing is left to be joined.
+        folder: the folder of all shards.
+        event_log: the log that was joined; None = it is gone, so that nothing is left to be joined.
     """
     numbers = set(partitions(folder)) | set(range(event_log.partitions if event_log is not None else 0))
     found = {}
@@ -208,8 +208,8 @@ def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest
     """The manifests of a partition's shards, in order, from the one that holds a row on.
 
     Args:
-        folder: of all shards.
-        partition: of the log.
+        folder: the folder of all shards.
+        partition: a partition of the log.
         first_row: shards that end before it are left out, and not even read.
 
     Raises:
@@ -248,7 +248,7 @@ class Usable:
 
 
 def usable_manifests(folder: Path, partition: int, first_row: int = 0) -> Usable:
-    """As `manifests`, but a damaged manifest hides its own rows alone: who only reads rows is not stopped by it."""
+    """As `manifests`, but a damaged manifest hides only its own rows: it does not stop readers of rows."""
     try:
         return Usable(manifests(folder, partition, first_row), [])
     except DataError:
@@ -342,8 +342,8 @@ def read_shard(
     """The rows of a shard from a number up to another, in their order, with their numbers; every checksum is checked.
 
     Args:
-        folder: of all shards.
-        manifest: of the shard.
+        folder: the folder of all shards.
+        manifest: the manifest of the shard.
         first_row: number of the first row in the partition.
         end_row: number behind the last.
         columns: that are wanted beside the numbers; None = all.
@@ -391,7 +391,7 @@ def _numbers(path: Path, sha256: str) -> npt.NDArray[np.int64]:
     """The numbers of the rows of a file, ascending.
 
     Raises:
-        DataError: a row has none, or they do not rise.
+        DataError: a row has no number, or the numbers do not rise.
     """
     column = decode(_records(path, sha256), pa.schema([(c.ROW, pa.int64())]))[c.ROW]
     numbers: npt.NDArray[np.int64] = column.to_numpy()
@@ -401,11 +401,11 @@ def _numbers(path: Path, sha256: str) -> npt.NDArray[np.int64]:
 
 
 def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int | None = None) -> pa.Table:
-    """Rows of a partition from a number on, in order; fewer than were asked for at the end.
+    """Rows of a partition from a number on, in order; fewer than `most_rows` at the end.
 
     Args:
-        folder: of all shards.
-        partition: of the log.
+        folder: the folder of all shards.
+        partition: a partition of the log.
         first_row: number of the first row.
         most_rows: that are wanted; None = all.
 
@@ -433,9 +433,9 @@ def write_shard(folder: Path, batches: Sequence[Sequence[Row]], types: Types, ma
     """Write a shard; it is there when this returns, and not before its manifest is.
 
     Args:
-        folder: of all shards.
+        folder: the folder of all shards.
         batches: rows that left at the same event, in their order.
-        types: of ids and values.
+        types: the types of ids and values.
         manifest: without what is known only when the rows are written.
 
     Returns:
