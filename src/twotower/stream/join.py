@@ -94,7 +94,9 @@ class PartitionJoin:
         own.mkdir(parents=True, exist_ok=True)
         self._lock = take_lock(
             own / "joiner.lock",
-            lambda _: Taken(f"another joiner has {own}: stop it, or share the partitions with `--share K/N`"),
+            lambda holder: Taken(
+                f"another joiner has {own}, in {holder}: stop it, or share the partitions with `--share K/N`"
+            ),
         )
         try:
             tidy(folder, partition)
