@@ -45,7 +45,7 @@ def test_a_log_that_is_opened_to_read_refuses_to_write(
     [ack] = writer.append([event("a")])
     reader = open_reader(EventLogOptions(kind="kafka", url=servers, name=topic), tmp_path)
     assert [record.event.event_id for record in reader.read(ack.partition, 0, 10)] == ["a"]
-    with pytest.raises(EventLogError, match="opened to read alone"):
+    with pytest.raises(EventLogError, match="opened to read only"):
         reader.append([event("b")])
     reader.close()
     writer.close()
