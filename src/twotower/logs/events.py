@@ -242,7 +242,14 @@ class Event:
                 f"{', '.join(_REQUIRED)} are required"
             )
         body = {name: value for name, value in document.items() if name not in _NAMED}
-        return cls(*(document[name] for name in _REQUIRED), document.get(c.REQUEST_ID), body)
+        return cls(
+            document[EVENT_ID],
+            document[TYPE],
+            document[c.USER_ID],
+            document[c.TS_MS],
+            document.get(c.REQUEST_ID),
+            body,
+        )
 
     def to_json(self) -> bytes:
         """The event as one JSON object in UTF-8, which is what a log stores; `from_json` reads it back.
@@ -270,7 +277,8 @@ class Event:
             items = body.get(_ITEMS)
             if items is None and c.ITEM_ID in body:
                 items = [body[c.ITEM_ID]]
-            return kind(items, *map(body.get, _FIELDS[kind][1:]))
+            content: Content = kind(items, *map(body.get, _FIELDS[kind][1:]))
+            return content
         if self.type in (USER, ITEM):
             entity_id: Any = self.user_id if self.type == USER else body.get(c.ITEM_ID)
             if body.get(_DELETED) is True:

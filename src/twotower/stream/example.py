@@ -71,7 +71,7 @@ def _messages() -> tuple[Any, Any]:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     names = (f"twotower.example.{name}" for name in ("Example", "Features"))
-    return tuple(message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in names)  # type: ignore[return-value]
+    return tuple(message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in names)
 
 
 Example, Features = _messages()

@@ -49,7 +49,6 @@ rows. All three are read; shards of 1 and 2 are merged into one that has all row
 POSITIVES: Final = "positives"
 OTHERS: Final = "others"
 ALL: Final = "all"
-"""The one file of a shard of an earlier format."""
 _ENDINGS: Final = {POSITIVES: ".positives.tfrecord", OTHERS: ".others.tfrecord", ALL: ".tfrecord"}
 _MANIFEST: Final = re.compile(r"(\d{20})-(\d{20})\.json")
 _PARTITION: Final = re.compile(r"partition-(\d{4,})")
@@ -64,6 +63,8 @@ _NAMES: Final = {kind: name for name, kind in _TYPES.items()}
 _LIST: Final = "list of "
 
 Count = Annotated[int, Field(ge=0)]
+Part = Literal["positives", "others", "all"]
+"""What a file of a shard holds: clicked rows, the other rows, or, in earlier formats, all rows."""
 
 
 def _type(name: str) -> pa.DataType:
@@ -143,8 +144,7 @@ class Manifest:
     """Rows by outcome."""
     schema: Columns = field(default_factory=lambda: pa.schema([]))
     """Columns of its rows, without their numbers."""
-    files: Mapping[Literal["positives", "others", "all"], ShardFile] = field(default_factory=dict)
-    """By what they hold: `positives` and `others`, or `all`."""
+    files: Mapping[Part, ShardFile] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -440,9 +440,10 @@ def write_shard(folder: Path, batches: Sequence[Sequence[Row]], types: Types, ma
     Returns:
         The whole manifest.
     """
-    files = {}
+    files: dict[Part, ShardFile] = {}
     rows = list(itertools.chain.from_iterable(batches))
-    for name in (POSITIVES, OTHERS):
+    parts: tuple[Part, ...] = (POSITIVES, OTHERS)
+    for name in parts:
         clicked = name == POSITIVES
         numbers = [n for n, row in enumerate(rows, manifest.first_row) if (row.outcome == c.CLICKED) == clicked]
         mine = ([row for row in batch if (row.outcome == c.CLICKED) == clicked] for batch in batches)
@@ -508,7 +509,7 @@ def merge(folder: Path, small: Sequence[Manifest]) -> Manifest:
         counts=total(part.counts for part in small),
         deleted=tuple(user for part in small for user in part.deleted),
     )
-    files = {}
+    files: dict[Part, ShardFile] = {}
     for name in first.files:
         path = _path(folder, manifest, name)
         with whole_file(path) as temporary, temporary.open("wb") as out:
