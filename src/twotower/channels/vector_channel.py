@@ -3,6 +3,7 @@
 B users, K interests, D vector, k candidates.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Self
 
@@ -51,7 +52,10 @@ class VectorChannel:
         self._item_vectors = item_vectors
 
     def user_vectors(self, queries: Queries) -> Floats:
-        """The vectors of users (B, D), or of their interests (B, K, D)."""
+        """The vectors of users (B, D), or of their interests (B, K, D); made once for queries, also of `over`."""
+        return queries.vectors.once(self._encode_users, self._item_tokens, lambda: self._encoded(queries))
+
+    def _encoded(self, queries: Queries) -> Floats:
         columns = dict(queries.features)
         if (history := self._features.history) is not None:
             columns[history.name] = latest(queries.clicks, self._item_tokens, history.last)
@@ -70,8 +74,10 @@ class VectorChannel:
         return nearest
 
     def over(self, name: str, index: VectorIndex) -> Self:
-        """A channel with this one's users over another index."""
-        return type(self)(name, self._features, self._item_tokens, self._encode_users, index)
+        """A channel with this one's user vectors over another index."""
+        other = copy.copy(self)
+        other.name, other.index, other._item_vectors = name, index, None
+        return other
 
     def newer(
         self, item_tokens: Rows, index: VectorIndex, item_vectors: Table | None, encode_users: UserEncoder | None = None

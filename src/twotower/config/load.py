@@ -6,7 +6,7 @@ import datetime
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +18,65 @@ from twotower.schema.errors import ConfigError
 
 RENAMED = {
     "train.popularity": "train.logit_adjustment",
+    "stream.lateness_s": "stream.allowed_lateness_s",
+    "stream.late_s": "stream.remember_s",
 }
 """Keys of earlier releases, with the names that they have now."""
+REMOVED = {
+    "serve.features": "remove it: the server keeps what it learns of users in the workspace, and there was no choice",
+}
+"""Keys of earlier releases that are gone, with what to do."""
 
 _ADAPTER = TypeAdapter(Settings)
 _SHOWN = 100
 """Characters of a wrong value that an error shows."""
 
 
-def load(path: Path | None, overrides: Iterable[str] = ()) -> Settings:
-    """Read a configuration file; without one, the defaults.
+def load(
+    configuration: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    *,
+    workspace: str | Path | None = None,
+) -> Settings:
+    """Read a configuration; without one, the defaults.
 
     Args:
-        path: a TOML file, or None.
-        overrides: `section.key=value` each, applied in order; the value is TOML, or else a plain string.
+        configuration: the path of a TOML file, or its content as a dict; None = the defaults.
+        overrides: `section.key=value` each, applied in order, the value being TOML or else a plain string; or values by
+            key, such as `{"train.epochs": 3}`.
+        workspace: `workspace.path`, in place of what the configuration says.
 
     Raises:
         ConfigError: no such file, no TOML, an unknown key, a value of another type.
+
+    >>> load({"train": {"epochs": 3}}, {"models.dimension": 32}, workspace="clicks").workspace.path
+    'clicks'
     """
-    if path is None:
-        return parse({}, overrides, where="the defaults")
+    content, where = _content(configuration)
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            _place(content, key.split("."), value, key)
+        overrides = ()
+    if workspace is not None:
+        _place(content, ["workspace", "path"], str(workspace), "workspace")
+    return parse(content, overrides, where)
+
+
+def _content(configuration: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """A configuration as a document, and its name in errors."""
+    if configuration is None:
+        return {}, "the defaults"
+    if isinstance(configuration, Mapping):
+        return copy.deepcopy(dict(configuration)), "configuration"
+    path = Path(configuration)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig")), str(path)
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {path}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, an integer of thousands of digits, a deep nesting
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    return parse(content, overrides, where=str(path))
 
 
 def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "configuration") -> Settings:
@@ -69,7 +99,7 @@ def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "
             _override(content, override)
         # As JSON, because strict types take sections from documents there, and from nothing but objects elsewhere.
         return _ADAPTER.validate_json(json.dumps(content, default=_plain), strict=True)
-    except (RecursionError, UnicodeError) as error:
+    except (RecursionError, UnicodeError, TypeError) as error:
         raise ConfigError(f"{where} cannot be read: {error}") from None
     except ValidationError as error:
         problems = [
@@ -123,10 +153,19 @@ def _override(content: dict[str, Any], override: str) -> None:
     except (ValueError, RecursionError):
         document = {}
     value = document["value"] if document.keys() == {"value"} else text
+    _place(content, names, value, f"--set {override}")
+
+
+def _place(content: dict[str, Any], names: list[str], value: Any, where: str) -> None:
+    """Put a value where a dotted key stands.
+
+    Raises:
+        ConfigError: a part of the key is a value, not a section.
+    """
     for name in names[:-1]:
         content = content.setdefault(name, {})
         if not isinstance(content, dict):
-            raise ConfigError(f"--set {override}: {name} is a value, not a section")
+            raise ConfigError(f"{where}: {name} is a value, not a section")
     content[names[-1]] = value
 
 
@@ -151,6 +190,8 @@ def _sentence(location: tuple[int | str, ...], kind: str, message: str, seen: An
 def _hint(name: str, known: list[str]) -> str:
     if name in RENAMED:
         return f"it is called {RENAMED[name]} now"
+    if name in REMOVED:
+        return f"it is gone since an earlier release; {REMOVED[name]}"
     near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
     return f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(known) or 'none'}"
 

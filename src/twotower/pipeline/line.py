@@ -36,7 +36,7 @@ from twotower.index.exact import ExactIndex
 from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.recorded import ASKED, MADE_WITH, as_made, check_same, fixed_by_samples, fixed_by_training
-from twotower.publish.publish import current_path, promote, publish
+from twotower.publish.publish import VersionParts, current_path, promote, publish
 from twotower.publish.version import (
     NEW_ITEMS,
     PRE_RANK,
@@ -436,21 +436,22 @@ def publish_version(
     checkpoint = channels[TWO_TOWER]
     metrics_file = checkpoint.path.parent / METRICS
     metrics = read_json(metrics_file) if metrics_file.exists() else {}
-    version = publish(
-        where.versions,
-        channels,
+    parts = VersionParts(
         samples,
         where.workspace / "items.parquet",
+        channels,
         fit_channels(samples, _configured(settings, samples), where.checkpoints),
         {name: made(name) for name in settings.models.rankers},
-        fusion=fusion,
-        configuration=as_dict(settings),
-        metrics=metrics,
-        index_kind=settings.index.kind,
-        index_recall=settings.index.recall,
-        index_ks=sorted({*settings.evaluate.k, 500, fusion.depth}),
-        most_new_clicks=settings.models.new_items.most_clicks,
+        fusion,
+    )
+    version = publish(
+        where.versions,
+        parts,
+        settings.models,
+        settings.index,
+        ks=sorted({*settings.evaluate.k, 500, fusion.depth}),
         seed=settings.train.seed,
+        recorded={"configuration": as_dict(settings), "metrics": metrics},
         clock_ms=now_ms,
     )
     if promoted:

@@ -15,6 +15,7 @@ import torch
 from twotower.config.available import check_available
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
+from twotower.datasets.places import Places
 from twotower.datasets.tables import end_of_day
 from twotower.features.feature_set import load as load_features
 from twotower.logs import EventLog, open_reader
@@ -26,11 +27,11 @@ from twotower.pipeline.line import (
     train_from,
     train_ranker_from,
 )
-from twotower.pipeline.places import Places, places
+from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.streaming import until_signals
 from twotower.publish.delta import last_seq
-from twotower.publish.overlay import Entities, as_served
+from twotower.publish.overlay import EntityChanges, as_served
 from twotower.publish.publish import current_path, list_versions, promote, verify
 from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_version, read_manifest
 from twotower.samples.read import open_samples
@@ -136,7 +137,7 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
     files = sorted((where.events / f"{c.DATE}={day}").glob("*.parquet"))
     with ExitStack() as opened:
         event_log = _event_log(settings, opened)
-        fold(where.workspace, read_entities(event_log) if event_log is not None else Entities(), files)
+        fold(where.workspace, read_entities(event_log) if event_log is not None else EntityChanges(), files)
     make_samples(until, features, settings.update.evict_after_days)
     samples = open_samples(where.samples)
     own = rows_of_day(samples, day, _learned(where, done).of(day))
@@ -263,7 +264,7 @@ def open_as_served(settings: Settings, version: str | None = None) -> Version:
     opened_version = open_served(settings, version)
     with ExitStack() as opened:
         event_log = _event_log(settings, opened)
-        entities = read_entities(event_log) if event_log is not None else Entities()
+        entities = read_entities(event_log) if event_log is not None else EntityChanges()
     return as_served(opened_version, places(settings).deltas, entities)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from twotower.features.columns import Bag, Column, concatenate, pointers, take
 from twotower.features.vocabulary import FIRST, UNKNOWN
-from twotower.logs.entities import EntityId
+from twotower.logs.events import EntityId
 from twotower.publish.delta import Rows
 from twotower.samples.options import NegativesOptions
 from twotower.schema import columns as c
