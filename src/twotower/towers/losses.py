@@ -329,17 +329,9 @@ def shared_loss(
         The loss, a scalar.
     """
     with torch.no_grad():
-        log_weight, mask = torch.from_numpy(negatives.log_weight), negatives.mask
-        rows, columns = len(users), len(log_weight)
-        weight, counts = log_weight.double().exp().numpy(), np.diff(mask.indptr)
-        row = np.repeat(np.arange(rows), counts)
-        total = weight.sum() - np.bincount(row, weight[mask.columns], rows)
-        alone = (counts == columns) | (total <= 0)
-        # A row without negatives keeps them, and counts 0: a loss of nothing has no derivatives.
-        masked = torch.from_numpy((row * columns + mask.columns)[~alone[row]])
-        ends = pointers(np.where(alone, 0, counts))
-        totals = torch.from_numpy(np.where(alone, 1, total)).to(log_weight.dtype)[:, None]
-        row_share = share[:, None] * torch.from_numpy(~alone)[:, None]
+        rows, log_weight, kept = len(users), torch.from_numpy(negatives.log_weight), _kept(negatives)
+        columns, totals = len(log_weight), torch.from_numpy(kept.total).to(users.dtype)[:, None]
+        masked, row_share = torch.from_numpy(kept.masked), share[:, None] * torch.from_numpy(kept.compared)[:, None]
         others, own = items[:columns], items[positive]
         right = (users * own).sum(dim=1, keepdim=True)
         by_user, by_item, by_calibration = (torch.zeros_like(x) for x in (users, items, calibration))
@@ -347,7 +339,7 @@ def shared_loss(
         scores = torch.empty((min(chunk, rows), columns), dtype=users.dtype)
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
-            part, none = users[start:stop], masked[ends[start] : ends[stop]] - start * columns
+            part, none = users[start:stop], masked[kept.indptr[start] : kept.indptr[stop]] - start * columns
             cosines = torch.mm(part, others.T, out=scores[: stop - start])
             given = Scores(right[start:stop], cosines, totals[start:stop], calibration, log_weight, none)
             found = _differentiate(loss, given, row_share[start:stop])
@@ -362,6 +354,30 @@ def shared_loss(
         users, items, calibration, value.to(users.dtype), by_user, by_item, by_calibration
     )
     return result
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is left of shared negatives in each of B rows. A row without any keeps all of them, and is to count 0."""
+
+    compared: npt.NDArray[np.bool_]
+    """(B,) the row has negatives."""
+    total: npt.NDArray[np.float64]
+    """(B,) sum of their weights."""
+    indptr: npt.NDArray[np.int64]
+    """(B + 1,) the masked ones of each row."""
+    masked: npt.NDArray[np.int64]
+    """(nnz,) positions of the masked ones in the flattened (B, K)."""
+
+
+def _kept(negatives: SharedNegatives) -> _Kept:
+    weight, mask = np.exp(negatives.log_weight.astype(np.float64)), negatives.mask
+    counts = np.diff(mask.indptr)
+    row = np.repeat(np.arange(len(counts)), counts)
+    total = weight.sum() - np.bincount(row, weight[mask.columns], len(counts))
+    some = (counts < len(weight)) & (total > 0)
+    masked = (row * len(weight) + mask.columns)[some[row]]
+    return _Kept(some, np.where(some, total, 1), pointers(np.where(some, counts, 0)), masked)
 
 
 def row_loss(

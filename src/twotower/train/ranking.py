@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,8 @@ def train_ranker(
     """
     started = clock()
     shown = both_kinds(samples, options.calibration_share)
-    settings = {
-        "name": name,
-        "ranker": asdict(options),
-        "seed": train.seed,
-        "threads": train.threads,
-        "torch": torch.__version__,
-    }
+    of_train = {"seed": train.seed, "threads": train.threads}
+    settings = {"name": name, "ranker": asdict(options), "train": of_train, "torch": torch.__version__}
     run = Run(run_folder(checkpoints, samples.manifest, settings), samples, settings)
     if (done := finished(run.folder)) is not None:
         kept = done.manifest
@@ -112,13 +107,8 @@ def train_ranker(
     model.begin_at(float(shown.impressions.clicked[: shown.cut].mean()))
     batches = ImpressionBatches(samples, shown.impressions, model, options.id_dropout)
     task = _task(name, model, batches, shown.cut, options=options, seed=train.seed)
-    loop_options = TrainOptions(
-        epochs=options.epochs,
-        seed=train.seed,
-        table_learning_rate=options.table_learning_rate,
-        checkpoint_s=train.checkpoint_s,
-    )
-    trained = train_epochs(task, run, loop_options, clock=clock)
+    train = replace(train, epochs=options.epochs, table_learning_rate=options.table_learning_rate, schedule="constant")
+    trained = train_epochs(task, run, train, clock=clock)
     calibrated = _calibrate(model, batches, shown)
     curve = model.curve()[: max(1, int(shown.impressions.position.max(initial=0)))]
     path = finish(task, run, trained, ranker=name, calibration=asdict(calibrated), position=curve)
@@ -150,15 +140,9 @@ def _task(
         loss = binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.clicked))
         return StepLoss(loss, len(batch.clicked), inputs.touched)
 
-    return Task(
-        name,
-        model,
-        torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True),
-        rows,
-        epoch_batches,
-        step_loss,
-        f"lower {name}.learning_rate or {name}.table_learning_rate",
-    )
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True)
+    remedy = f"lower {name}.learning_rate or {name}.table_learning_rate"
+    return Task(name, model, optimizer, rows, epoch_batches, step_loss, remedy)
 
 
 @dataclass(frozen=True)
