@@ -230,11 +230,12 @@ class StepAssembler:
                 asked.setdefault(table, []).append(_rows_of(column))
         touched: dict[str, Touched] = {}
         positions: dict[str, Iterator[Tensor]] = {}
-        for table, pieces in asked.items():
-            distinct, position = self._compactors[table].compact(np.concatenate(pieces))
-            values = torch.from_numpy(self._tables[table].weights[distinct]).requires_grad_()
-            touched[table] = Touched(distinct, values)
-            positions[table] = iter(torch.from_numpy(position).split([len(piece) for piece in pieces]))
+        for name, pieces in asked.items():
+            distinct, where = self._compactors[name].compact(np.concatenate(pieces))
+            values = torch.from_numpy(self._tables[name].weights[distinct]).requires_grad_()
+            touched[name] = Touched(distinct, values)
+            lengths = [len(piece) for piece in pieces]
+            positions[name] = iter(torch.split(torch.from_numpy(where), lengths))  # type: ignore[no-untyped-call]
         inputs: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for at, (feature, column) in enumerate(read):
             side, table = inputs[at >= split], table_of(feature)
