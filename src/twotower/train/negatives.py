@@ -34,7 +34,7 @@ class Draws:
 
     @property
     def total(self) -> float:
-        """Of all sources."""
+        """Negatives of a row from all sources."""
         return self.in_batch + self.uniform + self.clicks
 
 

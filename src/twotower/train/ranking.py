@@ -56,7 +56,7 @@ class RankerReport:
     rows: int
     """Impressions seen in all epochs."""
     rows_per_s: float
-    """Of this process; 0 where the run was already finished."""
+    """Speed of this process; 0 where the run was already finished."""
     loss: float
     """Mean of the last epoch."""
     calibration: Calibrated
