@@ -293,7 +293,9 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
     options = (settings.evaluate.k, settings.evaluate.bootstrap, settings.train.seed, settings.evaluate.context)
     metrics = evaluate(samples, where.workspace, channels, *options)
     if (world := world_of(where.workspace)) is not None:
-        metrics["truth"] = evaluate_by_truth(samples, where.workspace, world, channels, *options)
+        metrics["truth"] = evaluate_by_truth(
+            samples, where.workspace, world, channels, settings.evaluate, settings.train.seed
+        )
     if settings.models.rankers:
         metrics["rankers"] = evaluate_rankers(settings, samples)
     write_json(checkpoint.path.parent / METRICS, metrics)
