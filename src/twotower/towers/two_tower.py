@@ -235,7 +235,7 @@ class StepAssembler:
             values = torch.from_numpy(self._tables[name].weights[distinct]).requires_grad_()
             touched[name] = Touched(distinct, values)
             lengths = [len(piece) for piece in pieces]
-            positions[name] = iter(torch.split(torch.from_numpy(where), lengths))  # type: ignore[no-untyped-call]
+            positions[name] = iter(torch.split(torch.from_numpy(where), lengths))
         inputs: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for at, (feature, column) in enumerate(read):
             side, table = inputs[at >= split], table_of(feature)
