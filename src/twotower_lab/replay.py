@@ -38,7 +38,7 @@ from twotower.stream.joiner import Counts
 from twotower.stream.joiner import Replay as ReplayFrom
 from twotower.stream.rows import Asked, Row, Types, read_types
 from twotower.stream.shards import State, write_shard
-from twotower.update.chain import Plan
+from twotower.update.learn import Plan
 from twotower.worlds.truth import true_recall
 from twotower.worlds.world import FIRST_DAY_MS, NOTHING, World
 from twotower_lab.experiments import Way
@@ -267,10 +267,10 @@ class _Model:
 
     def _open(self) -> None:
         self._chain = self._system.open_chain(self._settings)
-        self._row = self._later.rows_of(self._chain.item_ids)
+        self._row = self._later.rows_of(self._chain.state.laid.item_ids)
         """(N,) of the chain, rows of the workspace's items as they were at first; -1 = none of them."""
         if self._world is not None:
-            self._world_row = self._world.item_rows(self._chain.item_ids)
+            self._world_row = self._world.item_rows(self._chain.state.laid.item_ids)
 
     def found(self, begin: int, end: int, now_ms: int) -> Bools:
         """Which of some clicks are among the first K for their users, as the model is before it learns them."""
@@ -279,7 +279,7 @@ class _Model:
         alive = np.flatnonzero((self._row >= 0) & (self._later.born_ms[self._row] <= now_ms))
         column = np.full(len(self._row), -1)
         column[alive] = np.arange(len(alive))
-        vectors = self._chain.item_vectors[alive]
+        vectors = self._chain.state.learner.vectors[alive]
         judge = set(np.linspace(0, len(wanted) - 1, min(JUDGED, len(wanted))).astype(np.int64).tolist())
         for start in range(0, len(wanted), AT_ONCE):
             part = wanted[start : start + AT_ONCE]
@@ -351,7 +351,7 @@ class _Model:
         order = np.argsort(-np.bincount(version.clicks.item_row, minlength=version.base_items), kind="stable")
         rows = order[: max(1, int(HOT * len(order)))]
         tokens = version.two_tower.item_tokens[rows]
-        table = self._chain.embeddings(c.ITEM_ID)
+        table = self._chain.state.learner.model.tables[c.ITEM_ID].weights
         return {
             one: table[token].copy()
             for one, token in zip(version.item_ids.take(pa.array(rows)).to_pylist(), tokens.tolist(), strict=True)

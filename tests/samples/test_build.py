@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.features.bloom import is_untrained
+from twotower.features.bloom import is_held_out
 from twotower.features.columns import Bag
 from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Vector
 from twotower.samples import build as module
@@ -650,9 +650,9 @@ def test_users_whom_nothing_is_trained_on_have_histories_and_no_positives(tmp_pa
         user={"user_id": Categorical(kind="categorical")}, item={"item_id": Categorical(kind="categorical")}
     )
     for share in (0.0, 0.3):
-        build_samples(tmp_path / "world", tmp_path / "samples", features, 8, untrained_users=share)
+        build_samples(tmp_path / "world", tmp_path / "samples", features, 8, held_out_users=share)
         samples = open_samples(tmp_path / "samples")
-        out = is_untrained(samples.users.ids, share)
+        out = is_held_out(samples.users.ids, share)
         trained = np.isin(np.arange(len(samples.users)), samples.positives.user_row)
         assert not (out & trained).any()
         clicks = np.diff(samples.clicks.indptr)

@@ -89,7 +89,7 @@ def small(learning: Settings) -> Settings:
     return replace(
         learning,
         update=replace(learning.update, rows=10, gate=gate),
-        samples=replace(learning.samples, untrained_users=0.2),
+        samples=replace(learning.samples, held_out_users=0.2),
     )
 
 

@@ -149,7 +149,7 @@ def test_a_version_that_fails_its_gate_is_not_promoted_and_the_chain_stays(days)
     wild = replace(
         days,
         train=replace(days.train, learning_rate=1.0),
-        samples=replace(days.samples, untrained_users=0.5),
+        samples=replace(days.samples, held_out_users=0.5),
         update=replace(days.update, gate=replace(days.update.gate, k=10, least=20, margin=0.0)),
     )
     report = update_full(wild, dry_run=False)

@@ -15,7 +15,7 @@ from twotower.channels.vector_channel import latest
 from twotower.cli.main import app
 from twotower.config import Settings, parse
 from twotower.datasets.tables import end_of_day
-from twotower.features.bloom import is_untrained
+from twotower.features.bloom import is_held_out
 from twotower.features.columns import take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
@@ -278,8 +278,8 @@ def test_one_updater_at_a_time(learning, happen, clicks) -> None:
 
 def test_users_whom_nothing_is_trained_on_are_witnesses(learning, happen, clicks) -> None:
     version = open_served(learning)
-    settings = replace(learning, samples=replace(learning.samples, untrained_users=0.5))
-    out = is_untrained(version.users.ids, 0.5)
+    settings = replace(learning, samples=replace(learning.samples, held_out_users=0.5))
+    out = is_held_out(version.users.ids, 0.5)
     happen(settings, clicks(settings, 90))
     run(settings)
     [delta] = deltas(settings)
@@ -310,7 +310,7 @@ def test_a_delta_that_fails_the_gate_is_refused_and_learning_goes_on(learning, h
     assert [refusal.delta_seq for refusal in served.gated] == [2]
 
 
-def test_a_loss_of_recall_on_the_untrained_users_is_a_problem_beyond_the_margin(learning) -> None:
+def test_a_loss_of_recall_on_the_held_out_users_is_a_problem_beyond_the_margin(learning) -> None:
     where = places(learning)
     chain = open_chain(learning, open_served(learning).path, None)
     width = chain.version.item_vectors.shape[1]

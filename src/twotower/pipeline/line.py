@@ -59,7 +59,7 @@ from twotower.towers.ranker import Ranker, RankerShape
 from twotower.towers.towers import Network, check_widths
 from twotower.towers.two_tower import TwoTower
 from twotower.train.checkpoint import Checkpoint, Shape, load_model, load_ranker, open_checkpoint
-from twotower.train.loop import Loss, Negatives, TrainReport, train
+from twotower.train.loop import Negatives, TrainReport, loss_of, train
 from twotower.train.negatives import Shares
 from twotower.train.options import PreRankOptions
 from twotower.train.ranking import RankerReport, both_kinds, train_ranker
@@ -95,7 +95,7 @@ def make_samples(
         impressed_weight=settings.samples.impressed_weight,
         hot=settings.samples.hot,
         cold=settings.samples.cold,
-        untrained_users=settings.samples.untrained_users,
+        held_out_users=settings.samples.held_out_users,
         hard_most=settings.samples.negatives.hard_most,
         impressed_as_negatives=settings.samples.negatives.impressed_as_negatives_for_experiments,
         impressions=bool(settings.models.rankers),
@@ -230,7 +230,7 @@ def train_from(
         samples,
         places(settings).checkpoints,
         shape_of(settings, channel),
-        loss=loss_of(settings),
+        loss=loss_of(settings.train),
         negatives=_negatives(settings.samples.negatives),
         batch_size=options.batch_size,
         epochs=1 if warm else own[channel] or options.epochs,
@@ -249,21 +249,6 @@ def train_from(
         enough=enough,
         warm=warm,
         decay=settings.update.decay,
-    )
-
-
-def loss_of(settings: Settings) -> Loss:
-    """The loss that is configured."""
-    options = settings.train
-    return Loss(
-        options.loss,
-        options.temperature,
-        options.positive_temperature,
-        options.margin,
-        options.sigma,
-        options.scale,
-        options.pointwise_negatives,
-        options.popularity,
     )
 
 

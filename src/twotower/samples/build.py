@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis import _
 
-from twotower.features.bloom import is_untrained
+from twotower.features.bloom import is_held_out
 from twotower.features.columns import to_arrow
 from twotower.features.feature_set import FeatureSet, encode_table, extended, fit, save
 from twotower.features.fitted import Fitted
@@ -123,7 +123,7 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
     impressed_weight: float = 0.0,
     hot: HotOptions = HotOptions(),  # noqa: B008  frozen
     cold: ColdOptions = ColdOptions(),  # noqa: B008
-    untrained_users: float = 0.0,
+    held_out_users: float = 0.0,
     hard_most: int = 20,
     impressed_as_negatives: bool = False,
     impressions: bool = False,
@@ -149,7 +149,7 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
         impressed_weight: weight of what was shown and not clicked as a weak positive; 0 = it is none.
         hot: down-sampling of hot items.
         cold: over-sampling of cold items.
-        untrained_users: share of users, by a hash of their ids, who have no positives; their clicks are histories.
+        held_out_users: share of users, by a hash of their ids, who have no positives; their clicks are histories.
         hard_most: hard negatives of a request that are kept of each source.
         impressed_as_negatives: what was shown and not clicked is a source of hard negatives, for experiments.
         impressions: write what was shown, clicked or not, too: what rankers learn from.
@@ -190,8 +190,8 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
             known = known.inner_join(user_rows, c.USER_ID).inner_join(item_rows, c.ITEM_ID)
             clicks = opened.keep("clicks", _rows(known, c.CLICKED, context, weight, first_day))
             in_range = clicks.filter(clicks[_IN_RANGE]) if first_day else clicks
-            if untrained_users:
-                in_range = in_range.semi_join(_trained_rows(opened, users, untrained_users), USER_ROW)
+            if held_out_users:
+                in_range = in_range.semi_join(_trained_rows(opened, users, held_out_users), USER_ROW)
             per_user = _tally(opened, clicks, USER_ROW, users.num_rows)
             per_item = _tally(opened, in_range, ITEM_ROW, items.num_rows)
             clicked = int(per_item.sum())
@@ -204,8 +204,8 @@ def build_samples(  # noqa: PLR0915  one job, top to bottom
             fed = in_range
             if impressed_weight:
                 shown = _rows(known, c.IMPRESSED, context, impressed_weight, first_day)
-                if untrained_users:
-                    shown = shown.semi_join(_trained_rows(opened, users, untrained_users), USER_ROW)
+                if held_out_users:
+                    shown = shown.semi_join(_trained_rows(opened, users, held_out_users), USER_ROW)
                 fed = opened.keep("fed", union(in_range, shown.filter(shown[_IN_RANGE])))
             lately = fed
             if previous is not None and evict_after_days is not None and timed:
@@ -299,7 +299,7 @@ def _read(path: Path) -> pa.Table:
 
 def _trained_rows(engine: Engine, users: pa.Table, untrained: float) -> Any:
     """The rows of the users whom something is trained on."""
-    out = is_untrained(users.column(c.USER_ID).combine_chunks(), untrained)
+    out = is_held_out(users.column(c.USER_ID).combine_chunks(), untrained)
     return engine.put("trained_users", pa.table({USER_ROW: pa.array(np.flatnonzero(~out).astype(np.int32))}))
 
 

@@ -137,7 +137,7 @@ class SamplesOptions:
     """Last day, of positives and of histories; absent = the last of the log."""
     days: Positive | None = None
     """Positives of so many days up to the last, in place of `first_day`; absent = no such limit."""
-    untrained_users: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    held_out_users: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of users, by a hash of their ids, whom nothing is trained on, by no update either: the gate of updates
     judges on them. 0 where no update is to run, for a comparison on a fixed data set."""
     hot: HotOptions = field(default_factory=HotOptions)

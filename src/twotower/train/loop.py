@@ -53,6 +53,7 @@ from twotower.train.negatives import (
     Shares,
     StreamingFrequency,
 )
+from twotower.train.options import TrainOptions
 from twotower.train.ranking import RankerReport
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,20 @@ class Loss:
             "pointwise": lambda: pointwise(self.pointwise_negatives),
         }
         return forms[self.name]()
+
+
+def loss_of(options: TrainOptions) -> Loss:
+    """The loss that is configured."""
+    return Loss(
+        options.loss,
+        options.temperature,
+        options.positive_temperature,
+        options.margin,
+        options.sigma,
+        options.scale,
+        options.pointwise_negatives,
+        options.popularity,
+    )
 
 
 @dataclass(frozen=True)

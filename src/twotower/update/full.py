@@ -1,4 +1,4 @@
-"""What the full update needs beside the stages that it runs: which days are due, the rows of a day, the gate's figures.
+"""What the full update needs beside the stages that it runs: days that are not learned, the rows of a day, its gate.
 
 D vector.
 """
@@ -14,12 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.datasets.tables import DAY_MS, end_of_day
-from twotower.features.bloom import is_untrained
+from twotower.features.bloom import is_held_out
 from twotower.features.columns import Bag, take
 from twotower.features.feature_set import HISTORY
 from twotower.logs import EventLog
-from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of
-from twotower.logs.events import ITEM
+from twotower.logs.entities import Entity, EntityId
 from twotower.publish.overlay import Entities
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
@@ -30,10 +29,9 @@ from twotower.schema.tables import as_ids, check_entities, column_of
 from twotower.stream.clock import joined_until
 from twotower.stream.days import stale_days
 from twotower.stream.shards import manifests, progress_of
-from twotower.update.gate import Limits, alikeness, recall_among
+from twotower.update.gate import Recall, check_spread, recall_among
+from twotower.update.options import GateOptions
 from twotower.update.rows import positives_of
-
-_EVENTS = 10_000
 
 
 def due_days(
@@ -83,22 +81,6 @@ def _goes_on(events: Path, day: str, watermark_ms: int) -> bool:
         (pc.max(pq.read_table(path, columns=[c.REQUEST_TS_MS], partitioning=None).column(0)).as_py() or 0)
         > watermark_ms
         for path in parquet_files(events / f"{c.DATE}={day}")
-    )
-
-
-def read_entities(event_log: EventLog) -> Entities:
-    """All users and items that were put or deleted, as the log tells."""
-    found: dict[tuple[str, EntityId], Entity] = {}
-    for partition, end in enumerate(event_log.ends()):
-        offset = 0
-        while offset < end and (records := event_log.read(partition, offset, _EVENTS)):
-            for place, event in ((record.offset, record.event) for record in records):
-                if event.type in TYPES and (one := entity_of(event)) is not None:
-                    found[event.type, one] = after(found.get((event.type, one)), event, place)
-            offset = records[-1].next_offset
-    return Entities(
-        {one: entity for (kind, one), entity in found.items() if kind == ITEM},
-        {one: entity for (kind, one), entity in found.items() if kind != ITEM},
     )
 
 
@@ -192,52 +174,47 @@ def _bag(column: object) -> Bag:
     return column
 
 
-def check_version(old: Version, new: Version, files: Iterable[Path], untrained: float, limits: Limits) -> list[str]:
+def check_version(
+    old: Version, new: Version, files: Iterable[Path], held_out_users: float, options: GateOptions
+) -> list[str]:
     """What the gate has against a full version; one sentence each, none where it may go live.
 
     Args:
         old: what is served.
         new: what is to be.
         files: joined events of the days that were learned.
-        untrained: share of users whom nothing is trained on: their clicks of these days judge.
-        limits: of the gate.
+        held_out_users: share of users whom nothing is trained on: their clicks of these days judge.
+        options: what it must keep.
     """
-    problems = []
-    alike = alikeness(np.asarray(new.item_vectors)) - alikeness(np.asarray(old.item_vectors))
-    if alike > limits.most_alike:
-        problems.append(f"items are more alike than in {old.id}, by {alike:.3f} in the mean cosine")
-    before, after = _recalls([old, new], files, untrained, limits)
-    if before is not None and after is not None and after < before - limits.margin:
-        problems.append(f"recall@{limits.k} of the untrained users falls from {before:.4f} to {after:.4f}")
-    return problems
+    spread = check_spread(np.asarray(new.item_vectors), old, options)
+    rows = _held_out_rows([old, new], files, held_out_users, options.window)
+    if len(rows) < options.min_positives:
+        return spread
+    clicks = old.queries(old.users.positions.find(rows.column(c.USER_ID).combine_chunks())).clicks
+    lists = pa.ListArray.from_arrays(clicks.indptr.astype(np.int32), old.item_ids.take(pa.array(clicks.rows)))
+    rows = rows.append_column(HISTORY, lists)
+    recall = Recall(*(_recall(version, rows, options.k) for version in (old, new)))
+    return [*spread, *recall.problems(options)]
 
 
-def _recalls(
-    versions: Sequence[Version], files: Iterable[Path], untrained: float, limits: Limits
-) -> list[float | None]:
-    """Recall of each version on the clicks of untrained users, with the histories that the first one knows."""
-    wanted = [c.USER_ID, c.ITEM_ID, c.REQUEST_TS_MS, c.CLICK_TS_MS, c.OUTCOME]
-    tables = [pq.read_table(path, columns=wanted, partitioning=None) for path in files]
-    nothing: list[float | None] = [None] * len(versions)
-    if not tables or not untrained:
-        return nothing
+def _recall(version: Version, rows: pa.Table, k: int) -> float:
+    """Recall of a version on clicked rows with their histories."""
+    encoded = positives_of(version, rows, version.two_tower.item_tokens)
+    users = version.user_tower.encode(encoded.user)
+    return recall_among(users, encoded.item_row, np.asarray(version.item_vectors), k)
+
+
+def _held_out_rows(versions: Sequence[Version], files: Iterable[Path], held_out_users: float, count: int) -> pa.Table:
+    """The latest clicks of held-out users on items that all versions have, at most so many."""
+    names = [c.USER_ID, c.ITEM_ID, c.REQUEST_TS_MS, c.CLICK_TS_MS, c.OUTCOME]
+    tables = [pq.read_table(path, columns=names, partitioning=None) for path in files]
+    if not tables or not held_out_users:
+        return pa.table({})
     rows = pa.concat_tables(tables, promote_options="permissive")
     for name in (c.USER_ID, c.ITEM_ID):
         rows = rows.set_column(rows.schema.get_field_index(name), name, as_ids(rows.column(name), name))
-    first = versions[0]
-    kept = is_untrained(rows.column(c.USER_ID).combine_chunks(), untrained)
-    kept &= np.array([outcome == c.CLICKED for outcome in rows.column(c.OUTCOME).to_pylist()])
+    kept = is_held_out(rows.column(c.USER_ID).combine_chunks(), held_out_users)
+    kept &= pc.equal(rows.column(c.OUTCOME), c.CLICKED).fill_null(False).to_numpy()
     for version in versions:
         kept &= version.items.find(rows.column(c.ITEM_ID).combine_chunks()) >= 0
-    rows = rows.filter(pa.array(kept))[-limits.window :] if kept.any() else rows.slice(0, 0)
-    if rows.num_rows < limits.least:
-        return nothing
-    clicks = first.queries(first.users.positions.find(rows.column(c.USER_ID).combine_chunks())).clicks
-    lists = pa.ListArray.from_arrays(clicks.indptr.astype(np.int32), first.item_ids.take(pa.array(clicks.rows)))
-    rows = rows.append_column(HISTORY, lists)
-    found: list[float | None] = []
-    for version in versions:
-        encoded = positives_of(version, rows, version.two_tower.item_tokens)
-        users = version.user_tower.encode(encoded.user)
-        found.append(recall_among(users, encoded.item_row, np.asarray(version.item_vectors), limits.k))
-    return found
+    return rows.filter(pa.array(kept))[-count:]

@@ -136,7 +136,7 @@ def positives_of(version: Version, rows: pa.Table, item_tokens: npt.NDArray[np.i
         user_ids,
         item_ids,
         version.items.find(item_ids),
-        _times(rows),
+        times_of(rows),
         _weights(rows),
         columns,
         _both(stored.clicks, history),
@@ -196,7 +196,8 @@ def _last(history: Bag, last: int) -> Bag:
     return Bag(pointers(counts), history.rows[ranges(ends - counts, counts)])
 
 
-def _times(rows: pa.Table) -> Longs:
+def times_of(rows: pa.Table) -> Longs:
+    """Times (B,) of the clicks, or of the requests where a click has none."""
     at = pc.coalesce(rows.column(c.CLICK_TS_MS), rows.column(c.REQUEST_TS_MS))
     times: Longs = at.combine_chunks().to_numpy(zero_copy_only=False)
     return times
