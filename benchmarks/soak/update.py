@@ -63,10 +63,10 @@ from twotower.datasets.tables import DAY_MS
 from twotower.features.bloom import is_held_out
 from twotower.logs import Event, LocalEventLog
 from twotower.logs.entities import item_deleted, item_event, user_deleted
+from twotower.pipeline.full import FULL, update_full
 from twotower.pipeline.line import LATEST, run_line
 from twotower.pipeline.places import Places, places
 from twotower.pipeline.streaming import join_log
-from twotower.pipeline.full import FULL, update_full
 from twotower.pipeline.updating import learn
 from twotower.publish.delta import FOLDED, Delta, base_digest, delta_folder, last_seq, read_delta
 from twotower.publish.publish import CURRENT, current_path, list_versions, verify

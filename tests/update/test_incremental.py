@@ -457,7 +457,7 @@ def test_numbers_for_popularity_stay_as_they_are_and_a_new_item_has_the_least(tm
             "item": {"item_id": kind, "category": kind},
         },
         "models": {"dimension": 8, "channels": ["two_tower", "item_cf", "popular"]},
-        "train": {"epochs": 1, "batch_size": 64, "popularity": 0.4},
+        "train": {"epochs": 1, "batch_size": 64, "logit_adjustment": 0.4},
         "samples": {"vocabulary_room": 1},
     }
     settings = parse(document)

@@ -75,8 +75,8 @@ def _of_channels(settings: Settings) -> Iterator[str]:
                 f'{ranker}.history = "target" lets the candidate attend to what the user clicked: add item_id to '
                 'features.item and history = { kind = "sequence" } to features.user, or take history = "mean"'
             )
-    if settings.train.popularity and not item_id:
-        yield "train.popularity is known by item: add item_id to features.item, or set it to 0"
+    if settings.train.logit_adjustment and not item_id:
+        yield "train.logit_adjustment is known by item: add item_id to features.item, or set it to 0"
     popular, attributes = models.popular, models.same_category.attributes
     if "popular" in models.channels:
         if popular.segment is not None and not _has_values(

@@ -16,6 +16,23 @@ from twotower.config.settings import Settings
 from twotower.features.options import KINDS
 from twotower.schema.errors import ConfigError
 
+RENAMED = {
+    "train.popularity": "train.logit_adjustment",
+    "samples.untrained_users": "samples.held_out_users",
+    "update.rows": "update.rows_per_delta",
+    "update.gate.least": "update.gate.min_positives",
+    "update.gate.most_move": "update.gate.max_move",
+    "update.gate.most_length": "update.gate.max_length",
+    "update.gate.most_alike": "update.gate.max_mean_cosine_rise",
+    "update.gate.most_accumulated": "update.gate.max_accumulator",
+    "update.gate.most_rise": "update.gate.max_rise",
+    "update.gate.rise_least": "update.gate.min_rise_positives",
+}
+"""Keys of earlier releases, with the names that they have now."""
+
+HELD_OUT_USERS = 0.01
+"""Share of users who are held out of training where a configuration has an `[update]` section."""
+
 _ADAPTER = TypeAdapter(Settings)
 _SHOWN = 100
 """Characters of a wrong value that an error shows."""
@@ -48,6 +65,7 @@ def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "
     """Check a parsed configuration and its overrides; `content` itself stays as it is.
 
     Types are strict, as TOML has them: `"3"` and `true` are no integers. A day may be a TOML date or a string.
+    A configuration with an `[update]` section holds out users for the gate of the updates, unless it says otherwise.
 
     Raises:
         ConfigError: an unknown key, a value of another type or out of its range.
@@ -60,8 +78,11 @@ def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "
     """
     try:
         content = copy.deepcopy(content)
+        is_updated = "update" in content
         for override in overrides:
             _override(content, override)
+        if is_updated and isinstance(samples := content.setdefault("samples", {}), dict):
+            samples.setdefault("held_out_users", HELD_OUT_USERS)
         # As JSON, because strict types take sections from documents there, and from nothing but objects elsewhere.
         return _ADAPTER.validate_json(json.dumps(content, default=_plain), strict=True)
     except (RecursionError, UnicodeError) as error:
@@ -76,6 +97,28 @@ def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "
 def as_dict(settings: Settings) -> dict[str, Any]:
     """A configuration as a plain document, for a manifest; `parse` of it gives the same settings."""
     document: dict[str, Any] = _ADAPTER.dump_python(settings, mode="json", exclude_none=True)
+    return document
+
+
+def with_present_names(document: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that an earlier release recorded, under the names that its keys have now.
+
+    >>> with_present_names({"train": {"popularity": 0.4, "epochs": 2}})
+    {'train': {'epochs': 2, 'logit_adjustment': 0.4}}
+    """
+    document = copy.deepcopy(document)
+    for old, new in RENAMED.items():
+        *sections, key = old.split(".")
+        section: Any = document
+        for name in sections:
+            section = section.get(name, {})
+        if key in section:
+            value = section.pop(key)
+            *sections, key = new.split(".")
+            section = document
+            for name in sections:
+                section = section.setdefault(name, {})
+            section[key] = value
     return document
 
 
@@ -108,9 +151,7 @@ def _sentence(location: tuple[int | str, ...], kind: str, message: str, seen: An
     name = ".".join(str(part) for part in _without_kind(location))
     match kind:
         case "unexpected_keyword_argument":
-            known = _keys_beside(location)
-            near = difflib.get_close_matches(str(location[-1]), known, n=1)
-            return f"{name[:_SHOWN]} is no key; " + _hint(near, known)
+            return f"{name[:_SHOWN]} is no key; " + _hint(name, _keys_beside(location))
         case "missing":
             return f"{name} is missing"
         case "dataclass_type" | "model_attributes_type" | "dict_type":
@@ -123,7 +164,10 @@ def _sentence(location: tuple[int | str, ...], kind: str, message: str, seen: An
             return f"{name} = {shown}: {message[0].lower()}{message[1:]}"
 
 
-def _hint(near: list[str], known: list[str]) -> str:
+def _hint(name: str, known: list[str]) -> str:
+    if name in RENAMED:
+        return f"it is called {RENAMED[name]} now"
+    near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
     return f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(known) or 'none'}"
 
 

@@ -207,7 +207,7 @@ def shape_of(settings: Settings, channel: str) -> Shape:
         _network(models.user_tower),
         _network(models.item_tower),
         settings.train.dropout,
-        popularity=settings.train.popularity > 0,
+        popularity=settings.train.logit_adjustment > 0,
     )
     if channel == "mf":
         return replace(shape, user=Network("none", ()), item=Network("none", ()), dropout=0.0, ids_alone=True)

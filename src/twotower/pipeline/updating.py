@@ -65,8 +65,8 @@ def check_held_out(settings: Settings, version: Version) -> None:
     if trained is not None and trained != now:
         raise ConfigError(
             f"samples.held_out_users is {now:g} (0.01 where the file has an [update] section), and version "
-            f"{version.id} was trained with {trained:g}: the gate judges on users whom nothing was ever trained on. Set it to "
-            f"{trained:g}, or bootstrap again with `twotower run`"
+            f"{version.id} was trained with {trained:g}: the gate judges on users whom nothing was ever trained on. "
+            f"Set it to {trained:g}, or bootstrap again with `twotower run`"
         )
     if not now:
         log.warning(

@@ -137,9 +137,10 @@ class SamplesOptions:
     """Last day, of positives and of histories; absent = the last of the log."""
     days: Positive | None = None
     """Positives of so many days up to the last, in place of `first_day`; absent = no such limit."""
-    held_out_users: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Share of users, by a hash of their ids, whom nothing is trained on, by no update either: the gate of updates
-    judges on them. 0 where no update is to run, for a comparison on a fixed data set."""
+    held_out_users: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of users, by a hash of their ids, who are never used in training, so that the quality gate of the updates
+    can judge on them. Where it is absent and the file has an `[update]` section, it is 0.01. It cannot be changed
+    between a bootstrap and its updates."""
     hot: HotOptions = field(default_factory=HotOptions)
     """Down-sampling of hot items."""
     cold: ColdOptions = field(default_factory=ColdOptions)

@@ -90,7 +90,9 @@ class TwoTower(nn.Module):
         }
         if popularity:
             if not any(feature.name == c.ITEM_ID for feature in features.item):
-                raise ConfigError("train.popularity is known by item: add item_id to features.item, or set it to 0")
+                raise ConfigError(
+                    "train.logit_adjustment is known by item: add item_id to features.item, or set it to 0"
+                )
             rows = len(self.tables[c.ITEM_ID].weights)
             self.tables[PREFERENCE] = EmbeddingTable(np.zeros((rows, 2), np.float32), np.zeros(rows, np.float32))
         self.calibration = nn.Parameter(torch.zeros(2))

@@ -123,7 +123,7 @@ def loss_of(options: TrainOptions) -> Loss:
         options.sigma,
         options.scale,
         options.pointwise_negatives,
-        options.popularity,
+        options.logit_adjustment,
     )
 
 

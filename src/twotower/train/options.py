@@ -88,10 +88,10 @@ class TrainOptions:
     """`pointwise`: initial scale of the cosine; it is learned."""
     pointwise_negatives: PositiveReal = 3.0
     """`pointwise`: weight of all negatives of a positive over its own."""
-    popularity: NotNegative = 0.0
-    """`sampled_softmax`, `corrected_log_q`, `bsl`: how much more than the softmax says items of many clicks are
-    preferred: candidates are ordered by log P(item | user) + this x log P(item), by two numbers more in all vectors.
-    Choose it on a validation part, 0 to 0.6. With `half_life_days`, older clicks count for less here, too."""
+    logit_adjustment: NotNegative = 0.0
+    """`sampled_softmax`, `corrected_log_q`, `bsl`: how strongly popular items are preferred at serving time. Candidates
+    are ordered by log P(item | user) + `logit_adjustment` x log P(item); two more numbers in all vectors carry this.
+    Choose it on a validation part, from 0 to 0.6. With `half_life_days`, older clicks count less here too."""
     batch_size: Positive = 4096
     """Positives in a step."""
     epochs: Positive = 10
@@ -129,9 +129,10 @@ class TrainOptions:
         Raises:
             ValueError: the loss is no softmax.
         """
-        if self.popularity and self.loss not in ("sampled_softmax", "corrected_log_q", "bsl"):
+        if self.logit_adjustment and self.loss not in ("sampled_softmax", "corrected_log_q", "bsl"):
             raise ValueError(
-                f"popularity = {self.popularity:g} is for a softmax, and the loss is {self.loss}: set it to 0"
+                f"logit_adjustment = {self.logit_adjustment:g} is for a softmax, and the loss is "
+                f"{self.loss}: set it to 0"
             )
 
 
