@@ -283,21 +283,23 @@ class _Model:
         judge = set(np.linspace(0, len(wanted) - 1, min(JUDGED, len(wanted))).astype(np.int64).tolist())
         for start in range(0, len(wanted), AT_ONCE):
             part = wanted[start : start + AT_ONCE]
-            asked = self._chain.ask(self._later.rows.take(pa.array(begin + part)))
-            own = column[asked.positives.item_row]
+            rows, state = self._later.rows.take(pa.array(begin + part)), self._chain.state
+            known = np.flatnonzero(state.known_items(rows.column(c.ITEM_ID).combine_chunks()))
+            positives = state.encode(rows.take(pa.array(known)))
+            own = column[positives.item_row]
             there = own >= 0
-            scores = asked.users @ vectors.T
+            scores = state.learner.user_vectors(positives) @ vectors.T
             mine = np.where(there, np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)[:, 0], np.inf)
             if self._hide:
-                clicked = asked.positives.clicked
+                clicked = positives.clicked
                 hidden = column[clicked.rows]
                 owner = np.repeat(np.arange(len(scores)), np.diff(clicked.indptr))[hidden >= 0]
                 scores[owner, hidden[hidden >= 0]] = -np.inf
             above = (scores > mine[:, None]).sum(axis=1)
-            found[part[asked.places]] = there & (above < K)
+            found[part[known]] = there & (above < K)
             if self._world is not None:
-                chosen = [at for at, place in enumerate(asked.places.tolist()) if start + place in judge]
-                self._judge(begin + part[asked.places[chosen]], alive, scores[chosen])
+                chosen = [at for at, place in enumerate(known.tolist()) if start + place in judge]
+                self._judge(begin + part[known[chosen]], alive, scores[chosen])
         return found
 
     def _judge(self, rows: Longs, alive: Longs, scores: npt.NDArray[np.float32]) -> None:

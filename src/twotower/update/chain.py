@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -39,8 +38,7 @@ from twotower.update.entities import EntityChanges, read_changes
 from twotower.update.gate import Gate
 from twotower.update.learn import TOLD, Input, Learned, Plan, learn
 from twotower.update.options import ChainOptions
-from twotower.update.rows import Positives
-from twotower.update.state import Base, ChainState, Floats, Longs
+from twotower.update.state import Base, ChainState
 
 log = logging.getLogger(__name__)
 
@@ -74,18 +72,6 @@ class Done:
     """Positives that were not trained, by the bound that they are beyond."""
     set_aside: list[str] = field(default_factory=list)
     """What could not be used, a sentence for each shard, user or item."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Rows as a state of the chain sees them."""
-
-    places: Longs
-    """(B,) of the rows that were given, those of items that there are."""
-    positives: Positives
-    """B of them."""
-    users: Floats
-    """(B, D) the vectors of their users."""
 
 
 class Chain:
@@ -221,7 +207,8 @@ class Chain:
         aside = [*changes.problems, *(problem for part in parts for problem in part.problems)]
         for problem in aside:
             log.error("delta %d of %s goes on without: %s", plan.seq, self.version.id, problem)
-        return Input(plan, [table for part in parts for table in part.tables], changes, aside)
+        tables = [table for part in parts for table in part.tables]
+        return Input(plan, tables, sum(part.rows for part in parts), changes, aside)
 
     def make(self, plan: Plan) -> Done:
         """Learn what is planned, judge it, and commit it: as it is, or as refused, with nothing learned.
@@ -308,13 +295,3 @@ class Chain:
         if self._writing is not None:
             self._writing.join()
             self._writing = None
-
-    def ask(self, rows: pa.Table) -> Asked:
-        """What the state behind the latest delta makes of clicked rows, before anything is learned from them.
-
-        Args:
-            rows: of shards.
-        """
-        known = np.flatnonzero(self.state.known_items(rows.column(c.ITEM_ID).combine_chunks()))
-        positives = self.state.encode(rows.take(pa.array(known)))
-        return Asked(known, positives, self.state.learner.user_vectors(positives))

@@ -46,14 +46,11 @@ class Input:
     plan: Plan
     tables: Sequence[pa.Table]
     """Joined rows, by shard."""
+    rows: int
+    """Of the shards, read."""
     changes: EntityChanges
     set_aside: Sequence[str]
     """What could not be read."""
-
-    @property
-    def rows(self) -> int:
-        """In all tables."""
-        return sum(table.num_rows for table in self.tables)
 
 
 @dataclass(frozen=True)

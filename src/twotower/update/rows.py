@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.features.columns import Bag, Column, concatenate, pointers, ranges, take
+from twotower.channels.vector_channel import latest
+from twotower.features.columns import Bag, Column, concatenate, pointers, take
 from twotower.features.feature_set import HISTORY, FeatureSet
 from twotower.features.fitted import Fitted
 from twotower.logs.entities import EntityId
@@ -130,8 +131,7 @@ def positives_of(version: Version, rows: pa.Table, item_tokens: npt.NDArray[np.i
         columns[feature.name] = _came_with(feature, rows, CONTEXT, feature.absent(rows.num_rows))
     history = _histories(version, rows, stored.clicks)
     if (reads := version.features.history) is not None:
-        last = _last(history, reads.last)
-        columns[reads.name] = Bag(last.indptr, item_tokens[last.rows])
+        columns[reads.name] = latest(history, item_tokens, reads.last)
     return Positives(
         user_ids,
         item_ids,
@@ -188,12 +188,6 @@ def _both(one: Bag, other: Bag) -> Bag:
     owner = np.concatenate([np.repeat(np.arange(count), np.diff(bag.indptr)) for bag in (one, other)])
     pairs = np.unique(owner * size + np.concatenate([one.rows, other.rows]))
     return Bag(pointers(np.bincount(pairs // size, minlength=count)), (pairs % size).astype(np.int32))
-
-
-def _last(history: Bag, last: int) -> Bag:
-    ends = history.indptr[1:]
-    counts = np.minimum(np.diff(history.indptr), last)
-    return Bag(pointers(counts), history.rows[ranges(ends - counts, counts)])
 
 
 def times_of(rows: pa.Table) -> Longs:
