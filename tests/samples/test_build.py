@@ -13,9 +13,10 @@ import pytest
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import Bag
 from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Vector
-from twotower.samples import build as module
+from twotower.samples import fitting as module
 from twotower.samples import build_samples, open_samples
 from twotower.samples.build import SamplesReport
+from twotower.samples.options import SamplesOptions
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
@@ -500,7 +501,7 @@ REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
     (
         "a weight that is text",
         [{**GOOD, "weight": "5"}],
-        "events: column weight is of type string, where numbers are due",
+        "events: column weight is of type string, where numbers are expected",
     ),
 ]
 
@@ -525,8 +526,8 @@ def test_events_that_are_wrong_are_refused(
             "column request_ts_ms is of type timestamp[ms], where int64 millis",
         ),
         (c.CLICK_TS_MS, pa.float64(), "column click_ts_ms is of type double, where int64 milliseconds"),
-        (c.EVENT_SEQ, pa.string(), "column event_seq is of type string, where int64 are due"),
-        (c.OUTCOME, pa.int64(), "column outcome is of type int64, where strings are due"),
+        (c.EVENT_SEQ, pa.string(), "column event_seq is of type string, where int64 is expected"),
+        (c.OUTCOME, pa.int64(), "column outcome is of type int64, where strings are expected"),
     ],
 )
 def test_columns_of_another_type_are_refused(
@@ -651,7 +652,7 @@ def test_users_whom_nothing_is_trained_on_have_histories_and_no_positives(tmp_pa
         user={"user_id": Categorical(kind="categorical")}, item={"item_id": Categorical(kind="categorical")}
     )
     for share in (0.0, 0.3):
-        build_samples(tmp_path / "world", tmp_path / "samples", features, 8, untrained_users=share)
+        build_samples(tmp_path / "world", tmp_path / "samples", features, 8, SamplesOptions(untrained_users=share))
         samples = open_samples(tmp_path / "samples")
         out = is_untrained(samples.users.ids, share)
         trained = np.isin(np.arange(len(samples.users)), samples.positives.user_row)

@@ -35,6 +35,7 @@ from twotower.publish.delta import last_seq
 from twotower.publish.overlay import Entities, as_served
 from twotower.publish.publish import current_path, list_versions, promote, verify
 from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_version, read_manifest
+from twotower.samples.fitting import PreviousFeatures
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, VersionError
@@ -139,7 +140,7 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
     with ExitStack() as opened:
         event_log = _event_log(settings, opened)
         fold(where.workspace, read_entities(event_log) if event_log is not None else Entities(), files)
-    make_samples(until, features, settings.update.evict_after_days)
+    make_samples(until, PreviousFeatures(features, settings.update.evict_after_days))
     samples = open_samples(where.samples)
     own = rows_of_day(samples, day, _learned(where, done).of(day))
     served = current_path(where.versions)
