@@ -37,7 +37,8 @@ from twotower.datasets.workspace import HOLDOUT, HOLDOUT_COLD, HOLDOUT_IMPRESSIO
 from twotower.evaluate.holdout import Truth, asked_first, candidates, cold_truth, first_requests, read_truth
 from twotower.evaluate.metrics import difference, score_lists
 from twotower.features.columns import Bag, pointers, take
-from twotower.pipeline.line import channel_of, make_samples, places, train_from
+from twotower.pipeline.line import channel_of, make_samples, train_from
+from twotower.pipeline.places import places
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.train.checkpoint import load_model, open_checkpoint

@@ -36,7 +36,8 @@ import pyarrow.parquet as pq
 from twotower.config import Settings, load
 from twotower.features.vocabulary import FIRST
 from twotower.logs import Event, LocalEventLog
-from twotower.pipeline.line import open_served, places, run_line
+from twotower.pipeline.line import open_served, run_line
+from twotower.pipeline.places import places
 from twotower.pipeline.streaming import join_log
 from twotower.pipeline.updating import open_chain
 from twotower.publish.delta import Delta, Rows, base_digest, chain_folder, delta_folder, read_delta, write_delta

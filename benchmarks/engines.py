@@ -105,7 +105,8 @@ def run_job(workspace: Path, job: str, name: str) -> dict[str, Any]:
 def run_samples(workspace: Path, engine: Any) -> str:
     """Build samples; the hash of the hashes of their files."""
     from twotower.config import parse
-    from twotower.samples import build_samples, open_samples
+    from twotower.samples.build import build_samples
+    from twotower.samples.read import open_samples
 
     document: dict[str, Any] = {
         "user": {"user_id": {"kind": "categorical"}, "age": {"kind": "numeric"}, "history": {"kind": "sequence"}},
@@ -121,7 +122,7 @@ def run_samples(workspace: Path, engine: Any) -> str:
 def run_item_cf(workspace: Path, engine: Any) -> str:
     """Fit ItemCF to the samples; the hash of its file."""
     from twotower.channels.item_cf import ItemCF
-    from twotower.samples import open_samples
+    from twotower.samples.read import open_samples
 
     samples = open_samples(workspace / "samples-duckdb")
     folder = workspace / f"item_cf-{engine.name}"
@@ -133,7 +134,7 @@ def run_item_cf(workspace: Path, engine: Any) -> str:
 def run_swing(workspace: Path, engine: Any) -> str:
     """Fit Swing to the samples; the hash of its file."""
     from twotower.channels.swing import Swing
-    from twotower.samples import open_samples
+    from twotower.samples.read import open_samples
 
     samples = open_samples(workspace / "samples-duckdb")
     folder = workspace / f"swing-{engine.name}"

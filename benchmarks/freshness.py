@@ -34,7 +34,8 @@ import pyarrow as pa
 
 from twotower.config import load
 from twotower.features.vocabulary import FIRST
-from twotower.pipeline.line import open_served, places, run_line
+from twotower.pipeline.line import open_served, run_line
+from twotower.pipeline.places import places
 from twotower.publish.delta import base_digest, last_seq, read_delta
 from twotower.worlds.simulate import simulate_workspace
 

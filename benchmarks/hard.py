@@ -17,7 +17,8 @@ from typing import Any
 
 from twotower.config import load
 from twotower.evaluate.holdout import evaluate
-from twotower.pipeline.line import make_samples, offline_channel, places, train_model
+from twotower.pipeline.line import make_samples, offline_channel, train_model
+from twotower.pipeline.places import places
 from twotower.samples.read import open_samples
 from twotower.train.checkpoint import open_checkpoint
 from twotower.worlds.simulate import simulate_workspace

@@ -22,7 +22,8 @@ from typing import Any
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.evaluate.holdout import evaluate
-from twotower.pipeline.line import make_samples, offline_channel, places
+from twotower.pipeline.line import make_samples, offline_channel
+from twotower.pipeline.places import places
 from twotower.samples.read import open_samples
 from twotower.towers.towers import Network
 from twotower.train.checkpoint import Shape, open_checkpoint

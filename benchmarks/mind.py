@@ -25,7 +25,8 @@ from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.evaluate.holdout import Truth, held_out, ranked
 from twotower.evaluate.metrics import difference, score_lists
-from twotower.pipeline.line import channel_of, make_samples, places, train_from
+from twotower.pipeline.line import channel_of, make_samples, train_from
+from twotower.pipeline.places import places
 from twotower.samples.read import Samples, open_samples
 from twotower.train.checkpoint import load_model, open_checkpoint
 

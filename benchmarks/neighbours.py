@@ -31,7 +31,8 @@ from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.evaluate.holdout import ranked, read_truth
 from twotower.evaluate.metrics import score_lists
-from twotower.pipeline.line import make_samples, places
+from twotower.pipeline.line import make_samples
+from twotower.pipeline.places import places
 from twotower.samples.options import EngineOptions
 from twotower.samples.read import Clicks, Samples, open_samples
 

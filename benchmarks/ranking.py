@@ -27,7 +27,8 @@ from twotower.config.settings import Settings
 from twotower.datasets.importers import import_dataset
 from twotower.evaluate.calibration import auc, auc_within
 from twotower.evaluate.ranking import read_shown, user_auc
-from twotower.pipeline.line import evaluate_rankers, make_samples, places, train_model
+from twotower.pipeline.line import evaluate_rankers, make_samples, train_model
+from twotower.pipeline.places import places
 from twotower.samples.read import Samples, open_samples
 from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower.worlds.world import SCENES

@@ -69,7 +69,7 @@ def generate(workspace: Path, events: int, users: int, items: int) -> None:
 def build(workspace: Path) -> dict[str, Any]:
     """Build the samples; seconds, rows and the peak of this process."""
     from twotower.config import parse
-    from twotower.samples import build_samples
+    from twotower.samples.build import build_samples
     from twotower.samples.options import EngineOptions, SamplesOptions
 
     document: dict[str, Any] = {

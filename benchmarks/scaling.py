@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.features.options import Features
-from twotower.samples import build_samples, open_samples
+from twotower.samples.build import build_samples
 from twotower.samples.options import SamplesOptions
+from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.towers.towers import Network
 from twotower.train.checkpoint import Shape

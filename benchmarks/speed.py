@@ -30,7 +30,8 @@ import torch
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.features.columns import Bag, ranges
-from twotower.pipeline.line import make_samples, places
+from twotower.pipeline.line import make_samples
+from twotower.pipeline.places import places
 from twotower.samples.read import Samples, open_samples
 from twotower.towers.losses import Mask, sampled_softmax, shared_loss
 from twotower.train.batches import fed_frequency

@@ -22,7 +22,8 @@ from typing import Any
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.evaluate.holdout import held_out, judge
-from twotower.pipeline.line import channel_of, make_samples, places, train_from
+from twotower.pipeline.line import channel_of, make_samples, train_from
+from twotower.pipeline.places import places
 from twotower.samples.read import open_samples
 from twotower.train.checkpoint import load_model, open_checkpoint
 

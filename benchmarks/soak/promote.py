@@ -32,7 +32,8 @@ import pyarrow as pa
 from twotower.config import Settings, load
 from twotower.features.columns import to_arrow
 from twotower.index.build import build_index
-from twotower.pipeline.line import places, run_line
+from twotower.pipeline.line import run_line
+from twotower.pipeline.places import places
 from twotower.publish.golden import write_golden
 from twotower.publish.publish import current_path, promote
 from twotower.publish.version import open_version, read_manifest, write_manifest

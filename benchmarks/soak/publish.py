@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 from twotower.config import Settings, parse
-from twotower.pipeline.line import make_samples, places, publish_version, train_model
+from twotower.pipeline.line import make_samples, publish_version, train_model
+from twotower.pipeline.places import places
 from twotower.publish.publish import current, list_versions, verify
 from twotower.worlds.simulate import simulate_workspace
 

@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 import torch
 
 from twotower.features.options import Features
-from twotower.samples import build_samples, open_samples
+from twotower.samples.build import build_samples
+from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.files import sha256
 from twotower.towers.towers import Network

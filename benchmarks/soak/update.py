@@ -63,7 +63,8 @@ from twotower.datasets.tables import DAY_MS
 from twotower.features.bloom import is_untrained
 from twotower.logs import Event, LocalEventLog
 from twotower.logs.entities import item_deleted, item_event, user_deleted
-from twotower.pipeline.line import LATEST, Places, places, run_line
+from twotower.pipeline.line import LATEST, run_line
+from twotower.pipeline.places import Places, places
 from twotower.pipeline.streaming import join_log
 from twotower.pipeline.updating import FULL, learn, update_full
 from twotower.publish.delta import FOLDED, Delta, base_digest, delta_folder, last_seq, read_delta

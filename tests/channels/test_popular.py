@@ -11,7 +11,8 @@ from twotower.channels.retriever import Queries
 from twotower.features.columns import Bag
 from twotower.features.options import Categorical, Features
 from twotower.index.protocol import Exclusions
-from twotower.samples import Samples, build_samples, open_samples
+from twotower.samples.build import build_samples
+from twotower.samples.read import Samples, open_samples
 from twotower.schema.errors import ConfigError
 
 

@@ -12,8 +12,9 @@ from twotower.channels.item_to_item import FILE
 from twotower.channels.swing import Swing
 from twotower.datasets.importers import import_dataset
 from twotower.features.options import Features
-from twotower.samples import build_samples, open_samples
+from twotower.samples.build import build_samples
 from twotower.samples.options import EngineOptions
+from twotower.samples.read import open_samples
 
 
 def test_movielens_gives_the_same_bytes(tmp_path: Path, real_data: Callable[[str], Path], spark: EngineOptions) -> None:

@@ -95,3 +95,24 @@ def test_a_joiner_that_follows_ends_well_on_a_signal(own_world: Settings) -> Non
     assert joiner.returncode == 0
     report = json.loads(out)
     assert (report["rows"], report["unjoined"], report["days"]) == (1, 1, ["2023-11-14"])
+
+
+def test_join_loads_no_library_that_trains_or_searches(own_world: Settings) -> None:
+    workspace = Path(own_world.workspace.path)
+    log = LocalEventLog.open(workspace / "log")
+    log.append([Event("e", "click", 1, 1_700_000_000_000, body={"item_id": "x"})])
+    log.close()
+    program = (
+        "import sys\n"
+        "from twotower.cli.main import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "heavy = ('torch', 'onnxruntime', 'faiss', 'ibis', 'duckdb', 'fastapi')\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+    )
+    options = ["-c", str(CONFIG), "--set", f"workspace.path={workspace}"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, "join", *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report, loaded = done.stdout.splitlines()
+    assert (json.loads(report)["rows"], loaded) == (1, "[]")

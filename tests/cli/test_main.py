@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from twotower.config import Settings
-from twotower.pipeline.line import places
+from twotower.pipeline.places import places
 from twotower.publish.publish import current
 
 STAGES = ("samples", "train", "evaluate", "publish", "run")

@@ -23,7 +23,8 @@ from twotower.features.feature_set import FeatureSet
 from twotower.features.options import Categorical, Features, Sequence
 from twotower.index.exact import ExactIndex
 from twotower.index.protocol import Exclusions
-from twotower.samples import Samples, build_samples, open_samples
+from twotower.samples.build import build_samples
+from twotower.samples.read import Samples, open_samples
 from twotower.towers.towers import Network
 from twotower.towers.two_tower import TwoTower
 from twotower.worlds.simulate import simulate_workspace

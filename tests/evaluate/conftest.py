@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.features.options import Features
-from twotower.samples import Samples, build_samples, open_samples
+from twotower.samples.build import build_samples
+from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 
 CLICKS = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (2, 3)]

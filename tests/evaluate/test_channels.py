@@ -11,7 +11,7 @@ from twotower.evaluate import channels as module
 from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.page import markdown, plot
 from twotower.fusion.fuse import reciprocal_rank
-from twotower.samples import Samples
+from twotower.samples.read import Samples
 from twotower.schema import columns as c
 
 Write = Callable[..., None]

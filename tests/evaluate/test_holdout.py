@@ -15,7 +15,8 @@ from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate, read_truth
 from twotower.features.fitted import Category
 from twotower.features.options import Categorical, Features
-from twotower.samples import Samples, build_samples, open_samples
+from twotower.samples.build import build_samples
+from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 

@@ -12,7 +12,8 @@ from twotower.channels.retriever import Queries
 from twotower.config import Settings
 from twotower.evaluate.calibration import auc
 from twotower.evaluate.ranking import Shown, evaluate_ranker, kept_of_top, read_shown, score_shown, user_auc
-from twotower.pipeline.line import evaluate_rankers, latest_checkpoint, places
+from twotower.pipeline.line import evaluate_rankers, latest_checkpoint
+from twotower.pipeline.places import places
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError

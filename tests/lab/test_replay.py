@@ -12,7 +12,8 @@ from twotower.cli.lab import SYSTEM
 from twotower.config import Settings, load
 from twotower.datasets.tables import DAY_MS
 from twotower.datasets.workspace import open_workspace
-from twotower.pipeline.line import LATEST, places
+from twotower.pipeline.line import LATEST
+from twotower.pipeline.places import places
 from twotower.publish.delta import last_seq
 from twotower.publish.publish import list_versions
 from twotower.schema import columns as c

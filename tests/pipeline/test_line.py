@@ -12,7 +12,8 @@ from twotower.config.load import as_dict, parse
 from twotower.evaluate.holdout import held_out
 from twotower.features.columns import take
 from twotower.pipeline.fuse import some_users
-from twotower.pipeline.line import latest_checkpoint, offline_channel, open_served, places, run_line
+from twotower.pipeline.line import latest_checkpoint, offline_channel, open_served, run_line
+from twotower.pipeline.places import places
 from twotower.samples.read import open_samples
 from twotower.serve.request import Asked, retrieve
 from twotower.serve.users import Recent

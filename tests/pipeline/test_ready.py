@@ -14,11 +14,11 @@ from twotower.pipeline.line import (
     as_trained,
     check_samples,
     evaluate_model,
-    places,
     publish_version,
     run_line,
     train_model,
 )
+from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.publish.version import read_manifest
 from twotower.samples.read import open_samples

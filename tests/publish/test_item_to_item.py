@@ -12,7 +12,8 @@ from twotower.channels.swing import Options as SwingOptions
 from twotower.channels.swing import Swing
 from twotower.config import Settings
 from twotower.config.load import as_dict, parse
-from twotower.pipeline.line import open_served, places, publish_version
+from twotower.pipeline.line import open_served, publish_version
+from twotower.pipeline.places import places
 from twotower.publish.retrieve import retrieve_file
 from twotower.samples.read import open_samples
 

@@ -13,7 +13,8 @@ import pytest
 
 from twotower.config import Settings
 from twotower.fusion.fuse import Fusion
-from twotower.pipeline.line import latest_checkpoint, places, publish_version
+from twotower.pipeline.line import latest_checkpoint, publish_version
+from twotower.pipeline.places import places
 from twotower.publish import publish as module
 from twotower.publish.publish import (
     current,

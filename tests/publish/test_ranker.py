@@ -12,7 +12,8 @@ from twotower.evaluate.ranking import with_history
 from twotower.features.columns import Bag, Column, take
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.entities import Entity
-from twotower.pipeline.line import latest_checkpoint, open_served, places
+from twotower.pipeline.line import latest_checkpoint, open_served
+from twotower.pipeline.places import places
 from twotower.publish.overlay import Entities, Overlay
 from twotower.publish.ranker import OnnxRanker
 from twotower.publish.version import Version

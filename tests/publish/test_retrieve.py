@@ -9,7 +9,8 @@ import pytest
 from twotower.config import Settings
 from twotower.features.vocabulary import UNKNOWN
 from twotower.logs.entities import Entity
-from twotower.pipeline.line import open_served, places
+from twotower.pipeline.line import open_served
+from twotower.pipeline.places import places
 from twotower.publish.delta import Delta, Rows
 from twotower.publish.overlay import Entities, Overlay
 from twotower.publish.retrieve import RetrieveReport, retrieve_file, shown_items

@@ -9,7 +9,8 @@ from twotower.channels.queries import queries_of_users
 from twotower.channels.vector_channel import latest
 from twotower.config import Settings
 from twotower.features.columns import Bag, Column, take
-from twotower.pipeline.line import latest_checkpoint, open_served, places
+from twotower.pipeline.line import latest_checkpoint, open_served
+from twotower.pipeline.places import places
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import map_tables
 from twotower.publish.version import Version, item_tokens

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.features.options import Features
-from twotower.samples import build_samples, open_samples
+from twotower.samples.build import build_samples
 from twotower.samples.options import SamplesOptions
-from twotower.samples.read import Samples
+from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 
 TYPES: dict[str, pa.DataType] = {

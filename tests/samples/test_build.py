@@ -13,11 +13,10 @@ import pytest
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import Bag
 from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Vector
-from twotower.samples import fitting as module
-from twotower.samples import build_samples, open_samples
-from twotower.samples.build import SamplesReport
+from twotower.samples import build as job, fitting
+from twotower.samples.build import SamplesReport, build_samples
 from twotower.samples.options import SamplesOptions
-from twotower.samples.read import Samples
+from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import check_listing
@@ -384,7 +383,7 @@ def test_a_context_column_may_be_absent_from_some_days_but_not_from_all(world: W
 def test_numbers_of_a_large_log_are_fitted_to_a_fair_sample(
     world: World, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FITTED_NUMBERS", 500)
+    monkeypatch.setattr(fitting, "_FITTED_NUMBERS", 500)
     rows = [event(seq, "u1", 10, seq, seq, price=float(seq % 10)) for seq in range(5000)]
     samples = build(world(USERS, ITEMS, {DAY1: rows}), Features(context={"price": Numeric("numeric")}))
     [price] = samples.features.context
@@ -445,7 +444,7 @@ def test_an_interrupted_build_leaves_the_old_samples_whole(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_write_clicks", interrupt)
+    monkeypatch.setattr(job, "write_clicks", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(workspace)
     assert check_listing(old.path, old.manifest["files"]) == []

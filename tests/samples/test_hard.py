@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from twotower.features.options import Features
-from twotower.samples import build_samples
+from twotower.samples.build import build_samples
 from twotower.samples.options import HotOptions, NegativesOptions, SamplesOptions
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
@@ -96,7 +96,7 @@ def test_no_more_than_asked_for_are_kept_of_a_request_and_they_are_chosen_by_the
             SamplesOptions(seed=seed, negatives=NegativesOptions(hard_most=4)),
         )
         assert report.used[c.RANK_REJECTED] == {"hard_negative": 4, "beyond_hard_most": 6}
-        from twotower.samples import open_samples
+        from twotower.samples.read import open_samples
 
         (one, other) = (found[c.RANK_REJECTED] for found in hard(open_samples(workspace / "samples")).values())
         assert one == other

@@ -18,10 +18,11 @@ from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Vector
 from twotower.pipeline.line import make_samples
-from twotower.samples import build_samples, open_samples
+from twotower.samples.build import build_samples
 from twotower.samples.duckdb_engine import BATCH_ROWS
 from twotower.samples.engine import Engine, open_engine
 from twotower.samples.options import ColdOptions, EngineOptions, HotOptions, NegativesOptions, SamplesOptions
+from twotower.samples.read import open_samples
 from twotower.samples.spark_engine import find_java, open_spark
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError

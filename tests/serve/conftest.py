@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from twotower.config import Settings
 from twotower.features.store import LmdbFeatureStore
 from twotower.logs import LocalEventLog
-from twotower.pipeline.line import places
+from twotower.pipeline.places import places
 from twotower.publish.version import Version
 from twotower.serve.app import Metrics, make_app
 from twotower.serve.entities import add_entities

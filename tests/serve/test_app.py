@@ -11,7 +11,7 @@ import pytest
 from twotower.channels.popular import Popular
 from twotower.config import Settings
 from twotower.logs import EventLogError
-from twotower.pipeline.line import places
+from twotower.pipeline.places import places
 from twotower.publish.version import Version
 from twotower.schema.errors import DataError
 from twotower.schema.limits import MAX_BODY_BYTES, MAX_EVENTS_BODY_BYTES

@@ -5,7 +5,7 @@ import httpx
 import pytest
 
 from twotower.config import Settings
-from twotower.pipeline.line import places
+from twotower.pipeline.places import places
 from twotower.publish.publish import current, current_path, existing_path
 from twotower.publish.version import read_manifest, write_manifest
 from twotower.serve import snapshots as module

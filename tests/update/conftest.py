@@ -10,7 +10,8 @@ import pytest
 
 from twotower.config import Settings
 from twotower.logs import Event, LocalEventLog
-from twotower.pipeline.line import open_served, places
+from twotower.pipeline.line import open_served
+from twotower.pipeline.places import places
 from twotower.pipeline.streaming import join_log
 
 

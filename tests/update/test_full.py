@@ -12,7 +12,8 @@ from twotower.datasets.tables import DAY_MS, end_of_day
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.entities import item_deleted, item_event, user_deleted, user_event
 from twotower.pipeline import updating as module
-from twotower.pipeline.line import LATEST, open_served, places, run_line
+from twotower.pipeline.line import LATEST, open_served, run_line
+from twotower.pipeline.places import places
 from twotower.pipeline.updating import learn, update_full
 from twotower.publish.publish import Listed, list_versions, roll_back
 from twotower.publish.version import read_manifest

@@ -22,7 +22,8 @@ from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import Event
 from twotower.logs.entities import item_deleted, item_event, user_deleted
 from twotower.pipeline import updating
-from twotower.pipeline.line import open_served, places, run_line
+from twotower.pipeline.line import open_served, run_line
+from twotower.pipeline.places import places
 from twotower.pipeline.updating import learn, open_as_served, open_chain
 from twotower.publish import overlay as overlay_module
 from twotower.publish.delta import Delta, base_digest, chain_folder, delta_folder, last_seq, read_delta, verify_chain

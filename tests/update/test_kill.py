@@ -14,7 +14,8 @@ import pytest
 
 from twotower.config import Settings
 from twotower.config.load import as_dict
-from twotower.pipeline.line import open_served, places
+from twotower.pipeline.line import open_served
+from twotower.pipeline.places import places
 from twotower.pipeline.updating import open_chain
 from twotower.publish.delta import last_seq
 

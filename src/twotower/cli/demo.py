@@ -17,7 +17,8 @@ from typing import Any
 from twotower.config.load import load
 from twotower.config.settings import Settings
 from twotower.datasets.importers import import_dataset
-from twotower.pipeline.line import places, run_line
+from twotower.pipeline.line import run_line
+from twotower.pipeline.places import places
 from twotower.pipeline.serving import serve
 from twotower.schema.errors import ConfigError, TwotowerError
 from twotower.serve.run import Address

@@ -5,15 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from twotower.config.settings import Settings
-from twotower.pipeline.line import (
-    fusion_of,
-    make_samples,
-    offline_channels,
-    open_served,
-    places,
-    publish_version,
-    train_model,
-)
+from twotower.pipeline.line import fusion_of, make_samples, offline_channels, open_served, publish_version, train_model
+from twotower.pipeline.places import places
 from twotower.pipeline.updating import open_chain, update_full
 from twotower.publish.publish import current_path
 from twotower.schema.errors import ConfigError

@@ -196,7 +196,8 @@ def retrieve(
     overrides: Overrides = None,
 ) -> None:
     """Write recommendations for many users."""
-    from twotower.pipeline.line import open_served, places
+    from twotower.pipeline.line import open_served
+    from twotower.pipeline.places import places
     from twotower.pipeline.updating import open_as_served
     from twotower.publish.retrieve import check_retrieval, retrieve_file
 
@@ -213,7 +214,7 @@ def retrieve(
 @versions_app.command("list")
 def versions_list(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """All versions, and which one is served."""
-    from twotower.pipeline.line import places
+    from twotower.pipeline.places import places
     from twotower.publish.publish import current, list_versions
 
     def listed(settings: Settings) -> dict[str, Any]:
@@ -230,7 +231,7 @@ def versions_verify(
     version: Annotated[str | None, typer.Argument()] = None, config: ConfigFile = None, overrides: Overrides = None
 ) -> None:
     """Check the files of a version and of its deltas, and replay its golden queries."""
-    from twotower.pipeline.line import places
+    from twotower.pipeline.places import places
     from twotower.publish.delta import verify_chain
     from twotower.publish.publish import current_path, existing_path, verify
 
@@ -246,7 +247,7 @@ def versions_verify(
 @versions_app.command("promote")
 def versions_promote(version: str, config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Serve a version, after checking it."""
-    from twotower.pipeline.line import places
+    from twotower.pipeline.places import places
     from twotower.publish.publish import promote
 
     def promoted(settings: Settings) -> dict[str, Any]:
@@ -261,7 +262,7 @@ def versions_rollback(
     version: Annotated[str | None, typer.Argument()] = None, config: ConfigFile = None, overrides: Overrides = None
 ) -> None:
     """Serve an earlier version again: the given one, or the parent of the served one."""
-    from twotower.pipeline.line import places
+    from twotower.pipeline.places import places
     from twotower.publish.publish import roll_back
 
     stage(lambda settings: {"current": roll_back(places(settings).versions, version)}, config, overrides)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.config.settings import Settings
-from twotower.pipeline.line import places
+from twotower.pipeline.places import places
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, TwotowerError
 from twotower.worlds.inhabitants import Ints

@@ -22,7 +22,8 @@ from twotower.config.settings import Settings
 from twotower.evaluate.holdout import Truth, candidates, held_out
 from twotower.features.columns import Bag, pointers, take
 from twotower.fusion.choose import choose
-from twotower.pipeline.line import FUSION, make_samples, offline_channels, places, train_model
+from twotower.pipeline.line import FUSION, make_samples, offline_channels, train_model
+from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.tune import identity, validation_workspace, with_values
 from twotower.samples.read import open_samples

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from twotower.evaluate.holdout import evaluate
 from twotower.evaluate.ranking import evaluate_ranker, kept_of_top, read_shown, some_users
 from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
+from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.recorded import ASKED, as_made, check_same, fixed_by_samples, fixed_by_training
 from twotower.publish.publish import current_path, promote, publish
@@ -74,58 +75,6 @@ KEPT_USERS = 200
 """Users of the hold-out whose candidates both rankers are asked about, at most."""
 FUSION = "fusion.json"
 """In a workspace: how `twotower fuse` chose to fuse."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where a workspace keeps what the commands add."""
-
-    workspace: Path
-
-    @property
-    def samples(self) -> Path:
-        """What training reads."""
-        return self.workspace / "samples"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Runs of training."""
-        return self.workspace / "checkpoints"
-
-    @property
-    def versions(self) -> Path:
-        """Published versions."""
-        return self.workspace / "versions"
-
-    @property
-    def deltas(self) -> Path:
-        """What was learned since a version, by version."""
-        return self.workspace / "deltas"
-
-    @property
-    def log(self) -> Path:
-        """The event log."""
-        return self.workspace / "log"
-
-    @property
-    def events(self) -> Path:
-        """Joined events, a folder a day."""
-        return self.workspace / "events"
-
-    @property
-    def shards(self) -> Path:
-        """What the joiner made of the event log."""
-        return self.workspace / "shards"
-
-    @property
-    def feature_store(self) -> Path:
-        """What a server has learned of users since the version."""
-        return self.workspace / "features"
-
-
-def places(settings: Settings) -> Places:
-    """The places of a configuration's workspace."""
-    return Places(Path(settings.workspace.path))
 
 
 def make_samples(settings: Settings, previous: PreviousFeatures | None = None) -> SamplesReport:

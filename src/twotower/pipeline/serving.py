@@ -8,7 +8,7 @@ from twotower.config.settings import Settings
 from twotower.console.page import add_page
 from twotower.features.bloom import Shape
 from twotower.logs import open_log
-from twotower.pipeline.line import places
+from twotower.pipeline.places import places
 from twotower.serve.funnel import Sizes
 from twotower.serve.run import Address, run_server
 

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from twotower.config.available import check_available
 from twotower.config.settings import Settings
 from twotower.logs import open_reader
-from twotower.pipeline.line import Places, places
+from twotower.pipeline.places import Places, places
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
 from twotower.stream.join import JoinReport, Windows, join

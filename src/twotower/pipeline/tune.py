@@ -18,7 +18,8 @@ from twotower.config.load import as_dict, parse
 from twotower.config.settings import Settings
 from twotower.datasets.validation import hold_out_validation
 from twotower.evaluate.holdout import held_out, judge
-from twotower.pipeline.line import channel_of, make_samples, places, train_from, train_model
+from twotower.pipeline.line import channel_of, make_samples, train_from, train_model
+from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.samples.read import Samples, open_samples
 from twotower.schema.errors import ConfigError, DataError

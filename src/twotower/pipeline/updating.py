@@ -20,15 +20,14 @@ from twotower.features.feature_set import load as load_features
 from twotower.logs import EventLog, open_reader
 from twotower.pipeline.line import (
     LATEST,
-    Places,
     loss_of,
     make_samples,
     open_served,
-    places,
     publish_version,
     train_from,
     train_ranker_from,
 )
+from twotower.pipeline.places import Places, places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.streaming import until_signals
 from twotower.publish.delta import last_seq

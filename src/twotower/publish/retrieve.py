@@ -1,7 +1,7 @@
 """Recommendations for many users at once, as a file."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from twotower.channels.retriever import Queries
 from twotower.features.columns import Column, pointers
 from twotower.features.fitted import Bucket, Categories, Category, Fitted, Number
 from twotower.publish.version import FUSED, Version
@@ -57,41 +58,68 @@ def retrieve_file(
         DataError: an unreadable users file.
     """
     check_retrieval(users, k, out, exclude)
-    if channel not in (*version.channels, FUSED):
-        raise ConfigError(f"--channel {channel}: version {version.id} has {', '.join(version.channels)} and {FUSED}")
-    k = min(k, len(version.item_ids))
-    names = tuple(version.channels) if channel == FUSED else (channel,)
     asked = _read_users(version, users)
     features = [feature.name for feature in version.features.context]
     carried = [name for name in features if name in asked.column_names]
     if without := [name for name in features if name not in carried]:
         log.warning("--users %s has no %s: requests carry none", users, ", ".join(without))
-    ids = asked.column(c.USER_ID).combine_chunks()
+    parts = recommend(version, workspace, asked, k, channel, exclude)
+    with write_rows(out, recommendations(version.users.ids.type, version.item_ids.type)) as write:
+        for part in parts:
+            write(part)
+    return RetrieveReport(asked.num_rows, carried)
+
+
+def recommend(
+    version: Version, workspace: Path, asked: pa.Table, k: int, channel: str = FUSED, exclude: str = "clicked"
+) -> Iterator[pa.Table]:
+    """Recommendations for users, in tables of at most 1,024 users; see `retrieve_file`.
+
+    Args:
+        version: the version that answers.
+        workspace: its `events/` say what was impressed; read with `exclude="impressed"` only.
+        asked: `user_id`, and columns that are context features; see `users_asked`.
+        k: items per user; more than the catalogue has means the whole catalogue.
+        channel: a channel of the version, or `fused`.
+        exclude: `clicked`, `impressed` (or clicked) or `none`.
+
+    Raises:
+        ConfigError: an unknown channel or way to exclude.
+    """
+    _check_exclude(exclude)
+    if channel not in (*version.channels, FUSED):
+        raise ConfigError(f"--channel {channel}: version {version.id} has {', '.join(version.channels)} and {FUSED}")
+    k = min(k, len(version.item_ids))
+    names = tuple(version.channels) if channel == FUSED else (channel,)
     left_out: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None
     if exclude == "impressed":
         left_out = shown_items(version, workspace / "events")
     elif exclude == "clicked":
         left_out = (version.clicks.indptr, version.clicks.item_row)
     schema = recommendations(version.users.ids.type, version.item_ids.type)
-    with write_rows(out, schema) as write:
-        for start in range(0, len(ids), BATCH):
-            part = asked.slice(start, BATCH)
-            queries = version.queries_of(ids.slice(start, BATCH), _context(version, part), left_out)
-            found = version.retrieve(queries, k, names).candidates
-            owner, place = np.nonzero(found.rows >= 0)
-            write(
-                pa.table(
-                    {
-                        c.USER_ID: ids.slice(start, BATCH).take(pa.array(owner)),
-                        c.ITEM_ID: version.item_ids.take(pa.array(found.rows[owner, place])),
-                        c.RANK: pa.array((place + 1).astype(np.int32)),
-                        c.SCORE: pa.array(found.scores[owner, place]),
-                        c.CHANNEL: pa.array(np.full(len(owner), channel)),
-                    },
-                    schema=schema,
-                )
-            )
-    return RetrieveReport(len(ids), carried)
+
+    def answered(part: pa.Table) -> pa.Table:
+        found = version.retrieve(queries_asked(version, part, left_out), k, names).candidates
+        owner, rank = np.nonzero(found.rows >= 0)
+        columns = {
+            c.USER_ID: part[c.USER_ID].combine_chunks().take(pa.array(owner)),
+            c.ITEM_ID: version.item_ids.take(pa.array(found.rows[owner, rank])),
+            c.RANK: pa.array((rank + 1).astype(np.int32)),
+            c.SCORE: pa.array(found.scores[owner, rank]),
+            c.CHANNEL: pa.array(np.full(len(owner), channel)),
+        }
+        return pa.table(columns, schema=schema)
+
+    return (answered(asked.slice(start, BATCH)) for start in range(0, asked.num_rows, BATCH))
+
+
+def queries_asked(
+    version: Version,
+    asked: pa.Table,
+    exclude: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None,
+) -> Queries:
+    """Queries of a table of users with their context; see `Version.queries_of`."""
+    return version.queries_of(asked[c.USER_ID].combine_chunks(), _context(version, asked), exclude)
 
 
 def check_retrieval(users: str, k: int, out: Path, exclude: str) -> None:
@@ -100,8 +128,7 @@ def check_retrieval(users: str, k: int, out: Path, exclude: str) -> None:
     Raises:
         ConfigError: an unknown way to exclude; k below 1; files of no format that is known; `out` cannot be written.
     """
-    if exclude not in EXCLUDE:
-        raise ConfigError(f"--exclude {exclude}: it is one of {', '.join(EXCLUDE)}")
+    _check_exclude(exclude)
     if k < 1:
         raise ConfigError(f"--k {k}: at least one item")
     if users != "all":
@@ -109,19 +136,42 @@ def check_retrieval(users: str, k: int, out: Path, exclude: str) -> None:
     check_writable(out, "--out")
 
 
+def _check_exclude(exclude: str) -> None:
+    if exclude not in EXCLUDE:
+        raise ConfigError(f"--exclude {exclude}: it is one of {', '.join(EXCLUDE)}")
+
+
 def _read_users(version: Version, users: str) -> pa.Table:
     if users == "all":
-        known = version.users.ids.type
-        deleted = [one for one, entity in version.since.users.items() if entity.deleted and is_id(one, known)]
-        gone = version.users.positions.find(pa.array(deleted, known))
-        kept = np.setdiff1d(np.arange(len(version.users)), gone)
-        return pa.table({c.USER_ID: version.users.ids.take(pa.array(kept))})
+        return stored_users(version)
     types = {feature.name: _text_type(feature) for feature in version.features.context}
-    table = read_rows(Path(users), types | {c.USER_ID: version.users.ids.type}, "--users")
-    require_columns(table, [c.USER_ID], users)
-    ids = as_ids(table.column(c.USER_ID), f"{users}, column {c.USER_ID}")
+    return users_asked(version, read_rows(Path(users), types | {c.USER_ID: version.users.ids.type}, "--users"), users)
+
+
+def stored_users(version: Version) -> pa.Table:
+    """All users of the version who were not deleted since, as `recommend` takes them."""
+    known = version.users.ids.type
+    deleted = [one for one, entity in version.since.users.items() if entity.deleted and is_id(one, known)]
+    gone = version.users.positions.find(pa.array(deleted, known))
+    kept = np.setdiff1d(np.arange(len(version.users)), gone)
+    return pa.table({c.USER_ID: version.users.ids.take(pa.array(kept))})
+
+
+def users_asked(version: Version, table: pa.Table, where: str) -> pa.Table:
+    """A table of users as `recommend` takes it: ids of the version's type, the first row of each user.
+
+    Args:
+        version: the version that answers.
+        table: `user_id`, and columns that are context features; others are ignored.
+        where: names the table in errors.
+
+    Raises:
+        DataError: there is no `user_id`, or its type is not that of the version's users.
+    """
+    require_columns(table, [c.USER_ID], where)
+    ids = as_ids(table.column(c.USER_ID), f"{where}, column {c.USER_ID}")
     if ids.type != version.users.ids.type:
-        raise DataError(f"{users}: {c.USER_ID} is of type {ids.type}, the version's users are {version.users.ids.type}")
+        raise DataError(f"{where}: {c.USER_ID} is of type {ids.type}, the version's users are {version.users.ids.type}")
     table = table.set_column(table.schema.get_field_index(c.USER_ID), c.USER_ID, ids)
     first = np.unique(pc.dictionary_encode(ids.combine_chunks()).indices.to_numpy(), return_index=True)[1]
     return table.take(pa.array(np.sort(first)))
