@@ -106,7 +106,6 @@ def run_samples(workspace: Path, engine: Any) -> str:
     """Build samples; the hash of the hashes of their files."""
     from twotower.config import parse
     from twotower.samples.build import build_samples
-    from twotower.samples.options import HotOptions
     from twotower.samples.read import open_samples
 
     document: dict[str, Any] = {
@@ -115,7 +114,8 @@ def run_samples(workspace: Path, engine: Any) -> str:
         "context": {"hour": {"kind": "categorical"}, "price": {"kind": "numeric"}},
     }
     folder = workspace / f"samples-{engine.name}"
-    build_samples(workspace, folder, parse({"features": document}).features, 64, hot=HotOptions("sqrt"), engine=engine)
+    settings = parse({"features": document, "samples": {"held_out_users": 0, "hot": {"form": "sqrt"}}})
+    build_samples(workspace, folder, settings.features, 64, settings.samples, engine=engine)
     return hashlib.sha256(json.dumps(open_samples(folder).manifest, sort_keys=True).encode()).hexdigest()
 
 

@@ -41,7 +41,7 @@ def test_weights_chosen_on_validation_are_published_and_every_way_to_ask_agrees(
     run("train", *config)
     report = run("evaluate", *config, "--channels")
     assert report["fusion"] == {
-        **{name: stored[name] for name in ("method", "weights", "constants", "depth")}, "reserved": {},
+        **{name: stored[name] for name in ("weights", "constants", "depth")}, "reserved": {},
     }  # fmt: skip
     assert report["ks"][:2] == [20, 50]
     assert all(Path(file).exists() for file in report["files"])
@@ -66,14 +66,14 @@ def test_weights_chosen_on_validation_are_published_and_every_way_to_ask_agrees(
 
 def test_the_configuration_goes_before_what_was_chosen(run, own_world: Settings) -> None:
     path = Path(own_world.workspace.path) / "fusion.json"
-    chosen = {"method": "quota", "weights": {"popular": 0.0}, "constants": {}, "depth": 7}
+    chosen = {"weights": {"popular": 0.0}, "constants": {}, "depth": 7}
     path.write_text(json.dumps({**chosen, "channels": own_world.models.channels}))
     publish_version(own_world, promoted=True)
     assert open_served(own_world).manifest["fusion"] == {**chosen, "reserved": {}}
     given = parse(as_dict(own_world), ["fusion.weights={ two_tower = 2 }", "fusion.depth=9"])
     publish_version(given, promoted=True)
     assert open_served(given).manifest["fusion"] == {
-        "method": "rrf", "weights": {"two_tower": 2.0}, "constants": {}, "depth": 9, "reserved": {},
+        "weights": {"two_tower": 2.0}, "constants": {}, "depth": 9, "reserved": {},
     }  # fmt: skip
 
 

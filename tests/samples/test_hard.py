@@ -7,7 +7,7 @@ import pytest
 
 from twotower.features.options import Features
 from twotower.samples.build import build_samples
-from twotower.samples.options import HotOptions
+from twotower.samples.options import HotOptions, NegativesOptions, SamplesOptions
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
@@ -88,7 +88,13 @@ def test_no_more_than_asked_for_are_kept_of_a_request_and_they_are_chosen_by_the
     workspace = world(USERS, ITEMS, {DAY1: many})
     chosen = set()
     for seed in range(12):
-        report = build_samples(workspace, workspace / "samples", Features(), 8, hard_most=4, seed=seed)
+        report = build_samples(
+            workspace,
+            workspace / "samples",
+            Features(),
+            8,
+            SamplesOptions(seed=seed, negatives=NegativesOptions(hard_most=4)),
+        )
         assert report.used[c.RANK_REJECTED] == {"hard_negative": 4, "beyond_hard_most": 6}
         from twotower.samples.read import open_samples
 
@@ -102,8 +108,9 @@ def test_no_more_than_asked_for_are_kept_of_a_request_and_they_are_chosen_by_the
 
 def test_the_order_of_rows_changes_no_byte(world: World, build: Build) -> None:
     shuffled = [FUNNEL[place] for place in np.random.default_rng(0).permutation(len(FUNNEL))]
-    one = build(world(USERS, ITEMS, {DAY1: FUNNEL}, "one"), hard_most=2, hot=HotOptions("sqrt", 0.5))
-    other = build(world(USERS, ITEMS, {DAY1: shuffled}, "other"), hard_most=2, hot=HotOptions("sqrt", 0.5))
+    some = {"negatives": NegativesOptions(hard_most=2), "hot": HotOptions("sqrt", 0.5)}
+    one = build(world(USERS, ITEMS, {DAY1: FUNNEL}, "one"), **some)
+    other = build(world(USERS, ITEMS, {DAY1: shuffled}, "other"), **some)
     assert one.manifest["files"] == other.manifest["files"]
 
 
@@ -143,7 +150,7 @@ def test_shown_items_are_hard_negatives_only_where_they_are_forced_in(
     workspace = world(USERS, ITEMS, {DAY1: FUNNEL})
     assert c.IMPRESSED not in build(workspace).positives.hard
     assert not caplog.records
-    forced = build(workspace, impressed_as_negatives=True)
+    forced = build(workspace, negatives=NegativesOptions(impressed_as_negatives_for_experiments=True))
     assert hard(forced)[1, 10][c.IMPRESSED] == [11]
     assert "impressed_as_negatives_for_experiments says: it was good enough to be shown" in caplog.text
     assert forced.manifest["used"][c.IMPRESSED] == {"hard_negative": 1, "no_positive_in_its_request": 1}

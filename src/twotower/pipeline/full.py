@@ -20,6 +20,7 @@ from twotower.pipeline.updating import check_held_out, entities_of, event_log_of
 from twotower.publish.delta import last_seq
 from twotower.publish.publish import current_path, list_versions, promote, verify
 from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, open_version, read_manifest
+from twotower.samples.fitting import PreviousFeatures
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, VersionError
@@ -150,7 +151,8 @@ def _learn_day(settings: Settings, chain: _FullChain, day: str) -> UpdateReport:
     until = replace(settings, samples=replace(settings.samples, last_day=day))
     files = sorted((where.events / f"{c.DATE}={day}").glob("*.parquet"))
     fold(where.workspace, entities_of(settings), files)
-    make_samples(until, load_features(previous[TWO_TOWER].path), settings.update.evict_after_days)
+    features = load_features(previous[TWO_TOWER].path)
+    make_samples(until, PreviousFeatures(features, settings.update.evict_after_days))
     samples, served = open_samples(where.samples), current_path(where.versions)
     own = rows_of_day(samples, day, chain.reached.learned_ms(day))
     seq, rows = last_seq(where.deltas, served.name), len(own.positives)

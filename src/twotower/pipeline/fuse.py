@@ -43,7 +43,6 @@ class FuseReport:
 
     path: str
     """The file with what was chosen."""
-    method: str
     weights: dict[str, float]
     users: int
     """Of validation, that it was chosen on."""
@@ -54,7 +53,7 @@ class FuseReport:
 
 
 def fuse(settings: Settings) -> FuseReport:
-    """Choose method, weights and constants on validation parts, for the versions published from now on.
+    """Choose weights and constants on validation parts, for the versions published from now on.
 
     Raises:
         ConfigError: there is a single channel.
@@ -97,7 +96,7 @@ def fuse(settings: Settings) -> FuseReport:
         },
     )
     weights = dict(chosen.fusion.weights)
-    return FuseReport(str(path), chosen.fusion.method, weights, chosen.users, recall, gain)
+    return FuseReport(str(path), weights, chosen.users, recall, gain)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,11 @@ from twotower.evaluate import page
 from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate
 from twotower.evaluate.ranking import evaluate_ranker, kept_of_top, read_shown, some_users
-from twotower.features.feature_set import FeatureSet
 from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
 from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
-from twotower.pipeline.recorded import ASKED, MADE_WITH, as_made, check_same, fixed_by_samples, fixed_by_training
+from twotower.pipeline.recorded import ASKED, as_made, check_same, fixed_by_samples, fixed_by_training
 from twotower.publish.publish import current_path, promote, publish
 from twotower.publish.version import (
     NEW_ITEMS,
@@ -47,7 +46,8 @@ from twotower.publish.version import (
     item_tokens,
     open_version,
 )
-from twotower.samples.build import SamplesReport, build_samples
+from twotower.samples.build import MADE_WITH, SamplesReport, build_samples
+from twotower.samples.fitting import PreviousFeatures
 from twotower.samples.options import NegativesOptions
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
@@ -77,10 +77,8 @@ FUSION = "fusion.json"
 """In a workspace: how `twotower fuse` chose to fuse."""
 
 
-def make_samples(
-    settings: Settings, previous: FeatureSet | None = None, evict_after_days: int | None = None
-) -> SamplesReport:
-    """Samples out of the workspace; `previous` and `evict_after_days` as in `build_samples`."""
+def make_samples(settings: Settings, previous: PreviousFeatures | None = None) -> SamplesReport:
+    """Samples out of the workspace; `previous` as in `build_samples`."""
     check_ready(settings)
     where = places(settings)
     return build_samples(
@@ -88,23 +86,10 @@ def make_samples(
         where.samples,
         settings.features,
         settings.models.dimension,
-        first_day=settings.samples.first_day,
-        days=settings.samples.days,
-        last_day=settings.samples.last_day,
-        weight=settings.samples.weight,
-        impressed_weight=settings.samples.impressed_weight,
-        hot=settings.samples.hot,
-        cold=settings.samples.cold,
-        held_out_users=settings.samples.held_out_users,
-        hard_most=settings.samples.negatives.hard_most,
-        impressed_as_negatives=settings.samples.negatives.impressed_as_negatives_for_experiments,
-        impressions=bool(settings.models.rankers),
-        seed=settings.samples.seed,
-        room=settings.samples.vocabulary_room,
+        settings.samples,
         engine=settings.engine,
+        impressions=bool(settings.models.rankers),
         previous=previous,
-        evict_after_days=evict_after_days,
-        recorded=fixed_by_samples(settings),
     )
 
 
@@ -478,14 +463,14 @@ def fusion_of(settings: Settings) -> Fusion:
         for given in (options.weights, options.constants, options.reserved)
     )
     if weights or constants or not path.exists():
-        return Fusion(settings.serve.fusion, weights, constants, options.depth, reserved)
+        return Fusion(weights, constants, options.depth, reserved)
     chosen = read_json(path)
     if sorted(chosen["channels"]) != sorted(channels):
         raise DataError(
             f"{path} was chosen for {', '.join(chosen['channels'])}, and models.channels = {', '.join(channels)}: run "
             "`twotower fuse` again, remove the file, or give fusion.weights"
         )
-    return Fusion(**{name: chosen[name] for name in ("method", "weights", "constants", "depth")}, reserved=reserved)
+    return Fusion(**{name: chosen[name] for name in ("weights", "constants", "depth")}, reserved=reserved)
 
 
 def publish_version(

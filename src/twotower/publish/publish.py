@@ -46,7 +46,8 @@ from twotower.publish.version import (
     write_manifest,
 )
 from twotower.samples.columns_file import write_table
-from twotower.samples.read import ITEMS, Samples
+from twotower.samples.names import ITEMS_FILE
+from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import (
@@ -178,7 +179,7 @@ def publish(
             write_ranker(folder / RANKERS / name, ranker, about)
             _check_ranker(folder / RANKERS / name, ranker, samples)
         if rankers:
-            shutil.copyfile(samples.path / ITEMS, folder / RANKERS / ITEMS)
+            shutil.copyfile(samples.path / ITEMS_FILE, folder / RANKERS / ITEMS_FILE)
         for name in ("users.arrow", "clicks.arrow"):
             shutil.copyfile(samples.path / name, folder / name)
         write_table(folder / CATALOGUE, catalogue)

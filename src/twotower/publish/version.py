@@ -37,7 +37,7 @@ from twotower.schema.errors import DataError, VersionError, cut
 from twotower.schema.files import MANIFEST, Kind, check_fields, check_listing, read_json, write_json
 from twotower.towers.two_tower import table_of
 
-FORMAT = 3
+FORMAT = 4
 CATALOGUE = "catalogue.arrow"
 GOLDEN = "golden.json"
 FUSED = "fused"

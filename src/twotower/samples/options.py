@@ -57,7 +57,7 @@ class ColdOptions:
 
 def _check_whole(total: float) -> None:
     if not math.isclose(total, 1, abs_tol=1e-6):
-        raise ValueError(f"the shares sum to {total:g}, where 1 is due; absent ones have their defaults")
+        raise ValueError(f"the shares sum to {total:g}, where 1 is expected; absent ones have their defaults")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -11,25 +11,29 @@ import pyarrow as pa
 from twotower.features.columns import Bag, Column, from_arrow, pointers
 from twotower.features.feature_set import FeatureSet, load
 from twotower.features.vocabulary import Positions
-from twotower.samples.build import (
+from twotower.samples.columns_file import map_columns
+from twotower.samples.names import (
     CLICKS,
+    CLICKS_FILE,
+    CONTEXT,
+    COPIES,
     FEATURE,
     FORMAT,
+    HARD,
     HISTORY_COUNT,
-    IMPRESSIONS,
+    IMPRESSIONS_FILE,
+    ITEM_ROW,
+    ITEMS_FILE,
     LABEL,
     NO_HISTORY,
     POSITIVES,
+    POSITIVES_FILE,
+    USER_ROW,
+    USERS_FILE,
 )
-from twotower.samples.columns_file import map_columns
-from twotower.samples.events import CONTEXT
-from twotower.samples.hard import HARD
-from twotower.samples.sampling import COPIES, ITEM_ROW, USER_ROW
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import MANIFEST, read_json
-
-ITEMS = "items.arrow"
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -131,7 +135,7 @@ def open_samples(folder: Path) -> Samples:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("kind") != "samples" or manifest.get("format") != FORMAT:
         raise DataError(f"{folder} holds no samples of format {FORMAT}: build them again with `twotower samples`")
-    rows = map_columns(folder / "positives.arrow")
+    rows = map_columns(folder / POSITIVES_FILE)
     positives = Positives(
         _numpy(rows, USER_ROW),
         _numpy(rows, ITEM_ROW),
@@ -148,7 +152,7 @@ def open_samples(folder: Path) -> Samples:
             if name.startswith(HARD)
         },
     )
-    items = map_columns(folder / ITEMS)
+    items = map_columns(folder / ITEMS_FILE)
     return Samples(
         folder,
         manifest,
@@ -158,7 +162,7 @@ def open_samples(folder: Path) -> Samples:
         open_items(folder),
         open_clicks(folder),
         _numpy(items, POSITIVES),
-        _open_impressions(folder / IMPRESSIONS),
+        _open_impressions(folder / IMPRESSIONS_FILE),
     )
 
 
@@ -179,19 +183,19 @@ def _open_impressions(path: Path) -> Impressions | None:
 
 def open_users(folder: Path) -> Entities:
     """The users of a samples folder or of a version."""
-    users = map_columns(folder / "users.arrow")
+    users = map_columns(folder / USERS_FILE)
     return Entities(users.column(c.USER_ID), _prefixed(users, FEATURE))
 
 
 def open_items(folder: Path) -> Entities:
     """The items of a samples folder or of the rankers of a version."""
-    items = map_columns(folder / ITEMS)
+    items = map_columns(folder / ITEMS_FILE)
     return Entities(items.column(c.ITEM_ID), _prefixed(items, FEATURE))
 
 
 def open_clicks(folder: Path) -> Clicks:
     """The users' clicks of a samples folder or of a version."""
-    users, clicks = map_columns(folder / "users.arrow"), map_columns(folder / "clicks.arrow")
+    users, clicks = map_columns(folder / USERS_FILE), map_columns(folder / CLICKS_FILE)
     return Clicks(pointers(_numpy(users, CLICKS)), _numpy(clicks, ITEM_ROW), _numpy(clicks, c.TS_MS))
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from twotower.evaluate.calibration import Platt, calibration_error, fit_platt
 from twotower.features.columns import Bag, Beginnings, Column, Rows, pointers, ranges, take
 from twotower.features.vocabulary import MISSING, UNKNOWN
-from twotower.samples.build import NO_POSITION
+from twotower.samples.names import NO_POSITION
 from twotower.samples.read import Impressions, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
