@@ -646,18 +646,22 @@ def test_a_folder_without_samples_is_refused(tmp_path: Path, world: World, build
         open_samples(samples.path)
 
 
-def test_users_whom_nothing_is_trained_on_have_histories_and_no_positives(tmp_path: Path) -> None:
+def test_held_out_users_have_histories_and_no_positives_and_are_counted(tmp_path: Path) -> None:
     simulate_workspace(tmp_path / "world", users=100, items=100, days=2, seed=3)
     features = Features(
         user={"user_id": Categorical(kind="categorical")}, item={"item_id": Categorical(kind="categorical")}
     )
     for share in (0.0, 0.3):
-        build_samples(tmp_path / "world", tmp_path / "samples", features, 8, SamplesOptions(held_out_users=share))
+        options = SamplesOptions(held_out_users=share)
+        report = build_samples(tmp_path / "world", tmp_path / "samples", features, 8, options)
         samples = open_samples(tmp_path / "samples")
         out = is_held_out(samples.users.ids, share)
         trained = np.isin(np.arange(len(samples.users)), samples.positives.user_row)
         assert not (out & trained).any()
         clicks = np.diff(samples.clicks.indptr)
         assert (clicks[out] > 0).any() == bool(share)
+        assert report.held_out == {"users": out.sum(), "clicks": clicks[out].sum()}
+        of_clicked = {"positive": report.positives} | ({"held_out": clicks[out].sum()} if share else {})
+        assert report.used["clicked"] == of_clicked
         known = samples.features.vocabularies["user_id"].values
         assert not pc.any(pc.is_in(known, samples.users.ids.filter(pa.array(out)))).as_py()

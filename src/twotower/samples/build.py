@@ -39,7 +39,7 @@ from twotower.samples.names import (
     USERS_FILE,
 )
 from twotower.samples.options import EngineOptions, SamplesOptions
-from twotower.samples.rows import impressions_of, learned_rows, with_history
+from twotower.samples.rows import LearnedRows, impressions_of, learned_rows, with_history
 from twotower.samples.sampling import by_decile, expected_copies, with_copies
 from twotower.samples.write import write_clicks, write_impressions, write_positives
 from twotower.schema import columns as c
@@ -72,6 +72,9 @@ class SamplesReport:
     """By outcome, what its rows are used as, or why they are not."""
     deciles: dict[str, list[int]]
     """Training rows by tenth of the items, the least clicked first: `before` and `after` sampling."""
+    held_out: dict[str, int]
+    """How many `users` are held out of training, and how many `clicks` of theirs would be positives: the gate of the
+    updates judges on them (`samples.held_out_users`)."""
     dropped: dict[str, int]
     """Events left out, by reason: `beyond_now`, `null_id`, `unknown_user`, `unknown_item`."""
     watermark_ms: int | None
@@ -182,11 +185,12 @@ def _write_samples(
         "items": fitted.items,
         "rows_fed": int(per_item.sum()),
         "with_hard": with_hard,
-        "used": _used(known, clicked, fed - clicked, rejected.used, impressions=impressions),
+        "used": _used(known, rows, fed - clicked, rejected.used, impressions=impressions),
         "deciles": {
             "before": by_decile(rows.item_positives, rows.item_positives),
             "after": by_decile(rows.item_positives, per_item),
         },
+        "held_out": rows.held_out,
         "dropped": known.counts.dropped,
         "watermark_ms": known.counts.watermark_ms,
         "last_day": known.days.last if known.timed else None,
@@ -203,14 +207,16 @@ def _fed(known: KnownEvents, positives: Any, sources: Sequence[str]) -> tuple[in
 
 
 def _used(
-    known: KnownEvents, clicked: int, weak: int, rejected: Mapping[str, Mapping[str, int]], *, impressions: bool
+    known: KnownEvents, learned: LearnedRows, weak: int, rejected: Mapping[str, Mapping[str, int]], *, impressions: bool
 ) -> dict[str, dict[str, int]]:
     """What became of the rows of each outcome; the numbers of an outcome sum to its rows."""
     used: dict[str, dict[str, int]] = {}
     for outcome, rows in known.counts.outcomes.items():
         parts = dict(known.counts.dropped_of.get(outcome, {}))
         if outcome == c.CLICKED:
-            parts["positive"] = clicked
+            parts["positive"] = int(learned.item_positives.sum())
+            if learned.held_out["clicks"]:
+                parts["held_out"] = learned.held_out["clicks"]
         if outcome == c.IMPRESSED and weak:
             parts["weak_positive"] = weak
         elif outcome in rejected:

@@ -1,5 +1,6 @@
 """The rows that are learned from: clicks, positives with their histories, impressions."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from twotower.samples.options import SamplesOptions
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 
+log = logging.getLogger(__name__)
+
 _IN_RANGE = "in_range"
 
 
@@ -31,6 +34,8 @@ class LearnedRows:
     """Those, and shown items that are weak positives."""
     item_positives: npt.NDArray[np.int64]
     """(items,) positives of each item."""
+    held_out: dict[str, int]
+    """How many `users` are held out of training, and how many `clicks` of theirs would be positives."""
 
 
 def learned_rows(known: KnownEvents, options: SamplesOptions) -> LearnedRows:
@@ -40,15 +45,24 @@ def learned_rows(known: KnownEvents, options: SamplesOptions) -> LearnedRows:
         DataError: no positive is left, or a click is there twice.
     """
     clicks = known.engine.keep("clicks", _of_outcome(known, c.CLICKED, WEIGHED_BY if options.weight else 1))
-    trained = None
+    trained, held_out = None, {"users": 0, "clicks": 0}
+
+    def in_range(rows: Any) -> Any:
+        return rows.filter(rows[_IN_RANGE]) if known.days.first else rows
+
+    def learned(rows: Any) -> Any:
+        return in_range(rows) if trained is None else in_range(rows).semi_join(trained, USER_ROW)
+
     if options.held_out_users:
         out = is_held_out(known.users.column(c.USER_ID).combine_chunks(), options.held_out_users)
         rows = pa.array(np.flatnonzero(~out).astype(np.int32))
         trained = known.engine.put("trained_users", pa.table({USER_ROW: rows}))
-
-    def learned(rows: Any) -> Any:
-        rows = rows.filter(rows[_IN_RANGE]) if known.days.first else rows
-        return rows if trained is None else rows.semi_join(trained, USER_ROW)
+        held_out = {"users": int(out.sum()), "clicks": int(known.tally(in_range(clicks), USER_ROW)[out].sum())}
+        log.info(
+            "%(users)d users with %(clicks)d clicks are held out of training, so that the gate of the updates can "
+            "judge on them (samples.held_out_users)",
+            held_out,
+        )
 
     positives = learned(clicks)
     per_item = known.tally(positives, ITEM_ROW)
@@ -60,10 +74,10 @@ def learned_rows(known: KnownEvents, options: SamplesOptions) -> LearnedRows:
         )
     _check_distinct(known, clicks)
     if not options.impressed_weight:
-        return LearnedRows(clicks, positives, positives, per_item)
+        return LearnedRows(clicks, positives, positives, per_item, held_out)
     weak = learned(_of_outcome(known, c.IMPRESSED, options.impressed_weight))
     fed = known.engine.keep("fed", ibis.union(positives, weak.select(*positives.columns)))
-    return LearnedRows(clicks, positives, fed, per_item)
+    return LearnedRows(clicks, positives, fed, per_item, held_out)
 
 
 def _of_outcome(known: KnownEvents, outcome: str, weight: str | float) -> Any:
