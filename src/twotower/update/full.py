@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 
 from twotower.datasets.tables import DAY_MS, end_of_day
 from twotower.features.bloom import is_held_out
-from twotower.features.columns import Bag, take
+from twotower.features.columns import take
 from twotower.features.feature_set import HISTORY
 from twotower.logs import EventLog
 from twotower.logs.entities import Entity, EntityId
-from twotower.publish.overlay import Entities
+from twotower.publish.overlay import Entities, plain_type
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
@@ -127,19 +127,11 @@ def _folded(table: pa.Table, id_column: str, entities: Mapping[EntityId, Entity]
     left = table.filter(pa.array([one not in out for one in known], pa.bool_()))
     columns = []
     for field in table.schema:
-        plain = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        values = [value_or_none(row.get(field.name), plain) for row in rows]
-        columns.append(pa.array(values, plain).cast(field.type))
+        plain = plain_type(field.type)
+        values = [row.get(field.name) for row in rows]
+        fitting = [value if column_of(value, plain) is not None else None for value in values]  # of another version
+        columns.append(pa.array(fitting, plain).cast(field.type))
     return pa.concat_tables([left, pa.table(columns, schema=table.schema)]).unify_dictionaries().sort_by(id_column)
-
-
-def value_or_none(value: Any, kind: pa.DataType) -> Any:
-    """A value, None where it is not of a type: it was put for a version whose attributes were of others.
-
-    >>> value_or_none("dear", pa.float64()), value_or_none(3, pa.float64())
-    (None, 3)
-    """
-    return value if column_of(value, kind) is not None else None
 
 
 def rows_of_day(samples: Samples, day: str, after_ms: int = 0) -> Samples:
@@ -153,25 +145,17 @@ def rows_of_day(samples: Samples, day: str, after_ms: int = 0) -> Samples:
     end = end_of_day(day)
     positives = samples.positives
     own = np.flatnonzero((positives.ts_ms > max(end - DAY_MS, after_ms)) & (positives.ts_ms <= end))
+    arrays = {name: getattr(positives, name)[own] for name in ("user_row", "item_row", "history", "weight", "ts_ms")}
     return replace(
         samples,
         positives=replace(
             positives,
-            user_row=positives.user_row[own],
-            item_row=positives.item_row[own],
-            history=positives.history[own],
-            weight=positives.weight[own],
-            ts_ms=positives.ts_ms[own],
+            **arrays,
             context={name: take(column, own) for name, column in positives.context.items()},
             copies=np.ones(len(own), np.int32),
-            hard={name: _bag(take(bag, own)) for name, bag in positives.hard.items()},
+            hard={name: take(bag, own) for name, bag in positives.hard.items()},
         ),
     )
-
-
-def _bag(column: object) -> Bag:
-    assert isinstance(column, Bag)
-    return column
 
 
 def check_version(
@@ -214,7 +198,7 @@ def _held_out_rows(versions: Sequence[Version], files: Iterable[Path], held_out_
     for name in (c.USER_ID, c.ITEM_ID):
         rows = rows.set_column(rows.schema.get_field_index(name), name, as_ids(rows.column(name), name))
     kept = is_held_out(rows.column(c.USER_ID).combine_chunks(), held_out_users)
-    kept &= pc.equal(rows.column(c.OUTCOME), c.CLICKED).fill_null(False).to_numpy()
+    kept &= pc.equal(rows.column(c.OUTCOME).cast(pa.string()), c.CLICKED).fill_null(False).to_numpy()
     for version in versions:
         kept &= version.items.find(rows.column(c.ITEM_ID).combine_chunks()) >= 0
     return rows.filter(pa.array(kept))[-count:]

@@ -171,9 +171,10 @@ class Learner:
         inputs = self._assembler.assemble(
             rows.user, {name: take(column, distinct) for name, column in self._columns.items()}
         )
-        moving = {(side, name) for side, name in (("user", c.USER_ID), ("item", c.ITEM_ID)) if name in options.tables}
-        user = {name: x if ("user", name) in moving else x.detach() for name, x in inputs.user.items()}
-        item = {name: x if ("item", name) in moving else x.detach() for name, x in inputs.item.items()}
+        user, item = (
+            {name: x if name == own and name in options.tables else x.detach() for name, x in side.items()}
+            for own, side in ((c.USER_ID, inputs.user), (c.ITEM_ID, inputs.item))
+        )
         users, items = self.model.user_tower(user), self.model.item_tower(item)
         others = torch.from_numpy(self.model.as_trained(self.vectors[negatives]))
         if options.negatives_move:
@@ -266,7 +267,6 @@ class Learner:
         """What is no negative of a row: its own item, and what its user clicked."""
         self._position[negatives] = np.arange(len(negatives))
         both = concatenate([clicked, Bag(np.arange(len(item_row) + 1), item_row.astype(np.int32))])
-        assert isinstance(both, Bag)
         owner = np.repeat(np.arange(2 * len(item_row)), np.diff(both.indptr)) % max(len(item_row), 1)
         at = self._position[both.rows]
         pairs = np.unique(owner[at >= 0] * len(negatives) + at[at >= 0])

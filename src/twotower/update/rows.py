@@ -49,8 +49,6 @@ class Positives:
 
     def take(self, index: Longs) -> "Positives":
         """Some rows, in that order."""
-        clicked = take(self.clicked, index)
-        assert isinstance(clicked, Bag)
         return Positives(
             self.user_ids.take(pa.array(index)),
             self.item_ids.take(pa.array(index)),
@@ -58,7 +56,7 @@ class Positives:
             self.ts_ms[index],
             self.weight[index],
             {name: take(column, index) for name, column in self.user.items()},
-            clicked,
+            take(self.clicked, index),
         )
 
     @classmethod
@@ -66,8 +64,6 @@ class Positives:
         """Those of several parts, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        clicked = concatenate([part.clicked for part in parts])
-        assert isinstance(clicked, Bag)
         return cls(
             pa.concat_arrays([part.user_ids for part in parts]),
             pa.concat_arrays([part.item_ids for part in parts]),
@@ -75,7 +71,7 @@ class Positives:
             np.concatenate([part.ts_ms for part in parts]),
             np.concatenate([part.weight for part in parts]),
             {name: concatenate([part.user[name] for part in parts]) for name in parts[0].user},
-            clicked,
+            concatenate([part.clicked for part in parts]),
         )
 
 
@@ -162,8 +158,7 @@ def _came_with(feature: Fitted, rows: pa.Table, prefix: str, otherwise: Column) 
         return otherwise
     column = rows.column(name).combine_chunks()
     there = column.is_valid().to_numpy(zero_copy_only=False)
-    both = concatenate([otherwise, feature.encode(column)])
-    return take(both, np.arange(len(there)) + len(there) * there)
+    return take(concatenate([otherwise, feature.encode(column)]), np.arange(len(there)) + len(there) * there)
 
 
 def _histories(version: Version, rows: pa.Table, stored: Bag) -> Bag:
@@ -176,10 +171,7 @@ def _histories(version: Version, rows: pa.Table, stored: Bag) -> Bag:
     found = version.items.find(lists.flatten())
     owner = np.repeat(np.arange(len(lengths)), lengths)[found >= 0]
     own = Bag(pointers(np.bincount(owner, minlength=len(lengths))), found[found >= 0].astype(np.int32))
-    both = concatenate([stored, own])
-    chosen = take(both, np.arange(len(said)) + len(said) * said)
-    assert isinstance(chosen, Bag)
-    return chosen
+    return take(concatenate([stored, own]), np.arange(len(said)) + len(said) * said)
 
 
 def _both(one: Bag, other: Bag) -> Bag:
