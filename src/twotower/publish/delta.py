@@ -10,15 +10,15 @@
     deltas/<version>/folded/<seq>/    the same files: one delta in place of the deltas 1 to seq
 
 The rename that gives the folder its name is the commit. What is served is the version and its deltas in their order.
-A folded delta says nothing that they do not say: who has taken it in has the same bytes as who has read them all. It
-spares who opens a version the long way through a day, and what it stands for can be removed.
+Applying a folded delta gives exactly the same state as applying every delta it replaces. With it a version is opened
+fast however long its chain is, and the deltas that it replaces can be removed.
 """
 
 import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,14 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 FOLDED = "folded"
 HOURS = 48
-"""Hours whose recall is told."""
+"""Latest hours whose recall `Reports` keeps."""
 GATED = 20
-"""Deltas that the gate refused that are told, the latest ones."""
-TABLES, NEW_IDS, ITEMS, OPTIMIZER, STATE = (
-    *("tables.safetensors", "new_ids.arrow", "items.arrow", "optimizer.safetensors", "state.json"),
-)
+"""Latest deltas that the gate refused that `Reports` keeps."""
+TABLES = "tables.safetensors"
+NEW_IDS = "new_ids.arrow"
+ITEMS = "items.arrow"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
 
 FIELDS: Mapping[str, Kind] = {
     "version": str,
@@ -68,7 +70,7 @@ FIELDS: Mapping[str, Kind] = {
     "report": dict,
     "files": dict,
 }
-"""What is read of a manifest, with its types."""
+"""Fields of a manifest that are read, with their types."""
 
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -108,7 +110,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step of the incremental chain changed; a folded one, what all steps up to it did."""
+    """What one step of the incremental chain changed; a folded one, what all steps up to it changed."""
 
     version: str
     """The base."""
@@ -126,7 +128,7 @@ class Delta:
     offsets: Mapping[str, Any]
     """How far the shards and the log have been read."""
     report: Mapping[str, Any] = field(default_factory=dict)
-    """Counts and figures of the gate, for who reads the manifest."""
+    """Counts and figures of the gate, for readers of the manifest."""
     optimizer: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
     folded: bool = False
@@ -136,30 +138,28 @@ class Delta:
 
 
 class Reports:
-    """What the deltas of a chain say of themselves, taken together."""
+    """The reports of the deltas of a chain, summed up."""
 
     def __init__(self) -> None:
         self.latest: Mapping[str, Any] = {}
-        """What the latest delta says."""
+        """The report of the latest delta."""
         self.gated: deque[tuple[int, list[str]]] = deque(maxlen=GATED)
-        """Deltas in whose place the gate let nothing through, with its reasons; the latest ones."""
+        """The latest deltas that the gate refused, with its reasons."""
         self.recall: dict[int, tuple[int, int]] = {}
-        """By hour since 1970, how many positives to come were found, of how many; the latest hours."""
+        """By hour since 1970, how many positives were found before they were trained, and how many there were."""
 
     def note(self, delta: Delta) -> None:
         """Take in the next delta, or a folded one that stands for all."""
         self.latest = {name: value for name, value in delta.report.items() if name != FOLDED}
-        told = delta.report.get("recall", {})
+        recall = delta.report.get("recall", {})
         if delta.folded:
-            told = delta.report[FOLDED]["recall"]
-            self.gated.clear()
-            self.gated.extend((seq, reasons) for seq, reasons in delta.report[FOLDED]["gated"])
-            self.recall = {}
+            recall, self.recall = delta.report[FOLDED]["recall"], {}
+            self.gated = deque(((seq, reasons) for seq, reasons in delta.report[FOLDED]["gated"]), GATED)
         elif delta.report.get("refused"):
             self.gated.append((delta.seq, list(delta.report["refused"])))
-        for hour, (found, count) in told.items():
+        for hour, (hits, count) in recall.items():
             before = self.recall.get(int(hour), (0, 0))
-            self.recall[int(hour)] = (before[0] + found, before[1] + count)
+            self.recall[int(hour)] = (before[0] + hits, before[1] + count)
         for hour in sorted(self.recall)[:-HOURS]:
             del self.recall[hour]
 
@@ -185,7 +185,7 @@ def folded_folder(deltas: Path, version_id: str, seq: int) -> Path:
 
 
 def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
-    """Commit a delta; gives the digest that the next one is to follow.
+    """Commit a delta; gives the digest that the next one has to follow.
 
     Args:
         deltas: the folder of the chains of all versions.
@@ -202,7 +202,7 @@ def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
 
 
 def write_folded(deltas: Path, delta: Delta, base: str) -> None:
-    """Write a folded delta; one that stands there is damaged, and is replaced.
+    """Write a folded delta; one that is there already is damaged, and is replaced.
 
     Args:
         deltas: the folder of the chains of all versions.
@@ -256,7 +256,7 @@ def read_folded(deltas: Path, version_id: str, base: str, after: int = 0) -> Del
         deltas: the folder of the chains of all versions.
         version_id: the base.
         base: digest of its manifest.
-        after: it stands for more deltas than so many.
+        after: it stands for more deltas than this many.
     """
     for seq in reversed(folded_seqs(deltas, version_id)):
         if seq <= after:
@@ -304,13 +304,23 @@ def read_next(deltas: Path, version_id: str, base: str, seq: int, follows: str) 
     return folded
 
 
-def verify_chain(deltas: Path, version_path: Path) -> list[str]:
-    """What is wrong with the deltas of a version: a sentence on the first that cannot be read, none where all can."""
+def read_chain(deltas: Path, version_path: Path) -> Iterator[Delta]:
+    """The deltas of a version in their order; the first may be a folded one.
+
+    Raises:
+        VersionError: as `read_next` does.
+    """
     base = follows = base_digest(version_path)
     seq = 0
+    while (delta := read_next(deltas, version_path.name, base, seq, follows)) is not None:
+        yield delta
+        seq, follows = delta.seq, delta.digest
+
+
+def verify_chain(deltas: Path, version_path: Path) -> list[str]:
+    """What is wrong with the deltas of a version: a sentence on the first that cannot be read, none where all can."""
     try:
-        while (delta := read_next(deltas, version_path.name, base, seq, follows)) is not None:
-            seq, follows = delta.seq, delta.digest
+        deque(read_chain(deltas, version_path), 0)
     except VersionError as error:
         return [str(error)]
     return []

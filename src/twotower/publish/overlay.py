@@ -36,7 +36,7 @@ from twotower.index.protocol import PADDING, Exclusions, VectorIndex
 from twotower.logs.entities import Entity, EntityId
 from twotower.logs.events import ITEM
 from twotower.publish.catalogue import SMALLER, Attributes, Encoded, Grown, Layered, PutRows, SetAside, changes, put_row
-from twotower.publish.delta import Delta, Rows, base_digest, read_next
+from twotower.publish.delta import Delta, Rows, read_chain
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.publish.version import NEW_ITEMS, TWO_TOWER, Again, Since, Version
@@ -626,10 +626,8 @@ def as_served(base: Version, deltas: Path, entities: Entities) -> Version:
         VersionError: a delta is damaged or missing.
     """
     overlay = Overlay(base)
-    digest = follows = base_digest(base.path)
-    while (delta := read_next(deltas, base.id, digest, overlay.seq, follows)) is not None:
+    for delta in read_chain(deltas, base.path):
         overlay.learn(delta)
-        follows = delta.digest
     return overlay.lay(entities) if overlay.seq or entities.items or entities.users else base
 
 

@@ -24,7 +24,7 @@ from twotower.publish.delta import (
     chain_folder,
     last_seq,
     prune,
-    read_next,
+    read_chain,
     write_delta,
     write_folded,
 )
@@ -127,6 +127,8 @@ class Chain:
             self._note(delta)
             if not delta.folded and last - self.seq < fold_every:  # a killed run left it out
                 self._fold()
+        if self.seq < last:
+            raise VersionError(f"delta {self.seq + 1} of {self.version.id} is gone, and {last} is there: restore it")
         if self.seq:
             self.state.lay()
 
