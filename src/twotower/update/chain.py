@@ -112,12 +112,7 @@ class Chain:
         self._gate = Gate(self.version, model, self._options.update.gate)
         self.follows, self._reports = self._digest, Reports()
         last, fold_every = last_seq(deltas, self.version.id), self._options.update.fold_every
-        while self.seq < last:
-            delta = read_next(deltas, self.version.id, self._digest, self.seq, self.follows)
-            if delta is None:
-                raise VersionError(
-                    f"delta {self.seq + 1} of {self.version.id} is gone, and {last} is there: restore it"
-                )
+        for delta in read_chain(deltas, self.version.path):
             try:
                 self.state.apply(delta)
             except (LookupError, TypeError, ValueError, AttributeError, OverflowError, pa.ArrowException) as error:
