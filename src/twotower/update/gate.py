@@ -163,9 +163,18 @@ def check_accumulators(name: str, accumulator: Floats, largest: float, options: 
     return []
 
 
+def spaced(count: int, at_most: int) -> Longs:
+    """Rows of a table of `count`, evenly spaced.
+
+    >>> spaced(9, 3).tolist(), spaced(2, 3).tolist()
+    ([0, 4, 8], [0, 1])
+    """
+    return np.linspace(0, count - 1, min(at_most, count)).astype(np.int64)
+
+
 def mean_cosine(vectors: Floats) -> float:
     """Mean cosine of two items, of up to 1000 over the catalogue: 1 where all vectors have collapsed into one."""
-    some = vectors[np.linspace(0, len(vectors) - 1, min(SAMPLED, len(vectors))).astype(np.int64)]
+    some = vectors[spaced(len(vectors), SAMPLED)]
     count = len(some)
     total = float(np.square(some.sum(axis=0, dtype=np.float64)).sum())
     return (total - float(np.square(some, dtype=np.float64).sum())) / max(1, count * (count - 1))
@@ -173,9 +182,8 @@ def mean_cosine(vectors: Floats) -> float:
 
 def recall_among(users: Floats, targets: Longs, vectors: Floats, k: int) -> float:
     """Share of targets (W,) that are among the k nearest of their user's vector (W, D), among at most 20,000 items."""
-    spread = np.unique(np.linspace(0, len(vectors) - 1, min(COMPETITORS, len(vectors))).astype(np.int64))
     own = np.einsum("wd,wd->w", users, vectors[targets])
-    better = (users @ vectors[spread].T > own[:, None]).sum(axis=1)
+    better = (users @ vectors[spaced(len(vectors), COMPETITORS)].T > own[:, None]).sum(axis=1)
     return float((better < k).mean())
 
 
@@ -191,8 +199,7 @@ def hits(users: Floats, targets: Longs, vectors: Floats, history: Bag, k: int) -
 
 def check_served(version: Version, vectors: Floats, options: GateOptions) -> list[str]:
     """Ask what would be served some golden queries, and compare with the trained vectors; one sentence a problem."""
-    rows = np.unique(np.linspace(0, len(version.users) - 1, min(GOLDEN, len(version.users))).astype(np.int64))
-    queries: Queries = version.queries(np.concatenate([rows, [-1]]))
+    queries: Queries = version.queries(np.append(spaced(len(version.users), GOLDEN), -1))
     users = version.two_tower.user_vectors(queries)
     if not np.isfinite(users).all():
         return ["golden queries: a user's vector is not finite"]
@@ -207,9 +214,9 @@ def check_served(version: Version, vectors: Floats, options: GateOptions) -> lis
     if off.size and not np.nanmax(np.where(answer.rows[asked] >= 0, off, 0)) <= ROUNDING:
         return ["golden queries: what is served has other vectors than what was trained"]
     recall = float(as_good.mean()) if as_good.size else 1.0
-    return (
-        [f"golden queries: the index finds {recall:.3f} of the exact answer"] if recall < options.index_recall else []
-    )
+    if recall < options.index_recall:
+        return [f"golden queries: the index finds {recall:.3f} of the exact answer"]
+    return []
 
 
 def lists_with(version: Version, vectors: Floats, rows: Longs) -> Longs:
@@ -220,11 +227,9 @@ def lists_with(version: Version, vectors: Floats, rows: Longs) -> Longs:
         vectors: (N, D) of its items.
         rows: (n,) of the catalogue.
     """
-    count = len(version.users)
-    sample = np.unique(np.linspace(0, count - 1, min(SAMPLED_USERS, count)).astype(np.int64))
-    users = version.two_tower.user_vectors(version.queries(sample))
+    users = version.two_tower.user_vectors(version.queries(spaced(len(version.users), SAMPLED_USERS)))
     users = users[users.any(axis=1)]
-    others = np.unique(np.linspace(0, len(vectors) - 1, min(LISTED_AMONG, len(vectors))).astype(np.int64))
+    others = spaced(len(vectors), LISTED_AMONG)
     listed = max(1, round(LISTED * len(others) / len(vectors)))  # of a share of the items, that share of a list
     others = others[~version.gone[others]]
     if len(others) <= listed:

@@ -13,7 +13,7 @@ from twotower.logs.entities import EntityId
 from twotower.publish.delta import Delta
 from twotower.schema.errors import shown
 from twotower.update.entities import EntityChanges
-from twotower.update.gate import Gate, Recall, by_hour, check_served, drift, hits, lists_with, recall_among
+from twotower.update.gate import Gate, Recall, by_hour, check_served, drift, hits, lists_with, recall_among, spaced
 from twotower.update.learner import Touched
 from twotower.update.rows import Positives
 from twotower.update.select import Selection, select
@@ -225,8 +225,7 @@ def _judge(state: ChainState, positives: Positives) -> dict[str, list[int]]:
     if not len(positives):
         return {}
     vectors = state.learner.vectors
-    count = min(max(1, JUDGED_SCORES // len(vectors)), len(positives))
-    part = positives.take(np.unique(np.linspace(0, len(positives) - 1, count).astype(np.int64)))
+    part = positives.take(spaced(len(positives), max(1, JUDGED_SCORES // len(vectors))))
     nothing = Bag(np.zeros(len(part) + 1, np.int64), np.zeros(0, np.int32))
     hidden = part.clicked if state.options.hide_clicked else nothing
     users = state.learner.user_vectors(part)
