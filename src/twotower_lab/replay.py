@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.channels.item_cf import ItemCF, Options
+from twotower.channels.item_cf import fit_item_cf
 from twotower.channels.retriever import Queries
 from twotower.config.settings import Settings
 from twotower.datasets.tables import DAY_MS, end_of_day
@@ -415,7 +415,7 @@ class _Crowd:
         order = np.lexsort((ts_ms, user))
         counts = np.bincount(np.unique(user, return_inverse=True)[1])
         clicks = Clicks(pointers(counts), item[order].astype(np.int32), ts_ms[order])
-        channel = ItemCF.fit(clicks, len(self._later.item_ids), Options())
+        channel = fit_item_cf(clicks, len(self._later.item_ids))
         history = self._histories(part)
         queries = Queries({}, history, Exclusions(history.indptr, history.rows.astype(np.int64)))
         rows = channel.retrieve(queries, K).rows

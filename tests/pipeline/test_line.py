@@ -39,7 +39,7 @@ def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
     run_line(settings, promoted=True)
     samples, version = open_samples(places(settings).samples), open_served(settings)
     rows = np.arange(60)
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, rows)
     for name in ("two_tower", "mind", "mf"):
         served = version.channels[name]
         assert isinstance(served, VectorChannel)

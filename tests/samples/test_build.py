@@ -13,7 +13,8 @@ import pytest
 from twotower.features.bloom import is_untrained
 from twotower.features.columns import Bag
 from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Vector
-from twotower.samples import build as job, fitting
+from twotower.samples import build as job
+from twotower.samples import fitting
 from twotower.samples.build import SamplesReport, build_samples
 from twotower.samples.options import SamplesOptions
 from twotower.samples.read import Samples, open_samples

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from twotower.channels.item_to_item import NEAREST, Answering, ItemToItem, Nearest
-from twotower.channels.retriever import Candidates, Queries
+from twotower.channels.options import SwingOptions
 from twotower.features.columns import pointers
 from twotower.samples.engine import open_engine
 from twotower.samples.options import EngineOptions
@@ -39,33 +39,9 @@ Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+SWING = "swing"
+
 _SLOT_BYTES = 12
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is near, and how it is asked."""
-
-    neighbours: int = 100
-    """Neighbours kept of each item."""
-    latest: int = 200
-    """Clicks of a user that are looked up."""
-    items: int = 500
-    """Distinct items of a user that count, the latest."""
-    users: int = 1000
-    """Users of an item that count, chosen by a hash of the user."""
-    alpha: float = 1.0
-    """Added to the number of items that two users have in common."""
-    activity: float = 0.35
-    """Exponent of the number of a user's items."""
-    offset: float = 5.0
-    """Added to that number."""
-    popularity: float = 0.2
-    """Exponent of the candidate's users; 0 = Swing as published."""
-    recency: float = 0.0
-    """See `Answering`."""
-    normalise: bool = True
-    """See `ItemToItem.of`."""
 
 
 @dataclass(frozen=True)
@@ -92,78 +68,46 @@ class Graph:
     """The most edges that the items of one user have together."""
 
 
-class Swing:
-    """The channel: the nearest items of each item, and how they are summed.
+def fit_swing(
+    clicks: Clicks,
+    items: int,
+    options: SwingOptions = SwingOptions(),  # noqa: B008  frozen
+    engine: EngineOptions = EngineOptions(),  # noqa: B008
+    scratch: Path | None = None,
+) -> ItemToItem:
+    """The channel: the nearest items of each from all users' clicks.
 
     Args:
-        lists: the nearest items, and what answers from them.
+        clicks: every user's clicks.
+        items: N, size of the catalogue.
+        options: what is near, and how it is answered.
+        engine: its threads or tasks take a part of the items each; the less memory, the more parts. Every engine gives
+            the same bytes.
+        scratch: folder below which the graph is kept for them; None = the system's.
+
+    Raises:
+        ConfigError: the compiler that it needs is not installed.
     """
-
-    name = "swing"
-
-    def __init__(self, lists: ItemToItem) -> None:
-        self._lists = lists
-
-    @classmethod
-    def fit(
-        cls,
-        clicks: Clicks,
-        items: int,
-        options: Options = Options(),
-        engine: EngineOptions = EngineOptions(),  # noqa: B008  frozen
-        scratch: Path | None = None,
-    ) -> "Swing":
-        """Compute the nearest items of each from all users' clicks.
-
-        Args:
-            clicks: every user's clicks.
-            items: N, size of the catalogue.
-            options: what is near, and how it is asked.
-            engine: its threads or tasks take a part of the items each; the less memory, the more parts. Every engine
-                gives the same bytes.
-            scratch: folder below which the graph is kept for them; None = the system's.
-
-        Raises:
-            ConfigError: the compiler that it needs is not installed.
-        """
-        swing_kernel()
-        graph = click_graph(clicks, items, options)
-        ranges = parts(graph, int(engine.memory_gb * 2**30 / _SLOT_BYTES), engine.threads)
-        folder = TemporaryDirectory(prefix=TEMPORARY, dir=scratch)
-        with folder as kept, open_engine(engine, Path(kept)) as opened:
-            _store(graph, Path(kept))
-            work = partial(_part, kept, ranges, options.alpha, options.neighbours)
-            nearest = Nearest.of(opened.spread(work, len(ranges), NEAREST))
-        answering = Answering(options.latest, options.recency)
-        return cls(ItemToItem.of(nearest, items, answering, normalise=options.normalise))
-
-    @classmethod
-    def load(cls, folder: Path) -> "Swing":
-        """Read what `save` wrote, memory-mapped."""
-        return cls(ItemToItem.load(folder))
-
-    def save(self, folder: Path) -> None:
-        """Write all that answering needs into a folder."""
-        self._lists.save(folder)
-
-    def retrieve(self, queries: Queries, k: int) -> Candidates:
-        """See `Retriever.retrieve`."""
-        return self._lists.retrieve(queries, k)
-
-    def similar(self, rows: Longs, k: int) -> Candidates:
-        """See `SimilarItems.similar`: the stored neighbours."""
-        return self._lists.similar(rows, k)
+    swing_kernel()
+    graph = click_graph(clicks, items, options)
+    ranges = parts(graph, int(engine.memory_gb * 2**30 / _SLOT_BYTES), engine.threads)
+    folder = TemporaryDirectory(prefix=TEMPORARY, dir=scratch)
+    with folder as kept, open_engine(engine, Path(kept)) as opened:
+        _store(graph, Path(kept))
+        work = partial(_part, kept, ranges, options.alpha, options.neighbours)
+        nearest = Nearest.of(opened.spread(work, len(ranges), NEAREST))
+    answering = Answering(options.latest, options.recency)
+    return ItemToItem.of(SWING, nearest, items, answering, normalise=options.normalise)
 
 
-def click_graph(clicks: Clicks, items: int, options: Options) -> Graph:
+def click_graph(clicks: Clicks, items: int, options: SwingOptions) -> Graph:
     """The distinct clicks within the caps: of a user the latest items, of an item the users of the least hash.
 
     The hash is of the user alone, so that two items that many clicked keep the same users, and with them the users that
     they have in common (coordinated samples, Cohen and Kaplan 2007).
     """
     users = len(clicks.indptr) - 1
-    owner = np.repeat(np.arange(users, dtype=np.int64), np.diff(clicks.indptr))
-    key = owner * items + clicks.item_row
+    key = clicks.owners * items + clicks.item_row
     distinct, last = np.unique(key[::-1], return_index=True)
     user, item = distinct // items, distinct % items
     # The later the click, the smaller its place in the reversed order.
@@ -295,13 +239,13 @@ def _add_up(  # noqa: PLR0912, PLR0915  one loop, from clicks to sums
     part when u is done. A similarity is so added up by v within u, and by u: in the same order whatever the part.
 
     Args:
-        user_indptr: of the graph.
+        user_indptr: this and the next five are the arrays of the graph; the compiler takes no dataclass.
         item: of the graph.
         place: of the graph.
         item_indptr: of the graph.
         user: of the graph.
         weight: of the graph.
-        alpha: see `Options`.
+        alpha: see `SwingOptions`.
         first: first item of the part.
         last: behind its last item.
         begin: (last - first + 1,) where the slots of each item begin.

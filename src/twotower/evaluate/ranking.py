@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 
 from twotower.channels.queries import queries_of_users
 from twotower.channels.retriever import Queries
+from twotower.channels.vector_channel import latest
 from twotower.evaluate.calibration import auc, auc_within, calibration_error, log_loss, reliability, sigmoid
 from twotower.evaluate.held_out import read_held_out
-from twotower.evaluate.holdout import figure
+from twotower.evaluate.holdout import figure, stored_queries
 from twotower.evaluate.metrics import PerUser, summarise
 from twotower.features.columns import Bag, Column, pointers, ranges, take
 from twotower.samples.read import Clicks, Samples
@@ -92,7 +93,7 @@ def read_shown(path: Path, samples: Samples) -> Shown:
 def _joined(clicks: Clicks, user_row: Longs, item_row: Longs, ts_ms: Longs) -> Clicks:
     """Clicks with further ones, each user's in the order of time."""
     count = len(clicks.indptr) - 1
-    owner = np.concatenate([np.repeat(np.arange(count), np.diff(clicks.indptr)), user_row])
+    owner = np.concatenate([clicks.owners, user_row])
     at = np.concatenate([clicks.ts_ms, ts_ms])
     order = np.lexsort((at, owner))
     items = np.concatenate([clicks.item_row, item_row.astype(np.int32)])
@@ -169,7 +170,8 @@ def score_shown(samples: Samples, shown: Shown, model: Ranker) -> Reals:
     for start in range(0, len(shown), BATCH):
         rows = np.arange(start, min(start + BATCH, len(shown)))
         context = {name: take(column, rows) for name, column in shown.context.items()}
-        queries = queries_of_users(samples.features, samples.users, samples.clicks, shown.user_row[rows], context, None)
+        users = shown.user_row[rows]
+        queries = queries_of_users(samples.features, samples.users, samples.clicks, users, context=context)
         before = _clicks_before(shown.clicks, shown.user_row[rows], shown.ts_ms[rows])
         items = {name: take(column, shown.item_row[rows]) for name, column in samples.items.features.items()}
         found.append(model.score(with_history(samples, model, queries.features, before), items))
@@ -181,9 +183,7 @@ def with_history(samples: Samples, model: Ranker, columns: Mapping[str, Column],
     if (history := model.features.history) is None:
         return dict(columns)
     tokens = history.vocabulary.rows(samples.items.ids)
-    count = np.minimum(np.diff(clicks.indptr), history.last)
-    places = ranges(clicks.indptr[1:] - count, count)
-    return {**columns, history.name: Bag(pointers(count), tokens[clicks.rows[places]])}
+    return {**columns, history.name: latest(clicks, tokens, history.last)}
 
 
 def _clicks_before(clicks: Clicks, user_row: Longs, ts_ms: Longs) -> Bag:
@@ -207,6 +207,7 @@ def kept_of_top(
     retrieve: Retrieve,
     pre_rank: Ranker,
     rank: Ranker,
+    *,
     retrieved: int,
     kept: int,
     top: int,
@@ -237,8 +238,7 @@ def kept_of_top(
     sizes = []
     for start in range(0, len(user_rows), 256):
         rows = user_rows[start : start + 256]
-        left_out = (samples.clicks.indptr, samples.clicks.item_row)
-        queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, left_out)
+        queries = stored_queries(samples, rows)
         lists = retrieve(queries, retrieved)
         for place in range(len(rows)):
             candidates = lists[place][lists[place] >= 0]

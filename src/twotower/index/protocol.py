@@ -70,6 +70,16 @@ class Exclusions:
         indptr = np.cumsum([0, *(part.size for part in parts)], dtype=np.int64)
         return cls(indptr, np.concatenate([np.empty(0, np.int64), *parts]))
 
+    @classmethod
+    def none(cls, queries: int) -> Self:
+        """Nothing is left out for any of some queries."""
+        return cls(np.zeros(queries + 1, np.int64), np.zeros(0, np.int64))
+
+    @classmethod
+    def each(cls, rows: NDArray[np.int64]) -> Self:
+        """One row (B,) for each query: an item that is asked about is not like itself."""
+        return cls(np.arange(len(rows) + 1), rows)
+
 
 class VectorIndex(Protocol):
     """An immutable set of vectors that finds the nearest ones of a query.

@@ -9,13 +9,13 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from twotower.channels.lists import end_to_end
 from twotower.channels.retriever import Candidates
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
@@ -142,11 +142,6 @@ def lists_of(settings: Settings, users: int, depth: int) -> Lists:
         log.info("lists of %s", name)
         lists[name] = candidates(samples, channel, truth.user_rows, min(len(samples.items), depth), truth.context)
     return Lists(lists, truth, len(samples.items))
-
-
-def end_to_end(found: Sequence[Candidates]) -> Candidates:
-    """Candidates of the users of several parts; these share their catalogue, so that all lists are as long."""
-    return Candidates(np.concatenate([one.rows for one in found]), np.concatenate([one.scores for one in found]))
 
 
 def some_users(truth: Truth, most: int, seed: int) -> Truth:

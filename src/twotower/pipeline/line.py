@@ -6,22 +6,18 @@ This is the only module that knows both: no stage sees the configuration.
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from twotower.channels import item_cf, swing
-from twotower.channels.als import ALS, Options
-from twotower.channels.fit import Recipe, fit_channels
-from twotower.channels.item_cf import ItemCF
-from twotower.channels.popular import Popular, check_popular
-from twotower.channels.retriever import Queries, Retriever
-from twotower.channels.same_category import SameCategory, check_attributes
-from twotower.channels.swing import Swing
+from twotower.channels.fit import Counted, fit_channels
+from twotower.channels.options import PopularOptions
+from twotower.channels.popular import check_popular
+from twotower.channels.retriever import Retriever
+from twotower.channels.same_category import check_attributes
 from twotower.channels.vector_channel import VectorChannel
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
@@ -52,7 +48,7 @@ from twotower.samples.options import NegativesOptions
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.clock import now_ms
-from twotower.schema.errors import DataError
+from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.towers.options import TowerOptions
 from twotower.towers.ranker import Ranker, RankerShape
@@ -139,11 +135,11 @@ def check_samples(settings: Settings, samples: Samples) -> None:
     for name in settings.models.rankers:
         ranker_shape(settings, name).features_of(samples.features)
         both_kinds(samples, _ranker_options(settings, name).calibration_share)
-    popular, channels = settings.models.popular, settings.models.channels
+    channels = settings.models.channels
     if "popular" in channels:
-        check_popular(samples, popular.window_days, popular.segment, popular.half_life_days, popular.prior)
+        check_popular(samples, settings.models.popular)
     if "same_category" in channels:
-        check_attributes(samples, settings.models.same_category.attributes)
+        check_attributes(samples, settings.models.same_category)
 
 
 def _ranker_options(settings: Settings, name: str) -> PreRankOptions:
@@ -271,50 +267,12 @@ def _negatives(wanted: NegativesOptions) -> Negatives:
     )
 
 
-def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
-    """How each counted channel is fitted."""
-    models, threads = settings.models, settings.engine.threads
-    factorise = Options(**asdict(models.als))
-    popular, alike = models.popular, models.same_category
-    scratch = places(settings).checkpoints
-    return {
-        "item_cf": Recipe(
-            asdict(models.item_cf),
-            lambda: ItemCF.fit(
-                samples.clicks,
-                len(samples.items),
-                item_cf.Options(**asdict(models.item_cf)),
-                settings.engine,
-                scratch,
-                samples.positives,
-            ),
-        ),
-        "swing": Recipe(
-            asdict(models.swing),
-            lambda: Swing.fit(
-                samples.clicks,
-                len(samples.items),
-                swing.Options(**asdict(models.swing)),
-                settings.engine,
-                scratch,
-            ),
-        ),
-        "als": Recipe(
-            {**asdict(models.als), "seed": settings.train.seed},
-            lambda: ALS.fit(samples.clicks, len(samples.items), factorise, threads, settings.train.seed),
-        ),
-        "popular": Recipe(
-            asdict(popular),
-            lambda: Popular.of(samples, popular.window_days, popular.segment, popular.half_life_days, popular.prior),
-        ),
-        "same_category": Recipe(
-            asdict(alike), lambda: SameCategory.fit(samples, alike.attributes, alike.last, alike.items)
-        ),
-    }
-
-
-def _configured(settings: Settings, samples: Samples) -> dict[str, Recipe]:
-    return {name: recipe for name, recipe in _recipes(settings, samples).items() if name in settings.models.channels}
+def fit_counted(settings: Settings, samples: Samples, names: Sequence[str] | None = None) -> dict[str, Counted]:
+    """The counted channels among some names, or of all that are configured."""
+    checkpoints, channels = places(settings).checkpoints, settings.models.channels if names is None else names
+    return fit_channels(
+        samples, channels, settings.models, checkpoints, engine=settings.engine, seed=settings.train.seed
+    )
 
 
 def noted_checkpoints(settings: Settings) -> dict[str, Any]:
@@ -359,13 +317,15 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
     settings = as_trained(settings, [TWO_TOWER])
     where = places(settings)
     samples, checkpoint = open_samples(where.samples), latest_checkpoint(settings)
-    counted = {**_recipes(settings, samples), "popular": Recipe({}, lambda: Popular.fit(samples.item_positives))}
-    baselines = fit_channels(samples, {name: counted[name] for name in ("popular", "item_cf")}, where.checkpoints)
-    channels = [offline_channel(samples, checkpoint), baselines["popular"], baselines["item_cf"]]
-    options = (settings.evaluate.k, settings.evaluate.bootstrap, settings.train.seed, settings.evaluate.context)
-    metrics = evaluate(samples, where.workspace, channels, *options)
+    counted = replace(settings, models=replace(settings.models, popular=PopularOptions()))
+    baselines = fit_counted(counted, samples, ["popular", "item_cf"])
+    channels = [offline_channel(samples, checkpoint), *baselines.values()]
+    options, seed = settings.evaluate, settings.train.seed
+    metrics = evaluate(samples, where.workspace, channels, options, seed=seed)
     if (world := world_of(where.workspace)) is not None:
-        metrics["truth"] = evaluate_by_truth(samples, where.workspace, world, channels, *options)
+        metrics["truth"] = evaluate_by_truth(
+            samples, where.workspace, world, channels, options.k, options.bootstrap, seed, options.context
+        )
     if settings.models.rankers:
         metrics["rankers"] = evaluate_rankers(settings, samples)
     write_json(checkpoint.path.parent / METRICS, metrics)
@@ -393,14 +353,10 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
         return result
     fusion, channels = fusion_of(settings), offline_channels(settings, samples)
 
-    def fused(queries: Queries, k: int) -> npt.NDArray[np.int64]:
-        asked = fusion.asked(k, list(channels))
-        return fusion.fuse({name: one.retrieve(queries, asked) for name, one in channels.items()}, k).candidates.rows
-
     result["kept_of_top"] = kept_of_top(
         samples,
         some_users(shown.user_row, KEPT_USERS),
-        fused,
+        lambda queries, k: fusion.retrieve(channels, queries, k).candidates.rows,
         rankers[PRE_RANK],
         rankers[RANK],
         retrieved=funnel.retrieve,
@@ -412,22 +368,25 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
     return result
 
 
-def evaluate_channels_of(settings: Settings) -> dict[str, Any]:
-    """What each configured channel and the fused list find of the hold-out; JSON, Markdown and a plot are kept."""
+def evaluate_channels_of(settings: Settings, own: Mapping[str, Retriever] | None = None) -> dict[str, Any]:
+    """What each channel and the fused list find of the hold-out; JSON, Markdown and a plot are kept.
+
+    Args:
+        settings: the configuration.
+        own: a user's own channels by name, judged and fused beside the configured ones.
+    """
     check_ready(settings, trained=True, evaluated=True)
     settings = as_trained(settings)
-    where, fusion = places(settings), fusion_of(settings)
+    where, fusion = places(settings), fusion_of(settings, own)
     samples = open_samples(where.samples)
     report = evaluate_channels(
         samples,
         where.workspace,
-        offline_channels(settings, samples),
+        offline_channels(settings, samples, own),
         lambda lists, k: fusion.fuse(lists, k).candidates,
-        settings.evaluate.channels_k,
-        fusion.depth,
-        settings.evaluate.bootstrap,
-        settings.train.seed,
-        settings.evaluate.context,
+        settings.evaluate,
+        depth=fusion.depth,
+        seed=settings.train.seed,
     )
     report["fusion"] = asdict(fusion)
     folder = latest_checkpoint(settings).path.parent
@@ -452,40 +411,59 @@ def channel_of(model: TwoTower, samples: Samples, name: str = TWO_TOWER) -> Vect
     )
 
 
-def offline_channels(settings: Settings, samples: Samples) -> dict[str, Retriever]:
-    """All configured channels by name as evaluation asks them: vectors are searched exactly, in the whole catalogue."""
-    trained = {name: offline_channel(samples, latest_checkpoint(settings, name), name)
-               for name in trained_channels(settings)}  # fmt: skip
-    counted = fit_channels(samples, _configured(settings, samples), places(settings).checkpoints)
-    channels: dict[str, Retriever] = {**trained, **counted}
+def offline_channels(
+    settings: Settings, samples: Samples, own: Mapping[str, Retriever] | None = None
+) -> dict[str, Retriever]:
+    """All channels by name as evaluation asks them: vectors are searched exactly, in the whole catalogue.
+
+    Args:
+        settings: with the configured channels.
+        samples: what they were trained on, or are counted from.
+        own: a user's own channels by name: anything of the shape of a `Retriever`, trained on the same samples.
+
+    Raises:
+        ConfigError: one of them has the name of a configured channel.
+    """
+    own = own or {}
+    if taken := sorted(set(own) & set(settings.models.channels)):
+        raise ConfigError(f"{', '.join(taken)}: models.channels has this name already; give your channel another one")
+    channels: dict[str, Retriever] = {
+        name: offline_channel(samples, latest_checkpoint(settings, name), name) for name in trained_channels(settings)
+    }
+    channels |= fit_counted(settings, samples)
     if NEW_ITEMS in settings.models.channels:
-        towers, most = trained[TWO_TOWER], settings.models.new_items.most_clicks
-        channels[NEW_ITEMS] = towers.over(
-            NEW_ITEMS, towers.index.without(np.flatnonzero(samples.item_positives > most))
-        )
-    return {name: channels[name] for name in settings.models.channels}
+        towers, most = channels[TWO_TOWER], settings.models.new_items.most_clicks
+        assert isinstance(towers, VectorChannel)
+        new = towers.index.without(np.flatnonzero(samples.item_positives > most))
+        channels[NEW_ITEMS] = towers.over(NEW_ITEMS, new)
+    return {**{name: channels[name] for name in settings.models.channels}, **own}
 
 
-def fusion_of(settings: Settings) -> Fusion:
+def fusion_of(settings: Settings, own: Iterable[str] | None = None) -> Fusion:
     """How channels are fused: as the configuration says, else as `twotower fuse` chose, else all alike.
+
+    Args:
+        settings: the configuration.
+        own: names of a user's own channels that are fused, too.
 
     Raises:
         DataError: the choice was made among other channels.
     """
-    options, channels, path = settings.fusion, settings.models.channels, places(settings).workspace / FUSION
-    weights, constants, reserved = (
-        {str(name): value for name, value in given.items() if name in channels}
-        for given in (options.weights, options.constants, options.reserved)
-    )
-    if weights or constants or not path.exists():
-        return Fusion(weights, constants, options.depth, reserved)
+    options, channels = settings.fusion, [*settings.models.channels, *(own or ())]
+    path = places(settings).workspace / FUSION
+    given = {
+        key: {str(name): value for name, value in getattr(options, key).items() if name in channels}
+        for key in ("weights", "constants", "reserved")
+    }
+    if given["weights"] or given["constants"] or not path.exists():
+        return Fusion(**given, depth=options.depth)
     chosen = read_json(path)
     if sorted(chosen["channels"]) != sorted(channels):
         raise DataError(
             f"{path} was chosen for {', '.join(chosen['channels'])}, and models.channels = {', '.join(channels)}: run "
             "`twotower fuse` again, remove the file, or give fusion.weights"
         )
-    return Fusion(**{name: chosen[name] for name in ("weights", "constants", "depth")}, reserved=reserved)
+    return Fusion(**{name: chosen[name] for name in ("weights", "constants", "depth")}, reserved=given["reserved"])
 
 
 def publish_version(
@@ -513,7 +491,7 @@ def publish_version(
         channels,
         samples,
         where.workspace / "items.parquet",
-        fit_channels(samples, _configured(settings, samples), where.checkpoints),
+        fit_counted(settings, samples),
         {name: made(name) for name in settings.models.rankers},
         fusion=fusion,
         configuration=as_dict(settings),

@@ -586,7 +586,8 @@ class Overlay:
         if vectors is not None:
             for piece in newer:
                 vectors = LaidRows(vectors, piece.rows.rows, piece.rows.values)
-        return channel.newer(tokens, index, vectors, None if encode is None else encode.encode)
+        users = channel.encode_users if encode is None else encode.encode
+        return replace(channel, item_tokens=tokens, index=index, item_vectors=vectors, encode_users=users)
 
     def _without(self, channel: Retriever) -> Retriever:
         """A counted channel without what is gone, that is not asked about what it does not know."""

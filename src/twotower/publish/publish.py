@@ -224,7 +224,7 @@ def _some_users(model: TwoTower, samples: Samples) -> dict[str, Column]:
 
 def _some_queries(samples: Samples) -> Queries:
     rows = np.unique(np.linspace(0, len(samples.users) - 1, SAMPLED).astype(np.int64))
-    return queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
+    return queries_of_users(samples.features, samples.users, samples.clicks, rows)
 
 
 def _check_export(

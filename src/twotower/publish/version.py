@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.channels.fit import KINDS
+from twotower.channels.fit import LOADERS
 from twotower.channels.queries import queries_of_users
 from twotower.channels.retriever import Queries, Retriever, WithoutItems
 from twotower.channels.vector_channel import VectorChannel
@@ -198,7 +198,8 @@ class Version:
         exclude: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None,
     ) -> Queries:
         """Queries of stored users; see `queries_of_users`."""
-        return queries_of_users(self.features, self.users, self.clicks, user_rows, context or {}, exclude)
+        left_out = None if exclude is None else Bag(*exclude)
+        return queries_of_users(self.features, self.users, self.clicks, user_rows, context=context, exclude=left_out)
 
     def queries_of(
         self,
@@ -286,7 +287,7 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
                     folder / name, item_ids, gone, _open_user_tower(folder / name, threads)
                 )
             else:
-                counted = KINDS[name].load(folder / name)
+                counted = LOADERS[name](folder / name)
                 channels[name] = WithoutItems(counted, gone) if gone.any() else counted
         rankers = manifest["configuration"]["models"].get("rankers", [])  # versions of before there were any
         version = Version(

@@ -103,6 +103,16 @@ class Clicks:
     item_row: Ints
     ts_ms: Longs
 
+    @property
+    def items(self) -> Bag:
+        """The catalogue rows of each user's clicks."""
+        return Bag(self.indptr, self.item_row)
+
+    @property
+    def owners(self) -> Longs:
+        """(clicks,) the user row of each."""
+        return np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
+
 
 @dataclass(frozen=True)
 class Samples:
