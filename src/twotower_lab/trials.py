@@ -238,7 +238,7 @@ def _indexes(system: System, settings: dict[str, Settings], workspace: Path, wor
     queries = channel.user_vectors(queries_of_users(samples.features, samples.users, samples.clicks, users))
     exact = _found(samples, workspace, channel, world)
     for arm, of_arm in settings.items():
-        index = build_index(of_arm.index.kind, rows, vectors, queries, [K], of_arm.index.recall, of_arm.train.seed)
+        index = build_index(of_arm.index, rows, vectors, queries, ks=[K], seed=of_arm.train.seed)
         approximate = channel.over(TWO_TOWER, index)
         values = _found(samples, workspace, approximate, world)
         best, found = (ranked(samples, one, users, K) for one in (channel, approximate))

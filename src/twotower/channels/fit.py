@@ -14,6 +14,7 @@ from twotower.channels.item_cf import ITEM_CF, fit_item_cf
 from twotower.channels.item_to_item import ItemToItem
 from twotower.channels.options import ModelsOptions
 from twotower.channels.popular import Popular
+from twotower.channels.retriever import Retriever
 from twotower.channels.same_category import SameCategory
 from twotower.channels.swing import SWING, fit_swing
 from twotower.samples.options import EngineOptions
@@ -31,6 +32,8 @@ LOADERS: Final[Mapping[str, Callable[[Path], Counted]]] = {
     SameCategory.name: SameCategory.load,
 }
 """What reads a counted channel from its folder, by name."""
+OwnChannels = Callable[[Samples], Mapping[str, Retriever]]
+"""Trains a user's own channels on some samples: by name, anything of the shape of a `Retriever`."""
 
 
 def fit_channels(

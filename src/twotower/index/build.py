@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from twotower.index.checks import INDEX_JSON
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
+from twotower.index.options import IndexOptions
 from twotower.index.overlaid import BASE, OverlaidIndex
 from twotower.index.protocol import VectorIndex
 from twotower.schema.errors import ConfigError
@@ -16,33 +17,33 @@ from twotower.schema.files import read_json
 
 
 def build_index(
-    kind: str,
+    options: IndexOptions,
     rows: NDArray[np.int64],
     vectors: NDArray[np.float32],
     queries: NDArray[np.float32],
+    *,
     ks: Sequence[int],
-    recall: float,
     seed: int,
 ) -> VectorIndex:
-    """An index of one kind, tuned on sample queries where it is approximate.
+    """The configured index, tuned on sample queries where it is approximate.
 
     Args:
-        kind: `exact` or `faiss`.
+        options: which kind, and the recall that it must reach.
         rows: (N,) int64, each once.
         vectors: (N, D) float32.
         queries: (Q, D) float32 of held-out users.
-        ks: numbers of neighbours that will be asked for.
-        recall: share of the exact neighbours to be found, above 0 and at most 1.
+        ks: numbers of neighbours that will be requested.
         seed: of k-means.
 
     Raises:
-        ConfigError: another kind; no k, or a recall that cannot be, where these matter.
+        ConfigError: a kind that this release does not have; no k where it matters.
         DataError: rows, vectors or queries that cannot be indexed.
     """
-    _check_kind(kind)
-    if kind == "exact":
-        return ExactIndex.build(rows, vectors)
-    return FaissIndex.build(rows, vectors, seed).tune(queries, ks, recall, ExactIndex.build(rows, vectors))
+    _check_kind(options.kind)
+    exact = ExactIndex.build(rows, vectors)
+    if options.kind == "exact":
+        return exact
+    return FaissIndex.build(rows, vectors, seed).tune(queries, ks, options.recall, exact)
 
 
 def load_index(folder: Path) -> VectorIndex:

@@ -31,6 +31,11 @@ class Neighbours:
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
 
+    @classmethod
+    def none(cls, queries: int, k: int) -> Self:
+        """Padding alone, to be filled."""
+        return cls(np.full((queries, k), PADDING, np.int64), np.full((queries, k), -np.inf, np.float32))
+
 
 @dataclass(frozen=True)
 class Exclusions:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower.channels.fit import Counted, fit_channels
+from twotower.channels.fit import Counted, OwnChannels, fit_channels
 from twotower.channels.options import PopularOptions
 from twotower.channels.popular import check_popular
 from twotower.channels.retriever import Retriever
@@ -368,21 +368,23 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
     return result
 
 
-def evaluate_channels_of(settings: Settings, own: Mapping[str, Retriever] | None = None) -> dict[str, Any]:
+def evaluate_channels_of(settings: Settings, own: OwnChannels | None = None) -> dict[str, Any]:
     """What each channel and the fused list find of the hold-out; JSON, Markdown and a plot are kept.
 
     Args:
         settings: the configuration.
-        own: a user's own channels by name, judged and fused beside the configured ones.
+        own: makes a user's own channels, judged and fused beside the configured ones; see `offline_channels`.
     """
     check_ready(settings, trained=True, evaluated=True)
     settings = as_trained(settings)
-    where, fusion = places(settings), fusion_of(settings, own)
+    where = places(settings)
     samples = open_samples(where.samples)
+    channels = offline_channels(settings, samples, own)
+    fusion = fusion_of(settings, channels)
     report = evaluate_channels(
         samples,
         where.workspace,
-        offline_channels(settings, samples, own),
+        channels,
         lambda lists, k: fusion.fuse(lists, k).candidates,
         settings.evaluate,
         depth=fusion.depth,
@@ -411,21 +413,19 @@ def channel_of(model: TwoTower, samples: Samples, name: str = TWO_TOWER) -> Vect
     )
 
 
-def offline_channels(
-    settings: Settings, samples: Samples, own: Mapping[str, Retriever] | None = None
-) -> dict[str, Retriever]:
+def offline_channels(settings: Settings, samples: Samples, own: OwnChannels | None = None) -> dict[str, Retriever]:
     """All channels by name as evaluation asks them: vectors are searched exactly, in the whole catalogue.
 
     Args:
         settings: with the configured channels.
         samples: what they were trained on, or are counted from.
-        own: a user's own channels by name: anything of the shape of a `Retriever`, trained on the same samples.
+        own: trains a user's own channels on the samples: anything of the shape of a `Retriever`, by name.
 
     Raises:
         ConfigError: one of them has the name of a configured channel.
     """
-    own = own or {}
-    if taken := sorted(set(own) & set(settings.models.channels)):
+    more = own(samples) if own is not None else {}
+    if taken := sorted(set(more) & set(settings.models.channels)):
         raise ConfigError(f"{', '.join(taken)}: models.channels has this name already; give your channel another one")
     channels: dict[str, Retriever] = {
         name: offline_channel(samples, latest_checkpoint(settings, name), name) for name in trained_channels(settings)
@@ -436,20 +436,20 @@ def offline_channels(
         assert isinstance(towers, VectorChannel)
         new = towers.index.without(np.flatnonzero(samples.item_positives > most))
         channels[NEW_ITEMS] = towers.over(NEW_ITEMS, new)
-    return {**{name: channels[name] for name in settings.models.channels}, **own}
+    return {**{name: channels[name] for name in settings.models.channels}, **more}
 
 
-def fusion_of(settings: Settings, own: Iterable[str] | None = None) -> Fusion:
+def fusion_of(settings: Settings, names: Iterable[str] | None = None) -> Fusion:
     """How channels are fused: as the configuration says, else as `twotower fuse` chose, else all alike.
 
     Args:
         settings: the configuration.
-        own: names of a user's own channels that are fused, too.
+        names: of the channels that are fused; None = the configured ones.
 
     Raises:
         DataError: the choice was made among other channels.
     """
-    options, channels = settings.fusion, [*settings.models.channels, *(own or ())]
+    options, channels = settings.fusion, list(settings.models.channels if names is None else names)
     path = places(settings).workspace / FUSION
     given = {
         key: {str(name): value for name, value in getattr(options, key).items() if name in channels}
@@ -460,7 +460,7 @@ def fusion_of(settings: Settings, own: Iterable[str] | None = None) -> Fusion:
     chosen = read_json(path)
     if sorted(chosen["channels"]) != sorted(channels):
         raise DataError(
-            f"{path} was chosen for {', '.join(chosen['channels'])}, and models.channels = {', '.join(channels)}: run "
+            f"{path} was chosen for {', '.join(chosen['channels'])}, and the channels are {', '.join(channels)}: run "
             "`twotower fuse` again, remove the file, or give fusion.weights"
         )
     return Fusion(**{name: chosen[name] for name in ("weights", "constants", "depth")}, reserved=given["reserved"])

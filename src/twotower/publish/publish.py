@@ -29,6 +29,7 @@ from twotower.features.columns import Bag, Column, take, to_arrow
 from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, save
 from twotower.fusion.fuse import Fusion
 from twotower.index.build import build_index
+from twotower.index.options import IndexOptions
 from twotower.publish.golden import replay, write_golden
 from twotower.publish.onnx import OnnxTower, export_tower
 from twotower.publish.ranker import OnnxRanker, write_ranker
@@ -146,7 +147,7 @@ def publish(
     tensors = checkpoints[TWO_TOWER].tensors_sha256
     version_id = f"{moment:%Y%m%dT%H%M%S}{created_ms % 1000:03d}-{tensors[:8]}"
     with _one_writer(versions), whole_folder(_new_path(versions, version_id)) as folder:
-        tune = partial(build_index, index_kind, ks=list(index_ks), recall=index_recall, seed=seed)
+        tune = partial(build_index, IndexOptions(index_kind, index_recall), ks=list(index_ks), seed=seed)
         for name, checkpoint in checkpoints.items():
             log.info("writing channel %s", name)
             model = load_model(checkpoint)
