@@ -142,7 +142,7 @@ def check_popular(samples: Samples, options: PopularOptions) -> None:
         ConfigError: as of `Popular.fit`.
     """
     if options.prior and options.segment is None:
-        raise ConfigError(f"models.popular.prior = {options.prior} is for the lists of segments: set segment too")
+        raise ConfigError(f"models.popular.prior = {options.prior:g} is for the lists of segments: set segment too")
     for option in ("window_days", "half_life_days"):
         if getattr(options, option) is not None and not samples.timed:
             raise ConfigError(f"models.popular.{option} counts by time, and the events have none: leave it out")
