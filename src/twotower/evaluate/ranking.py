@@ -234,32 +234,22 @@ def kept_of_top(
     Returns:
         `users`, `retrieved` (mean), `kept`, `top`, `share` and `share_fused`, each with its interval.
     """
-    shares: dict[str, list[float]] = {"share": [], "share_fused": []}
+    shares: list[tuple[float, float]] = []
     sizes = []
     for start in range(0, len(user_rows), 256):
-        rows = user_rows[start : start + 256]
-        queries = stored_queries(samples, rows)
-        lists = retrieve(queries, retrieved)
-        for place in range(len(rows)):
-            candidates = lists[place][lists[place] >= 0]
+        queries = stored_queries(samples, user_rows[start : start + 256])
+        for place, listed in enumerate(retrieve(queries, retrieved)):
+            candidates = listed[listed >= 0]
             if len(candidates) <= kept:
                 continue
-            one = np.array([place])
-            clicks = take(queries.clicks, one)
-            assert isinstance(clicks, Bag)
-            columns = {name: take(column, one) for name, column in queries.features.items()}
-            items = {name: take(column, candidates) for name, column in samples.items.features.items()}
-            first, second = (
-                np.argsort(-model.score(with_history(samples, model, columns, clicks), items), kind="stable")
-                for model in (pre_rank, rank)
-            )
-            best = second[:top]
-            shares["share"].append(float(np.isin(best, first[:kept]).mean()))
-            shares["share_fused"].append(float((best < kept).mean()))
+            first, best = (_ordered(samples, model, queries, place, candidates) for model in (pre_rank, rank))
+            best = best[:top]
+            shares.append((float(np.isin(best, first[:kept]).mean()), float((best < kept).mean())))
             sizes.append(len(candidates))
     if not sizes:
         return {"users": 0, "retrieved": retrieved, "kept": kept, "top": top, "share": None, "share_fused": None}
-    figures = summarise(PerUser({name: np.array(one) for name, one in shares.items()}, {}, {}), resamples, seed)
+    values = dict(zip(("share", "share_fused"), np.array(shares).T, strict=True))
+    figures = summarise(PerUser(values, {}, {}), resamples, seed)
     return {
         "users": len(sizes),
         "retrieved": round(float(np.mean(sizes)), 1),
@@ -267,6 +257,17 @@ def kept_of_top(
         "top": top,
         **{name: figure(one) for name, one in figures.items()},
     }
+
+
+def _ordered(samples: Samples, model: Ranker, queries: Queries, place: int, candidates: Longs) -> Longs:
+    """The positions of one user's candidates in the order of a ranker."""
+    one = np.array([place])
+    clicks = take(queries.clicks, one)
+    assert isinstance(clicks, Bag)
+    columns = {name: take(column, one) for name, column in queries.features.items()}
+    items = {name: take(column, candidates) for name, column in samples.items.features.items()}
+    order: Longs = np.argsort(-model.score(with_history(samples, model, columns, clicks), items), kind="stable")
+    return order
 
 
 def some_users(user_rows: Longs, most: int) -> Longs:

@@ -124,26 +124,22 @@ def stored_events(
     own = [*_INTEGERS, c.USER_ID, c.ITEM_ID, c.OUTCOME]
     names = {name: name for name in (*own, c.POSITION)} | {f"{CONTEXT}{name}": name for name in context}
     if weight:
-        names[WEIGHED_BY] = weight
+        own, names[WEIGHED_BY] = [*own, weight], weight
     seen: set[str] = set()
-    read: dict[pa.Schema, None] = {}
+    schemas: dict[pa.Schema, None] = {}
     for path in itertools.chain(*files_of_days.values()):
-        try:
-            stored = pq.read_schema(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is no readable Parquet file: {error}") from None
-        require_columns(stored, [*own, *([weight] if weight else [])], "/".join(path.parts[-3:]))
+        stored = _schema(path, own)
         seen.update(stored.names)
         there = {our: name for our, name in names.items() if name in stored.names}
         _refuse_alike(stored.names, set(there.values()), path)
-        read[pa.schema([(our, _plain(stored.field(name).type)) for our, name in there.items()])] = None
+        schemas[pa.schema([(our, _plain(stored.field(name).type)) for our, name in there.items()])] = None
     if absent := [name for name in context if name not in seen]:
         raise ConfigError(
             f"features.context.{absent[0]}: no such column in events/; there are {', '.join(sorted(seen))}"
         )
     _refuse_alike(sorted(seen), seen & set(names.values()), Path("events"))
     try:
-        types = pa.unify_schemas(list(read), promote_options="permissive")
+        types = pa.unify_schemas(list(schemas), promote_options="permissive")
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
         raise DataError(f"events: a column has another type in some files: {error}") from None
     _check_types(types, weight, positions)
@@ -158,6 +154,15 @@ def stored_events(
     ours = {**dict.fromkeys(_INTEGERS, pa.int64()), **ids}
     schema = pa.schema([(our, ours.get(our, types.field(our).type)) for our in names if our in types.names])
     return StoredEvents(schema, {our: names[our] for our in schema.names}, frozenset(seen))
+
+
+def _schema(path: Path, needed: Sequence[str]) -> pa.Schema:
+    try:
+        stored = pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no readable Parquet file: {error}") from None
+    require_columns(stored, needed, "/".join(path.parts[-3:]))
+    return stored
 
 
 def _check_types(types: pa.Schema, weight: str | None, positions: bool) -> None:
