@@ -1,6 +1,6 @@
 """Implicit ALS: matrix factorisation that counts every item that a user did not click, a little (Hu et al. 2008).
 
-The factors come from the library `implicit`. A user's vector is solved for from their clicks when they ask, so that a
+The factors come from the library `implicit`. A user's vector is computed from their clicks at request time, so that a
 click counts at once and a new user needs no training. N items, F factors, B users.
 """
 
@@ -33,11 +33,11 @@ Floats = npt.NDArray[np.float32]
 class ALS:
     """Item factors, and an index over them.
 
-    Items are found by the inner product, so each factor is scaled to length at most 1 and filled up to a unit vector by
-    one number more (Bachrach et al. 2014): the nearest by cosine are then those of the greatest product.
+    Items are retrieved by the inner product. So each factor is scaled to length at most 1 and extended to a unit vector
+    by one more number (Bachrach et al. 2014): the nearest by cosine are then those of the greatest product.
 
     Args:
-        factors: (N, F) of the items; zero for one that nobody clicked.
+        factors: (N, F) of the items; zero for an item that nobody clicked.
         options: what they were made with.
         index: of the filled-up vectors (N, F + 1), by catalogue row.
     """
@@ -105,12 +105,12 @@ class ALS:
         self.index.save(folder / "index")
 
     def with_index(self, index: VectorIndex) -> Self:
-        """The same factors behind another index of what is `found`."""
+        """The same factors with another index of the vectors that `found` gives."""
         return type(self)(self._factors, self._options, index)
 
     @property
     def found(self) -> tuple[npt.NDArray[np.int64], Floats]:
-        """What an index of it holds: the rows (n,) of clicked items, and their unit vectors (n, F + 1)."""
+        """The content of its index: the rows (n,) of clicked items, and their unit vectors (n, F + 1)."""
         rows = np.flatnonzero(self._factors.any(axis=1))
         scaled = self._factors[rows] / np.float32(self._longest)
         rest = np.sqrt(np.maximum(0, 1 - np.einsum("nf,nf->n", scaled, scaled)))
@@ -140,7 +140,7 @@ class ALS:
 
     @cached_property
     def _alike(self) -> ExactIndex:
-        """Of the factors at unit length; made when somebody asks."""
+        """Index of the factors at unit length, built at the first request."""
         rows = np.flatnonzero(self._factors.any(axis=1))
         return ExactIndex.build(rows, _unit(self._factors[rows]))
 

@@ -2,7 +2,7 @@
 
 Similarity of a clicked item i to a candidate j: the sum over the users u of both of w_u l_ui l_uj, over
 n_i^(1 - popularity) n_j^popularity. Here l is the user's interest in an item, n_i the sum of l_ui^2 over the users of i
-(with an interest of 1 their number), and w_u = 1 / (items of u)^activity, because a click of someone who clicks
+(with an interest of 1 their number), and w_u = 1 / (items of u)^activity, because a click of a user who clicks
 everything says little (Breese et al. 1998). popularity = 0.5 is the damped cosine; below it popular items come more
 often, above it less.
 """
@@ -26,12 +26,12 @@ from twotower.schema.files import TEMPORARY
 ITEM_CF = "item_cf"
 
 _UNITS = 2.0**30
-"""Of the weights that are added; whole numbers, so that a sum does not depend on the order in which an engine adds."""
+"""Unit of the weights that are added: whole numbers, so that a sum does not depend on the order of addition."""
 _DEGREES = 2.0**20
-"""Of an interest other than 1."""
+"""Unit of an interest other than 1."""
 _DAMPING = 2.0**30
-"""Of an item's share in the denominator: engines differ in the last bit of a power, not in the rounded one. Whatever is
-divided is cast to float64: Spark takes 1024.0 for a decimal, and would divide whole numbers by it as decimals."""
+"""Unit of an item's share in the denominator: engines differ in the last bit of a power, not after rounding. Operands of
+a division are cast to float64, because Spark takes 1024.0 for a decimal and would divide by it as decimals."""
 
 
 def fit_item_cf(

@@ -1,6 +1,6 @@
-"""Answering from two tables: the user's latest clicks, and the nearest items of each item.
+"""Candidates from two tables: the user's latest clicks, and the nearest items of each item.
 
-What `item_cf` and `swing` share: they differ in what makes two items near. N items, B users.
+`item_cf` and `swing` share this code; they differ in how similar two items are. N items, B users.
 """
 
 from collections.abc import Iterable
@@ -27,11 +27,11 @@ class Answering:
     """How clicks become candidates."""
 
     latest: int
-    """A user's latest clicks that are looked up."""
+    """This many latest clicks of a user are looked up."""
     recency: float
-    """A click that c later ones followed counts (1 + c)^-recency."""
+    """A click followed by c later ones counts (1 + c)^-recency."""
     repeats: bool = False
-    """An item that was clicked c times among them counts 1 + ln c times; otherwise once."""
+    """An item that occurs c times among them counts 1 + ln c times; otherwise once."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ItemToItem:
 
     @classmethod
     def of(cls, name: str, nearest: Nearest, items: int, answering: Answering, *, normalise: bool) -> Self:
-        """The tables of what a job has found.
+        """The tables out of the result of a job.
 
         Args:
             name: of the channel.

@@ -1,4 +1,4 @@
-"""The most clicked items: the channel that always has an answer, and the baseline of every evaluation."""
+"""The most clicked items: the channel that always has candidates, and the baseline of every evaluation."""
 
 from pathlib import Path
 from typing import Self
@@ -23,17 +23,18 @@ DAY_MS = 86_400_000
 
 
 class Popular:
-    """Items by falling number of clicks, ties by row; alike for everyone, or for everyone of a segment.
+    """Items by falling number of clicks, ties by row: one list for everyone, or one for each segment.
 
-    With a prior of m, a segment is given m clicks besides its own, shared out as the whole's are (Dirichlet smoothing),
-    so that few clicks do not decide. Without, where its list ends, the whole's goes on, with scores below 0: the
-    places of its items there.
+    With a prior of m, a segment gets m clicks in addition to its own, distributed as the clicks of all are (Dirichlet
+    smoothing), so that few clicks do not decide. Without a prior, the list of all follows where a segment's own list
+    ends, with scores below 0: minus the item's place in that list.
 
     Args:
         lists: catalogue rows in that order with their clicks, older ones counting less where there is a half-life: the
-            whole's, then, if there are segments, one for each value of the feature, by its row of the feature's table.
+            list of all, then, if there are segments, one for each value of the feature, by its row of the feature's
+            table.
         segment: the feature of users or context; None = there are no segments.
-        prior: clicks that a segment has from the whole; they are in the clicks of its list.
+        prior: clicks that a segment gets from all; the clicks of its list include them.
     """
 
     name = "popular"
@@ -45,7 +46,7 @@ class Popular:
         self._prior = prior
         if segment is not None:
             whole = self._clicks[: self._lists.indptr[1]]
-            # What the whole's items have for people of a segment that never clicked them.
+            # The score of an item for a segment that never clicked it.
             self._elsewhere = prior * whole / whole.sum() if prior else -1 - np.arange(len(whole), dtype=np.float32)
 
     @classmethod
@@ -122,7 +123,7 @@ class Popular:
                 place = self._first(whole, np.concatenate([left_out, self._lists.rows[own]]), room)
                 found = np.concatenate([self._lists.rows[own], whole[place]])
                 score = np.concatenate([self._clicks[own], self._elsewhere[place]])
-                if self._prior:  # without one, all of the whole's stand behind
+                if self._prior:  # without one, the list of all follows as it is
                     best = np.lexsort((found, -score))[:k]
                     found, score = found[best], score[best]
             rows[user, : len(found)], scores[user, : len(found)] = found, score

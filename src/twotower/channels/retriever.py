@@ -1,4 +1,4 @@
-"""What every recall channel does: from users to candidates.
+"""The protocol of every channel: from users to candidates.
 
 B users, k candidates each. A *row* is an item's place in the version's catalogue.
 """
@@ -23,7 +23,7 @@ class Queries:
     clicks: Bag
     """Catalogue rows of each user's clicks, oldest first."""
     exclude: Exclusions
-    """Catalogue rows that a user is not offered."""
+    """Catalogue rows that each user is not offered."""
 
     def __len__(self) -> int:
         return len(self.clicks)
@@ -34,7 +34,7 @@ class Candidates:
     """The candidates of B users, best first."""
 
     rows: npt.NDArray[np.int64]
-    """(B, k) catalogue rows, -1 where a channel has no more."""
+    """(B, k) catalogue rows, -1 where a channel has no more candidates."""
     scores: npt.NDArray[np.float32]
     """(B, k) the channel's own scores, minus infinity at padding."""
 

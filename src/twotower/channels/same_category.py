@@ -1,8 +1,8 @@
-"""The most clicked items of the categories, authors or whatever else a user's clicks have in common.
+"""The most clicked items of the categories, authors or other attributes that a user's clicks have in common.
 
-A category is a value of one of the chosen item features. A user's share of a category is its part in the user's latest
-clicks, an item's is its part in the category's clicks; a candidate's score is the sum over categories of their product:
-the chance that a click of the user's kind of category is a click of the item.
+A category is a value of one of the chosen item features. A user's share of a category is its part of the user's latest
+clicks; an item's share is its part of the category's clicks. A candidate's score is the sum over categories of the
+product of both: the chance that a click on a category of the user's is a click on the item.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ class SameCategory:
     """Two tables: item -> categories, category -> its most clicked items.
 
     Args:
-        categories: of each item (N bags); what is missing is none.
+        categories: of each item (N bags); a missing value is no category.
         items: the most clicked items of each category, best first, with the share of each among its clicks.
         last: a user's latest clicks that count.
     """

@@ -57,8 +57,8 @@ class VectorChannel:
         if self.item_vectors is None:
             raise ConfigError(f"the channel {self.name} has no item vectors: it cannot score items one by one")
         interests = self.user_vectors(queries).reshape(-1, self.item_vectors.shape[1])
-        nearest: Floats = (np.asarray(self.item_vectors[rows]) @ interests.T).max(axis=1)
-        return nearest
+        best: Floats = (np.asarray(self.item_vectors[rows]) @ interests.T).max(axis=1)
+        return best
 
     def over(self, name: str, index: VectorIndex) -> Self:
         """A channel with this one's users over another index."""

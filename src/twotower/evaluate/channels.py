@@ -1,4 +1,4 @@
-"""What each channel brings: alone, that no other brings, and in the fused list.
+"""What each channel retrieves: alone, what no other channel does, and in the fused list.
 
 B users, k cut-offs, P held-out pairs of a user and an item, N items.
 """
@@ -104,7 +104,7 @@ def evaluate_channels(
 
 @dataclass(frozen=True)
 class Found:
-    """Which held-out pairs stand in which list."""
+    """Which held-out pairs are in which list."""
 
     items: Bag
     """The held-out items of B users, P in all."""
@@ -148,7 +148,7 @@ class Found:
         return result
 
     def unique(self, resamples: int, seed: int) -> dict[str, Any]:
-        """What each channel finds that no other does."""
+        """The pairs that each channel finds and no other does."""
         result: dict[str, Any] = {}
         for name, hit in self.singles.items():
             others = [other for one, other in self.singles.items() if one != name]
@@ -165,7 +165,7 @@ class Found:
         return result
 
     def overlap(self) -> dict[str, Any]:
-        """Shares of each list that are in each other, over all users' lists together."""
+        """The share of each list that is in each other list, over all users together."""
         return {
             str(k): {
                 first: {
@@ -203,7 +203,7 @@ class Found:
 def find(
     samples: Samples, channels: Mapping[str, Retriever], fuse: Fuse, truth: Truth, *, ks: Sequence[int], depth: int
 ) -> Found:
-    """Ask all channels for all users, a batch at a time, and look the held-out pairs up in their lists."""
+    """Request the lists of all channels, a batch of users at a time, and look up the held-out pairs in them."""
     size, names = len(samples.items), [*channels, FUSED]
     hits: dict[str, list[npt.NDArray[np.bool_]]] = {name: [] for name in names}
     both = {(first, second): np.zeros(len(ks), np.int64) for first in names for second in names}

@@ -1,4 +1,4 @@
-"""Judge rankers on what was shown in the held-out period, and by what the pre-ranker keeps for the ranker.
+"""Judge rankers on held-out impressions, and the pre-ranker by which of the ranker's best candidates it keeps.
 
 R held-out impressions, B users, n candidates.
 """
@@ -101,10 +101,11 @@ def _joined(clicks: Clicks, user_row: Longs, item_row: Longs, ts_ms: Longs) -> C
 
 
 def evaluate_ranker(samples: Samples, shown: Shown, model: Ranker, resamples: int, seed: int) -> dict[str, Any]:
-    """How well a ranker orders held-out impressions, and whether its probabilities are true.
+    """How well a ranker orders held-out impressions, and whether its probabilities are calibrated.
 
-    Order (AUC) is judged without positions, as candidates are scored; probabilities (log loss, calibration) where the
-    items were shown. Histories are what was clicked before the request, in the held-out period too, as a server knows.
+    Order (AUC) is judged without positions, as candidates are scored; probabilities (log loss, calibration) at the
+    positions where the items were shown. Histories are the clicks before the request, those of the held-out period
+    included, as a server knows them.
 
     Args:
         samples: what it was trained on.
@@ -216,8 +217,8 @@ def kept_of_top(
 ) -> dict[str, Any]:
     """How many of the ranker's best candidates are among those that the pre-ranker keeps for it.
 
-    The ranker is asked about all candidates, which it never is when serving: what it would have put first and does not
-    get to see is the price of the pre-ranker. The first of the fused list are beside it: what a pre-ranker must beat.
+    The ranker scores all candidates, which it never does when serving: its best candidates that it does not get to see
+    are the price of the pre-ranker. The first of the fused list are the baseline that a pre-ranker must beat.
 
     Args:
         samples: what they were trained on.
