@@ -109,13 +109,7 @@ def stored_events(
 ) -> StoredEvents:
     """The columns to read and the type of each over all files; a context column may be absent from some, not from all.
 
-    Args:
-        files_of_days: the Parquet files of each day.
-        users: the users, by id.
-        items: the items, by id.
-        context: columns of contexts.
-        weight: the column that weighs a positive; None = there is none.
-        positions: positions are read, so that they must be numbers.
+    Ids must be of the type that `users` and `items` have. With `positions`, these are read and must be numbers.
 
     Raises:
         DataError: a file is unreadable, a column is missing, not of the type of joined events, or present twice.

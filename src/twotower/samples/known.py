@@ -82,16 +82,9 @@ def read_known(
     impressions: bool,
     now: int,
 ) -> KnownEvents:
-    """Read users, items and the events of some days of a workspace.
+    """Read users, items and the events of some days of a workspace; with `impressions`, positions too, for rankers.
 
-    Args:
-        engine: what runs the job.
-        workspace: a folder with `users.parquet`, `items.parquet` and `events/`.
-        days: whose events.
-        features: the configured features, those of contexts among them.
-        options: of the samples.
-        impressions: positions are read, too, for rankers.
-        now: milliseconds since 1970; events that are later are left out.
+    Events that are later than `now`, in milliseconds since 1970, are left out and counted.
 
     Raises:
         DataError: a table is missing, empty or not of its schema.
