@@ -37,7 +37,7 @@ NETWORKS = {
     "dcn": ['models.user_tower.network="dcn"', 'models.item_tower.network="dcn"'],
 }
 HIDDEN = ["models.user_tower.layers=[256, 128]", "models.item_tower.layers=[256, 128]"]
-NONE_PREFERRED = ["train.popularity=0"]
+NONE_PREFERRED = ["train.logit_adjustment=0"]
 IDS = [
     'features.user={ user_id = { kind = "categorical" } }',
     'features.item={ item_id = { kind = "categorical" } }',

@@ -36,12 +36,13 @@ from twotower.index.options import IndexOptions
 from twotower.pipeline.line import run_line
 from twotower.pipeline.places import places
 from twotower.publish.golden import write_golden
+from twotower.publish.manifest import write_manifest
 from twotower.publish.publish import current_path, promote
-from twotower.publish.version import open_version, read_manifest, write_manifest
+from twotower.publish.version import open_version, read_manifest
 from twotower.samples.columns_file import write_table
 from twotower.schema import columns as c
 from twotower.schema.files import MANIFEST, folder_listing
-from twotower.serve.request import Asked, retrieve
+from twotower.serve.request import Request, retrieve
 from twotower.serve.users import Recent
 from twotower.worlds.simulate import simulate_workspace
 
@@ -134,7 +135,7 @@ def mixed(versions: Path, seen: Seen) -> list[str]:
     for user_id, answer in seen.answers:
         key = (answer["version"], user_id)
         if key not in due:
-            offline = retrieve(opened[key[0]], Asked(K, "clicked", user_id), Recent(), 0, 0)
+            offline = retrieve(opened[key[0]], Request(K, "clicked", user_id), Recent(), range(0))
             due[key] = [(item.item_id, item.score) for item in offline.items]
         if [(item["item_id"], item["score"]) for item in answer["items"]] != due[key] or answer["failed_channels"]:
             wrong.append(f"user {user_id}: not the answer of {key[0]}")

@@ -45,7 +45,7 @@ class LogData:
 
 
 _ROOM: Final = "samples.vocabulary_room=1"
-_NONE_PREFERRED: Final = "train.popularity=0"
+_NONE_PREFERRED: Final = "train.logit_adjustment=0"
 """It is of a softmax alone, and losses are compared; nor is it what any experiment asks about."""
 
 WORLD, KUAIRAND, MOVIELENS, GLOBO = "world", "kuairand", "movielens", "globo"

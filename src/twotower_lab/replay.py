@@ -34,10 +34,10 @@ from twotower.samples.read import Clicks
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.stream.clock import Clock
-from twotower.stream.joiner import Counts
+from twotower.stream.joiner import JoinCounts
 from twotower.stream.joiner import Replay as ReplayFrom
-from twotower.stream.rows import Asked, Row, Types, read_types
-from twotower.stream.shards import State, write_shard
+from twotower.stream.rows import Row, RowRequest, Types, read_types
+from twotower.stream.shards import JoinState, Manifest, write_shard
 from twotower.update.chain import Plan
 from twotower.worlds.truth import true_recall
 from twotower.worlds.world import FIRST_DAY_MS, NOTHING, World
@@ -183,7 +183,9 @@ def write_hours(folder: Path, later: Later, types: Types) -> None:
         begin, end = later.between(hour_ms, next_ms)
         rows = [
             Row(
-                Asked(user, None, asked_ms, {name: values[place] for name, values in context.items()}, history=history),
+                RowRequest(
+                    user, None, asked_ms, {name: values[place] for name, values in context.items()}, history=history
+                ),
                 item,
                 c.CLICKED,
                 int(later.ts_ms[place]),
@@ -192,10 +194,17 @@ def write_hours(folder: Path, later: Later, types: Types) -> None:
                 range(begin, end), *(column[begin:end] for column in ids), strict=True
             )
         ]
-        write_shard(
-            folder, [rows], types, partition=0, begin=begin, end=end, first_row=begin, hour=hour_ms // HOUR_MS,
-            watermark_ms=next_ms, counts=Counts(events=len(rows)), state=State(ReplayFrom(begin, Clock())),
-        )  # fmt: skip
+        manifest = Manifest(
+            partition=0,
+            begin=begin,
+            end=end,
+            first_row=begin,
+            hour=hour_ms // HOUR_MS,
+            watermark_ms=next_ms,
+            counts=JoinCounts(events=len(rows)),
+            state=JoinState(ReplayFrom(begin, Clock())),
+        )
+        write_shard(folder, [rows], types, manifest)
 
 
 def first_model(system: System, settings: Settings, workspace: Path, later: Later) -> None:
@@ -348,7 +357,7 @@ class _Model:
     def _hot(self) -> dict[Any, npt.NDArray[np.float32]]:
         """The embeddings of the most clicked items of the version, by id."""
         version = self._chain.version
-        order = np.argsort(-np.bincount(version.clicks.item_row, minlength=version.base_items), kind="stable")
+        order = np.argsort(-np.bincount(version.clicks.item_row, minlength=version.items.base), kind="stable")
         rows = order[: max(1, int(HOT * len(order)))]
         tokens = version.two_tower.item_tokens[rows]
         table = self._chain.embeddings(c.ITEM_ID)

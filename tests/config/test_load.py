@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from twotower.config import Settings, load, parse
-from twotower.config.load import as_dict
+from twotower.config.load import RENAMED, as_dict
 from twotower.features.options import Categorical, MultiCategorical, Numeric, Sequence, Vector
 from twotower.schema.errors import ConfigError
 
@@ -129,6 +129,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(document: dict[str, Any]
     with pytest.raises(ConfigError) as error:
         parse(document)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_key_is_refused_with_its_new_name(old: str, new: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse({}, [f"{old}=1"], where="my.toml")
+    assert f"my.toml: {old} is no key; it is called {new} now" in str(error.value)
 
 
 WRONG_VALUES: list[tuple[dict[str, Any], str]] = [

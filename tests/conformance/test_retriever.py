@@ -26,7 +26,7 @@ from twotower.index.exact import ExactIndex
 from twotower.index.protocol import Exclusions
 from twotower.samples.build import build_samples
 from twotower.samples.read import Samples, open_samples
-from twotower.towers.towers import Network
+from twotower.towers.options import TowerOptions
 from twotower.towers.two_tower import TwoTower
 from twotower.worlds.simulate import simulate_workspace
 
@@ -45,11 +45,11 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 
 
 def two_tower(samples: Samples) -> Retriever:
-    return vector_channel("two_tower", samples, samples.features, Network("dnn", ()))
+    return vector_channel("two_tower", samples, samples.features, TowerOptions("dnn", []))
 
 
-def vector_channel(name: str, samples: Samples, features: FeatureSet, network: Network) -> Retriever:
-    model = TwoTower(features, 8, network, network, 0.0, seed=0).eval()
+def vector_channel(name: str, samples: Samples, features: FeatureSet, network: TowerOptions) -> Retriever:
+    model = TwoTower(features, 8, network, network).eval()
     history = samples.features.history
     assert history is not None
     vectors = model.encode_items(samples.items.features)
@@ -61,9 +61,9 @@ def vector_channel(name: str, samples: Samples, features: FeatureSet, network: N
 CHANNELS: dict[str, Callable[[Samples], Retriever]] = {
     "two_tower": two_tower,
     "mind": lambda samples: vector_channel(
-        "mind", samples, samples.features.with_interests(3, 3), Network("dnn", (8,))
+        "mind", samples, samples.features.with_interests(3, 3), TowerOptions("dnn", [8])
     ),
-    "mf": lambda samples: vector_channel("mf", samples, samples.features.of_ids(), Network("none", ())),
+    "mf": lambda samples: vector_channel("mf", samples, samples.features.of_ids(), TowerOptions("none", [])),
     "item_cf": lambda samples: fit_item_cf(samples.clicks, len(samples.items)),
     "swing": lambda samples: fit_swing(samples.clicks, len(samples.items)),
     "als": lambda samples: ALS.fit(samples.clicks, len(samples.items), ALSOptions(factors=8), threads=1, seed=0),

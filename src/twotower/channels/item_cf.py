@@ -30,8 +30,8 @@ _UNITS = 2.0**30
 _DEGREES = 2.0**20
 """Unit of an interest other than 1."""
 _DAMPING = 2.0**30
-"""Unit of an item's share in the denominator: engines differ in the last bit of a power, not after rounding. Operands of
-a division are cast to float64, because Spark takes 1024.0 for a decimal and would divide by it as decimals."""
+"""Unit of an item's share in the denominator: engines differ in the last bit of a power, not after rounding. Operands
+of a division are cast to float64, because Spark takes 1024.0 for a decimal and would divide by it as decimals."""
 
 
 def fit_item_cf(

@@ -3,8 +3,9 @@
 B users, k candidates each. A *row* is an item's place in the version's catalogue.
 """
 
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +13,24 @@ import numpy.typing as npt
 
 from twotower.features.columns import Bag, Column
 from twotower.index.protocol import PADDING, Exclusions
+
+
+class UserVectors:
+    """The vectors of the users of some queries, by user tower: made once, by whichever channel asks first."""
+
+    def __init__(self) -> None:
+        self._made: dict[object, tuple[threading.Lock, list[npt.NDArray[np.float32]], object]] = {}
+
+    def once(
+        self, tower: object, item_tokens: object, encode: Callable[[], npt.NDArray[np.float32]]
+    ) -> npt.NDArray[np.float32]:
+        """The vectors of a tower that reads the history by some tokens; a second thread waits for the first."""
+        key = (tower, id(item_tokens))  # the entry holds the array, so that no other one gets its id
+        lock, vectors, _ = self._made.setdefault(key, (threading.Lock(), [], item_tokens))
+        with lock:
+            if not vectors:
+                vectors.append(encode())
+        return vectors[0]
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,7 @@ class Queries:
     """Catalogue rows of each user's clicks, oldest first."""
     exclude: Exclusions
     """Catalogue rows that each user is not offered."""
+    vectors: UserVectors = field(default_factory=UserVectors, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.clicks)

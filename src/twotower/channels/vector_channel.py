@@ -42,7 +42,10 @@ class VectorChannel:
     """(N, D) of the catalogue; None = the channel cannot say what is like an item."""
 
     def user_vectors(self, queries: Queries) -> Floats:
-        """The vectors of users (B, D), or of their interests (B, K, D)."""
+        """The vectors of users (B, D), or of their interests (B, K, D); made once for queries, also of `over`."""
+        return queries.vectors.once(self.encode_users, self.item_tokens, lambda: self._encoded(queries))
+
+    def _encoded(self, queries: Queries) -> Floats:
         columns = dict(queries.features)
         if (history := self.features.history) is not None:
             columns[history.name] = latest(queries.clicks, self.item_tokens, history.last)
@@ -61,7 +64,7 @@ class VectorChannel:
         return best
 
     def over(self, name: str, index: VectorIndex) -> Self:
-        """A channel with this one's users over another index."""
+        """A channel with this one's user vectors over another index."""
         return replace(self, name=name, index=index, item_vectors=None)
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:

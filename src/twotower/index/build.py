@@ -36,10 +36,9 @@ def build_index(
         seed: of k-means.
 
     Raises:
-        ConfigError: a kind that this release does not have; no k where it matters.
+        ConfigError: no k where it matters.
         DataError: rows, vectors or queries that cannot be indexed.
     """
-    _check_kind(options.kind)
     exact = ExactIndex.build(rows, vectors)
     if options.kind == "exact":
         return exact
@@ -57,12 +56,6 @@ def load_index(folder: Path) -> VectorIndex:
     kind = description.get("kind") if isinstance(description, dict) else None
     if kind == "overlaid":
         return OverlaidIndex.load(folder, load_index(folder / BASE))
-    _check_kind(kind)
-    return ExactIndex.load(folder) if kind == "exact" else FaissIndex.load(folder)
-
-
-def _check_kind(kind: object) -> None:
-    if kind in ("milvus", "pgvector"):
-        raise ConfigError(f"index kind {kind} is not available in this release: exact or faiss")
     if kind not in ("exact", "faiss"):
         raise ConfigError(f"there is no index of kind {kind!r}: exact or faiss")
+    return ExactIndex.load(folder) if kind == "exact" else FaissIndex.load(folder)

@@ -31,7 +31,7 @@ from twotower.index.exact import ExactIndex
 from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.recorded import ASKED, as_made, check_same, fixed_by_samples, fixed_by_training
-from twotower.publish.publish import current_path, promote, publish
+from twotower.publish.publish import VersionParts, current_path, promote, publish
 from twotower.publish.version import (
     NEW_ITEMS,
     PRE_RANK,
@@ -44,21 +44,18 @@ from twotower.publish.version import (
 )
 from twotower.samples.build import MADE_WITH, SamplesReport, build_samples
 from twotower.samples.fitting import PreviousFeatures
-from twotower.samples.options import NegativesOptions
 from twotower.samples.read import Samples, open_samples
-from twotower.schema import columns as c
 from twotower.schema.clock import now_ms
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import read_json, whole_file, write_json
-from twotower.towers.options import TowerOptions
-from twotower.towers.ranker import Ranker, RankerShape
-from twotower.towers.towers import Network, check_widths
+from twotower.towers.losses import Loss
+from twotower.towers.options import PreRankOptions
+from twotower.towers.ranker import Ranker, ranker_features
 from twotower.towers.two_tower import TwoTower
-from twotower.train.checkpoint import Checkpoint, Shape, load_model, load_ranker, open_checkpoint
-from twotower.train.loop import Loss, Negatives, TrainReport, train
-from twotower.train.negatives import Shares
-from twotower.train.options import PreRankOptions
+from twotower.train.checkpoint import Checkpoint, load_model, load_ranker, open_checkpoint
+from twotower.train.models import check_towers
 from twotower.train.ranking import RankerReport, both_kinds, train_ranker
+from twotower.train.towers import TrainReport, WarmStart, train
 from twotower.worlds.simulate import world_of
 from twotower.worlds.truth import evaluate_by_truth
 
@@ -89,13 +86,15 @@ def make_samples(settings: Settings, previous: PreviousFeatures | None = None) -
     )
 
 
-def train_model(settings: Settings, asked: Settings | None = None) -> TrainReport:
+def train_model(settings: Settings, asked: Settings | None = None, *, loss: Loss | None = None) -> TrainReport:
     """A checkpoint of each trained channel and ranker; the report is the two towers', the others in it.
 
     Args:
         settings: how to train.
         asked: the configuration out of which trials chose these settings; None = these themselves. It is what later
             commands bring.
+        loss: a loss of your own for the towers, in place of `train.loss`: a function of `Scores` at the top level of
+            a file.
     """
     check_ready(settings, trained=True)
     where = places(settings)
@@ -104,7 +103,7 @@ def train_model(settings: Settings, asked: Settings | None = None) -> TrainRepor
     reports: dict[str, TrainReport] = {}
     for name in trained_channels(settings):
         log.info("training %s", name)
-        reports[name] = train_from(settings, samples, channel=name)
+        reports[name] = train_from(settings, samples, name, loss=loss)
     rankers: dict[str, RankerReport] = {}
     for name in settings.models.rankers:
         log.info("training %s", name)
@@ -128,13 +127,11 @@ def check_samples(settings: Settings, samples: Samples) -> None:
     remedy = "run `twotower samples` and train again"
     check_same(samples.manifest.get(MADE_WITH, {}), fixed_by_samples(settings), f"{samples.path} holds samples", remedy)
     for name in trained_channels(settings):
-        shape = shape_of(settings, name)
-        features = shape.features_of(samples.features)
-        check_widths((*features.user, *features.context), shape.user, shape.dimension)
-        check_widths(features.item, shape.item, shape.dimension)
+        check_towers(samples.features, settings.models, name)
     for name in settings.models.rankers:
-        ranker_shape(settings, name).features_of(samples.features)
-        both_kinds(samples, _ranker_options(settings, name).calibration_share)
+        options = _ranker_options(settings, name)
+        ranker_features(samples.features, options)
+        both_kinds(samples, options.calibration_share)
     channels = settings.models.channels
     if "popular" in channels:
         check_popular(samples, settings.models.popular)
@@ -146,33 +143,10 @@ def _ranker_options(settings: Settings, name: str) -> PreRankOptions:
     return {PRE_RANK: settings.pre_rank, RANK: settings.rank}[name]
 
 
-def ranker_shape(settings: Settings, name: str) -> RankerShape:
-    """The shape of a configured ranker, `pre_rank` or `rank`."""
-    options = _ranker_options(settings, name)
-    network = Network(options.network, tuple(options.layers), options.crosses)
-    return RankerShape(network, options.dropout, options.history, options.attention, options.positions)
-
-
 def train_ranker_from(settings: Settings, samples: Samples, name: str) -> RankerReport:
     """A checkpoint of one ranker, `pre_rank` or `rank`, out of given samples."""
-    options = _ranker_options(settings, name)
-    return train_ranker(
-        samples,
-        places(settings).checkpoints,
-        name,
-        ranker_shape(settings, name),
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        seed=settings.train.seed,
-        learning_rate=options.learning_rate,
-        table_learning_rate=options.table_learning_rate,
-        position_learning_rate=options.position_learning_rate,
-        weight_decay=options.weight_decay,
-        id_dropout=options.id_dropout,
-        calibration_share=options.calibration_share,
-        checkpoint_s=settings.train.checkpoint_s,
-        threads=settings.train.threads,
-    )
+    checkpoints, options = places(settings).checkpoints, _ranker_options(settings, name)
+    return train_ranker(samples, checkpoints, options, settings.train, name=name)
 
 
 def trained_channels(settings: Settings) -> list[str]:
@@ -180,90 +154,29 @@ def trained_channels(settings: Settings) -> list[str]:
     return [name for name in settings.models.channels if name in VECTOR_CHANNELS]
 
 
-def shape_of(settings: Settings, channel: str) -> Shape:
-    """The shape of the model of a trained channel."""
-    models = settings.models
-    shape = Shape(
-        models.dimension,
-        _network(models.user_tower),
-        _network(models.item_tower),
-        settings.train.dropout,
-        popularity=settings.train.popularity > 0,
-    )
-    if channel == "mf":
-        return replace(shape, user=Network("none", ()), item=Network("none", ()), dropout=0.0, ids_alone=True)
-    if channel == "mind":
-        return replace(shape, interests=models.mind.interests, rounds=models.mind.rounds)
-    return shape
-
-
 def train_from(
     settings: Settings,
     samples: Samples,
-    enough: Callable[[int, TwoTower], bool] | None = None,
     channel: str = TWO_TOWER,
+    *,
+    loss: Loss | None = None,
     warm: Checkpoint | None = None,
+    stop_early: Callable[[int, TwoTower], bool] | None = None,
 ) -> TrainReport:
-    """A checkpoint of one channel out of given samples; `enough` as in `train`. With `warm`, one epoch from there."""
-    options, models = settings.train, settings.models
-    own = {TWO_TOWER: None, "mf": models.mf.epochs, "mind": models.mind.epochs}
+    """A checkpoint of one channel out of given samples; `loss` and `stop_early` as in `train`.
+
+    With `warm`, one epoch from there.
+    """
     return train(
         samples,
         places(settings).checkpoints,
-        shape_of(settings, channel),
-        loss=loss_of(settings),
-        negatives=_negatives(settings.samples.negatives),
-        batch_size=options.batch_size,
-        epochs=1 if warm else own[channel] or options.epochs,
-        seed=options.seed,
-        learning_rate=options.learning_rate,
-        table_learning_rate=options.table_learning_rate,
-        schedule="constant" if warm else options.schedule,
-        weight_decay=options.weight_decay,
-        id_dropout=0.0 if channel == "mf" else options.id_dropout,
-        horizon=options.horizon,
-        half_life_days=options.half_life_days,
-        in_time_order=options.order == "time",
-        checkpoint_s=options.checkpoint_s,
-        threads=options.threads,
-        sharpness=models.mind.sharpness,
-        enough=enough,
-        warm=warm,
-        decay=settings.update.decay,
-    )
-
-
-def loss_of(settings: Settings) -> Loss:
-    """The loss that is configured."""
-    options = settings.train
-    return Loss(
-        options.loss,
-        options.temperature,
-        options.positive_temperature,
-        options.margin,
-        options.sigma,
-        options.scale,
-        options.pointwise_negatives,
-        options.popularity,
-    )
-
-
-def _network(tower: TowerOptions) -> Network:
-    return Network(tower.network, tuple(tower.layers), tower.crosses)
-
-
-def _negatives(wanted: NegativesOptions) -> Negatives:
-    return Negatives(
-        Shares(wanted.easy.in_batch, wanted.easy.uniform, wanted.easy.clicks),
-        wanted.alpha,
-        wanted.count,
-        wanted.shared,
-        wanted.frequency == "streaming",
-        {c.PRE_RANK_REJECTED: wanted.hard.pre_rank_rejected, c.RANK_REJECTED: wanted.hard.rank_rejected},
-        wanted.hard_share,
-        wanted.hard_count,
-        wanted.impressed_as_negatives_for_experiments,
-        wanted.uncorrected_for_experiments,
+        settings.train,
+        settings.models,
+        settings.samples.negatives,
+        channel=channel,
+        loss=loss,
+        warm=None if warm is None else WarmStart(warm, settings.update.decay),
+        stop_early=stop_early,
     )
 
 
@@ -486,21 +399,22 @@ def publish_version(
     checkpoint = channels[TWO_TOWER]
     metrics_file = checkpoint.path.parent / METRICS
     metrics = read_json(metrics_file) if metrics_file.exists() else {}
-    version = publish(
-        where.versions,
-        channels,
+    parts = VersionParts(
         samples,
         where.workspace / "items.parquet",
+        channels,
         fit_counted(settings, samples),
         {name: made(name) for name in settings.models.rankers},
-        fusion=fusion,
-        configuration=as_dict(settings),
-        metrics=metrics,
-        index_kind=settings.index.kind,
-        index_recall=settings.index.recall,
-        index_ks=sorted({*settings.evaluate.k, 500, fusion.depth}),
-        most_new_clicks=settings.models.new_items.most_clicks,
+        fusion,
+    )
+    version = publish(
+        where.versions,
+        parts,
+        settings.models,
+        settings.index,
+        ks=sorted({*settings.evaluate.k, 500, fusion.depth}),
         seed=settings.train.seed,
+        recorded={"configuration": as_dict(settings), "metrics": metrics},
         clock_ms=now_ms,
     )
     if promoted:

@@ -7,7 +7,7 @@ a version would be recorded with a dimension that its vectors do not have.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from twotower.config.load import as_dict, parse
+from twotower.config.load import as_dict, parse, with_present_names
 from twotower.config.settings import Settings
 from twotower.samples.build import made_with
 from twotower.schema.errors import ConfigError
@@ -62,6 +62,7 @@ def check_same(made: Document, wanted: Document, what: str, remedy: str) -> None
     """
     if not made:
         return
+    made = with_present_names(made)
     unasked = {name for name in ("mf", "mind") if name not in wanted["models"]}
     models = {key: value for key, value in made["models"].items() if key not in unasked}
     told = list(differences({key: made.get(key) for key in wanted} | {"models": models}, wanted))
@@ -88,6 +89,7 @@ def as_made(settings: Settings, made: Document) -> Settings:
     """A configuration with the values that training has fixed."""
     if not made:
         return settings
+    made = with_present_names(made)
     document, asked = as_dict(settings), fixed_by_training(settings)
     for section, values in asked.items():
         free = {key: value for key, value in document[section].items() if key not in values}

@@ -15,23 +15,23 @@ import torch
 from twotower.config.available import check_available
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
+from twotower.datasets.places import Places
 from twotower.datasets.tables import end_of_day
 from twotower.features.feature_set import load as load_features
 from twotower.logs import EventLog, open_reader
 from twotower.pipeline.line import (
     LATEST,
-    loss_of,
     make_samples,
     open_served,
     publish_version,
     train_from,
     train_ranker_from,
 )
-from twotower.pipeline.places import Places, places
+from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.streaming import until_signals
 from twotower.publish.delta import last_seq
-from twotower.publish.overlay import Entities, as_served
+from twotower.publish.overlay import EntityChanges, as_served
 from twotower.publish.publish import current_path, list_versions, promote, verify
 from twotower.publish.version import TWO_TOWER, VECTOR_CHANNELS, Version, open_version, read_manifest
 from twotower.samples.fitting import PreviousFeatures
@@ -40,7 +40,7 @@ from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, VersionError
 from twotower.schema.files import MANIFEST, check_fields, read_json, write_json
 from twotower.train.checkpoint import FINISHED, TENSORS, Checkpoint, load_model, open_checkpoint
-from twotower.train.negatives import Shares
+from twotower.train.towers import check_loss
 from twotower.update.bounds import Bounds
 from twotower.update.chain import Chain
 from twotower.update.full import check_version, due_days, fold, read_entities, rows_of_day
@@ -138,7 +138,7 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
     files = sorted((where.events / f"{c.DATE}={day}").glob("*.parquet"))
     with ExitStack() as opened:
         event_log = _event_log(settings, opened)
-        fold(where.workspace, read_entities(event_log) if event_log is not None else Entities(), files)
+        fold(where.workspace, read_entities(event_log) if event_log is not None else EntityChanges(), files)
     make_samples(until, PreviousFeatures(features, settings.update.evict_after_days))
     samples = open_samples(where.samples)
     own = rows_of_day(samples, day, _learned(where, done).of(day))
@@ -147,7 +147,7 @@ def _learn_day(settings: Settings, where: Places, done: Sequence[FullDay], day: 
     if len(own.positives) < LEAST_ROWS:
         _note(where, [*done, FullDay(day, _checkpoints(where, done), None)])
         return UpdateReport("full", served.name, seq, len(own.positives), samples.manifest["watermark_ms"])
-    trained = {name: train_from(until, own, channel=name, warm=previous[name]).checkpoint for name in previous}
+    trained = {name: train_from(until, own, name, warm=previous[name]).checkpoint for name in previous}
     rankers = {name: train_ranker_from(until, samples, name).checkpoint for name in settings.models.rankers}
     paths = trained | rankers
     latest = {name: os.path.relpath(path, where.checkpoints) for name, path in paths.items()}
@@ -265,7 +265,7 @@ def open_as_served(settings: Settings, version: str | None = None) -> Version:
     opened_version = open_served(settings, version)
     with ExitStack() as opened:
         event_log = _event_log(settings, opened)
-        entities = read_entities(event_log) if event_log is not None else Entities()
+        entities = read_entities(event_log) if event_log is not None else EntityChanges()
     return as_served(opened_version, places(settings).deltas, entities)
 
 
@@ -303,7 +303,7 @@ def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Ch
     torch.set_num_threads(1)  # sums depend on it, and small steps only wait for a second one
     version = open_version(path)
     checkpoint = checkpoint_of(where, version)
-    easy = settings.samples.negatives.easy
+    check_loss(checkpoint, None)
     return Chain(
         version,
         lambda: load_model(checkpoint),
@@ -312,10 +312,8 @@ def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Ch
         event_log,
         Learning(
             tuple(options.tables),
-            loss_of(settings),
-            Shares(easy.in_batch, easy.uniform, easy.clicks),
-            settings.samples.negatives.alpha,
-            options.negatives,
+            settings.train,
+            replace(settings.samples.negatives, count=options.negatives, shared=True),
             options.batch_size,
             settings.train.batch_size,
             options.learning_rate or settings.train.table_learning_rate,

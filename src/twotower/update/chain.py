@@ -25,8 +25,8 @@ from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import EventLog
-from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of, is_deletion
-from twotower.logs.events import ITEM, USER
+from twotower.logs.entities import Entity, after
+from twotower.logs.events import ITEM, USER, EntityDeleted, EntityId, EntityPut
 from twotower.publish.delta import (
     Delta,
     Reports,
@@ -39,13 +39,13 @@ from twotower.publish.delta import (
     write_delta,
     write_folded,
 )
-from twotower.publish.overlay import Entities, Overlay, item_columns
+from twotower.publish.overlay import EntityChanges, Overlay, item_columns
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError, shown
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.schema.tables import is_id
-from twotower.stream.shards import partitions, read_parts, usable_manifests
+from twotower.stream.shards import partitions, read_positives, usable_manifests
 from twotower.towers.embedding import EmbeddingTable
 from twotower.towers.two_tower import TwoTower
 from twotower.update.bounds import ITEM as OF_ITEM
@@ -67,7 +67,7 @@ from twotower.update.gate import (
     typical_length,
 )
 from twotower.update.learner import Learner, Learning, Touched
-from twotower.update.rows import Positives, clicked, positives_of, tokens_of, usable
+from twotower.update.rows import Positives, positives_of, tokens_of, usable
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class Chain:
         """The state behind the latest delta."""
         self.close()
         version = self.version
-        self._overlay, self._entities, self._laid = Overlay(version, by_id=True), Entities(), version
+        self._overlay, self._entities, self._laid = Overlay(version, by_id=True), EntityChanges(), version
         self._follows, self._reports = self._base, Reports()
         self.seq, self.watermark_ms = 0, version.watermark_ms
         self._rows_at = self._first_rows()
@@ -403,7 +403,7 @@ class Chain:
         if not self._plan_path.exists() or self._planned() != plan:
             write_json(self._plan_path, document)
         entities = self._read_entities(plan.events)
-        parts = [read_parts(self._shards, int(name), first, end) for name, (first, end) in plan.shards.items()]
+        parts = [read_positives(self._shards, int(name), first, end) for name, (first, end) in plan.shards.items()]
         tables = [table for part in parts for table in part.tables]
         count = sum(part.rows for part in parts)
         aside = [*entities.problems, *(problem for part in parts for problem in part.problems)]
@@ -482,7 +482,7 @@ class Chain:
     def _wrong_with(self, named: Named, entity: Entity) -> str | None:
         """Why a user or an item cannot be laid over the version, None where it can."""
         kind, one = named
-        alone = Entities({one: entity}, {}) if kind == ITEM else Entities({}, {one: entity})
+        alone = EntityChanges({one: entity}, {}) if kind == ITEM else EntityChanges({}, {one: entity})
         try:
             self._overlay.copied().lay(alone)
         except (OSError, MemoryError):
@@ -623,7 +623,7 @@ class Chain:
         if problems:
             return problems
         # Of the version's own items: those put since may be as alike as they like, that was not learned.
-        alike = alikeness(self._learner.vectors[: self.version.base_items]) - self._base_alike
+        alike = alikeness(self._learner.vectors[: self.version.items.base]) - self._base_alike
         if alike > self._limits.most_alike:
             problems.append(f"items are more alike than in the version, by {alike:.3f} in the mean cosine")
         if before is not None and after is not None and after < before - self._limits.margin:
@@ -714,10 +714,9 @@ class Chain:
 
     def _sort_part(self, rows: pa.Table) -> "_Part":
         """The positives of one shard, trained on or not, without what is late, unknown, deleted or no positive."""
-        found = clicked(rows)
-        fine = usable(found, self.version)
+        fine = usable(rows, self.version)
         counts = {"unusable": int((~fine).sum())}
-        found = found.filter(pa.array(fine))
+        found = rows.filter(pa.array(fine))
         times = _times(found)
         late = np.zeros(len(times), np.bool_)
         if self.version.watermark_ms is not None and self.version.last_day is not None:
@@ -787,14 +786,14 @@ class Chain:
         self._window = [one for one in self._window if one.item_id not in former]
         items = {one: entity for (kind, one), entity in put.items() if kind == ITEM}
         users = {one: entity for (kind, one), entity in put.items() if kind != ITEM}
-        self._entities = Entities(
+        self._entities = EntityChanges(
             {**self._entities.items, **items} if items else self._entities.items, {**self._entities.users, **users}
         )
         learner, before = self._learner, self._laid
         self._laid = self._overlay.lay(self._entities)
         if not items:
             return
-        laid, base = self._laid, self.version.base_items
+        laid, base = self._laid, self.version.items.base
         former_ids = pa.array(sorted(former), before.item_ids.type)
         recent = before.item_ids.take(pa.array(learner.recent))
         recent = laid.items.find(recent.filter(pc.invert(pc.is_in(recent, former_ids))))
@@ -867,16 +866,17 @@ class Chain:
             while self._log is not None and offset < end:
                 records = [one for one in self._log.read(int(name), offset, _EVENTS) if one.offset < end]
                 for place, event in ((record.offset, record.event) for record in records):
-                    if event.type not in TYPES:
+                    said = event.content
+                    if not isinstance(said, EntityPut | EntityDeleted):
                         continue
-                    one = entity_of(event)
-                    if one is None or not is_id(one, self._id_type(c.ITEM_ID if event.type == ITEM else c.USER_ID)):
-                        strange[event.type] = strange.get(event.type, 0) + 1
+                    kind, one = said.kind, said.entity_id
+                    if not is_id(one, self._id_type(c.ITEM_ID if kind == ITEM else c.USER_ID)):
+                        strange[kind] = strange.get(kind, 0) + 1
                         continue
-                    known = self._entities.items if event.type == ITEM else self._entities.users
-                    found[event.type, one] = after(found.get((event.type, one), known.get(one)), event, place)
-                    if is_deletion(event):
-                        deleted_ms[event.type, one] = event.ts_ms
+                    known = self._entities.items if kind == ITEM else self._entities.users
+                    found[kind, one] = after(found.get((kind, one), known.get(one)), said, event.ts_ms, place)
+                    if isinstance(said, EntityDeleted):
+                        deleted_ms[kind, one] = event.ts_ms
                 if not records:
                     break
                 offset = records[-1].next_offset

@@ -18,9 +18,9 @@ from twotower.features.bloom import is_untrained
 from twotower.features.columns import Bag, take
 from twotower.features.feature_set import HISTORY
 from twotower.logs import EventLog
-from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of
-from twotower.logs.events import ITEM
-from twotower.publish.overlay import Entities
+from twotower.logs.entities import Entity, after
+from twotower.logs.events import ITEM, EntityDeleted, EntityId, EntityPut
+from twotower.publish.overlay import EntityChanges
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
@@ -86,23 +86,25 @@ def _goes_on(events: Path, day: str, watermark_ms: int) -> bool:
     )
 
 
-def read_entities(event_log: EventLog) -> Entities:
+def read_entities(event_log: EventLog) -> EntityChanges:
     """All users and items that were put or deleted, as the log tells."""
     found: dict[tuple[str, EntityId], Entity] = {}
     for partition, end in enumerate(event_log.ends()):
         offset = 0
         while offset < end and (records := event_log.read(partition, offset, _EVENTS)):
             for place, event in ((record.offset, record.event) for record in records):
-                if event.type in TYPES and (one := entity_of(event)) is not None:
-                    found[event.type, one] = after(found.get((event.type, one)), event, place)
+                said = event.content
+                if isinstance(said, EntityPut | EntityDeleted):
+                    named = said.kind, said.entity_id
+                    found[named] = after(found.get(named), said, event.ts_ms, place)
             offset = records[-1].next_offset
-    return Entities(
+    return EntityChanges(
         {one: entity for (kind, one), entity in found.items() if kind == ITEM},
         {one: entity for (kind, one), entity in found.items() if kind != ITEM},
     )
 
 
-def fold(workspace: Path, entities: Entities, files: Iterable[Path]) -> None:
+def fold(workspace: Path, entities: EntityChanges, files: Iterable[Path]) -> None:
     """Write what was put or deleted into the tables of a workspace, and users who are new in joined events.
 
     Args:

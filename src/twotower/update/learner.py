@@ -16,13 +16,15 @@ import torch
 
 from twotower.features.columns import Bag, Column, concatenate, pointers, take
 from twotower.features.vocabulary import FIRST, UNKNOWN
-from twotower.logs.entities import EntityId
+from twotower.logs.events import EntityId
 from twotower.publish.delta import Rows
+from twotower.samples.options import NegativesOptions
 from twotower.schema import columns as c
-from twotower.towers.losses import Mask, shared_loss
+from twotower.towers.losses import Mask, SharedNegatives, shared_loss
 from twotower.towers.two_tower import StepAssembler, TwoTower, table_of
-from twotower.train.loop import Loss
-from twotower.train.negatives import Draws, EasyNegatives, Shares
+from twotower.train.negatives import SHARED_COUNT, Draws, EasyNegatives
+from twotower.train.options import TrainOptions
+from twotower.train.towers import configured_loss
 from twotower.update.rows import Positives
 
 Longs = npt.NDArray[np.int64]
@@ -35,11 +37,10 @@ class Learning:
 
     tables: Sequence[str] = (c.USER_ID, c.ITEM_ID)
     """ID tables whose rows move."""
-    loss: Loss = field(default_factory=Loss)
-    shares: Shares = field(default_factory=Shares)
-    """Of the sources of negatives; `in_batch` = the stream's own latest positives."""
-    alpha: float = 0.75
-    negatives: int = 1024
+    train: TrainOptions = field(default_factory=TrainOptions)
+    """How the version was trained: its loss."""
+    negatives: NegativesOptions = field(default_factory=lambda: NegativesOptions(count=1024))
+    """Easy negatives, `count` a step; `in_batch` = the stream's own latest positives."""
     batch_size: int = 256
     """Positives of a step at most."""
     scale: int = 4096
@@ -120,13 +121,13 @@ class Learner:
         """(W,) catalogue rows of the latest positives, oldest first."""
         self._columns = item_columns
         self._assembler = StepAssembler(model.features, model.tables)
-        self._form = learning.loss.form()
+        self._loss = configured_loss(learning.train)
         self.clicks = item_clicks
         self._prepare()
 
     def _prepare(self) -> None:
         learning = self.learning
-        self._easy = EasyNegatives(learning.shares, learning.alpha, learning.negatives, True, self.clicks)
+        self._easy = EasyNegatives(learning.negatives, self.clicks)
         self._place = np.full(len(self.vectors), -1, np.int64)
         self._readers = _readers_of(self.model, self._columns)
         self._tokens = np.zeros(len(self.vectors), np.int32)
@@ -208,14 +209,13 @@ class Learner:
             others = items[torch.from_numpy(place[len(rows) :])]
         mask = self._mask(negatives, rows.item_row, rows.clicked)
         total = shared_loss(
-            self._form,
+            self._loss,
             users,
             torch.cat([others, items]),
             torch.from_numpy(len(negatives) + place[: len(rows)]),
-            torch.from_numpy(log_weight),
-            mask,
-            torch.from_numpy(rows.weight / np.float32(learning.scale)),
-            self.model.calibration,
+            SharedNegatives(log_weight, mask),
+            share=torch.from_numpy(rows.weight / np.float32(learning.scale)),
+            calibration=self.model.calibration,
         )
         if total.requires_grad:
             total.backward()  # type: ignore[no-untyped-call]
@@ -265,23 +265,23 @@ class Learner:
 
     def _negatives(self, batch: int, generator: np.random.Generator) -> tuple[Longs, Floats]:
         """Catalogue rows of distinct negatives (K,), and the log of how much each counts."""
-        learning, size = self.learning, len(self.recent)
-        wanted = round(learning.shares.in_batch * learning.negatives) if size else 0
-        drawn = self._easy.draw_shared(max(batch, learning.negatives), generator)
+        size, count = len(self.recent), self.learning.negatives.count or SHARED_COUNT
+        wanted = round(self._easy.shares.in_batch * count) if size else 0
+        drawn = self._easy.draw_shared(max(batch, count), generator)
         if wanted:
             drawn = np.concatenate([self.recent[generator.integers(size, size=wanted)], drawn])
         if not len(drawn):
-            wanted, drawn = 0, generator.integers(len(self.vectors), size=learning.negatives)
+            wanted, drawn = 0, generator.integers(len(self.vectors), size=count)
         negatives, copies = np.unique(drawn, return_counts=True)
-        given = self._easy.draws(max(batch, learning.negatives))
+        given = self._easy.draws(max(batch, count))
         draws = Draws(float(wanted), given.uniform, given.clicks)
         if not draws.total:
-            draws = Draws(0.0, float(learning.negatives), 0.0)
+            draws = Draws(0.0, float(count), 0.0)
         with np.errstate(divide="ignore"):
             frequency = np.log(np.bincount(self.recent, minlength=len(self.vectors))[negatives]) - np.log(max(size, 1))
         expected = self._easy.log_expected(negatives, frequency, draws)
         log_weight = np.log(copies) - expected
-        if not learning.loss.corrected:
+        if not self.learning.train.is_softmax:
             log_weight = log_weight + self._easy.log_target(negatives)
         return negatives, log_weight.astype(np.float32)
 
