@@ -48,7 +48,7 @@ def fit_item_cf(
     Args:
         clicks: every user's clicks.
         items: N, size of the catalogue.
-        options: what is near, and how it is answered.
+        options: of the similarities and of the answers.
         engine: what runs the job; every engine gives the same bytes.
         scratch: folder below which the engine keeps what does not fit in memory; None = the system's.
         positives: the training rows, counted in the place of the clicks if the interest is their weight.

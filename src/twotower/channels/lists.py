@@ -40,7 +40,7 @@ class WeighedLists:
 
 
 def as_lists(bag: Bag, values: npt.NDArray[np.int32] | Floats) -> pa.Array:
-    """The entries of a bag, or values (nnz,) of theirs, as a column of lists for a file of any length."""
+    """The entries of a bag, or their values (nnz,), as a column of lists for a file of any length."""
     return pa.LargeListArray.from_arrays(pa.array(bag.indptr), pa.array(values))
 
 

@@ -78,7 +78,7 @@ def fit_swing(
     Args:
         clicks: every user's clicks.
         items: N, size of the catalogue.
-        options: what is near, and how it is answered.
+        options: of the similarities and of the answers.
         engine: its threads or tasks take a part of the items each; the less memory, the more parts. Every engine gives
             the same bytes.
         scratch: folder below which the graph is kept for them; None = the system's.
@@ -99,7 +99,7 @@ def fit_swing(
 
 
 def click_graph(clicks: Clicks, items: int, options: SwingOptions) -> Graph:
-    """The distinct clicks within the caps: of a user the latest items, of an item the users of the least hash.
+    """The distinct clicks within the caps: the latest items of a user, the users of an item with the smallest hashes.
 
     The hash is of the user alone, so that two items that many clicked keep the same users, and with them the users that
     they have in common (coordinated samples, Cohen and Kaplan 2007).
@@ -320,7 +320,7 @@ def _select(slots: Slots, damping: Floats, rows: Ints, similarity: Floats, count
         slots: filled by `_add_up`.
         damping: (N,) what a similarity to an item is multiplied by.
         rows: (items of the part, K) the neighbours found.
-        similarity: (items of the part, K) theirs.
+        similarity: (items of the part, K) to these neighbours.
         counts: (items of the part,) how many.
     """
     begin, dense, keys, sums = slots

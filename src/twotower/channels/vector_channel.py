@@ -39,7 +39,7 @@ class VectorChannel:
     index: VectorIndex
     """Of the item vectors, by catalogue row."""
     item_vectors: Table | None = None
-    """(N, D) of the catalogue; None = the channel cannot say what is like an item."""
+    """(N, D) of the catalogue; None = the channel has no similar items."""
 
     def user_vectors(self, queries: Queries) -> Floats:
         """The vectors of users (B, D), or of their interests (B, K, D); made once for queries, also of `over`."""

@@ -217,7 +217,7 @@ def find(
         asked = min(size, max(*ks, depth))
         told = {name: take(column, np.arange(start, start + len(users))) for name, column in truth.context.items()}
         lists = {name: candidates(samples, channel, users, asked, told) for name, channel in channels.items()}
-        # One fused list for each length: what channels are asked for depends on it.
+        # One fused list for each length: the number of requested candidates depends on it.
         at_k = {name: [found.rows[:, :k] for k in ks] for name, found in lists.items()}
         at_k[FUSED] = [fuse({n: _first(found, max(k, depth)) for n, found in lists.items()}, k).rows for k in ks]
         listed = np.zeros((len(users), size), bool)

@@ -62,7 +62,7 @@ class FirstRequests:
 def evaluate(
     samples: Samples, workspace: Path, channels: Sequence[Retriever], options: EvaluateOptions, *, seed: int = 0
 ) -> dict[str, Any]:
-    """Metrics of the first channel with intervals, the others beside it with the paired difference, cold ones apart.
+    """Metrics of the first channel and of baselines, with intervals and paired differences; cold users and items apart.
 
     What a user clicked in training is not offered. Each user is asked once, as in the first held-out request.
 
@@ -270,7 +270,7 @@ def ranked(
     Args:
         samples: what the channel was trained on.
         channel: that is asked.
-        user_rows: (B,) who asks.
+        user_rows: (B,) whose.
         k: items of each.
         context: of the requests, encoded (B rows); none = they carry none.
     """

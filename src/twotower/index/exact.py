@@ -23,7 +23,7 @@ from twotower.schema.files import whole_folder, write_json
 
 VECTORS = "vectors.npy"
 SCORES_AT_ONCE = 1 << 23
-"""Scores (32 MB) computed together; one query against all vectors is the least."""
+"""Scores (32 MB) computed together, at least those of one query."""
 RESCORED_AT_ONCE = 1 << 16
 """Vectors gathered together to be scored again."""
 

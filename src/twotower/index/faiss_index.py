@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-# Both libraries bring an OpenMP runtime. With torch first they share one setting of threads; with FAISS first there are
+# Both libraries load an OpenMP runtime. With torch first they share one setting of threads; with FAISS first there are
 # two pools that fight for the cores.
 import torch  # noqa: F401
 
@@ -68,8 +68,8 @@ class Tuned:
     """How many lists to probe for k neighbours, as measured when the index was built.
 
     Attributes:
-        k: neighbours asked for.
-        nprobe: lists probed for them, the fewest that reach the recall asked for.
+        k: requested neighbours.
+        nprobe: lists probed for them, the fewest that reach the required recall.
         recall: share of the exact neighbours found on the tuning queries; neighbours tied with the k-th are as good.
         latency_ms: median time of one query alone.
         queries: number of tuning queries.
@@ -351,7 +351,7 @@ class FaissIndex:
     def _probes(self, fetch: int) -> int:
         """Lists to probe for `fetch` neighbours.
 
-        Hidden rows thin the lists out, as if more neighbours were asked for. The nearest tuned k from that number up
+        Hidden rows thin the lists out, as if more neighbours were requested. The nearest tuned k from that number up
         says how many; beyond all of them the largest is scaled in proportion.
         """
         return self._tuned_probes(fetch * len(self._rows) / self.count())
@@ -385,7 +385,7 @@ class FaissIndex:
 
         Args:
             queries: (Q, D) float32 of users that the model was not trained on; at most `TUNING_QUERIES` are used.
-            ks: numbers of neighbours that will be asked for.
+            ks: numbers of neighbours that will be requested.
             recall: share of the exact neighbours to be found, above 0 and at most 1.
             oracle: exact index of the same vectors.
             clock: seconds that rise, for `latency_ms`.

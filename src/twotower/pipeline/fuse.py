@@ -106,7 +106,7 @@ def fuse(settings: Settings, own: OwnChannels | None = None) -> FuseReport:
 
 @dataclass(frozen=True)
 class Lists:
-    """What all channels bring the users of one validation part."""
+    """The lists of all channels for the users of one validation part."""
 
     lists: dict[str, Candidates]
     truth: Truth

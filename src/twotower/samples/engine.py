@@ -26,7 +26,7 @@ def open_engine(options: EngineOptions, scratch: Path) -> Iterator[Engine]:
         scratch: where it keeps what does not fit in memory, unless the options name a folder; removed by the caller.
 
     Raises:
-        ConfigError: Spark is asked for, and pyspark or Java is not installed; the configured scratch is no folder.
+        ConfigError: pyspark or Java is not installed for Spark; the configured scratch is no folder.
 
     >>> import pyarrow as pa, tempfile
     >>> with tempfile.TemporaryDirectory() as folder, open_engine(EngineOptions(), Path(folder)) as engine:

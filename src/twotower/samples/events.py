@@ -1,7 +1,7 @@
-"""Where the events of a workspace are opened for reading: their days, their files, their columns.
+"""Opens the events of a workspace: their days, their files, their columns.
 
-A workspace may be written by somebody's own job. So this is where a column of another type, or two columns that an
-engine would take for one, are refused; and columns get names of ours, so that no name of theirs is one of ours.
+A workspace may be written by another job. So columns of another type are refused here, as are two columns whose names
+an engine does not tell apart, and the columns get names of their own, which no name in the files can collide with.
 """
 
 import datetime
@@ -88,12 +88,12 @@ def choose_days(folder: Path, options: SamplesOptions, today: str) -> Days:
 
 @dataclass(frozen=True)
 class StoredEvents:
-    """The columns of events that a job reads, under names of ours, whatever names a workspace has for its own."""
+    """The columns of events that a job reads, under names that do not depend on those in the files."""
 
     schema: pa.Schema
-    """Our names and types. A context column is behind `context.`, the weight is `weighed_by`."""
+    """Names and types of the job. A context column is named `context.NAME`, the weight `weighed_by`."""
     names: Mapping[str, str]
-    """By our name, that in the files."""
+    """The name in the files, by the name of the job."""
     taken: frozenset[str]
     """All names in the files."""
 
