@@ -28,7 +28,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from twotower.channels.item_cf import ItemCF
+from twotower.channels.item_cf import fit_item_cf
+from twotower.channels.options import PopularOptions
 from twotower.channels.popular import Popular
 from twotower.channels.retriever import Candidates, Queries, Retriever
 from twotower.config import load
@@ -185,9 +186,9 @@ def compare(workspace: Path, changed: list[str], seeds: int, judge: Path | None)
 def baselines(samples: Samples) -> dict[str, Retriever]:
     """Channels that nobody trains."""
     return {
-        POPULAR: Popular.fit(samples.item_positives),
-        OF_SCENE: Popular.of(samples, None, SCENE),
-        ITEM_CF: ItemCF.fit(samples.clicks, len(samples.items)),
+        POPULAR: Popular.fit(samples),
+        OF_SCENE: Popular.fit(samples, PopularOptions(segment=SCENE)),
+        ITEM_CF: fit_item_cf(samples.clicks, len(samples.items)),
         EASE: Ease(samples, EASE_LAMBDA),
     }
 

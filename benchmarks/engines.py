@@ -121,25 +121,25 @@ def run_samples(workspace: Path, engine: Any) -> str:
 
 def run_item_cf(workspace: Path, engine: Any) -> str:
     """Fit ItemCF to the samples; the hash of its file."""
-    from twotower.channels.item_cf import ItemCF
+    from twotower.channels.item_cf import fit_item_cf
     from twotower.samples.read import open_samples
 
     samples = open_samples(workspace / "samples-duckdb")
     folder = workspace / f"item_cf-{engine.name}"
     folder.mkdir()
-    ItemCF.fit(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
+    fit_item_cf(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
     return hashlib.sha256((folder / "neighbours.arrow").read_bytes()).hexdigest()
 
 
 def run_swing(workspace: Path, engine: Any) -> str:
     """Fit Swing to the samples; the hash of its file."""
-    from twotower.channels.swing import Swing
+    from twotower.channels.swing import fit_swing
     from twotower.samples.read import open_samples
 
     samples = open_samples(workspace / "samples-duckdb")
     folder = workspace / f"swing-{engine.name}"
     folder.mkdir()
-    Swing.fit(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
+    fit_swing(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
     return hashlib.sha256((folder / "neighbours.arrow").read_bytes()).hexdigest()
 
 

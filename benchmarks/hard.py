@@ -17,6 +17,7 @@ from typing import Any
 
 from twotower.config import load
 from twotower.evaluate.holdout import evaluate
+from twotower.evaluate.options import EvaluateOptions
 from twotower.pipeline.line import make_samples, offline_channel, train_model
 from twotower.pipeline.places import places
 from twotower.samples.read import open_samples
@@ -87,7 +88,7 @@ def one_case(workspace: Path, name: str, seed: int) -> dict[str, float]:
     report = train_model(settings)
     samples = open_samples(places(settings).samples)
     channel = offline_channel(samples, open_checkpoint(Path(report.checkpoint)))
-    metrics: dict[str, Any] = evaluate(samples, workspace, [channel], [20, 50, 200], 2, 0)
+    metrics: dict[str, Any] = evaluate(samples, workspace, [channel], EvaluateOptions(k=[20, 50, 200], bootstrap=2))
     return {metric: metrics[metric]["value"] for metric in METRICS}
 
 

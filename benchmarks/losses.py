@@ -22,6 +22,7 @@ from typing import Any
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.evaluate.holdout import evaluate
+from twotower.evaluate.options import EvaluateOptions
 from twotower.pipeline.line import make_samples, offline_channel
 from twotower.pipeline.places import places
 from twotower.samples.read import open_samples
@@ -112,7 +113,7 @@ def one_cell(workspace: Path, loss: str, kind: str, arguments: argparse.Namespac
                 threads=arguments.threads,
             )
             channel = offline_channel(samples, open_checkpoint(Path(report.checkpoint)))
-            metrics = evaluate(samples, workspace, [channel], [50], 2, 0)
+            metrics = evaluate(samples, workspace, [channel], EvaluateOptions(k=[50], bootstrap=2))
         figures.append({name: metrics[name]["value"] for name in ("recall@50", "pop_pct@50")})
     cell = {
         name: {

@@ -39,12 +39,13 @@ from twotower.logs.kafka import KafkaEventLog
 from twotower.logs.redis import RedisEventLog
 from twotower.stream.decode import decode
 from twotower.stream.example import Example, encode_rows
-from twotower.stream.join import Windows, join
-from twotower.stream.rows import Asked, Row, Types
+from twotower.stream.join import join
+from twotower.stream.options import StreamOptions
+from twotower.stream.rows import Row, RowRequest, Types
 from twotower.stream.tfrecord import Records, read_records, write_records
 
 TYPES = Types(pa.int64(), pa.int64(), {"age": pa.float32(), "city": pa.string()}, {"scene": pa.string()})
-WINDOWS = Windows(600_000, 30_000, 3_600_000)
+OPTIONS = StreamOptions(window_s=600, allowed_lateness_s=30, remember_s=3600)
 T0 = 1_700_000_000_000
 BATCH = 100
 THREADS = 4
@@ -86,11 +87,11 @@ def some_rows(requests: int) -> list[Row]:
     for n in range(requests):
         context, features = {"scene": "home"}, {"age": 30.0, "city": "Rome"}
         history = draw.sample(range(100_000), 30)
-        asked = Asked(n, f"r{n}", T0 + n, context, features, history, "20231114-000000", n)
+        request = RowRequest(n, f"r{n}", T0 + n, context, features, history, "20231114-000000", n)
         for place in range(30):
             shown = place < 10
             outcome = "clicked" if place == 0 else "impressed" if shown else "rank_rejected"
-            row = Row(asked, draw.randrange(100_000), outcome, score=draw.random(), channel="two_tower|item_cf")
+            row = Row(request, draw.randrange(100_000), outcome, score=draw.random(), channel="two_tower|item_cf")
             row = replace(row, position=place + 1 if shown else None, probability=1.0 if shown else 0.1)
             rows.append(replace(row, click_ts_ms=T0 + n + 5000, weight=1.0) if place == 0 else row)
     return rows
@@ -183,7 +184,7 @@ def plain_kafka(servers: str, topic: str, events: list[Event]) -> None:
 
 
 def join_all(log: EventLog, out: Path) -> None:
-    join(log, out, None, TYPES, WINDOWS, shard_events=10_000, merged_bytes=1 << 28, flush=True)
+    join(log, out, None, TYPES, OPTIONS, flush=True)
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

@@ -112,7 +112,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Any]":
         pytest.skip("Java 17 is not installed: apt-get install openjdk-17-jre-headless")
     from pyspark import SparkContext
 
-    with open_spark(None, 2, 2.0, {}, tmp_path_factory.mktemp("spark")):
+    with open_spark(EngineOptions("spark"), tmp_path_factory.mktemp("spark")):
         java = SparkContext._gateway.proc
         # Small data: making Java code for each query would take longer than running it.
         interpreted = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}

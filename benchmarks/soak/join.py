@@ -30,13 +30,16 @@ import pyarrow.parquet as pq
 
 from twotower.logs import Event, LocalEventLog
 from twotower.schema.files import parquet_files
-from twotower.stream.join import JoinReport, Windows, join
+from twotower.stream.join import JoinReport, join
+from twotower.stream.options import StreamOptions
 from twotower.stream.rows import Types
 from twotower.stream.shards import manifests, partitions, read_rows
 
 PARTITIONS = 2
 TYPES = Types(pa.int64(), pa.int64(), {"age": pa.float32()}, {"scene": pa.string()})
-WINDOWS = Windows(window_ms=600_000, lateness_ms=30_000, late_ms=3_600_000)
+OPTIONS = StreamOptions(
+    window_s=600, allowed_lateness_s=30, remember_s=3600, shard_events=60, merged_mb=1, follow_s=0.001
+)
 T0 = 1_700_000_000_000
 STEP_MS = 15_000
 REQUESTS_A_KILL = 40
@@ -68,8 +71,7 @@ def run(folder: Path, out: Path, *, follow: bool) -> JoinReport:
     """Join what the log holds, to its end or for ever."""
     with closing(LocalEventLog.reader(folder / "log")) as log:
         return join(
-            log, out / "shards", out / "events", TYPES, WINDOWS, shard_events=60, merged_bytes=1 << 20,
-            flush=not follow, follow_s=0.001 if follow else None,
+            log, out / "shards", out / "events", TYPES, OPTIONS, flush=not follow, follow=follow
         )  # fmt: skip
 
 
@@ -121,7 +123,9 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, object]:
             left_by_kills.update("half a file" for _ in left)
             for partition in partitions(disturbed / "shards"):
                 own = disturbed / "shards" / f"partition-{partition:04d}"
-                orphans = {path.stem for path in own.glob("*.tfrecord")} - {path.stem for path in own.glob("*.json")}
+                orphans = {path.name.split(".")[0] for path in own.glob("*.tfrecord")} - {
+                    path.stem for path in own.glob("*.json")
+                }
                 left_by_kills.update("a shard without its manifest" for _ in orphans)
         events = log.ends()
     run(folder, disturbed, follow=False)

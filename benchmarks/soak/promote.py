@@ -32,15 +32,17 @@ import pyarrow as pa
 from twotower.config import Settings, load
 from twotower.features.columns import to_arrow
 from twotower.index.build import build_index
+from twotower.index.options import IndexOptions
 from twotower.pipeline.line import run_line
 from twotower.pipeline.places import places
 from twotower.publish.golden import write_golden
+from twotower.publish.manifest import write_manifest
 from twotower.publish.publish import current_path, promote
-from twotower.publish.version import open_version, read_manifest, write_manifest
+from twotower.publish.version import open_version, read_manifest
 from twotower.samples.columns_file import write_table
 from twotower.schema import columns as c
 from twotower.schema.files import MANIFEST, folder_listing
-from twotower.serve.request import Asked, retrieve
+from twotower.serve.request import Request, retrieve
 from twotower.serve.users import Recent
 from twotower.worlds.simulate import simulate_workspace
 
@@ -83,7 +85,7 @@ def variant(versions: Path, number: int) -> str:
             target.write_bytes(path.read_bytes())
     vectors = np.random.default_rng(number).permutation(source.item_vectors)
     write_table(two_tower / "items.arrow", pa.table({c.ITEM_ID: source.item_ids, c.VECTOR: to_arrow(vectors)}))
-    index = build_index("faiss", np.arange(len(vectors)), vectors, vectors, [K], 1.0, 0)
+    index = build_index(IndexOptions("faiss", 1.0), np.arange(len(vectors)), vectors, vectors, ks=[K], seed=0)
     index.save(two_tower / "index")
     manifest = {key: value for key, value in read_manifest(source.path).items() if key != "digest"}
     described = {**manifest, "id": version_id, "parent": source.id}
@@ -133,7 +135,7 @@ def mixed(versions: Path, seen: Seen) -> list[str]:
     for user_id, answer in seen.answers:
         key = (answer["version"], user_id)
         if key not in due:
-            offline = retrieve(opened[key[0]], Asked(K, "clicked", user_id), Recent(), 0, 0)
+            offline = retrieve(opened[key[0]], Request(K, "clicked", user_id), Recent(), range(0))
             due[key] = [(item.item_id, item.score) for item in offline.items]
         if [(item["item_id"], item["score"]) for item in answer["items"]] != due[key] or answer["failed_channels"]:
             wrong.append(f"user {user_id}: not the answer of {key[0]}")

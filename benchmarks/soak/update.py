@@ -59,18 +59,20 @@ import torch.export._trace
 import torch.onnx._internal.exporter._core  # noqa: F401
 
 from twotower.config import Settings, parse
+from twotower.datasets.places import Places
 from twotower.datasets.tables import DAY_MS
 from twotower.features.bloom import is_held_out
 from twotower.logs import Event, LocalEventLog
-from twotower.logs.entities import item_deleted, item_event, user_deleted
+from twotower.logs.events import item_deleted, item_event, user_deleted
 from twotower.pipeline.full import FULL, update_full
 from twotower.pipeline.line import LATEST, run_line
-from twotower.pipeline.places import Places, places
+from twotower.pipeline.places import places
 from twotower.pipeline.streaming import join_log
 from twotower.pipeline.updating import learn
 from twotower.publish.delta import FOLDED, Delta, base_digest, delta_folder, last_seq, read_delta
+from twotower.publish.manifest import DIGEST
 from twotower.publish.publish import CURRENT, current_path, list_versions, verify
-from twotower.publish.version import DIGEST, read_manifest
+from twotower.publish.version import read_manifest
 from twotower.schema import columns as c
 from twotower.schema.files import MANIFEST, TEMPORARY, read_json
 from twotower.serve.snapshots import Snapshots

@@ -1,7 +1,7 @@
 """Open two-tower retrieval: from click logs to a served, continuously updated candidate list.
 
-The functions here are the stages of the command line, for Python. A stage is imported when one of its functions is first
-used, so that `import twotower` takes milliseconds and PyTorch is loaded only when something trains.
+The functions here are the stages of the command line, for Python. A stage is imported when one of its functions is
+first used, so that `import twotower` takes milliseconds and PyTorch is loaded only when something trains.
 
     import twotower as tt
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from twotower.config.load import load
     from twotower.config.settings import Settings
     from twotower.pipeline.data import import_tables, simulate
-    from twotower.pipeline.line import build_samples, evaluate_model, publish_version, run, train_model
-    from twotower.pipeline.serving import run_server
+    from twotower.pipeline.line import evaluate_model, publish_version, train_model
+    from twotower.pipeline.line import make_samples as build_samples
+    from twotower.pipeline.line import run_line as run
+    from twotower.pipeline.serving import serve as run_server
     from twotower.pipeline.versions import PublishedVersion, Recommendations, Vectors, open_version
 
 __all__ = [
@@ -39,21 +41,29 @@ __all__ = [
     "train_model",
 ]
 
-_MODULES = {
-    "config.load": ("load",),
-    "config.settings": ("Settings",),
-    "pipeline.data": ("import_tables", "simulate"),
-    "pipeline.line": ("build_samples", "evaluate_model", "publish_version", "run", "train_model"),
-    "pipeline.serving": ("run_server",),
-    "pipeline.versions": ("PublishedVersion", "Recommendations", "Vectors", "open_version"),
+_HOMES = {
+    "PublishedVersion": "pipeline.versions.PublishedVersion",
+    "Recommendations": "pipeline.versions.Recommendations",
+    "Settings": "config.settings.Settings",
+    "Vectors": "pipeline.versions.Vectors",
+    "build_samples": "pipeline.line.make_samples",
+    "evaluate_model": "pipeline.line.evaluate_model",
+    "import_tables": "pipeline.data.import_tables",
+    "load": "config.load.load",
+    "open_version": "pipeline.versions.open_version",
+    "publish_version": "pipeline.line.publish_version",
+    "run": "pipeline.line.run_line",
+    "run_server": "pipeline.serving.serve",
+    "simulate": "pipeline.data.simulate",
+    "train_model": "pipeline.line.train_model",
 }
-_HOMES = {name: f"twotower.{module}" for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'twotower' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].rpartition(".")
+    value = getattr(import_module(f"twotower.{module}"), attribute)
     globals()[name] = value
     return value
 

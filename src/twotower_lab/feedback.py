@@ -25,8 +25,9 @@ from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import whole_file
-from twotower.serve.funnel import Sizes, recommend
-from twotower.serve.request import Asked
+from twotower.serve.funnel import recommend
+from twotower.serve.options import FunnelOptions
+from twotower.serve.request import Request, impressed_window
 from twotower.serve.users import ItemId, Recent
 from twotower.worlds.simulate import add_arrivals, world_of
 from twotower.worlds.truth import page_clicks, true_recall
@@ -54,7 +55,7 @@ class Site:
     """A recommender as the users of a world see it: the served version, and what it heard of them since."""
 
     world: World
-    sizes: Sizes
+    funnel: FunnelOptions
     window_ms: int
     """For so long an impression is left out."""
     version: Version
@@ -73,12 +74,12 @@ class Site:
             recent = Recent(tuple(self.clicks.get(user, ())), tuple(self.shown.get(user, ())))
             served = recommend(
                 self.version,
-                Asked(PAGE, "impressed", user_id, context=context),
+                Request(PAGE, "impressed", user_id, context=context),
                 recent,
-                ts_ms,
-                self.window_ms,
-                self.sizes,
-                f"{self.world.seed}/{requests.number[place]}",
+                impressed_window(ts_ms, self.window_ms),
+                self.funnel,
+                now_ms=ts_ms,
+                request_id=f"{self.world.seed}/{requests.number[place]}",
             )
             items = [one.item_id for one in served.page.items]
             self.shown.setdefault(user, []).extend((ts_ms, item) for item in items)
@@ -122,8 +123,6 @@ def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, 
     first = begun.days - 1
     world = world_of(workspace, first + days)
     assert world is not None
-    funnel = settings.funnel
-    sizes = Sizes(funnel.retrieve, funnel.pre_rank, funnel.rank, funnel.explore_share, funnel.logged, funnel.cosine)
     window_ms = round(1000 * settings.serve.impressed_window_s)
     schema = open_workspace(workspace).events().schema
     site: Site | None = None
@@ -133,7 +132,7 @@ def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, 
         version = _morning(system, settings)
         begin_ms = int(world.requests(day).ts_ms[0]) // DAY_MS * DAY_MS
         if site is None:
-            site = Site(world, sizes, window_ms, version)
+            site = Site(world, settings.funnel, window_ms, version)
         site.next_day(version, begin_ms)
         visited = visit(world, day, site.answer, site.tell)
         events = _like(visited.events(world, day * SEQUENCE), schema)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.channels.item_cf import ItemCF, Options
+from twotower.channels.item_cf import fit_item_cf
 from twotower.channels.retriever import Queries
 from twotower.config.settings import Settings
 from twotower.datasets.tables import DAY_MS, end_of_day
@@ -34,10 +34,10 @@ from twotower.samples.read import Clicks
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.stream.clock import Clock
-from twotower.stream.joiner import Counts
+from twotower.stream.joiner import JoinCounts
 from twotower.stream.joiner import Replay as ReplayFrom
-from twotower.stream.rows import Asked, Row, Types, read_types
-from twotower.stream.shards import State, write_shard
+from twotower.stream.rows import Row, RowRequest, Types, read_types
+from twotower.stream.shards import JoinState, Manifest, write_shard
 from twotower.update.learn import Plan
 from twotower.worlds.truth import true_recall
 from twotower.worlds.world import FIRST_DAY_MS, NOTHING, World
@@ -183,7 +183,9 @@ def write_hours(folder: Path, later: Later, types: Types) -> None:
         begin, end = later.between(hour_ms, next_ms)
         rows = [
             Row(
-                Asked(user, None, asked_ms, {name: values[place] for name, values in context.items()}, history=history),
+                RowRequest(
+                    user, None, asked_ms, {name: values[place] for name, values in context.items()}, history=history
+                ),
                 item,
                 c.CLICKED,
                 int(later.ts_ms[place]),
@@ -192,10 +194,17 @@ def write_hours(folder: Path, later: Later, types: Types) -> None:
                 range(begin, end), *(column[begin:end] for column in ids), strict=True
             )
         ]
-        write_shard(
-            folder, [rows], types, partition=0, begin=begin, end=end, first_row=begin, hour=hour_ms // HOUR_MS,
-            watermark_ms=next_ms, counts=Counts(events=len(rows)), state=State(ReplayFrom(begin, Clock())),
-        )  # fmt: skip
+        manifest = Manifest(
+            partition=0,
+            begin=begin,
+            end=end,
+            first_row=begin,
+            hour=hour_ms // HOUR_MS,
+            watermark_ms=next_ms,
+            counts=JoinCounts(events=len(rows)),
+            state=JoinState(ReplayFrom(begin, Clock())),
+        )
+        write_shard(folder, [rows], types, manifest)
 
 
 def first_model(system: System, settings: Settings, workspace: Path, later: Later) -> None:
@@ -350,7 +359,7 @@ class _Model:
     def _hot(self) -> dict[Any, npt.NDArray[np.float32]]:
         """The embeddings of the most clicked items of the version, by id."""
         version = self._chain.version
-        order = np.argsort(-np.bincount(version.clicks.item_row, minlength=version.base_items), kind="stable")
+        order = np.argsort(-np.bincount(version.clicks.item_row, minlength=version.items.base), kind="stable")
         rows = order[: max(1, int(HOT * len(order)))]
         tokens = version.two_tower.item_tokens[rows]
         table = self._chain.state.learner.model.tables[c.ITEM_ID].weights
@@ -417,7 +426,7 @@ class _Crowd:
         order = np.lexsort((ts_ms, user))
         counts = np.bincount(np.unique(user, return_inverse=True)[1])
         clicks = Clicks(pointers(counts), item[order].astype(np.int32), ts_ms[order])
-        channel = ItemCF.fit(clicks, len(self._later.item_ids), Options())
+        channel = fit_item_cf(clicks, len(self._later.item_ids))
         history = self._histories(part)
         queries = Queries({}, history, Exclusions(history.indptr, history.rows.astype(np.int64)))
         rows = channel.retrieve(queries, K).rows

@@ -235,10 +235,10 @@ def _indexes(system: System, settings: dict[str, Settings], workspace: Path, wor
     channel = version.two_tower.over(TWO_TOWER, ExactIndex.build(rows, vectors))
     users = np.flatnonzero(np.diff(samples.clicks.indptr))
     users = users[np.linspace(0, len(users) - 1, INDEXED_QUERIES).astype(np.int64)]
-    queries = channel.user_vectors(queries_of_users(samples.features, samples.users, samples.clicks, users, {}, None))
+    queries = channel.user_vectors(queries_of_users(samples.features, samples.users, samples.clicks, users))
     exact = _found(samples, workspace, channel, world)
     for arm, of_arm in settings.items():
-        index = build_index(of_arm.index.kind, rows, vectors, queries, [K], of_arm.index.recall, of_arm.train.seed)
+        index = build_index(of_arm.index, rows, vectors, queries, ks=[K], seed=of_arm.train.seed)
         approximate = channel.over(TWO_TOWER, index)
         values = _found(samples, workspace, approximate, world)
         best, found = (ranked(samples, one, users, K) for one in (channel, approximate))

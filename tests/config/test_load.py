@@ -56,7 +56,6 @@ kind = "faiss"
 [serve]
 port = 8000
 admin_port = 8001
-fusion = "rrf"
 exclude = "impressed"
 features = { kind = "lmdb" }
 [stream]

@@ -11,7 +11,7 @@ import pytest
 from twotower.logs import Event, EventLog, EventLogError, LocalEventLog, Record, partition_of, payload
 from twotower.logs.events import ALLOWED_SKEW_MS, ERASED, NOBODY, UNUSABLE
 from twotower.logs.kafka import KafkaEventLog
-from twotower.logs.payload import mark_of, type_before
+from twotower.logs.payload import mark_of
 from twotower.logs.redis import RedisEventLog
 from twotower.schema.errors import DataError
 
@@ -340,7 +340,7 @@ def test_of_an_erased_user_only_types_and_times_stay(reopen: Reopen) -> None:
         for one, was in zip(chain(*found), chain(*before), strict=True):
             if was.event.user_id == 1 and was.offset < after.offset:
                 assert (one.event.type, one.event.user_id, one.event.ts_ms) == (ERASED, NOBODY, NOW_MS)
-                assert type_before(one.event) == "click"
+                assert one.event.original_type == "click"
                 assert mark_of(one.event) == mark_of(was.event)
                 assert "secret" not in repr(one)
             else:

@@ -15,8 +15,9 @@ from twotower.features.store import LmdbFeatureStore
 from twotower.logs import LocalEventLog
 from twotower.publish.catalogue import Attributes, ItemKeys
 from twotower.publish.version import Version
-from twotower.serve.app import Metrics, make_app
-from twotower.serve.funnel import Sizes
+from twotower.serve.app import make_app
+from twotower.serve.options import ServeOptions
+from twotower.serve.parts import ServerParts
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import RecentUsers
 
@@ -56,18 +57,9 @@ def client(snapshots: Snapshots, tmp_path: Path) -> Iterator[Client]:
     log = LocalEventLog.open(tmp_path / "log", 1)
     store = LmdbFeatureStore(tmp_path / "store")
     users = RecentUsers(log, store)
-    app = make_app(
-        snapshots,
-        log,
-        users,
-        Metrics(),
-        exclude="clicked",
-        impressed_window_ms=0,
-        channel_timeout_ms=60_000,
-        sizes=Sizes(),
-        page=10,
-    )
-    add_page(app, snapshots, users)
+    parts = ServerParts(snapshots, log, users, ServeOptions(exclude="clicked", channel_timeout_ms=60_000))
+    app = make_app(parts)
+    add_page(app, parts)
     yield Client(app)
     store.close()
     log.close()

@@ -2,14 +2,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.features.bloom import MOST_OVER, Seen, Shape, hash_ids
+from twotower.features.bloom import MAX_OVER, FilterShape, Seen, hash_ids
 from twotower.schema.errors import ConfigError
 
 DAY_MS = 86_400_000
-SHAPE = Shape.of(7 * DAY_MS, 7, 3500, 0.01)
+SHAPE = FilterShape.of(7 * DAY_MS, 7, 3500, 0.01)
 
 
-def shown(shape: Shape, days: int, a_day: int, first: int = 0) -> tuple[Seen, np.ndarray]:
+def shown(shape: FilterShape, days: int, a_day: int, first: int = 0) -> tuple[Seen, np.ndarray]:
     """Different items on each of some days, and their numbers (days, a_day)."""
     items = first + np.arange(days * a_day).reshape(days, a_day)
     seen = Seen(shape)
@@ -47,7 +47,7 @@ def test_someone_who_is_shown_more_than_expected_gets_more_filters_and_the_error
     assert seen.contains(hash_ids(pa.array(items.ravel())), 0).all()
     others = np.random.default_rng(0).integers(10**9, 2**62, 100_000)
     assert seen.contains(hash_ids(pa.array(others)), 0).mean() < 0.03
-    assert len(shown(SHAPE, 7, 6000)[0].filters) == MOST_OVER * SHAPE.filters
+    assert len(shown(SHAPE, 7, 6000)[0].filters) == MAX_OVER * SHAPE.filters
 
 
 def test_the_same_item_again_takes_no_room() -> None:
@@ -68,7 +68,7 @@ def test_late_impressions_enter_the_filter_of_their_period() -> None:
 
 
 def test_a_window_may_have_more_periods_than_a_word_has_bits() -> None:
-    shape = Shape.of(100 * DAY_MS, 100, 2000, 0.01)
+    shape = FilterShape.of(100 * DAY_MS, 100, 2000, 0.01)
     seen, items = shown(shape, 101, 10)
     assert len(seen.filters) == 101
     assert seen.contains(hash_ids(pa.array(items.ravel())), 0).all()
@@ -96,4 +96,4 @@ def test_hashes_are_fixed_and_differ() -> None:
 
 def test_a_window_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(ConfigError, match="a window of 3 ms cannot be cut into 7 periods"):
-        Shape.of(3, 7, 10, 0.1)
+        FilterShape.of(3, 7, 10, 0.1)

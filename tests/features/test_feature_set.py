@@ -8,7 +8,7 @@ from twotower.features.feature_set import (
     FEATURES_FILE,
     VOCABULARY_FILE,
     FeatureSet,
-    Table,
+    TableShape,
     encode_table,
     fit,
     fit_numeric,
@@ -83,8 +83,8 @@ def test_loaded_features_encode_to_the_same_bytes(tmp_path: Path) -> None:
 
 def test_sequences_share_the_table_of_item_ids() -> None:
     tables = fitted().tables
-    assert tables["item_id"] == Table("item_id", 2 + 3 + 2, 16)
-    assert tables["user_id"] == Table("user_id", 2 + 2 + 1, 16)
+    assert tables["item_id"] == TableShape("item_id", 2 + 3 + 2, 16)
+    assert tables["user_id"] == TableShape("user_id", 2 + 2 + 1, 16)
     assert tables["user.empty"].rows == 2
     assert sorted(tables) == [
         "context.hour",
@@ -168,7 +168,7 @@ def test_features_of_one_table_share_vocabulary_and_embedding() -> None:
     found = fit(SHARING, FOLLOWERS, WRITTEN, {"from_author": pa.array(["dan"])}, 16, 0.5)
     assert found.vocabularies["shared.author"].values.to_pylist() == ["ann", "bob", "cyd", "dan"]
     assert set(found.tables) == {"user_id", "item_id", "shared.author"}
-    assert found.tables["shared.author"] == Table("shared.author", 6, width(4, 16))
+    assert found.tables["shared.author"] == TableShape("shared.author", 6, width(4, 16))
     follows = encode_table([f for f in found.user if f.name == "follows"], FOLLOWERS)["follows"]
     author = encode_table([f for f in found.item if f.name == "author"], WRITTEN)["author"]
     assert (follows.rows.tolist(), author.tolist()) == ([2, 3, 0], [3, 4])

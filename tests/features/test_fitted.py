@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from twotower.features.columns import Bag, Column, concatenate
 from twotower.features.feature_set import FeatureSet, encode_request, encode_table, fit
-from twotower.features.fitted import Categories, Category, Fitted, Items, Number, Ready, raw_column, split
+from twotower.features.fitted import Categories, Category, Fitted, Items, Number, PrecomputedVector, raw_column, split
 from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Sequence, Vector
 from twotower.features.vocabulary import MISSING, UNKNOWN, fit_vocabulary
 from twotower.schema.errors import DataError
@@ -215,14 +215,14 @@ def test_buckets_hold_equal_shares_and_a_new_number_falls_into_one() -> None:
 
 
 def test_a_vector_with_a_hole_or_beyond_float32_is_missing_as_a_whole() -> None:
-    face = Ready("face", 2)
+    face = PrecomputedVector("face", 2)
     column = pa.array([[1, 2], [1, None], [1, float("nan")], [1e300, 0], None], pa.list_(pa.float64()))
     assert face.encode(column).tolist() == [[1, 2, 0], *[[0, 0, 1]] * 4]
 
 
 def test_fixed_size_vectors_with_nulls_and_slices_keep_their_places() -> None:
     column = pa.array([[0, 0], [1, 2], None, [3, 4]], pa.list_(pa.float32(), 2)).slice(1)
-    assert Ready("face", 2).encode(column).tolist() == [[1, 2, 0], [0, 0, 1], [3, 4, 0]]
+    assert PrecomputedVector("face", 2).encode(column).tolist() == [[1, 2, 0], [0, 0, 1], [3, 4, 0]]
 
 
 def test_a_list_column_with_nulls_is_split_without_their_hidden_values() -> None:
@@ -235,14 +235,14 @@ WRONG: list[tuple[Fitted, Any, str]] = [
     (Category("city", fit_vocabulary("city", pa.array(["7"])), 4), 7, "of type int64 where string is known"),
     (Category("code", fit_vocabulary("code", pa.array([7])), 4), 7.5, "numbers with a fraction"),
     (Category("code", fit_vocabulary("code", pa.array([7])), 4), 2**64 - 1, "does not fit int64"),
-    (Category("code", fit_vocabulary("code", pa.array([7])), 4), {"a": 1}, "is an object, where"),
+    (Category("code", fit_vocabulary("code", pa.array([7])), 4), {"a": 1}, "holds {'a': 1}, where"),
     (Category("city", fit_vocabulary("city", pa.array(["a"])), 4), "\ud800", "half a surrogate pair"),
     (Number("price", False, 0, 1), "12", "price is of type string, where numbers are due"),
     (Categories("tags", fit_vocabulary("tags", pa.array(["a"])), 4, None), "a", "where a list is due"),
     (Categories("tags", fit_vocabulary("tags", pa.array(["a"])), 4, "|"), 3, "has a separator but is of type int64"),
     (Categories("tags", fit_vocabulary("tags", pa.array(["a"])), 4, "|"), ["a", 3], "no value of one type"),
-    (Ready("face", 2), [1.0, 2.0, 3.0], "a vector of 3 numbers where 2 are due"),
-    (Ready("face", 2), ["a", "b"], "where numbers are due"),
+    (PrecomputedVector("face", 2), [1.0, 2.0, 3.0], "a vector of 3 numbers where 2 are due"),
+    (PrecomputedVector("face", 2), ["a", "b"], "where numbers are due"),
 ]
 
 

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twotower.logs import Event
-from twotower.logs.events import ALLOWED_SKEW_MS, NOBODY, UNUSABLE, UnusableEvent
+from twotower.logs.events import ALLOWED_SKEW_MS, NOBODY, UNUSABLE
 from twotower.logs.payload import digest_of, erased_payload, mark_of, payload_of, record_of, user_of
 from twotower.schema.errors import DataError
+from twotower.schema.limits import Refused
 from twotower.serve.users import items_of
 from twotower.stream.joiner import Joiner
+from twotower.stream.options import StreamOptions
 from twotower.stream.rows import Types
 
 T0 = 1_700_000_000_000
@@ -66,8 +68,8 @@ def test_whatever_is_stored_is_read_and_joined_and_can_be_erased(payload: bytes)
         stub = record_of(0, 1, erased_payload(payload), clock_ms)
         assert mark_of(stub.event) == mark_of(record.event) == digest_of(payload).hex()
     user_of(payload)
-    items_of(record.event)
-    joiner = Joiner(TYPES, 1000, 100, 1000, lambda _: record.event)
+    items_of(record.event.content)
+    joiner = Joiner(TYPES, StreamOptions(window_s=1, allowed_lateness_s=0.1, remember_s=1), lambda _: record.event)
     joiner.feed(record)
     joiner.flush()
     if record.event.type == UNUSABLE:
@@ -112,5 +114,5 @@ def test_deep_values_are_refused_and_not_followed(depth: int) -> None:
     value: Any = 1
     for _ in range(depth):
         value = [value]
-    with pytest.raises(UnusableEvent, match="more than 4 lists or objects within each other"):
+    with pytest.raises(Refused, match="more than 4 lists or objects within each other"):
         payload_of(Event("e", "click", 1, T0, body={"deep": value}), T0)

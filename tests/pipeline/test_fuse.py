@@ -5,9 +5,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from twotower.channels.retriever import Candidates, Queries, Retriever
 from twotower.config import Settings
 from twotower.config.load import as_dict, parse
-from twotower.pipeline.line import open_served, publish_version
+from twotower.pipeline.fuse import fuse
+from twotower.pipeline.line import evaluate_channels_of, fusion_of, open_served, publish_version
+from twotower.samples.read import Samples
+from twotower.schema.errors import ConfigError, DataError
 
 
 def options(settings: Settings, *more: str) -> list[str]:
@@ -82,9 +86,45 @@ def test_a_choice_among_other_channels_is_refused(run, own_world: Settings) -> N
     path.write_text(json.dumps({"channels": ["two_tower", "mf"]}))
     place = ["--set", f"workspace.path={json.dumps(own_world.workspace.path)}"]
     assert run("publish", *place, code=1) is None
-    assert "was chosen for two_tower, mf, and models.channels = " in run.err
+    assert "was chosen for two_tower, mf, and the channels are " in run.err
     assert run("publish", *place, "--set", "fusion.weights={ mv = 1 }", code=2) is None
     assert "fusion.weights.mv" in run.err
+
+
+class Rare:
+    """A channel as a user writes one: the least clicked items first, alike for everyone."""
+
+    name = "rare"
+
+    def __init__(self, samples: Samples) -> None:
+        self.order = np.argsort(samples.item_positives, kind="stable")
+
+    def retrieve(self, queries: Queries, k: int) -> Candidates:
+        rows = np.full((len(queries), k), -1, np.int64)
+        for user in range(len(queries)):
+            excluded = queries.exclude.rows[queries.exclude.indptr[user] : queries.exclude.indptr[user + 1]]
+            offered = self.order[~np.isin(self.order, excluded)][:k]
+            rows[user, : len(offered)] = offered
+        return Candidates(rows, np.where(rows >= 0, -np.arange(k, dtype=np.float32), np.float32(-np.inf)))
+
+
+def test_a_channel_of_ones_own_is_judged_fused_and_given_a_weight(own_world: Settings) -> None:
+    def own(samples: Samples) -> dict[str, Retriever]:
+        return {"rare": Rare(samples)}
+
+    settings = parse(as_dict(own_world), ["fusion.depth=100", "fusion.k=[20, 50]", "fusion.users=100"])
+    report = evaluate_channels_of(settings, own)
+    assert report["channels"] == [*settings.models.channels, "rare"]
+    assert report["recall"]["rare"].keys() == report["recall"]["fused"].keys()
+    assert "rare" in report["unique"]
+    chosen = fuse(settings, own)
+    assert set(chosen.weights) == {*settings.models.channels, "rare"}
+    assert chosen.weights["rare"] == 0  # nobody clicks these
+    with pytest.raises(DataError, match=r"was chosen for .*rare, and the channels are"):
+        fusion_of(settings)
+    assert fusion_of(settings, chosen.weights).weights == chosen.weights
+    with pytest.raises(ConfigError, match=r"popular: models\.channels has this name already"):
+        evaluate_channels_of(settings, lambda samples: {"popular": Rare(samples)})
 
 
 def test_one_channel_leaves_nothing_to_choose(run, own_world: Settings) -> None:

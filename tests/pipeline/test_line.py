@@ -15,7 +15,7 @@ from twotower.pipeline.fuse import some_users
 from twotower.pipeline.line import latest_checkpoint, offline_channel, open_served, run_line
 from twotower.pipeline.places import places
 from twotower.samples.read import open_samples
-from twotower.serve.request import Asked, retrieve
+from twotower.serve.request import Request, retrieve
 from twotower.serve.users import Recent
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -39,7 +39,7 @@ def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
     run_line(settings, promoted=True)
     samples, version = open_samples(places(settings).samples), open_served(settings)
     rows = np.arange(60)
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, rows)
     for name in ("two_tower", "mind", "mf"):
         served = version.channels[name]
         assert isinstance(served, VectorChannel)
@@ -49,19 +49,19 @@ def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
     assert latest_checkpoint(settings, "mf").manifest["progress"]["epoch"] == 2
     # The same user asks twice, with and without a click that the version has not seen.
     user_id = samples.users.ids[int(np.argmax(np.diff(samples.clicks.indptr)))].as_py()
-    asked = Asked(20, "none", user_id)
+    asked = Request(20, "none", user_id)
     now = int(version.watermark_ms or 0) + 1000
-    before = retrieve(version, asked, Recent(), now, 1000)
+    before = retrieve(version, asked, Recent(), range(now))
     clicked = samples.items.ids[0].as_py()
-    after = retrieve(version, asked, Recent(clicks=((now, clicked),)), now, 1000)
+    after = retrieve(version, asked, Recent(clicks=((now, clicked),)), range(now))
     assert [item.item_id for item in before.items] != [item.item_id for item in after.items]
     assert before.failed_channels == []
     assert {name for item in before.items for name in item.channels} >= {"two_tower", "mind", "mf", "als", "popular"}
-    new = retrieve(version, Asked(20, "none", user_id, channels=["new_items"]), Recent(), now, 1000)
+    new = retrieve(version, Request(20, "none", user_id, channels=["new_items"]), Recent(), range(now))
     assert new.items
     found = version.items.find(pa.array([item.item_id for item in new.items]))
     assert (samples.item_positives[found] == 0).all()
-    nobody = retrieve(version, Asked(20, "none"), Recent(), now, 1000)
+    nobody = retrieve(version, Request(20, "none"), Recent(), range(now))
     assert len(nobody.items) == 20
 
 

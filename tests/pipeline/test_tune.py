@@ -38,7 +38,7 @@ def test_trials_choose_on_validation_and_the_best_trains_on_everything(run, own_
     assert answer["best"] == {**rows[0]["settings"], "train.epochs": rows[0]["epochs"]}
     assert [row["settings"] for row in rows if row["trial"] == 0] == [{}]  # the configuration as it is
     assert Path(answer["table"]).with_suffix(".md").read_text().count("\n") == 5
-    settings = latest_checkpoint(own_world).manifest["settings"]
+    settings = latest_checkpoint(own_world).manifest["settings"]["train"]
     assert settings["epochs"] == rows[0]["epochs"]
     events = pq.read_table(workspace / "events")
     out = is_held_out(events["user_id"].combine_chunks(), own_world.samples.held_out_users)

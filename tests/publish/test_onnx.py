@@ -9,7 +9,8 @@ from twotower.features.columns import Bag, pointers
 from twotower.features.fitted import Category, Items, Number
 from twotower.features.vocabulary import Vocabulary
 from twotower.publish.onnx import OnnxTower, export_tower
-from twotower.towers.towers import Network, Tower, WithPopularity
+from twotower.towers.options import TowerOptions
+from twotower.towers.towers import Tower, WithPopularity
 from twotower.towers.two_tower import PREFERENCE, tower_inputs
 
 
@@ -20,7 +21,7 @@ def test_an_exported_tower_gives_the_vectors_of_the_trained_one(encoder: str, ne
     known = Vocabulary("item_id", pa.array(range(50)), 60)
     features = [Items("history", known, 16, 20, encoder, True, heads=4, blocks=2), Number("age", False, 0, 1)]
     torch.manual_seed(0)
-    tower = Tower(features, Network(network, (32,)), 8, dropout=0.5).eval()
+    tower = Tower(features, TowerOptions(network, [32]), 8, dropout=0.5).eval()
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     export_tower(tower, features, tmp_path / "tower.onnx")
@@ -41,7 +42,7 @@ def test_an_exported_tower_gives_the_vectors_of_the_trained_one(encoder: str, ne
 def test_an_exported_tower_of_added_features_gives_zero_for_nothing_known(tmp_path: Path) -> None:
     known = Vocabulary("user_id", pa.array(range(5)), 7)
     features = [Category("user_id", known, 4), Items("history", known, 4, 20, "mean", True)]
-    export_tower(Tower(features, Network("none", ()), 4), features, tmp_path / "tower.onnx")
+    export_tower(Tower(features, TowerOptions("none", []), 4), features, tmp_path / "tower.onnx")
     table = np.ones((7, 4), np.float32)
     table[:2] = 0
     exported = OnnxTower(tmp_path / "tower.onnx", features, {"user_id": table})
@@ -56,7 +57,7 @@ def test_an_exported_tower_has_the_numbers_for_popularity(tmp_path: Path) -> Non
     tables = {"item_id": np.eye(7, 4, dtype=np.float32), PREFERENCE: preference}
     columns = {"item_id": np.array([2, 3, 6], np.int32)}
     for of_items, more in ((True, preference[[2, 3, 6]]), (False, np.array([[np.sqrt(0.5), 0]] * 3))):
-        tower = WithPopularity(Tower(features, Network("none", ()), 4), of_items)
+        tower = WithPopularity(Tower(features, TowerOptions("none", []), 4), of_items)
         export_tower(tower, features, path := tmp_path / f"{of_items}.onnx")
         left = np.sqrt(1 - np.square(more).sum(axis=1, keepdims=True))
         expected = np.concatenate([left * tables["item_id"][[2, 3, 6]], more], axis=1)

@@ -11,13 +11,14 @@ from twotower.features.vocabulary import UNKNOWN
 from twotower.logs.entities import Entity
 from twotower.pipeline.line import latest_checkpoint, open_served
 from twotower.publish.delta import Delta, Rows
-from twotower.publish.overlay import Entities, Overlay, _piled, check_item
+from twotower.publish.onnx import OnnxTower
+from twotower.publish.overlay import EntityChanges, Overlay, _piled, check_item
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.serve.filters import Filter, passing
-from twotower.serve.request import Asked, retrieve, similar
+from twotower.serve.request import Request, impressed_window, retrieve, similar
 from twotower.serve.users import Recent
 from twotower.towers.two_tower import Table
 from twotower.train.checkpoint import load_model
@@ -30,12 +31,12 @@ def base(world: Settings) -> Version:
     return open_served(world)
 
 
-def asked(user_id: Any = None, **options: Any) -> Asked:
-    return Asked(K, "none", user_id, **options)
+def asked(user_id: Any = None, **options: Any) -> Request:
+    return Request(K, "none", user_id, **options)
 
 
 def answer(version: Version, user_id: Any = None, recent: Recent = Recent(), **options: Any) -> list[Any]:  # noqa: B008
-    return retrieve(version, asked(user_id, **options), recent, 0, 0).items
+    return retrieve(version, asked(user_id, **options), recent, range(0)).items
 
 
 def ids(version: Version, *args: Any, **options: Any) -> list[Any]:
@@ -55,17 +56,31 @@ def a_user(base: Version, place: int) -> Any:
     return base.users.ids[int(trained[place])].as_py()
 
 
+def test_new_items_share_the_users_vectors_of_the_two_towers(base: Version, monkeypatch: pytest.MonkeyPatch) -> None:
+    towers = base.two_tower
+    channels = {"new_items": towers.over("new_items", towers.index), **base.channels}
+    item = Entity(features=put(base, 7))
+    calls, encode = [], OnnxTower.encode
+    monkeypatch.setattr(OnnxTower, "encode", lambda tower, columns: calls.append(1) or encode(tower, columns))
+    laid = Overlay(replace(base, channels=channels)).lay(EntityChanges(items={new_id(base): item}))
+    calls.clear()  # of the item tower
+    assert new_id(base) in ids(laid, a_user(base, 1), channels=["new_items"])
+    assert len(calls) == 1
+    assert new_id(base) in ids(laid, a_user(base, 1), channels=["two_tower", "new_items"])
+    assert len(calls) == 2
+
+
 def test_a_touched_user_row_changes_that_users_answers_alone(base: Version) -> None:
     moved, other = a_user(base, 3), a_user(base, 4)
     row = int(base.users.features[c.USER_ID][base.users.positions.find(pa.array([moved]))[0]])
     values = np.full((1, base.item_vectors.shape[1]), 3, np.float32)
     overlay = Overlay(base)
     overlay.learn(delta(base, tables={c.USER_ID: Rows(np.array([row]), values)}))
-    laid = overlay.lay(Entities())
+    laid = overlay.lay(EntityChanges())
     assert laid.delta_seq == 1
     assert answer(laid, moved, channels=["two_tower"]) != answer(base, moved, channels=["two_tower"])
     assert answer(laid, other) == answer(base, other)
-    assert retrieve(laid, asked(moved), Recent(), 0, 0).delta_seq == 1
+    assert retrieve(laid, asked(moved), Recent(), range(0)).delta_seq == 1
 
 
 def test_a_new_user_has_a_row_from_the_delta_that_admits_them(base: Version) -> None:
@@ -79,7 +94,7 @@ def test_a_new_user_has_a_row_from_the_delta_that_admits_them(base: Version) -> 
             new_ids={c.USER_ID: pa.table({"id": [newcomer], "row": pa.array([spare], pa.int32())})},
         )
     )
-    laid = overlay.lay(Entities())
+    laid = overlay.lay(EntityChanges())
     assert answer(laid, newcomer, channels=["two_tower"]) != answer(base, newcomer, channels=["two_tower"])
 
 
@@ -90,7 +105,7 @@ def test_touched_vectors_are_found_like_those_of_an_index_built_anew(base: Versi
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     overlay = Overlay(base)
     overlay.learn(delta(base, item_ids=base.item_ids.take(pa.array(rows[::-1])), item_vectors=vectors[::-1].copy()))
-    laid = overlay.lay(Entities())
+    laid = overlay.lay(EntityChanges())
     whole = np.array(base.item_vectors)
     whole[rows] = vectors
     queries = laid.queries(np.arange(50))
@@ -114,7 +129,7 @@ def new_id(base: Version, number: int = 1) -> Any:
 
 def test_an_item_that_is_put_is_retrieved_from_its_features_by_the_frozen_tower(base: Version, world: Settings) -> None:
     one = new_id(base)
-    laid = Overlay(base).lay(Entities(items={one: Entity(features=put(base, 7))}))
+    laid = Overlay(base).lay(EntityChanges(items={one: Entity(features=put(base, 7))}))
     assert one in ids(laid, channels=["two_tower"])
     model, samples = load_model(latest_checkpoint(world)), base.features.item
     table = pa.Table.from_batches([base.catalogue.slice(7, 1)])
@@ -130,10 +145,11 @@ def test_an_item_that_is_put_is_retrieved_from_its_features_by_the_frozen_tower(
 
 def test_clicks_on_an_item_that_was_put_are_a_history_and_exclude_it(base: Version) -> None:
     one = new_id(base)
-    laid = Overlay(base).lay(Entities(items={one: Entity(features=put(base, 7))}))
+    laid = Overlay(base).lay(EntityChanges(items={one: Entity(features=put(base, 7))}))
+    window = impressed_window(base.watermark_ms + 2, 100)
     recent = Recent(clicks=((base.watermark_ms + 1, one),), shown=((base.watermark_ms + 1, one),))
     for exclude in ("clicked", "impressed"):
-        found = retrieve(laid, Asked(K, exclude, a_user(base, 1)), recent, base.watermark_ms + 2, 100)
+        found = retrieve(laid, Request(K, exclude, a_user(base, 1)), recent, window)
         assert found.failed_channels == []
         assert one not in [item.item_id for item in found.items]
 
@@ -143,7 +159,7 @@ def test_features_that_are_put_for_a_known_item_change_its_vector_and_its_attrib
         base.item_ids[3].as_py(),
         next(row for row in range(len(base.item_ids)) if put(base, row)["category"] != put(base, 3)["category"]),
     )
-    laid = Overlay(base).lay(Entities(items={mine: Entity(features=put(base, other))}))
+    laid = Overlay(base).lay(EntityChanges(items={mine: Entity(features=put(base, other))}))
     assert not np.array_equal(laid.item_vectors[np.array([3])], base.item_vectors[[3]])
     wanted = Filter([put(base, other)["category"]])
     assert (passing(base, "category", wanted)[3], passing(laid, "category", wanted)[3]) == (False, True)
@@ -155,7 +171,7 @@ def test_features_that_are_put_for_a_known_item_change_its_vector_and_its_attrib
 @pytest.mark.parametrize("gone", [Entity(deleted=True, fresh=True), Entity(available=False)])
 def test_an_item_that_is_gone_is_in_no_channel(base: Version, gone: Entity) -> None:
     popular = ids(base, channels=["popular"])[0]
-    laid = Overlay(base).lay(Entities(items={popular: gone}))
+    laid = Overlay(base).lay(EntityChanges(items={popular: gone}))
     for channel in base.channels:
         assert popular not in ids(laid, channels=[channel])
         assert len(ids(laid, channels=[channel])) == len(ids(base, channels=[channel])) - (
@@ -165,8 +181,8 @@ def test_an_item_that_is_gone_is_in_no_channel(base: Version, gone: Entity) -> N
 
 def test_an_item_that_is_put_after_it_was_deleted_has_nothing_of_before(base: Version) -> None:
     mine = base.item_ids[3].as_py()
-    laid = Overlay(base).lay(Entities(items={mine: Entity(features=put(base, 3), fresh=True)}))
-    again = Overlay(base).lay(Entities(items={new_id(base): Entity(features=put(base, 3))}))
+    laid = Overlay(base).lay(EntityChanges(items={mine: Entity(features=put(base, 3), fresh=True)}))
+    again = Overlay(base).lay(EntityChanges(items={new_id(base): Entity(features=put(base, 3))}))
     row = laid.items.find(pa.array([mine]))
     np.testing.assert_array_equal(laid.item_vectors[row], again.item_vectors[np.array([len(base.item_ids)])])
 
@@ -190,12 +206,12 @@ def test_replicas_that_learned_step_by_step_and_at_once_have_the_same_bytes(base
     first = {new_id(base, 2): Entity(features=put(base, 9))}
     items = {**first, new_id(base, 1): Entity(features=put(base, 8)), base.item_ids[0].as_py(): Entity(deleted=True)}
     slow, fast = Overlay(base), Overlay(base)
-    slow.lay(Entities(items=first))
+    slow.lay(EntityChanges(items=first))
     for one in deltas:
         slow.learn(one)
-        slow.lay(Entities(items=first))
+        slow.lay(EntityChanges(items=first))
         fast.learn(one)
-    one, two = slow.lay(Entities(items=items)), fast.lay(Entities(items=dict(reversed(items.items()))))
+    one, two = slow.lay(EntityChanges(items=items)), fast.lay(EntityChanges(items=dict(reversed(items.items()))))
     every = np.arange(len(one.item_ids))
     assert one.item_ids.equals(two.item_ids)
     assert one.item_vectors[every].tobytes() == two.item_vectors[every].tobytes()
@@ -223,7 +239,7 @@ def test_the_history_reads_the_rows_that_a_delta_touched(base: Version) -> None:
     values = np.full((1, base.item_vectors.shape[1]), 2, np.float32)
     overlay = Overlay(base)
     overlay.learn(delta(base, tables={c.ITEM_ID: Rows(np.array([token]), values)}))
-    laid = overlay.lay(Entities())
+    laid = overlay.lay(EntityChanges())
     assert answer(laid, None, recent, channels=["two_tower"]) != answer(base, None, recent, channels=["two_tower"])
     assert answer(laid, channels=["two_tower"]) == answer(base, channels=["two_tower"])
 
@@ -249,7 +265,7 @@ def test_pieces_of_a_table_are_few_and_say_what_all_deltas_say() -> None:
 
 def test_more_items_than_the_version_has_may_be_put_at_once(base: Version) -> None:
     many = {new_id(base, number): Entity(features={}) for number in range(2 * len(base.item_ids) + 50)}
-    laid = Overlay(base).lay(Entities(items=many))
+    laid = Overlay(base).lay(EntityChanges(items=many))
     tokens = laid.two_tower.item_tokens
     np.testing.assert_array_equal(tokens[: len(base.item_ids)], base.two_tower.item_tokens)
     assert (tokens[len(base.item_ids) :] == UNKNOWN).all()
@@ -260,10 +276,10 @@ def test_items_get_their_rows_in_the_order_of_the_log(base: Version) -> None:
     first = {new_id(base, 9): Entity(features={}, began=3)}
     second = {**first, new_id(base, 1): Entity(features={}, began=4)}
     step_by_step = Overlay(base)
-    held = step_by_step.lay(Entities(items=first))
-    laid = step_by_step.lay(Entities(items=second))
+    held = step_by_step.lay(EntityChanges(items=first))
+    laid = step_by_step.lay(EntityChanges(items=second))
     assert laid.items.at(np.arange(2) + len(base.item_ids)) == [new_id(base, 9), new_id(base, 1)]
-    assert Overlay(base).lay(Entities(items=dict(reversed(second.items())))).item_ids.equals(laid.item_ids)
+    assert Overlay(base).lay(EntityChanges(items=dict(reversed(second.items())))).item_ids.equals(laid.item_ids)
     assert len(held.items) == len(base.item_ids) + 1
     assert held.items.find(pa.array([new_id(base, 1)])).tolist() == [-1]
 
@@ -271,8 +287,8 @@ def test_items_get_their_rows_in_the_order_of_the_log(base: Version) -> None:
 def test_an_item_that_was_put_again_before_the_version_was_made_is_the_versions(base: Version) -> None:
     one = base.item_ids[3].as_py()
     entity = Entity(features=put(base, 3), fresh=True, deleted_ms=base.watermark_ms)
-    known = Overlay(base).lay(Entities(items={one: entity}))
+    known = Overlay(base).lay(EntityChanges(items={one: entity}))
     assert len(known.items) == len(base.items)
-    other = Overlay(base).lay(Entities(items={one: replace(entity, deleted_ms=base.watermark_ms + 1)}))
+    other = Overlay(base).lay(EntityChanges(items={one: replace(entity, deleted_ms=base.watermark_ms + 1)}))
     assert other.items.find(pa.array([one])).tolist() == [len(base.items)]
     assert other.gone[3]

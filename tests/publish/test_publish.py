@@ -1,4 +1,3 @@
-import fcntl
 import json
 import os
 import threading
@@ -11,12 +10,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from twotower.channels.options import ModelsOptions
 from twotower.config import Settings
 from twotower.fusion.fuse import Fusion
+from twotower.index.options import IndexOptions
 from twotower.pipeline.line import latest_checkpoint, publish_version
 from twotower.pipeline.places import places
 from twotower.publish import publish as module
+from twotower.publish.manifest import write_manifest
 from twotower.publish.publish import (
+    VersionParts,
     current,
     current_path,
     existing_path,
@@ -26,11 +29,12 @@ from twotower.publish.publish import (
     roll_back,
     verify,
 )
-from twotower.publish.version import open_version, read_manifest, write_manifest
+from twotower.publish.version import open_version, read_manifest
 from twotower.samples.columns_file import map_columns, write_table
 from twotower.samples.read import open_samples
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import MANIFEST, folder_listing
+from twotower.schema.locks import locked
 from twotower.towers.two_tower import TwoTower
 
 
@@ -306,9 +310,8 @@ def test_many_promotions_at_once_all_succeed(own_world: Settings, monkeypatch: p
 
 def test_a_second_publisher_is_refused_and_the_first_one_promotes_on(own_world: Settings) -> None:
     versions = versions_of(own_world)
-    with (versions / module.LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(VersionError, match="another process is publishing"):
+    with locked(versions / module.LOCK, VersionError):
+        with pytest.raises(VersionError, match=rf"another process \({os.getpid()}\) is publishing"):
             publish_version(own_world, promoted=False)
         promote(versions, str(current(versions)))  # a roll back need not wait for a publisher
 
@@ -333,19 +336,19 @@ def test_samples_that_changed_since_the_checkpoint_are_refused(own_world: Settin
         with pytest.raises(DataError, match="was trained on other samples"):
             publish(
                 versions_of(own_world),
-                {"two_tower": checkpoint},
-                replace(samples, manifest={**samples.manifest, "files": files}),
-                places(own_world).workspace / "items.parquet",
-                {},
-                {},
-                fusion=Fusion(),
-                configuration={},
-                metrics={},
-                index_kind="exact",
-                index_recall=1.0,
-                index_ks=[10],
+                VersionParts(
+                    replace(samples, manifest={**samples.manifest, "files": files}),
+                    places(own_world).workspace / "items.parquet",
+                    {"two_tower": checkpoint},
+                    {},
+                    {},
+                    Fusion(),
+                ),
+                ModelsOptions(),
+                IndexOptions("exact", 1.0),
+                ks=[10],
                 seed=0,
-                clock_ms=lambda: 0,
+                recorded={},
             )
 
 

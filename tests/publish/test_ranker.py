@@ -14,13 +14,14 @@ from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.entities import Entity
 from twotower.pipeline.line import latest_checkpoint, open_served
 from twotower.pipeline.places import places
-from twotower.publish.overlay import Entities, Overlay
+from twotower.publish.overlay import EntityChanges, Overlay
 from twotower.publish.ranker import OnnxRanker
 from twotower.publish.version import Version
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
-from twotower.serve.funnel import Sizes, recommend
-from twotower.serve.request import Asked
+from twotower.serve.funnel import Served, recommend
+from twotower.serve.options import FunnelOptions
+from twotower.serve.request import Request
 from twotower.serve.users import Recent
 from twotower.towers.ranker import Ranker
 from twotower.train.checkpoint import load_ranker
@@ -46,7 +47,7 @@ def side(request: pytest.FixtureRequest, world: Settings) -> Side:
 def asked(side: Side, user: int, clicks: list[int] | None = None) -> tuple[dict[str, Column], Bag]:
     """One user, with some other history if it is given; -1 = a stranger."""
     samples = side.samples
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([user]), {}, None)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([user]))
     history = queries.clicks if clicks is None else Bag(np.array([0, len(clicks)]), np.array(clicks, np.int32))
     return dict(queries.features), history
 
@@ -105,7 +106,7 @@ def test_an_item_that_is_put_is_ranked_by_its_features(side: Side) -> None:
     new = 10**9 if base.item_ids.type == pa.int64() else "zz new"
     like = {k: v for k, v in base.catalogue.slice(7, 1).to_pylist()[0].items() if k not in (c.ITEM_ID, c.AVAILABLE)}
     known = base.item_ids[30].as_py()
-    laid = Overlay(base).lay(Entities(items={new: Entity(features=like), known: Entity(features=like)}))
+    laid = Overlay(base).lay(EntityChanges(items={new: Entity(features=like), known: Entity(features=like)}))
     name = next(name for name, one in base.rankers.items() if one is side.published)
     user, clicks = asked(side, 4)
     found = laid.rankers[name].score(user, clicks, np.array([size, 7, 30, 8]))
@@ -117,14 +118,18 @@ def test_an_item_that_is_put_is_ranked_by_its_features(side: Side) -> None:
 
 
 def test_the_funnel_orders_a_page_by_the_published_rankers(side: Side) -> None:
-    sizes = Sizes(retrieve=150, pre_rank=60, rank=30, explore_share=0.0, cosine=0.0)
-    who = Asked(10, "none", side.version.users.ids[5].as_py())
-    page = recommend(side.version, who, Recent(), 1_800_000_000_000, 0, sizes, "r").page
+    options = FunnelOptions(retrieve=150, pre_rank=60, rank=30, explore_share=0.0, cosine=0.0)
+    who = Request(10, "none", side.version.users.ids[5].as_py())
+
+    def served(version: Version) -> Served:
+        return recommend(version, who, Recent(), range(0), options, now_ms=1_800_000_000_000, request_id="r")
+
+    page = served(side.version).page
     assert page.counts == {
         "retrieved": 150, "pre_rank_rejected": 90, "rank_rejected": 30, "ranked_not_shown": 20, "impressed": 10,
     }  # fmt: skip
     scores = [item.score for item in page.items]
     assert scores == sorted(scores, reverse=True)
     assert all(score is not None and 0 < score < 1 for score in scores)
-    bare = recommend(replace(side.version, rankers={}), who, Recent(), 1_800_000_000_000, 0, sizes, "r").page
+    bare = served(replace(side.version, rankers={})).page
     assert [one.item_id for one in page.items] != [one.item_id for one in bare.items]

@@ -12,14 +12,14 @@ from twotower.logs.entities import Entity
 from twotower.pipeline.line import open_served
 from twotower.pipeline.places import places
 from twotower.publish.delta import Delta, Rows
-from twotower.publish.overlay import Entities, Overlay
+from twotower.publish.overlay import EntityChanges, Overlay
 from twotower.publish.retrieve import RetrieveReport, retrieve_file, shown_items
 from twotower.publish.tables import map_tables
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.formats import read_rows, write_rows
-from twotower.serve.request import Asked, retrieve
+from twotower.serve.request import Request, retrieve
 from twotower.serve.users import Recent
 
 
@@ -211,14 +211,14 @@ def test_what_was_learned_and_put_since_is_answered_like_a_server_answers(versio
     features = version.catalogue.slice(7, 1).to_pylist()[0]
     like = Entity(features={name: one for name, one in features.items() if name not in (c.ITEM_ID, c.AVAILABLE)})
     users = {put: Entity(features={"city": "nowhere"}), deleted: Entity(deleted=True, fresh=True)}
-    served = overlay.lay(Entities({new_item: like}, users))
+    served = overlay.lay(EntityChanges({new_item: like}, users))
     everyone = [moved, learned, put, deleted, plain, stranger]
     out, file = tmp_path / "out.parquet", users_file(tmp_path, user_id=everyone)
     for channel in ("two_tower", "fused"):
         assert retrieve_file(served, tmp_path, file, 40, out, channel, "clicked").users == len(everyone)
         table, channels = pq.read_table(out), [] if channel == "fused" else [channel]
         for one in everyone:
-            expected = retrieve(served, Asked(40, "clicked", one, channels=channels), Recent(), 0, 0)
+            expected = retrieve(served, Request(40, "clicked", one, channels=channels), Recent(), range(0))
             mine = table.filter(pc.equal(table["user_id"], one))
             assert mine["item_id"].to_pylist() == [item.item_id for item in expected.items]
     retrieve_file(served, tmp_path, "all", 400, out, "two_tower", "none")

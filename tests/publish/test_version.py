@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,12 +16,13 @@ from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import map_tables
 from twotower.publish.version import Version, item_tokens
 from twotower.samples.read import Clicks, Samples, open_samples
-from twotower.serve.request import Asked, clicked_rows, find_user, user_columns
+from twotower.serve.request import Request, queries_of
 from twotower.serve.users import Recent
 from twotower.towers.two_tower import TwoTower
-from twotower.train.batches import BatchMaker, fed_frequency
+from twotower.train.batches import BatchMaker
 from twotower.train.checkpoint import load_model
-from twotower.train.negatives import CountedFrequency
+from twotower.train.negatives import CountedFrequency, NegativeSources, fed_frequency
+from twotower.train.options import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def as_bytes(column: Column) -> list[bytes]:
 
 def test_the_exported_user_tower_gives_the_vectors_of_the_trained_one(side: Side) -> None:
     rows = np.arange(len(side.samples.users))
-    queries = queries_of_users(side.samples.features, side.samples.users, side.samples.clicks, rows, {}, None)
+    queries = queries_of_users(side.samples.features, side.samples.users, side.samples.clicks, rows)
     exported = side.version.two_tower.user_vectors(queries)
     columns = dict(queries.features)
     history = side.samples.features.history
@@ -74,8 +76,8 @@ def test_a_request_has_the_bytes_that_training_read_for_the_same_user_and_histor
     clicks = samples.clicks
     none = Clicks(np.zeros_like(clicks.indptr), clicks.item_row[:0], clicks.ts_ms[:0])
     version = replace(side.version, clicks=none, manifest={**side.version.manifest, "watermark_ms": 0})
-    frequency = CountedFrequency(fed_frequency(samples))
-    maker = BatchMaker(samples, len(samples.positives), 0.0, 0, None, frequency, True, None)
+    sources = NegativeSources(None, CountedFrequency(fed_frequency(samples)))
+    maker = BatchMaker(samples, TrainOptions(batch_size=len(samples.positives), id_dropout=0.0), sources)
     order = maker._order(0).positives
     [batch] = maker.epoch(0)
     for place, row in enumerate(order[:100]):
@@ -84,16 +86,18 @@ def test_a_request_has_the_bytes_that_training_read_for_the_same_user_and_histor
         before = slice(start, start + int(samples.positives.history[row]))
         item_ids = samples.items.ids.take(pa.array(clicks.item_row[before])).to_pylist()
         recent = Recent(tuple(zip(clicks.ts_ms[before].tolist(), item_ids, strict=True)))
-        asked = Asked(10, "none", samples.users.ids[user_row].as_py())
-        assert find_user(version, asked.user_id) == user_row
-        columns = user_columns(version, user_row, asked)
-        rows = clicked_rows(version, user_row, recent)
-        columns[features.history.name] = latest(
-            Bag(np.array([0, len(rows)]), rows), item_tokens(features, version.item_ids), features.history.last
-        )
+        asked = Request(10, "none", samples.users.ids[user_row].as_py())
+        assert version.user_row(asked.user_id) == user_row
+        queries = queries_of(version, asked, recent, range(0))
+        tokens = item_tokens(features, version.item_ids)
+        columns = {**queries.features, features.history.name: latest(queries.clicks, tokens, features.history.last)}
         for feature in features.user:
             trained = take(batch.user[feature.name], np.array([place]))
             assert as_bytes(columns[feature.name]) == as_bytes(trained), feature.name
+
+
+def features_of(version: Version, asked: Request) -> Mapping[str, Column]:
+    return queries_of(version, asked, Recent(), range(0)).features
 
 
 def test_raw_features_in_a_request_are_encoded_as_the_stored_ones(world: Settings) -> None:
@@ -103,8 +107,8 @@ def test_raw_features_in_a_request_are_encoded_as_the_stored_ones(world: Setting
     assert names
     for user_row in range(0, len(version.users), 7):
         raw = users[version.users.ids[user_row].as_py()]
-        given = user_columns(version, -1, Asked(10, "none", features={name: raw[name] for name in names}))
-        stored = user_columns(version, user_row, Asked(10, "none"))
+        given = features_of(version, Request(10, "none", features={name: raw[name] for name in names}))
+        stored = features_of(version, Request(10, "none", raw["user_id"]))
         for name in names:
             assert as_bytes(given[name]) == as_bytes(stored[name]), name
 
@@ -117,7 +121,7 @@ def test_raw_context_in_a_request_is_encoded_as_in_the_samples(world: Settings) 
     for row in range(0, len(positives), 50):
         user_id = samples.users.ids[int(positives.user_row[row])].as_py()
         event = raw[(user_id, int(positives.ts_ms[row]))]
-        asked = Asked(10, "none", context={name: event[name] for name in positives.context})
-        columns = user_columns(version, -1, asked)
+        asked = Request(10, "none", context={name: event[name] for name in positives.context})
+        columns = features_of(version, asked)
         for name, column in positives.context.items():
             assert as_bytes(columns[name]) == as_bytes(take(column, np.array([row]))), name

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from twotower.features.bloom import is_held_out
 from twotower.features.options import Features
 from twotower.samples.build import build_samples
 from twotower.samples.options import HotOptions, NegativesOptions, SamplesOptions
@@ -154,6 +155,17 @@ def test_shown_items_are_hard_negatives_only_where_they_are_forced_in(
     assert hard(forced)[1, 10][c.IMPRESSED] == [11]
     assert "impressed_as_negatives_for_experiments says: it was good enough to be shown" in caplog.text
     assert forced.manifest["used"][c.IMPRESSED] == {"hard_negative": 1, "no_positive_in_its_request": 1}
+
+
+def test_a_held_out_user_has_no_weak_positives_either(world: World, build: Build) -> None:
+    """User 1 is held out by the hash of the id."""
+    shown = rows((1, 100, {c.CLICKED: [10], c.IMPRESSED: [11]}), (2, 100, {c.CLICKED: [11], c.IMPRESSED: [12]}))
+    samples = build(world(USERS, ITEMS, {DAY1: shown}), impressed_weight=0.25, held_out_users=0.5)
+    users, items = samples.users.ids.to_pylist(), samples.items.ids.to_pylist()
+    assert is_held_out(samples.users.ids, 0.5)[users.index(1)]
+    trained = zip(samples.positives.user_row, samples.positives.item_row, strict=True)
+    assert [(users[user], items[item]) for user, item in trained] == [(2, 11), (2, 12)]
+    assert len(samples.clicks.item_row) == 2
 
 
 def test_a_shown_item_is_a_weak_positive_with_its_weight_and_history(world: World, build: Build) -> None:

@@ -285,9 +285,10 @@ import sys
 from pathlib import Path
 import pyarrow as pa
 from pyspark import SparkContext
+from twotower.samples.options import EngineOptions
 from twotower.samples.spark_engine import open_spark
 for _ in range(2):
-    with open_spark(None, 1, 1.0, {}, Path(sys.argv[1])) as engine:
+    with open_spark(EngineOptions("spark", 1.0, 1), Path(sys.argv[1])) as engine:
         java = SparkContext._gateway.proc
         assert engine.fetch(engine.put("n", pa.table({"n": [1]}))).to_pydict() == {"n": [1]}
     assert java.returncode is not None
@@ -330,7 +331,7 @@ def test_pyspark_that_is_missing_is_said_with_what_to_install(tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "pyspark.sql", None)
     with (
         pytest.raises(ConfigError, match=r"needs pyspark: pip install 'twotower\[spark\]'"),
-        open_spark(None, 1, 1.0, {}, tmp_path),
+        open_spark(EngineOptions("spark", 1.0, 1), tmp_path),
     ):
         pass
 

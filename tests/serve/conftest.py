@@ -14,14 +14,15 @@ from twotower.features.store import LmdbFeatureStore
 from twotower.logs import LocalEventLog
 from twotower.pipeline.places import places
 from twotower.publish.version import Version
-from twotower.serve.app import Metrics, make_app
-from twotower.serve.entities import add_entities
-from twotower.serve.funnel import Sizes
+from twotower.serve.app import make_app
 from twotower.serve.health import Health
+from twotower.serve.metrics import Metrics
+from twotower.serve.options import FunnelOptions, ServeOptions
+from twotower.serve.parts import ServerParts
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import RecentUsers
 
-SIZES = Sizes(retrieve=120, pre_rank=60, rank=30, explore_share=0.5, logged=7)
+FUNNEL = FunnelOptions(retrieve=120, pre_rank=60, rank=30, explore_share=0.5, logged=7)
 NOW_MS = 1_800_000_000_000
 
 
@@ -102,21 +103,9 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
             users.catch_up()
             where = places(settings)
             snapshots = Snapshots(where.versions, metrics.switched, where.deltas, lambda: users.entities)
-            app = make_app(
-                snapshots,
-                log,
-                users,
-                metrics,
-                exclude="impressed",
-                impressed_window_ms=86_400_000,
-                channel_timeout_ms=channel_timeout_ms,
-                sizes=SIZES,
-                page=10,
-                health=health,
-                clock_ms=lambda: server.now_ms,
-            )
-            add_entities(app, snapshots, log, users, lambda: server.now_ms)
-            server = Server(Http(app), snapshots, log, users, store, health)
+            options = ServeOptions(channel_timeout_ms=channel_timeout_ms)
+            parts = ServerParts(snapshots, log, users, options, FUNNEL, metrics, health, clock_ms=lambda: server.now_ms)
+            server = Server(Http(make_app(parts)), snapshots, log, users, store, health)
             return server
 
         yield started

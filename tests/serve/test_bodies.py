@@ -4,7 +4,6 @@ from typing import Any
 import pytest
 
 from twotower.serve import bodies
-from twotower.serve.app import problem
 from twotower.serve.bodies import Bounded, read_json
 
 
@@ -54,7 +53,7 @@ async def reading(_: Any, receive: Any, send: Any) -> None:
 
 
 def test_a_body_is_bounded_by_its_address_as_announced_and_as_it_comes() -> None:
-    app = Bounded(reading, problem, 10, {"/events": 20}, 100)
+    app = Bounded(reading, 10, 100, {"/events": 20})
     assert ask(app, b"x" * 10)[0] == 200
     assert ask(app, b"x" * 6, b"x" * 6)[0] == 413
     assert ask(app, b"x" * 12, path="/events")[0] == 200
@@ -63,7 +62,7 @@ def test_a_body_is_bounded_by_its_address_as_announced_and_as_it_comes() -> None
 
 
 def test_bodies_are_bounded_together_until_their_requests_are_answered() -> None:
-    app = Bounded(reading, problem, 10, {}, 15)
+    app = Bounded(reading, 10, 15)
     assert ask(app, b"x" * 10)[0] == 200
     assert app._held == 0
     held = 0
@@ -73,7 +72,7 @@ def test_bodies_are_bounded_together_until_their_requests_are_answered() -> None
         await reading(_, receive, send)
         held = counted._held
 
-    counted = Bounded(noting, problem, 10, {}, 15)
+    counted = Bounded(noting, 10, 15)
     assert ask(counted, b"x" * 4, b"x" * 5)[0] == 200
     assert (held, counted._held) == (9, 0)
     app._held = 6  # of another request

@@ -7,7 +7,7 @@ import pytest
 from twotower.config import Settings
 from twotower.features.vocabulary import UNKNOWN
 from twotower.logs import Event, payload
-from twotower.logs.entities import CATALOGUE
+from twotower.logs.events import CATALOGUE
 from twotower.publish import overlay
 from twotower.publish.delta import Delta, Rows, delta_folder, write_delta
 from twotower.publish.delta import base_digest as digest_of
@@ -208,7 +208,7 @@ def test_an_id_that_is_too_long_is_refused_and_not_logged(server) -> None:
     [
         ({"labels": "rain"}, "labels = 'rain', where list"),
         ({"labels": ["a", 1]}, "labels = ['a', 1]"),
-        ({"labels": [["a"]]}, "a list holds ['a']"),
+        ({"labels": [["a"]]}, "holds ['a']"),
         ({"labels": ["a"] * 5000}, "a list of 5000 entries"),
         ({"labels": {"a": 1}}, "is an object"),
         ({"kind": ["a"]}, "kind = ['a'], where string is due"),

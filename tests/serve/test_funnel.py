@@ -14,12 +14,17 @@ from twotower.pipeline.line import open_served
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
+from twotower.serve.channels import SideBySide
+from twotower.serve.explain import explain
 from twotower.serve.filters import Filter
-from twotower.serve.funnel import STAGES, Served, Sizes, explain, page_of, recommend
-from twotower.serve.request import Asked, queries_of, retrieve
+from twotower.serve.funnel import STAGES, Served, page_of, recommend
+from twotower.serve.options import FunnelOptions
+from twotower.serve.request import Request, impressed_window, queries_of, retrieve
 from twotower.serve.users import Recent
 
-SIZES = Sizes(retrieve=120, pre_rank=60, rank=30, explore_share=0.0, logged=7, cosine=0.0)
+NOW_MS = 1_800_000_000_000
+WINDOW = impressed_window(NOW_MS, 1000)
+SIZES = FunnelOptions(retrieve=120, pre_rank=60, rank=30, explore_share=0.0, logged=7, cosine=0.0)
 EVERYTHING = replace(SIZES, logged=1000)
 
 
@@ -61,12 +66,14 @@ def clicked_by(version: Version) -> list[str]:
     return items
 
 
-def asked(version: Version, k: int = 10, **rest: Any) -> Asked:
-    return Asked(k, rest.pop("exclude", "none"), user_of(version), **rest)
+def asked(version: Version, k: int = 10, **rest: Any) -> Request:
+    return Request(k, rest.pop("exclude", "none"), user_of(version), **rest)
 
 
-def served(version: Version, sizes: Sizes = SIZES, request_id: str = "r", k: int = 10, **rest: Any) -> Served:
-    return recommend(version, asked(version, k, **rest), Recent(), 1_800_000_000_000, 0, sizes, request_id)
+def served(version: Version, options: FunnelOptions = SIZES, request_id: str = "r", k: int = 10, **rest: Any) -> Served:
+    return recommend(
+        version, asked(version, k, **rest), Recent(), WINDOW, options, now_ms=NOW_MS, request_id=request_id
+    )
 
 
 def outcomes(record: Event) -> dict[Any, str]:
@@ -99,7 +106,7 @@ def test_the_towers_cosine_counts_in_the_order_and_not_in_the_score(version: Ver
     both = {"pre_rank": ByRow(0.0), "rank": ByRow(0.0)}  # rankers that think all alike
     alike = replace(version, rankers=both)
     one = served(alike, replace(EVERYTHING, cosine=2.0), channels=["two_tower"])
-    nearest = retrieve(alike, asked(version, 60, channels=["two_tower"]), Recent(), 1_800_000_000_000, 0)
+    nearest = retrieve(alike, asked(version, 60, channels=["two_tower"]), Recent(), WINDOW)
     assert [item.item_id for item in one.page.items] == [item.item_id for item in nearest.items[:10]]
     assert {item.score for item in one.page.items} == {0.5}
     kept = {item for item, outcome in outcomes(one.record).items() if outcome != c.PRE_RANK_REJECTED}
@@ -201,7 +208,7 @@ def test_the_record_has_what_the_models_saw_of_the_user(version: Version) -> Non
 
 
 def test_someone_without_an_id_gets_a_page_and_no_record(version: Version) -> None:
-    one = recommend(version, Asked(10, "none"), Recent(), 1_800_000_000_000, 0, SIZES, "r")
+    one = recommend(version, Request(10, "none"), Recent(), WINDOW, SIZES, now_ms=NOW_MS, request_id="r")
     assert len(one.page.items) == 10
     assert one.record is None
 
@@ -213,12 +220,12 @@ def test_an_explanation_says_of_every_item_what_a_request_does_with_it(
     one = version if ranked else bare
     wanted = asked(one, filters={"category": Filter(deny=["chess"])}, exclude="clicked")
     recent = Recent()
-    ended = outcomes(recommend(one, wanted, recent, 1_800_000_000_000, 0, EVERYTHING, "r").record)
+    ended = outcomes(recommend(one, wanted, recent, WINDOW, EVERYTHING, now_ms=NOW_MS, request_id="r").record)
     clicked = set(clicked_by(one))
     categories = dict(zip(one.item_ids.to_pylist(), one.catalogue.column("category").to_pylist(), strict=True))
     seen = set()
     for item in one.item_ids.to_pylist()[::4]:
-        told = explain(one, wanted, item, recent, 1_800_000_000_000, 0, EVERYTHING)
+        told = explain(one, wanted, recent, WINDOW, EVERYTHING, item_id=item)
         reasons = [*(["clicked"] if item in clicked else []), *(["category"] if categories[item] == "chess" else [])]
         assert told.filtered == reasons
         assert told.outcome == ended.get(item, "filtered" if reasons else "not_retrieved")
@@ -234,17 +241,40 @@ def test_an_explanation_says_of_every_item_what_a_request_does_with_it(
 def test_an_explanation_follows_an_item_that_is_left_out(version: Version) -> None:
     best = served(version, exclude="impressed").page.items[0].item_id
     recent = Recent(shown=((1_800_000_000_000, best),))
-    told = explain(version, asked(version, exclude="impressed"), best, recent, 1_800_000_000_000, 1000, SIZES)
+    told = explain(version, asked(version, exclude="impressed"), recent, WINDOW, SIZES, item_id=best)
     assert (told.outcome, told.filtered, told.rank.rank) == ("filtered", ["impressed"], 1)
     assert told.known_user
     assert told.clicks > 0
 
 
 def test_an_explanation_of_what_the_version_does_not_have_says_so(version: Version) -> None:
-    told = explain(version, asked(version), "nothing", Recent(), 1_800_000_000_000, 0, SIZES)
+    told = explain(version, asked(version), Recent(), WINDOW, SIZES, item_id="nothing")
     assert told.outcome == "unknown_item"
-    stranger = explain(version, Asked(10, "none", 999_999_999), version.item_ids[0].as_py(), Recent(), 0, 0, SIZES)
+    stranger = explain(
+        version, Request(10, "none", 999_999_999), Recent(), WINDOW, SIZES, item_id=version.item_ids[0].as_py()
+    )
     assert (stranger.known_user, stranger.clicks) == (False, 0)
+
+
+def test_the_user_tower_runs_once_for_a_request(version: Version) -> None:
+    towers, calls = version.two_tower, []
+
+    def counted(columns: Mapping[str, Column]) -> np.ndarray:
+        calls.append(columns)
+        return version.user_tower.encode(columns)
+
+    towers = towers.newer(towers.item_tokens, towers.index, towers.item_vectors, counted)
+    channels = {**version.channels, "two_tower": towers, "new_items": towers.over("new_items", towers.index)}
+    counting, side_by_side = replace(version, channels=channels), SideBySide(20.0)
+    options = replace(SIZES, cosine=2.0, explore_share=1.0)
+    common = (counting, asked(version), Recent(), WINDOW)
+    served = recommend(*common, options, now_ms=NOW_MS, request_id="r", ask=side_by_side.ask)
+    assert len(calls) == 1
+    assert served.page.items
+    explain(*common, options, item_id=served.page.items[0].item_id)
+    assert len(calls) == 2
+    retrieve(*common, side_by_side.ask)
+    assert len(calls) == 3
 
 
 # Over HTTP.

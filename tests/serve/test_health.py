@@ -5,7 +5,7 @@ import pytest
 
 from twotower.features.store import LmdbFeatureStore
 from twotower.logs import LocalEventLog
-from twotower.logs.entities import item_event
+from twotower.logs.events import item_event
 from twotower.schema.errors import DataError
 from twotower.serve.health import Health
 from twotower.serve.run import READER, read_log

@@ -5,11 +5,11 @@ import pyarrow as pa
 import pytest
 
 from twotower.config import Settings
-from twotower.features.bloom import Seen, Shape, hash_ids
+from twotower.features.bloom import FilterShape, Seen, hash_ids
 from twotower.pipeline.line import open_served
 from twotower.publish.version import Version
 from twotower.serve.filters import Filter
-from twotower.serve.request import Asked, clicked_rows, find_items, left_out, retrieve
+from twotower.serve.request import Request, excluded_rows, find_items, newer_clicks, queries_of, retrieve
 from twotower.serve.users import Recent
 
 
@@ -25,14 +25,18 @@ def test_items_of_another_type_or_beyond_int64_are_not_in_the_catalogue(version:
 def test_clicks_after_the_watermark_follow_those_of_the_version_in_the_order_of_time(version: Version) -> None:
     watermark = version.watermark_ms
     recent = Recent(clicks=((watermark + 9, 1), (watermark, 2), (watermark + 5, 3), (watermark + 5, 99), (5, 4)))
-    stored = clicked_rows(version, 7, Recent())
-    assert clicked_rows(version, 7, recent).tolist() == [*stored.tolist(), 3, 1]
-    assert clicked_rows(version, -1, recent).tolist() == [3, 1]
+    for user_id in (version.users.ids[7].as_py(), None):
+        without, clicked = (
+            queries_of(version, Request(1, "none", user_id), one, range(0)).clicks.rows.tolist()
+            for one in (Recent(), recent)
+        )
+        assert clicked == [*without, 3, 1]
+        assert bool(without) == (user_id is not None)
 
 
 def test_without_a_watermark_every_click_of_the_log_counts(version: Version) -> None:
     timeless = replace(version, manifest={**version.manifest, "watermark_ms": None})
-    assert clicked_rows(timeless, -1, Recent(clicks=((5, 4), (3, 6)))).tolist() == [6, 4]
+    assert newer_clicks(timeless, Recent(clicks=((5, 4), (3, 6)))).tolist() == [6, 4]
 
 
 def test_exclusions_join_clicks_impressions_of_the_window_and_filters(version: Version) -> None:
@@ -40,7 +44,7 @@ def test_exclusions_join_clicks_impressions_of_the_window_and_filters(version: V
     clicks = np.array([8, 8, 2], np.int32)
 
     def rows(exclude: str, **filters: Filter) -> list[int]:
-        return left_out(version, Asked(10, exclude, filters=filters), clicks, recent, range(100, 1000)).tolist()
+        return excluded_rows(version, Request(10, exclude, filters=filters), clicks, recent, range(100, 1000)).tolist()
 
     assert rows("none") == []
     assert rows("clicked") == [2, 8]
@@ -50,11 +54,13 @@ def test_exclusions_join_clicks_impressions_of_the_window_and_filters(version: V
 
 
 def test_impressions_in_filters_are_left_out_while_they_are_within_the_window(version: Version) -> None:
-    seen = Seen(Shape.of(700, 7, 70, 0.001)).add([150, 350, 350], hash_ids(pa.array([5, 6, 77])))
+    seen = Seen(FilterShape.of(700, 7, 70, 0.001)).add([150, 350, 350], hash_ids(pa.array([5, 6, 77])))
     recent = Recent(shown=((650, 9),), seen=seen)
 
     def rows(exclude: str, since_ms: int) -> list[int]:
-        return left_out(version, Asked(10, exclude), np.zeros(0, np.int32), recent, range(since_ms, 1000)).tolist()
+        return excluded_rows(
+            version, Request(10, exclude), np.zeros(0, np.int32), recent, range(since_ms, 1000)
+        ).tolist()
 
     assert [rows("impressed", since_ms) for since_ms in (150, 200, 650)] == [[5, 6, 9], [6, 9], [9]]
     assert rows("clicked", 150) == []
@@ -62,6 +68,6 @@ def test_impressions_in_filters_are_left_out_while_they_are_within_the_window(ve
 
 def test_all_items_of_an_answer_are_of_the_version_that_it_names(version: Version) -> None:
     renamed = replace(version, id="another")
-    answers = [retrieve(one, Asked(5, "none"), Recent(), 0, 0) for one in (version, renamed)]
+    answers = [retrieve(one, Request(5, "none"), Recent(), range(0)) for one in (version, renamed)]
     assert [answer.version for answer in answers] == [version.id, "another"]
     assert answers[0].items == answers[1].items

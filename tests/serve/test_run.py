@@ -19,8 +19,9 @@ import pytest
 
 from twotower.config import Settings
 from twotower.pipeline.places import places
+from twotower.publish.manifest import write_manifest
 from twotower.publish.publish import current_path
-from twotower.publish.version import read_manifest, write_manifest
+from twotower.publish.version import read_manifest
 
 TOKEN = "token"
 OTHER = "29990101T000000000-other"

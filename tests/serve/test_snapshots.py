@@ -6,8 +6,9 @@ import pytest
 
 from twotower.config import Settings
 from twotower.pipeline.places import places
+from twotower.publish.manifest import write_manifest
 from twotower.publish.publish import current, current_path, existing_path
-from twotower.publish.version import read_manifest, write_manifest
+from twotower.publish.version import read_manifest
 from twotower.serve import snapshots as module
 from twotower.serve.admin import make_admin_app
 from twotower.serve.snapshots import Snapshots

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from twotower.logs import Event, LocalEventLog
-from twotower.stream.rows import Asked, Row, Types
+from twotower.stream.rows import Row, RowRequest, Types
 
 T0 = 1_700_000_000_000  # 2023-11-14 22:13:20
 
@@ -75,7 +75,7 @@ def make_log(tmp_path: Path) -> Callable[..., Path]:
 def _rows(requests: int) -> list[Row]:
     rows = []
     for n in range(requests):
-        asked = Asked(
+        request = RowRequest(
             n * 7919 * (-1) ** n,
             f"r{n}" if n % 4 else None,
             T0 + n,
@@ -86,8 +86,8 @@ def _rows(requests: int) -> list[Row]:
             2**40 + n if n % 3 else None,
         )
         rows += [
-            Row(asked, "clicked one", "clicked", T0 + 2 * n, 1.5, 1, -0.25, "a|b", 1.0, 0.125),
-            Row(asked, "", "impressed", None, None, 2, None, None, 1.0, None),
-            Row(asked, "rejected one", "rank_rejected", None, None, None, 0.5, "a", 0.1, None),
+            Row(request, "clicked one", "clicked", T0 + 2 * n, 1.5, 1, -0.25, "a|b", 1.0, 0.125),
+            Row(request, "", "impressed", None, None, 2, None, None, 1.0, None),
+            Row(request, "rejected one", "rank_rejected", None, None, None, 0.5, "a", 0.1, None),
         ]
     return rows

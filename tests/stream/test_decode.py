@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.stream.decode import decode, decode_rows
 from twotower.stream.example import Example, encode_rows, list_of
-from twotower.stream.rows import CONTEXT, FEATURES, Asked, Row, Types
+from twotower.stream.rows import Row, RowRequest, Types
 from twotower.stream.tfrecord import Records, frame, split_records
 
 SCHEMA = pa.schema(
@@ -58,7 +59,7 @@ def test_rows_come_back(many_rows: list[Row], types: Types) -> None:
     table = decode_rows(records_of(list(encode_rows([many_rows], types))), 0, len(many_rows), types.schema())
     assert table.schema == types.schema()
     for row, got in zip(many_rows, table.to_pylist(), strict=True):
-        asked, shown = row.asked, row.outcome != "rank_rejected"
+        asked, shown = row.request, row.outcome != "rank_rejected"
         assert (got["user_id"], got["item_id"], got["outcome"]) == (asked.user_id, row.item_id, row.outcome)
         assert (got["request_id"], got["request_ts_ms"], got["click_ts_ms"]) == (
             asked.request_id, asked.ts_ms, row.click_ts_ms,
@@ -68,10 +69,10 @@ def test_rows_come_back(many_rows: list[Row], types: Types) -> None:
             assert got[name] == (None if getattr(row, name) is None else pytest.approx(getattr(row, name)))
         assert (got["version"], got["delta_seq"]) == (asked.version, asked.delta_seq)
         for name in types.context:
-            assert got[f"{CONTEXT}{name}"] == asked.context.get(name)
+            assert got[f"{c.CONTEXT}{name}"] == asked.context.get(name)
         for name in types.features:
             wanted = asked.features.get(name) if shown else None
-            assert got[f"{FEATURES}{name}"] == (pytest.approx(wanted) if isinstance(wanted, float) else wanted)
+            assert got[f"{c.FEATURES}{name}"] == (pytest.approx(wanted) if isinstance(wanted, float) else wanted)
         assert got["history"] == (asked.history if shown else None)
 
 
@@ -84,9 +85,9 @@ def test_any_part_of_the_rows_comes_back_with_its_history(many_rows: list[Row], 
 
 
 def test_the_history_of_a_request_is_written_once(types: Types) -> None:
-    asked = Asked(1, "r1", 1_700_000_000_000, history=[f"item {n}" for n in range(1000)])
+    asked = RowRequest(1, "r1", 1_700_000_000_000, history=[f"item {n}" for n in range(1000)])
     rows = [Row(asked, f"item {n}", "rank_rejected" if n % 3 else "clicked") for n in range(2000)]
-    assert sum(map(len, encode_rows([rows], types))) < 300_000
+    assert sum(map(len, encode_rows([rows], types))) < 310_000
     found = decode_rows(records_of(list(encode_rows([rows], types))), 1500, 1506, types.schema())["history"]
     assert [one and len(one) for one in found.to_pylist()] == [1000, None, None, 1000, None, None]
 
@@ -181,14 +182,14 @@ def test_what_is_no_example_is_named(content: bytes, message: str) -> None:
 def test_a_feature_of_another_kind_is_refused() -> None:
     example = Example()
     example.features.feature["a"].float_list.value.append(1.0)
-    with pytest.raises(DataError, match="record 0: a is a float_list, where a int64_list is due"):
+    with pytest.raises(DataError, match="record 0: a is a float_list, where a int64_list is expected"):
         decode(records_of([example.SerializeToString()]), SCHEMA)
 
 
 def test_two_values_where_one_is_due_are_refused() -> None:
     example = Example()
     example.features.feature["a"].int64_list.value.extend([1, 2])
-    with pytest.raises(DataError, match="record 0: a has 2 values, where one is due"):
+    with pytest.raises(DataError, match="record 0: a has 2 values, where one is expected"):
         decode(records_of([example.SerializeToString()]), SCHEMA)
 
 

@@ -13,17 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.logs import Event, LocalEventLog, open_log, partition_of
-from twotower.logs.entities import user_deleted
+from twotower.logs.events import user_deleted
 from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError
 from twotower.stream import join as join_module
-from twotower.stream.join import JoinReport, Taken, Windows, join
+from twotower.stream.join import JoinReport, Taken, join
+from twotower.stream.options import StreamOptions
 from twotower.stream.rows import Types
 from twotower.stream.shards import manifests, partitions, read_rows
 from twotower.update.full import due_days
 
 T0, HOUR_MS = 1_700_006_400_000, 3_600_000
-WINDOWS = Windows(600_000, 30_000, 3_600_000)
+OPTIONS = StreamOptions(window_s=600, allowed_lateness_s=30, remember_s=3600, shard_events=50, merged_mb=1024)
 
 
 @pytest.fixture
@@ -31,10 +32,12 @@ def run(tmp_path: Path, types: Types) -> Callable[..., JoinReport]:
     """Joins a log into `out` of the test's folder."""
 
     def ran(log_folder: Path, out: str = "out", **options: object) -> JoinReport:
-        given: dict[str, object] = {"shard_events": 50, "merged_bytes": 1 << 30, "flush": True, **options}
+        names = {field.name for field in dataclasses.fields(OPTIONS)}
+        own = dataclasses.replace(OPTIONS, **{name: options.pop(name) for name in names & options.keys()})
+        given: dict[str, object] = {"flush": True, **options}
         event_log = LocalEventLog.reader(log_folder)
         folder = tmp_path / out
-        return join(event_log, folder / "shards", folder / "events", types, WINDOWS, **given)  # type: ignore[arg-type]
+        return join(event_log, folder / "shards", folder / "events", types, own, **given)  # type: ignore[arg-type]
 
     return ran
 
@@ -140,7 +143,9 @@ def test_a_click_after_a_flush_takes_the_place_of_its_impression(run, make_log, 
 
 def test_small_shards_are_merged_by_the_hour_and_rows_keep_their_numbers(run, make_log, make_events, tmp_path) -> None:
     log = make_log(make_events(400))
-    run(log, "small", merged_bytes=1)
+    with pytest.MonkeyPatch.context() as unmerged:
+        unmerged.setattr(join_module.PartitionJoin, "merge_hours", lambda _: None)
+        run(log, "small")
     run(log, "merged")
     small, merged = (manifests(tmp_path / out / "shards", 0) for out in ("small", "merged"))
     assert len(small) > len(merged)
@@ -148,7 +153,7 @@ def test_small_shards_are_merged_by_the_hour_and_rows_keep_their_numbers(run, ma
     assert len(set(hours)) == len(hours)
     assert rows_of(tmp_path / "small") == rows_of(tmp_path / "merged")
     assert (small[-1].end_row, small[-1].end) == (merged[-1].end_row, merged[-1].end)
-    left = {path.stem for path in (tmp_path / "merged" / "shards" / "partition-0000").glob("*.tfrecord")}
+    left = {path.name.split(".")[0] for path in (tmp_path / "merged" / "shards" / "partition-0000").glob("*.tfrecord")}
     assert left == {shard.name for shard in merged}
     rows = rows_of(tmp_path / "small")[0]
     for first in range(0, rows.num_rows, 37):
@@ -243,7 +248,7 @@ def test_joiners_share_partitions_and_none_takes_anothers(run, make_log, make_ev
     first, second = run(log, "two", share=(1, 2)), run(log, "two", share=(2, 2))
     assert first.rows > 0 < second.rows
     assert rows_of(tmp_path / "two") == rows_of(tmp_path / "one")
-    held = join_module.PartitionJoin(LocalEventLog.reader(log), tmp_path / "two" / "shards", 1, types, WINDOWS, 9, 9)
+    held = join_module.PartitionJoin(LocalEventLog.reader(log), tmp_path / "two" / "shards", 1, types, OPTIONS)
     run(log, "two", share=(1, 2))
     with pytest.raises(Taken, match="another joiner has"):
         run(log, "two")
@@ -259,7 +264,7 @@ def test_another_log_is_refused(run, make_log, make_events) -> None:
 
 def test_a_damaged_shard_is_named(run, make_log, make_events, tmp_path: Path) -> None:
     run(make_log(make_events(100)))
-    path = next((tmp_path / "out" / "shards").rglob("*.tfrecord"))
+    path = next((tmp_path / "out" / "shards").rglob("*.others.tfrecord"))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
@@ -270,9 +275,9 @@ def test_a_damaged_shard_is_named(run, make_log, make_events, tmp_path: Path) ->
 def test_a_shard_of_fewer_rows_than_its_manifest_says_is_named(run, make_log, make_events, tmp_path: Path) -> None:
     run(make_log(make_events(100)))
     shard = manifests(tmp_path / "out" / "shards", 0)[0]
-    path = tmp_path / "out" / "shards" / "partition-0000" / f"{shard.name}.tfrecord"
+    path = tmp_path / "out" / "shards" / "partition-0000" / f"{shard.name}.positives.tfrecord"
     path.write_bytes(b"")
-    with pytest.raises(DataError, match=f"has 0 rows, the manifest says {shard.rows}"):
+    with pytest.raises(DataError, match=f"has 0 rows, the manifest says {shard.files['positives'].rows}"):
         rows_of(tmp_path / "out")
 
 
@@ -313,7 +318,7 @@ def test_following_goes_on_until_it_is_stopped(run, make_log, make_events, tmp_p
         return more is None
 
     make_log([], "live")
-    run(tmp_path / "live", "followed", follow_s=0.01, stopped=stopped, shard_events=10_000)
+    run(tmp_path / "live", "followed", follow=True, follow_s=0.01, stopped=stopped, shard_events=10_000)
     assert rows_of(tmp_path / "followed") == rows_of(tmp_path / "once")
     assert hashes(tmp_path / "followed" / "events") == hashes(tmp_path / "once" / "events")
 
@@ -336,8 +341,8 @@ def test_every_kind_of_log_gives_the_same_rows(
     for own, log in logs.items():
         folder = tmp_path / "out" / own
         for flush in (False, True):  # in two parts: the second begins with what the first remembered
-            join(log, folder / "shards", folder / "events", types, WINDOWS, shard_events=37, merged_bytes=1 << 30,
-                 flush=flush)  # fmt: skip
+            options = dataclasses.replace(OPTIONS, shard_events=37)
+            join(log, folder / "shards", folder / "events", types, options, flush=flush)
         log.close()
     assert rows_of(tmp_path / "out" / kind) == rows_of(tmp_path / "out" / "local")
     assert hashes(tmp_path / "out" / kind / "events") == hashes(tmp_path / "out" / "local" / "events")

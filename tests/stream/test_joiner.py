@@ -2,21 +2,25 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
+import orjson
 import pyarrow as pa
 import pytest
 
 from twotower.logs import Event, Record
-from twotower.logs.entities import item_event, user_deleted, user_event
+from twotower.logs.events import item_event, user_deleted, user_event
 from twotower.logs.payload import erased_payload, payload_of, record_of
 from twotower.stream import joiner as joiner_module
 from twotower.stream.clock import Clock
 from twotower.stream.joiner import Joiner
+from twotower.stream.options import StreamOptions
 from twotower.stream.rows import Row, Types
 
 T0 = 1_700_000_000_000
-WINDOW_MS, LATENESS_MS, LATE_MS = 600_000, 30_000, 3_600_000
+OPTIONS = StreamOptions(window_s=600, allowed_lateness_s=30, remember_s=3600)
+SHORT = StreamOptions(window_s=300, allowed_lateness_s=60, remember_s=600)
 LOGGED_MS = T0 + 10**9
 """The clock of the log: later than all events, as where old events are replayed."""
 TYPES = Types(pa.int64(), pa.int64(), {"age": pa.float32()}, {"scene": pa.string(), "hour": pa.int64()})
@@ -41,9 +45,8 @@ def tick(at_s: float) -> Event:
     return request(at_s, f"tick{next(_numbers)}", 2, items=[], outcomes=[])
 
 
-def joiner_of(records: list[Record], **windows: int) -> Joiner:
-    given = {"window_ms": WINDOW_MS, "lateness_ms": LATENESS_MS, "late_ms": LATE_MS, **windows}
-    return Joiner(TYPES, fetch=lambda offset: next(r.event for r in records if r.offset == offset), **given)
+def joiner_of(records: list[Record], options: StreamOptions = OPTIONS) -> Joiner:
+    return Joiner(TYPES, options, lambda offset: next(r.event for r in records if r.offset == offset))
 
 
 def log_of(*events: Event) -> list[Record]:
@@ -73,10 +76,10 @@ def test_a_click_has_what_was_logged_at_its_request():
     joiner = joiner_of(records)
     joiner.feed(records[0])
     [row] = joiner.feed(records[1])
-    assert (row.asked.ts_ms, row.click_ts_ms, row.weight) == (T0, T0 + 5000, 2.5)
+    assert (row.request.ts_ms, row.click_ts_ms, row.weight) == (T0, T0 + 5000, 2.5)
     assert (row.position, row.score, row.channel, row.probability, row.propensity) == (1, 0.5, "a|b", 1.0, 0.2)
-    assert (row.asked.context, row.asked.features) == ({"scene": "home", "hour": 7}, {"age": 30.0})
-    assert (row.asked.history, row.asked.version, row.asked.delta_seq) == ([8, 9], "v1", 4)
+    assert (row.request.context, row.request.features) == ({"scene": "home", "hour": 7}, {"age": 30.0})
+    assert (row.request.history, row.request.version, row.request.delta_seq) == ([8, 9], "v1", 4)
     rejected = joiner.flush()[-1]
     assert (rejected.item_id, rejected.position, rejected.probability, rejected.click_ts_ms) == (3, None, 0.1, None)
 
@@ -92,7 +95,7 @@ def test_a_click_whose_request_does_not_come_leaves_alone():
     joiner = joiner_of(records)
     assert joiner.feed(records[0]) == []
     [row] = joiner.feed(records[1])
-    assert (row.item_id, row.outcome, row.asked.ts_ms, row.click_ts_ms) == (7, "clicked", T0 + 5000, T0 + 5000)
+    assert (row.item_id, row.outcome, row.request.ts_ms, row.click_ts_ms) == (7, "clicked", T0 + 5000, T0 + 5000)
     assert joiner.take_counts().unjoined == 1
     assert joiner.feed(records[2]) == []
     assert [row.item_id for row in joiner.flush()] == [1, 2, 3]
@@ -102,8 +105,8 @@ def test_a_click_without_a_request_is_a_positive_of_its_own():
     records = log_of(click(5, request_id=None, context={"scene": "home"}))
     joiner = joiner_of(records)
     [row] = joiner.feed(records[0])
-    assert (row.asked.request_id, row.asked.ts_ms, row.click_ts_ms) == (None, T0 + 5000, T0 + 5000)
-    assert row.asked.context == {"scene": "home"}
+    assert (row.request.request_id, row.request.ts_ms, row.click_ts_ms) == (None, T0 + 5000, T0 + 5000)
+    assert row.request.context == {"scene": "home"}
     assert joiner.take_counts().unjoined == 1
 
 
@@ -118,7 +121,7 @@ def test_a_late_click_reads_its_request_again():
     records = log_of(request(0, history=[4], scores=[0.5, 0.25, None]), tick(700), click(650, 2))
     joiner = joiner_of(records)
     *_, [row] = [joiner.feed(record) for record in records]
-    assert (row.asked.ts_ms, row.asked.history, row.score) == (T0, [4], 0.25)
+    assert (row.request.ts_ms, row.request.history, row.score) == (T0, [4], 0.25)
 
 
 def test_a_request_is_forgotten_after_its_late_time():
@@ -182,7 +185,7 @@ def test_a_click_stamped_before_its_request_takes_its_time():
     joiner = joiner_of(records)
     joiner.feed(records[0])
     [row] = joiner.feed(records[1])
-    assert row.click_ts_ms == row.asked.ts_ms == T0 + 10_000
+    assert row.click_ts_ms == row.request.ts_ms == T0 + 10_000
     assert joiner.take_counts().before_request == 1
 
 
@@ -198,22 +201,25 @@ def test_a_request_that_comes_after_its_window_leaves_at_once_and_is_late():
         (Event("e", "view", 1, T0), {"other_type": 1}),
         (request(0, user_id="1"), {"wrong_user_id": 1}),
         (click(0, "x"), {"wrong_item_id": 1}),
-        (click(0, 2**63), {"wrong_item_id": 1}),
+        (click(0, 2**63), {"unusable_bad_number": 1}),
         (Event("e", "click", 1, T0, "r"), {"no_item": 1}),
-        (request(0, outcomes=["impressed"]), {"bad_request": 1}),
-        (request(0, outcomes=["impressed", "bought", "impressed"]), {"bad_request": 1}),
+        (request(0, outcomes=["impressed"]), {"unusable_malformed": 1}),
+        (request(0, outcomes=["impressed", "bought", "impressed"]), {"unusable_malformed": 1}),
         (request(0, positions=[1]), {"bad_request": 1}),
-        (request(0, items="abc", outcomes=["impressed"] * 3), {"bad_request": 1}),
+        (request(0, items="abc", outcomes=["impressed"] * 3), {"unusable_malformed": 1}),
+        (request(0, outcomes=None), {"bad_request": 1}),
         (request(0, scores=["high", 1, 1]), {"bad_value": 1}),
         (request(0, context={"scene": 3}), {"bad_value": 1}),
         (request(0, context=[1]), {"bad_value": 1}),
         (request(0, items=[1, 1, 2]), {"item_twice": 1}),
         (request(0, items=[1, "b", 2]), {"wrong_item_id": 1}),
-        (click(0, request_id=None, weight=-1), {"bad_value": 1}),
+        (click(0, request_id=None, weight=-1), {"unusable_bad_number": 1}),
     ],
 )
 def test_what_cannot_be_used_is_dropped_and_counted(event: Event, reason: dict[str, int]):
-    joiner, _ = feed(event)
+    payload = orjson.dumps({**orjson.loads(event.to_json()), "logged_ms": LOGGED_MS})
+    joiner = joiner_of([])
+    joiner.feed(record_of(0, 10, payload))
     joiner.flush()
     assert joiner.take_counts().dropped == reason
 
@@ -226,7 +232,7 @@ def test_of_an_item_that_is_twice_in_a_request_the_furthest_counts():
 def test_a_client_with_a_wrong_clock_closes_nobodys_window():
     joiner, left = feed(request(0), click(40 * 86400, 9, "other", 3), click(5), tick(20))
     assert left == [[], [], [(1, "clicked")], []]
-    assert joiner.watermark_ms == T0 + 20_000 - LATENESS_MS
+    assert joiner.watermark_ms == T0 + 20_000 - OPTIONS.allowed_lateness_ms
 
 
 def test_a_flush_closes_everything_and_clicks_after_it_are_late():
@@ -235,7 +241,7 @@ def test_a_flush_closes_everything_and_clicks_after_it_are_late():
     for record in records[:3]:
         joiner.feed(record)
     assert joiner.has_open
-    assert [(row.asked.request_id, row.item_id) for row in joiner.flush()] == [
+    assert [(row.request.request_id, row.item_id) for row in joiner.flush()] == [
         ("r", 2), ("r", 3), ("s", 1), ("s", 2), ("s", 3),
     ]  # fmt: skip
     assert not joiner.has_open
@@ -267,7 +273,7 @@ def test_users_and_items_that_are_put_do_not_move_event_time():
         request(0), item_event("i", later, 7, {"price": 3}, True), user_event("u", later, 1, {}), click(5), tick(20)
     )
     assert left == [[], [], [], [(1, "clicked")], []]
-    assert (joiner.take_counts().late, joiner.watermark_ms) == (0, T0 + 20_000 - LATENESS_MS)
+    assert (joiner.take_counts().late, joiner.watermark_ms) == (0, T0 + 20_000 - OPTIONS.allowed_lateness_ms)
 
 
 def test_before_any_event_there_is_no_watermark():
@@ -301,12 +307,11 @@ def random_log(seed: int, size: int) -> list[Record]:
 @pytest.mark.parametrize("seed", range(15))
 def test_a_joiner_that_is_made_again_from_the_log_goes_on_as_if_nothing_had_been(seed: int):
     records = random_log(seed, 250)
-    windows = {"window_ms": 300_000, "lateness_ms": 60_000, "late_ms": 600_000}
     draw = random.Random(seed)
     flushed = set(draw.sample(range(len(records)), 3))
 
     def run(killed: set[int]) -> tuple[list[Row], list[object]]:
-        joiner, rows, flushes, counts = joiner_of(records, **windows), [], [], []
+        joiner, rows, flushes, counts = joiner_of(records, SHORT), [], [], []
         for place, record in enumerate(records):
             if place in flushed and joiner.has_open:
                 rows += joiner.flush()
@@ -319,7 +324,7 @@ def test_a_joiner_that_is_made_again_from_the_log_goes_on_as_if_nothing_had_been
                     return (record for record in records if begin <= record.offset < end)
 
                 joiner = Joiner.resume(
-                    TYPES, *windows.values(), joiner._fetch, replay=replay,
+                    TYPES, SHORT, joiner._fetch, replay=replay,
                     flushes=[offset for offset in flushes if offset > replay.offset], records=again(),
                     end=record.offset,
                 )  # fmt: skip
@@ -337,12 +342,11 @@ def test_a_joiner_that_is_made_again_from_the_log_goes_on_as_if_nothing_had_been
 @pytest.mark.parametrize("seed", range(15))
 def test_what_is_erased_before_a_joiner_is_made_again_changes_nothing_for_others(seed: int):
     records = random_log(seed, 250)
-    windows = {"window_ms": 300_000, "lateness_ms": 60_000, "late_ms": 600_000}
     draw = random.Random(seed)
 
     def run(later: list[Record], place: int, flushed: int) -> list[tuple[int, list[Row]]]:
         """Rows by the offset at which they leave; at `place` the joiner is made again, and reads `later` from then."""
-        joiner, left, flushes = joiner_of(records, **windows), list[tuple[int, list[Row]]](), list[int]()
+        joiner, left, flushes = joiner_of(records, SHORT), list[tuple[int, list[Row]]](), list[int]()
         for number in range(len(records)):
             record = (records if number < place else later)[number]
             if number == flushed and joiner.has_open:
@@ -352,7 +356,7 @@ def test_what_is_erased_before_a_joiner_is_made_again_changes_nothing_for_others
                 replay = joiner.replay(record.offset)
                 again = (one for one in later if replay.offset <= one.offset < record.offset)
                 joiner = Joiner.resume(
-                    TYPES, *windows.values(), joiner_of(later, **windows)._fetch, replay=replay, flushes=flushes,
+                    TYPES, SHORT, joiner_of(later, SHORT)._fetch, replay=replay, flushes=flushes,
                     records=again, end=record.offset,
                 )  # fmt: skip
             left.append((record.offset, joiner.feed(record)))
@@ -367,7 +371,12 @@ def test_what_is_erased_before_a_joiner_is_made_again_changes_nothing_for_others
             for record in records
         ]
         undisturbed, found = (
-            [row for at, rows in run(one, *places) for row in rows if row.asked.user_id != gone or at > deletion.offset]
+            [
+                row
+                for at, rows in run(one, *places)
+                for row in rows
+                if row.request.user_id != gone or at > deletion.offset
+            ]
             for one in (records, later)
         )
         assert found == undisturbed
@@ -376,7 +385,7 @@ def test_what_is_erased_before_a_joiner_is_made_again_changes_nothing_for_others
 @pytest.mark.parametrize("seed", range(10))
 def test_nothing_is_lost_and_nothing_leaves_twice(seed: int):
     records = [record for record in random_log(seed, 250) if record.event.type != "user"]
-    joiner = joiner_of(records, window_ms=300_000, lateness_ms=60_000, late_ms=10**9)  # nothing is forgotten
+    joiner = joiner_of(records, replace(SHORT, remember_s=10**6))  # nothing is forgotten
     rows = [row for record in records for row in joiner.feed(record)] + joiner.flush()
     clicked = {
         (e.user_id, e.request_id, e.body["item_id"])
@@ -391,12 +400,14 @@ def test_nothing_is_lost_and_nothing_leaves_twice(seed: int):
         pairs = zip(event.body["items"], event.body["outcomes"], strict=True)
         clicked |= {(user, name, item) for item, outcome in pairs if outcome == "clicked"}
     named = [
-        (row.asked.user_id, row.asked.request_id, row.item_id, row.outcome) for row in rows if row.asked.request_id
+        (row.request.user_id, row.request.request_id, row.item_id, row.outcome)
+        for row in rows
+        if row.request.request_id
     ]
     assert sorted(key[:3] for key in named if key[3] == "clicked") == sorted(clicked)
     assert len(named) == len(set(named))
     unnamed = sum(record.event.type == "click" and record.event.request_id is None for record in records)
-    assert sum(row.asked.request_id is None for row in rows) == unnamed
+    assert sum(row.request.request_id is None for row in rows) == unnamed
     got = {key[:3] for key in named}
     assert {(user, name, item) for (user, name), event in first.items() for item in event.body["items"]} <= got
 
@@ -429,23 +440,22 @@ def test_when_the_clock_of_the_log_comes_back_event_time_does_and_later_requests
     events = [(0, request(0, "before")), (years_s, request(years_s, "ahead")), (5, request(5, "after")), (6, tick(6))]
     records = [at(logged_s, event, place) for place, (logged_s, event) in enumerate(events)]
     joiner = joiner_of(records)
-    left = [[(row.asked.request_id, row.item_id) for row in joiner.feed(record)] for record in records]
+    left = [[(row.request.request_id, row.item_id) for row in joiner.feed(record)] for record in records]
     assert left[1] == [("before", 1), ("before", 2), ("before", 3)]  # closed early: the clock said so
     assert left[2] == [("ahead", 1), ("ahead", 2), ("ahead", 3)]
     assert joiner.clock.latest_ms == T0 + 6000
     counts = joiner.take_counts()
     assert (counts.clock_jumps, counts.late) == (1, 0)
     assert joiner.replay(40).offset == 20  # nothing of the wrong time is remembered
-    assert [row.asked.request_id for row in joiner.flush()] == ["after"] * 3
+    assert [row.request.request_id for row in joiner.flush()] == ["after"] * 3
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_requests_for_which_there_is_no_room_leave_the_same_rows(seed: int, monkeypatch: pytest.MonkeyPatch):
     records = [record for record in random_log(seed, 250) if record.event.type != "user"]
-    windows = {"window_ms": 300_000, "lateness_ms": 60_000, "late_ms": 600_000}
 
     def run() -> list[list[Row]]:
-        joiner = joiner_of(records, **windows)
+        joiner = joiner_of(records, SHORT)
         return [*(joiner.feed(record) for record in records), joiner.flush()]
 
     held = run()
@@ -459,4 +469,4 @@ def test_a_click_on_a_request_that_is_erased_by_now_leaves_without_it(monkeypatc
     stub = record_of(0, 10, erased_payload(payload_of(records[0].event, LOGGED_MS)))
     joiner = joiner_of([stub, *records[1:]])
     rows = [row for record in records for row in joiner.feed(record)]
-    assert [(row.asked.user_id, row.item_id, row.outcome) for row in rows] == [(1, 1, "clicked")]
+    assert [(row.request.user_id, row.item_id, row.outcome) for row in rows] == [(1, 1, "clicked")]

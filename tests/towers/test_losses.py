@@ -9,8 +9,11 @@ from torch.nn.functional import softplus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twotower.towers.losses import (
-    Form,
+    Loss,
     Mask,
+    RowNegatives,
+    Scores,
+    SharedNegatives,
     bsl,
     corrected_log_q,
     pointwise,
@@ -27,9 +30,9 @@ Plain = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A form beside its formula for one row: cosine of the positive, those of the negatives, weights, calibration."""
+    """A loss beside its formula for one row: cosine of the positive, those of the negatives, weights, calibration."""
 
-    form: Form
+    loss: Loss
     plain: Plain
 
 
@@ -73,6 +76,44 @@ CASES = {
     "triplet_logistic": Case(triplet_logistic(5.0), _plain_logistic),
     "pointwise": Case(pointwise(2.5), _plain_pointwise),
 }
+
+
+def _squared_hinge(scores: Scores) -> Tensor:
+    """A loss as a user writes it: its formula, for autograd."""
+    gap = torch.relu(scores.negatives - scores.positive + 0.3)
+    return (scores.weight * gap**2).sum(dim=1, keepdim=True) / scores.total
+
+
+def _plain_squared_hinge(right: Tensor, wrong: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    return (weight * torch.relu(wrong - right + 0.3) ** 2).sum() / weight.sum()
+
+
+def _focal(scores: Scores) -> Tensor:
+    """Learns a scale and a bias."""
+    scale, bias = scores.calibration[0].exp(), scores.calibration[1]
+    positive, negatives = scale * scores.positive + bias, scale * scores.negatives + bias
+    wrong = torch.sigmoid(negatives) ** 2 * softplus(negatives)
+    return softplus(-positive) + (scores.weight * wrong).sum(dim=1, keepdim=True) / scores.total
+
+
+def _contrast(scores: Scores) -> Tensor:
+    """A sum in the log space of the weights."""
+    return torch.logsumexp(scores.negatives / 0.3 + scores.log_weight, dim=1, keepdim=True) - scores.positive / 0.3
+
+
+def _plain_contrast(right: Tensor, wrong: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    return _log_sum(wrong, weight, 0.3) - right / 0.3
+
+
+def _plain_focal(right: Tensor, wrong: Tensor, weight: Tensor, calibration: Tensor) -> Tensor:
+    scale, bias = calibration[0].exp(), calibration[1]
+    negatives = torch.sigmoid(scale * wrong + bias) ** 2 * softplus(scale * wrong + bias)
+    return softplus(-(scale * right + bias)) + (weight * negatives).sum() / weight.sum()
+
+
+CASES["own: squared hinge"] = Case(_squared_hinge, _plain_squared_hinge)
+CASES["own: focal"] = Case(_focal, _plain_focal)
+CASES["own: contrast"] = Case(_contrast, _plain_contrast)
 each_form = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
 
@@ -139,10 +180,17 @@ def gradients(loss: Callable[[Tensor, Tensor, Tensor], Tensor], step: Step) -> l
     return [value.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
 
 
-def shared(form: Form, step: Step, chunk: int = 256) -> list[Tensor]:
+def shared(form: Loss, step: Step, chunk: int = 256) -> list[Tensor]:
     def loss(users: Tensor, items: Tensor, calibration: Tensor) -> Tensor:
         return shared_loss(
-            form, users, items, step.positive, step.log_weight, step.mask, step.share, calibration, chunk
+            form,
+            users,
+            items,
+            step.positive,
+            SharedNegatives(step.log_weight.numpy(), step.mask),
+            share=step.share,
+            calibration=calibration,
+            chunk=chunk,
         )
 
     return gradients(loss, step)
@@ -153,7 +201,7 @@ def shared(form: Form, step: Step, chunk: int = 256) -> list[Tensor]:
 def test_shared_negatives_have_the_value_and_gradients_of_the_formula(case: Case, chunk: int) -> None:
     step = random_step(37, 24, 17)
     expected = gradients(lambda u, v, a: plain_loss(case.plain, step, u, v, a), step)
-    for one, other in zip(shared(case.form, step, chunk), expected, strict=True):
+    for one, other in zip(shared(case.loss, step, chunk), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
 
 
@@ -168,11 +216,12 @@ def test_a_rows_own_negatives_have_the_value_and_gradients_of_the_formula(
         negatives = step.negatives_of(row)
         places[row, : len(negatives)] = torch.tensor(negatives)
         weights[row, : len(negatives)] = step.log_weight[negatives]
+    own = RowNegatives(places.numpy(), weights.numpy())
     expected = gradients(lambda u, v, a: plain_loss(case.plain, step, u, v, a), step)
     for numbers in (1, 1000, 1 << 20):  # one row at a time, several, all
         monkeypatch.setattr("twotower.towers.losses.ROW_FLOATS", numbers)
         found = gradients(
-            lambda u, v, a: row_loss(case.form, u, v, step.positive, places, weights, step.share, a), step
+            lambda u, v, a: row_loss(case.loss, u, v, step.positive, own, share=step.share, calibration=a), step
         )
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
@@ -181,7 +230,7 @@ def test_a_rows_own_negatives_have_the_value_and_gradients_of_the_formula(
 @each_form
 def test_float32_is_as_good_as_float32_can_be(case: Case) -> None:
     found, exact = (
-        shared(case.form, random_step(300, 180, 150, 2, dtype), 64) for dtype in (torch.float32, torch.double)
+        shared(case.loss, random_step(300, 180, 150, 2, dtype), 64) for dtype in (torch.float32, torch.double)
     )
     assert float(found[0]) == pytest.approx(float(exact[0]), rel=1e-5)
     for one, other in zip(found[1:], exact[1:], strict=True):
@@ -192,7 +241,7 @@ def test_float32_is_as_good_as_float32_can_be(case: Case) -> None:
 def test_rows_without_negatives_have_no_loss_and_no_gradient(case: Case) -> None:
     step = random_step(9, 5, 5)
     everything = Step(**{**vars(step), "mask": Mask(np.arange(10) * 5, np.tile(np.arange(5), 9))})
-    assert all(float(one.abs().max()) == 0 for one in shared(case.form, everything))
+    assert all(float(one.abs().max()) == 0 for one in shared(case.loss, everything))
 
 
 @each_form
@@ -205,8 +254,9 @@ def test_extreme_cosines_stay_finite(case: Case) -> None:
     none = Mask(np.array([0, 1, 2]), np.array([0, 1]))
     users.requires_grad_()
     loss = shared_loss(
-        forms.get(name, case.form), users, items, torch.tensor([0, 1]), torch.tensor([-20.0, 20.0]), none,
-        torch.ones(2), CALIBRATION.float(),
+        forms.get(name, case.loss), users, items, torch.tensor([0, 1]),
+        SharedNegatives(np.array([-20.0, 20.0], np.float32), none),
+        share=torch.ones(2), calibration=CALIBRATION.float(),
     )  # fmt: skip
     loss.backward()  # type: ignore[no-untyped-call]
     assert torch.isfinite(loss)
@@ -233,23 +283,22 @@ class Largest(TorchDispatchMode):
 def test_the_whole_matrix_is_never_held(case: Case) -> None:
     step = random_step(400, 300, 300)
     with Largest() as largest:
-        shared(case.form, step, 32)
+        shared(case.loss, step, 32)
     assert largest.numbers == 32 * 300
     with Largest() as largest:
         step.users @ step.items.T
     assert largest.numbers == 400 * 300  # the measure sees it where it is held
 
 
-def by_hand(form: Form, right: float, wrong: list[float], weight: list[float]) -> float:
+def by_hand(form: Loss, right: float, wrong: list[float], weight: list[float]) -> float:
     """The loss of one row, from cosines in the plane."""
     angles = np.arccos([right, *wrong])
     items = torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)], axis=1))
-    log_weight = torch.from_numpy(np.log([1.0, *weight]))
-    own = Mask(np.array([0, 1]), np.array([0]))
+    negatives = SharedNegatives(np.log([1.0, *weight]), Mask(np.array([0, 1]), np.array([0])))
     users = torch.tensor([[1.0, 0.0]]).double()
     share = torch.ones(1).double()
     calibration = CALIBRATION.double()
-    return float(shared_loss(form, users, items, torch.tensor([0]), log_weight, own, share, calibration))
+    return float(shared_loss(form, users, items, torch.tensor([0]), negatives, share=share, calibration=calibration))
 
 
 def test_one_row_by_hand() -> None:
@@ -273,3 +322,8 @@ def test_the_refined_log_q_correction_has_the_gradient_of_the_softmax_that_leave
     assert abs(float(one[0] - other[0])) > 0.1
     torch.testing.assert_close(one[1], other[1], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(one[2], other[2], rtol=1e-9, atol=1e-10)
+
+
+def test_a_loss_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the loss gave \(\) for 37 rows: it gives each row one, \(b, 1\)"):
+        shared(lambda scores: _squared_hinge(scores).mean(), random_step(37, 24, 17))

@@ -9,8 +9,8 @@ from twotower.features.columns import Bag, Column
 from twotower.features.feature_set import FeatureSet, encode_table, fit
 from twotower.features.options import Categorical, Features, Sequence
 from twotower.schema.errors import ConfigError
-from twotower.towers.ranker import Ranker, RankerShape, TargetAttention
-from twotower.towers.towers import Network
+from twotower.towers.options import PreRankOptions
+from twotower.towers.ranker import Ranker, TargetAttention, ranker_features
 
 ITEMS = pa.table({"item_id": [0, 1, 2, 3], "kind": ["a", "b", "a", "b"]})
 USERS = pa.table({"user_id": [0, 1, 2], "city": ["x", "y", "x"]})
@@ -22,17 +22,16 @@ USER = {
 ITEM = {"item_id": Categorical("categorical"), "kind": Categorical("categorical")}
 
 
-def shape(**changed: Any) -> RankerShape:
-    values = {"network": Network("dnn", (8,)), "dropout": 0.0, "history": "mean", "attention": 4, "positions": 3}
-    return RankerShape(**{**values, **changed})
+def options(**changed: Any) -> PreRankOptions:
+    return PreRankOptions(**{"layers": [8], "attention": 4, "positions": 3, **changed})
 
 
 def features(user: dict[str, Any] = USER, item: dict[str, Any] = ITEM) -> FeatureSet:
     return fit(Features(user=user, item=item), USERS, ITEMS, {}, 6, 0.0)
 
 
-def ranker(of: RankerShape, seed: int = 0) -> Ranker:
-    model = Ranker(of.features_of(features()), of, seed)
+def ranker(of: PreRankOptions, seed: int = 0) -> Ranker:
+    model = Ranker(features(), of, seed)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
@@ -50,7 +49,7 @@ def columns(rows: list[int], histories: list[list[int]]) -> dict[str, Column]:
 @pytest.mark.parametrize("history", ["mean", "target"])
 @pytest.mark.parametrize("network", ["dnn", "dcn"])
 def test_one_user_beside_many_candidates_scores_as_each_pair_alone(network: str, history: str) -> None:
-    model = ranker(shape(network=Network(network, (8,)), history=history))
+    model = ranker(options(network=network, history=history))
     items = encode_table(model.features.item, ITEMS)
     together = model.score(columns([1], [[0, 3, 3]]), items)
     for row in range(4):
@@ -77,7 +76,7 @@ def test_attention_is_a_mean_of_items_each_times_its_weight() -> None:
 
 
 def test_the_candidate_decides_what_of_a_history_counts() -> None:
-    model = ranker(shape(history="target"))
+    model = ranker(options(history="target"))
     attention = model.attention["history"]
     items = torch.randn(1, 2, 6, generator=torch.Generator().manual_seed(2))
     found = attention(items, torch.tensor([2]), torch.eye(6))
@@ -86,7 +85,7 @@ def test_the_candidate_decides_what_of_a_history_counts() -> None:
 
 
 def test_positions_add_their_bias_and_the_first_adds_none() -> None:
-    model = ranker(shape())
+    model = ranker(options())
     model.position.data = torch.tensor([0.5, 9.0, -1.0, -2.0])
     assert model.bias(torch.tensor([0, 1, 2, 3, 4, 60])).tolist() == [0.5, 0.0, -1.0, -2.0, -2.0, -2.0]
     assert model.curve() == [0.0, -1.0, -2.0]
@@ -97,7 +96,7 @@ def test_positions_add_their_bias_and_the_first_adds_none() -> None:
 
 
 def test_a_network_begins_at_the_click_rate() -> None:
-    model = Ranker(shape().features_of(features()), shape(), 0)
+    model = Ranker(features(), options())
     model.output.weight.data.zero_()
     model.begin_at(0.2)
     logits = model.score(columns([0], [[]]), encode_table(model.features.item, ITEMS))
@@ -105,7 +104,7 @@ def test_a_network_begins_at_the_click_rate() -> None:
 
 
 def test_the_same_seed_gives_the_same_ranker() -> None:
-    one, other = (Ranker(shape().features_of(features()), shape(), 3) for _ in range(2))
+    one, other = (Ranker(features(), options(), 3) for _ in range(2))
     for name, value in one.state_dict().items():
         torch.testing.assert_close(value, other.state_dict()[name], rtol=0, atol=0)
     np.testing.assert_array_equal(one.tables["item_id"].weights, other.tables["item_id"].weights)
@@ -117,8 +116,8 @@ def test_the_same_seed_gives_the_same_ranker() -> None:
 )
 def test_attention_without_a_history_or_without_item_ids_is_refused(user: Any, item: Any) -> None:
     with pytest.raises(ConfigError, match='history = "target" lets the candidate attend'):
-        shape(history="target").features_of(features(user, item))
-    mean = shape().features_of(features(user, item))
-    scored = Ranker(mean, shape(), 0)
+        ranker_features(features(user, item), options(history="target"))
+    mean = features(user, item)
+    scored = Ranker(mean, options())
     given = {name: column for name, column in columns([0], [[]]).items() if name in {f.name for f in mean.user}}
     assert scored.score(given, encode_table(mean.item, ITEMS)).shape == (4,)

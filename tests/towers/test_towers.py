@@ -6,7 +6,8 @@ import torch
 from twotower.features.fitted import Category, Number
 from twotower.features.vocabulary import Vocabulary
 from twotower.schema.errors import ConfigError
-from twotower.towers.towers import Network, Tower, input_width
+from twotower.towers.options import TowerOptions
+from twotower.towers.towers import Tower, input_width
 
 
 def features() -> tuple[Category, Number]:
@@ -18,7 +19,7 @@ def test_a_category_is_as_wide_as_its_embedding_and_a_number_has_a_flag() -> Non
 
 
 def test_a_tower_without_layers_is_a_projection_of_features_side_by_side_to_unit_length() -> None:
-    tower = Tower(features(), Network("dnn", ()), 3)
+    tower = Tower(features(), TowerOptions("dnn", []), 3)
     city, age = torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[0.5, 0.0]])
     expected = tower.projection(torch.cat([city, age], dim=1)).detach().numpy()[0]
     with torch.no_grad():
@@ -27,7 +28,7 @@ def test_a_tower_without_layers_is_a_projection_of_features_side_by_side_to_unit
 
 
 def test_dropout_is_active_in_training_alone() -> None:
-    tower = Tower(features(), Network("dnn", (64,)), 3, dropout=0.5)
+    tower = Tower(features(), TowerOptions("dnn", [64]), 3, dropout=0.5)
     inputs = {"city": torch.ones(1, 4), "age": torch.ones(1, 2)}
     with torch.no_grad():
         assert not torch.equal(tower(inputs), tower(inputs))
@@ -36,7 +37,7 @@ def test_dropout_is_active_in_training_alone() -> None:
 
 
 def test_a_vector_of_zeros_stays_zero_and_is_no_nan() -> None:
-    tower = Tower(features(), Network("dnn", ()), 3)
+    tower = Tower(features(), TowerOptions("dnn", []), 3)
     torch.nn.init.zeros_(tower.projection.bias)
     vector = tower({"city": torch.zeros(1, 4), "age": torch.zeros(1, 2)})
     vector.sum().backward()
@@ -46,7 +47,7 @@ def test_a_vector_of_zeros_stays_zero_and_is_no_nan() -> None:
 
 
 def test_a_cross_network_by_hand() -> None:
-    tower = Tower(features(), Network("dcn", (), crosses=2), 3)
+    tower = Tower(features(), TowerOptions("dcn", [], crosses=2), 3)
     first = torch.tensor([[1.0, 2, 3, 4, 0.5, 0.0]])
     crossed = first
     for layer in tower.crosses:
@@ -58,10 +59,10 @@ def test_a_cross_network_by_hand() -> None:
 
 
 def test_crosses_stand_beside_the_layers() -> None:
-    tower = Tower(features(), Network("dcn", (7, 5), crosses=3), 3)
+    tower = Tower(features(), TowerOptions("dcn", [7, 5], crosses=3), 3)
     assert len(tower.crosses) == 3
     assert tower.projection.in_features == 6 + 5
-    assert Tower(features(), Network("dnn", (7, 5)), 3).projection.in_features == 5
+    assert Tower(features(), TowerOptions("dnn", [7, 5]), 3).projection.in_features == 5
     inputs = {"city": torch.ones(2, 4), "age": torch.ones(2, 2)}
     tower(inputs).sum().backward()
     assert all(parameter.grad is not None for parameter in tower.parameters())
@@ -72,7 +73,7 @@ def test_without_a_network_features_and_a_learned_vector_are_added_with_learned_
         Category("user_id", Vocabulary("user_id", pa.array(["u"]), 3), 2),
         Category("city", Vocabulary("user.city", pa.array(["Bern"]), 3), 2),
     )
-    tower = Tower(ids, Network("none", ()), 2)
+    tower = Tower(ids, TowerOptions("none", []), 2)
     with torch.no_grad():
         tower.gains[1] = 0.5  # type: ignore[index]
         tower.shift[:] = torch.tensor([0.0, 1.0])  # type: ignore[index]
@@ -83,4 +84,4 @@ def test_without_a_network_features_and_a_learned_vector_are_added_with_learned_
 
 def test_features_of_another_width_are_not_added() -> None:
     with pytest.raises(ConfigError, match="feature age is 2 wide and the vectors 4"):
-        Tower(features(), Network("none", ()), 4)
+        Tower(features(), TowerOptions("none", []), 4)

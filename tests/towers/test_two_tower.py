@@ -11,7 +11,7 @@ from twotower.features.feature_set import FeatureSet, encode_table, fit
 from twotower.features.options import Categorical, Features, MultiCategorical, Numeric, Sequence, Vector
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
-from twotower.towers.towers import Network
+from twotower.towers.options import TowerOptions
 from twotower.towers.two_tower import StepAssembler, TwoTower, tower_inputs
 
 ROWS = 9
@@ -69,7 +69,7 @@ def columns(features: FeatureSet) -> tuple[dict[str, Column], dict[str, Column]]
 
 
 def test_inputs_with_gradients_are_those_of_whole_tables_for_every_kind_of_feature(features: FeatureSet) -> None:
-    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed=0)
+    model = TwoTower(features, 6, TowerOptions("dnn", [8]), TowerOptions("dnn", [8]))
     for table in model.tables.values():
         table.weights[:2] = np.random.default_rng(0).normal(size=(2, table.weights.shape[1]))
     user, item = columns(features)
@@ -97,7 +97,7 @@ def test_vectors_with_gradients_are_those_of_whole_tables_for_encoded_sequences(
     features = fit(wanted, USERS, ITEMS, {}, 6, 0.5)
     if encoder == "interests":
         features = features.with_interests(3, 2)
-    model = TwoTower(features, 6, Network(network, (8,)), Network("dnn", ()), 0.0, seed=0)
+    model = TwoTower(features, 6, TowerOptions(network, [8]), TowerOptions("dnn", []))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     history = Bag(np.array([0, 2, 2, 5, 6, 6, 7, 8, 9, 9]), np.array([4, 2, 1, 3, 3, 9, 5, 0, 6], np.int32))
@@ -132,7 +132,7 @@ def test_the_mean_of_a_history_by_hand(features: FeatureSet) -> None:
 
 def test_gradients_reach_the_rows_touched_from_every_feature_that_reads_them(features: FeatureSet) -> None:
     """Item ids are read by the item tower and both sequences: their gradients add up."""
-    model = TwoTower(features, 6, Network("dnn", ()), Network("dnn", ()), 0.0, seed=0)
+    model = TwoTower(features, 6, TowerOptions("dnn", []), TowerOptions("dnn", []))
     user, item = columns(features)
     step = StepAssembler(model.features, model.tables).assemble(user, item)
     sum(value.sum() for value in (*step.user.values(), *step.item.values()) if value.requires_grad).backward()  # type: ignore[union-attr]
@@ -149,7 +149,7 @@ def test_gradients_reach_the_rows_touched_from_every_feature_that_reads_them(fea
 
 
 def test_vectors_are_of_unit_length_and_training_mode_is_left_as_it_was(features: FeatureSet) -> None:
-    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.5, seed=0).train()
+    model = TwoTower(features, 6, TowerOptions("dnn", [8]), TowerOptions("dnn", [8]), dropout=0.5).train()
     user, item = columns(features)
     vectors = model.encode_users(user)
     np.testing.assert_allclose(np.square(vectors).sum(axis=1), 1, rtol=1e-5)
@@ -160,7 +160,7 @@ def test_vectors_are_of_unit_length_and_training_mode_is_left_as_it_was(features
 
 
 def test_vectors_do_not_depend_on_the_rest_of_the_batch(features: FeatureSet) -> None:
-    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed=0)
+    model = TwoTower(features, 6, TowerOptions("dnn", [8]), TowerOptions("dnn", [8]))
     user, _ = columns(features)
     together = model.encode_users(user)
     for row in range(len(together)):
@@ -169,7 +169,7 @@ def test_vectors_do_not_depend_on_the_rest_of_the_batch(features: FeatureSet) ->
 
 
 def test_no_users_have_no_vectors(features: FeatureSet) -> None:
-    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed=0)
+    model = TwoTower(features, 6, TowerOptions("dnn", [8]), TowerOptions("dnn", [8]))
     user, _ = columns(features)
     nobody = {name: take(column, np.zeros(0, np.int64)) for name, column in user.items()}
     assert model.encode_users(nobody).shape == (0, 6)
@@ -177,7 +177,7 @@ def test_no_users_have_no_vectors(features: FeatureSet) -> None:
 
 def test_initial_weights_are_those_of_the_seed_and_draw_nothing_from_outside(features: FeatureSet) -> None:
     def weights(seed: int) -> list[bytes]:
-        model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed)
+        model = TwoTower(features, 6, TowerOptions("dnn", [8]), TowerOptions("dnn", [8]), seed=seed)
         dense = [parameter.detach().numpy().tobytes() for parameter in model.parameters()]
         return dense + [table.weights.tobytes() for table in model.tables.values()]
 
@@ -196,7 +196,7 @@ def test_towers_without_ids_work(wanted: str, features: FeatureSet) -> None:
         chosen = FeatureSet(_named(features.user, "income"), _named(features.item, "year", "text"), ())
     else:
         chosen = FeatureSet(_named(features.user, "bought"), _named(features.item, "year"), ())
-    model = TwoTower(chosen, 4, Network("dnn", ()), Network("dnn", (5,)), 0.0, seed=0)
+    model = TwoTower(chosen, 4, TowerOptions("dnn", []), TowerOptions("dnn", [5]))
     user, item = columns(features)
     if wanted != "numbers alone":
         user["bought"] = Bag(np.zeros(11, np.int64), np.zeros(0, np.int32))  # nobody bought anything
@@ -211,7 +211,7 @@ def _named(features: tuple[Any, ...], *names: str) -> tuple[Any, ...]:
 
 
 def test_preferred_items_come_first_by_the_product_and_the_preference_together(features: FeatureSet) -> None:
-    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed=0, popularity=True)
+    model = TwoTower(features, 6, TowerOptions("dnn", [8]), TowerOptions("dnn", [8]), adjusted=True)
     user, _ = columns(features)
     items = encode_table(features.item, ITEMS)
     model.prefer(items, preferred := np.linspace(-3, 1, ROWS))
@@ -232,7 +232,7 @@ def test_preferred_items_come_first_by_the_product_and_the_preference_together(f
 
 
 def test_items_that_are_alike_popular_are_ordered_as_without(features: FeatureSet) -> None:
-    model = TwoTower(features, 6, Network("dnn", (8,)), Network("dnn", (8,)), 0.0, seed=0, popularity=True)
+    model = TwoTower(features, 6, TowerOptions("dnn", [8]), TowerOptions("dnn", [8]), adjusted=True)
     user, item = columns(features)
     model.prefer(encode_table(features.item, ITEMS), np.full(ROWS, -5.0))
     users, items = model.encode_users(user), model.encode_items(item)
@@ -244,4 +244,4 @@ def test_items_that_are_alike_popular_are_ordered_as_without(features: FeatureSe
 def test_a_preference_is_known_by_the_ids_of_items(features: FeatureSet) -> None:
     chosen = FeatureSet(features.user, _named(features.item, "year"), ())
     with pytest.raises(ConfigError, match="add item_id"):
-        TwoTower(chosen, 4, Network("dnn", ()), Network("dnn", ()), 0.0, seed=0, popularity=True)
+        TwoTower(chosen, 4, TowerOptions("dnn", []), TowerOptions("dnn", []), adjusted=True)

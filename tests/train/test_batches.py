@@ -9,17 +9,21 @@ import pytest
 from twotower.features.columns import Bag, Beginnings, pointers
 from twotower.features.options import Categorical, Features, Sequence
 from twotower.features.vocabulary import FIRST, UNKNOWN
+from twotower.samples.options import EasyShares, NegativesOptions
 from twotower.samples.read import Clicks, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
-from twotower.train.batches import Batch, BatchMaker, RowNegatives, SharedNegatives, fed_frequency
+from twotower.towers.losses import RowNegatives, SharedNegatives
+from twotower.train.batches import Batch, BatchMaker
 from twotower.train.negatives import (
     CountedFrequency,
     EasyNegatives,
     HardNegatives,
-    Shares,
+    NegativeSources,
     StreamingFrequency,
+    fed_frequency,
 )
+from twotower.train.options import TrainOptions
 
 BuildWorld = Callable[..., Samples]
 Draw = Callable[..., list[Any]]
@@ -32,32 +36,19 @@ def maker(
     id_dropout: float = 0.0,
     seed: int = 1,
     *,
-    shares: Shares | None = Shares(),  # noqa: B008
+    shares: EasyShares = EasyShares(),  # noqa: B008
     count: int | None = None,
     shared: bool = True,
-    corrected: bool = True,
     frequency: CountedFrequency | StreamingFrequency | None = None,
     hard: HardNegatives | None = None,
-    horizon: int = 0,
-    half_life_days: float | None = None,
     uncorrected: bool = False,
-    in_time_order: bool = False,
+    **options: Any,
 ) -> BatchMaker:
-    easy = None if shares is None else EasyNegatives(shares, 0.75, count, shared, samples.item_positives)
+    easy = EasyNegatives(NegativesOptions(shares, count=count, shared=shared), samples.item_positives)
     q = frequency or CountedFrequency(fed_frequency(samples))
+    sources = NegativeSources(easy, q, hard, 0.5, uncorrected)
     return BatchMaker(
-        samples,
-        batch_size,
-        id_dropout,
-        seed,
-        easy,
-        q,
-        corrected,
-        hard,
-        horizon,
-        half_life_days,
-        uncorrected,
-        in_time_order,
+        samples, TrainOptions(batch_size=batch_size, id_dropout=id_dropout, seed=seed, **options), sources
     )
 
 
@@ -114,7 +105,7 @@ def test_an_epoch_is_spread_evenly_and_has_every_row_once(
 
 def test_an_epoch_in_the_order_of_time_has_every_row_once(build_world: BuildWorld, random_events: Draw) -> None:
     events = random_events(USERS, ITEMS, EVENTS, True)
-    batches = list(maker(build_world(events, USERS, ITEMS), 20, in_time_order=True).epoch(0))
+    batches = list(maker(build_world(events, USERS, ITEMS), 20, order="time").epoch(0))
     in_order = sorted(events, key=lambda event: event.request_ms)
     assert pairs(batches) == [(event.user, event.item) for event in in_order]
 
@@ -122,11 +113,11 @@ def test_an_epoch_in_the_order_of_time_has_every_row_once(build_world: BuildWorl
 def test_without_time_there_is_no_order_of_time(build_world: BuildWorld, random_events: Draw) -> None:
     untimed = build_world(random_events(USERS, ITEMS, EVENTS, False), USERS, ITEMS)
     with pytest.raises(ConfigError, match=r"train\.order = 'time', but the events have no time"):
-        maker(untimed, 20, in_time_order=True)
+        maker(untimed, 20, order="time")
 
 
 def test_a_batch_depends_on_seed_epoch_and_step_alone(samples: Samples) -> None:
-    mixture = Shares(0.5, 0.25, 0.25)
+    mixture = EasyShares(0.5, 0.25, 0.25)
     for shared in (True, False):
         one = maker(samples, 20, 0.3, shares=mixture, shared=shared)
         first = list(one.epoch(2))
@@ -137,7 +128,7 @@ def test_a_batch_depends_on_seed_epoch_and_step_alone(samples: Samples) -> None:
 
 
 def test_items_stand_once_and_shared_negatives_first(samples: Samples) -> None:
-    for shares in (Shares(), Shares(0.4, 0.3, 0.3), Shares(0, 1, 0)):
+    for shares in (EasyShares(), EasyShares(0.4, 0.3, 0.3), EasyShares(0, 1, 0)):
         for batch in maker(samples, 8, shares=shares, count=5).epoch(0):
             assert len(np.unique(batch.item_row)) == len(batch.item_row)
             assert batch.item[c.ITEM_ID].tolist() == (batch.item_row + FIRST).tolist()  # type: ignore[union-attr]
@@ -158,7 +149,7 @@ def test_in_batch_negatives_weigh_their_copies_over_their_expected_number(sample
 def test_on_average_every_item_weighs_one_whatever_draws_it(build_world: BuildWorld, random_events: Draw) -> None:
     """The copies of an item over their expected number: 1 in the mean, for a softmax over the whole catalogue."""
     samples = build_world(random_events(USERS, ITEMS, EVENTS, True), USERS, ITEMS)
-    for shares, count in ((Shares(0, 1, 0), 9), (Shares(0, 0, 1), 9), (Shares(0.5, 0.2, 0.3), None)):
+    for shares, count in ((EasyShares(0, 1, 0), 9), (EasyShares(0, 0, 1), 9), (EasyShares(0.5, 0.2, 0.3), None)):
         total, epochs = np.zeros(ITEMS), 300
         one = maker(samples, 50, shares=shares, count=count)
         for epoch in range(epochs):
@@ -171,12 +162,12 @@ def test_on_average_every_item_weighs_one_whatever_draws_it(build_world: BuildWo
 
 def test_weights_of_a_mean_are_those_of_its_sources(samples: Samples) -> None:
     """Uniform draws count alike; in-batch ones stand in for uniform ones."""
-    for batch in maker(samples, 50, shares=Shares(0, 1, 0), count=9, corrected=False).epoch(0):
+    for batch in maker(samples, 50, shares=EasyShares(0, 1, 0), count=9, loss="triplet_hinge").epoch(0):
         weights = np.exp(shared_of(batch).log_weight)
         np.testing.assert_allclose(weights * 9, np.round(weights * 9), atol=1e-5)
         assert weights.sum() == pytest.approx(1)
     q = fed_frequency(samples)
-    for batch in maker(samples, 50, corrected=False).epoch(0):
+    for batch in maker(samples, 50, loss="triplet_hinge").epoch(0):
         rows = len(batch.positive)
         copies = np.bincount(batch.positive, minlength=len(batch.item_row))
         expected = copies / ((rows - 1) * q[batch.item_row] * ITEMS)
@@ -187,14 +178,14 @@ def test_uncorrected_negatives_count_as_often_as_they_are_drawn(samples: Samples
     for batch in maker(samples, 50, uncorrected=True).epoch(0):
         copies = np.bincount(batch.positive, minlength=len(batch.item_row))
         np.testing.assert_allclose(np.exp(shared_of(batch).log_weight), copies, rtol=1e-6)
-    for batch in maker(samples, 50, shares=Shares(0, 0.5, 0.5), count=8, shared=False, uncorrected=True).epoch(0):
+    for batch in maker(samples, 50, shares=EasyShares(0, 0.5, 0.5), count=8, shared=False, uncorrected=True).epoch(0):
         assert isinstance(batch.easy, RowNegatives)
         assert set(batch.easy.log_weight.ravel().tolist()) <= {0.0, -np.inf}
 
 
 def test_the_mask_is_every_click_of_the_user_among_the_negatives_of_the_batch_each_once(samples: Samples) -> None:
     clicks = samples.clicks
-    for shares in (Shares(), Shares(0.2, 0.8, 0)):
+    for shares in (EasyShares(), EasyShares(0.2, 0.8, 0)):
         for batch in maker(samples, 40, shares=shares, count=None if shares.in_batch == 1 else 10).epoch(0):
             mask, negatives = shared_of(batch).mask, len(shared_of(batch).log_weight)
             for place, (user, _) in enumerate(pairs([batch])):
@@ -220,12 +211,12 @@ def test_a_weak_positive_masks_its_own_item_though_its_user_never_clicked_it(
 def test_a_rows_own_negatives_are_masked_where_they_are_the_users_positives(samples: Samples) -> None:
     clicks = samples.clicks
     masked = 0
-    for batch in maker(samples, 40, shares=Shares(0.4, 0.3, 0.3), count=6, shared=False).epoch(0):
+    for batch in maker(samples, 40, shares=EasyShares(0.4, 0.3, 0.3), count=6, shared=False).epoch(0):
         assert isinstance(batch.easy, RowNegatives)
-        assert batch.easy.places.shape == (len(batch.positive), 6)
+        assert batch.easy.columns.shape == (len(batch.positive), 6)
         for place, (user, _) in enumerate(pairs([batch])):
             clicked = set(clicks.item_row[clicks.indptr[user] : clicks.indptr[user + 1]].tolist())
-            drawn = batch.item_row[batch.easy.places[place]].tolist()
+            drawn = batch.item_row[batch.easy.columns[place]].tolist()
             dead = np.isneginf(batch.easy.log_weight[place]).tolist()
             assert dead == [item in clicked for item in drawn]
             masked += sum(dead)
@@ -242,7 +233,7 @@ def test_hard_negatives_go_with_their_rows(samples: Samples) -> None:
     for batch in maker(told, 40, hard=hard).epoch(0):
         assert batch.hard is not None
         for row, places, weights in zip(
-            batch.weight.astype(int), batch.hard.places, batch.hard.log_weight, strict=True
+            batch.weight.astype(int), batch.hard.columns, batch.hard.log_weight, strict=True
         ):
             live = batch.item_row[places[weights == 0]].tolist()
             assert sorted(live) == ([] if row % 3 == 0 else sorted([row % ITEMS, (row + 1) % ITEMS]))

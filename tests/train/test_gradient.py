@@ -5,7 +5,7 @@ U directions that users look in, N items, P training rows, B batch, D vector.
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 
 from twotower.features.columns import Bag
 from twotower.features.feature_set import FeatureSet
+from twotower.samples.options import EasyShares, NegativesOptions
 from twotower.samples.read import Clicks, Entities, Positives, Samples
-from twotower.towers.losses import row_loss, sampled_softmax, shared_loss
-from twotower.train.batches import Batch, BatchMaker, SharedNegatives, fed_frequency
-from twotower.train.negatives import CountedFrequency, Draws, EasyNegatives, Shares
+from twotower.towers.losses import SharedNegatives, row_loss, sampled_softmax, shared_loss
+from twotower.train.batches import Batch, BatchMaker
+from twotower.train.negatives import CountedFrequency, Draws, EasyNegatives, NegativeSources, fed_frequency
+from twotower.train.options import TrainOptions
 
 DIRECTIONS, DIMENSION, TEMPERATURE, BATCH = 8, 12, 0.05, 2048
 Floats = NDArray[np.float64]
+OPTIONS = TrainOptions(batch_size=BATCH, id_dropout=0.0)
 
 
 def unit(vectors: Floats) -> Floats:
@@ -97,12 +100,9 @@ def user_gradients(world: World, batch: Batch, part: Any) -> Floats:
     users = torch.from_numpy(world.users[direction]).requires_grad_()
     items, positive = torch.from_numpy(world.items[batch.item_row]), torch.from_numpy(batch.positive)
     share = torch.full((len(positive),), 1 / len(positive), dtype=torch.float64)
-    log_weight, none = torch.from_numpy(part.log_weight).double(), torch.zeros(2).double()
-    form = sampled_softmax(TEMPERATURE)
-    if isinstance(part, SharedNegatives):
-        loss = shared_loss(form, users, items, positive, log_weight, part.mask, share, none)
-    else:
-        loss = row_loss(form, users, items, positive, torch.from_numpy(part.places), log_weight, share, none)
+    part, none = replace(part, log_weight=part.log_weight.astype(np.float64)), torch.zeros(2).double()
+    way = shared_loss if isinstance(part, SharedNegatives) else row_loss
+    loss = way(sampled_softmax(TEMPERATURE), users, items, positive, part, share=share, calibration=none)
     loss.backward()  # type: ignore[no-untyped-call]
     assert users.grad is not None
     return users.grad.numpy()
@@ -114,7 +114,7 @@ def bias(world: World, easy: EasyNegatives, frequency: Floats, rounds: int) -> t
     Both as lengths over all directions, relative to the full gradient without its positives: the pull of the negatives.
     """
     found = []
-    maker = BatchMaker(world.samples, BATCH, 0.0, 0, easy, CountedFrequency(frequency), True, None)
+    maker = BatchMaker(world.samples, OPTIONS, NegativeSources(easy, CountedFrequency(frequency)))
     for batch in itertools.islice(maker.epoch(0), rounds):
         direction = np.asarray(batch.user["direction"])
         own = world.items[batch.item_row[batch.positive]]
@@ -128,20 +128,20 @@ def bias(world: World, easy: EasyNegatives, frequency: Floats, rounds: int) -> t
     return float(np.linalg.norm(stacked.mean(axis=0)) / pull), float(error / pull)
 
 
-def negatives(world: World, shares: Shares, shared: bool = True) -> EasyNegatives:
-    return EasyNegatives(shares, 0.75, None if shared else 256, shared, world.clicks)
+def negatives(world: World, shares: EasyShares, shared: bool = True) -> EasyNegatives:
+    return EasyNegatives(NegativesOptions(shares, count=None if shared else 256, shared=shared), world.clicks)
 
 
 MIXTURES = {
-    "uniform": Shares(0, 1, 0),
-    "clicks": Shares(0, 0, 1),
-    "in_batch": Shares(1, 0, 0),
-    "mixture": Shares(0.5, 0.25, 0.25),
+    "uniform": EasyShares(0, 1, 0),
+    "clicks": EasyShares(0, 0, 1),
+    "in_batch": EasyShares(1, 0, 0),
+    "mixture": EasyShares(0.5, 0.25, 0.25),
 }
 
 
 @pytest.mark.parametrize("shares", MIXTURES.values(), ids=list(MIXTURES))
-def test_on_average_the_gradient_is_that_of_the_softmax_over_a_million_items(world: World, shares: Shares) -> None:
+def test_on_average_the_gradient_is_that_of_the_softmax_over_a_million_items(world: World, shares: EasyShares) -> None:
     found, error = bias(world, negatives(world, shares), fed_frequency(world.samples), 40)
     assert found < 2.5 * error  # a mean of chance alone has the length `error`; the directions share their negatives
 

@@ -1,6 +1,8 @@
 import itertools
 import logging
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,44 +12,52 @@ import pyarrow as pa
 import pytest
 import torch
 
+from twotower.channels.options import ModelsOptions
 from twotower.features.columns import Bag
 from twotower.features.feature_set import FeatureSet
 from twotower.features.options import Categorical, Features, Sequence
+from twotower.samples.options import EasyShares, NegativesOptions
 from twotower.samples.read import Clicks, Entities, Positives, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import MANIFEST, sha256
 from twotower.towers.embedding import EmbeddingTable
-from twotower.towers.losses import sampled_softmax
-from twotower.towers.towers import Network
+from twotower.towers.losses import Loss, Scores, sampled_softmax
+from twotower.towers.options import TowerOptions
 from twotower.towers.two_tower import PREFERENCE
-from twotower.train.batches import BatchMaker, fed_frequency
-from twotower.train.checkpoint import TENSORS, Shape, load_model, open_checkpoint
-from twotower.train.loop import Loss, Negatives, TrainReport, _loss, train
-from twotower.train.negatives import CountedFrequency, EasyNegatives, HardNegatives, Shares
+from twotower.train.batches import BatchMaker
+from twotower.train.checkpoint import TENSORS, load_model, open_checkpoint
+from twotower.train.negatives import (
+    CountedFrequency,
+    EasyNegatives,
+    HardNegatives,
+    NegativeSources,
+    fed_frequency,
+)
+from twotower.train.options import TrainOptions
+from twotower.train.towers import TrainReport, WarmStart, batch_loss, check_loss, train
 
 BuildWorld = Callable[..., Samples]
-SHAPE = Shape(8, Network("dnn", (16,)), Network("dnn", (16,)), 0.1)
-ARGUMENTS: dict[str, Any] = {
-    "loss": Loss(temperature=0.2),
-    "negatives": Negatives(),
-    "batch_size": 48,
-    "epochs": 3,
-    "seed": 0,
-    "learning_rate": 0.003,
-    "table_learning_rate": 0.1,
-    "schedule": "constant",
-    "weight_decay": 0.0,
-    "id_dropout": 0.1,
-    "horizon": 0,
-    "half_life_days": None,
-    "checkpoint_s": 1e9,
-    "threads": 1,
-}
+NEGATIVES = NegativesOptions()
+DNN, NO_LAYERS = TowerOptions("dnn", [16]), TowerOptions("dnn", [])
+MODELS = ModelsOptions(dimension=8, user_tower=DNN, item_tower=DNN)
+OPTIONS = TrainOptions(
+    temperature=0.2, batch_size=48, epochs=3, learning_rate=0.003, table_learning_rate=0.1, dropout=0.1,
+    checkpoint_s=1e9, threads=1,
+)  # fmt: skip
 
 
-def run(samples: Samples, folder: Path, shape: Shape = SHAPE, **changed: Any) -> TrainReport:
-    return train(samples, folder, shape, **{**ARGUMENTS, **changed})
+def run(
+    samples: Samples,
+    folder: Path,
+    *,
+    models: ModelsOptions = MODELS,
+    negatives: NegativesOptions = NEGATIVES,
+    own: Loss | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **changed: Any,
+) -> TrainReport:
+    return train(samples, folder, replace(OPTIONS, **changed), models, negatives, loss=own, clock=clock)
 
 
 def tensors(report: TrainReport) -> str:
@@ -169,13 +179,13 @@ def test_a_finished_run_that_is_damaged_is_trained_again(samples: Samples, tmp_p
 
 
 def test_other_settings_are_another_run(samples: Samples, tmp_path: Path) -> None:
-    one, other = run(samples, tmp_path), run(samples, tmp_path, loss=Loss(temperature=0.3))
+    one, other = run(samples, tmp_path), run(samples, tmp_path, temperature=0.3)
     assert one.checkpoint != other.checkpoint
 
 
 def test_two_camps_are_told_apart(samples: Samples, tmp_path: Path) -> None:
     """Every user's eight nearest items are those of the own camp, the two that were never clicked among them."""
-    report = run(samples, tmp_path, epochs=30, loss=Loss(temperature=0.5), id_dropout=0.5)
+    report = run(samples, tmp_path, epochs=30, temperature=0.5, id_dropout=0.5)
     model = load_model(open_checkpoint(Path(report.checkpoint)))
     clicks, history = samples.clicks, model.features.history
     assert history is not None
@@ -196,12 +206,11 @@ def test_the_loss_falls_to_its_known_minimum(build_world: BuildWorld, tmp_path: 
     report = run(
         samples,
         tmp_path,
-        Shape(8, Network("dnn", ()), Network("dnn", ()), 0.0),
+        models=replace(MODELS, user_tower=NO_LAYERS, item_tower=NO_LAYERS),
+        dropout=0.0,
         epochs=150,
-        loss=Loss(temperature=0.5),
+        temperature=0.5,
         id_dropout=0.0,
-        horizon=0,
-        half_life_days=None,
         batch_size=96,
     )
     # Opposite vectors, cosines 1 and -1; 48 copies of the other item where 95 / 2 are expected.
@@ -210,9 +219,9 @@ def test_the_loss_falls_to_its_known_minimum(build_world: BuildWorld, tmp_path: 
 
 
 @pytest.mark.parametrize("negatives", ["in_batch", "mixture", "own"])
-@pytest.mark.parametrize("popularity", [0.0, 0.5])
+@pytest.mark.parametrize("adjustment", [0.0, 0.5])
 def test_the_cosine_is_the_log_of_an_items_share_and_popularity_more(
-    build_world: BuildWorld, tmp_path: Path, popularity: float, negatives: str
+    build_world: BuildWorld, tmp_path: Path, adjustment: float, negatives: str
 ) -> None:
     """Users of whom nothing is known click one of three items, 60, 30 or 10 of a hundred."""
     items = np.repeat([0, 1, 2], [192, 96, 32])
@@ -225,10 +234,12 @@ def test_the_cosine_is_the_log_of_an_items_share_and_popularity_more(
     report = run(
         samples,
         tmp_path,
-        Shape(8, Network("dnn", ()), Network("dnn", ()), 0.0, popularity=popularity > 0),
+        models=replace(MODELS, user_tower=NO_LAYERS, item_tower=NO_LAYERS),
+        dropout=0.0,
         epochs=120,
         schedule="linear",
-        loss=Loss(temperature=0.4, popularity=popularity),
+        temperature=0.4,
+        logit_adjustment=adjustment,
         negatives=SOURCES[negatives],
         id_dropout=0.0,
         batch_size=80,
@@ -236,9 +247,9 @@ def test_the_cosine_is_the_log_of_an_items_share_and_popularity_more(
     model = load_model(open_checkpoint(Path(report.checkpoint)))
     nobody = {"history": Bag(np.zeros(2, np.int64), np.zeros(0, np.int32))}
     logits = (model.encode_users(nobody) @ model.encode_items(samples.items.features).T)[0] / 0.4
-    if popularity:  # both vectors are shortened for the numbers that carry it; the last two of an item's are as long
-        logits *= np.sqrt(2 * (1 + (0.4 * popularity * np.log(192 / 32) / 2) ** 2))
-    expected = (1 + popularity) * np.log([192, 96, 32])
+    if adjustment:  # both vectors are shortened for the numbers that carry it; the last two of an item's are as long
+        logits *= np.sqrt(2 * (1 + (0.4 * adjustment * np.log(192 / 32) / 2) ** 2))
+    expected = (1 + adjustment) * np.log([192, 96, 32])
     np.testing.assert_allclose(logits - logits[0], expected - expected[0], atol=0.15)
 
 
@@ -254,7 +265,7 @@ def test_rows_of_no_weight_teach_nothing(build_world: BuildWorld, two_camps: lis
             )
     features = Features(user={"user_id": Categorical("categorical")})
     samples = build_world(events, 32, 16, features)
-    report = run(samples, tmp_path, epochs=40, loss=Loss(temperature=0.1), id_dropout=0.0)
+    report = run(samples, tmp_path, epochs=40, temperature=0.1, id_dropout=0.0)
     model = load_model(open_checkpoint(Path(report.checkpoint)))
     scores = model.encode_users(samples.users.features) @ model.encode_items(samples.items.features).T
     own = np.arange(16)[None, :] // 8 == (np.arange(32) % 2)[:, None]
@@ -281,28 +292,23 @@ def test_a_checkpoint_is_loaded_with_the_vectors_it_was_saved_with(samples: Samp
     vectors = one.encode_items(samples.items.features)
     np.testing.assert_array_equal(vectors, other.encode_items(samples.items.features))
     assert checkpoint.tensors_sha256 == sha256(checkpoint.path / TENSORS)
-    assert checkpoint.manifest["settings"]["seed"] == 0
+    assert checkpoint.manifest["settings"]["train"]["seed"] == 0
     assert not one.training
 
 
 LOSSES = ["sampled_softmax", "corrected_log_q", "bsl", "triplet_hinge", "triplet_logistic", "pointwise"]
 SOURCES = {
-    "in_batch": Negatives(),
-    "uniform": Negatives(Shares(0, 1, 0), count=8),
-    "clicks": Negatives(Shares(0, 0, 1), count=8),
-    "mixture": Negatives(Shares(0.5, 0.25, 0.25)),
-    "own": Negatives(Shares(0.5, 0.25, 0.25), count=4, shared=False),
-    "streaming": Negatives(streaming=True),
+    "in_batch": NegativesOptions(),
+    "uniform": NegativesOptions(EasyShares(0, 1, 0), count=8),
+    "clicks": NegativesOptions(EasyShares(0, 0, 1), count=8),
+    "mixture": NegativesOptions(EasyShares(0.5, 0.25, 0.25)),
+    "own": NegativesOptions(EasyShares(0.5, 0.25, 0.25), count=4, shared=False),
+    "streaming": NegativesOptions(frequency="streaming"),
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_tells_two_camps_apart_with_every_kind_of_negatives(
-    samples: Samples, tmp_path: Path, loss: str, source: str
-) -> None:
-    chosen = Loss(loss, temperature=0.3, margin=0.5, sigma=5.0)
-    report = run(samples, tmp_path, epochs=25, loss=chosen, negatives=SOURCES[source], id_dropout=0.3)
+def camps_told_apart(samples: Samples, report: TrainReport) -> float:
+    """Share of users to whom every item of their own camp is nearer than any of the other."""
     model = load_model(open_checkpoint(Path(report.checkpoint)))
     history = model.features.history
     assert history is not None
@@ -311,11 +317,65 @@ def test_every_loss_tells_two_camps_apart_with_every_kind_of_negatives(
     scores = model.encode_users(users) @ model.encode_items(samples.items.features).T
     own = np.arange(16)[None, :] // 8 == (np.arange(32) % 2)[:, None]
     right = scores[own].reshape(32, 8).min(axis=1) > scores[~own].reshape(32, 8).max(axis=1)
-    assert right.mean() > 0.9
+    return float(right.mean())
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_tells_two_camps_apart_with_every_kind_of_negatives(
+    samples: Samples, tmp_path: Path, loss: str, source: str
+) -> None:
+    chosen = {"loss": loss, "temperature": 0.3, "margin": 0.5, "sigma": 5.0}
+    report = run(samples, tmp_path, epochs=25, **chosen, negatives=SOURCES[source], id_dropout=0.3)
+    assert camps_told_apart(samples, report) > 0.9
+
+
+def squared_hinge(scores: Scores) -> torch.Tensor:
+    gap = torch.relu(scores.negatives - scores.positive + 0.5)
+    return (scores.weight * gap**2).sum(dim=1, keepdim=True) / scores.total
+
+
+def cubed_hinge(scores: Scores) -> torch.Tensor:
+    gap = torch.relu(scores.negatives - scores.positive + 0.5)
+    return (scores.weight * gap**3).sum(dim=1, keepdim=True) / scores.total
+
+
+@pytest.mark.parametrize("source", ["in_batch", "own"])
+def test_a_loss_of_ones_own_tells_two_camps_apart(samples: Samples, tmp_path: Path, source: str) -> None:
+    report = run(samples, tmp_path, epochs=25, own=squared_hinge, negatives=SOURCES[source], id_dropout=0.3)
+    assert camps_told_apart(samples, report) > 0.9
+
+
+def test_a_checkpoint_names_a_loss_of_ones_own_and_another_is_another_run(samples: Samples, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(samples, tmp_path, own=squared_hinge, checkpoint_s=0.5, clock=stopping_clock(17))
+    resumed = run(samples, tmp_path, own=squared_hinge)
+    assert tensors(resumed) == tensors(run(samples, tmp_path / "undisturbed", own=squared_hinge))
+    checkpoint = open_checkpoint(Path(resumed.checkpoint))
+    assert checkpoint.manifest["settings"]["own_loss"]["name"].endswith("test_loop.squared_hinge")
+    others = [run(samples, tmp_path, own=cubed_hinge), run(samples, tmp_path)]
+    assert len({resumed.checkpoint, *(other.checkpoint for other in others)}) == 3
+
+
+@pytest.mark.parametrize("other", [None, cubed_hinge])
+def test_a_run_goes_on_from_another_only_with_its_loss(samples: Samples, tmp_path: Path, other: Loss | None) -> None:
+    warm = WarmStart(open_checkpoint(Path(run(samples, tmp_path, own=squared_hinge).checkpoint)))
+    check_loss(warm.checkpoint, squared_hinge)
+    with pytest.raises(ConfigError, match=r"another loss \(.*squared_hinge\) than is to go on from it"):
+        train(samples, tmp_path, OPTIONS, MODELS, NEGATIVES, loss=other, warm=warm)
+
+
+def test_a_loss_without_a_name_is_refused(samples: Samples, tmp_path: Path) -> None:
+    def local(scores: Scores) -> torch.Tensor:
+        return squared_hinge(scores)
+
+    for unnamed in (local, lambda scores: scores.total, sampled_softmax(0.1)):
+        with pytest.raises(ConfigError, match="write it as a function at the top level of a file"):
+            run(samples, tmp_path, own=unnamed)
 
 
 def test_a_run_with_a_streaming_q_resumes_to_the_same_bytes(samples: Samples, tmp_path: Path) -> None:
-    streaming = Negatives(streaming=True)
+    streaming = NegativesOptions(frequency="streaming")
     undisturbed = run(samples, tmp_path / "undisturbed", negatives=streaming)
     with pytest.raises(Stopped):
         run(samples, tmp_path / "x", negatives=streaming, checkpoint_s=0.5, clock=stopping_clock(17))
@@ -326,14 +386,14 @@ def test_a_run_with_a_streaming_q_resumes_to_the_same_bytes(samples: Samples, tm
 def test_hard_negatives_that_the_log_does_not_have_are_refused_when_they_are_asked_for(
     samples: Samples, tmp_path: Path
 ) -> None:
-    assert run(samples, tmp_path, negatives=Negatives(hard_share=None)).rows  # half where there are any
+    assert run(samples, tmp_path, negatives=NegativesOptions(hard_share=None)).rows  # half where there are any
     with pytest.raises(ConfigError, match=r"hard_share = 0.5, but no positive has a rejected item in its request"):
-        run(samples, tmp_path, negatives=Negatives(hard_share=0.5))
+        run(samples, tmp_path, negatives=NegativesOptions(hard_share=0.5))
 
 
 def test_a_streaming_q_without_in_batch_negatives_is_refused(samples: Samples, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='frequency = "streaming" estimates q of in-batch negatives'):
-        run(samples, tmp_path, negatives=Negatives(Shares(0, 1, 0), streaming=True))
+        run(samples, tmp_path, negatives=NegativesOptions(EasyShares(0, 1, 0), frequency="streaming"))
 
 
 def hard_share_of_the_gradient(size: int, share: float) -> float:
@@ -360,15 +420,16 @@ def hard_share_of_the_gradient(size: int, share: float) -> float:
         clicks,
         np.bincount(item_row, minlength=size),
     )
-    easy = EasyNegatives(Shares(0.5, 0.25, 0.25), 0.75, None, True, samples.item_positives)
-    q = CountedFrequency(fed_frequency(samples))
+    easy = EasyNegatives(NegativesOptions(EasyShares(0.5, 0.25, 0.25)), samples.item_positives)
     hard = HardNegatives(samples.positives.hard, {c.PRE_RANK_REJECTED: 4})
-    batch = next(BatchMaker(samples, rows, 0.0, 0, easy, q, True, hard).epoch(0))
+    sources = NegativeSources(easy, CountedFrequency(fed_frequency(samples)), hard, share)
+    batch = next(BatchMaker(samples, TrainOptions(batch_size=rows, id_dropout=0.0), sources).epoch(0))
     kind = np.where(batch.item_row < 10, 0, np.where(batch.item_row < 20, 1, 2))
     items = torch.from_numpy(np.eye(3)[kind])
     users = torch.nn.functional.normalize(torch.tensor([[0.0, 1.0, 1.0]]).double(), dim=1).repeat(rows, 1)
     users.requires_grad_()
-    _loss(sampled_softmax(0.05), users, items, batch, share, torch.zeros(2)).backward()  # type: ignore[no-untyped-call]
+    loss = batch_loss(sampled_softmax(0.05), users, items, batch, hard_share=share, calibration=torch.zeros(2))
+    loss.backward()  # type: ignore[no-untyped-call]
     assert users.grad is not None
     pull = users.grad.sum(dim=0)
     return float(pull[1] / (pull[1] + pull[2]))
@@ -391,12 +452,13 @@ def test_what_is_popular_fades_with_the_clicks(
         for i, (item, at) in enumerate([(0, 2 * day_ms)] * 3 + [(1, 0)] * 4)
     ]
     samples = build_world(events, len(events), 3)
-    shape = Shape(4, Network("dnn", ()), Network("dnn", ()), 0.0, popularity=True)
     report = run(
         samples,
         tmp_path,
-        shape,
-        loss=Loss(temperature=0.5, popularity=0.4),
+        models=ModelsOptions(dimension=4, user_tower=NO_LAYERS, item_tower=NO_LAYERS),
+        dropout=0.0,
+        temperature=0.5,
+        logit_adjustment=0.4,
         half_life_days=half_life_days,
         epochs=1,
         batch_size=4,

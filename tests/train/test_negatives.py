@@ -3,8 +3,9 @@ import pytest
 from numpy.typing import NDArray
 
 from twotower.features.columns import Bag
+from twotower.samples.options import EasyShares, NegativesOptions
 from twotower.schema.errors import ConfigError
-from twotower.train.negatives import CountedFrequency, EasyNegatives, HardNegatives, Shares, StreamingFrequency
+from twotower.train.negatives import CountedFrequency, EasyNegatives, HardNegatives, StreamingFrequency
 
 CLICKS = np.array([1000, 300, 90, 30, 9, 3, 1, 0])
 SIZE = len(CLICKS)
@@ -17,13 +18,13 @@ def chi_square(found: NDArray[np.int64], expected: NDArray[np.float64]) -> float
     return (statistic - freedom) / np.sqrt(2 * freedom)
 
 
-def easy(shares: Shares, count: int | None = None, shared: bool = True, alpha: float = 0.75) -> EasyNegatives:
-    return EasyNegatives(shares, alpha, count, shared, CLICKS)
+def easy(shares: EasyShares, count: int | None = None, shared: bool = True, alpha: float = 0.75) -> EasyNegatives:
+    return EasyNegatives(NegativesOptions(shares, alpha, count, shared), CLICKS)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.75, 1.0])
 def test_click_negatives_are_drawn_by_clicks_to_the_power_alpha(alpha: float) -> None:
-    drawn = easy(Shares(0, 0, 1), 200_000, alpha=alpha).draw_shared(2, np.random.default_rng(0))
+    drawn = easy(EasyShares(0, 0, 1), 200_000, alpha=alpha).draw_shared(2, np.random.default_rng(0))
     weights = np.maximum(CLICKS, 1) ** alpha
     expected = 200_000 * weights / weights.sum()
     assert abs(chi_square(np.bincount(drawn, minlength=SIZE), expected)) < 4
@@ -32,13 +33,13 @@ def test_click_negatives_are_drawn_by_clicks_to_the_power_alpha(alpha: float) ->
 
 
 def test_uniform_negatives_are_drawn_evenly() -> None:
-    drawn = easy(Shares(0, 1, 0), 80_000).draw_shared(2, np.random.default_rng(0))
+    drawn = easy(EasyShares(0, 1, 0), 80_000).draw_shared(2, np.random.default_rng(0))
     assert abs(chi_square(np.bincount(drawn, minlength=SIZE), np.full(SIZE, 10_000.0))) < 4
 
 
 def test_rows_draw_each_negative_from_a_source_by_its_share() -> None:
     """Items 0 and 1 alone are in the batch, in turns, so that the other rows hold each half of the time, nearly."""
-    negatives = easy(Shares(0.5, 0.2, 0.3), 10, shared=False)
+    negatives = easy(EasyShares(0.5, 0.2, 0.3), 10, shared=False)
     batch = 2000
     items = np.arange(batch) % 2
     drawn = negatives.draw_rows(items, np.random.default_rng(0))
@@ -51,20 +52,20 @@ def test_rows_draw_each_negative_from_a_source_by_its_share() -> None:
 def test_a_row_never_draws_itself_from_the_batch() -> None:
     items = np.arange(SIZE)
     for seed in range(20):
-        drawn = easy(Shares(1, 0, 0), 50, shared=False).draw_rows(items, np.random.default_rng(seed))
+        drawn = easy(EasyShares(1, 0, 0), 50, shared=False).draw_rows(items, np.random.default_rng(seed))
         assert not (drawn == items[:, None]).any()
 
 
 def test_all_rows_of_the_batch_are_used_and_the_other_sources_in_proportion() -> None:
-    draws = easy(Shares(0.5, 0.3, 0.2)).draws(101)
+    draws = easy(EasyShares(0.5, 0.3, 0.2)).draws(101)
     assert (draws.in_batch, draws.uniform, draws.clicks) == (100, 60, 40)
-    assert easy(Shares(1, 0, 0)).donors(101) == 101
-    assert easy(Shares(0, 1, 0)).donors(101) == 0
-    assert easy(Shares(0, 0.5, 0.5)).draws(101).total == 1024
+    assert easy(EasyShares(1, 0, 0)).donors(101) == 101
+    assert easy(EasyShares(0, 1, 0)).donors(101) == 0
+    assert easy(EasyShares(0, 0.5, 0.5)).draws(101).total == 1024
 
 
 def test_a_count_is_divided_by_the_shares() -> None:
-    negatives = easy(Shares(0.5, 0.25, 0.25), 40)
+    negatives = easy(EasyShares(0.5, 0.25, 0.25), 40)
     assert negatives.donors(101) == 20
     draws = negatives.draws(101)
     assert (draws.uniform, draws.clicks) == (10, 10)
@@ -76,11 +77,11 @@ def test_more_negatives_than_the_batch_has_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"count = 300 with easy.in_batch = 0.5 asks for 150 negatives in a batch of 100"
     ):
-        easy(Shares(0.5, 0.5, 0), 300).donors(100)
+        easy(EasyShares(0.5, 0.5, 0), 300).donors(100)
 
 
 def test_the_expected_count_is_that_under_the_whole_mixture() -> None:
-    negatives = easy(Shares(0.5, 0.25, 0.25), 400)
+    negatives = easy(EasyShares(0.5, 0.25, 0.25), 400)
     draws = negatives.draws(1000)
     frequency = np.array([0.5, 0.2, 0.1, 0.1, 0.05, 0.05, 0, 0])
     with np.errstate(divide="ignore"):
@@ -92,17 +93,17 @@ def test_the_expected_count_is_that_under_the_whole_mixture() -> None:
 
 def test_a_q_of_one_in_ten_billion_is_not_clipped() -> None:
     clicks = np.ones(3, np.int64)
-    found = EasyNegatives(Shares(1, 0, 0), 0.75, None, True, clicks).log_expected(
-        np.array([0]), np.array([np.log(1e-10)]), easy(Shares(1, 0, 0)).draws(2)
+    found = EasyNegatives(NegativesOptions(), clicks).log_expected(
+        np.array([0]), np.array([np.log(1e-10)]), easy(EasyShares(1, 0, 0)).draws(2)
     )
     assert found[0] == pytest.approx(np.log(1e-10))
 
 
 def test_a_mean_is_over_the_sources_beside_the_batch() -> None:
     weights = np.maximum(CLICKS, 1) ** 0.75
-    target = np.exp(easy(Shares(0.5, 0.25, 0.25)).log_target(np.arange(SIZE)))
+    target = np.exp(easy(EasyShares(0.5, 0.25, 0.25)).log_target(np.arange(SIZE)))
     np.testing.assert_allclose(target, 0.5 / SIZE + 0.5 * weights / weights.sum())
-    np.testing.assert_allclose(np.exp(easy(Shares(1, 0, 0)).log_target(np.arange(SIZE))), 1 / SIZE)
+    np.testing.assert_allclose(np.exp(easy(EasyShares(1, 0, 0)).log_target(np.arange(SIZE))), 1 / SIZE)
 
 
 def test_a_streaming_q_counts_draws_and_not_batches() -> None:

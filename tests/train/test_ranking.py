@@ -19,25 +19,17 @@ from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import sha256
-from twotower.towers.ranker import Ranker, RankerShape
-from twotower.towers.towers import Network
+from twotower.towers.options import PreRankOptions
+from twotower.towers.ranker import Ranker
 from twotower.train.checkpoint import TENSORS, load_ranker, open_checkpoint
+from twotower.train.options import TrainOptions
 from twotower.train.ranking import ImpressionBatches, RankerReport, train_ranker
 
-SHAPE = RankerShape(Network("dnn", (16,)), 0.0, "mean", 8, 10)
-ARGUMENTS: dict[str, Any] = {
-    "batch_size": 256,
-    "epochs": 1,
-    "seed": 0,
-    "learning_rate": 0.005,
-    "table_learning_rate": 0.1,
-    "position_learning_rate": 0.05,
-    "weight_decay": 0.0,
-    "id_dropout": 0.0,
-    "calibration_share": 0.2,
-    "checkpoint_s": 1e9,
-    "threads": 1,
-}
+OPTIONS = PreRankOptions(
+    layers=[16], attention=8, positions=10, batch_size=256, learning_rate=0.005, table_learning_rate=0.1,
+    id_dropout=0.0, calibration_share=0.2,
+)  # fmt: skip
+TRAIN = TrainOptions(checkpoint_s=1e9, threads=1)
 FEATURES = Features(
     user={"camp": Categorical("categorical"), "history": Sequence("sequence", last=5)},
     item={"item_id": Categorical("categorical"), "camp": Categorical("categorical")},
@@ -91,8 +83,8 @@ def samples(workspace: Path) -> Samples:
     return open_samples(workspace / "samples")
 
 
-def run(samples: Samples, folder: Path, shape: RankerShape = SHAPE, **changed: Any) -> RankerReport:
-    return train_ranker(samples, folder, "rank", shape, **{**ARGUMENTS, **changed})
+def run(samples: Samples, folder: Path, train: TrainOptions = TRAIN, **changed: Any) -> RankerReport:
+    return train_ranker(samples, folder, replace(OPTIONS, **changed), train, name="rank")
 
 
 def model_of(report: RankerReport) -> Ranker:
@@ -103,7 +95,7 @@ def model_of(report: RankerReport) -> Ranker:
 def test_a_ranker_finds_the_interaction_and_the_bias_of_positions(
     history: str, samples: Samples, workspace: Path, tmp_path: Path
 ) -> None:
-    report = run(samples, tmp_path, replace(SHAPE, history=history), epochs=3)
+    report = run(samples, tmp_path, history=history, epochs=3)
     np.testing.assert_allclose(report.position, BIAS[1:], atol=0.25)
     model, shown = model_of(report), read_shown(workspace / "holdout_impressions.parquet", samples)
     found = evaluate_ranker(samples, shown, model, 10, 0)
@@ -119,13 +111,13 @@ def test_a_ranker_finds_the_interaction_and_the_bias_of_positions(
 
 
 def test_the_same_run_gives_the_same_bytes(samples: Samples, tmp_path: Path) -> None:
-    shape = replace(SHAPE, dropout=0.3, history="target")
-    one, other = (run(samples, tmp_path / name, shape, id_dropout=0.2) for name in ("one", "other"))
+    changed = {"dropout": 0.3, "history": "target", "id_dropout": 0.2}
+    one, other = (run(samples, tmp_path / name, **changed) for name in ("one", "other"))
     assert sha256(Path(one.checkpoint) / TENSORS) == sha256(Path(other.checkpoint) / TENSORS)
     assert one.calibration == other.calibration
-    again = run(samples, tmp_path / "one", shape, id_dropout=0.2)
+    again = run(samples, tmp_path / "one", **changed)
     assert (again.rows_per_s, again.calibration, again.position) == (0.0, one.calibration, one.position)
-    third = run(samples, tmp_path / "one", shape, id_dropout=0.2, seed=1)
+    third = run(samples, tmp_path / "one", replace(TRAIN, seed=1), **changed)
     assert sha256(Path(third.checkpoint) / TENSORS) != sha256(Path(one.checkpoint) / TENSORS)
 
 
@@ -144,7 +136,14 @@ def test_a_killed_run_ends_as_one_that_was_not(samples: Samples, tmp_path: Path)
         return float(calls)
 
     with pytest.raises(Stopped):
-        run(samples, tmp_path / "killed", checkpoint_s=0.5, clock=clock, epochs=2)
+        train_ranker(
+            samples,
+            tmp_path / "killed",
+            replace(OPTIONS, epochs=2),
+            replace(TRAIN, checkpoint_s=0.5),
+            name="rank",
+            clock=clock,
+        )
     assert list((tmp_path / "killed").glob("run-*/step-*"))
     killed, whole = run(samples, tmp_path / "killed", epochs=2), run(samples, tmp_path / "whole", epochs=2)
     assert sha256(Path(killed.checkpoint) / TENSORS) == sha256(Path(whole.checkpoint) / TENSORS)
@@ -167,7 +166,7 @@ def test_an_id_that_nobody_clicked_trains_as_missing_and_unknown_ids_are_a_share
     ids = samples.items.features["item_id"].copy()
     ids[:5] = UNKNOWN
     changed = replace(samples, items=replace(samples.items, features={**samples.items.features, "item_id": ids}))
-    batches = ImpressionBatches(changed, shown, Ranker(SHAPE.features_of(samples.features), SHAPE, 0), 0.25)
+    batches = ImpressionBatches(changed, shown, Ranker(samples.features, OPTIONS), 0.25)
     rows = np.arange(8000)
     drawn = batches.drawn(rows, np.random.default_rng(0)).item["item_id"]
     never = shown.item_row[rows] < 5
@@ -180,7 +179,7 @@ def test_an_id_that_nobody_clicked_trains_as_missing_and_unknown_ids_are_a_share
 def test_histories_are_the_clicks_before_the_request(samples: Samples) -> None:
     shown, clicks = samples.impressions, samples.clicks
     assert shown is not None
-    batches = ImpressionBatches(samples, shown, Ranker(SHAPE.features_of(samples.features), SHAPE, 0), 0.0)
+    batches = ImpressionBatches(samples, shown, Ranker(samples.features, OPTIONS), 0.0)
     rows = np.array([100, 5000, len(shown) - 1])
     history = batches.plain(rows).user["history"]
     assert isinstance(history, Bag)
@@ -223,4 +222,4 @@ def test_what_no_ranker_can_learn_from_is_refused(
     change: Callable[[Samples], Samples], error: type[Exception], says: str, samples: Samples, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=says):
-        run(change(samples), tmp_path, replace(SHAPE, history="target"))
+        run(change(samples), tmp_path, history="target")

@@ -19,7 +19,7 @@ from twotower.config import Settings
 from twotower.config.load import as_dict
 from twotower.features.vocabulary import UNKNOWN
 from twotower.logs import Event
-from twotower.logs.entities import item_deleted, item_event, user_deleted, user_event
+from twotower.logs.events import item_deleted, item_event, user_deleted, user_event
 from twotower.pipeline.line import open_served
 from twotower.pipeline.places import places
 from twotower.pipeline.updating import learn

@@ -10,7 +10,7 @@ import pytest
 from twotower.config import Settings, load
 from twotower.datasets.tables import DAY_MS, end_of_day
 from twotower.features.vocabulary import FIRST, UNKNOWN
-from twotower.logs.entities import item_deleted, item_event, user_deleted, user_event
+from twotower.logs.events import item_deleted, item_event, user_deleted, user_event
 from twotower.pipeline import full as module
 from twotower.pipeline.full import Reached, update_full
 from twotower.pipeline.line import LATEST, open_served, run_line

@@ -20,21 +20,22 @@ from twotower.features.columns import take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs import Event
-from twotower.logs.entities import item_deleted, item_event, user_deleted
+from twotower.logs.events import item_deleted, item_event, user_deleted
 from twotower.pipeline import updating
 from twotower.pipeline.line import open_served, run_line
 from twotower.pipeline.places import places
 from twotower.pipeline.updating import check_held_out, learn, open_as_served, open_chain
 from twotower.publish import overlay as overlay_module
 from twotower.publish.delta import Delta, base_digest, chain_folder, delta_folder, last_seq, read_delta, verify_chain
+from twotower.publish.manifest import digest
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
-from twotower.publish.version import digest, open_version
+from twotower.publish.version import open_version
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, VersionError
 from twotower.schema.files import folder_listing, read_json, write_json
 from twotower.serve.monitors import monitors
-from twotower.serve.request import Asked, retrieve
+from twotower.serve.request import Request, retrieve
 from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import Recent
 from twotower.stream.shards import read_manifest, read_rows
@@ -139,7 +140,8 @@ def test_what_a_user_clicks_again_and_again_comes_nearer(learning, happen) -> No
     trained = np.flatnonzero(version.users.features[c.USER_ID] > UNKNOWN)
     user = version.users.ids[int(trained[0])].as_py()
     ranked = [
-        one.item_id for one in retrieve(version, Asked(300, "none", user, channels=["two_tower"]), Recent(), 0, 0).items
+        one.item_id
+        for one in retrieve(version, Request(300, "none", user, channels=["two_tower"]), Recent(), range(0)).items
     ]
     far = ranked[len(ranked) // 2]
     begin = version.watermark_ms + 1  # over ten hours: of one hour only a few would be trained
@@ -147,7 +149,8 @@ def test_what_a_user_clicks_again_and_again_comes_nearer(learning, happen) -> No
     run(learning)
     laid = snapshots(learning).version
     after = [
-        one.item_id for one in retrieve(laid, Asked(300, "none", user, channels=["two_tower"]), Recent(), 0, 0).items
+        one.item_id
+        for one in retrieve(laid, Request(300, "none", user, channels=["two_tower"]), Recent(), range(0)).items
     ]
     assert after.index(far) < ranked.index(far) / 2
     assert laid.delta_seq == 2
@@ -220,7 +223,7 @@ def test_without_room_new_ids_stay_unknown_and_are_counted(learning, happen) -> 
     assert sum(delta.report["no_room"] for delta in deltas(learning)) == 2
 
 
-@pytest.mark.parametrize("before", ["write_json", "read_parts", "write_delta", "delta"])
+@pytest.mark.parametrize("before", ["write_json", "read_positives", "write_delta", "delta"])
 def test_a_run_that_was_killed_makes_the_same_bytes(
     learning, happen, clicks, content, monkeypatch: pytest.MonkeyPatch, before: str, tmp_path
 ) -> None:
@@ -443,7 +446,7 @@ def test_retrieve_reads_the_version_as_it_is_served(learning, happen, clicks, tm
     told, after = asked()
     assert (told["version"], told["delta_seq"]) == (version.id, 1)
     expected = retrieve(
-        snapshots(learning).version, Asked(21, "none", stranger, channels=["two_tower"]), Recent(), 0, 0
+        snapshots(learning).version, Request(21, "none", stranger, channels=["two_tower"]), Recent(), range(0)
     )
     assert after == [one.item_id for one in expected.items if one.item_id != before[1][0]][:20]
     assert after != before[1]
@@ -523,7 +526,7 @@ def lists_of(version, row: int) -> int:
 def test_an_item_that_is_pushed_is_held_back_and_rises_no_further_than_others(learning, happen) -> None:
     """Ten clicks each of all known users on one item that hardly anybody saw."""
     version = open_served(learning)
-    rows = np.argsort(np.bincount(version.clicks.item_row, minlength=version.base_items), kind="stable")
+    rows = np.argsort(np.bincount(version.clicks.item_row, minlength=version.items.base), kind="stable")
     pushed, begin = version.item_ids[int(rows[0])].as_py(), (version.watermark_ms // 3_600_000 + 1) * 3_600_000
     events = [
         Event(f"e{n}-{user}", "click", user, begin + n, body={"item_id": pushed})
@@ -546,7 +549,7 @@ def test_an_item_that_rises_further_than_its_users_explain_is_left_out_of_its_de
     gate = replace(learning.update.gate, max_rise=0.1)
     loose = replace(learning, update=replace(learning.update, bounds=bounds, gate=gate, rows_per_delta=2000))
     version = open_served(loose)
-    rows = np.argsort(np.bincount(version.clicks.item_row, minlength=version.base_items), kind="stable")
+    rows = np.argsort(np.bincount(version.clicks.item_row, minlength=version.items.base), kind="stable")
     pushed, begin = version.item_ids[int(rows[0])].as_py(), (version.watermark_ms // 3_600_000 + 1) * 3_600_000
     users = version.users.ids.to_pylist()
     pushes = [Event(f"e{n}", "click", users[n % len(users)], begin + n, body={"item_id": pushed}) for n in range(900)]
@@ -667,7 +670,7 @@ def test_a_damaged_shard_is_set_aside_and_the_others_are_learned(learning, happe
 
 def test_rows_of_another_shape_and_wild_weights_are_left_out_and_counted(learning, happen, clicks, monkeypatch) -> None:
     happen(learning, clicks(learning, 40))
-    real = module.read_parts
+    real = module.read_positives
 
     def strange(*where):
         parts = real(*where)
@@ -683,7 +686,7 @@ def test_rows_of_another_shape_and_wild_weights_are_left_out_and_counted(learnin
         ]
         return replace(parts, tables=[*changed, *(others if where[1] == 0 or changed else [])])
 
-    monkeypatch.setattr(module, "read_parts", strange)
+    monkeypatch.setattr(module, "read_positives", strange)
     report = run(learning)
     assert report.refused == []
     [delta] = deltas(learning)

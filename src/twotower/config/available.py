@@ -1,8 +1,4 @@
-"""Which values of the configuration this release can honour.
-
-The keys of a configuration are fixed; some of their values come with later releases. Asking for one is an error that
-says so, never a silent default.
-"""
+"""Sections of a configuration that do not fit each other; each value by itself is checked when it is read."""
 
 from collections.abc import Iterator
 
@@ -10,28 +6,14 @@ from twotower.config.settings import Settings
 from twotower.features.options import Categorical, Feature, MultiCategorical, Numeric, Sequence
 from twotower.schema.errors import ConfigError
 
-CHANNELS = ("two_tower", "mind", "mf", "als", "item_cf", "swing", "popular", "new_items", "same_category")
-"""The recall channels of this release."""
-
 
 def check_available(settings: Settings) -> None:
-    """Refuse a configuration that this release cannot carry out.
+    """Refuse a configuration whose sections do not fit each other.
 
     Raises:
-        ConfigError: every such key, with the values that work.
+        ConfigError: every such key, with what to do.
     """
-    wanted = [
-        ("engine.name", settings.engine.name, ("duckdb", "spark")),
-        ("index.kind", settings.index.kind, ("exact", "faiss")),
-        ("serve.features.kind", settings.serve.features.kind, ("lmdb",)),
-        ("stream.log.kind", settings.stream.log.kind, ("local", "redis", "kafka")),
-        *(("models.channels", name, CHANNELS) for name in settings.models.channels),
-    ]
-    problems = [
-        f"{key} = {value!r} is not in this release: use {' or '.join(repr(known) for known in values)}"
-        for key, value, values in wanted
-        if value not in values
-    ]
+    problems = []
     for side, features in (("user", settings.features.user), ("item", settings.features.item)):
         if not features:
             problems.append(f"features.{side} is empty: a tower needs a feature")

@@ -6,7 +6,7 @@ import datetime
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ RENAMED = {
     "update.gate.most_accumulated": "update.gate.max_accumulator",
     "update.gate.most_rise": "update.gate.max_rise",
     "update.gate.rise_least": "update.gate.min_rise_positives",
+    "stream.lateness_s": "stream.allowed_lateness_s",
+    "stream.late_s": "stream.remember_s",
 }
 """Keys of earlier releases, with the names that they have now."""
 
@@ -38,27 +40,51 @@ _SHOWN = 100
 """Characters of a wrong value that an error shows."""
 
 
-def load(path: Path | None, overrides: Iterable[str] = ()) -> Settings:
-    """Read a configuration file; without one, the defaults.
+def load(
+    configuration: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    *,
+    workspace: str | Path | None = None,
+) -> Settings:
+    """Read a configuration; without one, the defaults.
 
     Args:
-        path: a TOML file, or None.
-        overrides: `section.key=value` each, applied in order; the value is TOML, or else a plain string.
+        configuration: the path of a TOML file, or its content as a dict; None = the defaults.
+        overrides: `section.key=value` each, applied in order, the value being TOML or else a plain string; or values by
+            key, such as `{"train.epochs": 3}`.
+        workspace: `workspace.path`, in place of what the configuration says.
 
     Raises:
         ConfigError: no such file, no TOML, an unknown key, a value of another type.
+
+    >>> load({"train": {"epochs": 3}}, {"models.dimension": 32}, workspace="clicks").workspace.path
+    'clicks'
     """
-    if path is None:
-        return parse({}, overrides, where="the defaults")
+    content, where = _content(configuration)
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            _place(content, key.split("."), value, key)
+        overrides = ()
+    if workspace is not None:
+        _place(content, ["workspace", "path"], str(workspace), "workspace")
+    return parse(content, overrides, where)
+
+
+def _content(configuration: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """A configuration as a document, and its name in errors."""
+    if configuration is None:
+        return {}, "the defaults"
+    if isinstance(configuration, Mapping):
+        return copy.deepcopy(dict(configuration)), "configuration"
+    path = Path(configuration)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig")), str(path)
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {path}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, an integer of thousands of digits, a deep nesting
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    return parse(content, overrides, where=str(path))
 
 
 def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "configuration") -> Settings:
@@ -85,7 +111,7 @@ def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "
             samples.setdefault("held_out_users", HELD_OUT_USERS)
         # As JSON, because strict types take sections from documents there, and from nothing but objects elsewhere.
         return _ADAPTER.validate_json(json.dumps(content, default=_plain), strict=True)
-    except (RecursionError, UnicodeError) as error:
+    except (RecursionError, UnicodeError, TypeError) as error:
         raise ConfigError(f"{where} cannot be read: {error}") from None
     except ValidationError as error:
         problems = [
@@ -139,10 +165,19 @@ def _override(content: dict[str, Any], override: str) -> None:
     except (ValueError, RecursionError):
         document = {}
     value = document["value"] if document.keys() == {"value"} else text
+    _place(content, names, value, f"--set {override}")
+
+
+def _place(content: dict[str, Any], names: list[str], value: Any, where: str) -> None:
+    """Put a value where a dotted key stands.
+
+    Raises:
+        ConfigError: a part of the key is a value, not a section.
+    """
     for name in names[:-1]:
         content = content.setdefault(name, {})
         if not isinstance(content, dict):
-            raise ConfigError(f"--set {override}: {name} is a value, not a section")
+            raise ConfigError(f"{where}: {name} is a value, not a section")
     content[names[-1]] = value
 
 

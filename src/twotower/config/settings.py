@@ -14,7 +14,8 @@ from twotower.samples.options import EngineOptions, SamplesOptions
 from twotower.schema.options import STRICT
 from twotower.serve.options import FunnelOptions, ServeOptions
 from twotower.stream.options import StreamOptions
-from twotower.train.options import PreRankOptions, RankOptions, TrainOptions, TuneOptions
+from twotower.towers.options import PreRankOptions, RankOptions
+from twotower.train.options import TrainOptions, TuneOptions
 from twotower.update.options import UpdateOptions
 
 

@@ -1,7 +1,7 @@
-"""The page at `/` and what it asks beside the public API.
+"""The page at `/` and the routes that it uses beside the public API.
 
 The page is static: HTML, CSS and JavaScript of this package, no request to anywhere else. Recommendations, similar
-items, clicks and the served version go through `/v1`, like those of any other client; the routes here add what only a
+items, clicks and the served version go through `/v1`, like those of any other client. The routes here add what only a
 page for people needs: titles and attributes of items, a user's history, users to begin with.
 """
 
@@ -14,25 +14,35 @@ import numpy.typing as npt
 import pyarrow as pa
 from fastapi import FastAPI, Query
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from twotower.publish.version import Version
 from twotower.schema import columns as c
-from twotower.serve.app import Id, json_response, parse_id
-from twotower.serve.request import find_items, find_user
-from twotower.serve.snapshots import Snapshots
-from twotower.serve.users import ItemId, Recent, RecentUsers
+from twotower.serve.answers import json_response
+from twotower.serve.bodies import Body, Id, parse_id
+from twotower.serve.parts import ServerParts
+from twotower.serve.request import find_items
+from twotower.serve.users import ItemId, Recent
 
 TITLE = "title"
 """The attribute that names an item; without it, the page shows ids."""
 
-MOST_USERS = 100
-MOST_HISTORY = 1000
-MOST_ITEMS = 1000
-ENOUGH_CLICKS = 5
-"""A user to begin with has so many clicks, where there are such users."""
+MAX_USERS = 100
+MAX_HISTORY = 1000
+MAX_ITEMS = 1000
+MIN_CLICKS = 5
+"""Users to begin with have at least this many clicks, where there are such users."""
 
-_KINDS = ("html", "css", "js")
+_FILES = {
+    "/": ("html", "text/html"),
+    "/console/page.css": ("css", "text/css"),
+    "/console/page.js": ("js", "text/javascript"),
+}
+"""End of the name and type of each static file, by its address."""
+_READABLE = (
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating),
+    *(pa.types.is_boolean, pa.types.is_date, pa.types.is_timestamp),
+)
 _NO_STORE = {"Cache-Control": "no-store"}
 _STATIC = {
     "Cache-Control": "no-cache",
@@ -42,43 +52,21 @@ _STATIC = {
 }
 
 
-class ItemsBody(BaseModel):
-    """Items whose attributes are wanted."""
+class ItemsBody(Body):
+    """Items whose attributes are asked for."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    ids: Annotated[list[Id], Field(max_length=MOST_ITEMS)]
+    ids: Annotated[list[Id], Field(max_length=MAX_ITEMS)]
 
 
-def add_page(app: FastAPI, snapshots: Snapshots, users: RecentUsers) -> None:
-    """Add the page to the public application.
-
-    Args:
-        app: gets `/` and the routes below `/console`.
-        snapshots: the served version; a request reads one snapshot.
-        users: what they did since the version.
-    """
-    page, style, script = (files("twotower.console").joinpath(f"page.{kind}").read_bytes() for kind in _KINDS)
-
-    @app.get("/", include_in_schema=False)
-    def get_page() -> Response:
-        """The page."""
-        return Response(page, media_type="text/html", headers=_STATIC)
-
-    @app.get("/console/page.css", include_in_schema=False)
-    def get_style() -> Response:
-        """How it looks."""
-        return Response(style, media_type="text/css", headers=_STATIC)
-
-    @app.get("/console/page.js", include_in_schema=False)
-    def get_script() -> Response:
-        """What it does."""
-        return Response(script, media_type="text/javascript", headers=_STATIC)
+def add_page(app: FastAPI, parts: ServerParts) -> None:
+    """Add the page at `/`, and the routes below `/console`, to the public application."""
+    for path, (kind, media_type) in _FILES.items():
+        _add_file(app, path, files("twotower.console").joinpath(f"page.{kind}").read_bytes(), media_type)
 
     @app.get("/console/meta", include_in_schema=False)
     def get_meta() -> Response:
         """Types of the ids, channels and attributes of the served version."""
-        version = snapshots.version
+        version = parts.version
         return _data(
             {
                 "version": version.id,
@@ -92,26 +80,33 @@ def add_page(app: FastAPI, snapshots: Snapshots, users: RecentUsers) -> None:
         )
 
     @app.get("/console/users", include_in_schema=False)
-    def some_users(n: Annotated[int, Query(ge=1, le=MOST_USERS)] = 20) -> Response:
+    def some_users(n: Annotated[int, Query(ge=1, le=MAX_USERS)] = 20) -> Response:
         """Ids of some users with clicks, spread over all."""
-        version = snapshots.version
+        version = parts.version
         clicks = np.diff(version.clicks.indptr)
-        busy = np.flatnonzero(clicks >= min(ENOUGH_CLICKS, clicks.max(initial=0)))
+        busy = np.flatnonzero(clicks >= min(MIN_CLICKS, clicks.max(initial=0)))
         chosen = busy[np.linspace(0, len(busy) - 1, min(n, len(busy))).astype(int)]
         return _data({"users": version.users.ids.take(pa.array(chosen)).to_pylist()})
 
     @app.get("/console/history", include_in_schema=False)
-    def get_history(user_id: str, n: Annotated[int, Query(ge=1, le=MOST_HISTORY)] = 50) -> Response:
+    def get_history(user_id: str, n: Annotated[int, Query(ge=1, le=MAX_HISTORY)] = 50) -> Response:
         """A user's clicks, newest first; none for someone never seen."""
-        version = snapshots.version
+        version = parts.version
         known_id = parse_id(user_id, version.users.ids.type)
-        return _data(history(version, find_user(version, known_id), users.get(known_id), n))
+        return _data(history(version, version.user_row(known_id), parts.users.get(known_id), n))
 
     @app.post("/console/items", include_in_schema=False)
     def get_items(body: ItemsBody) -> Response:
         """Titles and attributes of items, in the order asked."""
-        version = snapshots.version
+        version = parts.version
         return _data({"version": version.id, "items": describe(version, body.ids)})
+
+
+def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
+    @app.get(path, include_in_schema=False)
+    def get_file() -> Response:
+        """A static file."""
+        return Response(content, media_type=media_type, headers=_STATIC)
 
 
 def history(version: Version, user_row: int, recent: Recent, n: int) -> dict[str, Any]:
@@ -176,18 +171,7 @@ def _is_readable(kind: pa.DataType) -> bool:
         return _is_readable(kind.value_type)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return not pa.types.is_floating(kind.value_type) and _is_readable(kind.value_type)
-    return any(
-        test(kind)
-        for test in (
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_integer,
-            pa.types.is_floating,
-            pa.types.is_boolean,
-            pa.types.is_date,
-            pa.types.is_timestamp,
-        )
-    )
+    return any(is_of(kind) for is_of in _READABLE)
 
 
 def _kind(ids: pa.DataType) -> str:

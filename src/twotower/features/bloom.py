@@ -1,7 +1,7 @@
 """What a user was shown over days or weeks, in a few kilobytes: a Bloom filter for each period.
 
-A Bloom filter (Bloom 1970) never forgets what was put in; of everything else it takes a small share for known. There is
-no taking out, so the window is cut into periods with a filter each, and the oldest falls away whole.
+A Bloom filter (Bloom 1970) contains everything that was added, and by mistake a small share of everything else. Nothing
+can be removed from it, so the window is cut into periods with a filter each, and the oldest filter is dropped.
 """
 
 import struct
@@ -17,12 +17,12 @@ from twotower.schema.errors import ConfigError
 
 Hashes = npt.NDArray[np.uint64]
 
-MOST_OVER: Final = 4
-"""Someone who is shown more than was expected gets more filters, up to so many times as many."""
-_LEAST_BITS: Final = 4096
+MAX_OVER: Final = 4
+"""A user who is shown more than expected gets more filters, up to this many times as many."""
+_MIN_BITS: Final = 4096
 """Two hashes that agree on the first place and on the step agree on all places: in smaller filters that is not rare."""
 _AT_ONCE: Final = 1 << 16
-"""Ids hashed together."""
+"""Ids that are hashed together."""
 _PARTS: Final = 10_000
 _HEAD: Final = struct.Struct("<qI")
 _PRIME: Final = np.uint64(0x100000001B3)
@@ -59,7 +59,7 @@ def _mixed(values: Hashes) -> Hashes:
 
 
 def is_held_out(user_ids: pa.Array, share: float) -> npt.NDArray[np.bool_]:
-    """Which users (n,) nothing is trained on, so that what is learned can be judged on them: a share, by a hash.
+    """Held-out users (n,), chosen by a hash: never used in training, so that the quality gate can judge on them.
 
     >>> int(is_held_out(pa.array(range(1000)), 0.05).sum())
     60
@@ -68,37 +68,37 @@ def is_held_out(user_ids: pa.Array, share: float) -> npt.NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The size of filters, and the time that each stands for."""
+class FilterShape:
+    """The size of filters, and the length of their periods."""
 
     period_ms: int
     filters: int
-    """That a window touches: one more than the periods in it."""
+    """Filters that a window touches: one more than its periods."""
     items: int
-    """That one filter is made for."""
+    """Items that one filter is made for."""
     bits: int
-    """Of one filter, a power of two."""
+    """Bits of one filter, a power of two."""
     hashes: int
 
     @classmethod
     def of(cls, window_ms: int, periods: int, items: int, error_rate: float) -> Self:
         """Filters for a window.
 
-        With n items in m bits and h hashes, a filter takes (1 - exp(-h n / m))^h of other items for known;
+        With n items in m bits and h hashes, a filter contains (1 - exp(-h n / m))^h of other items by mistake;
         m = -n ln p / ln(2)^2 and h = log2(1 / p) keep that at p. The window's filters are asked together, so each has
         its share of the error.
 
         Args:
             window_ms: how long an item counts as shown.
             periods: that the window is cut into.
-            items: shown to one user within the window, as expected.
-            error_rate: share of other items taken for shown, once that many were.
+            items: expected number of items shown to one user within the window.
+            error_rate: share of other items that count as shown by mistake, once this many were.
 
         Raises:
             ConfigError: periods shorter than a millisecond.
 
-        >>> Shape.of(7 * 86_400_000, 7, 7000, 0.008)
-        Shape(period_ms=86400000, filters=8, items=1000, bits=16384, hashes=10)
+        >>> FilterShape.of(7 * 86_400_000, 7, 7000, 0.008)
+        FilterShape(period_ms=86400000, filters=8, items=1000, bits=16384, hashes=10)
         """
         if window_ms < periods:
             raise ConfigError(
@@ -106,7 +106,7 @@ class Shape:
             )
         each = error_rate / (periods + 1)
         count = -(-items // periods)
-        bits = max(_LEAST_BITS, 2 ** int(np.ceil(np.log2(-count * np.log(each) / np.log(2) ** 2))))
+        bits = max(_MIN_BITS, 2 ** int(np.ceil(np.log2(-count * np.log(each) / np.log(2) ** 2))))
         return cls(-(-window_ms // periods), periods + 1, count, bits, int(np.ceil(-np.log2(each))))
 
     def places(self, hashes: Hashes, number: int) -> npt.NDArray[np.uint32]:
@@ -123,8 +123,8 @@ class _Filter:
     count: int
     content: bytes
 
-    def add(self, shape: Shape, hashes: Hashes) -> tuple["_Filter", Hashes]:
-        """With more hashes (n,), as many as there is room for; and those that are left, without what is known."""
+    def add(self, shape: FilterShape, hashes: Hashes) -> tuple["_Filter", Hashes]:
+        """The filter with more hashes (n,), as far as there is room, and the new ones that are left."""
         bits = np.frombuffer(self.content, np.uint8).copy()
         hashes = hashes[np.sort(np.unique(hashes, return_index=True)[1])]
         places = np.stack([shape.places(hashes, number) for number in range(shape.hashes)])
@@ -141,11 +141,11 @@ class _Filter:
 class Seen:
     """One user's filters, by rising period; immutable."""
 
-    shape: Shape
+    shape: FilterShape
     filters: tuple[_Filter, ...] = ()
 
     def add(self, times_ms: Sequence[int], hashes: Hashes) -> Self:
-        """With items that were shown at some times; the filters of the earliest periods make room."""
+        """The same with more items, shown at some times; the filters of the earliest periods are dropped."""
         filters = list(self.filters)
         periods = np.asarray(times_ms, np.int64) // self.shape.period_ms
         for period in np.unique(periods).tolist():
@@ -157,10 +157,10 @@ class Seen:
                 one, left = _Filter(period, 0, bytes(self.shape.bits // 8)).add(self.shape, left)
                 filters.append(one)
         filters.sort(key=lambda f: f.period)  # stable: of a period the newest last
-        return replace(self, filters=tuple(filters[-MOST_OVER * self.shape.filters :]))
+        return replace(self, filters=tuple(filters[-MAX_OVER * self.shape.filters :]))
 
     def contains(self, hashes: Hashes, since_ms: int) -> npt.NDArray[np.bool_]:
-        """Which items (n,) were shown since a time, or up to a period before it."""
+        """Which items (n,) were shown since a time, or at most one period before it."""
         asked = [f for f in self.filters if (f.period + 1) * self.shape.period_ms > since_ms]
         found = np.zeros(len(hashes), np.bool_)
         for start in range(0, len(asked), 64):
@@ -188,7 +188,7 @@ class Seen:
         return b"".join(_HEAD.pack(f.period, f.count) + f.content for f in self.filters)
 
     @classmethod
-    def decode(cls, shape: Shape, value: bytes) -> Self:
+    def decode(cls, shape: FilterShape, value: bytes) -> Self:
         """From the bytes of `encode`, with the same shape."""
         size = _HEAD.size + shape.bits // 8
         parts = [value[start : start + size] for start in range(0, len(value), size)]

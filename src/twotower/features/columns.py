@@ -1,4 +1,4 @@
-"""Encoded columns: what a feature becomes before it meets a table or a network.
+"""Encoded columns: the form of a feature before a table or a network reads it.
 
 N rows; W numbers a row. A column is one of
 
@@ -39,14 +39,14 @@ Column = Rows | Numbers | Bag
 
 @dataclass(frozen=True)
 class Beginnings:
-    """Each of N rows is the beginning of one of S lists, so that what rows have in common is held once."""
+    """Each of N rows is the beginning of one of S lists, so that rows share what they have in common."""
 
     lists: Bag
     """(S)"""
     row: npt.NDArray[np.int64]
     """(N,) the list of each row."""
     length: npt.NDArray[np.int64]
-    """(N,) how much of it; 0 = nothing."""
+    """(N,) how many entries of it; 0 = none."""
 
 
 def ranges(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -17,14 +17,14 @@ from twotower.features.fitted import (
     Fitted,
     Items,
     Number,
-    Ready,
+    PrecomputedVector,
     as_numbers,
     damp,
     raw_column,
     split,
 )
-from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Sequence
-from twotower.features.vocabulary import Vocabulary, as_values, fit_vocabulary
+from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Sequence, Vector
+from twotower.features.vocabulary import FIRST, IDS_SCHEMA, Vocabulary, as_values, fit_vocabulary, id_rows
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, cut
 from twotower.schema.files import map_batches, read_json, write_json
@@ -37,7 +37,7 @@ VOCABULARY_FILE = "vocab.arrow"
 
 
 @dataclass(frozen=True)
-class Table:
+class TableShape:
     """The shape of one embedding table."""
 
     name: str
@@ -64,7 +64,7 @@ class FeatureSet:
         return tuple(f for f in self.user if not (isinstance(f, Items) and f.from_clicks))
 
     def of_ids(self) -> "FeatureSet":
-        """The ids of users and of items alone: what matrix factorisation knows.
+        """The ids of users and of items alone, as matrix factorisation reads them.
 
         Raises:
             ConfigError: an id is no feature.
@@ -94,14 +94,14 @@ class FeatureSet:
         return replace(self, user=tuple(routed if f is history else f for f in self.user))
 
     @property
-    def tables(self) -> dict[str, Table]:
+    def tables(self) -> dict[str, TableShape]:
         """The embedding tables that the features read, by name."""
-        found: dict[str, Table] = {}
+        found: dict[str, TableShape] = {}
         for feature in (*self.user, *self.item, *self.context):
             if isinstance(feature, Category | Categories | Items):
-                table = Table(feature.vocabulary.table, feature.vocabulary.capacity, feature.dimension)
+                table = TableShape(feature.vocabulary.table, feature.vocabulary.capacity, feature.dimension)
             elif isinstance(feature, Bucket):
-                table = Table(feature.table, feature.capacity, feature.dimension)
+                table = TableShape(feature.table, feature.capacity, feature.dimension)
             else:
                 continue
             found[table.name] = table
@@ -144,50 +144,34 @@ def fit(
         DataError: a column does not fit its kind.
     """
     ids = fit_vocabulary(c.ITEM_ID, as_values(items.column(c.ITEM_ID), c.ITEM_ID), room)
-    sides = {
-        "user": (features.user, dict(zip(users.column_names, users.columns, strict=True))),
-        "item": (features.item, dict(zip(items.column_names, items.columns, strict=True))),
-        "context": (features.context, context),
-    }
-    shared = {c.ITEM_ID: SharedTable(ids, dimension), **_fit_shared(sides, dimension)}
+    sides = [
+        _Side("user", features.user, dict(zip(users.column_names, users.columns, strict=True))),
+        _Side("item", features.item, dict(zip(items.column_names, items.columns, strict=True))),
+        _Side("context", features.context, context),
+    ]
+    tables = {c.ITEM_ID: SharedTable(ids, dimension), **_fit_shared(sides, dimension)}
+    return FeatureSet(
+        *(
+            tuple(_fit_feature(side, name, kind, tables, room) for name, kind in sorted(side.wanted.items()))
+            for side in sides
+        )
+    )
 
-    def fit_side(side: str, wanted: Mapping[str, Feature], columns: Mapping[str, Any]) -> Iterable[Fitted]:
-        for name, kind in sorted(wanted.items()):
-            if isinstance(kind, Sequence) and name == HISTORY and side == "user":
-                yield Items(name, ids, dimension, kind.last, kind.encoder, True, kind.heads, kind.blocks)
-                continue
-            if name not in columns:
-                raise ConfigError(f"features.{side}.{name}: no such column; there are {', '.join(columns) or 'none'}")
-            column = columns[name].combine_chunks() if isinstance(columns[name], pa.ChunkedArray) else columns[name]
-            if isinstance(kind, Sequence):
-                if side != "user":
-                    raise ConfigError(f"features.{side}.{name}: a sequence of items belongs to features.user")
-                yield Items(name, ids, dimension, kind.last, kind.encoder, False, kind.heads, kind.blocks)
-            elif isinstance(kind, Categorical):
-                if side == "item" and name == c.ITEM_ID:
-                    yield Category(name, ids, dimension)
-                    continue
-                if kind.table is not None:
-                    yield Category(name, shared[kind.table].vocabulary, shared[kind.table].dimension)
-                    continue
-                is_id = side == "user" and name == c.USER_ID
-                known = fit_vocabulary(
-                    name if is_id else f"{side}.{name}", as_values(column, name), room if is_id else 0.0
-                )
-                yield Category(
-                    name, known, dimension if is_id else kind.dimension or width(len(known.values), dimension)
-                )
-            elif isinstance(kind, MultiCategorical) and kind.table is not None:
-                yield Categories(name, shared[kind.table].vocabulary, shared[kind.table].dimension, kind.separator)
-            elif isinstance(kind, MultiCategorical):
-                known = fit_vocabulary(f"{side}.{name}", as_values(split(column, kind.separator, name).flatten(), name))
-                yield Categories(name, known, kind.dimension or width(len(known.values), dimension), kind.separator)
-            elif isinstance(kind, Numeric):
-                yield fit_numeric(name, f"{side}.{name}", kind, column, dimension)
-            else:
-                yield Ready(name, kind.size)
 
-    return FeatureSet(*(tuple(fit_side(side, wanted, columns)) for side, (wanted, columns) in sides.items()))
+@dataclass(frozen=True)
+class _Side:
+    """The configured features of one side, and the columns that they are fitted to."""
+
+    name: str
+    wanted: Mapping[str, Feature]
+    columns: Mapping[str, Any]
+
+    def column(self, name: str) -> pa.Array:
+        if name not in self.columns:
+            known = ", ".join(self.columns) or "none"
+            raise ConfigError(f"features.{self.name}.{name}: no such column; there are {known}")
+        column = self.columns[name]
+        return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 @dataclass(frozen=True)
@@ -198,26 +182,54 @@ class SharedTable:
     dimension: int
 
 
-def _fit_shared(
-    sides: Mapping[str, tuple[Mapping[str, Feature], Mapping[str, Any]]], dimension: int
-) -> dict[str, SharedTable]:
+def _fit_feature(side: _Side, name: str, kind: Feature, tables: Mapping[str, SharedTable], room: float) -> Fitted:
+    """One feature of a side; `tables` are the shared ones by name, that of item ids among them."""
+    ids, own = tables[c.ITEM_ID], f"{side.name}.{name}"
+    if isinstance(kind, Sequence):
+        if side.name != "user":
+            raise ConfigError(f"features.{own}: a sequence of items belongs to features.user")
+        if name != HISTORY:
+            side.column(name)  # it must exist
+        shape = (kind.last, kind.encoder, name == HISTORY, kind.heads, kind.blocks)
+        return Items(name, ids.vocabulary, ids.dimension, *shape)
+    column = side.column(name)
+    if isinstance(kind, Numeric):
+        return fit_numeric(name, own, kind, column, ids.dimension)
+    if isinstance(kind, Vector):
+        return PrecomputedVector(name, kind.size)
+    single = isinstance(kind, Categorical)
+    if single and own == f"item.{c.ITEM_ID}":
+        table = ids
+    elif kind.table is not None:
+        table = tables[kind.table]
+    elif single and own == f"user.{c.USER_ID}":
+        table = SharedTable(fit_vocabulary(name, as_values(column, name), room), ids.dimension)
+    else:
+        known = fit_vocabulary(own, _values(kind, column, name))
+        table = SharedTable(known, kind.dimension or width(len(known.values), ids.dimension))
+    if isinstance(kind, Categorical):
+        return Category(name, table.vocabulary, table.dimension)
+    return Categories(name, table.vocabulary, table.dimension, kind.separator)
+
+
+def _values(kind: Categorical | MultiCategorical, column: pa.Array, name: str) -> pa.Array:
+    """The values of a column of categories; of several a row, one below the other."""
+    flat = split(column, kind.separator, name).flatten() if isinstance(kind, MultiCategorical) else column
+    return as_values(flat, name)
+
+
+def _fit_shared(sides: Iterable[_Side], dimension: int) -> dict[str, SharedTable]:
     """The tables that features share by name, each over the values of all its features.
 
     Raises:
         ConfigError: features of one table have other types of values, or other dimensions.
     """
     members: dict[str, list[tuple[str, pa.Array, int | None]]] = {}
-    for side, (wanted, columns) in sides.items():
-        for name, kind in sorted(wanted.items()):
-            if not isinstance(kind, Categorical | MultiCategorical) or kind.table is None:
-                continue
-            if name not in columns:
-                continue  # said where the feature itself is fitted
-            column = columns[name].combine_chunks() if isinstance(columns[name], pa.ChunkedArray) else columns[name]
-            values = split(column, kind.separator, name).flatten() if isinstance(kind, MultiCategorical) else column
-            members.setdefault(kind.table, []).append(
-                (f"features.{side}.{name}", as_values(values, name), kind.dimension)
-            )
+    for side in sides:
+        for name, kind in sorted(side.wanted.items()):
+            if isinstance(kind, Categorical | MultiCategorical) and kind.table is not None and name in side.columns:
+                values = _values(kind, side.column(name), name)
+                members.setdefault(kind.table, []).append((f"features.{side.name}.{name}", values, kind.dimension))
     tables: dict[str, SharedTable] = {}
     for table, fitted in members.items():
         types = {str(values.type): where for where, values, _ in fitted if len(values) > values.null_count}
@@ -273,13 +285,13 @@ def width(values: int, most: int) -> int:
 
 
 def extended(features: FeatureSet, known: Mapping[str, pa.Array], room: float) -> FeatureSet:
-    """The same features with other ids: those of the full update, whose towers go on with yesterday's.
+    """The same features with other ids, for the full update, which continues yesterday's training.
 
     Everything else stays as it was fitted, because the networks were trained on it.
 
     Args:
         features: yesterday's.
-        known: for `user_id` and `item_id`, the ids that are to have a row.
+        known: for `user_id` and `item_id`, the ids that get a row.
         room: spare rows of the id tables, as a share of the known ids.
     """
     tables = {table: fit_vocabulary(table, ids, room) for table, ids in known.items()}
@@ -325,24 +337,10 @@ def save(features: FeatureSet, folder: Path) -> None:
         folder / FEATURES_FILE,
         {side: [_describe(f) for f in getattr(features, side)] for side in ("user", "item", "context")},
     )
-    pieces = []
-    for table, vocabulary in features.vocabularies.items():
-        count = len(vocabulary.values)
-        number = vocabulary.values.type == pa.int64()
-        pieces.append(
-            pa.table(
-                {
-                    "table": pa.array([table] * count, pa.string()),
-                    "number": vocabulary.values if number else pa.nulls(count, pa.int64()),
-                    "text": pa.nulls(count, pa.string()) if number else vocabulary.values,
-                    "row": pa.array(np.arange(count, dtype=np.int32) + 2),
-                }
-            )
-        )
-    schema = pa.schema([("table", pa.string()), ("number", pa.int64()), ("text", pa.string()), ("row", pa.int32())])
-    with pa.OSFile(str(folder / VOCABULARY_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for piece in pieces:
-            writer.write_table(piece)
+    with pa.OSFile(str(folder / VOCABULARY_FILE), "wb") as sink, pa.ipc.new_file(sink, IDS_SCHEMA) as writer:
+        for table, vocabulary in features.vocabularies.items():
+            rows = np.arange(len(vocabulary.values), dtype=np.int32) + FIRST
+            writer.write_table(id_rows(table, vocabulary.values, pa.array(rows)))
 
 
 def load(folder: Path) -> FeatureSet:
@@ -371,7 +369,7 @@ _KINDS: dict[str, type[Fitted]] = {
     "number": Number,
     "bucket": Bucket,
     "items": Items,
-    "ready": Ready,
+    "ready": PrecomputedVector,
 }
 
 

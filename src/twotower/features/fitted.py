@@ -18,9 +18,9 @@ from twotower.features.vocabulary import FIRST, MISSING, Vocabulary, as_values
 from twotower.schema.errors import DataError, shown
 
 INTERESTS = "interests"
-"""The encoder that gives a vector for each interest: what the channel `mind` makes of the click history."""
+"""The encoder that gives a vector for each interest: the channel `mind` reads the click history with it."""
 LIMIT = 1000.0
-"""Largest standard score, in deviations; among a million training values none can have a greater one."""
+"""Largest standard score, in deviations; none of a million training values can have a greater one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Category:
 class Categories:
     """Several values out of a vocabulary -> a bag of rows, without repeats and in ascending order.
 
-    No value at all is the missing row; all unknown values together are the unknown row once.
+    Without a value it is the missing row; all unknown values together are the unknown row once.
     """
 
     name: str
@@ -74,7 +74,8 @@ class Categories:
 class Number:
     """A number -> (N, 2): its standard score, and 1 where it is missing (the score is then 0).
 
-    Scores end at `LIMIT` deviations: beyond, a slip in a request would drown every other feature, or overflow float32.
+    Scores end at `LIMIT` deviations: without a limit, one wrong number in a request would outweigh every other feature,
+    or overflow float32.
     """
 
     name: str
@@ -136,9 +137,9 @@ class Items:
     from_clicks: bool
     """The sequence is the user's click history, not a column."""
     heads: int = 2
-    """Of an attention or a transformer that reads it; how many interests."""
+    """Heads of an attention or a transformer that reads it; or the number of interests."""
     blocks: int = 2
-    """Of a transformer; rounds of the routing to interests."""
+    """Blocks of a transformer; or rounds of the routing to interests."""
 
     def encode(self, column: pa.Array) -> Bag:
         """A bag of rows for each of N lists of item ids."""
@@ -159,8 +160,8 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A ready-made vector -> (N, size + 1): its numbers, and 1 where it is missing (they are then 0).
+class PrecomputedVector:
+    """A precomputed vector -> (N, size + 1): its numbers, and 1 where it is missing (they are then 0).
 
     A vector with a number that is null, NaN or beyond float32 is missing as a whole.
     """
@@ -192,7 +193,7 @@ class Ready:
         return encoded
 
 
-Fitted = Category | Categories | Number | Bucket | Items | Ready
+Fitted = Category | Categories | Number | Bucket | Items | PrecomputedVector
 
 
 def split(column: pa.Array, separator: str | None, where: str) -> pa.Array:
@@ -232,7 +233,7 @@ def _offsets(lists: pa.Array) -> npt.NDArray[np.int32]:
 
 
 def plain(column: pa.Array) -> pa.Array:
-    """A dictionary column as the values that it stands for; any other as it is."""
+    """A dictionary column as its values; any other as it is."""
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
@@ -266,7 +267,7 @@ def damp(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def raw_column(fitted: Fitted, values: list[Any]) -> pa.Array:
-    """Values of a request as the Arrow column that `encode` takes; their type is what they are, as in a table.
+    """Values of a request as the Arrow column that `encode` takes, of the type that the values have.
 
     Raises:
         DataError: values of mixed types, or that no column can hold.

@@ -1,4 +1,4 @@
-"""Options of the features and of the store of what a server learns."""
+"""Options of the features."""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -150,13 +150,3 @@ def _unusable(sides: Mapping[str, Mapping[str, Feature]]) -> list[str]:
         taken = [f"{name}{end}" for end in (".length", ".row")] if isinstance(kind, Sequence) else [".popularity"]
         problems += [f"{where} takes the name {one} too: rename one of the columns" for one in taken if one in names]
     return problems
-
-
-@dataclass(frozen=True, config=STRICT)
-class FeatureStoreOptions:
-    """Where a server keeps what it learns of a user."""
-
-    kind: Literal["lmdb", "redis"] = "lmdb"
-    """`lmdb` is embedded."""
-    url: Text | None = None
-    """Address of an external store."""

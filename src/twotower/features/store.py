@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 MAP_BYTES = 1 << 40
 """Address space that LMDB reserves; a file grows only as far as it is filled."""
 FILES = ("data.mdb", "lock.mdb")
-_LEAST_S, _BYTES_A_SECOND = 30, 10_000_000
-"""Time that reading a store may take: a damaged one may lead in circles."""
+_MIN_S, _BYTES_PER_S = 30, 10_000_000
+"""Time that reading a store may take: in a damaged one, reading may never end."""
 
 
 class FeatureStoreError(TwotowerError):
@@ -31,7 +31,7 @@ class FeatureStoreError(TwotowerError):
 class FeatureStore(Protocol):
     """Small values by key, written in whole changes; it may be called from several threads at once.
 
-    Every method but `close` raises `FeatureStoreError` where the store cannot do it.
+    Every method but `close` raises `FeatureStoreError` if it fails.
     """
 
     def get(self, key: bytes) -> bytes | None:
@@ -55,20 +55,19 @@ class FeatureStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back files and connections; a second call does nothing."""
+        """Close files and connections; a second call does nothing."""
         ...
 
 
 class LmdbFeatureStore:
     """The embedded store: an LMDB file, read without locks or copies.
 
-    A killed process loses nothing; after a power cut the latest changes may be gone, but never torn. What is in it can
-    be made again from the event log, and so a store that is damaged is set aside, under a name that says so, and an
-    empty one takes its place. LMDB itself trusts its file: a damaged one would end the process that reads it. So all of
-    it is read first by a process of its own.
+    A killed process loses nothing; after a power cut the latest changes may be gone, but never torn. Its content can be
+    built again from the event log. So a damaged store is renamed, and an empty one takes its place. LMDB trusts its
+    file: a damaged one would end the process that reads it. So another process reads all of it first.
 
     Args:
-        folder: its folder, made if it is absent.
+        folder: its folder, made if absent.
 
     Raises:
         FeatureStoreError: the folder holds something else, or the disk refuses.
@@ -134,7 +133,7 @@ class LmdbFeatureStore:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is wrong with a store; None where all of it can be read, and written to.
+    """What is wrong with a store; None if all of it can be read, and written to.
 
     Raises:
         OSError: the disk refuses.
@@ -149,7 +148,7 @@ def damage_of(folder: Path) -> str | None:
     data = folder / FILES[0]
     if not data.exists():
         return None
-    allowed_s = _LEAST_S + data.stat().st_size / _BYTES_A_SECOND
+    allowed_s = _MIN_S + data.stat().st_size / _BYTES_PER_S
     command = [sys.executable, "-P", "-c", _READER, str(folder.resolve())]
     try:
         ended = subprocess.run(command, capture_output=True, timeout=allowed_s, check=False)  # it may not survive

@@ -1,7 +1,7 @@
 """From raw values to rows of an embedding table.
 
 Row 0 stands for a missing value, row 1 for an unknown one; known values follow in ascending order, so that a vocabulary
-does not depend on the order in which values were seen. Behind them a table may have spare rows for values to come.
+does not depend on the order in which values were seen. After them a table may have spare rows for new values.
 """
 
 from bisect import bisect_left
@@ -20,10 +20,12 @@ UNKNOWN = 1
 FIRST = 2
 """Row of the first known value."""
 
+IDS_SCHEMA = pa.schema([("table", pa.string()), ("number", pa.int64()), ("text", pa.string()), ("row", pa.int32())])
+"""How ids are stored with their rows: integers as `number`, strings as `text`."""
 _FEW = 64
 _FEW_SHARE = 0.01
-"""Up to so many values, or this share of the vocabulary, a binary search each beats building Arrow's hash table of the
-whole vocabulary."""
+"""Up to this many values, or this share of the vocabulary, one binary search per value is faster than building Arrow's
+hash table of the whole vocabulary."""
 
 
 def as_values(column: pa.ChunkedArray | pa.Array, where: str) -> pa.Array:
@@ -144,3 +146,15 @@ def fit_vocabulary(table: str, values: pa.Array, room: float = 0.0) -> Vocabular
     distinct = pc.drop_null(pc.unique(values))
     ordered = distinct.take(pc.sort_indices(distinct))
     return Vocabulary(table, ordered, FIRST + len(ordered) + int(np.ceil(room * len(ordered))))
+
+
+def id_rows(table: str, ids: pa.Array, rows: pa.Array) -> pa.Table:
+    """The ids of one embedding table with their rows, as they are stored.
+
+    >>> id_rows("city", pa.array(["Bern"]), pa.array([2], pa.int32())).to_pylist()
+    [{'table': 'city', 'number': None, 'text': 'Bern', 'row': 2}]
+    """
+    number, count = ids.type == pa.int64(), len(ids)
+    absent = pa.nulls(count, pa.string() if number else pa.int64())
+    columns = [pa.array([table] * count, pa.string()), *((ids, absent) if number else (absent, ids)), rows]
+    return pa.table(columns, schema=IDS_SCHEMA)

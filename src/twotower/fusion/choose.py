@@ -1,6 +1,6 @@
-"""Choosing how channels are fused, on lists of users whose held-out items are known.
+"""Chooses how channels are fused, on lists of users whose held-out items are known.
 
-B users, C channels, M items of a user's union, k cut-offs. What is raised is recall, the mean over the cut-offs.
+B users, C channels, M items of a user's union, k cut-offs. The objective is recall, the mean over the cut-offs.
 """
 
 import logging
@@ -59,21 +59,22 @@ def choose(
     seed: int,
     part: npt.NDArray[np.int64] | None = None,
 ) -> Chosen:
-    """The fusion with the greatest recall whose terms are each worth more than their noise.
+    """The fusion with the greatest recall in which each term is worth more than its noise.
 
-    A term weight / (constant + rank) is an estimate of how likely a hit is at that rank; each channel's is fitted to
-    its hits by maximum likelihood, as if no other channel were there. From there, and from the best channel alone, one
-    channel after another is given another weight, none included, or another constant, whichever is best; a change
-    stands if it brings more than its standard error (paired; over users and, where there are several validation parts,
-    over these), and at the end a channel whose loss is less than that has weight 0.
+    A term weight / (constant + rank) estimates how likely a hit is at that rank. First, each channel's term is fitted
+    to its hits by maximum likelihood, as if there were no other channel. From there, and from the best channel alone,
+    one channel after another gets another weight, 0 included, or another constant, whichever is best. A change is kept
+    if its gain is above its standard error (paired; over users and, where there are several validation parts, over
+    these). At the end, a channel whose removal loses less than that gets weight 0.
 
-    What was chosen on the users that it is judged on looks better than it is. So the choice is made several times: on
-    each half of the users, for the figures on the other half, or on all parts but one, for the figures on that one, and
-    on all of them. Where these figures are not above those of the best channel by more than their noise, that channel
-    stands first alone, and the others fill up.
+    A choice looks better than it is on the users that it was made on. So it is made several times: on each half of the
+    users, for the figures on the other half, or on all parts but one, for the figures on that part, and on all of them.
+    Where these figures are not above those of the best channel by more than their noise, that channel ranks first
+    alone, and the others fill up.
 
     Args:
-        lists: candidates of each channel by name, as long as they will be asked for; excluded items are not in them.
+        lists: candidates of each channel by name, as long as a server will request them; excluded items are not in
+            them.
         truth: the distinct held-out items of the same users; none is empty.
         ks: cut-offs.
         seed: of the halves.
@@ -188,7 +189,7 @@ class _Search:
         return Fusion(weights, {name: term.constant for name, term in named.items()}, self.union.depth)
 
     def _climb(self, start: Sequence[_Term], fitted: Sequence[_Term]) -> list[_Term]:
-        """Change one channel after another, the best ones first, until nothing brings more than its error."""
+        """Change one channel after another, the best ones first, until no gain is above its error."""
         terms, now = list(start), self._mean(start)
         for _ in range(ROUNDS):
             before = list(terms)

@@ -12,7 +12,7 @@ from twotower.schema.options import STRICT
 class IndexOptions:
     """The index of item vectors."""
 
-    kind: Literal["exact", "faiss", "milvus", "pgvector"] = "faiss"
+    kind: Literal["exact", "faiss"] = "faiss"
     """`exact` scans every vector; `faiss` scans small catalogues and probes lists of large ones."""
     recall: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Share of the exact answer that the index must find; its probes are tuned to it when a version is published."""

@@ -1,9 +1,10 @@
 """Events as they happen: the append-only event log, where every later stage reads them again."""
 
+from twotower.logs.events import Event
 from twotower.logs.local import LocalEventLog
 from twotower.logs.open import Kind, open_log, open_reader
 from twotower.logs.partition import partition_of
-from twotower.logs.protocol import Ack, Event, EventLog, EventLogError, Record, Sync
+from twotower.logs.protocol import Ack, EventLog, EventLogError, Record, Sync
 
 __all__ = [
     "Ack",

@@ -16,9 +16,10 @@ import confluent_kafka as kafka
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from twotower.logs.events import Event
 from twotower.logs.partition import DIGEST_BYTES, digest, partition_of
 from twotower.logs.payload import digest_of, payload_of, record_of
-from twotower.logs.protocol import MAX_PAYLOAD_BYTES, Ack, Event, EventLogError, Record, check_range
+from twotower.logs.protocol import MAX_PAYLOAD_BYTES, Ack, EventLogError, Record, check_range
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 

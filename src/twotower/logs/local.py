@@ -25,9 +25,10 @@ from threading import Condition, Lock, Thread
 from threading import Event as Flag
 from typing import Final
 
+from twotower.logs.events import Event
 from twotower.logs.partition import digest, partition_of
 from twotower.logs.payload import digest_of, erased_payload, payload_of, record_of, user_of
-from twotower.logs.protocol import Ack, Event, EventLogError, Record, Sync, check_range
+from twotower.logs.protocol import Ack, EventLogError, Record, Sync, check_range
 from twotower.logs.segment import Ids, Stored, encode, read_ids, walk, write_ids
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ keeps its offset, counts as an event of nobody, and stops no reader.
 """
 
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -18,28 +18,24 @@ import orjson
 
 from twotower.logs.events import (
     ERASED,
-    MALFORMED,
+    EVENT_ID,
+    LOGGED_MS,
     NOBODY,
-    TOO_LARGE,
     UNUSABLE,
-    UnusableEvent,
+    Erased,
+    Event,
+    Unusable,
     check_event,
     check_time,
 )
 from twotower.logs.partition import DIGEST_BYTES, digest
-from twotower.logs.protocol import EVENT_ID, LOGGED_MS, Event, Record
+from twotower.logs.protocol import Record
 from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import DataError, shown
-from twotower.schema.limits import MAX_EVENT_BYTES
+from twotower.schema.limits import MALFORMED, MAX_EVENT_BYTES, TOO_LARGE, Refused
 from twotower.schema.tables import EARLIEST_MS, LATEST_MS
 
-REASON: Final = "reason"
-"""Field of an unusable event: one of a few words."""
-MESSAGE: Final = "message"
-"""Field of an unusable event: a sentence."""
-
-_WAS: Final = "was"
 _HEADS: Final = {0: struct.Struct(f"<BqH{DIGEST_BYTES}s"), 1: struct.Struct(f"<BqH{DIGEST_BYTES}sq")}
 """The head of a stub, by its first byte, with which no JSON begins: then ts_ms, the bytes of the type, which follows
 the head, the digest, and logged_ms, which the stubs of earlier releases (0) do not have."""
@@ -49,13 +45,13 @@ def payload_of(event: Event, logged_ms: int) -> bytes:
     """What a log stores of an event at a time of its clock.
 
     Raises:
-        UnusableEvent: the event fails `check_event`, or takes more than `MAX_EVENT_BYTES`.
+        Refused: the event fails `check_event`, or takes more than `MAX_EVENT_BYTES`.
         DataError: it cannot be written as JSON.
     """
     check_event(event, logged_ms)
     payload = event.to_json()
     if len(payload) > MAX_EVENT_BYTES:
-        raise UnusableEvent(
+        raise Refused(
             TOO_LARGE,
             f"event {shown(event.event_id)} takes {len(payload)} bytes, at most {MAX_EVENT_BYTES} are allowed: "
             "split it",
@@ -80,21 +76,21 @@ def record_of(offset: int, next_offset: int, payload: bytes | None, clock_ms: Cl
     logged_ms = None
     try:
         if is_erased(payload):
-            event, logged_ms = _stub(payload)
-            logged_ms = clock_ms() if logged_ms is None else logged_ms
+            event, said_ms = _stub(payload)
+            logged_ms = clock_ms() if said_ms is None else said_ms
             check_time(event.ts_ms, logged_ms, "an erased event")
         else:
             document = _document(payload)
-            logged_ms = _logged_ms(document)
-            logged_ms = clock_ms() if logged_ms is None else logged_ms
+            said_ms = _logged_ms(document)
+            logged_ms = clock_ms() if said_ms is None else said_ms
             event = Event.from_json(document)
             check_event(event, logged_ms)
             if event.ts_ms > logged_ms:  # by a clock that is a little ahead: nothing happened after it was logged
                 event = replace(event, ts_ms=logged_ms)
     except DataError as error:
-        reason = error.reason if isinstance(error, UnusableEvent) else MALFORMED
+        reason = error.reason if isinstance(error, Refused) else MALFORMED
         logged_ms = clock_ms() if logged_ms is None else logged_ms
-        body = {REASON: reason, MESSAGE: str(error)}
+        body = asdict(Unusable(reason, str(error)))
         event = Event(digest_of(payload).hex(), UNUSABLE, NOBODY, logged_ms, body=body)
     return Record(offset, next_offset, event, logged_ms)
 
@@ -115,11 +111,6 @@ def erased_payload(payload: bytes) -> bytes:
 def is_erased(payload: bytes) -> bool:
     """The event that stood here was erased."""
     return payload[:1] in (b"\0", b"\1")
-
-
-def type_before(event: Event) -> Any:
-    """The type of an event, of an erased one before it was."""
-    return event.body.get(_WAS) if event.type == ERASED else event.type
 
 
 def digest_of(payload: bytes) -> bytes:
@@ -152,13 +143,13 @@ def user_of(payload: bytes) -> int | str | None:
 
 def _document(payload: bytes) -> dict[str, Any]:
     if len(payload) > 2 * MAX_EVENT_BYTES:
-        raise UnusableEvent(TOO_LARGE, f"it takes {len(payload)} bytes, at most {MAX_EVENT_BYTES} are allowed")
+        raise Refused(TOO_LARGE, f"it takes {len(payload)} bytes, at most {MAX_EVENT_BYTES} are allowed")
     try:
         document = orjson.loads(payload)
     except orjson.JSONDecodeError as error:
-        raise UnusableEvent(MALFORMED, f"it is no JSON: {error}") from None
+        raise Refused(MALFORMED, f"it is no JSON: {error}") from None
     if not isinstance(document, dict):
-        raise UnusableEvent(MALFORMED, f"it is no JSON object but a {type(document).__name__}")
+        raise Refused(MALFORMED, f"it is no JSON object but a {type(document).__name__}")
     return document
 
 
@@ -171,10 +162,9 @@ def _logged_ms(document: dict[str, Any]) -> int | None:
 def _stub(payload: bytes) -> tuple[Event, int | None]:
     head = _HEADS[payload[0]]
     try:
-        _, ts_ms, length, mark, *rest = head.unpack_from(payload)
-        was = payload[head.size : head.size + length].decode()
-        return Event(mark.hex(), ERASED, NOBODY, ts_ms, body={_WAS: was}), _logged_ms(
-            {LOGGED_MS: rest[0]} if rest else {}
-        )
+        _, ts_ms, length, mark, *logged_ms = head.unpack_from(payload)
+        was = Erased(payload[head.size : head.size + length].decode())
+        event = Event(mark.hex(), ERASED, NOBODY, ts_ms, body=asdict(was))
+        return event, _logged_ms({LOGGED_MS: logged_ms[0]} if logged_ms else {})
     except (struct.error, UnicodeDecodeError) as error:
-        raise UnusableEvent(MALFORMED, f"it is no stub of an erased event: {error}") from None
+        raise Refused(MALFORMED, f"it is no stub of an erased event: {error}") from None

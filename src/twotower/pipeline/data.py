@@ -15,8 +15,8 @@ from twotower.schema.errors import DataError, TwotowerError
 from twotower.worlds.simulate import simulate_workspace
 
 Table = Any
-"""A table in memory that gives Arrow data (`__arrow_c_stream__`: pandas, Polars, Arrow, DuckDB), a dict of columns, or the
-path of a file or folder (Parquet, CSV, TSV)."""
+"""A table in memory (pandas, Polars, Arrow, DuckDB: whatever has `__arrow_c_stream__`), a dict of columns, or the path
+of a file or folder (Parquet, CSV, TSV)."""
 
 
 def simulate(

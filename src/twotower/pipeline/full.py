@@ -1,20 +1,18 @@
 """`update full`: every day that is whole, as a new version, out of a configuration."""
 
-import fcntl
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
+from twotower.datasets.places import Places
 from twotower.datasets.tables import end_of_day
 from twotower.features.feature_set import load as load_features
 from twotower.pipeline.line import LATEST, make_samples, publish_version, train_from, train_ranker_from
-from twotower.pipeline.places import Places, places
+from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.updating import check_held_out, entities_of, event_log_of, open_chain
 from twotower.publish.delta import last_seq
@@ -25,6 +23,7 @@ from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, VersionError
 from twotower.schema.files import read_json, write_json
+from twotower.schema.locks import locked
 from twotower.train.checkpoint import Checkpoint, open_checkpoint
 from twotower.update.full import check_version, due_days, fold, rows_of_day
 from twotower.update.incremental import UpdateReport, catch_up
@@ -130,7 +129,7 @@ def update_full(settings: Settings, *, dry_run: bool) -> UpdateReport:
         return replace(report, plan={"days": due})
     report = replace(report, seq=last_seq(where.deltas, served.name))
     refused = list[int]()
-    with _alone(where.workspace / FULL_LOCK):
+    with locked(where.workspace / FULL_LOCK, _busy):
         for number, day in enumerate(due):
             log.info("full update of %s", day)
             made = _learn_day(settings, _FullChain.read(where), day)
@@ -142,6 +141,10 @@ def update_full(settings: Settings, *, dry_run: bool) -> UpdateReport:
                 reasons=[*report.reasons, *made.reasons],
             )
     return replace(report, refused=refused)
+
+
+def _busy(holder: str) -> VersionError:
+    return VersionError(f"{holder} runs another full update: wait for it to end")
 
 
 def _learn_day(settings: Settings, chain: _FullChain, day: str) -> UpdateReport:
@@ -160,7 +163,7 @@ def _learn_day(settings: Settings, chain: _FullChain, day: str) -> UpdateReport:
     if rows < MIN_ROWS:
         chain.note(FullDay(day, chain.checkpoints, None))
         return unchanged
-    trained = {name: train_from(until, own, channel=name, warm=previous[name]).checkpoint for name in previous}
+    trained = {name: train_from(until, own, name, warm=previous[name]).checkpoint for name in previous}
     rankers = {name: train_ranker_from(until, samples, name).checkpoint for name in settings.models.rankers}
     latest = {name: os.path.relpath(path, where.checkpoints) for name, path in (trained | rankers).items()}
     checkpoints = {name: latest[name] for name in trained}
@@ -194,13 +197,3 @@ def _left_by_a_killed_run(where: Places, served: Path, towers: Checkpoint, confi
             log.info("%s is whole: a run was killed before it promoted that", listed.id)
             return listed.id
     return None
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise VersionError("another full update is at work: wait for it to end") from None
-        yield

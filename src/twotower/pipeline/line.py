@@ -6,22 +6,18 @@ This is the only module that knows both: no stage sees the configuration.
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from twotower.channels import item_cf, swing
-from twotower.channels.als import ALS, Options
-from twotower.channels.fit import Recipe, fit_channels
-from twotower.channels.item_cf import ItemCF
-from twotower.channels.popular import Popular, check_popular
-from twotower.channels.retriever import Queries, Retriever
-from twotower.channels.same_category import SameCategory, check_attributes
-from twotower.channels.swing import Swing
+from twotower.channels.fit import Counted, OwnChannels, fit_channels
+from twotower.channels.options import PopularOptions
+from twotower.channels.popular import check_popular
+from twotower.channels.retriever import Retriever
+from twotower.channels.same_category import check_attributes
 from twotower.channels.vector_channel import VectorChannel
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
@@ -35,7 +31,7 @@ from twotower.index.exact import ExactIndex
 from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.recorded import ASKED, as_made, check_same, fixed_by_samples, fixed_by_training
-from twotower.publish.publish import current_path, promote, publish
+from twotower.publish.publish import VersionParts, current_path, promote, publish
 from twotower.publish.version import (
     NEW_ITEMS,
     PRE_RANK,
@@ -48,21 +44,18 @@ from twotower.publish.version import (
 )
 from twotower.samples.build import MADE_WITH, SamplesReport, build_samples
 from twotower.samples.fitting import PreviousFeatures
-from twotower.samples.options import NegativesOptions
 from twotower.samples.read import Samples, open_samples
-from twotower.schema import columns as c
 from twotower.schema.clock import now_ms
-from twotower.schema.errors import DataError
+from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import read_json, whole_file, write_json
-from twotower.towers.options import TowerOptions
-from twotower.towers.ranker import Ranker, RankerShape
-from twotower.towers.towers import Network, check_widths
+from twotower.towers.losses import Loss
+from twotower.towers.options import PreRankOptions
+from twotower.towers.ranker import Ranker, ranker_features
 from twotower.towers.two_tower import TwoTower
-from twotower.train.checkpoint import Checkpoint, Shape, load_model, load_ranker, open_checkpoint
-from twotower.train.loop import Negatives, TrainReport, loss_of, train
-from twotower.train.negatives import Shares
-from twotower.train.options import PreRankOptions
+from twotower.train.checkpoint import Checkpoint, load_model, load_ranker, open_checkpoint
+from twotower.train.models import check_towers
 from twotower.train.ranking import RankerReport, both_kinds, train_ranker
+from twotower.train.towers import TrainReport, WarmStart, train
 from twotower.worlds.simulate import world_of
 from twotower.worlds.truth import evaluate_by_truth
 
@@ -93,13 +86,15 @@ def make_samples(settings: Settings, previous: PreviousFeatures | None = None) -
     )
 
 
-def train_model(settings: Settings, asked: Settings | None = None) -> TrainReport:
+def train_model(settings: Settings, asked: Settings | None = None, *, loss: Loss | None = None) -> TrainReport:
     """A checkpoint of each trained channel and ranker; the report is the two towers', the others in it.
 
     Args:
         settings: how to train.
         asked: the configuration out of which trials chose these settings; None = these themselves. It is what later
             commands bring.
+        loss: a loss of your own for the towers, in place of `train.loss`: a function of `Scores` at the top level of
+            a file.
     """
     check_ready(settings, trained=True)
     where = places(settings)
@@ -108,7 +103,7 @@ def train_model(settings: Settings, asked: Settings | None = None) -> TrainRepor
     reports: dict[str, TrainReport] = {}
     for name in trained_channels(settings):
         log.info("training %s", name)
-        reports[name] = train_from(settings, samples, channel=name)
+        reports[name] = train_from(settings, samples, name, loss=loss)
     rankers: dict[str, RankerReport] = {}
     for name in settings.models.rankers:
         log.info("training %s", name)
@@ -132,51 +127,26 @@ def check_samples(settings: Settings, samples: Samples) -> None:
     remedy = "run `twotower samples` and train again"
     check_same(samples.manifest.get(MADE_WITH, {}), fixed_by_samples(settings), f"{samples.path} holds samples", remedy)
     for name in trained_channels(settings):
-        shape = shape_of(settings, name)
-        features = shape.features_of(samples.features)
-        check_widths((*features.user, *features.context), shape.user, shape.dimension)
-        check_widths(features.item, shape.item, shape.dimension)
+        check_towers(samples.features, settings.models, name)
     for name in settings.models.rankers:
-        ranker_shape(settings, name).features_of(samples.features)
-        both_kinds(samples, _ranker_options(settings, name).calibration_share)
-    popular, channels = settings.models.popular, settings.models.channels
+        options = _ranker_options(settings, name)
+        ranker_features(samples.features, options)
+        both_kinds(samples, options.calibration_share)
+    channels = settings.models.channels
     if "popular" in channels:
-        check_popular(samples, popular.window_days, popular.segment, popular.half_life_days, popular.prior)
+        check_popular(samples, settings.models.popular)
     if "same_category" in channels:
-        check_attributes(samples, settings.models.same_category.attributes)
+        check_attributes(samples, settings.models.same_category)
 
 
 def _ranker_options(settings: Settings, name: str) -> PreRankOptions:
     return {PRE_RANK: settings.pre_rank, RANK: settings.rank}[name]
 
 
-def ranker_shape(settings: Settings, name: str) -> RankerShape:
-    """The shape of a configured ranker, `pre_rank` or `rank`."""
-    options = _ranker_options(settings, name)
-    network = Network(options.network, tuple(options.layers), options.crosses)
-    return RankerShape(network, options.dropout, options.history, options.attention, options.positions)
-
-
 def train_ranker_from(settings: Settings, samples: Samples, name: str) -> RankerReport:
     """A checkpoint of one ranker, `pre_rank` or `rank`, out of given samples."""
-    options = _ranker_options(settings, name)
-    return train_ranker(
-        samples,
-        places(settings).checkpoints,
-        name,
-        ranker_shape(settings, name),
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        seed=settings.train.seed,
-        learning_rate=options.learning_rate,
-        table_learning_rate=options.table_learning_rate,
-        position_learning_rate=options.position_learning_rate,
-        weight_decay=options.weight_decay,
-        id_dropout=options.id_dropout,
-        calibration_share=options.calibration_share,
-        checkpoint_s=settings.train.checkpoint_s,
-        threads=settings.train.threads,
-    )
+    checkpoints, options = places(settings).checkpoints, _ranker_options(settings, name)
+    return train_ranker(samples, checkpoints, options, settings.train, name=name)
 
 
 def trained_channels(settings: Settings) -> list[str]:
@@ -184,122 +154,38 @@ def trained_channels(settings: Settings) -> list[str]:
     return [name for name in settings.models.channels if name in VECTOR_CHANNELS]
 
 
-def shape_of(settings: Settings, channel: str) -> Shape:
-    """The shape of the model of a trained channel."""
-    models = settings.models
-    shape = Shape(
-        models.dimension,
-        _network(models.user_tower),
-        _network(models.item_tower),
-        settings.train.dropout,
-        popularity=settings.train.logit_adjustment > 0,
-    )
-    if channel == "mf":
-        return replace(shape, user=Network("none", ()), item=Network("none", ()), dropout=0.0, ids_alone=True)
-    if channel == "mind":
-        return replace(shape, interests=models.mind.interests, rounds=models.mind.rounds)
-    return shape
-
-
 def train_from(
     settings: Settings,
     samples: Samples,
-    enough: Callable[[int, TwoTower], bool] | None = None,
     channel: str = TWO_TOWER,
+    *,
+    loss: Loss | None = None,
     warm: Checkpoint | None = None,
+    stop_early: Callable[[int, TwoTower], bool] | None = None,
 ) -> TrainReport:
-    """A checkpoint of one channel out of given samples; `enough` as in `train`. With `warm`, one epoch from there."""
-    options, models = settings.train, settings.models
-    own = {TWO_TOWER: None, "mf": models.mf.epochs, "mind": models.mind.epochs}
+    """A checkpoint of one channel out of given samples; `loss` and `stop_early` as in `train`.
+
+    With `warm`, one epoch from there.
+    """
     return train(
         samples,
         places(settings).checkpoints,
-        shape_of(settings, channel),
-        loss=loss_of(settings.train),
-        negatives=_negatives(settings.samples.negatives),
-        batch_size=options.batch_size,
-        epochs=1 if warm else own[channel] or options.epochs,
-        seed=options.seed,
-        learning_rate=options.learning_rate,
-        table_learning_rate=options.table_learning_rate,
-        schedule="constant" if warm else options.schedule,
-        weight_decay=options.weight_decay,
-        id_dropout=0.0 if channel == "mf" else options.id_dropout,
-        horizon=options.horizon,
-        half_life_days=options.half_life_days,
-        in_time_order=options.order == "time",
-        checkpoint_s=options.checkpoint_s,
-        threads=options.threads,
-        sharpness=models.mind.sharpness,
-        enough=enough,
-        warm=warm,
-        decay=settings.update.decay,
+        settings.train,
+        settings.models,
+        settings.samples.negatives,
+        channel=channel,
+        loss=loss,
+        warm=None if warm is None else WarmStart(warm, settings.update.decay),
+        stop_early=stop_early,
     )
 
 
-def _network(tower: TowerOptions) -> Network:
-    return Network(tower.network, tuple(tower.layers), tower.crosses)
-
-
-def _negatives(wanted: NegativesOptions) -> Negatives:
-    return Negatives(
-        Shares(wanted.easy.in_batch, wanted.easy.uniform, wanted.easy.clicks),
-        wanted.alpha,
-        wanted.count,
-        wanted.shared,
-        wanted.frequency == "streaming",
-        {c.PRE_RANK_REJECTED: wanted.hard.pre_rank_rejected, c.RANK_REJECTED: wanted.hard.rank_rejected},
-        wanted.hard_share,
-        wanted.hard_count,
-        wanted.impressed_as_negatives_for_experiments,
-        wanted.uncorrected_for_experiments,
+def fit_counted(settings: Settings, samples: Samples, names: Sequence[str] | None = None) -> dict[str, Counted]:
+    """The counted channels among some names, or of all that are configured."""
+    checkpoints, channels = places(settings).checkpoints, settings.models.channels if names is None else names
+    return fit_channels(
+        samples, channels, settings.models, checkpoints, engine=settings.engine, seed=settings.train.seed
     )
-
-
-def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
-    """How each counted channel is fitted."""
-    models, threads = settings.models, settings.engine.threads
-    factorise = Options(**asdict(models.als))
-    popular, alike = models.popular, models.same_category
-    scratch = places(settings).checkpoints
-    return {
-        "item_cf": Recipe(
-            asdict(models.item_cf),
-            lambda: ItemCF.fit(
-                samples.clicks,
-                len(samples.items),
-                item_cf.Options(**asdict(models.item_cf)),
-                settings.engine,
-                scratch,
-                samples.positives,
-            ),
-        ),
-        "swing": Recipe(
-            asdict(models.swing),
-            lambda: Swing.fit(
-                samples.clicks,
-                len(samples.items),
-                swing.Options(**asdict(models.swing)),
-                settings.engine,
-                scratch,
-            ),
-        ),
-        "als": Recipe(
-            {**asdict(models.als), "seed": settings.train.seed},
-            lambda: ALS.fit(samples.clicks, len(samples.items), factorise, threads, settings.train.seed),
-        ),
-        "popular": Recipe(
-            asdict(popular),
-            lambda: Popular.of(samples, popular.window_days, popular.segment, popular.half_life_days, popular.prior),
-        ),
-        "same_category": Recipe(
-            asdict(alike), lambda: SameCategory.fit(samples, alike.attributes, alike.last, alike.items)
-        ),
-    }
-
-
-def _configured(settings: Settings, samples: Samples) -> dict[str, Recipe]:
-    return {name: recipe for name, recipe in _recipes(settings, samples).items() if name in settings.models.channels}
 
 
 def noted_checkpoints(settings: Settings) -> dict[str, Any]:
@@ -344,13 +230,15 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
     settings = as_trained(settings, [TWO_TOWER])
     where = places(settings)
     samples, checkpoint = open_samples(where.samples), latest_checkpoint(settings)
-    counted = {**_recipes(settings, samples), "popular": Recipe({}, lambda: Popular.fit(samples.item_positives))}
-    baselines = fit_channels(samples, {name: counted[name] for name in ("popular", "item_cf")}, where.checkpoints)
-    channels = [offline_channel(samples, checkpoint), baselines["popular"], baselines["item_cf"]]
-    options = (settings.evaluate.k, settings.evaluate.bootstrap, settings.train.seed, settings.evaluate.context)
-    metrics = evaluate(samples, where.workspace, channels, *options)
+    counted = replace(settings, models=replace(settings.models, popular=PopularOptions()))
+    baselines = fit_counted(counted, samples, ["popular", "item_cf"])
+    channels = [offline_channel(samples, checkpoint), *baselines.values()]
+    options, seed = settings.evaluate, settings.train.seed
+    metrics = evaluate(samples, where.workspace, channels, options, seed=seed)
     if (world := world_of(where.workspace)) is not None:
-        metrics["truth"] = evaluate_by_truth(samples, where.workspace, world, channels, *options)
+        metrics["truth"] = evaluate_by_truth(
+            samples, where.workspace, world, channels, options.k, options.bootstrap, seed, options.context
+        )
     if settings.models.rankers:
         metrics["rankers"] = evaluate_rankers(settings, samples)
     write_json(checkpoint.path.parent / METRICS, metrics)
@@ -378,14 +266,10 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
         return result
     fusion, channels = fusion_of(settings), offline_channels(settings, samples)
 
-    def fused(queries: Queries, k: int) -> npt.NDArray[np.int64]:
-        asked = fusion.asked(k, list(channels))
-        return fusion.fuse({name: one.retrieve(queries, asked) for name, one in channels.items()}, k).candidates.rows
-
     result["kept_of_top"] = kept_of_top(
         samples,
         some_users(shown.user_row, KEPT_USERS),
-        fused,
+        lambda queries, k: fusion.retrieve(channels, queries, k).candidates.rows,
         rankers[PRE_RANK],
         rankers[RANK],
         retrieved=funnel.retrieve,
@@ -397,22 +281,27 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
     return result
 
 
-def evaluate_channels_of(settings: Settings) -> dict[str, Any]:
-    """What each configured channel and the fused list find of the hold-out; JSON, Markdown and a plot are kept."""
+def evaluate_channels_of(settings: Settings, own: OwnChannels | None = None) -> dict[str, Any]:
+    """What each channel and the fused list find of the hold-out; JSON, Markdown and a plot are kept.
+
+    Args:
+        settings: the configuration.
+        own: makes a user's own channels, judged and fused beside the configured ones; see `offline_channels`.
+    """
     check_ready(settings, trained=True, evaluated=True)
     settings = as_trained(settings)
-    where, fusion = places(settings), fusion_of(settings)
+    where = places(settings)
     samples = open_samples(where.samples)
+    channels = offline_channels(settings, samples, own)
+    fusion = fusion_of(settings, channels)
     report = evaluate_channels(
         samples,
         where.workspace,
-        offline_channels(settings, samples),
+        channels,
         lambda lists, k: fusion.fuse(lists, k).candidates,
-        settings.evaluate.channels_k,
-        fusion.depth,
-        settings.evaluate.bootstrap,
-        settings.train.seed,
-        settings.evaluate.context,
+        settings.evaluate,
+        depth=fusion.depth,
+        seed=settings.train.seed,
     )
     report["fusion"] = asdict(fusion)
     folder = latest_checkpoint(settings).path.parent
@@ -437,40 +326,57 @@ def channel_of(model: TwoTower, samples: Samples, name: str = TWO_TOWER) -> Vect
     )
 
 
-def offline_channels(settings: Settings, samples: Samples) -> dict[str, Retriever]:
-    """All configured channels by name as evaluation asks them: vectors are searched exactly, in the whole catalogue."""
-    trained = {name: offline_channel(samples, latest_checkpoint(settings, name), name)
-               for name in trained_channels(settings)}  # fmt: skip
-    counted = fit_channels(samples, _configured(settings, samples), places(settings).checkpoints)
-    channels: dict[str, Retriever] = {**trained, **counted}
+def offline_channels(settings: Settings, samples: Samples, own: OwnChannels | None = None) -> dict[str, Retriever]:
+    """All channels by name as evaluation asks them: vectors are searched exactly, in the whole catalogue.
+
+    Args:
+        settings: with the configured channels.
+        samples: what they were trained on, or are counted from.
+        own: trains a user's own channels on the samples: anything of the shape of a `Retriever`, by name.
+
+    Raises:
+        ConfigError: one of them has the name of a configured channel.
+    """
+    more = own(samples) if own is not None else {}
+    if taken := sorted(set(more) & set(settings.models.channels)):
+        raise ConfigError(f"{', '.join(taken)}: models.channels has this name already; give your channel another one")
+    channels: dict[str, Retriever] = {
+        name: offline_channel(samples, latest_checkpoint(settings, name), name) for name in trained_channels(settings)
+    }
+    channels |= fit_counted(settings, samples)
     if NEW_ITEMS in settings.models.channels:
-        towers, most = trained[TWO_TOWER], settings.models.new_items.most_clicks
-        channels[NEW_ITEMS] = towers.over(
-            NEW_ITEMS, towers.index.without(np.flatnonzero(samples.item_positives > most))
-        )
-    return {name: channels[name] for name in settings.models.channels}
+        towers, most = channels[TWO_TOWER], settings.models.new_items.most_clicks
+        assert isinstance(towers, VectorChannel)
+        new = towers.index.without(np.flatnonzero(samples.item_positives > most))
+        channels[NEW_ITEMS] = towers.over(NEW_ITEMS, new)
+    return {**{name: channels[name] for name in settings.models.channels}, **more}
 
 
-def fusion_of(settings: Settings) -> Fusion:
+def fusion_of(settings: Settings, names: Iterable[str] | None = None) -> Fusion:
     """How channels are fused: as the configuration says, else as `twotower fuse` chose, else all alike.
+
+    Args:
+        settings: the configuration.
+        names: of the channels that are fused; None = the configured ones.
 
     Raises:
         DataError: the choice was made among other channels.
     """
-    options, channels, path = settings.fusion, settings.models.channels, places(settings).workspace / FUSION
-    weights, constants, reserved = (
-        {str(name): value for name, value in given.items() if name in channels}
-        for given in (options.weights, options.constants, options.reserved)
-    )
-    if weights or constants or not path.exists():
-        return Fusion(weights, constants, options.depth, reserved)
+    options, channels = settings.fusion, list(settings.models.channels if names is None else names)
+    path = places(settings).workspace / FUSION
+    given = {
+        key: {str(name): value for name, value in getattr(options, key).items() if name in channels}
+        for key in ("weights", "constants", "reserved")
+    }
+    if given["weights"] or given["constants"] or not path.exists():
+        return Fusion(**given, depth=options.depth)
     chosen = read_json(path)
     if sorted(chosen["channels"]) != sorted(channels):
         raise DataError(
-            f"{path} was chosen for {', '.join(chosen['channels'])}, and models.channels = {', '.join(channels)}: run "
+            f"{path} was chosen for {', '.join(chosen['channels'])}, and the channels are {', '.join(channels)}: run "
             "`twotower fuse` again, remove the file, or give fusion.weights"
         )
-    return Fusion(**{name: chosen[name] for name in ("weights", "constants", "depth")}, reserved=reserved)
+    return Fusion(**{name: chosen[name] for name in ("weights", "constants", "depth")}, reserved=given["reserved"])
 
 
 def publish_version(
@@ -493,21 +399,22 @@ def publish_version(
     checkpoint = channels[TWO_TOWER]
     metrics_file = checkpoint.path.parent / METRICS
     metrics = read_json(metrics_file) if metrics_file.exists() else {}
-    version = publish(
-        where.versions,
-        channels,
+    parts = VersionParts(
         samples,
         where.workspace / "items.parquet",
-        fit_channels(samples, _configured(settings, samples), where.checkpoints),
+        channels,
+        fit_counted(settings, samples),
         {name: made(name) for name in settings.models.rankers},
-        fusion=fusion,
-        configuration=as_dict(settings),
-        metrics=metrics,
-        index_kind=settings.index.kind,
-        index_recall=settings.index.recall,
-        index_ks=sorted({*settings.evaluate.k, 500, fusion.depth}),
-        most_new_clicks=settings.models.new_items.most_clicks,
+        fusion,
+    )
+    version = publish(
+        where.versions,
+        parts,
+        settings.models,
+        settings.index,
+        ks=sorted({*settings.evaluate.k, 500, fusion.depth}),
         seed=settings.train.seed,
+        recorded={"configuration": as_dict(settings), "metrics": metrics},
         clock_ms=now_ms,
     )
     if promoted:

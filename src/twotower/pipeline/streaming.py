@@ -9,11 +9,12 @@ from contextlib import closing, contextmanager
 
 from twotower.config.available import check_available
 from twotower.config.settings import Settings
+from twotower.datasets.places import Places
 from twotower.logs import open_reader
-from twotower.pipeline.places import Places, places
+from twotower.pipeline.places import places
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
-from twotower.stream.join import JoinReport, Windows, join
+from twotower.stream.join import JoinReport, join
 from twotower.stream.rows import read_types
 
 log = logging.getLogger(__name__)
@@ -31,12 +32,10 @@ def join_log(settings: Settings, *, follow: bool, flush: bool, share: str) -> Jo
             where.shards,
             where.events if _has_days(where) else None,
             types,
-            Windows(_ms(options.window_s), _ms(options.lateness_s), _ms(options.late_s), _ms(options.idle_s)),
-            shard_events=options.shard_events,
-            merged_bytes=options.merged_mb << 20,
+            options,
             share=_share(share),
             flush=flush,
-            follow_s=options.follow_s if follow else None,
+            follow=follow,
             stopped=stopped.is_set,
         )
 
@@ -59,10 +58,6 @@ def _has_days(where: Places) -> bool:
         log.warning("%s has events without time: no daily partitions are written beside them", where.events)
         return False
     return True
-
-
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)
 
 
 @contextmanager

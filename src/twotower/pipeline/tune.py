@@ -25,8 +25,8 @@ from twotower.samples.read import Samples, open_samples
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import read_json, sha256, whole_file, write_json
 from twotower.towers.two_tower import TwoTower
-from twotower.train.loop import TrainReport
 from twotower.train.options import Span
+from twotower.train.towers import TrainReport
 
 log = logging.getLogger(__name__)
 
@@ -218,14 +218,14 @@ def _try(settings: Settings) -> list[float]:
     truth = held_out(where.workspace, samples, settings.evaluate.context)
     values: list[float] = []
 
-    def enough(epoch: int, model: TwoTower) -> bool:
+    def stop_early(epoch: int, model: TwoTower) -> bool:
         values.append(judge(samples, channel_of(model, samples), truth, settings.tune.metric))
         log.info("epoch %d: %s %.4f", epoch, settings.tune.metric, values[-1])
         return epoch - values.index(max(values)) > settings.tune.patience
 
     shutil.rmtree(where.checkpoints, ignore_errors=True)
     try:
-        train_from(settings, samples, enough)
+        train_from(settings, samples, stop_early=stop_early)
     finally:
         shutil.rmtree(where.checkpoints, ignore_errors=True)
     return values

@@ -10,15 +10,17 @@ import torch
 from twotower.config.available import check_available
 from twotower.config.load import with_present_names
 from twotower.config.settings import Settings
+from twotower.datasets.places import Places
 from twotower.logs import EventLog, open_reader
 from twotower.pipeline.line import open_served
-from twotower.pipeline.places import Places, places
+from twotower.pipeline.places import places
 from twotower.pipeline.streaming import until_signals
-from twotower.publish.overlay import Entities, as_served
+from twotower.publish.overlay import EntityChanges, as_served
 from twotower.publish.version import Version, open_version
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import MANIFEST, check_fields, read_json
 from twotower.train.checkpoint import FINISHED, TENSORS, Checkpoint, load_model, open_checkpoint
+from twotower.train.towers import check_loss
 from twotower.update.chain import Chain, Sources
 from twotower.update.entities import read_entities
 from twotower.update.incremental import UpdateReport, update_incremental
@@ -50,6 +52,7 @@ def open_chain(settings: Settings, path: Path, event_log: EventLog | None) -> Ch
     version = open_version(path)
     check_held_out(settings, version)
     checkpoint = checkpoint_of(where, version)
+    check_loss(checkpoint, None)
     options = ChainOptions(settings.update, settings.train, settings.samples, settings.serve.exclude != "none")
     return Chain(version, lambda: load_model(checkpoint), Sources(where.deltas, where.shards, event_log), options)
 
@@ -87,10 +90,10 @@ def event_log_of(settings: Settings) -> Iterator[EventLog | None]:
         yield event_log
 
 
-def entities_of(settings: Settings) -> Entities:
+def entities_of(settings: Settings) -> EntityChanges:
     """What was put or deleted, as the event log tells."""
     with event_log_of(settings) as event_log:
-        return Entities() if event_log is None else read_entities(event_log)
+        return EntityChanges() if event_log is None else read_entities(event_log)
 
 
 def open_as_served(settings: Settings, version: str | None = None) -> Version:

@@ -16,12 +16,14 @@ from twotower.channels.retriever import similar_items
 from twotower.channels.vector_channel import VectorChannel
 from twotower.config.settings import Settings
 from twotower.pipeline.data import Table, as_arrow
-from twotower.pipeline.line import open_served, places
+from twotower.pipeline.line import open_served
+from twotower.pipeline.places import places
 from twotower.pipeline.updating import open_as_served
 from twotower.publish.retrieve import BATCH, queries_asked, recommend, stored_users, users_asked
 from twotower.publish.version import FUSED, TWO_TOWER, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.tables import recommendations
 
 SIMILAR_ID = f"similar_{c.ITEM_ID}"
 INTEREST = "interest"
@@ -128,8 +130,9 @@ class PublishedVersion:
         """
         _check_k(k)
         asked = self._asked(users)
-        parts = list(recommend(self._version, self._workspace, asked, k, channel, exclude))
-        return Recommendations(pa.concat_tables(parts))
+        schema = recommendations(self._version.users.ids.type, self._version.item_ids.type)
+        parts = recommend(self._version, self._workspace, asked, k, channel, exclude)
+        return Recommendations(pa.concat_tables([schema.empty_table(), *parts]))
 
     def similar(
         self, items: Sequence[int] | Sequence[str], k: int = 20, *, channel: str = TWO_TOWER

@@ -1,15 +1,14 @@
-"""The items of a version and those put since, in forms that one more item leaves almost as they are.
+"""The items of a version and those put since, in data structures to which adding one more item is cheap.
 
-An item that is put is to cost the same whether ten or ten thousand were put before. So nothing here is copied as a
-whole when something is added:
+Putting an item costs the same whether ten or ten thousand were put before. So nothing here is copied as a whole:
 
 - A list that only grows is shared by all snapshots, and each snapshot knows its own length. What lies behind that
   length belongs to later snapshots and is not read.
-- What may also change is kept in pieces, each far smaller than the one below it. A new piece is laid on top and takes
-  in those that are not much larger, so that each entry is copied a few times in all, and a look-up goes through few
+- What may also change is kept in pieces, each far smaller than the one below it. A new piece is laid on top and merged
+  with those that are not much larger. So each entry is copied a few times in all, and a look-up goes through few
   pieces. No piece is ever changed.
 
-Both are safe to read without a lock while one writer adds: a reader never sees a place that is written again.
+Both can be read without a lock while one writer adds: a reader never sees a place that is written again.
 
 N items of the version, A items put since.
 """
@@ -28,18 +27,18 @@ import pyarrow as pa
 from twotower.features.bloom import Hashes, hash_ids
 from twotower.features.columns import Column, concatenate, take
 from twotower.features.vocabulary import Positions
-from twotower.logs.entities import EntityId
+from twotower.logs.events import EntityId
 from twotower.schema.errors import cut, shown
 from twotower.schema.tables import column_of
 
 log = logging.getLogger(__name__)
 
 SMALLER = 16
-"""How many times a piece is smaller than the one below it, at least."""
+"""A piece is at least this many times smaller than the one below it."""
 _FEWER = 4
-"""The same of the pieces of a mapping, whose entries are cheap to copy."""
-_MOST_TOLD = 10_000
-"""Entities set aside that are told apart; more are counted again whenever they are met."""
+"""The same for the pieces of a mapping, whose entries are cheap to copy."""
+_MAX_TOLD = 10_000
+"""Entities set aside that are remembered; the others are counted again whenever they are met."""
 
 Longs = npt.NDArray[np.int64]
 K = TypeVar("K")
@@ -75,7 +74,7 @@ class Layered(Mapping[K, V], Generic[K, V]):
         return Layered((*layers, dict(newer)), self._count + added)
 
     def since(self, earlier: "Layered[K, V]") -> dict[K, V]:
-        """The entries that are others than in an earlier one; it costs what was added since."""
+        """The entries that differ from an earlier one; the cost is that of what was added since."""
         kept = {id(layer) for layer in earlier._layers}
         keys = [key for layer in self._layers if id(layer) not in kept for key in layer]
         return {key: self[key] for key in keys if key not in earlier or earlier[key] != self[key]}
@@ -94,7 +93,7 @@ class Layered(Mapping[K, V], Generic[K, V]):
 
 
 def changes(earlier: Mapping[K, V], now: Mapping[K, V]) -> dict[K, V] | None:
-    """The entries of a mapping that are others than earlier; None where some are gone."""
+    """The entries of a mapping that differ from an earlier one; None where some are gone."""
     if now is earlier:
         return {}
     if isinstance(now, Layered) and isinstance(earlier, Layered) and len(now) >= len(earlier):
@@ -105,7 +104,7 @@ def changes(earlier: Mapping[K, V], now: Mapping[K, V]) -> dict[K, V] | None:
 
 
 class Grown(Sequence[D], Generic[D]):
-    """The beginning of a list that only grows: what was there when this was made."""
+    """A view of a list that only grows: the entries that it had when this view was made."""
 
     def __init__(self, whole: list[D]) -> None:
         self._whole = whole
@@ -130,8 +129,8 @@ class ItemKeys:
     Args:
         base: (N,) ids of the version.
         added: (A,) ids put since, in the order of the log.
-        rows: by id, the row of what is another item than the version's of that id: one put since, or -1 for one that
-            was deleted. It is shared with later snapshots; their rows lie beyond the end of this one.
+        rows: by id, the row of an item put since, or -1 for one that was deleted. It is shared with later snapshots,
+            whose rows lie beyond the end of this one.
     """
 
     def __init__(
@@ -191,6 +190,17 @@ class ItemKeys:
         return other
 
 
+def newest(newer: Longs, older: Longs) -> tuple[Longs, Longs]:
+    """The rows of two pieces together, ascending, and where each stands in the newer followed by the older piece.
+
+    >>> rows, first = newest(np.array([2, 3]), np.array([1, 3]))
+    >>> rows.tolist(), first.tolist()
+    ([1, 2, 3], [2, 0, 1])
+    """
+    distinct, first = np.unique(np.concatenate([newer, older]), return_index=True)
+    return distinct, first
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Encoded features of some items."""
@@ -201,12 +211,9 @@ class Encoded:
 
     def with_newer(self, other: "Encoded") -> "Encoded":
         """Both, where the other's values hold for the rows that both have."""
-        rows = np.concatenate([other.rows, self.rows])
-        distinct, first = np.unique(rows, return_index=True)
-        columns = {
-            name: take(concatenate([other.columns[name], column]), first) for name, column in self.columns.items()
-        }
-        return Encoded(distinct, columns)
+        rows, first = newest(other.rows, self.rows)
+        columns = self.columns.items()
+        return Encoded(rows, {name: take(concatenate([other.columns[name], own]), first) for name, own in columns})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -230,16 +237,15 @@ class PutRows:
 
     def with_newer(self, other: "PutRows") -> "PutRows":
         """Both, where the other's values hold for the rows that both have."""
-        rows = np.concatenate([other.rows, self.rows])
-        distinct, first = np.unique(rows, return_index=True)
-        return PutRows(distinct, pa.concat_batches([other.batch, self.batch]).take(pa.array(first)))
+        rows, first = newest(other.rows, self.rows)
+        return PutRows(rows, pa.concat_batches([other.batch, self.batch]).take(pa.array(first)))
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 class Attributes:
-    """Items with their attributes, by catalogue row; a column is put together when somebody asks for it.
+    """Items with their attributes, by catalogue row; a column is put together on first use.
 
     Args:
         base: of the version.
@@ -255,7 +261,7 @@ class Attributes:
         self._columns: dict[str, pa.Array] = {}
 
     def column(self, name: str) -> pa.Array:
-        """(N + A,) an attribute; null for an item that has it not."""
+        """(N + A,) an attribute; null for an item without it."""
         if not self._put:
             return self._base.column(name)
         if name not in self._columns:
@@ -283,7 +289,7 @@ class Attributes:
 
     @cached_property
     def batch(self) -> pa.RecordBatch:
-        """All of it."""
+        """All columns."""
         if not self._put:
             return self._base
         return pa.record_batch([self.column(name) for name in self.schema.names], schema=self.schema)
@@ -295,7 +301,7 @@ class Attributes:
 
 
 def put_row(schema: pa.Schema, row: int, values: Mapping[str, Any]) -> PutRows:
-    """The attributes of one item as they were put; one that is not of its type is null."""
+    """The attributes of one item as they were put; a value of another type is null."""
     plain = pa.schema(
         [(one.name, one.type.value_type if pa.types.is_dictionary(one.type) else one.type) for one in schema]
     )
@@ -308,15 +314,12 @@ def put_row(schema: pa.Schema, row: int, values: Mapping[str, Any]) -> PutRows:
 
 @dataclass
 class SetAside:
-    """What the log says of users and items that this version cannot use: it counts for nothing, and stops nobody.
-
-    Each entity is logged once.
-    """
+    """Changes of users and items in the log that this version cannot use. They are counted, and logged once each."""
 
     count: dict[str, int] = field(default_factory=dict)
     """Entities by kind."""
     told: dict[tuple[str, EntityId], str] = field(default_factory=dict)
-    """Why, by kind and id; of the first ones."""
+    """The reason, by kind and id, of the first ones."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, kind: str, one: EntityId, reason: str) -> None:
@@ -325,6 +328,6 @@ class SetAside:
             if (kind, one) in self.told:
                 return
             self.count[kind] = self.count.get(kind, 0) + 1
-            if len(self.told) < _MOST_TOLD:
+            if len(self.told) < _MAX_TOLD:
                 self.told[kind, one] = cut(reason)
         log.warning("what the log says of %s %s cannot be used and is set aside: %s", kind, shown(one), cut(reason))

@@ -10,8 +10,8 @@
     deltas/<version>/folded/<seq>/    the same files: one delta in place of the deltas 1 to seq
 
 The rename that gives the folder its name is the commit. What is served is the version and its deltas in their order.
-Applying a folded delta gives exactly the same state as applying every delta it replaces. With it a version is opened
-fast however long its chain is, and the deltas that it replaces can be removed.
+Applying a folded delta gives exactly the same state as applying every delta that it replaces. It shortens the opening
+of a version after a day of deltas, and what it replaces can be removed.
 """
 
 import logging
@@ -20,6 +20,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ import pyarrow.compute as pc
 from safetensors.numpy import load_file, save_file
 
 from twotower.features.columns import from_arrow, to_arrow
-from twotower.features.vocabulary import FIRST, UNKNOWN
-from twotower.publish.version import DIGEST, digest, read_manifest
+from twotower.features.vocabulary import FIRST, IDS_SCHEMA, UNKNOWN, id_rows
+from twotower.index.exact import ExactIndex
+from twotower.publish.catalogue import newest
+from twotower.publish.manifest import DIGEST, checked_manifest, write_manifest
+from twotower.publish.version import read_manifest
 from twotower.samples.columns_file import map_columns, write_table
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import (
-    MANIFEST,
     TEMPORARY,
     Kind,
     check_fields,
@@ -52,9 +55,9 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 FOLDED = "folded"
 HOURS = 48
-"""Latest hours whose recall `Reports` keeps."""
+"""Hours whose recall is reported, the latest ones."""
 GATED = 20
-"""Latest deltas that the gate refused that `Reports` keeps."""
+"""Deltas rejected by the gate that are reported, the latest ones."""
 TABLES = "tables.safetensors"
 NEW_IDS = "new_ids.arrow"
 ITEMS = "items.arrow"
@@ -70,7 +73,7 @@ FIELDS: Mapping[str, Kind] = {
     "report": dict,
     "files": dict,
 }
-"""Fields of a manifest that are read, with their types."""
+"""What is read of a manifest, with its types."""
 
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -90,6 +93,11 @@ class Rows:
         """No row."""
         return cls(np.zeros(0, np.int64), np.zeros((0, dimension), np.float32))
 
+    @cached_property
+    def index(self) -> ExactIndex:
+        """An index of the values, where these are vectors of items and the rows those of the catalogue."""
+        return ExactIndex.build(self.rows, np.ascontiguousarray(self.values))
+
     def with_newer(self, other: "Rows") -> "Rows":
         """Both, where the other's values hold for the rows that both have.
 
@@ -100,9 +108,8 @@ class Rows:
         """
         if not len(other.rows):
             return self
-        rows = np.concatenate([other.rows, self.rows])
-        distinct, first = np.unique(rows, return_index=True)  # the first occurrence is the other's
-        return Rows(distinct, np.concatenate([other.values, self.values])[first])
+        rows, first = newest(other.rows, self.rows)
+        return Rows(rows, np.concatenate([other.values, self.values])[first])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,7 +117,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step of the incremental chain changed; a folded one, what all steps up to it changed."""
+    """The changes of one step of the incremental chain; of all steps up to it, if it is folded."""
 
     version: str
     """The base."""
@@ -128,38 +135,40 @@ class Delta:
     offsets: Mapping[str, Any]
     """How far the shards and the log have been read."""
     report: Mapping[str, Any] = field(default_factory=dict)
-    """Counts and figures of the gate, for readers of the manifest."""
+    """Counts, and figures of the gate."""
     optimizer: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
     folded: bool = False
-    """It stands for the deltas 1 to `seq`."""
+    """It replaces the deltas 1 to `seq`."""
     digest: str = ""
-    """What the next delta follows: the digest of this one's manifest, or of the last one's that it stands for."""
+    """What the next delta follows: the digest of this one's manifest, or of the last one that it replaces."""
 
 
 class Reports:
-    """The reports of the deltas of a chain, summed up."""
+    """The reports of the deltas of a chain, taken together."""
 
     def __init__(self) -> None:
         self.latest: Mapping[str, Any] = {}
         """The report of the latest delta."""
         self.gated: deque[tuple[int, list[str]]] = deque(maxlen=GATED)
-        """The latest deltas that the gate refused, with its reasons."""
+        """Deltas that the gate rejected, with its reasons; the latest ones."""
         self.recall: dict[int, tuple[int, int]] = {}
-        """By hour since 1970, how many positives were found before they were trained, and how many there were."""
+        """By hour since 1970, how many of the next positives were found, and how many there were; the latest hours."""
 
     def note(self, delta: Delta) -> None:
-        """Take in the next delta, or a folded one that stands for all."""
+        """Take in the next delta, or a folded one that replaces all."""
         self.latest = {name: value for name, value in delta.report.items() if name != FOLDED}
-        recall = delta.report.get("recall", {})
+        told = delta.report.get("recall", {})
         if delta.folded:
-            recall, self.recall = delta.report[FOLDED]["recall"], {}
-            self.gated = deque(((seq, reasons) for seq, reasons in delta.report[FOLDED]["gated"]), GATED)
+            told = delta.report[FOLDED]["recall"]
+            self.gated.clear()
+            self.gated.extend((seq, reasons) for seq, reasons in delta.report[FOLDED]["gated"])
+            self.recall = {}
         elif delta.report.get("refused"):
             self.gated.append((delta.seq, list(delta.report["refused"])))
-        for hour, (hits, count) in recall.items():
+        for hour, (found, count) in told.items():
             before = self.recall.get(int(hour), (0, 0))
-            self.recall[int(hour)] = (before[0] + hits, before[1] + count)
+            self.recall[int(hour)] = (before[0] + found, before[1] + count)
         for hour in sorted(self.recall)[:-HOURS]:
             del self.recall[hour]
 
@@ -180,12 +189,12 @@ def delta_folder(deltas: Path, version_id: str, seq: int) -> Path:
 
 
 def folded_folder(deltas: Path, version_id: str, seq: int) -> Path:
-    """A delta that stands for the deltas 1 to `seq`."""
+    """A delta that replaces the deltas 1 to `seq`."""
     return chain_folder(deltas, version_id) / FOLDED / f"{seq:08d}"
 
 
 def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
-    """Commit a delta; gives the digest that the next one has to follow.
+    """Commit a delta; gives the digest that the next one follows.
 
     Args:
         deltas: the folder of the chains of all versions.
@@ -202,11 +211,11 @@ def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
 
 
 def write_folded(deltas: Path, delta: Delta, base: str) -> None:
-    """Write a folded delta; one that is there already is damaged, and is replaced.
+    """Write a folded delta; an existing one is damaged, and is replaced.
 
     Args:
         deltas: the folder of the chains of all versions.
-        delta: what to write; its digest is that of the last delta that it stands for.
+        delta: what to write; its digest is that of the last delta that it replaces.
         base: digest of the version's manifest.
     """
     stands_for = {"first": 1, "digest": delta.digest}
@@ -235,13 +244,11 @@ def _write(path: Path, delta: Delta, links: Mapping[str, Any]) -> str:
             "rows": {name: len(rows.rows) for name, rows in delta.tables.items()},
             "files": folder_listing(folder),
         }
-        manifest[DIGEST] = digest(manifest)
-        write_json(folder / MANIFEST, manifest)
-    return str(manifest[DIGEST])
+        return write_manifest(folder, manifest)
 
 
 def read_delta(deltas: Path, version_id: str, seq: int, follows: str) -> Delta:
-    """A delta, its files checked against their hashes, and that it follows what is served.
+    """A delta; its files are checked against their hashes, and that it follows what is served.
 
     Raises:
         VersionError: missing, damaged, of another base, or it follows something else than was given.
@@ -250,7 +257,7 @@ def read_delta(deltas: Path, version_id: str, seq: int, follows: str) -> Delta:
 
 
 def read_folded(deltas: Path, version_id: str, base: str, after: int = 0) -> Delta | None:
-    """The latest folded delta that is whole, None where there is none; a damaged one is passed over with a log line.
+    """The latest folded delta that is not damaged, None where there is none; damaged ones are logged.
 
     Args:
         deltas: the folder of the chains of all versions.
@@ -269,10 +276,10 @@ def read_folded(deltas: Path, version_id: str, base: str, after: int = 0) -> Del
 
 
 def read_next(deltas: Path, version_id: str, base: str, seq: int, follows: str) -> Delta | None:
-    """What comes behind delta `seq` of a chain; None where that is the end.
+    """The delta after `seq` of a chain; None at the end.
 
-    At the beginning that is the latest folded delta. Later on it is the next delta, and where that one is gone or
-    damaged, a folded one that stands for it.
+    At the beginning that is the latest folded delta. Later on it is the next delta, or a folded one that replaces it if
+    it is gone or damaged.
 
     Args:
         deltas: the folder of the chains of all versions.
@@ -305,11 +312,7 @@ def read_next(deltas: Path, version_id: str, base: str, seq: int, follows: str) 
 
 
 def read_chain(deltas: Path, version_path: Path) -> Iterator[Delta]:
-    """The deltas of a version in their order; the first may be a folded one.
-
-    Raises:
-        VersionError: as `read_next` does.
-    """
+    """The deltas of a version in their order, from the latest folded one on; errors as of `read_next`."""
     base = follows = base_digest(version_path)
     seq = 0
     while (delta := read_next(deltas, version_path.name, base, seq, follows)) is not None:
@@ -320,7 +323,8 @@ def read_chain(deltas: Path, version_path: Path) -> Iterator[Delta]:
 def verify_chain(deltas: Path, version_path: Path) -> list[str]:
     """What is wrong with the deltas of a version: a sentence on the first that cannot be read, none where all can."""
     try:
-        deque(read_chain(deltas, version_path), 0)
+        for _ in read_chain(deltas, version_path):
+            pass
     except VersionError as error:
         return [str(error)]
     return []
@@ -337,8 +341,8 @@ def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
     try:
         if problems := check_listing(path, manifest["files"]):
             raise VersionError(f"{path} is damaged: {'; '.join(problems)}")
-        tensors = load_file(path / TABLES)
-        items = map_columns(path / ITEMS)
+        tensors, items = load_file(path / TABLES), map_columns(path / ITEMS)
+        tables = [name.removesuffix(".rows") for name in tensors if name.endswith(".rows")]
         vectors = from_arrow(items.column(c.VECTOR))
         assert isinstance(vectors, np.ndarray)
         return _checked(
@@ -346,11 +350,7 @@ def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
                 version_id,
                 seq,
                 manifest["watermark_ms"],
-                {
-                    name.removesuffix(".rows"): Rows(rows, tensors[f"{name.removesuffix('.rows')}.values"])
-                    for name, rows in tensors.items()
-                    if name.endswith(".rows")
-                },
+                {name: Rows(tensors[f"{name}.rows"], tensors[f"{name}.values"]) for name in tables},
                 _new_ids(map_columns(path / NEW_IDS)),
                 items.column(c.ITEM_ID),
                 vectors.astype(np.float32),
@@ -364,15 +364,15 @@ def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
         )
     except (VersionError, MemoryError):
         raise
-    except Exception as error:  # whatever Arrow, NumPy and safetensors say of files that are none of a delta
+    except Exception as error:  # Arrow, NumPy and safetensors raise many kinds for files that are not theirs
         raise VersionError(f"{path} cannot be read: {error or repr(error)}") from error
 
 
 def _checked(delta: Delta) -> Delta:
-    """A delta whose arrays are what a delta has.
+    """A delta whose arrays have the right types and shapes.
 
     Raises:
-        DataError: they are not.
+        DataError: they do not.
     """
     for name, rows in delta.tables.items():
         at, values = rows.rows, rows.values
@@ -400,16 +400,8 @@ def _read_manifest(path: Path, version_id: str, seq: int) -> dict[str, Any]:
     Raises:
         VersionError: missing, damaged, of another format or of another base.
     """
+    manifest = checked_manifest(path, "delta", FORMAT, FIELDS)
     try:
-        manifest = read_json(path / MANIFEST)
-    except DataError as error:
-        raise VersionError(f"{path} is no whole delta: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != "delta" or manifest.get("format") != FORMAT:
-        raise VersionError(f"{path} is no delta of format {FORMAT}")
-    if manifest.get(DIGEST) != digest({key: value for key, value in manifest.items() if key != DIGEST}):
-        raise VersionError(f"{path} is damaged: {MANIFEST} does not have its own SHA-256")
-    try:
-        check_fields(manifest, FIELDS, f"{path}: {MANIFEST}")
         if (stands_for := manifest.get("stands_for")) is not None:
             check_fields(stands_for, {"digest": str}, f"{path}: stands_for")
             check_fields(manifest["report"].get(FOLDED), {"gated": list, "recall": dict}, f"{path}: report")
@@ -423,17 +415,17 @@ def _read_manifest(path: Path, version_id: str, seq: int) -> dict[str, Any]:
 
 
 def prune(deltas: Path, version_id: str) -> None:
-    """Remove what the folded deltas of a chain stand for.
+    """Remove the deltas of a chain that folded ones replace.
 
-    The latest folded one stays and the one before it, with the deltas behind that: a server that is not further behind
-    than they reach goes on delta by delta, and a folded one that was damaged has another beside it.
+    The latest two folded deltas stay, with the deltas after the first of them: a server that is at most that far behind
+    continues delta by delta, and if one folded delta is damaged there is another.
     """
     chain, kept = chain_folder(deltas, version_id), [0, 0, *folded_seqs(deltas, version_id)][-2]
     for folder, last in ((chain, kept), (chain / FOLDED, kept - 1)):
         for name in sorted(_names(folder)):
             number = name.removeprefix(TEMPORARY)
             if number.isdigit() and int(number) <= last:
-                removed = folder / f"{TEMPORARY}{number}"  # so that who reads it finds it whole or gone
+                removed = folder / f"{TEMPORARY}{number}"  # so that a reader finds it whole or gone
                 if name == number:
                     os.replace(folder / name, removed)
                 shutil.rmtree(removed)
@@ -463,23 +455,11 @@ def base_digest(version_path: Path) -> str:
 
 
 def _ids_table(new_ids: Mapping[str, pa.Table]) -> pa.Table:
-    schema = pa.schema([("table", pa.string()), ("number", pa.int64()), ("text", pa.string()), ("row", pa.int32())])
-    pieces = []
-    for name, ids in sorted(new_ids.items()):
-        number = ids.column("id").type == pa.int64()
-        none = pa.nulls(ids.num_rows, pa.string() if number else pa.int64())
-        pieces.append(
-            pa.table(
-                {
-                    "table": pa.array([name] * ids.num_rows, pa.string()),
-                    "number": ids.column("id") if number else none,
-                    "text": none if number else ids.column("id"),
-                    "row": ids.column("row"),
-                },
-                schema=schema,
-            )
-        )
-    return pa.concat_tables([schema.empty_table(), *pieces]).combine_chunks()
+    pieces = [
+        id_rows(name, *(ids.column(key).combine_chunks() for key in ("id", "row")))
+        for name, ids in sorted(new_ids.items())
+    ]
+    return pa.concat_tables([IDS_SCHEMA.empty_table(), *pieces]).combine_chunks()
 
 
 def _new_ids(stored: pa.RecordBatch) -> dict[str, pa.Table]:

@@ -5,14 +5,14 @@ left out: it follows from theirs, and near ties, which another processor may rou
 whole ranks.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
 
-from twotower.channels.retriever import Queries
-from twotower.features.columns import Bag, take
+from twotower.publish.ranker import user_of
 from twotower.publish.version import GOLDEN, RANKERS, Version
 from twotower.schema.files import read_json, write_json
 
@@ -21,22 +21,21 @@ K = 20
 RANKED = 200
 """Items that each ranker is asked about."""
 TOLERANCE = 1e-4
-"""Largest difference of a score: processors round differently, a wrong table or tower is off by far more."""
+"""Largest difference of a score: processors round differently, a wrong table or tower changes far more."""
 
 
 def write_golden(version: Version, folder: Path) -> None:
-    """Record the answers of every channel for users spread over the version, and for a stranger."""
-    write_json(folder / GOLDEN, {"k": K, "queries": _answers(version, _rows(version))})
+    """Record the answers of every channel for users spread over the version, and for an unknown user."""
+    write_json(folder / GOLDEN, {"k": K, "queries": list(_answers(version))})
 
 
 def replay(version: Version) -> list[str]:
     """Ask the golden queries again; one sentence for each answer that is not as recorded, none where all agree."""
-    recorded = read_json(version.path / GOLDEN)
-    answers = _answers(version, _rows(version))
-    if len(answers) != len(recorded["queries"]):
-        return [f"{len(recorded['queries'])} golden queries are recorded, {len(answers)} are due"]
+    recorded, answers = read_json(version.path / GOLDEN)["queries"], list(_answers(version))
+    if len(answers) != len(recorded):
+        return [f"{len(recorded)} golden queries are recorded, {len(answers)} are due"]
     problems = []
-    for expected, answer in zip(recorded["queries"], answers, strict=True):
+    for expected, answer in zip(recorded, answers, strict=True):
         if (sentence := _difference(expected, answer)) is not None:
             where = f"golden query of user {expected['user_id']!r}, channel {expected['channel']}"
             problems.append(f"{where}: {sentence}")
@@ -60,49 +59,28 @@ def _difference(expected: dict[str, Any], answer: dict[str, Any]) -> str | None:
     return None
 
 
-def _rows(version: Version) -> "np.ndarray[Any, np.dtype[np.int64]]":
+def _answers(version: Version) -> Iterator[dict[str, Any]]:
+    """The first K items of each channel for each user, then the best of the same items by each ranker."""
     spread = np.linspace(0, len(version.users) - 1, min(USERS, len(version.users))).astype(np.int64)
-    return np.concatenate([spread, [-1]])
+    users = np.concatenate([spread, [-1]])
+    queries = version.queries(users, exclude=(version.clicks.indptr, version.clicks.item_row))
 
+    def answer(user: int, name: str, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> dict[str, Any]:
+        return {
+            "user_id": version.users.ids[user].as_py() if user >= 0 else None,
+            "channel": name,
+            "items": version.items.at(rows),
+            "scores": [round(float(score), 6) for score in scores],
+        }
 
-def _answers(version: Version, user_rows: "np.ndarray[Any, np.dtype[np.int64]]") -> list[dict[str, Any]]:
-    queries = version.queries(user_rows, exclude=(version.clicks.indptr, version.clicks.item_row))
-    answers = []
     for name, channel in version.channels.items():
         lists = channel.retrieve(queries, K)
-        for place, row in enumerate(user_rows):
-            kept = lists.rows[place] >= 0
-            answers.append(
-                {
-                    "user_id": version.users.ids[int(row)].as_py() if row >= 0 else None,
-                    "channel": name,
-                    "items": version.item_ids.take(lists.rows[place][kept]).to_pylist(),
-                    "scores": [round(float(score), 6) for score in lists.scores[place][kept]],
-                }
-            )
-    return answers + _ranked(version, queries, user_rows)
-
-
-def _ranked(
-    version: Version, queries: Queries, user_rows: "np.ndarray[Any, np.dtype[np.int64]]"
-) -> list[dict[str, Any]]:
-    """The best of the same items by each ranker."""
-    rows = np.unique(np.linspace(0, len(version.item_ids) - 1, RANKED).astype(np.int64))
-    answers = []
+        for user, rows, scores in zip(users.tolist(), lists.rows, lists.scores, strict=True):
+            yield answer(user, name, rows[rows >= 0], scores[rows >= 0])
+    ranked = np.unique(np.linspace(0, len(version.items) - 1, RANKED).astype(np.int64))
     for name, ranker in version.rankers.items():
-        for place, row in enumerate(user_rows):
-            one = np.array([place])
-            clicks = take(queries.clicks, one)
-            assert isinstance(clicks, Bag)
-            user = {feature: take(column, one) for feature, column in queries.features.items()}
-            scores = ranker.score(user, clicks, rows)
+        for place, user in enumerate(users.tolist()):
+            one = user_of(queries, place)
+            scores = ranker.score(one.features, one.clicks, ranked)
             best = np.argsort(-scores, kind="stable")[:K]
-            answers.append(
-                {
-                    "user_id": version.users.ids[int(row)].as_py() if row >= 0 else None,
-                    "channel": f"{RANKERS}/{name}",
-                    "items": version.item_ids.take(pa.array(rows[best])).to_pylist(),
-                    "scores": [round(float(score), 6) for score in scores[best]],
-                }
-            )
-    return answers
+            yield answer(user, f"{RANKERS}/{name}", ranked[best], scores[best])

@@ -6,7 +6,7 @@ Looking ids up stays outside, in memory-mapped tables, so that a table can chang
 import copy
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -22,63 +22,76 @@ from twotower.towers.two_tower import Floats, Table, tower_inputs
 
 VECTOR = "vector"
 
+Call = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
-class _ByPosition(nn.Module):
-    """A tower with its inputs one after the other, as the exporter wants them."""
 
-    def __init__(self, tower: Tower | WithPopularity, names: list[str]) -> None:
-        super().__init__()
-        self.tower = tower
-        self.names = names
+Dims = dict[int, "torch.export.Dim"]
+"""The dimensions of an input whose sizes are free."""
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        vector: Tensor = self.tower(dict(zip(self.names, inputs, strict=True)))
-        return vector
+
+def example_inputs(features: Sequence[Fitted], rows: int, free: Dims) -> dict[str, tuple[Tensor, Dims]]:
+    """An example of each input that features give, and the dimensions of it that are free.
+
+    A feature is (B, width) float32; a sequence that the tower encodes is (B, L, width), with (B,) int64 lengths.
+
+    Args:
+        features: of a tower.
+        rows: B, of the examples.
+        free: what is free of dimension B.
+    """
+    inputs: dict[str, tuple[Tensor, Dims]] = {}
+    for place, feature in enumerate(features):
+        if is_encoded(feature):
+            length = torch.export.Dim(f"length{place}", min=1)
+            inputs[feature.name] = (torch.zeros(rows, 5, input_width(feature)), {**free, 1: length})
+            inputs[feature.name + LENGTH] = (torch.tensor([5, 2, 0])[:rows], free)
+        else:
+            inputs[feature.name] = (torch.zeros(rows, input_width(feature)), free)
+    return inputs
 
 
 def export_tower(tower: Tower | WithPopularity, features: Sequence[Fitted], path: Path) -> None:
     """Write a tower with the inputs of `tower_inputs`, each behind `input.`, and the output `vector`, (B, D) or
     (B, K, D).
 
-    A feature is (B, width) float32; a sequence that the tower encodes is (B, L, width), with (B,) int64 lengths; the
-    preference for popular items, where there is one, is (B, 2).
+    The preference for popular items is one more input, (B, 2), where there is one.
     """
-    batch = torch.export.Dim("batch", min=1)
-    examples: dict[str, Tensor] = {}
-    shapes: list[dict[int, torch.export.Dim]] = []
-    for place, feature in enumerate(features):
-        if is_encoded(feature):
-            examples[feature.name] = torch.zeros(3, 5, input_width(feature))
-            shapes.append({0: batch, 1: torch.export.Dim(f"length{place}", min=1)})
-            examples[feature.name + LENGTH] = torch.tensor([5, 2, 0])
-        else:
-            examples[feature.name] = torch.zeros(3, input_width(feature))
-        shapes.append({0: batch})
+    free: Dims = {0: torch.export.Dim("batch", min=1)}
+    inputs = example_inputs(features, 3, free)
     if isinstance(tower, WithPopularity) and tower.of_items:
-        examples[POPULARITY] = torch.zeros(3, 2)
-        shapes.append({0: batch})
-    names = [f"input.{name}" for name in examples]
-    export(_ByPosition(tower, list(examples)), tuple(examples.values()), names, VECTOR, tuple(shapes), path)
+        inputs[POPULARITY] = (torch.zeros(3, 2), free)
+    export(tower, {f"input.{name}": given for name, given in inputs.items()}, VECTOR, path, _vector)
 
 
-def export(
-    module: nn.Module,
-    examples: tuple[Tensor, ...],
-    names: list[str],
-    output: str,
-    shapes: tuple[dict[int, torch.export.Dim], ...],
-    path: Path,
-) -> None:
+def _vector(tower: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    vector: Tensor = tower({name.removeprefix("input."): value for name, value in inputs.items()})
+    return vector
+
+
+class _ByPosition(nn.Module):
+    """A module whose inputs come one after the other, as the exporter wants them."""
+
+    def __init__(self, module: nn.Module, names: list[str], call: Call) -> None:
+        super().__init__()
+        self.module = module
+        self.names = names
+        self.call = call
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.call(self.module, dict(zip(self.names, inputs, strict=True)))
+
+
+def export(module: nn.Module, inputs: Mapping[str, tuple[Tensor, Dims]], output: str, path: Path, call: Call) -> None:
     """Write a module as ONNX.
 
     Args:
-        module: takes the inputs one after the other.
-        examples: of the inputs.
-        names: of the inputs.
+        module: what to write.
+        inputs: by name, an example and the dimensions that are free.
         output: name of what it gives.
-        shapes: for each input, its dimensions that are free.
         path: the file.
+        call: gives the output of the module for named inputs.
     """
+    examples, shapes = zip(*inputs.values(), strict=True)
     quiet = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in quiet]
     for logger in quiet:
@@ -87,10 +100,10 @@ def export(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
             torch.onnx.export(
-                module.eval(),
+                _ByPosition(module, list(inputs), call).eval(),
                 examples,
                 str(path),
-                input_names=names,
+                input_names=list(inputs),
                 output_names=[output],
                 dynamic_shapes=(shapes,),
                 dynamo=True,
@@ -103,7 +116,7 @@ def export(
 
 
 def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """ONNX Runtime with a network, on so many threads a call."""
+    """ONNX Runtime with a network; `threads` is for one call."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

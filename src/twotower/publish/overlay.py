@@ -1,11 +1,11 @@
 """What was learned since a version, laid over it: deltas, and users and items that were put or deleted.
 
 The version stays as it is, mapped into memory. A new overlay is a new `Version` that shares everything which did not
-change; who answers swaps one reference. It is a function of the version, of its deltas in their order and of what the
-log says of entities, so all replicas have the same bytes.
+change; a server swaps one reference. It is a function of the version, of its deltas in their order and of the changes
+of entities in the log, so all replicas have the same bytes.
 
 One more item costs the same however many were put before: see `twotower.publish.catalogue` for how, and for why it is
-safe. What an overlay keeps besides is its own, and nobody reads it but the one who lays.
+safe. The other state of an overlay is read only by the thread that lays it.
 
 N items of the version, A items put since, D vector.
 """
@@ -33,13 +33,13 @@ from twotower.index.checks import ROWS
 from twotower.index.exact import ExactIndex
 from twotower.index.overlaid import OverlaidIndex
 from twotower.index.protocol import PADDING, Exclusions, VectorIndex
-from twotower.logs.entities import Entity, EntityId
-from twotower.logs.events import ITEM
+from twotower.logs.entities import Entity
+from twotower.logs.events import ITEM, EntityId
 from twotower.publish.catalogue import SMALLER, Attributes, Encoded, Grown, Layered, PutRows, SetAside, changes, put_row
 from twotower.publish.delta import Delta, Rows, read_chain
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
-from twotower.publish.version import NEW_ITEMS, TWO_TOWER, Again, Since, Version
+from twotower.publish.version import NEW_ITEMS, TWO_TOWER, Again, LearnedUsers, Mask, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, cut, shown
 from twotower.schema.limits import check_value
@@ -51,15 +51,15 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Entities:
+class EntityChanges:
     """The users and items that were put or deleted, by id."""
 
     items: Mapping[EntityId, Entity] = field(default_factory=Layered[EntityId, Entity])
     users: Mapping[EntityId, Entity] = field(default_factory=Layered[EntityId, Entity])
 
-    def with_newer(self, items: Mapping[EntityId, Entity], users: Mapping[EntityId, Entity]) -> "Entities":
+    def with_newer(self, items: Mapping[EntityId, Entity], users: Mapping[EntityId, Entity]) -> "EntityChanges":
         """The same with some that were put or deleted since."""
-        return Entities(_layered(self.items).with_newer(items), _layered(self.users).with_newer(users))
+        return EntityChanges(_layered(self.items).with_newer(items), _layered(self.users).with_newer(users))
 
 
 def _layered(entities: Mapping[EntityId, Entity]) -> Layered[EntityId, Entity]:
@@ -77,27 +77,10 @@ class _Put:
 
 
 @dataclass(frozen=True)
-class _Vectors:
-    """Newer vectors of some items, and an index of them."""
-
-    rows: Rows
-
-    @cached_property
-    def index(self) -> ExactIndex:
-        return ExactIndex.build(self.rows.rows, np.ascontiguousarray(self.rows.values))
-
-    def with_newer(self, other: "_Vectors") -> "_Vectors":
-        return _Vectors(self.rows.with_newer(other.rows))
-
-    def __len__(self) -> int:
-        return len(self.rows.rows)
-
-
-@dataclass(frozen=True)
 class _Hidden:
     """An index of a channel without some rows of the version."""
 
-    rows: npt.NDArray[np.bool_]
+    rows: Mask
     """(N,)"""
     index: VectorIndex
 
@@ -124,9 +107,9 @@ class _Items:
         """(N + A,) deleted or not available."""
         self.attributes: tuple[PutRows, ...] = ()
         self.encoded: tuple[Encoded, ...] = ()
-        self.vectors: tuple[_Vectors, ...] = ()
+        self.vectors: tuple[Rows, ...] = ()
         self.again = Again()
-        self.tokens = _with_room(tokens, base.base_items)
+        self.tokens = _with_room(tokens, base.items.base)
         """(N + A and more,) rows of the table of item ids; unknown behind the end."""
 
     def copied(self) -> "_Items":
@@ -137,7 +120,7 @@ class _Items:
 
 
 class KnownItems:
-    """A channel of a version that is asked about items put since: it knows nothing of them.
+    """A channel that knows nothing of the items put since; queries that name such items work too.
 
     Args:
         channel: what it asks.
@@ -178,9 +161,9 @@ class Overlay:
 
     Args:
         base: as `open_version` gives it.
-        by_id: an id has one row, also where an item was deleted and put again, and an item that was put and deleted has
-            none: rows are then a function of what is there now, which the updater's state needs. A server's rows tell
-            one item from the next of its id.
+        by_id: an id has one row, even if its item was deleted and put again, and none if it was put and deleted. Rows
+            are then a function of the items that exist now, as the updater's state requires. Without it, each item that
+            had the id one after the other has a row of its own, as a server requires.
     """
 
     def __init__(self, base: Version, *, by_id: bool = False) -> None:
@@ -194,26 +177,26 @@ class Overlay:
         self._ids: dict[str, dict[EntityId, int]] = {c.USER_ID: {}, c.ITEM_ID: {}}
         self._forgotten: dict[str, set[EntityId]] = {c.USER_ID: set(), c.ITEM_ID: set()}
         self._mapped = map_tables(base.path / "channels" / TWO_TOWER)
-        self._item_tower: OnnxTower | None = None
-        self._base_gone = base.gone
-        self._shown = Entities()
-        """What was laid last."""
+        self._count = base.items.base
+        """N"""
+        self._shown = EntityChanges()
+        """The changes that the latest snapshot has."""
         self._laid: Version | None = None
         self._hidden: dict[str, _Hidden] = {}
-        """By channel, its index as of last time."""
+        """By channel, its index in the latest snapshot."""
         self.aside = SetAside()
-        """What cannot be used of what was put."""
+        """Changes that cannot be used."""
         self._moved: set[int] = set()
         """Rows of the table of item ids that were touched since `lay`."""
         self._admitted: set[EntityId] = set()
-        """Items that have another row since."""
+        """Items whose row of that table changed since."""
         self._learned = False
         self._back = np.zeros(0, np.int64)
         """Rows of the version's items that are available again."""
-        self._below: dict[str, _Vectors] = {}
+        self._below: dict[str, Rows] = {}
         """By channel, newer vectors below those of items that were put."""
         self._other_tokens: dict[str, Tokens] = {}
-        """By channel, what `_Items.tokens` is for the two towers: it does not learn between versions."""
+        """By channel, the same as `_Items.tokens` for channels that do not learn between versions."""
         self._encode_users = base.user_tower
         self._new_rows = _rows_of_index(base)
         ids = base.features.vocabularies.get(c.ITEM_ID)
@@ -223,7 +206,7 @@ class Overlay:
         self._items = _Items(base, self._item_tokens)
 
     def copied(self) -> "Overlay":
-        """The same, to try a delta on."""
+        """A copy, for trying a delta."""
         other = copy.copy(self)
         other._tables, other._moved, other._admitted = dict(self._tables), set(self._moved), set(self._admitted)
         other._items, other._hidden = self._items.copied(), dict(self._hidden)
@@ -272,7 +255,7 @@ class Overlay:
             raise DataError(f"delta {delta.seq} has vectors of {delta.item_vectors.shape[1]} numbers")
 
     def folded(self) -> Delta:
-        """What a reader is to know of all that was learned, as one delta."""
+        """All that was learned, as one delta for readers."""
         base = self.base
         kinds = {c.USER_ID: base.users.ids.type, c.ITEM_ID: base.item_ids.type}
         new_ids = {}
@@ -294,7 +277,7 @@ class Overlay:
             folded=True,
         )
 
-    def lay(self, entities: Entities) -> Version:
+    def lay(self, entities: EntityChanges) -> Version:
         """The version with all that was learned and put."""
         items = changes(self._shown.items, entities.items)
         own = self._own_rows(items or {})
@@ -307,11 +290,11 @@ class Overlay:
             self._take({one: entity for one, entity in items.items() if one in own}, own)
             self._laid = self._snapshot()
         self._shown, self._learned = entities, False
-        since = Since(self._ids[c.USER_ID], entities.users, self._forgotten[c.USER_ID], self.aside)
+        since = LearnedUsers(self._ids[c.USER_ID], entities.users, self._forgotten[c.USER_ID], self.aside)
         return replace(self._laid, since=since, delta_seq=self.seq)
 
     def _own_rows(self, items: Iterable[EntityId]) -> dict[EntityId, int]:
-        """Rows that the version itself has of some ids, -1 without one; an id of another type is set aside."""
+        """The version's own rows of some ids, -1 without one; an id of another type is set aside."""
         kind = self.base.items.kind
         usable = []
         for one in items:
@@ -322,7 +305,7 @@ class Overlay:
         return dict(zip(usable, self.base.items.find(pa.array(usable, kind)).tolist(), strict=True))
 
     def _in_order(self, items: Mapping[EntityId, Entity], own: Mapping[EntityId, int]) -> bool:
-        """Items that are new come behind those put before: their rows stand in the order of the log."""
+        """Whether new items come after those put before: rows stand in the order of the log."""
         now = self._items
         new = [
             _order(one, entity)
@@ -332,23 +315,23 @@ class Overlay:
         return not new or min(new) > now.last
 
     def _leaves_gap(self, items: Mapping[EntityId, Entity]) -> bool:
-        """An item that was put gives up its row."""
+        """Whether an item that was put gives up its row."""
         births = self._items.births
         return any(one in births and (entity.deleted or births[one] != _birth(entity)) for one, entity in items.items())
 
     def _needs_row(self, entity: Entity, own: int) -> bool:
-        """The item stands in the catalogue, and not in the version's own row of that id."""
+        """Whether the item needs another row than the version's own of that id."""
         another = not self._by_id and self.is_another(entity)
         return not entity.deleted and entity.features is not None and (own < 0 or another)
 
     def is_another(self, entity: Entity) -> bool:
-        """It was deleted and put again since the version was made: what the version has under the id is not meant."""
+        """Whether it was deleted and put again since the version was made: the version's own item is another."""
         if not entity.fresh or entity.deleted_ms is None:
             return entity.fresh
         return self.base.watermark_ms is None or entity.deleted_ms > self.base.watermark_ms
 
     def _take(self, changed: Mapping[EntityId, Entity], own: Mapping[EntityId, int]) -> None:
-        """Take up items that were put or deleted, and what the deltas since say of those put before."""
+        """Take up items that were put or deleted, and what deltas changed for those put before."""
         now = self._items
         columns: dict[EntityId, dict[str, Column]] = {}
         usable: dict[EntityId, Entity] = {}
@@ -399,7 +382,7 @@ class Overlay:
             return -1
         if now.births.get(one) == _birth(entity):
             return before
-        row = self.base.base_items + len(now.ids)
+        row = self._count + len(now.ids)
         now.ids.append(one)
         now.births[one], now.rows[one], now.last = _birth(entity), row, _order(one, entity)
         if entity.deleted_ms is not None:
@@ -412,7 +395,7 @@ class Overlay:
         changed: Mapping[EntityId, Entity],
         before: Mapping[EntityId, tuple[int, int]],
         rows: Mapping[EntityId, int],
-    ) -> npt.NDArray[np.bool_]:
+    ) -> Mask:
         """(N + A,) which items are deleted or not available, after some have changed.
 
         Args:
@@ -420,7 +403,7 @@ class Overlay:
             before: the version's own rows, and those that they had.
             rows: those that they have now; -1 = none.
         """
-        count = self.base.base_items + len(self._items.ids)
+        count = self._count + len(self._items.ids)
         gone = np.concatenate([self._items.gone, np.zeros(count - len(self._items.gone), np.bool_)])
         for one, entity in changed.items():
             row = rows[one]
@@ -430,7 +413,7 @@ class Overlay:
             elif row >= 0 and (entity.available is not None or entity.features is not None):
                 gone[row] = entity.available is False
             elif row >= 0:
-                gone[row] = self._base_gone[row]
+                gone[row] = self.base.gone[row]
         return gone
 
     def _token(self, one: EntityId, entity: Entity, row: int) -> int:
@@ -439,14 +422,14 @@ class Overlay:
             return UNKNOWN
         if one in self._ids[c.ITEM_ID]:
             return self._ids[c.ITEM_ID][one]
-        return int(self._item_tokens[row]) if row < self.base.base_items else UNKNOWN
+        return int(self._item_tokens[row]) if row < self._count else UNKNOWN
 
     def _set_tokens(self, put: Sequence[EntityId]) -> None:
-        """Bring the rows of the table of item ids up to date, in a new array where a snapshot may read the old one."""
-        now, count = self._items, self.base.base_items + len(self._items.ids)
+        """Update the rows of the table of item ids, in a new array if a snapshot may read the old one."""
+        now, count = self._items, self._count + len(self._items.ids)
         published = 0 if self._laid is None else len(self._laid.items)
         if len(now.tokens) < count:
-            now.tokens = _with_room(now.tokens[: max(published, self.base.base_items)], count)
+            now.tokens = _with_room(now.tokens[: max(published, self._count)], count)
         token_of: dict[int, int] = {}
         if self._admitted:
             ids = [one for one in self._admitted if is_id(one, self.base.items.kind)]
@@ -466,7 +449,7 @@ class Overlay:
             now.put[one] = replace(item, token=int(now.tokens[item.row]))
 
     def _moved_items(self) -> dict[EntityId, None]:
-        """Items put before whose vectors have to be made again, because rows that they are made of have moved."""
+        """Items put before whose vectors must be computed again, because rows that they read have changed."""
         if not self._moved and not self._admitted:
             return {}
         put = self._items.put
@@ -475,14 +458,14 @@ class Overlay:
         return dict.fromkeys(one for one, item in put.items() if item.token in self._moved or one in self._admitted)
 
     def _encode(self, items: Iterable[EntityId], columns: Mapping[EntityId, dict[str, Column]]) -> None:
-        """Make the vectors of items that were put, by the frozen item tower; each by itself, so that the bytes do not
-        depend on which others there are.
+        """Compute the vectors of items that were put, by the frozen item tower; one at a time, so that the bytes do not
+        depend on the other items.
         """
         now = self._items
         order = sorted(items, key=lambda one: now.put[one].row)
         if not order:
             return
-        tower, each, vectors = self._tower().with_tables(self._all_tables()), [], []
+        tower, each, vectors = self._tower.with_tables(self._all_tables()), [], []
         for one in order:
             item = now.put[one]
             encoded = dict(columns[one] if one in columns else item_columns(self.base, one, item.entity, UNKNOWN))
@@ -500,11 +483,11 @@ class Overlay:
                 now.gone[item.row] = True
             vectors.append(vector)
             if c.ITEM_ID in encoded:  # rankers do not learn between versions
-                known = item.row < self.base.base_items
+                known = item.row < self._count
                 encoded[c.ITEM_ID] = self._item_tokens[[item.row]] if known else np.array([UNKNOWN], np.int32)
             each.append(encoded)
         rows = np.array([now.put[one].row for one in order], np.int64)
-        now.vectors = _piled(now.vectors, _Vectors(Rows(rows, np.stack(vectors))))
+        now.vectors = _piled(now.vectors, Rows(rows, np.stack(vectors)))
         if self.base.rankers:
             together = {name: concatenate([one[name] for one in each]) for name in each[0]}
             now.encoded = _piled(now.encoded, Encoded(rows, together))
@@ -519,39 +502,38 @@ class Overlay:
     def _snapshot(self) -> Version:
         """The version with the items as they are now."""
         base, now = self.base, self._items
-        count = base.base_items + len(now.ids)
-        back = np.flatnonzero(self._base_gone & ~now.gone[: base.base_items])
+        count = self._count + len(now.ids)
+        back = np.flatnonzero(self.base.gone & ~now.gone[: self._count])
         if self._learned or self._laid is None or not np.array_equal(back, self._back):
             self._encode_users = base.user_tower.with_tables(self._all_tables())
             self._back, self._hidden = back, {}
             self._below = {
-                name: _Vectors(_vectors_of(channel, back))
+                name: _vectors_of(channel, back)
                 for name, channel in base.channels.items()
                 if isinstance(channel, VectorChannel) and name != NEW_ITEMS
             }
-            self._below[TWO_TOWER] = self._below[TWO_TOWER].with_newer(_Vectors(self._vectors))
+            self._below[TWO_TOWER] = self._below[TWO_TOWER].with_newer(self._vectors)
             if NEW_ITEMS in base.channels:
                 self._below[NEW_ITEMS] = self._of_new(self._below[TWO_TOWER])
+        towers = self._laid_channel(base.two_tower, now.vectors, now.tokens[:count], self._encode_users)
         channels: dict[str, Retriever] = {}
         for name, channel in base.channels.items():
-            if isinstance(channel, VectorChannel) and name in (TWO_TOWER, NEW_ITEMS):
-                pieces = now.vectors if name == TWO_TOWER else tuple(self._of_new(piece) for piece in now.vectors)
-                channels[name] = self._lay_channel(channel, pieces, now.tokens[:count], self._encode_users)
+            if name == TWO_TOWER:
+                channels[name] = towers
+            elif name == NEW_ITEMS and isinstance(channel, VectorChannel):
+                pieces = self._newer(name, tuple(self._of_new(piece) for piece in now.vectors))
+                channels[name] = towers.over(name, self._laid_index(channel, pieces))
             elif isinstance(channel, VectorChannel):
                 if len(self._other_tokens.get(name, ())) < count:
                     self._other_tokens[name] = _with_room(channel.item_tokens, count)
-                channels[name] = self._lay_channel(channel, (), self._other_tokens[name][:count], None)
+                channels[name] = self._laid_channel(channel, (), self._other_tokens[name][:count], None)
             else:
                 channels[name] = self._without(channel)
-        laid = channels[TWO_TOWER]
-        assert isinstance(laid, VectorChannel)
-        assert isinstance(laid.item_vectors, np.ndarray | LaidRows)
-        changed = count > base.base_items or now.attributes
+        changed = count > self._count or now.attributes
         return replace(
             base,
             attributes=Attributes(base.catalogue, now.attributes, count) if changed else base.attributes,
             items=base.items.grown(Grown(now.ids), now.rows) if changed or now.rows else base.items,
-            item_vectors=laid.item_vectors,
             channels=channels,
             user_tower=self._encode_users,
             gone=now.gone,
@@ -559,63 +541,66 @@ class Overlay:
             again=now.again,
         )
 
-    def _lay_channel(
-        self, channel: VectorChannel, pieces: tuple[_Vectors, ...], tokens: Tokens, encode: OnnxTower | None
+    def _newer(self, name: str, pieces: tuple[Rows, ...]) -> tuple[Rows, ...]:
+        """The newer vectors of a channel: pieces of which the last is the newest."""
+        return tuple(piece for piece in (self._below[name], *pieces) if len(piece))
+
+    def _laid_channel(
+        self, channel: VectorChannel, pieces: tuple[Rows, ...], tokens: Tokens, encode: OnnxTower | None
     ) -> VectorChannel:
-        """A channel with newer vectors of some items, pieces of which the last is the newest, without what is gone."""
-        gone, below = self._items.gone, self._below[channel.name]
-        newer = tuple(piece for piece in (below, *pieces) if len(piece))
-        indexes: list[ExactIndex] = []
-        for place, piece in enumerate(newer):
-            out = gone[piece.rows.rows]
-            for above in newer[place + 1 :]:
-                at = np.minimum(np.searchsorted(piece.rows.rows, above.rows.rows), len(piece) - 1)
-                out[at[piece.rows.rows[at] == above.rows.rows]] = True
-            indexes.append(piece.index.without(piece.rows.rows[out]) if out.any() else piece.index)
-        hidden = gone[: self.base.base_items] & ~self._base_gone
+        """A channel with newer vectors of some items, without what is gone."""
+        newer, vectors = self._newer(channel.name, pieces), channel.item_vectors
+        assert vectors is not None
         for piece in newer:
-            hidden[piece.rows.rows[: np.searchsorted(piece.rows.rows, self.base.base_items)]] = True
+            vectors = LaidRows(vectors, piece.rows, piece.values)
+        index = self._laid_index(channel, newer)
+        users = channel.encode_users if encode is None else encode.encode
+        return replace(channel, item_tokens=tokens, index=index, item_vectors=vectors, encode_users=users)
+
+    def _laid_index(self, channel: VectorChannel, newer: tuple[Rows, ...]) -> VectorIndex:
+        """The index of a channel with newer vectors, without what is gone."""
+        gone, indexes = self._items.gone, list[ExactIndex]()
+        for place, piece in enumerate(newer):
+            out = gone[piece.rows]
+            for above in newer[place + 1 :]:
+                at = np.minimum(np.searchsorted(piece.rows, above.rows), len(piece) - 1)
+                out[at[piece.rows[at] == above.rows]] = True
+            indexes.append(piece.index.without(piece.rows[out]) if out.any() else piece.index)
+        hidden = gone[: self._count] & ~self.base.gone
+        for piece in newer:
+            hidden[piece.rows[: np.searchsorted(piece.rows, self._count)]] = True
         before = self._hidden.get(channel.name)
         if before is None or not np.array_equal(before.rows, hidden):
             left = channel.index.without(np.flatnonzero(hidden)) if hidden.any() else channel.index
             before = self._hidden[channel.name] = _Hidden(hidden, left)
-        index = before.index
-        for one in indexes:
-            index = OverlaidIndex(index, one)
-        vectors = channel.item_vectors
-        if vectors is not None:
-            for piece in newer:
-                vectors = LaidRows(vectors, piece.rows.rows, piece.rows.values)
-        return channel.newer(tokens, index, vectors, None if encode is None else encode.encode)
+        return functools.reduce(OverlaidIndex, indexes, before.index)
 
     def _without(self, channel: Retriever) -> Retriever:
-        """A counted channel without what is gone, that is not asked about what it does not know."""
-        gone = self._items.gone[: self.base.base_items]
-        if not np.array_equal(gone, self._base_gone):
+        """A counted channel without the items that are gone, and without those that it does not know."""
+        gone = self._items.gone[: self._count]
+        if not np.array_equal(gone, self.base.gone):
             channel = channel.channel if isinstance(channel, WithoutItems) else channel
             channel = WithoutItems(channel, gone) if gone.any() else channel
-        return KnownItems(channel, self.base.base_items) if self._items.ids else channel
+        return KnownItems(channel, self._count) if self._items.ids else channel
 
     @property
     def _reads_others(self) -> bool:
-        """An item's vector depends on rows of the table of item ids beside its own."""
+        """Whether an item's vector depends on other rows of the table of item ids than its own."""
         return any(table_of(feature) == c.ITEM_ID and feature.name != c.ITEM_ID for feature in self.base.features.item)
 
+    @cached_property
     def _tower(self) -> OnnxTower:
-        if self._item_tower is None:
-            folder = self.base.path / "channels" / TWO_TOWER
-            self._item_tower = OnnxTower(folder / "item_tower.onnx", self.base.features.item, self._mapped)
-        return self._item_tower
+        folder = self.base.path / "channels" / TWO_TOWER
+        return OnnxTower(folder / "item_tower.onnx", self.base.features.item, self._mapped)
 
-    def _of_new(self, piece: _Vectors) -> _Vectors:
+    def _of_new(self, piece: Rows) -> Rows:
         """Those of new items."""
-        rows = piece.rows
-        kept = np.isin(rows.rows, self._new_rows) | (rows.rows >= self.base.base_items)
-        return piece if kept.all() else _Vectors(Rows(rows.rows[kept], rows.values[kept]))
+        kept = np.isin(piece.rows, self._new_rows) | (piece.rows >= self._count)
+        return piece if kept.all() else Rows(piece.rows[kept], piece.values[kept])
 
 
-def as_served(base: Version, deltas: Path, entities: Entities) -> Version:
-    """A version with its deltas and with what was put or deleted, as a server that starts now shows it.
+def as_served(base: Version, deltas: Path, entities: EntityChanges) -> Version:
+    """A version with its deltas and with what was put or deleted, as a server that starts now serves it.
 
     Args:
         base: as `open_version` gives it.
@@ -691,7 +676,7 @@ def _birth(entity: Entity) -> tuple[int, int | None]:
 
 
 def _with_room(tokens: Tokens, count: int) -> Tokens:
-    """The same rows of the table of item ids, and as many unknown ones behind them as there are places."""
+    """The same rows of the table of item ids, with unknown ones behind them as room for more items."""
     return np.concatenate([tokens, np.full(2 * max(count, len(tokens)) + SMALLER - len(tokens), UNKNOWN, np.int32)])
 
 
@@ -707,7 +692,7 @@ P = TypeVar("P", bound=_Piece)
 def _piled(pieces: tuple[P, ...], newer: P) -> tuple[P, ...]:
     """Pieces of a table with a newer one on top: few, and each far smaller than the one below it.
 
-    A delta of a few rows is laid on a million without copying them, and a look-up goes through a handful.
+    A delta of a few rows is laid on a million without copying them, and a look-up goes through a few pieces.
 
     >>> piece = Rows(np.arange(3), np.zeros((3, 1), np.float32))
     >>> below = Rows(np.arange(100), np.ones((100, 1), np.float32))

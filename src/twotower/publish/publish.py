@@ -4,7 +4,6 @@ A version is built under a temporary name and renamed when it is complete and ha
 names the served one and is replaced by one rename, so that a reader sees the old or the new, never anything between.
 """
 
-import fcntl
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,22 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from twotower.channels.als import ALS
 from twotower.channels.fit import Counted
+from twotower.channels.options import ModelsOptions
 from twotower.channels.queries import queries_of_users
 from twotower.channels.retriever import Queries
 from twotower.channels.vector_channel import latest
-from twotower.features.columns import Bag, Column, take, to_arrow
-from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, save
+from twotower.features.columns import Column, take, to_arrow
+from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, FeatureSet, save
 from twotower.fusion.fuse import Fusion
 from twotower.index.build import build_index
+from twotower.index.options import IndexOptions
+from twotower.index.protocol import VectorIndex
 from twotower.publish.golden import replay, write_golden
+from twotower.publish.manifest import write_manifest
 from twotower.publish.onnx import OnnxTower, export_tower
-from twotower.publish.ranker import OnnxRanker, write_ranker
+from twotower.publish.ranker import OnnxRanker, user_of, write_ranker
 from twotower.publish.tables import map_tables, save_tables
 from twotower.publish.version import (
     CATALOGUE,
@@ -43,21 +47,15 @@ from twotower.publish.version import (
     open_version,
     read_manifest,
     unavailable,
-    write_manifest,
 )
 from twotower.samples.columns_file import write_table
 from twotower.samples.names import ITEMS_FILE
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
+from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import DataError, VersionError
-from twotower.schema.files import (
-    MANIFEST,
-    TEMPORARY,
-    check_listing,
-    folder_listing,
-    whole_file,
-    whole_folder,
-)
+from twotower.schema.files import MANIFEST, TEMPORARY, check_listing, folder_listing, whole_file, whole_folder
+from twotower.schema.locks import locked
 from twotower.schema.tables import check_entities
 from twotower.towers.ranker import Ranker
 from twotower.towers.two_tower import Floats, TwoTower
@@ -71,9 +69,13 @@ PROMOTING = ".promoting"
 RANKED = 20
 """Users that compare an exported ranker with the trained one."""
 SAMPLED = 500
-"""Users that the index is tuned on; as many users and items compare the exported towers with the trained ones."""
+"""Users that the index is tuned on; the same number of users and of items compare the exported towers with the trained
+ones."""
 ROUNDING = 1e-5
 """Largest difference between a number of a trained tower's vector and of the exported one's."""
+
+Tune = Callable[[npt.NDArray[np.int64], Floats, Floats], VectorIndex]
+"""Builds an index of vectors (N, D) of some rows (N,), tuned on queries (Q, D)."""
 
 
 @dataclass(frozen=True)
@@ -86,41 +88,45 @@ class Listed:
     watermark_ms: int | None
 
 
+@dataclass(frozen=True)
+class VersionParts:
+    """What a version is made of."""
+
+    samples: Samples
+    """What everything was trained on: users, histories, the catalogue's features."""
+    items_file: Path
+    """`items.parquet`, for the attributes that a page shows."""
+    checkpoints: Mapping[str, Checkpoint]
+    """The trained channels by name, `two_tower` among them."""
+    counted: Mapping[str, Counted]
+    """The channels that are counted, not trained, by name."""
+    rankers: Mapping[str, Checkpoint]
+    """The trained rankers, by name."""
+    fusion: Fusion
+    """How the channels become one list."""
+
+
 def publish(
     versions: Path,
-    checkpoints: Mapping[str, Checkpoint],
-    samples: Samples,
-    items_file: Path,
-    channels: Mapping[str, Counted],
-    rankers: Mapping[str, Checkpoint],
+    parts: VersionParts,
+    models: ModelsOptions,
+    index: IndexOptions,
     *,
-    fusion: Fusion,
-    configuration: dict[str, Any],
-    metrics: dict[str, Any],
-    index_kind: str,
-    index_recall: float,
-    index_ks: Sequence[int],
-    most_new_clicks: int = 0,
+    ks: Sequence[int],
     seed: int,
-    clock_ms: Callable[[], int],
+    recorded: Mapping[str, Any],
+    clock_ms: ClockMs = now_ms,
 ) -> str:
     """Build a version from checkpoints and the samples they were trained on; it is not promoted.
 
     Args:
         versions: the folder of all versions.
-        checkpoints: the trained channels by name, `two_tower` among them.
-        samples: what they were trained on: users, histories, the catalogue's features.
-        items_file: `items.parquet`, for the attributes that a page shows.
-        channels: the channels that are counted, not trained, by name.
-        rankers: the trained rankers, by name.
-        fusion: how the channels become one list.
-        configuration: the whole configuration, recorded; names the channels.
-        metrics: of the evaluation, recorded.
-        index_kind: `exact` or `faiss`.
-        index_recall: share of the exact answer that the index must find.
-        index_ks: list lengths that the index is tuned for.
-        most_new_clicks: an item of at most so many training positives is new to the channel `new_items`.
+        parts: what the version is made of.
+        models: which channels it has, and which items are new.
+        index: of item vectors.
+        ks: list lengths that the index is tuned for.
         seed: of the index.
+        recorded: the `configuration` and the `metrics` of the evaluation, for the manifest.
         clock_ms: milliseconds since 1970.
 
     Returns:
@@ -130,55 +136,20 @@ def publish(
         DataError: checkpoint, samples and items do not belong together, or a vector is not finite.
         VersionError: another process is publishing, or the exported towers are not the trained ones.
     """
-    for checkpoint in (*checkpoints.values(), *rankers.values()):
-        for name in (FEATURES_FILE, VOCABULARY_FILE):
-            if checkpoint.manifest["files"][name]["sha256"] != samples.manifest["files"][name]["sha256"]:
-                raise DataError(
-                    f"{checkpoint.path} was trained on other samples than {samples.path} holds now: train before "
-                    "publishing"
-                )
-    catalogue = check_entities(pq.read_table(items_file), c.ITEM_ID, items_file.name)
-    if not catalogue.column(c.ITEM_ID).combine_chunks().equals(samples.items.ids):
-        raise DataError(f"{items_file} has other items than {samples.path}: run `twotower samples` and train again")
-    unavailable(catalogue)  # refuses a column of another type before anything is built
-    created_ms = clock_ms()
+    catalogue = _matching_catalogue(parts)
+    created_ms, samples = clock_ms(), parts.samples
     moment = datetime.fromtimestamp(created_ms / 1000, UTC)
-    tensors = checkpoints[TWO_TOWER].tensors_sha256
+    tensors = parts.checkpoints[TWO_TOWER].tensors_sha256
     version_id = f"{moment:%Y%m%dT%H%M%S}{created_ms % 1000:03d}-{tensors[:8]}"
-    with _one_writer(versions), whole_folder(_new_path(versions, version_id)) as folder:
-        tune = partial(build_index, index_kind, ks=list(index_ks), recall=index_recall, seed=seed)
-        for name, checkpoint in checkpoints.items():
-            log.info("writing channel %s", name)
-            model = load_model(checkpoint)
-            vectors = model.encode_items(samples.items.features)
-            if not np.isfinite(vectors).all():
-                raise DataError(
-                    f"{checkpoint.path}: item vectors are not finite: train again with a lower learning rate"
-                )
-            users = _some_users(model, samples)
-            _write_vector_channel(folder / "channels" / name, model, samples, vectors)
-            _check_export(folder / "channels" / name, model, samples, users, vectors)
-            queries = model.encode_users(users).reshape(-1, vectors.shape[1])
-            tune(np.arange(len(vectors)), vectors, queries).save(folder / "channels" / name / "index")
-            if name == TWO_TOWER and NEW_ITEMS in configuration["models"]["channels"]:
-                new = np.flatnonzero(samples.item_positives <= most_new_clicks)
-                (folder / "channels" / NEW_ITEMS).mkdir()
-                tune(new, vectors[new], queries).save(folder / "channels" / NEW_ITEMS / "index")
-        for name, channel in channels.items():
-            log.info("writing channel %s", name)
-            (folder / "channels" / name).mkdir()
-            whole = channel
-            if isinstance(channel, ALS):
-                queries = channel.user_vectors(_some_queries(samples).clicks)
-                whole = channel.with_index(tune(*channel.found, queries[queries.any(axis=1)]))
-            whole.save(folder / "channels" / name)
-        for name, checkpoint in rankers.items():
-            log.info("writing ranker %s", name)
-            ranker = load_ranker(checkpoint)
-            about = {key: checkpoint.manifest[key] for key in ("calibration", "position")}
-            write_ranker(folder / RANKERS / name, ranker, about)
-            _check_ranker(folder / RANKERS / name, ranker, samples)
-        if rankers:
+    with _one_publisher(versions), whole_folder(_new_path(versions, version_id)) as folder:
+        tune = partial(build_index, index, ks=list(ks), seed=seed)
+        for name, checkpoint in parts.checkpoints.items():
+            _write_trained(folder / "channels" / name, checkpoint, samples, tune, models)
+        for name, channel in parts.counted.items():
+            _write_counted(folder / "channels" / name, channel, samples, tune)
+        for name, checkpoint in parts.rankers.items():
+            _write_ranker(folder / RANKERS / name, checkpoint, samples)
+        if parts.rankers:
             shutil.copyfile(samples.path / ITEMS_FILE, folder / RANKERS / ITEMS_FILE)
         for name in ("users.arrow", "clicks.arrow"):
             shutil.copyfile(samples.path / name, folder / name)
@@ -191,10 +162,9 @@ def publish(
             "created_ms": created_ms,
             "watermark_ms": samples.manifest["watermark_ms"],
             "last_day": samples.manifest["last_day"],
-            "configuration": configuration,
-            "fusion": asdict(fusion),
-            "metrics": metrics,
+            "fusion": asdict(parts.fusion),
             "checkpoint_sha256": tensors,
+            **recorded,
         }
         write_manifest(folder, {**manifest, "files": {}})
         write_golden(open_version(folder, check_hashes=False), folder)
@@ -203,7 +173,36 @@ def publish(
     return version_id
 
 
-def _write_vector_channel(folder: Path, model: TwoTower, samples: Samples, vectors: Any) -> None:
+def _matching_catalogue(parts: VersionParts) -> pa.Table:
+    """The items with their attributes, after a look whether all parts belong together.
+
+    Raises:
+        DataError: they do not.
+    """
+    samples = parts.samples
+    for checkpoint in (*parts.checkpoints.values(), *parts.rankers.values()):
+        for name in (FEATURES_FILE, VOCABULARY_FILE):
+            if checkpoint.manifest["files"][name]["sha256"] != samples.manifest["files"][name]["sha256"]:
+                raise DataError(
+                    f"{checkpoint.path} was trained on other samples than {samples.path} holds now: train before "
+                    "publishing"
+                )
+    catalogue = check_entities(pq.read_table(parts.items_file), c.ITEM_ID, parts.items_file.name)
+    if not catalogue.column(c.ITEM_ID).combine_chunks().equals(samples.items.ids):
+        raise DataError(
+            f"{parts.items_file} has other items than {samples.path}: run `twotower samples` and train again"
+        )
+    unavailable(catalogue)  # refuses a column of another type before anything is built
+    return catalogue
+
+
+def _write_trained(folder: Path, checkpoint: Checkpoint, samples: Samples, tune: Tune, models: ModelsOptions) -> None:
+    """Write a trained channel; with the two towers, the index of new items."""
+    log.info("writing channel %s", folder.name)
+    model = load_model(checkpoint)
+    vectors = model.encode_items(samples.items.features)
+    if not np.isfinite(vectors).all():
+        raise DataError(f"{checkpoint.path}: item vectors are not finite: train again with a lower learning rate")
     folder.mkdir(parents=True)
     features = model.features
     export_tower(model.served_user_tower, (*features.user, *features.context), folder / "user_tower.onnx")
@@ -211,20 +210,49 @@ def _write_vector_channel(folder: Path, model: TwoTower, samples: Samples, vecto
     save_tables({name: table.weights for name, table in model.tables.items()}, folder)
     save(features, folder)
     write_table(folder / "items.arrow", pa.table({c.ITEM_ID: samples.items.ids, c.VECTOR: to_arrow(vectors)}))
+    users = _user_columns(features, samples, _some_queries(samples))
+    _check_export(folder, model, samples, users, vectors)
+    queries = model.encode_users(users).reshape(-1, vectors.shape[1])
+    tune(np.arange(len(vectors)), vectors, queries).save(folder / "index")
+    if folder.name == TWO_TOWER and NEW_ITEMS in models.channels:
+        new = np.flatnonzero(samples.item_positives <= models.new_items.most_clicks)
+        folder.with_name(NEW_ITEMS).mkdir()
+        tune(new, vectors[new], queries).save(folder.with_name(NEW_ITEMS) / "index")
 
 
-def _some_users(model: TwoTower, samples: Samples) -> dict[str, Column]:
-    """Encoded columns of users spread over all, with their clicks: what the version will be asked."""
-    queries = _some_queries(samples)
-    columns = dict(queries.features)
-    if (history := model.features.history) is not None:
-        columns[history.name] = latest(queries.clicks, item_tokens(model.features, samples.items.ids), history.last)
-    return columns
+def _write_counted(folder: Path, channel: Counted, samples: Samples, tune: Tune) -> None:
+    log.info("writing channel %s", folder.name)
+    folder.mkdir()
+    if isinstance(channel, ALS):
+        queries = channel.user_vectors(_some_queries(samples).clicks)
+        channel = channel.with_index(tune(*channel.found, queries[queries.any(axis=1)]))
+    channel.save(folder)
+
+
+def _write_ranker(folder: Path, checkpoint: Checkpoint, samples: Samples) -> None:
+    log.info("writing ranker %s", folder.name)
+    ranker = load_ranker(checkpoint)
+    write_ranker(folder, ranker, {key: checkpoint.manifest[key] for key in ("calibration", "position")})
+    _check_ranker(folder, ranker, samples)
+
+
+def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
+    """At most `most` of the numbers 0 to count - 1, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, most).astype(np.int64))
 
 
 def _some_queries(samples: Samples) -> Queries:
-    rows = np.unique(np.linspace(0, len(samples.users) - 1, SAMPLED).astype(np.int64))
-    return queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
+    """Queries of users spread over all."""
+    rows = _spread(len(samples.users), SAMPLED)
+    return queries_of_users(samples.features, samples.users, samples.clicks, rows)
+
+
+def _user_columns(features: FeatureSet, samples: Samples, queries: Queries) -> dict[str, Column]:
+    """Encoded columns of users with their histories, as a model's user tower reads them."""
+    columns = dict(queries.features)
+    if (history := features.history) is not None:
+        columns[history.name] = latest(queries.clicks, item_tokens(features, samples.items.ids), history.last)
+    return columns
 
 
 def _check_export(
@@ -235,20 +263,14 @@ def _check_export(
     Raises:
         VersionError: their vectors are not those of the trained towers.
     """
-    tables = map_tables(folder)
-    rows = np.unique(np.linspace(0, len(vectors) - 1, SAMPLED).astype(np.int64))
+    tables, features = map_tables(folder), model.features
+    rows = _spread(len(vectors), SAMPLED)
     items = {name: take(column, rows) for name, column in samples.items.features.items()}
-    features = model.features
     for name, side, columns, trained in (
         ("user_tower.onnx", (*features.user, *features.context), users, model.encode_users(users)),
         ("item_tower.onnx", features.item, items, vectors[rows]),
     ):
-        off = np.abs(OnnxTower(folder / name, side, tables).encode(columns) - trained).max()
-        if not off <= ROUNDING:
-            raise VersionError(
-                f"{name} differs by {off:.2g} from the trained tower: report this, with your versions of "
-                "torch and onnxruntime"
-            )
+        _check_rounding(f"{name} differs", "tower", OnnxTower(folder / name, side, tables).encode(columns) - trained)
 
 
 def _check_ranker(folder: Path, model: Ranker, samples: Samples) -> None:
@@ -258,23 +280,23 @@ def _check_ranker(folder: Path, model: Ranker, samples: Samples) -> None:
         VersionError: its probabilities are not those of the trained one.
     """
     exported = OnnxRanker(folder, samples.items)
-    rows = np.unique(np.linspace(0, len(samples.items) - 1, SAMPLED).astype(np.int64))
+    rows = _spread(len(samples.items), SAMPLED)
     items = {name: take(column, rows) for name, column in samples.items.features.items()}
     queries = _some_queries(samples)
-    for place in np.unique(np.linspace(0, len(queries) - 1, RANKED).astype(np.int64)):
-        user = {name: take(column, np.array([place])) for name, column in queries.features.items()}
-        clicks = take(queries.clicks, np.array([place]))
-        assert isinstance(clicks, Bag)
-        columns = dict(user)
-        if (history := model.features.history) is not None:
-            columns[history.name] = latest(clicks, item_tokens(model.features, samples.items.ids), history.last)
+    for place in _spread(len(queries), RANKED).tolist():
+        user = user_of(queries, place)
+        columns = _user_columns(model.features, samples, user)
         trained = model.probability(torch.from_numpy(model.score(columns, items))).numpy()
-        off = np.abs(exported.score(user, clicks, rows) - trained).max()
-        if not off <= ROUNDING:
-            raise VersionError(
-                f"{folder.name}: the exported ranker differs by {off:.2g} from the trained one: report this, with your "
-                "versions of torch and onnxruntime"
-            )
+        off = exported.score(user.features, user.clicks, rows) - trained
+        _check_rounding(f"{folder.name}: the exported ranker differs", "one", off)
+
+
+def _check_rounding(what: str, trained: str, differences: Floats) -> None:
+    off = np.abs(differences).max()
+    if not off <= ROUNDING:
+        raise VersionError(
+            f"{what} by {off:.2g} from the trained {trained}: report this, with your versions of torch and onnxruntime"
+        )
 
 
 def _new_path(versions: Path, version_id: str) -> Path:
@@ -284,14 +306,12 @@ def _new_path(versions: Path, version_id: str) -> Path:
 
 
 @contextmanager
-def _one_writer(versions: Path) -> Iterator[None]:
+def _one_publisher(versions: Path) -> Iterator[None]:
     """Keep a second publisher out, and remove what a killed one left."""
     versions.mkdir(parents=True, exist_ok=True)
-    with (versions / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise VersionError(f"another process is publishing to {versions}: wait for it to end") from None
+    with locked(
+        versions / LOCK, lambda holder: VersionError(f"{holder} is publishing to {versions}: wait for it to end")
+    ):
         for leftover in versions.glob(f"{TEMPORARY}*"):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
@@ -326,10 +346,9 @@ def promote(versions: Path, version_id: str) -> None:
     """
     if problems := verify(existing_path(versions, version_id)):
         raise VersionError(f"{version_id} is not promoted: {'; '.join(problems[:3])}")
-    with (versions / PROMOTING).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would share the temporary name
-        with whole_file(versions / CURRENT) as temporary:
-            temporary.write_text(version_id + "\n", encoding="utf-8")
+    # Two at once would share the temporary name.
+    with locked(versions / PROMOTING, VersionError, wait=True), whole_file(versions / CURRENT) as temporary:
+        temporary.write_text(version_id + "\n", encoding="utf-8")
     log.info("promoted %s", version_id)
 
 
@@ -358,7 +377,7 @@ def verify(path: Path) -> list[str]:
         return [str(error)]
     except MemoryError:
         raise
-    except Exception as error:  # what is in the files passed every check, and still cannot be asked
+    except Exception as error:  # the files passed every check, and still the version cannot be asked
         return [f"golden queries: {error!r}"]
 
 

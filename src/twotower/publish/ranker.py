@@ -10,19 +10,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from twotower.channels.retriever import Queries
 from twotower.channels.vector_channel import latest
 from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import load, save
 from twotower.features.fitted import Category
 from twotower.features.vocabulary import FIRST, UNKNOWN
+from twotower.index.protocol import Exclusions
 from twotower.publish.catalogue import Encoded
-from twotower.publish.onnx import export, open_session
+from twotower.publish.onnx import example_inputs, export, open_session
 from twotower.publish.tables import map_tables, save_tables
 from twotower.samples.read import Entities
 from twotower.schema import columns as c
 from twotower.schema.files import read_json, write_json
 from twotower.towers.ranker import Ranker
-from twotower.towers.towers import LENGTH, input_width, is_encoded
 from twotower.towers.two_tower import tower_inputs
 
 NETWORK = "ranker.onnx"
@@ -123,6 +124,15 @@ class OnnxRanker:
             columns[c.USER_ID] = np.where(row < FIRST + len(ids.vocabulary.values), row, np.int32(UNKNOWN))
 
 
+def user_of(queries: Queries, place: int) -> Queries:
+    """One of the users of some queries, with their clicks, alone; nothing is left out for them."""
+    alone = np.array([place])
+    clicks = take(queries.clicks, alone)
+    assert isinstance(clicks, Bag)
+    columns = {name: take(column, alone) for name, column in queries.features.items()}
+    return Queries(columns, clicks, Exclusions.of([[]]))
+
+
 def write_ranker(folder: Path, model: Ranker, about: Mapping[str, Any]) -> None:
     """Write all that `OnnxRanker` needs beside the items into a folder.
 
@@ -138,41 +148,21 @@ def write_ranker(folder: Path, model: Ranker, about: Mapping[str, Any]) -> None:
     write_json(folder / ABOUT, dict(about))
 
 
-class _ByPosition(nn.Module):
-    """A ranker with its inputs one after the other, as the exporter wants them."""
-
-    def __init__(self, model: Ranker, user: list[str], item: list[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.user = user
-        self.item = item
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        user = dict(zip(self.user, inputs[: len(self.user)], strict=True))
-        item = dict(zip(self.item, inputs[len(self.user) :], strict=True))
-        return self.model.probability(self.model(user, item))
-
-
 def export_ranker(model: Ranker, path: Path) -> None:
     """Write the dense part for one user: its inputs (1, width), those of candidates (n, width), probabilities (n,)."""
-    candidates = torch.export.Dim("candidates", min=1)
-    user: dict[str, Tensor] = {}
-    shapes: list[dict[int, torch.export.Dim]] = []
-    for place, feature in enumerate(model.user_features):
-        if is_encoded(feature):
-            user[feature.name] = torch.zeros(1, 5, input_width(feature))
-            user[feature.name + LENGTH] = torch.tensor([3])
-            shapes += [{1: torch.export.Dim(f"length{place}", min=1)}, {}]
-        else:
-            user[feature.name] = torch.zeros(1, input_width(feature))
-            shapes.append({})
-    item = {feature.name: torch.zeros(7, input_width(feature)) for feature in model.features.item}
-    shapes += [{0: candidates} for _ in item]
-    export(
-        _ByPosition(model, list(user), list(item)),
-        (*user.values(), *item.values()),
-        [*(f"{USER}{name}" for name in user), *(f"{ITEM}{name}" for name in item)],
-        PROBABILITY,
-        tuple(shapes),
-        path,
+    candidates = {0: torch.export.Dim("candidates", min=1)}
+    sides = {
+        USER: example_inputs(model.user_features, 1, {}),
+        ITEM: example_inputs(model.features.item, 7, candidates),
+    }
+    inputs = {f"{side}{name}": given for side, given_of in sides.items() for name, given in given_of.items()}
+    export(model, inputs, PROBABILITY, path, _probability)
+
+
+def _probability(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    assert isinstance(model, Ranker)
+    user, item = (
+        {name.removeprefix(side): value for name, value in inputs.items() if name.startswith(side)}
+        for side in (USER, ITEM)
     )
+    return model.probability(model(user, item))

@@ -20,12 +20,12 @@ from twotower.schema.clock import ClockMs, now_ms, until_now
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import parquet_files
 from twotower.schema.formats import check_writable, format_of, read_rows, write_rows
+from twotower.schema.options import EXCLUDE
 from twotower.schema.tables import as_ids, is_id, recommendations, require_columns
 
 log = logging.getLogger(__name__)
 
 BATCH = 1024
-EXCLUDE = ("clicked", "impressed", "none")
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ FILE = "tables.safetensors"
 
 
 class LaidRows:
-    """A table that is read by the row, some of whose rows are newer: the base stays mapped and as it is.
+    """A table with newer values for some rows, read row by row; the base stays mapped and unchanged.
 
     Args:
-        base: (N, D); it may be laid over another itself.
+        base: (N, D); it may be a `LaidRows` itself.
         rows: (M,) int64, ascending; some may stand behind the base.
         values: (M, D) of these rows.
 

@@ -1,7 +1,8 @@
-"""A version on disk, opened: everything that answering needs, mapped into memory."""
+"""A version on disk, opened: everything that answering needs, mapped into memory.
 
-import hashlib
-import json
+N items of the catalogue, B users, D vector.
+"""
+
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.channels.fit import KINDS
+from twotower.channels.fit import LOADERS
 from twotower.channels.queries import queries_of_users
 from twotower.channels.retriever import Queries, Retriever, WithoutItems
 from twotower.channels.vector_channel import VectorChannel
@@ -24,18 +25,19 @@ from twotower.fusion.fuse import Fused, Fusion
 from twotower.index.build import load_index
 from twotower.index.checks import ROWS
 from twotower.index.protocol import VectorIndex
-from twotower.logs.entities import Entity, EntityId
-from twotower.logs.events import USER
+from twotower.logs.entities import Entity
+from twotower.logs.events import USER, EntityId
 from twotower.publish.catalogue import Attributes, ItemKeys, SetAside
+from twotower.publish.manifest import checked_manifest
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.ranker import OnnxRanker
-from twotower.publish.tables import LaidRows, map_tables
+from twotower.publish.tables import map_tables
 from twotower.samples.columns_file import map_columns
 from twotower.samples.read import Clicks, Entities, open_clicks, open_items, open_users
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError, cut
-from twotower.schema.files import MANIFEST, Kind, check_fields, check_listing, read_json, write_json
-from twotower.towers.two_tower import table_of
+from twotower.schema.files import MANIFEST, Kind, check_fields, check_listing
+from twotower.towers.two_tower import Table, table_of
 
 FORMAT = 4
 CATALOGUE = "catalogue.arrow"
@@ -46,7 +48,7 @@ VECTOR_CHANNELS = (TWO_TOWER, "mind", "mf")
 """The channels that are trained: a user encoder and item vectors each."""
 RANKERS = "rankers"
 PRE_RANK, RANK = "pre_rank", "rank"
-"""The rankers that a version may have: what orders candidates, and what orders those that go on."""
+"""The rankers that a version may have: the first orders all candidates, the second those that go on."""
 NEW_ITEMS = "new_items"
 """The channel that searches the new items alone with the user's vector of the two towers."""
 FIELDS: Mapping[str, Kind] = {
@@ -60,17 +62,20 @@ FIELDS: Mapping[str, Kind] = {
     "last_day": (str, type(None)),
 }
 """What is read of a manifest, with its types."""
-_PIECE = 1 << 16
-DIGEST = "digest"
-"""Key of a manifest: the SHA-256 of all its other entries, because a flipped digit in JSON is still JSON."""
+_AT_ONCE = 1 << 16
+
+Longs = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+Csr = tuple[Longs, npt.NDArray[np.int32]]
+"""Catalogue rows by user row: offsets and rows."""
 
 
 @dataclass(frozen=True)
-class Since:
+class LearnedUsers:
     """What was learned of users since the version was made."""
 
     tokens: Mapping[EntityId, int] = field(default_factory=dict)
-    """Rows of the table of user ids, of users who have one of their own since."""
+    """Vocabulary index of each user who was given one since."""
     users: Mapping[EntityId, Entity] = field(default_factory=dict)
     """Users who were put or deleted."""
     forgotten: Collection[EntityId] = ()
@@ -79,28 +84,37 @@ class Since:
     """Notes what cannot be used."""
 
     def token(self, user_id: EntityId) -> int | None:
-        """A user's row of the table of user ids; None = that of the version."""
+        """A user's vocabulary index; None = that of the version."""
         entity = self.users.get(user_id)
         if entity is not None and entity.fresh and user_id not in self.forgotten:
             return UNKNOWN
         return self.tokens.get(user_id)
+
+    def knows(self, user_id: EntityId) -> bool:
+        """Something was learned of the user."""
+        return user_id in self.users or user_id in self.tokens
+
+    def replaced(self, user_id: EntityId) -> bool:
+        """The user was deleted since: what the version has under the id is not meant."""
+        entity = self.users.get(user_id)
+        return entity is not None and (entity.deleted or entity.fresh)
 
 
 @dataclass(frozen=True)
 class Again:
     """Items that were deleted and put again: what happened to their ids before is not of them."""
 
-    rows: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    rows: Longs = field(default_factory=lambda: np.zeros(0, np.int64))
     """(n,) catalogue rows, ascending."""
-    deleted_ms: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    deleted_ms: Longs = field(default_factory=lambda: np.zeros(0, np.int64))
     """(n,) when the one before was deleted."""
 
-    def since(self, rows: npt.NDArray[np.int64], times_ms: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def since(self, rows: Longs, times_ms: Longs) -> Mask:
         """Which events (n,) of some rows, at some times, are of the items that have these rows now."""
         if not len(self.rows):
             return np.ones(len(rows), np.bool_)
         place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
-        kept: npt.NDArray[np.bool_] = (self.rows[place] != rows) | (times_ms > self.deleted_ms[place])
+        kept: Mask = (self.rows[place] != rows) | (times_ms > self.deleted_ms[place])
         return kept
 
 
@@ -115,25 +129,22 @@ class Version:
     users: Entities
     clicks: Clicks
     attributes: Attributes
-    """Items with their attributes, in ascending order of ids; a row of it is what all channels mean by a row. Items put
-    since the version was made follow."""
-    item_vectors: npt.NDArray[np.float32] | LaidRows
-    """(N, D) unit vectors of the item tower."""
+    """Items with their attributes, by catalogue row: those of the version in ascending order of ids, then those put
+    since it was made."""
     channels: Mapping[str, Retriever]
     fusion: Fusion
     user_tower: OnnxTower
     """Of the two towers."""
     items: ItemKeys
-    """Where an item stands in the catalogue."""
-    gone: npt.NDArray[np.bool_]
+    """Ids of the items, by catalogue row."""
+    gone: Mask
     """(N,) deleted or not available: in no answer."""
-    delta_seq: int = 0
-    """The latest delta that is laid over it."""
-    since: Since = field(default_factory=Since)
     rankers: Mapping[str, OnnxRanker] = field(default_factory=dict)
     """By name, those that the version has."""
+    delta_seq: int = 0
+    """The latest delta that is laid over it."""
+    since: LearnedUsers = field(default_factory=LearnedUsers)
     again: Again = field(default_factory=Again)
-    """Items that were deleted and put again."""
 
     @property
     def two_tower(self) -> VectorChannel:
@@ -141,6 +152,13 @@ class Version:
         channel = self.channels[TWO_TOWER]
         assert isinstance(channel, VectorChannel)
         return channel
+
+    @property
+    def item_vectors(self) -> Table:
+        """(N, D) unit vectors of the item tower."""
+        vectors = self.two_tower.item_vectors
+        assert vectors is not None
+        return vectors
 
     @property
     def catalogue(self) -> pa.RecordBatch:
@@ -153,22 +171,12 @@ class Version:
         rows = self.attributes.put
         ids = self.items.at(rows)
         there = self.items.find(pa.array(ids, self.items.kind)) == rows  # else it was deleted
-        return {one: row for one, row, kept in zip(ids, rows.tolist(), there.tolist(), strict=True) if kept}
+        return {item: row for item, row, kept in zip(ids, rows.tolist(), there.tolist(), strict=True) if kept}
 
     @property
     def item_ids(self) -> pa.Array:
         """(N,) ids of the catalogue."""
         return self.items.ids
-
-    @property
-    def base_items(self) -> int:
-        """How many items are the version's own: rows from this one on were put since."""
-        return self.items.base
-
-    @property
-    def item_hashes(self) -> npt.NDArray[np.uint64]:
-        """(N,) hashes of the ids of the catalogue, which filters of shown items are asked with."""
-        return self.items.hashes
 
     @property
     def watermark_ms(self) -> int | None:
@@ -191,38 +199,41 @@ class Version:
             return None
         return min(self.watermark_ms, end_of_day(self.last_day))
 
+    def user_rows(self, user_ids: pa.Array) -> Longs:
+        """The row of each user (B,), -1 for one that is null, unknown, or was deleted since."""
+        rows = self.users.positions.find(user_ids)
+        if self.since.users:
+            rows[[self.since.replaced(user_id) for user_id in user_ids.to_pylist()]] = -1
+        return rows
+
+    def user_row(self, user_id: EntityId) -> int:
+        """The same of one user, by an id of the type that the version's users have."""
+        return int(self.user_rows(pa.array([user_id], self.users.ids.type))[0])
+
     def queries(
-        self,
-        user_rows: npt.NDArray[np.int64],
-        context: dict[str, Column] | None = None,
-        exclude: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None,
+        self, user_rows: Longs, context: dict[str, Column] | None = None, exclude: Csr | None = None
     ) -> Queries:
         """Queries of stored users; see `queries_of_users`."""
-        return queries_of_users(self.features, self.users, self.clicks, user_rows, context or {}, exclude)
+        left_out = None if exclude is None else Bag(*exclude)
+        return queries_of_users(self.features, self.users, self.clicks, user_rows, context=context, exclude=left_out)
 
     def queries_of(
-        self,
-        user_ids: pa.Array,
-        context: dict[str, Column] | None = None,
-        exclude: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None,
+        self, user_ids: pa.Array, context: dict[str, Column] | None = None, exclude: Csr | None = None
     ) -> Queries:
         """Queries of users by id (B,), with what was learned and put of them since; others as of `queries_of_users`."""
-        ids, known = user_ids.to_pylist(), self.users.positions.find(user_ids)
-        since = [self.since.users.get(one) for one in ids]
-        known[[entity is not None and (entity.deleted or entity.fresh) for entity in since]] = -1
-        stored = self.queries(known, context, exclude)
+        stored, ids = self.queries(self.user_rows(user_ids), context, exclude), user_ids.to_pylist()
         parts = {name: [column] for name, column in stored.features.items()}
         index = {name: np.arange(len(ids)) for name in parts}
-        for place, one in enumerate(ids):
-            if since[place] is not None or one in self.since.tokens:
-                for name, column in self.columns_since(one).items():
+        for place, user_id in enumerate(ids):
+            if self.since.knows(user_id):
+                for name, column in self._columns_since(user_id).items():
                     index[name][place] = len(ids) + len(parts[name]) - 1
                     parts[name].append(column)
         newer = {name: take(concatenate(part), index[name]) for name, part in parts.items() if len(part) > 1}
         return Queries({**stored.features, **newer}, stored.clicks, stored.exclude)
 
-    def columns_since(self, user_id: EntityId) -> dict[str, Column]:
-        """What a user's encoded features are since the version was made, where that is something else."""
+    def _columns_since(self, user_id: EntityId) -> dict[str, Column]:
+        """A user's encoded features since the version was made, where they are others."""
         columns: dict[str, Column] = {}
         entity = self.since.users.get(user_id)
         for feature in self.features.user_columns:
@@ -270,50 +281,52 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
     try:
         if check_hashes and (problems := check_listing(path, manifest["files"])):
             raise VersionError(f"version {path.name} is damaged: {'; '.join(problems)}. Restore it or publish again")
-        catalogue = map_columns(path / CATALOGUE)
-        gone = unavailable(catalogue)
-        item_ids, folder = catalogue.column(c.ITEM_ID), path / "channels"
-        user_tower = _open_user_tower(folder / TWO_TOWER, threads)
-        two_tower = _open_vector_channel(folder / TWO_TOWER, item_ids, gone, user_tower)
-        channels: dict[str, Retriever] = {}
-        for name in manifest["configuration"]["models"]["channels"]:
-            if name == TWO_TOWER:
-                channels[name] = two_tower
-            elif name == NEW_ITEMS:
-                channels[name] = two_tower.over(name, _open_index(folder / name, gone))
-            elif name in VECTOR_CHANNELS:
-                channels[name] = _open_vector_channel(
-                    folder / name, item_ids, gone, _open_user_tower(folder / name, threads)
-                )
-            else:
-                counted = KINDS[name].load(folder / name)
-                channels[name] = WithoutItems(counted, gone) if gone.any() else counted
-        rankers = manifest["configuration"]["models"].get("rankers", [])  # versions of before there were any
-        version = Version(
-            path.name,
-            path,
-            manifest,
-            load(path / "channels" / TWO_TOWER),
-            open_users(path),
-            open_clicks(path),
-            Attributes(catalogue),
-            _item_vectors(path / "channels" / TWO_TOWER),
-            channels,
-            Fusion(**manifest["fusion"]),
-            user_tower,
-            ItemKeys(item_ids),
-            gone,
-            rankers=_open_rankers(path / RANKERS, rankers, threads),
-        )
-        return _checked(version)
+        return _checked(_opened(path, manifest, threads))
     except (VersionError, MemoryError):
         raise
-    except Exception as error:  # whatever Arrow, NumPy, FAISS and ONNX Runtime say of files that are none of theirs
+    except Exception as error:  # Arrow, NumPy, FAISS and ONNX Runtime raise many kinds for files that are not theirs
         raise VersionError(f"version {path.name} cannot be opened: {error or repr(error)}") from error
 
 
+def _opened(path: Path, manifest: dict[str, Any], threads: int) -> Version:
+    catalogue = map_columns(path / CATALOGUE)
+    gone, items = unavailable(catalogue), ItemKeys(catalogue.column(c.ITEM_ID))
+    folder, models = path / "channels", manifest["configuration"]["models"]
+    user_tower = _open_user_tower(folder / TWO_TOWER, threads)
+    two_tower = _open_vector_channel(folder / TWO_TOWER, items.ids, gone, user_tower)
+    channels: dict[str, Retriever] = {}
+    for name in models["channels"]:
+        if name == TWO_TOWER:
+            channels[name] = two_tower
+        elif name == NEW_ITEMS:
+            channels[name] = two_tower.over(name, _open_index(folder / name, gone))
+        elif name in VECTOR_CHANNELS:
+            tower = _open_user_tower(folder / name, threads)
+            channels[name] = _open_vector_channel(folder / name, items.ids, gone, tower)
+        else:
+            counted = LOADERS[name](folder / name)
+            channels[name] = WithoutItems(counted, gone) if gone.any() else counted
+    names = models.get("rankers", [])  # versions of before there were any
+    encoded = open_items(path / RANKERS) if names else None
+    return Version(
+        path.name,
+        path,
+        manifest,
+        load(folder / TWO_TOWER),
+        open_users(path),
+        open_clicks(path),
+        Attributes(catalogue),
+        channels,
+        Fusion(**manifest["fusion"]),
+        user_tower,
+        items,
+        gone,
+        {name: OnnxRanker(path / RANKERS / name, encoded, threads) for name in names} if encoded else {},
+    )
+
+
 def _checked(version: Version) -> Version:
-    """A version whose files fit each other: what one of them says of rows is within the other.
+    """A version whose files fit each other: the rows that one of them names are in the other.
 
     Raises:
         DataError: they do not.
@@ -351,9 +364,9 @@ def _within(what: str, rows: npt.NDArray[Any], count: int) -> None:
 
 
 def _all_finite(vectors: Any) -> bool:
-    """Whether no number (N, D) is infinite or none at all; in pieces, for they are mapped."""
-    pieces = range(0, vectors.shape[0], _PIECE)
-    return all(bool(np.isfinite(vectors[start : start + _PIECE]).all()) for start in pieces)
+    """Whether all numbers (N, D) are finite; in pieces, because they are mapped."""
+    pieces = range(0, vectors.shape[0], _AT_ONCE)
+    return all(bool(np.isfinite(vectors[start : start + _AT_ONCE]).all()) for start in pieces)
 
 
 def _open_user_tower(folder: Path, threads: int) -> OnnxTower:
@@ -361,35 +374,21 @@ def _open_user_tower(folder: Path, threads: int) -> OnnxTower:
     return OnnxTower(folder / "user_tower.onnx", (*features.user, *features.context), map_tables(folder), threads)
 
 
-def _open_vector_channel(
-    folder: Path, item_ids: pa.Array, gone: npt.NDArray[np.bool_], tower: OnnxTower
-) -> VectorChannel:
+def _open_vector_channel(folder: Path, item_ids: pa.Array, gone: Mask, tower: OnnxTower) -> VectorChannel:
     features = load(folder)
+    column = map_columns(folder / "items.arrow").column(c.VECTOR)
+    vectors = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, column.type.list_size)
     tokens = item_tokens(features, item_ids)
-    index, vectors = _open_index(folder, gone), _item_vectors(folder)
-    return VectorChannel(folder.name, features, tokens, tower.encode, index, vectors)
+    return VectorChannel(folder.name, features, tokens, tower.encode, _open_index(folder, gone), vectors)
 
 
-def _open_rankers(folder: Path, names: Sequence[str], threads: int) -> dict[str, OnnxRanker]:
-    if not names:
-        return {}
-    items = open_items(folder)
-    return {name: OnnxRanker(folder / name, items, threads) for name in names}
-
-
-def _open_index(folder: Path, gone: npt.NDArray[np.bool_]) -> VectorIndex:
+def _open_index(folder: Path, gone: Mask) -> VectorIndex:
     """The index of a channel, without the items that are not available."""
     index = load_index(folder / "index")
     return index.without(np.flatnonzero(gone)) if gone.any() else index
 
 
-def _item_vectors(folder: Path) -> npt.NDArray[np.float32]:
-    vectors = map_columns(folder / "items.arrow").column(c.VECTOR)
-    stored: npt.NDArray[np.float32] = vectors.flatten().to_numpy(zero_copy_only=True)
-    return stored.reshape(-1, vectors.type.list_size)
-
-
-def unavailable(catalogue: pa.Table | pa.RecordBatch) -> npt.NDArray[np.bool_]:
+def unavailable(catalogue: pa.Table | pa.RecordBatch) -> Mask:
     """(N,) which items are not to be retrieved: those whose `available` is false.
 
     Raises:
@@ -403,13 +402,8 @@ def unavailable(catalogue: pa.Table | pa.RecordBatch) -> npt.NDArray[np.bool_]:
             f"items.parquet: {c.AVAILABLE} is of type {column.type}, where booleans are due: an item that is false is "
             "never retrieved. Cast it, or give the column another name"
         )
-    gone: npt.NDArray[np.bool_] = ~column.fill_null(True).to_numpy(zero_copy_only=False)
+    gone: Mask = ~column.fill_null(True).to_numpy(zero_copy_only=False)
     return gone
-
-
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write a version's manifest, with the hash of its own content."""
-    write_json(folder / MANIFEST, {**content, DIGEST: digest(content)})
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -418,18 +412,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         VersionError: missing, damaged, or of another format.
     """
+    manifest = checked_manifest(path, "version", FORMAT, FIELDS)
     try:
-        manifest = read_json(path / MANIFEST)
-    except DataError as error:
-        raise VersionError(f"{path} is no whole version: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != "version" or manifest.get("format") != FORMAT:
-        raise VersionError(f"{path} is no version of format {FORMAT}: publish again with this release")
-    if manifest.get(DIGEST) != digest({key: value for key, value in manifest.items() if key != DIGEST}):
-        raise VersionError(
-            f"version {path.name} is damaged: {MANIFEST} does not have its own SHA-256. Restore it or publish again"
-        )
-    try:
-        check_fields(manifest, FIELDS, f"version {path.name}: {MANIFEST}")
         models = check_fields(manifest["configuration"].get("models"), {"channels": list}, f"{path.name}: models")
     except DataError as error:
         raise VersionError(str(error)) from None
@@ -438,12 +422,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def digest(content: dict[str, Any]) -> str:
-    """The SHA-256 of a manifest's content."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def item_tokens(features: FeatureSet, item_ids: pa.Array) -> npt.NDArray[np.int32]:
-    """Row of each item (N,) in the table of item ids; zeros where no feature reads it."""
+    """Vocabulary index of each item (N,); zeros where no feature reads it."""
     history = features.history
     return history.vocabulary.rows(item_ids) if history else np.zeros(len(item_ids), np.int32)

@@ -7,8 +7,8 @@ the engine. History is stored as a count: how many of the user's clicks came bef
 import functools
 import operator
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,13 +16,13 @@ import pyarrow as pa
 from ibis import _
 from pydantic import TypeAdapter
 
-from twotower.features.feature_set import save
+from twotower.features.feature_set import FeatureSet, save
 from twotower.features.options import Features
 from twotower.samples.columns_file import write_columns, write_table
 from twotower.samples.engine import open_engine
 from twotower.samples.events import choose_days
-from twotower.samples.fitting import PreviousFeatures, encoded_entities, fit_features
-from twotower.samples.hard import find_rejected
+from twotower.samples.fitting import FittedFeatures, PreviousFeatures, encoded_entities, fit_features
+from twotower.samples.hard import Rejected, find_rejected
 from twotower.samples.known import KnownEvents, read_known
 from twotower.samples.names import (
     CLICKS,
@@ -118,17 +118,20 @@ def build_samples(
     with whole_folder(out) as folder:
         with open_engine(engine, folder / "spill") as opened:
             known = read_known(opened, workspace, days, features, options, impressions=impressions, now=now)
-            report = _write_samples(known, folder, features, options, previous, dimension, impressions)
+            rows = learned_rows(known, options)
+            fitted = fit_features(known, rows, features, previous, dimension=dimension, room=options.vocabulary_room)
+            _write_entities(known, folder, rows, fitted.features)
+            fed = _write_positives(known, folder, rows, fitted.features, options)
+            write_clicks(known, folder / CLICKS_FILE, rows.clicks)
+            if impressions:
+                shown = impressions_of(known, rows.clicks)
+                write_impressions(known, folder / IMPRESSIONS_FILE, shown, fitted.features.context)
+            report = _report(out, known, rows, fitted, fed, impressions=impressions)
         shutil.rmtree(folder / "spill", ignore_errors=True)
-        manifest = {
-            "format": FORMAT,
-            "kind": "samples",
-            **report,
-            MADE_WITH: made_with(features, options, dimension),
-            "files": folder_listing(folder),
-        }
-        write_json(folder / MANIFEST, manifest)
-    return SamplesReport(path=str(out), **report)
+        described = {key: value for key, value in asdict(report).items() if key != "path"}
+        made = {MADE_WITH: made_with(features, options, dimension), "files": folder_listing(folder)}
+        write_json(folder / MANIFEST, {"format": FORMAT, "kind": "samples", **described, **made})
+    return report
 
 
 def made_with(features: Features, options: SamplesOptions, dimension: int) -> dict[str, Any]:
@@ -145,65 +148,64 @@ def made_with(features: Features, options: SamplesOptions, dimension: int) -> di
     }
 
 
-def _write_samples(
-    known: KnownEvents,
-    folder: Path,
-    features: Features,
-    options: SamplesOptions,
-    previous: PreviousFeatures | None,
-    dimension: int,
-    impressions: bool,
-) -> dict[str, Any]:
-    """Write all tables; gives the report but for its path."""
-    engine, rows = known.engine, learned_rows(known, options)
-    fitted = fit_features(known, rows, features, previous, dimension=dimension, room=options.vocabulary_room)
-    save(fitted.features, folder)
-    counts = {CLICKS: known.tally(rows.clicks, USER_ROW)}
-    write_table(folder / USERS_FILE, encoded_entities(fitted.features.user_columns, known.users, c.USER_ID, counts))
-    counts = {POSITIVES: rows.item_positives}
-    write_table(folder / ITEMS_FILE, encoded_entities(fitted.features.item, known.items, c.ITEM_ID, counts))
+def _write_entities(known: KnownEvents, folder: Path, rows: LearnedRows, features: FeatureSet) -> None:
+    clicks = {CLICKS: known.tally(rows.clicks, USER_ROW)}
+    write_table(folder / USERS_FILE, encoded_entities(features.user_columns, known.users, c.USER_ID, clicks))
+    positives = {POSITIVES: rows.item_positives}
+    write_table(folder / ITEMS_FILE, encoded_entities(features.item, known.items, c.ITEM_ID, positives))
+    save(features, folder)
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """The training rows as they are written."""
+
+    table: Any
+    rejected: Rejected
+
+
+def _write_positives(
+    known: KnownEvents, folder: Path, rows: LearnedRows, features: FeatureSet, options: SamplesOptions
+) -> _Fed:
+    """Write the training rows and their hard negatives."""
     copies = expected_copies(rows.item_positives, options.hot, options.cold)
-    positives = with_copies(engine, with_history(known, rows.fed, rows.clicks), copies, options.seed)
+    positives = with_copies(known.engine, with_history(known, rows.fed, rows.clicks), copies, options.seed)
     rejected = find_rejected(known, rows.fed, options)
-    positives = engine.keep("positives", rejected.count(positives))
-    write_positives(known, folder / POSITIVES_FILE, positives, fitted.features.context, rejected.sources)
+    positives = known.engine.keep("positives", rejected.count(positives))
+    write_positives(known, folder / POSITIVES_FILE, positives, features.context, rejected.sources)
     for source in rejected.sources:
-        items = engine.batches(rejected.of(positives, source))
+        items = known.engine.batches(rejected.of(positives, source))
         write_columns(folder / f"{HARD}{source}.arrow", pa.schema({ITEM_ROW: pa.int32()}), items)
-    write_clicks(known, folder / CLICKS_FILE, rows.clicks)
-    if impressions:
-        shown = impressions_of(known, rows.clicks)
-        write_impressions(known, folder / IMPRESSIONS_FILE, shown, fitted.features.context)
-    fed, with_hard = _fed(known, positives, rejected.sources)
+    return _Fed(positives, rejected)
+
+
+def _report(
+    out: Path, known: KnownEvents, rows: LearnedRows, fitted: FittedFeatures, fed: _Fed, *, impressions: bool
+) -> SamplesReport:
+    counts = (fed.table[f"{HARD}{source}"] > 0 for source in fed.rejected.sources)
+    some: Any = functools.reduce(operator.or_, counts, fed.table[ITEM_ROW] < 0)
+    total = known.engine.fetch(fed.table.aggregate(rows=_.count(), hard=some.cast("int64").sum())).to_pylist()[0]
     clicked = int(rows.item_positives.sum())
-    per_item = known.tally(positives, ITEM_ROW, COPIES)
-    return {
-        "events": known.counts.events,
-        "outcomes": known.counts.outcomes,
-        "positives": clicked,
-        "users": fitted.users,
-        "items": fitted.items,
-        "rows_fed": int(per_item.sum()),
-        "with_hard": with_hard,
-        "used": _used(known, rows, fed - clicked, rejected.used, impressions=impressions),
-        "deciles": {
+    per_item = known.tally(fed.table, ITEM_ROW, COPIES)
+    return SamplesReport(
+        path=str(out),
+        events=known.counts.events,
+        outcomes=known.counts.outcomes,
+        positives=clicked,
+        users=fitted.users,
+        items=fitted.items,
+        rows_fed=int(per_item.sum()),
+        with_hard=round(int(total["hard"]) / int(total["rows"]), 4),
+        used=_used(known, rows, int(total["rows"]) - clicked, fed.rejected.used, impressions=impressions),
+        deciles={
             "before": by_decile(rows.item_positives, rows.item_positives),
             "after": by_decile(rows.item_positives, per_item),
         },
-        "held_out": rows.held_out,
-        "dropped": known.counts.dropped,
-        "watermark_ms": known.counts.watermark_ms,
-        "last_day": known.days.last if known.timed else None,
-    }
-
-
-def _fed(known: KnownEvents, positives: Any, sources: Sequence[str]) -> tuple[int, float]:
-    """The number of training rows, and the share of them that have a hard negative."""
-    some: Any = functools.reduce(
-        operator.or_, (positives[f"{HARD}{source}"] > 0 for source in sources), positives[ITEM_ROW] < 0
+        held_out=rows.held_out,
+        dropped=known.counts.dropped,
+        watermark_ms=known.counts.watermark_ms,
+        last_day=known.days.last if known.timed else None,
     )
-    found = known.engine.fetch(positives.aggregate(rows=_.count(), some=some.cast("int64").sum())).to_pylist()[0]
-    return int(found["rows"]), round(int(found["some"]) / int(found["rows"]), 4)
 
 
 def _used(

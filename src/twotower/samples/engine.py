@@ -26,7 +26,7 @@ def open_engine(options: EngineOptions, scratch: Path) -> Iterator[Engine]:
         scratch: where it keeps what does not fit in memory, unless the options name a folder; removed by the caller.
 
     Raises:
-        ConfigError: Spark is asked for, and pyspark or Java is not installed; the configured scratch is no folder.
+        ConfigError: pyspark or Java is not installed for Spark; the configured scratch is no folder.
 
     >>> import pyarrow as pa, tempfile
     >>> with tempfile.TemporaryDirectory() as folder, open_engine(EngineOptions(), Path(folder)) as engine:
@@ -39,8 +39,5 @@ def open_engine(options: EngineOptions, scratch: Path) -> Iterator[Engine]:
             if not Path(options.scratch).is_dir():
                 raise ConfigError(f"engine.scratch = {options.scratch!r} is no folder: make it, or leave it out")
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twotower-", dir=options.scratch)))
-        if options.name == "spark":
-            opened = open_spark(options.url, options.threads, options.memory_gb, options.options, scratch)
-            yield stack.enter_context(opened)
-        else:
-            yield stack.enter_context(open_duckdb(options.threads, options.memory_gb, scratch))
+        opened = open_spark if options.name == "spark" else open_duckdb
+        yield stack.enter_context(opened(options, scratch))

@@ -1,7 +1,7 @@
-"""Where the events of a workspace are opened for reading: their days, their files, their columns.
+"""Opens the events of a workspace: their days, their files, their columns.
 
-A workspace may be written by somebody's own job. So this is where a column of another type, or two columns that an
-engine would take for one, are refused; and columns get names of ours, so that no name of theirs is one of ours.
+A workspace may be written by another job. So columns of another type are refused here, as are two columns whose names
+an engine does not tell apart, and the columns get names of their own, which no name in the files can collide with.
 """
 
 import datetime
@@ -88,12 +88,12 @@ def choose_days(folder: Path, options: SamplesOptions, today: str) -> Days:
 
 @dataclass(frozen=True)
 class StoredEvents:
-    """The columns of events that a job reads, under names of ours, whatever names a workspace has for its own."""
+    """The columns of events that a job reads, under names that do not depend on those in the files."""
 
     schema: pa.Schema
-    """Our names and types. A context column is behind `context.`, the weight is `weighed_by`."""
+    """Names and types of the job. A context column is named `context.NAME`, the weight `weighed_by`."""
     names: Mapping[str, str]
-    """By our name, that in the files."""
+    """The name in the files, by the name of the job."""
     taken: frozenset[str]
     """All names in the files."""
 
@@ -109,13 +109,7 @@ def stored_events(
 ) -> StoredEvents:
     """The columns to read and the type of each over all files; a context column may be absent from some, not from all.
 
-    Args:
-        files_of_days: the Parquet files of each day.
-        users: the users, by id.
-        items: the items, by id.
-        context: columns of contexts.
-        weight: the column that weighs a positive; None = there is none.
-        positions: positions are read, so that they must be numbers.
+    Ids must be of the type that `users` and `items` have. With `positions`, these are read and must be numbers.
 
     Raises:
         DataError: a file is unreadable, a column is missing, not of the type of joined events, or present twice.
@@ -124,26 +118,22 @@ def stored_events(
     own = [*_INTEGERS, c.USER_ID, c.ITEM_ID, c.OUTCOME]
     names = {name: name for name in (*own, c.POSITION)} | {f"{CONTEXT}{name}": name for name in context}
     if weight:
-        names[WEIGHED_BY] = weight
+        own, names[WEIGHED_BY] = [*own, weight], weight
     seen: set[str] = set()
-    read: dict[pa.Schema, None] = {}
+    schemas: dict[pa.Schema, None] = {}
     for path in itertools.chain(*files_of_days.values()):
-        try:
-            stored = pq.read_schema(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is no readable Parquet file: {error}") from None
-        require_columns(stored, [*own, *([weight] if weight else [])], "/".join(path.parts[-3:]))
+        stored = _schema(path, own)
         seen.update(stored.names)
         there = {our: name for our, name in names.items() if name in stored.names}
         _refuse_alike(stored.names, set(there.values()), path)
-        read[pa.schema([(our, _plain(stored.field(name).type)) for our, name in there.items()])] = None
+        schemas[pa.schema([(our, _plain(stored.field(name).type)) for our, name in there.items()])] = None
     if absent := [name for name in context if name not in seen]:
         raise ConfigError(
             f"features.context.{absent[0]}: no such column in events/; there are {', '.join(sorted(seen))}"
         )
     _refuse_alike(sorted(seen), seen & set(names.values()), Path("events"))
     try:
-        types = pa.unify_schemas(list(read), promote_options="permissive")
+        types = pa.unify_schemas(list(schemas), promote_options="permissive")
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
         raise DataError(f"events: a column has another type in some files: {error}") from None
     _check_types(types, weight, positions)
@@ -158,6 +148,15 @@ def stored_events(
     ours = {**dict.fromkeys(_INTEGERS, pa.int64()), **ids}
     schema = pa.schema([(our, ours.get(our, types.field(our).type)) for our in names if our in types.names])
     return StoredEvents(schema, {our: names[our] for our in schema.names}, frozenset(seen))
+
+
+def _schema(path: Path, needed: Sequence[str]) -> pa.Schema:
+    try:
+        stored = pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no readable Parquet file: {error}") from None
+    require_columns(stored, needed, "/".join(path.parts[-3:]))
+    return stored
 
 
 def _check_types(types: pa.Schema, weight: str | None, positions: bool) -> None:

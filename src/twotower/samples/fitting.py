@@ -52,15 +52,9 @@ def fit_features(
     dimension: int,
     room: float,
 ) -> FittedFeatures:
-    """Fit the configured features to the users, items and contexts of the training rows.
+    """Fit the configured features to the users, items and contexts of the training rows, or give `previous` new ids.
 
-    Args:
-        known: users and items.
-        rows: the training rows.
-        features: the configured features.
-        previous: fitted ones to go on with; None = all are fitted anew.
-        dimension: width of the id embeddings.
-        room: spare rows of the id tables, as a share of the known ids.
+    `room` is the number of spare rows of the id tables, as a share of the known ids.
     """
     latest = rows.fed
     if previous is not None and previous.evict_after_days is not None and known.counts.watermark_ms is not None:

@@ -72,16 +72,36 @@ def hard_sources(known: KnownEvents, impressed: bool) -> list[str]:
 def find_rejected(known: KnownEvents, positives: Any, options: SamplesOptions) -> Rejected:
     """Decide for every rejected row whether it is a hard negative.
 
-    An item that its user was shown or clicked anywhere in the days is none: it was good enough there.
-
-    Args:
-        known: events of known users and items.
-        positives: the training rows.
-        options: how many hard negatives are kept of each source of a request, chosen by a hash of the seed.
+    An item that its user was shown or clicked anywhere in the days is none: it was good enough there. Of each source of
+    a request, at most `hard_most` are kept, chosen by a hash.
     """
     sources = hard_sources(known, options.negatives.impressed_as_negatives_for_experiments)
     if not sources:
         return Rejected(None, {})
+    joined = _with_reason(known, positives, sources).mutate(order=hashed(options.seed))
+    again = ibis.window(group_by=[*_REQUEST, c.OUTCOME, "reason", ITEM_ROW], order_by=[c.EVENT_SEQ, _.order])
+    joined = joined.mutate(repeated=ibis.row_number().over(again))
+    place = ibis.window(
+        group_by=[*_REQUEST, c.OUTCOME, "reason"], order_by=[_.repeated > 0, _.order, ITEM_ROW, c.EVENT_SEQ]
+    )
+    used_as = ibis.cases(
+        (_.reason != "", _.reason),
+        (_.repeated > 0, "repeated"),
+        (_.place >= options.negatives.hard_most, "beyond_hard_most"),
+        else_=_HARD_NEGATIVE,
+    )
+    decided = joined.mutate(place=ibis.row_number().over(place))
+    decided = decided.select(USER_ROW, ITEM_ROW, c.REQUEST_TS_MS, c.OUTCOME, **{_USED: used_as})
+    table = known.engine.keep("rejected", decided)
+    counted = known.engine.fetch(table.group_by([c.OUTCOME, _USED]).aggregate(rows=_.count())).to_pylist()
+    used: dict[str, dict[str, int]] = {source: {} for source in sources}
+    for row in sorted(counted, key=lambda row: row[_USED]):
+        used[row[c.OUTCOME]][row[_USED]] = row["rows"]
+    return Rejected(table, used)
+
+
+def _with_reason(known: KnownEvents, positives: Any, sources: list[str]) -> Any:
+    """Rejected rows with the `reason` why one is no hard negative, empty where there is none."""
     events = known.table
     rejected = events.filter(events[c.OUTCOME].isin(sources) & (events[c.DATE] >= known.days.first))
     rejected = rejected.select(c.EVENT_SEQ, USER_ROW, ITEM_ROW, c.REQUEST_TS_MS, c.OUTCOME)
@@ -94,34 +114,5 @@ def find_rejected(known: KnownEvents, positives: Any, options: SamplesOptions) -
     joined = rejected.left_join(pairs, [USER_ROW, ITEM_ROW]).left_join(requests, _REQUEST)
     joined = joined.select(*rejected.columns, "was_clicked", "was_seen", "has_positive")
     good = ibis.ifelse(_[c.OUTCOME] == c.IMPRESSED, _.was_clicked == 1, _.was_seen.notnull()).fill_null(False)
-    joined = joined.mutate(
-        order=hashed(options.seed),
-        reason=ibis.cases(
-            (good, "shown_or_clicked"), (_.has_positive.isnull(), "no_positive_in_its_request"), else_=""
-        ),
-    )
-    again = ibis.window(group_by=[*_REQUEST, c.OUTCOME, "reason", ITEM_ROW], order_by=[c.EVENT_SEQ, _.order])
-    joined = joined.mutate(repeated=ibis.row_number().over(again))
-    place = ibis.window(
-        group_by=[*_REQUEST, c.OUTCOME, "reason"], order_by=[_.repeated > 0, _.order, ITEM_ROW, c.EVENT_SEQ]
-    )
-    decided = joined.mutate(place=ibis.row_number().over(place)).select(
-        USER_ROW,
-        ITEM_ROW,
-        c.REQUEST_TS_MS,
-        c.OUTCOME,
-        **{
-            _USED: ibis.cases(
-                (_.reason != "", _.reason),
-                (_.repeated > 0, "repeated"),
-                (_.place >= options.negatives.hard_most, "beyond_hard_most"),
-                else_=_HARD_NEGATIVE,
-            )
-        },
-    )
-    table = known.engine.keep("rejected", decided)
-    counted = known.engine.fetch(table.group_by([c.OUTCOME, _USED]).aggregate(rows=_.count())).to_pylist()
-    used: dict[str, dict[str, int]] = {source: {} for source in sources}
-    for row in sorted(counted, key=lambda row: row[_USED]):
-        used[row[c.OUTCOME]][row[_USED]] = row["rows"]
-    return Rejected(table, used)
+    reason = ibis.cases((good, "shown_or_clicked"), (_.has_positive.isnull(), "no_positive_in_its_request"), else_="")
+    return joined.mutate(reason=reason)

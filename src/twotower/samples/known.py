@@ -82,16 +82,9 @@ def read_known(
     impressions: bool,
     now: int,
 ) -> KnownEvents:
-    """Read users, items and the events of some days of a workspace.
+    """Read users, items and the events of some days of a workspace; with `impressions`, positions too, for rankers.
 
-    Args:
-        engine: what runs the job.
-        workspace: a folder with `users.parquet`, `items.parquet` and `events/`.
-        days: whose events.
-        features: the configured features, those of contexts among them.
-        options: of the samples.
-        impressions: positions are read, too, for rankers.
-        now: milliseconds since 1970; events that are later are left out.
+    Events that are later than `now`, in milliseconds since 1970, are left out and counted.
 
     Raises:
         DataError: a table is missing, empty or not of its schema.
@@ -195,21 +188,24 @@ def _count(engine: Engine, joined: Any, wrong: Mapping[str, Any], now: int) -> E
     for said in wrong:
         if count := sum(int(row[said] or 0) for row in rows):
             raise DataError(f"events: {count} {said}: mend them or leave them out")
+    return _event_counts(rows)
+
+
+def _event_counts(rows: list[dict[str, Any]]) -> EventCounts:
     outcomes, dropped = Counter[str](), Counter[str]()
-    dropped_of: dict[str, dict[str, int]] = {}
+    dropped_of: dict[str, Counter[str]] = {}
     for row in rows:
         outcomes[row[c.OUTCOME]] += row["rows"]
         if reason := row["left_out"]:
             dropped[reason] += row["rows"]
-            of_outcome = dropped_of.setdefault(row[c.OUTCOME], {})
-            of_outcome[reason] = of_outcome.get(reason, 0) + row["rows"]
+            dropped_of.setdefault(row[c.OUTCOME], Counter())[reason] += row["rows"]
     kept = [row for row in rows if row["left_out"] != BEYOND_NOW]
     times = [row[name] for row in kept for name in ("last_request", "last_click") if row[name] is not None]
     return EventCounts(
         outcomes.total(),
         {name: outcomes[name] for name in c.OUTCOMES if name in outcomes},
         {reason: dropped[reason] for reason in sorted(dropped)},
-        dropped_of,
+        {outcome: dict(reasons) for outcome, reasons in dropped_of.items()},
         max(times, default=None),
     )
 

@@ -103,6 +103,16 @@ class Clicks:
     item_row: Ints
     ts_ms: Longs
 
+    @property
+    def items(self) -> Bag:
+        """The catalogue rows of each user's clicks."""
+        return Bag(self.indptr, self.item_row)
+
+    @property
+    def owners(self) -> Longs:
+        """(clicks,) the user row of each."""
+        return np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -135,49 +145,50 @@ def open_samples(folder: Path) -> Samples:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("kind") != "samples" or manifest.get("format") != FORMAT:
         raise DataError(f"{folder} holds no samples of format {FORMAT}: build them again with `twotower samples`")
+    items, impressions = map_columns(folder / ITEMS_FILE), folder / IMPRESSIONS_FILE
+    return Samples(
+        path=folder,
+        manifest=manifest,
+        features=load(folder),
+        positives=_positives(folder),
+        users=open_users(folder),
+        items=open_items(folder),
+        clicks=open_clicks(folder),
+        item_positives=_numpy(items, POSITIVES),
+        impressions=_impressions(impressions) if impressions.exists() else None,
+    )
+
+
+def _positives(folder: Path) -> Positives:
     rows = map_columns(folder / POSITIVES_FILE)
-    positives = Positives(
-        _numpy(rows, USER_ROW),
-        _numpy(rows, ITEM_ROW),
-        _numpy(rows, HISTORY_COUNT),
-        _numpy(rows, c.WEIGHT),
-        _numpy(rows, c.TS_MS),
-        _prefixed(rows, CONTEXT),
-        _numpy(rows, COPIES),
-        {
+    hard = [name for name in rows.schema.names if name.startswith(HARD)]
+    return Positives(
+        user_row=_numpy(rows, USER_ROW),
+        item_row=_numpy(rows, ITEM_ROW),
+        history=_numpy(rows, HISTORY_COUNT),
+        weight=_numpy(rows, c.WEIGHT),
+        ts_ms=_numpy(rows, c.TS_MS),
+        context=_prefixed(rows, CONTEXT),
+        copies=_numpy(rows, COPIES),
+        hard={
             name.removeprefix(HARD): Bag(
                 pointers(_numpy(rows, name)), _numpy(map_columns(folder / f"{name}.arrow"), ITEM_ROW)
             )
-            for name in rows.schema.names
-            if name.startswith(HARD)
+            for name in hard
         },
     )
-    items = map_columns(folder / ITEMS_FILE)
-    return Samples(
-        folder,
-        manifest,
-        load(folder),
-        positives,
-        open_users(folder),
-        open_items(folder),
-        open_clicks(folder),
-        _numpy(items, POSITIVES),
-        _open_impressions(folder / IMPRESSIONS_FILE),
-    )
 
 
-def _open_impressions(path: Path) -> Impressions | None:
-    if not path.exists():
-        return None
+def _impressions(path: Path) -> Impressions:
     rows = map_columns(path)
     return Impressions(
-        _numpy(rows, USER_ROW),
-        _numpy(rows, ITEM_ROW),
-        _numpy(rows, HISTORY_COUNT),
-        _numpy(rows, LABEL),
-        _numpy(rows, c.POSITION),
-        _numpy(rows, c.TS_MS),
-        _prefixed(rows, CONTEXT),
+        user_row=_numpy(rows, USER_ROW),
+        item_row=_numpy(rows, ITEM_ROW),
+        history=_numpy(rows, HISTORY_COUNT),
+        clicked=_numpy(rows, LABEL),
+        position=_numpy(rows, c.POSITION),
+        ts_ms=_numpy(rows, c.TS_MS),
+        context=_prefixed(rows, CONTEXT),
     )
 
 

@@ -1,4 +1,4 @@
-"""How often each positive is fed: hot items less, cold ones more, by a hash that every engine computes alike.
+"""How often each positive is fed: hot items less often, cold items more often, by a hash that any engine computes.
 
 N items.
 """

@@ -19,6 +19,18 @@ PROBABILITY: Final = "probability"
 PROPENSITY: Final = "propensity"
 """With which exploration drew an item for its place; null elsewhere."""
 
+# Further columns of a shard.
+VERSION: Final = "version"
+DELTA_SEQ: Final = "delta_seq"
+HISTORY: Final = "history"
+"""The items that the user had clicked, oldest first, as the request knew them."""
+CONTEXT: Final = "context."
+"""Before the name of a context value in a shard; a daily partition has the name alone."""
+FEATURES: Final = "features."
+"""Before the name of a user feature that came with a request."""
+ROW: Final = "row"
+"""The number of a row in its partition, through all shards."""
+
 TS_MS: Final = "ts_ms"
 REASON: Final = "reason"
 RANK: Final = "rank"

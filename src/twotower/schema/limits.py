@@ -1,57 +1,90 @@
-"""How large what enters may be: one place for all limits on ids, values and bodies.
+"""Limits of what enters: one place for the sizes of ids, values and bodies, and the checks that refuse larger ones.
 
-They are far above what real data need, and keep one sender from filling the memory, the log or the store of all.
+They are far above what real data need, and keep one sender from filling the memory, the log or the store.
 """
 
+import math
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, Final
 
 from twotower.schema.errors import DataError, shown
 
 MAX_ID_BYTES: Final = 512
-"""Of an id, as UTF-8."""
+"""Bytes of an id, as UTF-8."""
 MAX_TEXT_BYTES: Final = 16 * 2**10
-"""Of any other string, such as a value of a feature, as UTF-8."""
+"""Bytes of any other string, such as a value of a feature, as UTF-8."""
 MAX_FEATURE_ENTRIES: Final = 4096
-"""Of a list among the values of a feature, such as a vector."""
+"""Entries of a list among the values of a feature, such as a vector."""
 MAX_TYPE_BYTES: Final = 64
-"""Of an event's type."""
+"""Bytes of an event's type."""
 MAX_ITEMS: Final = 10_000
 """Items of one event, as many as a request for candidates may ask for."""
 MAX_HISTORY: Final = 1_000
 """Items in the history of a request."""
 MAX_CONTEXT_BYTES: Final = 2**10
-"""Of a request's context as JSON: each row that a request becomes has it."""
+"""Bytes of a request's context as JSON: each row that a request becomes has it."""
 MAX_ENTRIES: Final = 10_000
-"""Of any other list or object of an event."""
+"""Entries of any other list or object of an event."""
 MAX_DEPTH: Final = 4
 """Lists and objects within each other in an event."""
 MAX_EVENT_BYTES: Final = 2 * 2**20
-"""Of an event as JSON."""
+"""Bytes of an event as JSON."""
 MAX_FILTER_VALUES: Final = 10_000
-"""Of all filters of a request together."""
+"""Values of all filters of a request together."""
 MAX_BODY_BYTES: Final = 2**20
-"""Of a request's body."""
+"""Bytes of a request's body."""
 MAX_EVENTS_BODY_BYTES: Final = 16 * 2**20
-"""Of a body with events."""
+"""Bytes of a body with events."""
 MAX_BODIES_BYTES: Final = 64 * 2**20
-"""Of all bodies that a server holds at one time."""
+"""Bytes of all bodies that a server holds at one time."""
+
+MALFORMED: Final = "malformed"
+TOO_LARGE: Final = "too_large"
+BAD_NUMBER: Final = "bad_number"
+
+_LISTS: Final = (list, tuple)
+_JSON: Final = {int, float, bool, type(None), str, list, tuple, dict}
+
+
+class Refused(DataError):
+    """A value or an event is refused; `reason` is one of a few words, to be counted by."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def check_id(value: int | str, where: str) -> None:
     """Refuse an id that is empty, too long, no Unicode text, or beyond int64.
 
     Raises:
-        DataError: with what was seen.
+        Refused: with what was seen.
     """
+    if value == "":
+        raise Refused(MALFORMED, f"{where} is empty")
     if isinstance(value, int):
-        if not -(2**63) <= value < 2**63:
-            raise DataError(f"{where} {shown(value)} does not fit int64")
-        return
-    if not value:
-        raise DataError(f"{where} is empty")
-    if len(value) > MAX_ID_BYTES or (size := _size(value, where)) > MAX_ID_BYTES:
-        size = len(value) if len(value) > MAX_ID_BYTES else size
-        raise DataError(f"{where} {shown(value)} has {size} bytes, at most {MAX_ID_BYTES} are allowed")
+        _check_integers([value], where)
+    else:
+        check_text(value, MAX_ID_BYTES, where)
+
+
+def check_text(text: str, most: int, where: str) -> None:
+    """Refuse a string that is no Unicode text, or takes more than `most` bytes as UTF-8.
+
+    Raises:
+        Refused: with what was seen.
+    """
+    size = len(text)
+    if size <= most and not text.isascii():
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise Refused(
+                MALFORMED, f"{where} {shown(text)} holds half a surrogate pair, which is no character"
+            ) from None
+    if size > most:
+        raise Refused(TOO_LARGE, f"{where} {shown(text)} has {size} bytes, at most {most} are allowed")
 
 
 def check_value(value: Any, where: str) -> None:
@@ -61,37 +94,73 @@ def check_value(value: Any, where: str) -> None:
     to say.
 
     Raises:
-        DataError: with what was seen.
+        Refused: with what was seen.
 
     >>> check_value(["rain", None, 3, 0.5], "tags")
     >>> check_value([["rain"]], "tags")
     Traceback (most recent call last):
-    twotower.schema.errors.DataError: tags: a list holds ['rain'], where strings, numbers or booleans are allowed
+    twotower.schema.limits.Refused: tags holds ['rain'], where strings, numbers or booleans are allowed
     """
-    if not isinstance(value, list | tuple):
-        _check_plain(value, where)
-        return
-    if len(value) > MAX_FEATURE_ENTRIES:
-        raise DataError(f"{where}: a list of {len(value)} entries, at most {MAX_FEATURE_ENTRIES} are allowed")
-    for entry in value:
+    values = value if isinstance(value, _LISTS) else [value]
+    if len(values) > MAX_FEATURE_ENTRIES:
+        raise Refused(TOO_LARGE, f"{where}: a list of {len(values)} entries, at most {MAX_FEATURE_ENTRIES} are allowed")
+    for entry in values:
         if isinstance(entry, list | tuple | dict):
-            raise DataError(f"{where}: a list holds {shown(entry)}, where strings, numbers or booleans are allowed")
-        _check_plain(entry, where)
+            raise Refused(MALFORMED, f"{where} holds {shown(entry)}, where strings, numbers or booleans are allowed")
+    _check_plain(values, where)
 
 
-def _check_plain(value: Any, where: str) -> None:
-    if isinstance(value, dict):
-        raise DataError(
-            f"{where}: {shown(value)} is an object, where a string, a number, a boolean or a list is allowed"
-        )
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise DataError(f"{where}: {shown(value)} does not fit int64")
-    if isinstance(value, str) and (size := max(len(value), _size(value, where))) > MAX_TEXT_BYTES:
-        raise DataError(f"{where}: a string of {size} bytes, at most {MAX_TEXT_BYTES} are allowed")
+def check_json(value: Any, where: str) -> None:
+    """Refuse a value that JSON does not have, or that is too large or too deep for an event.
+
+    It looks at all values of a level at once, because nearly all lists are of one type.
+
+    Raises:
+        Refused: with what was seen.
+    """
+    level: Sequence[Any] = [value]
+    for depth in range(MAX_DEPTH + 1):
+        kinds = set(map(type, level))
+        if not kinds <= _JSON:
+            strange = next(value for value in level if type(value) not in _JSON)
+            raise Refused(MALFORMED, f"{where} holds {shown(strange)}, which JSON does not have")
+        _check_plain(level, where)
+        if float in kinds and not all(math.isfinite(value) for value in level if type(value) is float):
+            raise Refused(BAD_NUMBER, f"{where} holds a number that is not finite: leave it out, or send null")
+        lists = [value for value in level if type(value) in _LISTS]
+        objects = [value for value in level if type(value) is dict]
+        if not lists and not objects:
+            return
+        if depth == MAX_DEPTH:
+            raise Refused(TOO_LARGE, f"{where} has more than {MAX_DEPTH} lists or objects within each other")
+        if (most := max(map(len, [*lists, *objects]))) > MAX_ENTRIES:
+            raise Refused(TOO_LARGE, f"{where} has {most} entries, at most {MAX_ENTRIES} are allowed")
+        check_names(chain.from_iterable(objects), where)
+        level = [*chain.from_iterable(lists), *chain.from_iterable(one.values() for one in objects)]
 
 
-def _size(text: str, where: str) -> int:
-    try:
-        return len(text.encode())
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: {shown(text)} holds half a surrogate pair, which is no character") from None
+def check_names(names: Iterable[Any], where: str) -> None:
+    """Refuse a name of a field that is no string, or longer than an id.
+
+    Raises:
+        Refused: with what was seen.
+    """
+    for name in names:
+        if type(name) is not str:
+            raise Refused(MALFORMED, f"{where}: the name of a field is {shown(name)}, where a string is expected")
+        check_text(name, MAX_ID_BYTES, f"{where}: the name of a field")
+
+
+def _check_plain(values: Iterable[Any], where: str) -> None:
+    """Refuse integers beyond int64 and strings that are too long or no text, among values of any type."""
+    if integers := [value for value in values if type(value) is int]:
+        _check_integers(integers, where)
+    for value in values:
+        if type(value) is str and (len(value) > MAX_TEXT_BYTES or not value.isascii()):
+            check_text(value, MAX_TEXT_BYTES, f"{where}: a string")
+
+
+def _check_integers(values: Sequence[int], where: str) -> None:
+    for value in (min(values), max(values)):
+        if not -(2**63) <= value < 2**63:
+            raise Refused(BAD_NUMBER, f"{where}: {shown(value)} does not fit int64")

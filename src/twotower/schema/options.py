@@ -1,7 +1,7 @@
 """Types of the values of options, with their limits."""
 
 import datetime
-from typing import Annotated
+from typing import Annotated, Final, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -46,6 +46,9 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), at_most(1e12)]
 AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False), at_most(1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, AfterValidator(_text)]
+Exclude = Literal["clicked", "impressed", "none"]
+"""Which items a user is not offered again; impressed ones include clicked ones."""
+EXCLUDE: Final = get_args(Exclude)
 
 
 def _calendar_day(day: str) -> str:

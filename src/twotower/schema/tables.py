@@ -19,9 +19,6 @@ EARLIEST_MS = 315_532_800_000
 LATEST_MS = 4_102_444_800_000
 """2100-01-01. Larger values are microseconds or nanoseconds."""
 MAX_WEIGHT = 1000.0
-"""The largest weight of a positive. Only ratios of weights matter; huge ones would overflow the optimizer's sums."""
-
-MAX_WEIGHT = 1000.0
 """Largest weight of a click: squares of far larger ones overflow the optimizer's accumulators."""
 MAX_TRAINING_WEIGHT = 1e9
 """Largest weight of a positive in training, where weights of a batch sum to one: such as milliseconds watched."""

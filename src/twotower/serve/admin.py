@@ -6,32 +6,27 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from twotower.publish.publish import current, list_versions, promote, roll_back
 from twotower.schema.errors import ConfigError, TwotowerError
-from twotower.serve.app import answer_errors, json_response, problem
-from twotower.serve.bodies import Bounded
+from twotower.serve.answers import answer_errors, json_response, problem
+from twotower.serve.bodies import Body, Bounded, StrictRoute
 from twotower.serve.snapshots import Snapshots
 
-MOST_BYTES = 2**16
-MOST_TOGETHER = 2**22
-"""Of a request's body, and of all at one time."""
+MAX_BYTES = 2**16
+MAX_TOGETHER = 2**22
+"""Bytes of a request's body, and of all bodies at one time."""
 
 
-class Named(BaseModel):
+class PromoteBody(Body):
     """Names a version."""
-
-    model_config = ConfigDict(extra="forbid")
 
     version: str
 
 
-class Perhaps(BaseModel):
+class RollBackBody(Body):
     """Names a version, or leaves it to the server."""
-
-    model_config = ConfigDict(extra="forbid")
 
     version: str | None = None
 
@@ -41,18 +36,18 @@ class Authorised:
 
     Args:
         app: what answers them.
-        token: due as `Authorization: Bearer TOKEN`.
+        token: expected as `Authorization: Bearer TOKEN`.
     """
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
-        self._due = f"Bearer {token}".encode()
+        self._expected = f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401."""
         if scope["type"] == "http":
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not secrets.compare_digest(given, self._due):
+            if not secrets.compare_digest(given, self._expected):
                 refusal = problem(401, "give the token of $TWOTOWER_ADMIN_TOKEN as `Authorization: Bearer TOKEN`")
                 await refusal(scope, receive, send)
                 return
@@ -68,8 +63,8 @@ def make_admin_app(snapshots: Snapshots, versions: Path, token: str) -> FastAPI:
     if not token.strip() or token != token.strip() or not token.isprintable():
         raise ConfigError("the admin token is blank, or has blanks or control characters in it: set another one")
     app = FastAPI(title="twotower admin", version="1")
-
-    app.add_middleware(Bounded, refuse=problem, most_bytes=MOST_BYTES, most_of={}, most_together=MOST_TOGETHER)
+    app.router.route_class = StrictRoute
+    app.add_middleware(Bounded, max_bytes=MAX_BYTES, max_together=MAX_TOGETHER)
     app.add_middleware(Authorised, token=token)
     answer_errors(app)
 
@@ -84,13 +79,13 @@ def make_admin_app(snapshots: Snapshots, versions: Path, token: str) -> FastAPI:
         return json_response({"current": current(versions), "served": snapshots.version.id, "versions": listed})
 
     @app.post("/promote")
-    def post_promote(body: Named) -> Response:
+    def post_promote(body: PromoteBody) -> Response:
         """Promote a version and serve it."""
         promote(versions, body.version)
         return _reloaded()
 
     @app.post("/rollback")
-    def post_rollback(body: Perhaps | None = None) -> Response:
+    def post_rollback(body: RollBackBody | None = None) -> Response:
         """Go back to the given version, or to the parent of the promoted one."""
         roll_back(versions, None if body is None else body.version)
         return _reloaded()

@@ -5,24 +5,60 @@ no name twice in an object. Python's own reader takes all of these.
 """
 
 import json
+import re
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes
 
+import pyarrow as pa
 from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from twotower.schema.errors import cut, shown
+from twotower.schema.errors import DataError, cut, shown
+from twotower.schema.limits import MAX_ID_BYTES, check_id
+from twotower.serve.answers import problem
 
-MOST_DEPTH = 64
+MAX_DEPTH = 64
 """Objects and lists within each other, in a body."""
 RETRY_AFTER_S = 1
 
-Refuse = Callable[[int, str], Response]
-"""Makes the answer of an error: status and sentence."""
+
+class Body(BaseModel):
+    """A body whose unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+def check_bytes(text: str) -> str:
+    """Refuse a text that is longer than an id may be, or is no Unicode text."""
+    if len(text.encode()) > MAX_ID_BYTES:  # half a surrogate pair raises a ValueError
+        raise ValueError(f"at most {MAX_ID_BYTES} bytes are allowed")
+    return text
+
+
+Id = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | Annotated[StrictStr, AfterValidator(check_bytes)]
+
+
+def parse_id(text: str, kind: pa.DataType) -> int | str:
+    """An id out of an address, in the type of the ids that it is looked up among.
+
+    Raises:
+        DataError: no integer where ids are integers, or one with leading zeros; too long; beyond int64.
+
+    >>> parse_id("-7", pa.int64()), parse_id("-7", pa.string())
+    (-7, '-7')
+    """
+    parsed: int | str = text
+    if kind == pa.int64():
+        if not re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text):
+            raise DataError(f"{shown(text)} is no id: ids are integers here")
+        parsed = int(text)
+    check_id(parsed, "the id")
+    return parsed
 
 
 class Bounded:
@@ -32,20 +68,18 @@ class Bounded:
 
     Args:
         app: what answers.
-        refuse: makes the answer of an error.
-        most_bytes: the largest body.
-        most_of: the same of some addresses.
-        most_together: bytes of all bodies at one time.
+        max_bytes: the largest body.
+        max_together: bytes of all bodies at one time.
+        max_by_path: the largest body at some addresses.
     """
 
     def __init__(
-        self, app: ASGIApp, refuse: Refuse, most_bytes: int, most_of: Mapping[str, int], most_together: int
+        self, app: ASGIApp, max_bytes: int, max_together: int, max_by_path: Mapping[str, int] | None = None
     ) -> None:
         self._app = app
-        self._refuse = refuse
-        self._most_bytes = most_bytes
-        self._most_of = most_of
-        self._most_together = most_together
+        self._max_bytes = max_bytes
+        self._max_together = max_together
+        self._max_by_path = max_by_path or {}
         self._held = 0  # read and changed by the event loop alone
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,14 +88,14 @@ class Bounded:
             await self._app(scope, receive, send)
             return
         if not is_readable(scope):
-            refusal = self._refuse(404, "no such address: it holds a control character, or is no UTF-8")
+            refusal = problem(404, "no such address: it holds a control character, or is no UTF-8")
             await refusal(scope, receive, send)
             return
-        most = self._most_of.get(scope["path"], self._most_bytes)
-        too_large = f"the body has more than {most} bytes, which is the most at this address: send less"
+        most = self._max_by_path.get(scope["path"], self._max_bytes)
+        too_large = f"the body has more than {most} bytes, which is the limit at this address: send less"
         announced = dict(scope["headers"]).get(b"content-length", b"")
         if announced.isdigit() and (len(announced) > 18 or int(announced) > most):
-            await self._refuse(413, too_large)(scope, receive, send)
+            await problem(413, too_large)(scope, receive, send)
             return
         taken = 0
 
@@ -71,7 +105,7 @@ class Bounded:
             size = len(message.get("body", b""))
             if taken + size > most:
                 raise HTTPException(413, too_large)
-            if self._held + size > self._most_together:
+            if self._held + size > self._max_together:
                 raise HTTPException(
                     503, "too many large bodies at once: try again in a second", {"Retry-After": str(RETRY_AFTER_S)}
                 )
@@ -107,7 +141,7 @@ class StrictRoute(APIRoute):
     """A route whose body is read by `read_json`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """See `APIRoute.get_route_handler`."""
+        """Give the handler a request that reads its body so."""
         answer = super().get_route_handler()
 
         async def strictly(request: Request) -> Response:
@@ -134,7 +168,7 @@ def read_json(body: bytes) -> Any:
         value = json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_constant, parse_float=_number)
         if b"\\u" in body and isinstance(value, dict | list | str):
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair has no encoding
-        if body.count(b"[") + body.count(b"{") > MOST_DEPTH:
+        if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
             _check_depth(value)
     except HTTPException:
         raise
@@ -151,12 +185,12 @@ def read_json(body: bytes) -> Any:
     return value
 
 
-_TOO_DEEP = f"the body nests objects and lists more than {MOST_DEPTH} deep"
+_TOO_DEEP = f"the body nests objects and lists more than {MAX_DEPTH} deep"
 
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(MOST_DEPTH):
+    for _ in range(MAX_DEPTH):
         inner = [entry for one in level for entry in (one.values() if isinstance(one, dict) else one)]
         level = [one for one in inner if isinstance(one, dict | list)]
         if not level:

@@ -21,16 +21,16 @@ ERROR: Final = "error"
 LATE: Final = "late"
 """It did not answer within the budget."""
 BUSY: Final = "busy"
-"""It was not asked: an earlier call is late, or it rests after being late again and again."""
+"""It was not asked: an earlier call is late, or it rests after being late several times."""
 
 _LONGEST_REST: Final = 64
 """In budgets."""
 _IDLE_S: Final = 30.0
-"""A thread without work for so long ends."""
+"""A thread ends after this time without work."""
 
 
 @dataclass(frozen=True)
-class Brought:
+class Answers:
     """What the channels of one request answered."""
 
     lists: dict[str, Candidates] = field(default_factory=dict)
@@ -39,20 +39,20 @@ class Brought:
     """Why a channel is not among them: `error`, `late` or `busy`."""
 
 
-Ask = Callable[[Mapping[str, Retriever], Queries, int, str], Brought]
-"""Asks channels by name for k candidates of the users; the last is the version that they are of."""
+Ask = Callable[[Mapping[str, Retriever], Queries, int, str], Answers]
+"""Asks channels by name for k candidates of the users. The last argument is the version the channels belong to."""
 
 
-def ask_in_turn(channels: Mapping[str, Retriever], queries: Queries, k: int, of: str = "") -> Brought:  # noqa: ARG001
+def ask_in_turn(channels: Mapping[str, Retriever], queries: Queries, k: int, version: str = "") -> Answers:  # noqa: ARG001
     """Ask one channel after the other, however long each takes; one that fails is left out."""
-    brought = Brought()
+    answers = Answers()
     for name, channel in channels.items():
         try:
-            brought.lists[name] = channel.retrieve(queries, k)
+            answers.lists[name] = channel.retrieve(queries, k)
         except Exception:  # one channel's defect must not take the others down with it
             log.exception("channel %s failed", name)
-            brought.left_out[name] = ERROR
-    return brought
+            answers.left_out[name] = ERROR
+    return answers
 
 
 class SideBySide:
@@ -62,8 +62,8 @@ class SideBySide:
     then for two, four and so on; an answer in time ends that. A single channel is asked in the caller's thread and
     waited for: there is nothing to answer with instead.
 
-    A delta makes new channels, four times a second. They go on with the threads of those before them, and wait for what
-    is late of them; only those of another version have threads of their own.
+    A delta makes new channels, up to five times a second. They use the threads of those that they replace, and wait for
+    what is late of them; only the channels of another version have threads of their own.
 
     Args:
         budget_s: how long a request waits for its channels.
@@ -83,45 +83,46 @@ class SideBySide:
         self._lanes: dict[str, _Lane] = {}
         self._lanes_lock = threading.Lock()
 
-    def ask(self, channels: Mapping[str, Retriever], queries: Queries, k: int, of: str = "") -> Brought:
+    def ask(self, channels: Mapping[str, Retriever], queries: Queries, k: int, version: str = "") -> Answers:
         """Candidates of the channels that answered in time, and why the others are missing; it is an `Ask`."""
-        brought = ask_in_turn(channels, queries, k) if len(channels) == 1 else self._within(channels, queries, k, of)
-        for name, reason in brought.left_out.items():
+        alone = len(channels) == 1
+        answers = ask_in_turn(channels, queries, k) if alone else self._within(channels, queries, k, version)
+        for name, reason in answers.left_out.items():
             self._note(name, reason)
-        return brought
+        return answers
 
-    def _within(self, channels: Mapping[str, Retriever], queries: Queries, k: int, of: str) -> Brought:
-        gathered = _Gathered(len(channels))
-        calls = {name: _Call(channel, queries, k, gathered) for name, channel in channels.items()}
-        lanes = {name: self._lane(name, of) for name in channels}
-        asked = {name: lanes[name].begin(call) for name, call in calls.items()}
-        gathered.wait(self._budget_s)
-        brought = Brought()
+    def _within(self, channels: Mapping[str, Retriever], queries: Queries, k: int, version: str) -> Answers:
+        countdown = _Countdown(len(channels))
+        calls = {name: _Call(channel, queries, k, countdown) for name, channel in channels.items()}
+        lanes = {name: self._lane(name, version) for name in channels}
+        begun = {name: lanes[name].begin(call) for name, call in calls.items()}
+        countdown.wait(self._budget_s)
+        answers = Answers()
         for name, call in calls.items():
-            if not asked[name]:
-                brought.left_out[name] = BUSY
+            if not begun[name]:
+                answers.left_out[name] = BUSY
             elif lanes[name].give_up(call):
                 log.warning("channel %s gave no answer within %g ms", name, 1000 * self._budget_s)
-                brought.left_out[name] = LATE
+                answers.left_out[name] = LATE
             elif call.answer is None:
-                brought.left_out[name] = ERROR
+                answers.left_out[name] = ERROR
             else:
-                brought.lists[name] = call.answer
-        return brought
+                answers.lists[name] = call.answer
+        return answers
 
-    def _lane(self, name: str, of: str) -> "_Lane":
+    def _lane(self, name: str, version: str) -> "_Lane":
         """The threads of a channel; another version's channel of that name has its own."""
         lane = self._lanes.get(name)
-        if lane is None or lane.of != of:
+        if lane is None or lane.version != version:
             with self._lanes_lock:
                 lane = self._lanes.get(name)
-                if lane is None or lane.of != of:
-                    lane = self._lanes[name] = _Lane(name, of, self._budget_s, self._clock_s)
+                if lane is None or lane.version != version:
+                    lane = self._lanes[name] = _Lane(name, version, self._budget_s, self._clock_s)
         return lane
 
 
-class _Gathered:
-    """Lets a request wait until all its calls have ended; it is woken once."""
+class _Countdown:
+    """Lets a request wait until all its calls have ended; it wakes once."""
 
     def __init__(self, calls: int) -> None:
         self._left = calls
@@ -129,7 +130,7 @@ class _Gathered:
         self._all = threading.Lock()
         self._all.acquire()
 
-    def one_more(self) -> None:
+    def one_less(self) -> None:
         with self._counting:
             self._left -= 1
             if not self._left:
@@ -146,7 +147,7 @@ class _Call:
     channel: Retriever
     queries: Queries
     k: int
-    gathered: _Gathered
+    countdown: _Countdown
     answer: Candidates | None = None
     ended: bool = False
     given_up: bool = False
@@ -155,8 +156,8 @@ class _Call:
 class _Lane:
     """The calls of a version's channel and the threads that they run in: as many as there are calls at once."""
 
-    def __init__(self, name: str, of: str, budget_s: float, clock_s: Callable[[], float]) -> None:
-        self.of = of
+    def __init__(self, name: str, version: str, budget_s: float, clock_s: Callable[[], float]) -> None:
+        self.version = version
         self._name = name
         self._budget_s = budget_s
         self._clock_s = clock_s
@@ -181,7 +182,7 @@ class _Lane:
         if free:
             self._waiting.put(call)
         else:
-            call.gathered.one_more()
+            call.countdown.one_less()
         return free
 
     def give_up(self, call: _Call) -> bool:
@@ -222,4 +223,4 @@ class _Lane:
                 self._rests_until_s = self._clock_s() + rest * self._budget_s
             elif not self._late:
                 self._late_in_a_row = 0
-        call.gathered.one_more()
+        call.countdown.one_less()

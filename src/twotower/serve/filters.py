@@ -19,8 +19,8 @@ from twotower.schema.errors import DataError, cut, shown
 
 Mask = npt.NDArray[np.bool_]
 
-_MOST_WHOLE = 2.0**53
-"""Beyond it, a float is no whole number that is known exactly."""
+_MAX_WHOLE = 2.0**53
+"""Above it, not every whole number is a float."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def passing(version: Version, attribute: str, wanted: Filter) -> Mask:
 
 
 def _check_comparable(column: pa.Array, attribute: str) -> None:
-    """Refuse an attribute whose numbers have a fraction: a filter compares for equality."""
+    """Refuse an attribute of numbers with a fraction: a filter compares for equality."""
     values = column
     while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         values = values.flatten()
@@ -75,7 +75,7 @@ def _check_comparable(column: pa.Array, attribute: str) -> None:
         return
     numbers = values.to_numpy(zero_copy_only=False)
     numbers = numbers[np.isfinite(numbers)]
-    if (np.abs(numbers) > _MOST_WHOLE).any() or (numbers != np.floor(numbers)).any():
+    if (np.abs(numbers) > _MAX_WHOLE).any() or (numbers != np.floor(numbers)).any():
         raise DataError(
             f"filters: {attribute} holds numbers with a fraction, and a filter compares for equality, which is not "
             "reliable for them. Filter by another attribute, or add one to the items that names the range of "

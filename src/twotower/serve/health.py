@@ -1,4 +1,4 @@
-"""What a server's background threads say of themselves, so that a probe sees one that fails or has ended."""
+"""The state of a server's background threads, so that a probe sees one that fails or has ended."""
 
 import logging
 import threading
@@ -9,8 +9,8 @@ from twotower.schema.errors import TwotowerError, cut
 
 log = logging.getLogger(__name__)
 
-MOST_FAILURES = 3
-"""In a row: a thread that has failed so often is told of by `/readyz`."""
+MAX_FAILURES = 3
+"""`/readyz` reports a thread after this many failures in a row."""
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 
@@ -32,10 +32,10 @@ class Health:
         self._lock = threading.Lock()
 
     def repeat(self, name: str, work: Callable[[], object], every_s: float, stop: threading.Event) -> threading.Thread:
-        """Do some work every so often in a thread of its own, until `stop` is set; the thread is started.
+        """Start a thread that does some work every `every_s` seconds until `stop` is set.
 
-        Whatever the work raises does not end the thread: it tries again, after pauses that grow up to `every_s`, or to
-        five seconds where that is shorter. The first of several failures in a row is logged, and that it works again.
+        An exception does not end the thread: it tries again after pauses that grow up to `every_s`, or to five seconds
+        if that is longer. The first of several failures in a row is logged, and so is the recovery.
         """
 
         def run() -> None:
@@ -63,7 +63,7 @@ class Health:
         return every_s
 
     def watch(self, name: str, thread: threading.Thread) -> None:
-        """Tell of a thread once it has ended."""
+        """Report a thread once it has ended."""
         with self._lock:
             self._workers.setdefault(name, _Worker()).thread = thread
 
@@ -79,7 +79,7 @@ class Health:
             for name, worker in self._workers.items():
                 if worker.thread is not None and worker.thread.ident is not None and not worker.thread.is_alive():
                     told[name] = f"{name} has ended: restart the server"
-                elif worker.failures >= MOST_FAILURES:
+                elif worker.failures >= MAX_FAILURES:
                     told[name] = f"{name} has failed {worker.failures} times in a row: {worker.problem}"
         return told
 

@@ -1,4 +1,4 @@
-"""How well what is served learns: the figures of the updater's reports, for `/metrics`, `/v1/version` and the page."""
+"""How well the updater learns: the figures of its reports, for `/metrics`, `/v1/version` and the page."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,32 +11,32 @@ HOUR_MS = 3_600_000
 
 @dataclass(frozen=True)
 class Hour:
-    """Test, then train: recall@20 of the positives of an hour, before they were trained on."""
+    """recall@20 of the positives of an hour, measured before they were trained on."""
 
     ts_ms: int
-    """Its beginning."""
+    """The beginning of the hour."""
     recall: float
     positives: int
-    """That were judged."""
+    """How many were judged."""
 
 
 @dataclass(frozen=True)
 class Monitors:
-    """Of the served version and its deltas."""
+    """Figures of the served version and its deltas."""
 
     freshness_s: float | None
-    """Age of the latest event that was learned; None before any."""
+    """Age of the latest event that was learned; None before the first."""
     recall_next: tuple[Hour, ...]
-    """The latest hours, in their order."""
+    """The latest hours, in order."""
     unknown_user_share: float | None
-    """Of the latest delta's positives, those whose user has no embedding of their own; None without a positive."""
+    """Share of the latest delta's positives whose user has no embedding; None without a positive."""
     unknown_item_share: float | None
     popularity_drift: float | None
-    """How far the latest positives are from the version's clicks: 0 = alike, 1 = nothing in common."""
+    """Distance of the latest positives from the version's clicks: 0 = alike, 1 = nothing in common."""
     gated: int
-    """Of the latest deltas, those that the gate let nothing of through."""
+    """How many of the latest deltas the gate rejected."""
     held_back: Mapping[str, int]
-    """Of the latest delta, positives that were not trained, by the bound that they are beyond."""
+    """Positives of the latest delta that were not trained, by the bound that they exceed."""
 
 
 def monitors(snapshots: Snapshots, now_ms: int) -> Monitors:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from twotower.channels.retriever import Queries, similar_items
 from twotower.features.bloom import Seen
-from twotower.features.columns import Bag, Column
+from twotower.features.columns import Bag
 from twotower.features.feature_set import encode_request
 from twotower.fusion.fuse import Fused
 from twotower.index.protocol import Exclusions
@@ -18,12 +18,13 @@ from twotower.logs.events import ALLOWED_SKEW_MS
 from twotower.publish.version import TWO_TOWER, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, TwotowerError, shown
+from twotower.schema.options import EXCLUDE
 from twotower.schema.tables import is_id
 from twotower.serve.channels import ERROR, Ask, ask_in_turn
 from twotower.serve.filters import Filter, passing
 from twotower.serve.users import ItemId, Recent, UserId
 
-EXCLUDE = ("clicked", "impressed", "none")
+Longs = npt.NDArray[np.int64]
 
 
 class Unanswerable(TwotowerError):
@@ -31,7 +32,7 @@ class Unanswerable(TwotowerError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """A request for candidates, as its sender wrote it."""
 
     k: int
@@ -66,119 +67,110 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the channels of one request found."""
+class Retrieved:
+    """The candidates of one request."""
 
     queries: Queries
     """Who asked, as the channels saw them."""
     fused: Fused
     left_out: dict[str, str]
-    """Why a channel is not among them."""
+    """Channels that did not answer, with the reason."""
 
     @property
-    def rows(self) -> npt.NDArray[np.int64]:
+    def rows(self) -> Longs:
         """(n,) catalogue rows, best first."""
-        rows: npt.NDArray[np.int64] = self.fused.candidates.rows[0]
-        found: npt.NDArray[np.int64] = rows[rows >= 0]
-        return found
+        rows: Longs = self.fused.candidates.rows[0]
+        return rows[rows >= 0]
 
 
-def retrieve(
-    version: Version,
-    asked: Asked,
-    recent: Recent,
-    now_ms: int,
-    impressed_window_ms: int,
-    ask: Ask = ask_in_turn,
-) -> Answer:
+def retrieve(version: Version, request: Request, recent: Recent, window: range, ask: Ask = ask_in_turn) -> Answer:
     """Answer a request from one version.
 
     Args:
         version: the snapshot that the request holds.
-        asked: the request.
+        request: who asks for what.
         recent: what the user did since the version was made.
-        now_ms: milliseconds since 1970.
-        impressed_window_ms: how long an impression is left out.
+        window: the times of impressions that count; see `impressed_window`.
         ask: how the channels are asked.
 
     Raises:
         DataError: an unknown feature, channel, attribute or kind of exclusion, or a value of another type.
         Unanswerable: no channel answered.
     """
-    queries = queries_of(version, asked, recent, impressed_window(now_ms, impressed_window_ms))
-    found = find(version, asked.channels, queries, asked.k, ask)
-    ids = version.items.at(found.rows)
-    scores = found.fused.candidates.scores[0].tolist()
-    by = found.fused.brought_by[0].tolist()
+    queries = queries_of(version, request, recent, window)
+    retrieved = candidates_of(version, request.channels, queries, request.k, ask)
+    fused, ids = retrieved.fused, version.items.at(retrieved.rows)
+    scores, by = fused.candidates.scores[0].tolist(), fused.brought_by[0].tolist()
     places = {bits: place for place, bits in enumerate(by)}  # few combinations of channels, many items
-    channels = {bits: found.fused.channels_of(0, place) for bits, place in places.items()}
-    items = [Candidate(ids[i], scores[i], channels[by[i]]) for i in range(len(ids))]
-    return Answer(version.id, version.delta_seq, items, list(found.left_out))
+    channels = {bits: fused.channels_of(0, place) for bits, place in places.items()}
+    items = [Candidate(item_id, scores[i], channels[by[i]]) for i, item_id in enumerate(ids)]
+    return Answer(version.id, version.delta_seq, items, list(retrieved.left_out))
 
 
-def find(version: Version, channels: Sequence[str], queries: Queries, k: int, ask: Ask = ask_in_turn) -> Found:
-    """The k candidates of one user as catalogue rows; arguments and errors as of `retrieve`."""
+def candidates_of(
+    version: Version, channels: Sequence[str], queries: Queries, k: int, ask: Ask = ask_in_turn
+) -> Retrieved:
+    """The k candidates of one user as catalogue rows, of some channels or, where none is named, of all.
+
+    Raises:
+        DataError: an unknown channel.
+        Unanswerable: no channel answered.
+    """
     names = tuple(channels) or tuple(version.channels)
     version.check_channels(names)
-    asked = {name: version.channels[name] for name in names}
-    brought = ask(asked, queries, version.fusion.asked(k, names), version.id)
-    if not brought.lists:
-        reasons = [name if why == ERROR else f"{name} ({why})" for name, why in brought.left_out.items()]
+    chosen = {name: version.channels[name] for name in names}
+    answers = ask(chosen, queries, version.fusion.asked(k, names), version.id)
+    if not answers.lists:
+        reasons = [name if why == ERROR else f"{name} ({why})" for name, why in answers.left_out.items()]
         raise Unanswerable(f"every channel failed: {', '.join(reasons)}")
-    return Found(queries, version.fusion.fuse(brought.lists, k), brought.left_out)
+    return Retrieved(queries, version.fusion.fuse(answers.lists, k), answers.left_out)
 
 
 def impressed_window(now_ms: int, window_ms: int) -> range:
-    """The times of impressions that count. Later ones are of a clock that was ahead, and must not count for years."""
+    """The times of impressions that count: later ones come from a clock that is ahead, and must not count for years."""
     return range(now_ms - window_ms, now_ms + ALLOWED_SKEW_MS + 1)
 
 
-def queries_of(version: Version, asked: Asked, recent: Recent, window: range) -> Queries:
-    """Who asks, as the channels see them; impressions count whose time is within the window."""
-    user_row = find_user(version, asked.user_id)
-    clicks = clicked_rows(version, user_row, recent)
-    return Queries(
-        user_columns(version, user_row, asked),
-        Bag(np.array([0, len(clicks)]), clicks),
-        Exclusions.of([left_out(version, asked, clicks, recent, window)]),
-    )
+def queries_of(version: Version, request: Request, recent: Recent, window: range) -> Queries:
+    """Who asks, as the channels see them: what the version and the request say of a user, and what they did since."""
+    check_user(version, request.user_id)
+    if request.exclude not in EXCLUDE:
+        raise DataError(f"exclude = {shown(request.exclude)}: it is one of {', '.join(EXCLUDE)}")
+    stored = version.queries_of(pa.array([request.user_id], version.users.ids.type))
+    own = [feature for feature in version.features.user_columns if feature.name != c.USER_ID]
+    given = encode_request(own, request.features, "features")
+    columns = {**stored.features, **{name: given[name] for name in request.features}}
+    columns |= encode_request(version.features.context, request.context, "context")
+    clicks = np.concatenate([stored.clicks.rows, newer_clicks(version, recent)])
+    left_out = excluded_rows(version, request, clicks, recent, window)
+    return Queries(columns, Bag(np.array([0, len(clicks)]), clicks), Exclusions.of([left_out]))
 
 
-def find_user(version: Version, user_id: UserId | None) -> int:
-    """The user's row in the version, -1 for someone it does not know.
+def check_user(version: Version, user_id: UserId | None) -> None:
+    """Refuse an id of another type than the version's users have.
 
     Raises:
-        DataError: an id of another type than the version's users have.
+        DataError: with both types.
     """
-    if user_id is None:
-        return -1
     known = version.users.ids.type
-    if not is_id(user_id, known):
+    if user_id is not None and not is_id(user_id, known):
         raise DataError(f"user_id {shown(user_id)} is a {type(user_id).__name__}: the ids of users are {known}")
-    if (entity := version.since.users.get(user_id)) is not None and (entity.deleted or entity.fresh):
-        return -1
-    return int(version.users.positions.find(pa.array([user_id], known))[0])
 
 
-def find_items(version: Version, item_ids: Sequence[ItemId]) -> npt.NDArray[np.int64]:
+def find_items(version: Version, item_ids: Sequence[ItemId]) -> Longs:
     """Catalogue rows of items (n,), -1 for those that the version does not have."""
     known = version.items.kind
     return version.items.find(pa.array([item if is_id(item, known) else None for item in item_ids], known))
 
 
-def clicked_rows(version: Version, user_row: int, recent: Recent) -> npt.NDArray[np.int32]:
-    """Catalogue rows of the user's clicks, oldest first: those in the version, then those after what it knows."""
-    stored = np.zeros(0, np.int32)
-    if user_row >= 0:
-        indptr = version.clicks.indptr
-        stored = version.clicks.item_row[indptr[user_row] : indptr[user_row + 1]]
+def newer_clicks(version: Version, recent: Recent) -> npt.NDArray[np.int32]:
+    """Catalogue rows of the clicks after those that the version knows, oldest first."""
     known_ms = version.knows_until_ms
     newer = [click for click in recent.clicks if known_ms is None or click[0] > known_ms]
-    rows = rows_of_events(version, sorted(newer, key=lambda click: click[0]))
-    return np.concatenate([stored, rows.astype(np.int32)])
+    return _rows_of_events(version, sorted(newer, key=lambda click: click[0])).astype(np.int32)
 
 
-def rows_of_events(version: Version, events: Sequence[tuple[int, ItemId]]) -> npt.NDArray[np.int64]:
+def _rows_of_events(version: Version, events: Sequence[tuple[int, ItemId]]) -> Longs:
     """Catalogue rows of the items of events, without those that the version does not have.
 
     An item that was deleted and put again is another one: events before that are not of it.
@@ -188,47 +180,38 @@ def rows_of_events(version: Version, events: Sequence[tuple[int, ItemId]]) -> np
     return rows[(rows >= 0) & version.again.since(rows, times)]
 
 
-def user_columns(version: Version, user_row: int, asked: Asked) -> dict[str, Column]:
-    """The user's encoded features: stored ones, replaced by those of the request, and the context."""
-    columns = dict(version.queries(np.array([user_row])).features)
-    own = [feature for feature in version.features.user_columns if feature.name != c.USER_ID]
-    if asked.user_id is not None:
-        columns |= version.columns_since(asked.user_id)
-    encoded = encode_request(own, asked.features, "features")
-    columns |= {name: encoded[name] for name in asked.features}
-    return columns | encode_request(version.features.context, asked.context, "context")
-
-
-def left_out(
-    version: Version, asked: Asked, clicks: npt.NDArray[np.int32], recent: Recent, window: range
-) -> npt.NDArray[np.int64]:
-    """Catalogue rows that the answer must not hold: clicked, impressed lately, outside the filters."""
-    if asked.exclude not in EXCLUDE:
-        raise DataError(f"exclude = {shown(asked.exclude)}: it is one of {', '.join(EXCLUDE)}")
+def excluded_rows(
+    version: Version, request: Request, clicks: npt.NDArray[np.int32], recent: Recent, window: range
+) -> Longs:
+    """Catalogue rows that the answer must not hold: clicked, impressed within the window, outside the filters."""
     parts = [np.zeros(0, np.int64)]
-    if asked.exclude != "none":
+    if request.exclude != "none":
         parts.append(clicks.astype(np.int64))
-    if asked.exclude == "impressed":
-        parts.append(rows_of_events(version, [event for event in recent.shown if event[0] in window]))
-        if recent.seen is not None:
-            parts.append(_seen(version, recent.seen, window.start))
-    if not asked.filters:
+    if request.exclude == "impressed":
+        parts.append(impressed_rows(version, recent, window))
+    if not request.filters:
         return np.unique(np.concatenate(parts))
     out = np.zeros(len(version.items), np.bool_)
     out[np.concatenate(parts)] = True
-    for attribute, wanted in asked.filters.items():
+    for attribute, wanted in request.filters.items():
         out |= ~passing(version, attribute, wanted)
     return np.flatnonzero(out)
 
 
-def _seen(version: Version, seen: Seen, since_ms: int) -> npt.NDArray[np.int64]:
+def impressed_rows(version: Version, recent: Recent, window: range) -> Longs:
+    """Catalogue rows of the items that a user was shown within a window."""
+    rows = _rows_of_events(version, [event for event in recent.shown if event[0] in window])
+    return rows if recent.seen is None else np.concatenate([rows, _seen(version, recent.seen, window.start)])
+
+
+def _seen(version: Version, seen: Seen, since_ms: int) -> Longs:
     """Catalogue rows of the items in filters; of an item that was put again only what was shown after that counts."""
-    within = seen.contains(version.item_hashes, since_ms)
+    within = seen.contains(version.items.hashes, since_ms)
     again = version.again
     for deleted_ms in np.unique(again.deleted_ms[again.deleted_ms >= since_ms]).tolist():
         rows = again.rows[again.deleted_ms == deleted_ms]
         rows = rows[within[rows]]
-        within[rows] = seen.contains(version.item_hashes[rows], deleted_ms + 1)
+        within[rows] = seen.contains(version.items.hashes[rows], deleted_ms + 1)
     return np.flatnonzero(within)
 
 
@@ -262,9 +245,10 @@ def similar(version: Version, item_id: ItemId, k: int) -> Similar:
         raise KeyError(item_id)
     by_channel: dict[str, list[Neighbour]] = {}
     for name, channel in version.channels.items():
-        found = similar_items(channel, row, k)
-        if found is not None:
-            ids = version.items.at(found.rows[0][found.rows[0] >= 0])
-            by_channel[name] = [Neighbour(ids[i], float(found.scores[0, i])) for i in range(len(ids))]
-    nearest = by_channel[TWO_TOWER]
-    return Similar(version.id, [Candidate(one.item_id, one.score, [TWO_TOWER]) for one in nearest], by_channel)
+        nearest = similar_items(channel, row, k)
+        if nearest is not None:
+            ids = version.items.at(nearest.rows[0][nearest.rows[0] >= 0])
+            scores = nearest.scores[0].tolist()
+            by_channel[name] = [Neighbour(item, score) for item, score in zip(ids, scores, strict=False)]
+    items = [Candidate(near.item_id, near.score, [TWO_TOWER]) for near in by_channel[TWO_TOWER]]
+    return Similar(version.id, items, by_channel)

@@ -8,20 +8,22 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
-from twotower.features.bloom import Shape
+from twotower.datasets.places import Places
+from twotower.features.bloom import FilterShape
 from twotower.features.store import LmdbFeatureStore
-from twotower.logs import EventLog
+from twotower.logs import EventLog, open_log
+from twotower.logs.options import EventLogOptions
 from twotower.schema.errors import ConfigError, DataError
 from twotower.serve.admin import make_admin_app
-from twotower.serve.app import Metrics, make_app
-from twotower.serve.entities import add_entities
-from twotower.serve.funnel import Sizes
+from twotower.serve.app import make_app
 from twotower.serve.health import Health
+from twotower.serve.metrics import Metrics
+from twotower.serve.options import FunnelOptions, ServeOptions
+from twotower.serve.parts import ServerParts
 from twotower.serve.snapshots import POLL_S, Snapshots
 from twotower.serve.users import RecentUsers
 
@@ -43,43 +45,23 @@ class Address:
 
 
 def run_server(
+    places: Places,
+    log_options: EventLogOptions,
+    serve: ServeOptions,
+    funnel: FunnelOptions,
     *,
-    versions: Path,
-    deltas: Path,
-    open_log: Callable[[], EventLog],
-    store_folder: Path,
-    erase_every_s: float,
-    host: str,
-    port: int,
-    admin_port: int,
     admin_token: str | None,
-    exclude: str,
-    impressed_window_ms: int,
-    impressed_shape: Shape,
-    channel_timeout_ms: float,
-    sizes: Sizes,
-    page: int,
-    extend: Callable[[FastAPI, Snapshots, RecentUsers], None],
+    extend: Callable[[FastAPI, ServerParts], None],
     ready: Callable[[Address], None],
 ) -> None:
     """Serve until a signal ends it.
 
     Args:
-        versions: the folder of all versions.
-        deltas: the folder of the deltas of all versions.
-        open_log: opens the event log to write.
-        store_folder: the feature store.
-        erase_every_s: how often deleted users' events are erased from the log.
-        host: address of the public port.
-        port: public port; 0 = any free one.
-        admin_port: port of the admin verbs on 127.0.0.1; 0 = any free one.
+        places: of the workspace.
+        log_options: of the event log, which is opened to write.
+        serve: of the server.
+        funnel: of pages.
         admin_token: what admin requests must carry; None = no admin port.
-        exclude: what is left out unless a request says otherwise.
-        impressed_window_ms: how long an impression is left out.
-        impressed_shape: of the filters of impressions before the latest.
-        channel_timeout_ms: how long a request waits for its channels, where it has several.
-        sizes: of the stages of a request for a page.
-        page: items of a page, unless a request says otherwise.
         extend: adds to the public application, such as the page.
         ready: called with the addresses when requests are answered.
 
@@ -90,73 +72,70 @@ def run_server(
     """
     metrics, health = Metrics(), Health()
     with ExitStack() as opened:
-        snapshots = Snapshots(versions, metrics.switched, deltas)  # first: without a version nothing is made
-        event_log = open_log()
+        snapshots = Snapshots(places.versions, metrics.switched, places.deltas)  # first: without one nothing is made
+        event_log = _opened(log_options, places)
         opened.callback(event_log.close)
-        store = LmdbFeatureStore(store_folder)
+        store = LmdbFeatureStore(places.feature_store)
         opened.callback(store.close)
-        users = RecentUsers(event_log, store, impressed_shape, lambda reason: metrics.passed_over.labels(reason).inc())
+        users = RecentUsers(
+            event_log, store, filter_shape(serve), lambda reason: metrics.passed_over.labels(reason).inc()
+        )
         if applied := users.catch_up():
             log.info("%d events of the log applied", applied)
-        opened.enter_context(_erasing(event_log, users, erase_every_s, health))
+        erase_s = log_options.erase_every_s
+        # Closing the log ends a pass that is under way.
+        opened.enter_context(_repeating(health, ERASER, lambda: _erase(users), erase_s, event_log.close))
         opened.callback(snapshots.close)
         snapshots.heed(lambda: users.entities)
-        app = make_app(
-            snapshots,
-            event_log,
-            users,
-            metrics,
-            exclude=exclude,
-            impressed_window_ms=impressed_window_ms,
-            channel_timeout_ms=channel_timeout_ms,
-            sizes=sizes,
-            page=page,
-            health=health,
-        )
-        add_entities(app, snapshots, event_log, users)
-        extend(app, snapshots, users)
-        public = opened.enter_context(_listen(host, port))
+        parts = ServerParts(snapshots, event_log, users, serve, funnel, metrics, health)
+        app = make_app(parts)
+        extend(app, parts)
+        public = opened.enter_context(_listen(serve.host, serve.port))
         admin_url = None
         if admin_token:
-            admin_app = make_admin_app(snapshots, versions, admin_token)
-            admin = opened.enter_context(_listen("127.0.0.1", admin_port))
+            admin_app = make_admin_app(snapshots, places.versions, admin_token)
+            admin = opened.enter_context(_listen("127.0.0.1", serve.admin_port))
             admin_url = _url("127.0.0.1", admin)
             opened.enter_context(_in_background(_server(admin_app), admin, health))
-        opened.enter_context(_reading(users, health))
+        opened.enter_context(_repeating(health, READER, lambda: read_log(users, health), POLL_S))
         snapshots.follow(health)
-        address = Address(_url(host, public), admin_url, snapshots.version.id)
+        address = Address(_url(serve.host, public), admin_url, snapshots.version.id)
         server = _server(app)
         with _ended_by_signals(server):
             asyncio.run(_serve(server, public, lambda: ready(address)))
 
 
+def _opened(log: EventLogOptions, places: Places) -> EventLog:
+    return open_log(log.kind, places.log, log.url, log.name, log.partitions, log.sync, log.sync_s)
+
+
+def filter_shape(serve: ServeOptions) -> FilterShape:
+    """The shape of the filters of impressions before the latest.
+
+    Raises:
+        ConfigError: periods shorter than a millisecond.
+    """
+    kept = serve.impressed_filter
+    return FilterShape.of(int(1000 * serve.impressed_window_s), kept.periods, kept.items, kept.error_rate)
+
+
+def _erase(users: RecentUsers) -> None:
+    if number := users.erase_deleted():
+        log.info("%d events of deleted users erased from the log", number)
+
+
 @contextmanager
-def _erasing(event_log: EventLog, users: RecentUsers, every_s: float, health: Health) -> Iterator[None]:
-    """Erase deleted users' events from the log, now and every so often; the log is closed at the end."""
+def _repeating(
+    health: Health, name: str, work: Callable[[], None], every_s: float, end: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Do some work now and every so often, in a thread; `end` is called before the thread is waited for."""
     stop = threading.Event()
-
-    def erase() -> None:
-        if number := users.erase_deleted():
-            log.info("%d events of deleted users erased from the log", number)
-
-    thread = health.repeat(ERASER, erase, every_s, stop)
+    thread = health.repeat(name, work, every_s, stop)
     try:
         yield
     finally:
         stop.set()
-        event_log.close()  # ends a pass that is under way
-        thread.join()
-
-
-@contextmanager
-def _reading(users: RecentUsers, health: Health) -> Iterator[None]:
-    """Read what others write to the log, five times a second."""
-    stop = threading.Event()
-    thread = health.repeat(READER, lambda: read_log(users, health), POLL_S, stop)
-    try:
-        yield
-    finally:
-        stop.set()
+        end()
         thread.join()
 
 
@@ -188,7 +167,7 @@ def _in_background(server: uvicorn.Server, listening: socket.socket, health: Hea
 
 @contextmanager
 def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
-    """Take SIGINT and SIGTERM as a wish to end: running requests are answered, files are closed, the exit code is 0.
+    """End the server on SIGINT and SIGTERM: running requests are answered, files are closed, the exit code is 0.
 
     While it runs, uvicorn catches both itself; it raises them again at its end, where they would kill the process.
     """

@@ -1,9 +1,8 @@
 """The served version with what was learned since, and its replacement while requests go on.
 
-Deltas are taken up in their order within a fifth of a second, each in one step; so are users and items that were put or
-deleted. One that is damaged or was learned on something else is refused, visibly, and what was served stays. A
-request takes the snapshot once and keeps it to its end; a switch replaces one reference. A version that is damaged or
-does not repeat its golden answers is refused, visibly, and the old one stays.
+Deltas, and users and items that were put or deleted, are taken up in their order within a fifth of a second, each in
+one step. A request takes the snapshot once and keeps it to its end; a switch replaces one reference. A delta or a
+version that fails any check is rejected visibly, and the server keeps serving what it served.
 """
 
 import logging
@@ -15,7 +14,7 @@ from typing import Any
 
 from twotower.publish.delta import Delta, Reports, base_digest, folded_seqs, read_folded, read_next
 from twotower.publish.golden import replay
-from twotower.publish.overlay import Entities, Overlay
+from twotower.publish.overlay import EntityChanges, Overlay
 from twotower.publish.publish import current, existing_path
 from twotower.publish.version import Version, open_version
 from twotower.schema.errors import TwotowerError, VersionError
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 FOLLOWER = "the follower of versions and deltas"
 """Names its thread."""
-_NOTHING = Entities()
+_NOTHING = EntityChanges()
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Refusal:
 
 @dataclass
 class _Serving:
-    """A version with what was learned since, as far as it has been taken up."""
+    """A version with what was learned since and taken up."""
 
     overlay: Overlay
     base: str
@@ -50,11 +49,11 @@ class _Serving:
     """Digest of the latest delta, or of the version."""
     version: Version
     """What requests see; replaced in one step."""
-    shown: Entities = _NOTHING
+    shown: EntityChanges = _NOTHING
     refused: Refusal | None = None
     """The delta that did not go live, if there is one."""
-    over_it: int = 0
-    """A folded delta of a higher number gets over the refused one."""
+    skipped_to: int = 0
+    """A folded delta of a higher number replaces the refused one."""
     reports: Reports = field(default_factory=Reports)
 
 
@@ -76,7 +75,7 @@ class Snapshots:
         versions: Path,
         on_switch: Callable[[str], None] = lambda _: None,
         deltas: Path | None = None,
-        entities: Callable[[], Entities] = lambda: _NOTHING,
+        entities: Callable[[], EntityChanges] = lambda: _NOTHING,
     ) -> None:
         self._versions = versions
         self._on_switch = on_switch
@@ -136,7 +135,7 @@ class Snapshots:
             self.refresh()
             return self._serving.version.id
 
-    def heed(self, entities: Callable[[], Entities]) -> None:
+    def heed(self, entities: Callable[[], EntityChanges]) -> None:
         """Take up the users and items that were put or deleted from another source, now and from now on."""
         self._entities = entities
         self.refresh()
@@ -178,9 +177,7 @@ class Snapshots:
                 self._advance(opened)
                 self._serving = opened
         except Exception as error:  # whatever is wrong with the new version, the old one answers on
-            self.refused = Refusal(version_id, str(error) or repr(error))
-            unexpected = not isinstance(error, TwotowerError)
-            log.error("%s is refused, %s stays: %s", version_id, self._serving.version.id, error, exc_info=unexpected)
+            self.refused = Refusal(version_id, _refused(version_id, self._serving.version.id, error))
             return
         self.refused = None
         self._on_switch(version_id)
@@ -206,8 +203,7 @@ class Snapshots:
 
     def _learn(self, serving: _Serving) -> bool:
         """Read the deltas behind the served one, in order, up to one that is refused; gives whether there was one."""
-        overlay, learned = serving.overlay, False
-        base = overlay.base.id
+        overlay, base, learned = serving.overlay, serving.overlay.base.id, False
         while self._deltas is not None:
             try:
                 if (delta := self._next(self._deltas, serving)) is None:
@@ -217,22 +213,26 @@ class Snapshots:
                 serving.follows, serving.refused = delta.digest, None
                 learned = True
             except Exception as error:  # whatever is wrong with the delta, what is served stays
-                seq = overlay.seq + 1
-                serving.refused = Refusal(base, str(error) or repr(error), seq)
-                serving.over_it = max(folded_seqs(self._deltas, base), default=0)
-                unexpected = not isinstance(error, TwotowerError)
-                log.error("delta %d of %s is refused, %d stays: %s", seq, base, overlay.seq, error, exc_info=unexpected)
+                what = f"delta {overlay.seq + 1} of {base}"
+                serving.refused = Refusal(base, _refused(what, overlay.seq, error), overlay.seq + 1)
+                serving.skipped_to = max(folded_seqs(self._deltas, base), default=0)
         return learned
 
     def _next(self, deltas: Path, serving: _Serving) -> Delta | None:
-        """The next delta, or one that gets over it."""
+        """The next delta, or a folded one that replaces a refused one."""
         overlay = serving.overlay
         if serving.refused is None:
             return read_next(deltas, overlay.base.id, serving.base, overlay.seq, serving.follows)
-        after = max(overlay.seq, serving.over_it)
-        serving.over_it = max(folded_seqs(deltas, overlay.base.id), default=0)
+        after = max(overlay.seq, serving.skipped_to)
+        serving.skipped_to = max(folded_seqs(deltas, overlay.base.id), default=0)
         return read_folded(deltas, overlay.base.id, serving.base, after)
 
 
-def _sizes(entities: Entities) -> tuple[int, int]:
+def _refused(what: str, kept: object, error: Exception) -> str:
+    """Log that something is refused, and give the reason."""
+    log.error("%s is refused, %s stays: %s", what, kept, error, exc_info=not isinstance(error, TwotowerError))
+    return str(error) or repr(error)
+
+
+def _sizes(entities: EntityChanges) -> tuple[int, int]:
     return len(entities.items), len(entities.users)

@@ -1,8 +1,8 @@
 """What a server has learned since the version: users' latest clicks and impressions, users and items put or deleted.
 
-It is a function of the event log alone: events are applied in the order of the log, together with the place up to
-which it was read, in one change of the store. A server that was killed goes on from there; a lost store, or one that is
-of another log or of other settings, is made again.
+It is a function of the event log alone: events are applied in the order of the log, together with the offset up to
+which it was read, in one change of the store. A killed server continues from there. A store that is lost, or belongs to
+another log or other settings, is built again.
 """
 
 import hashlib
@@ -15,35 +15,46 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
-from twotower.features.bloom import Seen, Shape, hash_ids
+from twotower.features.bloom import FilterShape, Seen, hash_ids
 from twotower.features.store import FeatureStore
 from twotower.logs import Event, EventLog, Record
-from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of, is_deletion
-from twotower.logs.events import CLICK, IMPRESSION, ITEM, ITEMS, OUTCOMES, REQUEST, UNUSABLE, USER
-from twotower.logs.payload import MESSAGE, REASON, mark_of
-from twotower.publish.overlay import Entities
+from twotower.logs.entities import Entity, after
+from twotower.logs.events import (
+    ITEM,
+    USER,
+    Click,
+    Content,
+    EntityDeleted,
+    EntityId,
+    EntityPut,
+    Impression,
+    LoggedRequest,
+    Unusable,
+)
+from twotower.logs.payload import mark_of
+from twotower.publish.overlay import EntityChanges
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 
 _LOGGER = logging.getLogger(__name__)
 
-MOST_CLICKS = 500
-MOST_SHOWN = 2000
+MAX_CLICKS = 500
+MAX_SHOWN = 2000
 """Latest clicks and impressions kept of a user; earlier impressions are in filters."""
 
 _BATCH = 1000
-_LONG = 256
+_MAX_KEY_BYTES = 256
 _PLACES = b"places"
-"""Key of what was read of the log."""
+"""Key of how far the log was read."""
 _ENTITY = b"entity/"
-"""Before the keys of users and items that were put or deleted."""
+"""Prefix of the keys of users and items that were put or deleted."""
 _ERASE = b"erase/"
-"""Before the keys of deleted users whose events are not yet erased from the log."""
+"""Prefix of the keys of deleted users whose events are not yet erased from the log."""
 _SHAPE = b"shape"
 """Key of the shape of the filters."""
 
-UserId = int | str
-ItemId = int | str
+UserId = EntityId
+ItemId = EntityId
 
 
 @dataclass(frozen=True)
@@ -55,12 +66,12 @@ class Recent:
     shown: tuple[tuple[int, ItemId], ...] = ()
     """The same of each impression."""
     seen: Seen | None = None
-    """Filters of the impressions before those; None where there were none."""
+    """Filters of the earlier impressions; None where there are none."""
 
 
 @dataclass(frozen=True)
-class _Place:
-    """How far a partition was read: the last event that was applied, and where the next one stands."""
+class _Applied:
+    """How far a partition was read: the last event that was applied, and the offset of the next."""
 
     offset: int
     next_offset: int
@@ -72,8 +83,8 @@ class RecentUsers:
 
     Args:
         log: the event log.
-        store: where they are kept; emptied where it holds what was read from another log, or with another shape.
-        shape: of the filters of impressions before the latest; None = these are forgotten.
+        store: where they are kept; emptied if its content comes from another log, or has another shape.
+        shape: of the filters of earlier impressions; None = these are forgotten.
         passed_over: called with the reason of each event that cannot be used.
     """
 
@@ -81,7 +92,7 @@ class RecentUsers:
         self,
         log: EventLog,
         store: FeatureStore,
-        shape: Shape | None = None,
+        shape: FilterShape | None = None,
         passed_over: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._log = log
@@ -90,7 +101,7 @@ class RecentUsers:
         self._passed_over = passed_over
         self._applying = threading.Lock()
         stored = store.get(_PLACES)
-        self._places = [None if place is None else _Place(*place) for place in orjson.loads(stored or b"[]")]
+        self._places = [None if place is None else _Applied(*place) for place in orjson.loads(stored or b"[]")]
         described = orjson.dumps(shape)
         if not self.is_of_this_log() or (store.get(_SHAPE) or b"null") != described:
             if stored:
@@ -101,18 +112,18 @@ class RecentUsers:
         self._entities = _read_entities(store)
 
     @property
-    def entities(self) -> Entities:
-        """The users and items that were put or deleted; the same object until there is another one."""
+    def entities(self) -> EntityChanges:
+        """The users and items that were put or deleted; the same object until one changes."""
         return self._entities
 
     def get(self, user_id: UserId) -> Recent:
-        """A user's recent events; empty for someone never seen."""
+        """A user's recent events; empty for an unknown user."""
         user_key = _user_key(user_id)
         value = self._store.get(user_key)
         if value is None:
             return Recent()
         clicks, shown = orjson.loads(value)
-        seen = self._store.get(_seen_key(user_key)) if self._shape and len(shown) == MOST_SHOWN else None
+        seen = self._store.get(_seen_key(user_key)) if self._shape and len(shown) == MAX_SHOWN else None
         return Recent(
             tuple(_pair(entry) for entry in clicks),
             tuple(_pair(entry) for entry in shown),
@@ -141,25 +152,24 @@ class RecentUsers:
         changed: dict[bytes, Recent] = {}
         put: dict[tuple[str, EntityId], Entity] = {}
         values: dict[bytes, bytes | None] = {}
-        unusable: dict[str, Record] = {}
+        unusable: dict[str, tuple[int, str]] = {}
         for record in records:
-            event = record.event
-            if event.type == UNUSABLE:
-                unusable.setdefault(event.body[REASON], record)
-                self._passed_over(event.body[REASON])
-            elif event.type in TYPES:
-                self._put(record, put, changed)
-                if event.type == USER and is_deletion(event):
+            event, said = record.event, record.event.content
+            if isinstance(said, Unusable):
+                unusable.setdefault(said.reason, (record.offset, said.message))
+                self._passed_over(said.reason)
+            elif isinstance(said, EntityPut | EntityDeleted):
+                self._put(record, said, put, changed)
+                if isinstance(said, EntityDeleted) and said.kind == USER:
                     values[_erase_key(event.user_id)] = orjson.dumps([partition, event.user_id, record.offset])
             else:
                 user_key = _user_key(event.user_id)
                 changed[user_key] = self._after(changed.get(user_key) or self.get(event.user_id), event)
-        for record in unusable.values():  # one line for each reason, however many there are
-            why = record.event.body[MESSAGE]
-            _LOGGER.warning("partition %d, offset %d: an event is passed over: %s", partition, record.offset, why)
+        for offset, why in unusable.values():  # one line for each reason
+            _LOGGER.warning("partition %d, offset %d: an event is passed over: %s", partition, offset, why)
         last = records[-1]
         places = list(self._places)
-        places[partition] = _Place(last.offset, last.next_offset, mark_of(last.event))
+        places[partition] = _Applied(last.offset, last.next_offset, mark_of(last.event))
         for user_key, recent in changed.items():
             values[user_key] = orjson.dumps([recent.clicks, recent.shown])
             if recent.seen is not None:
@@ -173,12 +183,12 @@ class RecentUsers:
             self._entities = _with_entities(self._entities, put)
 
     def erase_deleted(self) -> int:
-        """Erase from the log what stands there of users before they were deleted; gives the number of events.
+        """Erase deleted users' earlier events from the log; gives the number of events.
 
-        Killed, or after an error, it begins anew with those that are left.
+        After an error or a kill, the next call continues with the remaining users.
 
         Raises:
-            DataError: the log is damaged; what stands in other partitions is erased.
+            DataError: the log is damaged; the events in other partitions are erased.
             EventLogError: the log cannot be written.
         """
         stored = self._store.scan(_ERASE)
@@ -192,32 +202,35 @@ class RecentUsers:
             except DataError as error:
                 damaged.append(str(error))
                 continue
-            with self._applying:  # who was deleted once more meanwhile stays
+            with self._applying:  # a user who was deleted again meanwhile stays
                 done = {_erase_key(user_id) for user_id in users}
                 self._store.write({key: None for key in done if self._store.get(key) == stored[key]})
         if damaged:
             raise DataError("; ".join(damaged))
         return number
 
-    def _put(self, record: Record, put: dict[tuple[str, EntityId], Entity], changed: dict[bytes, Recent]) -> None:
-        """Take in a user or an item that was put or deleted; of a deleted user everything before is forgotten."""
-        event, entity_id = record.event, entity_of(record.event)
-        if entity_id is None:
-            return
-        known = self._entities.items if event.type == ITEM else self._entities.users
-        before = put.get((event.type, entity_id), known.get(entity_id))
-        put[event.type, entity_id] = after(before, event, record.offset)
-        if event.type != ITEM and is_deletion(event):
-            changed[_user_key(entity_id)] = Recent()
+    def _put(
+        self,
+        record: Record,
+        said: EntityPut | EntityDeleted,
+        put: dict[tuple[str, EntityId], Entity],
+        changed: dict[bytes, Recent],
+    ) -> None:
+        """Take in a user or an item that was put or deleted; a deletion forgets all earlier events of a user."""
+        kind, one = said.kind, said.entity_id
+        known = self._entities.items if kind == ITEM else self._entities.users
+        put[kind, one] = after(put.get((kind, one), known.get(one)), said, record.event.ts_ms, record.offset)
+        if kind == USER and isinstance(said, EntityDeleted):
+            changed[_user_key(one)] = Recent()
 
     def _after(self, recent: Recent, event: Event) -> Recent:
-        """What is known of a user after one more event; impressions beyond the latest enter filters."""
-        clicked, shown = items_of(event)
+        """What is known of a user after one more event; impressions beyond the latest go into filters."""
+        clicked, shown = items_of(event.content)
         if not clicked and not shown:
             return recent
         clicks = (*recent.clicks, *((event.ts_ms, item) for item in clicked))
         impressions = (*recent.shown, *((event.ts_ms, item) for item in shown))
-        earlier, seen = impressions[:-MOST_SHOWN], recent.seen
+        earlier, seen = impressions[:-MAX_SHOWN], recent.seen
         if earlier and self._shape is not None:
             seen = seen or Seen(self._shape)
             for kind, type_ in ((int, pa.int64()), (str, pa.string())):
@@ -225,10 +238,10 @@ class RecentUsers:
                 if some:
                     ids = pa.array([item for _, item in some], type_)
                     seen = seen.add([ts_ms for ts_ms, _ in some], hash_ids(ids))
-        return Recent(clicks[-MOST_CLICKS:], impressions[-MOST_SHOWN:], seen)
+        return Recent(clicks[-MAX_CLICKS:], impressions[-MAX_SHOWN:], seen)
 
     def is_of_this_log(self) -> bool:
-        """The log still holds the last event applied of each partition, where it was."""
+        """Whether the log still holds the last applied event of each partition at its offset."""
         if len(self._places) != self._log.partitions:
             return False
         for partition, place in enumerate(self._places):
@@ -243,38 +256,31 @@ class RecentUsers:
         return True
 
 
-def items_of(event: Event) -> tuple[list[ItemId], list[ItemId]]:
-    """The items that an event says were clicked, and those that it says were shown.
+def items_of(said: Content) -> tuple[Sequence[ItemId], Sequence[ItemId]]:
+    """The items that were clicked, and those that were shown, according to an event.
 
-    A click or an impression names `item_id` or packed `items`; a request has packed `items` and `outcomes`.
-
-    >>> body = {"items": [4, 5], "outcomes": ["clicked", "rank_rejected"]}
-    >>> items_of(Event("e", "request", 1, 1_700_000_000_000, body=body))
+    >>> items_of(LoggedRequest(items=[4, 5], outcomes=["clicked", "rank_rejected"]))
     ([4], [4])
     """
-    body = event.body
-    items = body.get(ITEMS, [body[c.ITEM_ID]] if c.ITEM_ID in body else [])
-    items = [item for item in items if type(item) in (int, str)] if isinstance(items, list) else []
-    if event.type == CLICK:
-        return items, []
-    if event.type == IMPRESSION:
-        return [], items
-    if event.type == REQUEST and isinstance(body.get(OUTCOMES), list):
-        pairs = list(zip(items, body[OUTCOMES], strict=False))
-        clicked = [item for item, outcome in pairs if outcome == c.CLICKED]
-        return clicked, [item for item, outcome in pairs if outcome in (c.CLICKED, c.IMPRESSED)]
+    match said:
+        case Click():
+            return said.items or [], []
+        case Impression():
+            return [], said.items or []
+        case LoggedRequest():
+            return said.ended(c.CLICKED), said.ended(c.CLICKED, c.IMPRESSED)
     return [], []
 
 
-def _read_entities(store: FeatureStore) -> Entities:
+def _read_entities(store: FeatureStore) -> EntityChanges:
     found: dict[tuple[str, EntityId], Entity] = {}
     for value in store.scan(_ENTITY).values():
         kind, entity_id, entity = orjson.loads(value)
         found[kind, entity_id] = Entity(**entity)
-    return _with_entities(Entities(), found)
+    return _with_entities(EntityChanges(), found)
 
 
-def _with_entities(entities: Entities, put: dict[tuple[str, EntityId], Entity]) -> Entities:
+def _with_entities(entities: EntityChanges, put: dict[tuple[str, EntityId], Entity]) -> EntityChanges:
     parts: dict[bool, dict[EntityId, Entity]] = {True: {}, False: {}}
     for (kind, entity_id), entity in put.items():
         parts[kind == ITEM][entity_id] = entity
@@ -282,11 +288,11 @@ def _with_entities(entities: Entities, put: dict[tuple[str, EntityId], Entity]) 
 
 
 def _user_key(user_id: UserId) -> bytes:
-    """The user's key; 1 and "1" are different users, and an id too long for a key stands by its digest."""
+    """The user's key; 1 and "1" are different users, and the digest replaces an id too long for a key."""
     if isinstance(user_id, int):
         return b"user/i/%d" % user_id
     name = user_id.encode()
-    return b"user/s/" + name if len(name) <= _LONG else b"user/d/" + hashlib.blake2b(name).digest()
+    return b"user/s/" + name if len(name) <= _MAX_KEY_BYTES else b"user/d/" + hashlib.blake2b(name).digest()
 
 
 def _entity_key(kind: str, entity_id: EntityId) -> bytes:

@@ -11,9 +11,7 @@ further by `idle_ms`; its own event time stays where it is.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from twotower.logs import Event
-from twotower.logs.events import ALLOWED_SKEW_MS, REQUEST
-from twotower.logs.payload import type_before
+from twotower.logs.events import ALLOWED_SKEW_MS, REQUEST, Event
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,11 @@ class Clock:
     floor_ms: int | None = None
     """What a flush raised the watermark to."""
 
-    def watermark_ms(self, lateness_ms: int) -> int | None:
+    def watermark_ms(self, allowed_lateness_ms: int) -> int | None:
         """Nothing is expected any more from before this moment."""
         if self.latest_ms is None:
             return None
-        return max(self.latest_ms - lateness_ms, self.floor_ms or 0)
+        return max(self.latest_ms - allowed_lateness_ms, self.floor_ms or 0)
 
     def after(self, event: Event, logged_ms: int, window_ms: int) -> "Clock":
         """The clock after an event.
@@ -42,10 +40,10 @@ class Clock:
         Args:
             event: the next one of the partition.
             logged_ms: the log's clock when it stored the event.
-            window_ms: how long a click may follow its request.
+            window_ms: the join window.
         """
         ts_ms = min(event.ts_ms, logged_ms)
-        request_ms = max(self.request_ms or 0, ts_ms) if type_before(event) == REQUEST else self.request_ms
+        request_ms = max(self.request_ms or 0, ts_ms) if event.original_type == REQUEST else self.request_ms
         if request_ms is not None and ts_ms > request_ms + window_ms:
             return self
         return Clock(max(self.latest_ms or 0, ts_ms), request_ms, self.floor_ms)
@@ -83,10 +81,10 @@ def joined_until(partitions: Iterable[JoinProgress], idle_ms: int) -> int | None
     latest_ms = max((one.watermark_ms for one in partitions if one.watermark_ms is not None), default=None)
     if latest_ms is None:
         return None
-    held = [
+    reached = [
         one.watermark_ms
         for one in partitions
         if not one.read_to_end or (one.watermark_ms is not None and one.watermark_ms >= latest_ms - idle_ms)
     ]
-    known = [watermark_ms for watermark_ms in held if watermark_ms is not None]
-    return min(known) if len(known) == len(held) else None
+    known = [watermark_ms for watermark_ms in reached if watermark_ms is not None]
+    return min(known) if len(known) == len(reached) else None

@@ -18,21 +18,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.datasets.tables import DAY_MS, codes
+from twotower.logs.events import EntityId
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import whole_file
 from twotower.schema.tables import joined_events
-from twotower.stream.rows import CONTEXT, Types, UserId
-from twotower.stream.shards import Deleted, Manifest, read_shard
+from twotower.stream.rows import FUNNEL, Types
+from twotower.stream.shards import DeletedUser, Manifest, read_shard
 
 log = logging.getLogger(__name__)
 
 ROWS: Final = b"twotower.rows"
 """Key of a file's metadata: all rows of its day with a number below are in it."""
 _DAY_BITS: Final = 40
-_ROW: Final = "row"
-_RANK: Final = "rank"
-_TEXT: Final = "text"
 
 
 def joined_path(events: Path, day: str, partition: int) -> Path:
@@ -78,9 +76,9 @@ def write_day(events: Path, folder: Path, day: str, shards: Sequence[Manifest], 
     partition, end_row = holding[0].partition, 1 + max(shard.days[day].last_row for shard in holding)
     begin_ms = DAY_MS * (datetime.date.fromisoformat(day) - datetime.date(1970, 1, 1)).days
     schema = joined_schema(types)
-    kept = {*schema.names, *(f"{CONTEXT}{name}" for name in types.context)}
+    kept = {*schema.names, *(f"{c.CONTEXT}{name}" for name in types.context)}
     nothing = pa.schema([field for field in holding[0].schema if field.name in kept]).empty_table()
-    parts = [nothing.append_column(_ROW, pa.array([], pa.int64()))]
+    parts = [nothing.append_column(c.ROW, pa.array([], pa.int64()))]
     for shard in holding:
         try:
             rows = read_shard(folder, shard, columns=[name for name in shard.schema.names if name in kept])
@@ -88,14 +86,13 @@ def write_day(events: Path, folder: Path, day: str, shards: Sequence[Manifest], 
             log.error("%s is written without %d rows of a damaged shard: %s", day, shard.days[day].rows, error)
             end_row = min(end_row, shard.first_row)  # the day is written again until the shard is restored
             continue
-        rows = rows.append_column(_ROW, pa.array(np.arange(shard.first_row, shard.end_row)))
         at = rows[c.REQUEST_TS_MS]
         parts.append(rows.filter(pc.and_(pc.greater_equal(at, begin_ms), pc.less(at, begin_ms + DAY_MS))))
     rows = _furthest(_without(pa.concat_tables(parts, promote_options="default"), _deleted(shards)))
     numbers = ((begin_ms // DAY_MS) << _DAY_BITS) + np.arange(rows.num_rows, dtype=np.int64) * partitions + partition
     columns = {c.EVENT_SEQ: pa.array(numbers)}
     columns |= {name: rows[name] for name in schema.names if name in rows.column_names}
-    columns |= {name: rows[f"{CONTEXT}{name}"] for name in types.context if f"{CONTEXT}{name}" in rows.column_names}
+    columns |= {name: rows[f"{c.CONTEXT}{name}"] for name in types.context if f"{c.CONTEXT}{name}" in rows.column_names}
     missing = {name: pa.nulls(rows.num_rows, schema.field(name).type) for name in schema.names if name not in columns}
     try:
         table = pa.table({name: (columns | missing)[name] for name in schema.names}).cast(schema)
@@ -109,16 +106,7 @@ def write_day(events: Path, folder: Path, day: str, shards: Sequence[Manifest], 
 def joined_schema(types: Types) -> pa.Schema:
     """The columns of a daily file: those of joined events, what the funnel knows, and the context."""
     schema = joined_events(types.user_id, types.item_id)
-    for name, kind in (
-        (c.POSITION, pa.int32()),
-        (c.SCORE, pa.float32()),
-        (c.CHANNEL, pa.string()),
-        (c.PROBABILITY, pa.float32()),
-        (c.PROPENSITY, pa.float32()),
-        *types.context.items(),
-    ):
-        schema = schema.append(pa.field(name, kind))
-    return schema
+    return pa.schema([*schema, *(pa.field(name, kind) for name, kind in {**FUNNEL, **types.context}.items())])
 
 
 def _written(path: Path) -> int:
@@ -132,11 +120,11 @@ def _written(path: Path) -> int:
     return int(metadata.get(ROWS, b"0"))
 
 
-def _deleted(shards: Sequence[Manifest]) -> list[Deleted]:
+def _deleted(shards: Sequence[Manifest]) -> list[DeletedUser]:
     return [one for shard in shards for one in shard.deleted]
 
 
-def _has_any(path: Path, users: set[UserId]) -> bool:
+def _has_any(path: Path, users: set[EntityId]) -> bool:
     """A day's file has rows of some users."""
     if not users:
         return False
@@ -144,20 +132,20 @@ def _has_any(path: Path, users: set[UserId]) -> bool:
     return bool(pc.any(pc.is_in(stored, pa.array(list(users), stored.type))).as_py())
 
 
-def _without(rows: pa.Table, deleted: Sequence[Deleted]) -> pa.Table:
+def _without(rows: pa.Table, deleted: Sequence[DeletedUser]) -> pa.Table:
     """The rows that left after their user was deleted, if ever."""
     if not deleted:
         return rows
     until = {one.user_id: one.row for one in deleted}  # the last deletion of a user counts
     place = pc.index_in(rows[c.USER_ID], pa.array(list(until), rows.schema.field(c.USER_ID).type))
-    before = pc.less(rows[_ROW], pa.array(list(until.values()), pa.int64()).take(place))
+    before = pc.less(rows[c.ROW], pa.array(list(until.values()), pa.int64()).take(place))
     return rows.filter(pc.invert(pc.fill_null(before, False)))
 
 
 def _furthest(rows: pa.Table) -> pa.Table:
     """One row of each item of a request, in the order of time, then user, request and place in the request's record."""
     ranks = pc.index_in(rows[c.OUTCOME], pa.array(c.OUTCOMES)).to_numpy()
-    number = rows[_ROW].to_numpy()
+    number = rows[c.ROW].to_numpy()
     request, user, item = (codes(rows[name]) for name in (c.REQUEST_ID, c.USER_ID, c.ITEM_ID))
     named = rows[c.REQUEST_ID].is_valid().to_numpy()
     request = np.where(named, request, -1 - number)  # a row without a request stands alone

@@ -14,10 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from twotower.features.columns import pointers, ranges
-from twotower.logs.events import HISTORY
+from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.stream.example import BYTES_LIST, FLOAT_LIST, INT64_LIST, ROWS_BACK, list_of
-from twotower.stream.rows import FEATURES
 from twotower.stream.tfrecord import Records
 
 Places = npt.NDArray[np.int64]
@@ -107,7 +106,7 @@ def decode_rows(records: Records, first: int, end: int, schema: pa.Schema) -> pa
     if not back.any():
         return rows
     for place, name in enumerate(schema.names):
-        if name == HISTORY or name.startswith(FEATURES):
+        if name == c.HISTORY or name.startswith(c.FEATURES):
             rows = rows.set_column(place, schema.field(name), table[name].take(pa.array(source - begin)))
     return rows
 
@@ -153,7 +152,8 @@ def _column(
         other = lists.number != next(number for number, name in _LISTS.items() if name == wanted)
         if (has := lists.number > 0).any() and (wrong := has & other).any():
             seen = _LISTS.get(int(lists.number[wrong][0]), "another kind")
-            raise DataError(f"record {begin + int(owner[wrong][0])}: {field.name} is a {seen}, where a {wanted} is due")
+            where = f"record {begin + int(owner[wrong][0])}: {field.name}"
+            raise DataError(f"{where} is a {seen}, where a {wanted} is expected")
         owner, lists = owner[has], lists.take(has)
         values, counts = _values(data, lists, kind)
     except _Malformed as error:
@@ -167,9 +167,8 @@ def _column(
         return pa.ListArray.from_arrays(offsets, values, type=field.type, mask=pa.array(missing))
     if (counts > 1).any():
         several = int(np.flatnonzero(counts > 1)[0])
-        raise DataError(
-            f"record {begin + int(owner[several])}: {field.name} has {int(counts[several])} values, where one is due"
-        )
+        where = f"record {begin + int(owner[several])}: {field.name}"
+        raise DataError(f"{where} has {int(counts[several])} values, where one is expected")
     places = np.full(size, -1, np.int64)
     places[owner[counts == 1]] = np.arange(len(values))
     return values.take(pa.array(places, mask=places < 0))

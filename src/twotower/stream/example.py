@@ -5,14 +5,14 @@ one without values. `decode.py` reads them back as columns.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from typing import Any, Final
 
 import pyarrow as pa
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from twotower.logs.events import DELTA_SEQ, HISTORY, VERSION
 from twotower.schema import columns as c
-from twotower.stream.rows import CONTEXT, FEATURES, Asked, Row, Types
+from twotower.stream.rows import Row, RowRequest, Types
 
 INT64_LIST: Final = "int64_list"
 FLOAT_LIST: Final = "float_list"
@@ -22,8 +22,20 @@ ROWS_BACK: Final = "rows_back"
 """A feature of a row whose history and user features stand in an earlier row of its file: how many rows earlier."""
 
 _FIELDS: Final = descriptor_pb2.FieldDescriptorProto
-_SHARED_TAG: Final = b"\x0a"
-"""Of the field `features` of an Example."""
+_FEATURES_TAG: Final = b"\x0a"
+"""Tag of the field `features` of an Example."""
+_OWN: Final = (
+    c.ITEM_ID,
+    c.OUTCOME,
+    c.CLICK_TS_MS,
+    c.WEIGHT,
+    c.POSITION,
+    c.SCORE,
+    c.CHANNEL,
+    c.PROBABILITY,
+    c.PROPENSITY,
+)
+"""Columns that are attributes of a `Row` under the same name."""
 
 
 def _messages() -> tuple[Any, Any]:
@@ -32,39 +44,34 @@ def _messages() -> tuple[Any, Any]:
         name="twotower/example.proto", package="twotower.example", syntax="proto3"
     )
 
-    def message(name: str, parent: Any = file.message_type) -> Any:
-        return parent.add(name=name)
-
     def field(of: Any, name: str, number: int, kind: int, type_name: str = "", repeated: bool = False) -> Any:
         label = _FIELDS.LABEL_REPEATED if repeated else _FIELDS.LABEL_OPTIONAL
         return of.field.add(name=name, number=number, type=kind, label=label, type_name=type_name or None)
 
-    for name, kind in (
-        ("BytesList", _FIELDS.TYPE_BYTES),
-        ("FloatList", _FIELDS.TYPE_FLOAT),
-        ("Int64List", _FIELDS.TYPE_INT64),
-    ):
-        field(message(name), "value", 1, kind, repeated=True)
-    feature = message("Feature")
+    feature = file.message_type.add(name="Feature")
     feature.oneof_decl.add(name="kind")
-    for number, (name, kind) in enumerate(
-        ((BYTES_LIST, "BytesList"), (FLOAT_LIST, "FloatList"), (INT64_LIST, "Int64List")), 1
+    for number, (name, list_name, kind) in enumerate(
+        (
+            (BYTES_LIST, "BytesList", _FIELDS.TYPE_BYTES),
+            (FLOAT_LIST, "FloatList", _FIELDS.TYPE_FLOAT),
+            (INT64_LIST, "Int64List", _FIELDS.TYPE_INT64),
+        ),
+        1,
     ):
-        field(feature, name, number, _FIELDS.TYPE_MESSAGE, f".twotower.example.{kind}").oneof_index = 0
-    features = message("Features")
+        field(file.message_type.add(name=list_name), "value", 1, kind, repeated=True)
+        field(feature, name, number, _FIELDS.TYPE_MESSAGE, f".twotower.example.{list_name}").oneof_index = 0
+    features = file.message_type.add(name="Features")
     entry = features.nested_type.add(name="FeatureEntry")
     entry.options.map_entry = True
     field(entry, "key", 1, _FIELDS.TYPE_STRING)
     field(entry, "value", 2, _FIELDS.TYPE_MESSAGE, ".twotower.example.Feature")
     field(features, "feature", 1, _FIELDS.TYPE_MESSAGE, ".twotower.example.Features.FeatureEntry", repeated=True)
-    field(message("Example"), "features", 1, _FIELDS.TYPE_MESSAGE, ".twotower.example.Features")
+    example = file.message_type.add(name="Example")
+    field(example, "features", 1, _FIELDS.TYPE_MESSAGE, ".twotower.example.Features")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    found = [
-        message_factory.GetMessageClass(pool.FindMessageTypeByName(f"twotower.example.{name}"))
-        for name in ("Example", "Features")
-    ]
-    return found[0], found[1]
+    names = (f"twotower.example.{name}" for name in ("Example", "Features"))
+    return tuple(message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in names)  # type: ignore[return-value]
 
 
 Example, Features = _messages()
@@ -83,7 +90,9 @@ def list_of(kind: pa.DataType) -> str:
     return FLOAT_LIST if pa.types.is_floating(kind) else INT64_LIST
 
 
-def encode_rows(batches: Iterable[Sequence[Row]], types: Types) -> Iterator[bytes]:
+def encode_rows(
+    batches: Iterable[Sequence[Row]], types: Types, numbers: Iterable[int] | None = None
+) -> Iterator[bytes]:
     """Each row as the bytes of an Example, the same for the same batch.
 
     Rows of one request that follow each other in a batch have its history and its user features once, in the first of
@@ -93,86 +102,71 @@ def encode_rows(batches: Iterable[Sequence[Row]], types: Types) -> Iterator[byte
     Args:
         batches: rows that left at the same event.
         types: of ids and values.
+        numbers: of the rows in their partition; None = from 0 on.
     """
-    kinds = {field.name: list_of(field.type) for field in types.schema()} | {ROWS_BACK: INT64_LIST}
+    kinds = {field.name: list_of(field.type) for field in types.schema()} | dict.fromkeys(
+        (c.ROW, ROWS_BACK), INT64_LIST
+    )
+    number = iter(count() if numbers is None else numbers)
     for rows in batches:
         shared: bytes = b""
-        asked: Asked | None = None
+        request: RowRequest | None = None
         first_shown: int | None = None
         for place, row in enumerate(rows):
-            if row.asked is not asked:
-                asked, shared, first_shown = row.asked, _bytes(_shared(row.asked), kinds), None
-            content = _bytes(_own(row), kinds) + shared
+            if row.request is not request:
+                request, shared, first_shown = row.request, _bytes(_shared(row.request), kinds), None
+            own = {name: getattr(row, name) for name in _OWN}
+            own[c.ROW] = next(number)
+            content = shared
             if row.outcome in (c.IMPRESSED, c.CLICKED):
                 if first_shown is None:
                     first_shown = place
-                    content += _bytes(_of_shown(row.asked), kinds)
+                    content += _bytes(_of_shown(request), kinds)
                 else:
-                    content += _bytes({ROWS_BACK: place - first_shown}, kinds)
-            yield _SHARED_TAG + _varint(len(content)) + content
+                    own[ROWS_BACK] = place - first_shown
+            content = _bytes(own, kinds) + content
+            yield _FEATURES_TAG + _varint(len(content)) + content
 
 
-def _own(row: Row) -> dict[str, Any]:
-    return {
-        c.ITEM_ID: row.item_id,
-        c.OUTCOME: row.outcome,
-        c.CLICK_TS_MS: row.click_ts_ms,
-        c.WEIGHT: row.weight,
-        c.POSITION: row.position,
-        c.SCORE: row.score,
-        c.CHANNEL: row.channel,
-        c.PROBABILITY: row.probability,
-        c.PROPENSITY: row.propensity,
-    }
-
-
-def _shared(asked: Asked) -> dict[str, Any]:
+def _shared(request: RowRequest) -> dict[str, Any]:
     """What every row of a request has."""
     return {
-        c.USER_ID: asked.user_id,
-        c.REQUEST_ID: asked.request_id,
-        c.REQUEST_TS_MS: asked.ts_ms,
-        VERSION: asked.version,
-        DELTA_SEQ: asked.delta_seq,
-        **{f"{CONTEXT}{name}": value for name, value in asked.context.items()},
+        c.USER_ID: request.user_id,
+        c.REQUEST_ID: request.request_id,
+        c.REQUEST_TS_MS: request.ts_ms,
+        c.VERSION: request.version,
+        c.DELTA_SEQ: request.delta_seq,
+        **{f"{c.CONTEXT}{name}": value for name, value in request.context.items()},
     }
 
 
-def _of_shown(asked: Asked) -> dict[str, Any]:
+def _of_shown(request: RowRequest) -> dict[str, Any]:
     """What the rows of shown items have: models learn from these alone."""
-    return {**{f"{FEATURES}{name}": value for name, value in asked.features.items()}, HISTORY: asked.history}
+    return {
+        **{f"{c.FEATURES}{name}": value for name, value in request.features.items()},
+        c.HISTORY: request.history,
+    }
 
 
 def _bytes(values: dict[str, Any], kinds: dict[str, str]) -> bytes:
     """Features of those values that are not null, ordered by name."""
     message = Features()
-    feature = message.feature
     for name, value in values.items():
         if value is None:
             continue
         kind = kinds[name]
-        if isinstance(value, list | tuple):
-            _fill(getattr(feature[name], kind), kind, value)
+        many = value if isinstance(value, list | tuple) else (value,)
+        values_of = getattr(message.feature[name], kind)
+        if not many:
+            values_of.SetInParent()  # an empty list is another thing than no feature
         elif kind == BYTES_LIST:
-            feature[name].bytes_list.value.append(value.encode())
+            values_of.value.extend([text.encode() for text in many])
         elif kind == INT64_LIST:
-            feature[name].int64_list.value.append(int(value))  # protobuf takes no booleans for integers
+            values_of.value.extend(map(int, many))  # protobuf takes no booleans for integers
         else:
-            feature[name].float_list.value.append(value)
-    found: bytes = message.SerializeToString(deterministic=True)
-    return found
-
-
-def _fill(values_of: Any, kind: str, many: Sequence[Any]) -> None:
-    """Put several values into a feature's list, or none, which is another thing than no feature."""
-    if not many:
-        values_of.SetInParent()
-    elif kind == BYTES_LIST:
-        values_of.value.extend([text.encode() for text in many])
-    elif kind == INT64_LIST:
-        values_of.value.extend(map(int, many))
-    else:
-        values_of.value.extend(many)
+            values_of.value.extend(many)
+    content: bytes = message.SerializeToString(deterministic=True)
+    return content
 
 
 def _varint(number: int) -> bytes:

@@ -5,25 +5,27 @@ import gc
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from twotower.logs import Event, EventLog, Record, entities
-from twotower.logs.events import USER
+from twotower.logs import Event, EventLog, Record
+from twotower.logs.events import USER, EntityDeleted
 from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError, TwotowerError
 from twotower.schema.tables import is_id
 from twotower.stream.clock import joined_until
 from twotower.stream.days import stale_days, write_day
-from twotower.stream.joiner import Counts, Joiner
+from twotower.stream.joiner import JoinCounts, Joiner
+from twotower.stream.options import StreamOptions
 from twotower.stream.rows import Row, Types
 from twotower.stream.shards import (
-    Deleted,
+    DeletedUser,
+    JoinState,
     Manifest,
-    State,
     manifests,
     merge,
     partition_folder,
@@ -45,20 +47,6 @@ _DAYS_EVERY_S: Final = 60.0
 
 class Taken(TwotowerError):
     """Another joiner has the partition."""
-
-
-@dataclass(frozen=True)
-class Windows:
-    """How long things are waited for, in event time."""
-
-    window_ms: int
-    """A click may follow its request for so long."""
-    lateness_ms: int
-    """Events may be out of order by so much."""
-    late_ms: int
-    """A request is remembered for so long after its window, for late clicks."""
-    idle_ms: int = 600_000
-    """A partition without new events is left out of what all have reached once the others are this far ahead."""
 
 
 @dataclass(frozen=True)
@@ -90,31 +78,19 @@ class PartitionJoin:
         folder: of all shards.
         partition: of the log.
         types: of ids and values.
-        windows: how long things are waited for.
-        shard_events: a shard is of at most so many events.
-        merged_bytes: shards of one hour are merged up to this size.
+        options: of the joiner.
 
     Raises:
         Taken: another joiner has the partition.
         DataError: shards are damaged, or are of another log.
     """
 
-    def __init__(
-        self,
-        event_log: EventLog,
-        folder: Path,
-        partition: int,
-        types: Types,
-        windows: Windows,
-        shard_events: int,
-        merged_bytes: int,
-    ) -> None:
+    def __init__(self, event_log: EventLog, folder: Path, partition: int, types: Types, options: StreamOptions) -> None:
         self.partition = partition
         self._log = event_log
         self._folder = folder
         self._types = types
-        self._shard_events = shard_events
-        self._merged_bytes = merged_bytes
+        self._options = options
         own = partition_folder(folder, partition)
         own.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(own / "joiner.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -125,13 +101,14 @@ class PartitionJoin:
             last = self.shards[-1] if self.shards else None
             self._offset = last.end if last else 0
             self._flushes = last.state.flushes if last else ()
-            settings = (types, windows.window_ms, windows.lateness_ms, windows.late_ms, self._fetch)
             if last is None:
-                self._joiner = Joiner(*settings)
+                self._joiner = Joiner(types, options, self._fetch)
             else:
                 replay = last.state.replay
                 self._joiner = Joiner.resume(
-                    *settings,
+                    types,
+                    options,
+                    self._fetch,
                     replay=replay,
                     flushes=self._flushes,
                     records=self._records(replay.offset, last.end),
@@ -161,18 +138,18 @@ class PartitionJoin:
 
     def step(self) -> Manifest | None:
         """Join what comes next in the log, up to a shard's events or the end of an hour; None at the end of the log."""
-        begin, hour, events, rows = self._offset, self._hour, 0, 0
+        begin, hour, events, rows, most = self._offset, self._hour, 0, 0, self._options.shard_events
         batches = list[list[Row]]()
-        deleted, user_id = list[Deleted](), self._types.user_id
-        while events < self._shard_events and rows < _SHARD_ROWS and self._hour == hour:
-            records = self._log.read(self.partition, self._offset, min(_BATCH, self._shard_events - events))
+        deleted, user_id = list[DeletedUser](), self._types.user_id
+        while events < most and rows < _SHARD_ROWS and self._hour == hour:
+            records = self._log.read(self.partition, self._offset, min(_BATCH, most - events))
             for record in records:
-                event = record.event
+                said = record.event.content
                 if batch := self._joiner.feed(record):
                     batches.append(batch)
                     rows += len(batch)
-                if event.type == USER and entities.is_deletion(event) and is_id(event.user_id, user_id):
-                    deleted.append(Deleted(event.user_id, self._first_row + rows))
+                if isinstance(said, EntityDeleted) and said.kind == USER and is_id(said.entity_id, user_id):
+                    deleted.append(DeletedUser(said.entity_id, self._first_row + rows))
                 self._offset, events = record.next_offset, events + 1
                 hour = self._hour if hour is None else hour
                 if self._hour != hour or rows >= _SHARD_ROWS:
@@ -196,7 +173,9 @@ class PartitionJoin:
         size = 0
         for shard in self.shards:
             size += shard.bytes
-            if not groups or shard.hour != groups[-1][0].hour or size > self._merged_bytes:
+            last = groups[-1][0] if groups else shard
+            apart = shard.hour != last.hour or shard.files.keys() != last.files.keys()
+            if not groups or apart or size > self._options.merged_mb << 20:
                 groups.append([])
                 size = shard.bytes
             groups[-1].append(shard)
@@ -246,22 +225,24 @@ class PartitionJoin:
     def _first_row(self) -> int:
         return self.shards[-1].end_row if self.shards else 0
 
-    def _commit(self, begin: int, hour: int | None, batches: list[list[Row]], deleted: list[Deleted]) -> Manifest:
+    def _commit(self, begin: int, hour: int | None, batches: list[list[Row]], deleted: list[DeletedUser]) -> Manifest:
         replay = self._joiner.replay(self._offset)
         self._flushes = tuple(offset for offset in self._flushes if offset > replay.offset)
         manifest = write_shard(
             self._folder,
             batches,
             self._types,
-            partition=self.partition,
-            begin=begin,
-            end=self._offset,
-            first_row=self._first_row,
-            hour=hour,
-            watermark_ms=self._joiner.watermark_ms,
-            counts=self._joiner.take_counts(),
-            state=State(replay, self._flushes),
-            deleted=deleted,
+            Manifest(
+                partition=self.partition,
+                begin=begin,
+                end=self._offset,
+                first_row=self._first_row,
+                hour=hour,
+                watermark_ms=self._joiner.watermark_ms,
+                counts=self._joiner.take_counts(),
+                state=JoinState(replay, self._flushes),
+                deleted=tuple(deleted),
+            ),
         )
         self.shards.append(manifest)
         return manifest
@@ -290,13 +271,11 @@ def join(
     folder: Path,
     events: Path | None,
     types: Types,
-    windows: Windows,
+    options: StreamOptions,
     *,
-    shard_events: int,
-    merged_bytes: int,
     share: tuple[int, int] = (1, 1),
     flush: bool = False,
-    follow_s: float | None = None,
+    follow: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> JoinReport:
     """Join the log up to its end, or for ever.
@@ -306,12 +285,10 @@ def join(
         folder: of the shards.
         events: the folder of all days; None = no daily partitions.
         types: of ids and values.
-        windows: how long things are waited for.
-        shard_events: a shard is of at most so many events.
-        merged_bytes: shards of one hour are merged up to this size.
+        options: of the joiner.
         share: (k, n): of n joiners this is the k-th, and has every n-th partition.
         flush: close every open window at the end.
-        follow_s: wait so long at the end of the log and go on; None = end there.
+        follow: wait for more at the end of the log.
         stopped: asked between two steps when to end.
 
     Raises:
@@ -323,55 +300,46 @@ def join(
     with ExitStack() as opened:
         opened.enter_context(_rare_collection())
         joins = [
-            opened.enter_context(_closing(PartitionJoin(
-                event_log, folder, partition, types, windows, shard_events, merged_bytes
-            )))
+            opened.enter_context(closing(PartitionJoin(event_log, folder, partition, types, options)))
             for partition in range(share[0] - 1, event_log.partitions, share[1])
-        ]  # fmt: skip
+        ]
         looked_s = time.monotonic()
         while not stopped():
-            found = [manifest for one in joins if (manifest := one.step())]
-            written += found
+            stepped = [manifest for one in joins if (manifest := one.step())]
+            written += stepped
             for one in joins:
                 if one.hour_ended:
                     one.merge_hours()
-                    if follow_s is not None and events is not None:
+                    if follow and events is not None:
                         days += one.write_days(events, event_log.partitions)
-            if follow_s is not None and events is not None and time.monotonic() - looked_s >= _DAYS_EVERY_S:
+            if follow and events is not None and time.monotonic() - looked_s >= _DAYS_EVERY_S:
                 looked_s = time.monotonic()
-                over_ms = joined_until(progress_of(folder, event_log).values(), windows.idle_ms)
+                over_ms = joined_until(progress_of(folder, event_log).values(), options.idle_ms)
                 for one in joins:
                     days += one.write_days(events, event_log.partitions, over_ms)
-            if not found and follow_s is None:
+            if not stepped and not follow:
                 break
-            if follow_s is not None and sum(manifest.counts.events for manifest in found) < shard_events:
-                time.sleep(follow_s)
+            if follow and sum(manifest.counts.events for manifest in stepped) < options.shard_events:
+                time.sleep(options.follow_s)
         for one in joins:
             if flush and (manifest := one.flush()):
                 written.append(manifest)
             if events is not None:
                 days += one.write_days(events, event_log.partitions, only_over=False)
         reached = progress_of(folder, event_log)
-    return _report(written, days, joined_until([reached[one.partition] for one in joins], windows.idle_ms))
+    return _report(written, days, joined_until([reached[one.partition] for one in joins], options.idle_ms))
 
 
 def _report(written: list[Manifest], days: list[str], watermark_ms: int | None) -> JoinReport:
-    counts: Counts = total(manifest.counts for manifest in written)
-    outcomes: dict[str, int] = {}
+    counts: JoinCounts = total(manifest.counts for manifest in written)
+    outcomes = Counter[str]()
     for manifest in written:
-        for outcome, rows in manifest.outcomes.items():
-            outcomes[outcome] = outcomes.get(outcome, 0) + rows
+        outcomes.update(manifest.outcomes)
     return JoinReport(
+        **(vars(counts) | {"dropped": dict(sorted(counts.dropped.items()))}),
         shards=len(written),
         rows=sum(manifest.rows for manifest in written),
-        late=counts.late,
-        duplicates=counts.duplicates,
         watermark_ms=watermark_ms,
-        events=counts.events,
-        unjoined=counts.unjoined,
-        before_request=counts.before_request,
-        clock_jumps=counts.clock_jumps,
-        dropped=dict(sorted(counts.dropped.items())),
         outcomes=dict(sorted(outcomes.items())),
         days=sorted(set(days)),
     )
@@ -397,11 +365,3 @@ def _rare_collection() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
-
-
-@contextmanager
-def _closing(one: PartitionJoin) -> Iterator[PartitionJoin]:
-    try:
-        yield one
-    finally:
-        one.close()

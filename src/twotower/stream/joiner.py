@@ -1,9 +1,9 @@
 """The joiner: events of one partition in, joined rows out, in an order that is a function of the log alone.
 
 Time is the events' own, bounded by the log's clock (`twotower.stream.clock`), not counting what was put by a server.
-The watermark stays `lateness_ms` behind it: requests and clicks may come in any order within that. A click leaves at
-once with what its request knew. What was not clicked leaves when the watermark reaches the end of its window. A request
-is remembered `late_ms` longer for late clicks.
+The watermark stays the allowed lateness behind it: requests and clicks may come in any order within that. A click
+leaves at once with what its request knew. What was not clicked leaves when the watermark reaches the end of its window.
+A request is remembered `remember_s` longer for late clicks.
 
 What is remembered can be made again from the log: reading it from the offset of `replay` on, with the clock of that
 moment, gives the same memory, because a request is remembered until its last event cannot matter any more. What was
@@ -19,33 +19,26 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from twotower.logs import Event, Record, entities
+from twotower.logs import Event, Record
 from twotower.logs.events import (
     ALLOWED_SKEW_MS,
-    CHANNELS,
-    CLICK,
-    CONTEXT,
-    DELTA_SEQ,
-    ERASED,
-    FEATURES,
-    HISTORY,
-    IMPRESSION,
-    ITEMS,
-    OUTCOMES,
-    POSITIONS,
-    PROBABILITIES,
-    PROPENSITIES,
+    ITEM,
     REQUEST,
-    SCORES,
     UNUSABLE,
     USER,
-    VERSION,
+    Click,
+    EntityDeleted,
+    EntityId,
+    Erased,
+    Impression,
+    LoggedRequest,
+    Unusable,
 )
-from twotower.logs.payload import MESSAGE, REASON, type_before
 from twotower.schema import columns as c
-from twotower.schema.tables import MAX_WEIGHT, is_id
+from twotower.schema.tables import is_id
 from twotower.stream.clock import Clock
-from twotower.stream.rows import Asked, ItemId, Row, Types, UserId, Value, as_value
+from twotower.stream.options import StreamOptions
+from twotower.stream.rows import FUNNEL, Row, RowRequest, Types, Value, as_value
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +54,16 @@ BAD_VALUE: Final = "bad_value"
 ITEM_TWICE: Final = "item_twice"
 
 MOST_HELD: Final = 1_000_000
-"""Items of open requests that are held in memory at most; other requests are read again when their window closes."""
+"""Largest number of items of open requests in memory; other requests are read again when their window closes."""
+_INT32_MOST: Final = 2**31 - 1
+_FLOAT32_MOST: Final = 1e38
+_RANK: Final = {outcome: rank for rank, outcome in enumerate(c.OUTCOMES)}
 
 _LEAVE, _CLOSE, _FORGET = range(3)
 """What is due at a moment: clicks that wait for their request leave, a window closes, a request is forgotten."""
 
-_Key = tuple[UserId, str]
+_Key = tuple[EntityId, str]
+"""A user and the id of a request."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Replay:
 
 
 @dataclass
-class Counts:
+class JoinCounts:
     """What became of the events that were read."""
 
     events: int = 0
@@ -97,24 +94,12 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """An item in the record of a request."""
-
-    outcome: str
-    position: int | None
-    score: float | None
-    channel: str | None
-    probability: float | None
-    propensity: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Logged:
     """A request as it was logged."""
 
-    asked: Asked
-    places: Mapping[ItemId, _Place]
-    """In the order of the record."""
+    request: RowRequest
+    rows: Mapping[EntityId, Row]
+    """By item in the order of the record, the row that leaves if nothing more is heard of it."""
 
 
 @dataclass(slots=True)
@@ -131,10 +116,10 @@ class _Entry:
     """Of the request; -1 while it has not come."""
     logged: _Logged | None = None
     """Until its window closes, if there is room; else it is read again at its offset where it is needed."""
-    shown: dict[ItemId, Event] = field(default_factory=dict)
+    shown: dict[EntityId, Event] = field(default_factory=dict)
     """What impression events say was shown."""
-    clicked: set[ItemId] = field(default_factory=set)
-    waiting: list[tuple[int, Event, ItemId]] = field(default_factory=list)
+    clicked: set[EntityId] = field(default_factory=set)
+    waiting: list[tuple[int, Event, EntityId]] = field(default_factory=list)
     """Clicks that came before their request, each with the moment until which it waits."""
     closed: bool = False
 
@@ -144,35 +129,29 @@ class Joiner:
 
     Args:
         types: of ids and raw values.
-        window_ms: how long a click may follow its request.
-        lateness_ms: how far events may be out of order.
-        late_ms: how long a request is remembered for clicks that come after its window.
+        options: the join window and how long things are waited for.
         fetch: the event at an offset of the partition.
     """
 
-    def __init__(
-        self, types: Types, window_ms: int, lateness_ms: int, late_ms: int, fetch: Callable[[int], Event]
-    ) -> None:
+    def __init__(self, types: Types, options: StreamOptions, fetch: Callable[[int], Event]) -> None:
         self._types = types
-        self._window_ms = window_ms
-        self._lateness_ms = lateness_ms
-        self._late_ms = late_ms
+        self._window_ms = options.window_ms
+        self._allowed_lateness_ms = options.allowed_lateness_ms
+        self._remember_ms = options.window_ms + options.remember_ms
         self._fetch = fetch
         self._clock = Clock()
         self._entries: dict[_Key, _Entry] = {}
         self._due: list[tuple[int, int, int, _Key]] = []
         self._open = 0
         self._held = 0
-        self._latest_asked: tuple[Event, Asked] | None = None
-        self._counts = Counts()
+        self._latest_request: tuple[Event, RowRequest] | None = None
+        self._counts = JoinCounts()
 
     @classmethod
     def resume(
         cls,
         types: Types,
-        window_ms: int,
-        lateness_ms: int,
-        late_ms: int,
+        options: StreamOptions,
         fetch: Callable[[int], Event],
         *,
         replay: Replay,
@@ -183,17 +162,15 @@ class Joiner:
         """A joiner that remembers what another did that had read everything before the offset `end`.
 
         Args:
-            types: as of the other, and so are the next four.
-            window_ms: -
-            lateness_ms: -
-            late_ms: -
-            fetch: -
+            types: those of the other.
+            options: those of the other.
+            fetch: the event at an offset of the partition.
             replay: what the other gave as its `replay` there.
             flushes: offsets before which it was flushed, ascending.
             records: the log from `replay.offset` on, up to `end`.
-            end: -
+            end: offset up to which the other had read.
         """
-        joiner = cls(types, window_ms, lateness_ms, late_ms, fetch)
+        joiner = cls(types, options, fetch)
         joiner._clock = replay.clock
         pending = [offset for offset in flushes if offset > replay.offset]
         for record in records:
@@ -215,7 +192,7 @@ class Joiner:
     @property
     def watermark_ms(self) -> int | None:
         """Event time up to which everything has left; never beyond the latest event."""
-        watermark_ms = self._clock.watermark_ms(self._lateness_ms)
+        watermark_ms = self._clock.watermark_ms(self._allowed_lateness_ms)
         return None if watermark_ms is None else min(watermark_ms, self._clock.latest_ms or 0)
 
     @property
@@ -229,38 +206,38 @@ class Joiner:
             return Replay(entry.first_offset, entry.clock)
         return Replay(end, self._clock)
 
-    def take_counts(self) -> Counts:
+    def take_counts(self) -> JoinCounts:
         """The counts since they were last taken."""
-        counts, self._counts = self._counts, Counts()
+        counts, self._counts = self._counts, JoinCounts()
         return counts
 
     def feed(self, record: Record) -> list[Row]:
         """Take the next event of the partition; gives the rows that leave."""
-        event, rows = record.event, list[Row]()
+        event, said, rows = record.event, record.event.content, list[Row]()
         self._counts.events += 1
-        if type_before(event) == UNUSABLE:
+        if event.original_type == UNUSABLE:
             self._pass_over(record)
             return rows
         if self._clock.is_beyond(record.logged_ms):
             self._come_back(record, rows)
-        if type_before(event) in entities.TYPES:  # stamped by a server, whatever time requests carry: no event time
-            if entities.is_deletion(event) and event.type == USER:
+        if event.original_type in (USER, ITEM):  # stamped by a server, whatever time requests carry: no event time
+            if isinstance(said, EntityDeleted) and said.kind == USER:
                 self._forget_user(event.user_id)
             return rows
-        if event.type == ERASED:
+        if isinstance(said, Erased):
             self._counts.dropped[WAS_ERASED] += 1
-        elif event.type not in (REQUEST, IMPRESSION, CLICK):
+        elif not isinstance(said, LoggedRequest | Click | Impression):
             self._counts.dropped[OTHER_TYPE] += 1
         elif not is_id(event.user_id, self._types.user_id):
             self._counts.dropped[WRONG_USER_ID] += 1
-        elif event.type == REQUEST:
-            self._take_request(record, rows)
-        elif event.type == CLICK:
-            self._take_click(record, rows)
+        elif isinstance(said, LoggedRequest):
+            self._take_request(record, said, rows)
+        elif isinstance(said, Click):
+            self._take_click(record, said, rows)
         else:
-            self._take_impression(record, rows)
+            self._take_impression(record, said, rows)
         self._clock = self._clock.after(event, record.logged_ms, self._window_ms)
-        watermark_ms = self._clock.watermark_ms(self._lateness_ms)
+        watermark_ms = self._clock.watermark_ms(self._allowed_lateness_ms)
         while self._due and watermark_ms is not None and self._due[0][0] <= watermark_ms:
             self._do(heapq.heappop(self._due), watermark_ms, rows)
         return rows
@@ -279,12 +256,15 @@ class Joiner:
         return rows
 
     def _pass_over(self, record: Record) -> None:
-        """Count an event that no reader can use, and say the first of its kind."""
-        body = record.event.body
-        reason = f"{UNUSABLE}_{body[REASON]}" if REASON in body else WAS_ERASED
+        """Count an event that no reader can use, and log the first with each reason."""
+        said = record.event.content
+        if not isinstance(said, Unusable):
+            self._counts.dropped[WAS_ERASED] += 1
+            return
+        reason = f"{UNUSABLE}_{said.reason}"
         self._counts.dropped[reason] += 1
-        if self._counts.dropped[reason] == 1 and MESSAGE in body:
-            log.warning("offset %d: an event is passed over: %s", record.offset, body[MESSAGE])
+        if self._counts.dropped[reason] == 1:
+            log.warning("offset %d: an event is passed over: %s", record.offset, said.message)
 
     def _come_back(self, record: Record, rows: list[Row]) -> None:
         """The log's clock was ahead and has come back: requests of the wrong time leave, and are forgotten."""
@@ -304,7 +284,7 @@ class Joiner:
         self._due = [due for due in self._due if due[3] in self._entries]
         heapq.heapify(self._due)
 
-    def _forget_user(self, user_id: UserId) -> None:
+    def _forget_user(self, user_id: EntityId) -> None:
         """A user was deleted: nothing more leaves of what they did before."""
         for key in [key for key in self._entries if key[0] == user_id and type(key[0]) is type(user_id)]:
             entry = self._entries.pop(key)
@@ -313,13 +293,13 @@ class Joiner:
 
     def _hold(self, entry: _Entry, logged: _Logged) -> None:
         """Keep a request in memory until its window closes, if there is room."""
-        if self._held + len(logged.places) <= MOST_HELD:
+        if self._held + len(logged.rows) <= MOST_HELD:
             entry.logged = logged
-            self._held += len(logged.places)
+            self._held += len(logged.rows)
 
     def _let_go(self, entry: _Entry) -> None:
         if entry.logged is not None:
-            self._held -= len(entry.logged.places)
+            self._held -= len(entry.logged.rows)
             entry.logged = None
 
     def _do(self, one: tuple[int, int, int, _Key], watermark_ms: int | None, rows: list[Row]) -> None:
@@ -329,7 +309,7 @@ class Joiner:
         if entry is None or entry.first_offset != first_offset:
             return
         if what == _FORGET:
-            due_ms = entry.last_ms + self._window_ms + self._late_ms
+            due_ms = entry.last_ms + self._remember_ms
             if watermark_ms is not None and due_ms <= watermark_ms:
                 del self._entries[key]
             else:
@@ -346,7 +326,7 @@ class Joiner:
             due_ms = entry.at_ms + self._window_ms
             if watermark_ms is None or due_ms <= watermark_ms:
                 self._close(entry, rows)
-                forget_ms = entry.last_ms + self._window_ms + self._late_ms
+                forget_ms = entry.last_ms + self._remember_ms
                 heapq.heappush(self._due, (forget_ms, first_offset, _FORGET, key))
             else:
                 heapq.heappush(self._due, (due_ms, first_offset, _CLOSE, key))
@@ -368,7 +348,7 @@ class Joiner:
             return event.ts_ms
         return min(event.ts_ms, self._clock.request_ms + self._window_ms)
 
-    def _take_request(self, record: Record, rows: list[Row]) -> None:
+    def _take_request(self, record: Record, said: LoggedRequest, rows: list[Row]) -> None:
         event = record.event
         request_id = event.request_id or event.event_id
         before = self._entries.get((event.user_id, request_id))
@@ -376,7 +356,7 @@ class Joiner:
             self._counts.duplicates += 1
             self._entry(record, request_id)
             return
-        logged = self._logged(event)
+        logged = self._logged(event, said)
         if logged is None:
             return
         entry = self._entry(record, request_id)
@@ -384,11 +364,11 @@ class Joiner:
         self._hold(entry, logged)
         rows.extend(self._click_row(click, item, logged) for _, click, item in entry.waiting)
         entry.waiting = []
-        for item, place in logged.places.items():
-            if place.outcome == c.CLICKED and item not in entry.clicked:
+        for item, row in logged.rows.items():
+            if row.outcome == c.CLICKED and item not in entry.clicked:
                 entry.clicked.add(item)
                 rows.append(self._click_row(event, item, logged))
-        watermark_ms = self._clock.watermark_ms(self._lateness_ms)
+        watermark_ms = self._clock.watermark_ms(self._allowed_lateness_ms)
         if watermark_ms is not None and event.ts_ms + self._window_ms <= watermark_ms:
             self._counts.late += 1
         if entry.closed:  # it was held for the request of its clicks or impressions, which have left without it
@@ -397,9 +377,9 @@ class Joiner:
             key = (event.user_id, request_id)
             heapq.heappush(self._due, (event.ts_ms + self._window_ms, entry.first_offset, _CLOSE, key))
 
-    def _take_click(self, record: Record, rows: list[Row]) -> None:
+    def _take_click(self, record: Record, said: Click, rows: list[Row]) -> None:
         event = record.event
-        items = self._items(event)
+        items = self._items(said)
         if event.request_id is None:
             self._counts.unjoined += len(items)
             rows.extend(self._click_row(event, item, None) for item in items)
@@ -422,9 +402,9 @@ class Joiner:
             key = (event.user_id, event.request_id)
             heapq.heappush(self._due, (moment_ms, entry.first_offset, _LEAVE, key))
 
-    def _take_impression(self, record: Record, rows: list[Row]) -> None:
+    def _take_impression(self, record: Record, said: Impression, rows: list[Row]) -> None:
         event = record.event
-        items = self._items(event)
+        items = self._items(said)
         if event.request_id is None:
             self._counts.dropped[NO_REQUEST_ID] += len(items)
             return
@@ -438,8 +418,8 @@ class Joiner:
         self._counts.late += len(fresh)
         logged = self._known(entry)
         for item in fresh:
-            place = logged.places.get(item) if logged else None
-            if item not in entry.clicked and not (place and place.outcome == c.IMPRESSED):
+            row = logged.rows.get(item) if logged else None
+            if item not in entry.clicked and not (row and row.outcome == c.IMPRESSED):
                 rows.append(self._shown_row(event, item, logged))
 
     def _close(self, entry: _Entry, rows: list[Row]) -> None:
@@ -447,19 +427,17 @@ class Joiner:
         if not entry.closed:
             self._open -= 1
         logged = self._known(entry)
-        places = logged.places if logged else {}
-        for item, place in places.items():
+        recorded = logged.rows if logged else {}
+        for item, row in recorded.items():
             if item in entry.clicked:
                 continue
-            if item in entry.shown:
-                if not entry.closed:
-                    rows.append(self._shown_row(entry.shown[item], item, logged))
-            else:
-                assert logged is not None
-                rows.append(_row(logged.asked, item, place, place.outcome))
+            if item not in entry.shown:
+                rows.append(row)
+            elif not entry.closed:
+                rows.append(self._shown_row(entry.shown[item], item, logged))
         if not entry.closed:
             for item, event in entry.shown.items():
-                if item not in entry.clicked and item not in places:
+                if item not in entry.clicked and item not in recorded:
                     rows.append(self._shown_row(event, item, logged))
         self._let_go(entry)
         entry.closed = True
@@ -468,69 +446,64 @@ class Joiner:
         """The request, if it has come."""
         if entry.logged is not None or entry.offset < 0:
             return entry.logged
-        counts, self._counts = self._counts, Counts()  # it was counted when it came
+        counts, self._counts = self._counts, JoinCounts()  # it was counted when it came
         event = self._fetch(entry.offset)
-        logged = self._logged(event) if event.type == REQUEST else None  # erased: its deletion is still to be read
+        said = event.content
+        # An erased one is that of a user whose deletion is still to be read.
+        logged = self._logged(event, said) if isinstance(said, LoggedRequest) else None
         self._counts = counts
         return logged
 
-    def _click_row(self, event: Event, item: ItemId, logged: _Logged | None) -> Row:
-        asked = logged.asked if logged else self._asked(event)
-        place = logged.places.get(item) if logged else None
-        if event.ts_ms < asked.ts_ms:
+    def _click_row(self, event: Event, item: EntityId, logged: _Logged | None) -> Row:
+        row = self._row(event, item, logged)
+        if event.ts_ms < row.request.ts_ms:
             self._counts.before_request += 1
-        row = _row(asked, item, place, c.CLICKED)
-        return replace(row, click_ts_ms=max(event.ts_ms, asked.ts_ms), weight=self._weight(event))
+        said = event.content
+        weight = said.weight if isinstance(said, Click) and said.weight is not None else 1.0
+        click_ts_ms = max(event.ts_ms, row.request.ts_ms)
+        return replace(row, outcome=c.CLICKED, click_ts_ms=click_ts_ms, weight=float(weight))
 
-    def _shown_row(self, event: Event, item: ItemId, logged: _Logged | None) -> Row:
-        """Of an item that an impression event says was shown, whatever its request says."""
-        if logged:
-            return _row(logged.asked, item, logged.places.get(item), c.IMPRESSED)
-        return _row(self._asked(event), item, None, c.IMPRESSED)
+    def _shown_row(self, event: Event, item: EntityId, logged: _Logged | None) -> Row:
+        """The row of an item that an impression event says was shown, whatever its request says."""
+        return replace(self._row(event, item, logged), outcome=c.IMPRESSED)
 
-    def _weight(self, event: Event) -> float:
-        """A click's own weight, which is a number of at least 0, or 1."""
-        weight = event.body.get(c.WEIGHT) if event.type == CLICK else None
-        if weight is None:
-            return 1.0
-        if isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight <= MAX_WEIGHT:
-            return float(weight)
-        self._counts.dropped[BAD_VALUE] += 1
-        return 1.0
+    def _row(self, event: Event, item: EntityId, logged: _Logged | None) -> Row:
+        """What is known of an item: by its request, or else by the event that names it."""
+        if logged is None:
+            return Row(self._request_of(event), item, c.IMPRESSED)
+        return logged.rows.get(item) or Row(logged.request, item, c.IMPRESSED)
 
-    def _items(self, event: Event) -> list[ItemId]:
+    def _items(self, said: Click | Impression) -> list[EntityId]:
         """The distinct items that a click or an impression names."""
-        body = event.body
-        items = body.get(ITEMS, [body[c.ITEM_ID]] if c.ITEM_ID in body else [])
-        if not isinstance(items, list) or not items:
+        if not said.items:
             self._counts.dropped[NO_ITEM] += 1
             return []
-        return list(dict.fromkeys(self._right(items)))
+        return list(dict.fromkeys(self._right(said.items)))
 
-    def _right(self, items: Sequence[Any]) -> list[ItemId]:
+    def _right(self, items: Sequence[Any]) -> list[EntityId]:
         right = [item for item in items if is_id(item, self._types.item_id)]
         if wrong := len(items) - len(right):
             self._counts.dropped[WRONG_ITEM_ID] += wrong
         return right
 
-    def _asked(self, event: Event) -> Asked:
+    def _request_of(self, event: Event) -> RowRequest:
         """What an event says of its request: one for all of its items."""
-        if self._latest_asked is None or self._latest_asked[0] is not event:
-            self._latest_asked = event, self._read_asked(event)
-        return self._latest_asked[1]
+        if self._latest_request is None or self._latest_request[0] is not event:
+            self._latest_request = event, self._read_request(event)
+        return self._latest_request[1]
 
-    def _read_asked(self, event: Event) -> Asked:
-        history = event.body.get(HISTORY)
-        version, delta_seq = event.body.get(VERSION), event.body.get(DELTA_SEQ)
-        return Asked(
+    def _read_request(self, event: Event) -> RowRequest:
+        said = event.content
+        assert isinstance(said, LoggedRequest | Click | Impression)
+        return RowRequest(
             event.user_id,
             event.request_id or (event.event_id if event.type == REQUEST else None),
             event.ts_ms,
-            self._values(event.body.get(CONTEXT), self._types.context),
-            self._values(event.body.get(FEATURES), self._types.features),
-            self._right(history) if isinstance(history, list) else None,
-            version if isinstance(version, str) else None,
-            delta_seq if type(delta_seq) is int and is_id(delta_seq, pa.int64()) else None,
+            self._values(said.context, self._types.context),
+            self._values(said.features, self._types.features),
+            self._right(said.history) if isinstance(said.history, list) else None,
+            said.version if isinstance(said.version, str) else None,
+            said.delta_seq if is_id(said.delta_seq, pa.int64()) else None,
         )
 
     def _values(self, given: Any, types: Mapping[str, pa.DataType]) -> dict[str, Value]:
@@ -540,101 +513,53 @@ class Joiner:
         if not isinstance(given, dict):
             self._counts.dropped[BAD_VALUE] += 1
             return {}
-        values: dict[str, Value] = {}
-        for name, kind in types.items():
-            try:
-                value = as_value(given.get(name), kind)
-            except ValueError:
-                self._counts.dropped[BAD_VALUE] += 1
-                continue
-            if value is not None:
-                values[name] = value
-        return values
+        values = {name: self._value(given.get(name), kind) for name, kind in types.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
-    def _logged(self, event: Event) -> _Logged | None:
-        """A request, or None where its record is not of its form, which is counted."""
-        body = event.body
-        items, outcomes = body.get(ITEMS) or [], body.get(OUTCOMES) or []
-        packed = [body.get(name) for name in _PACKED]
-        if (
-            not isinstance(items, list)
-            or not isinstance(outcomes, list)
-            or len(items) != len(outcomes)
-            or any(outcome not in c.OUTCOMES for outcome in outcomes)
-            or any(column is not None and not _is_packed(column, len(items)) for column in packed)
-        ):
-            self._counts.dropped[BAD_REQUEST] += 1
-            return None
-        places: dict[ItemId, _Place] = {}
-        columns = [
-            [None] * len(items) if column is None else column if kind is None else self._numbers(column, kind)
-            for column, kind in zip(packed, _PACKED.values(), strict=True)
-        ]
-        for item, outcome, *values in zip(items, outcomes, *columns, strict=True):
-            if not is_id(item, self._types.item_id):
-                self._counts.dropped[WRONG_ITEM_ID] += 1
-                continue
-            before = places.get(item)
-            if before is not None:
-                self._counts.dropped[ITEM_TWICE] += 1
-                if _RANK[before.outcome] >= _RANK[outcome]:
-                    continue
-            places[item] = self._place(outcome, values)
-        return _Logged(self._asked(event), places)
-
-    def _place(self, outcome: str, values: Sequence[Any]) -> _Place:
-        position, score, channels, probability, propensity = values
-        shown = outcome in (c.IMPRESSED, c.CLICKED)
-        names = [name for name in channels if isinstance(name, str)] if isinstance(channels, list) else []
-        return _Place(
-            outcome, position if shown else None, score, "|".join(names) or None, probability, propensity
-        )  # fmt: skip
-
-    def _numbers(self, column: Sequence[Any], kind: pa.DataType) -> list[Any]:
-        """A packed column in its type; what is of none is null, and counted. Nearly all is right as it is."""
-        usual, most = (float, 1e38) if pa.types.is_floating(kind) else (int, 2**31 - 1)
-        return [
-            value if value is None or (type(value) is usual and -most <= value <= most) else self._number(value, kind)
-            for value in column
-        ]
-
-    def _number(self, value: Any, kind: pa.DataType) -> Any:
+    def _value(self, value: Any, kind: pa.DataType) -> Value:
+        """A value in its type; one that is not of the type is null, and counted."""
         try:
             return as_value(value, kind)
         except ValueError:
             self._counts.dropped[BAD_VALUE] += 1
             return None
 
+    def _logged(self, event: Event, said: LoggedRequest) -> _Logged | None:
+        """A request, or None where its lists have not one value for each item, which is counted."""
+        items: Sequence[EntityId] = said.items or ()
+        outcomes: Sequence[str] = said.outcomes or ()
+        packed = (said.positions, said.scores, said.channels, said.probabilities, said.propensities)
+        if len(items) != len(outcomes) or any(
+            column is not None and not (isinstance(column, list) and len(column) == len(items)) for column in packed
+        ):
+            self._counts.dropped[BAD_REQUEST] += 1
+            return None
+        request, rows = self._request_of(event), dict[EntityId, Row]()
+        columns = [self._column(column, len(items), kind) for column, kind in zip(packed, FUNNEL.values(), strict=True)]
+        for item, outcome, *values in zip(items, outcomes, *columns, strict=True):
+            if not is_id(item, self._types.item_id):
+                self._counts.dropped[WRONG_ITEM_ID] += 1
+                continue
+            if item in rows:
+                self._counts.dropped[ITEM_TWICE] += 1
+                if _RANK[rows[item].outcome] >= _RANK[outcome]:
+                    continue
+            if outcome not in (c.IMPRESSED, c.CLICKED):
+                values[0] = None  # it had no position
+            rows[item] = Row(request, item, outcome, None, None, *values)
+        return _Logged(request, rows)
 
-_PACKED: Final = {
-    POSITIONS: pa.int32(),
-    SCORES: pa.float32(),
-    CHANNELS: None,
-    PROBABILITIES: pa.float32(),
-    PROPENSITIES: pa.float32(),
-}
-"""Columns of a request's record beside its items, and the type of their numbers."""
-_RANK: Final = {outcome: rank for rank, outcome in enumerate(c.OUTCOMES)}
-
-
-def _is_packed(column: Any, size: int) -> bool:
-    return isinstance(column, list) and len(column) == size
-
-
-def _row(asked: Asked, item: ItemId, place: _Place | None, outcome: str) -> Row:
-    if place is None:
-        return Row(asked, item, outcome)
-    shown = outcome in (c.IMPRESSED, c.CLICKED)
-    position = place.position if shown else None
-    return Row(
-        asked,
-        item,
-        outcome,
-        None,
-        None,
-        position,
-        place.score,
-        place.channel,
-        place.probability,
-        place.propensity,
-    )
+    def _column(self, column: Sequence[Any] | None, size: int, kind: pa.DataType) -> Sequence[Any]:
+        """A packed column of a request in its type; what is not of the type is null, and counted."""
+        if column is None:
+            return [None] * size
+        if pa.types.is_string(kind):  # names of channels
+            named = [
+                [name for name in names if isinstance(name, str)] if isinstance(names, list) else [] for names in column
+            ]
+            return ["|".join(names) or None for names in named]
+        usual, most = (float, _FLOAT32_MOST) if pa.types.is_floating(kind) else (int, _INT32_MOST)
+        return [  # nearly all are as they should be
+            value if value is None or (type(value) is usual and -most <= value <= most) else self._value(value, kind)
+            for value in column
+        ]

@@ -1,10 +1,9 @@
-"""A joined row: one item of one request, with what became of it and what was known when it was asked for.
+"""A joined row: one item of one request, with what became of it and what was known at the request.
 
 Shards and daily partitions have the same rows. Values are those that the request carried, in the types of the
 workspace's own tables.
 """
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,24 +14,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.features import options as spec
-from twotower.logs.events import DELTA_SEQ, HISTORY, VERSION
+from twotower.logs.events import EntityId
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import parquet_files
 
-log = logging.getLogger(__name__)
-
-CONTEXT: Final = "context."
-"""Before the name of a context value in a shard; a daily partition has the name alone."""
-FEATURES: Final = "features."
-"""Before the name of a user feature that came with a request."""
-
 _LARGEST: Final = 3.4e38
 """About the largest float32."""
 
-UserId = int | str
-ItemId = int | str
 Value = int | float | str | bool | Sequence[Any] | None
+
+FUNNEL: Final = {
+    c.POSITION: pa.int32(),
+    c.SCORE: pa.float32(),
+    c.CHANNEL: pa.string(),
+    c.PROBABILITY: pa.float32(),
+    c.PROPENSITY: pa.float32(),
+}
+"""Columns of what the funnel knew of an item, with their types."""
 
 
 @dataclass(frozen=True)
@@ -43,45 +42,41 @@ class Types:
     """int64 or string."""
     item_id: pa.DataType
     features: Mapping[str, pa.DataType]
-    """Of each user feature that a request may carry."""
+    """By user feature that a request may carry."""
     context: Mapping[str, pa.DataType]
-    """Of each context feature."""
+    """By context feature."""
 
     def schema(self) -> pa.Schema:
         """The columns of a shard."""
         return pa.schema(
-            [
-                (c.REQUEST_ID, pa.string()),
-                (c.USER_ID, self.user_id),
-                (c.ITEM_ID, self.item_id),
-                (c.REQUEST_TS_MS, pa.int64()),
-                (c.CLICK_TS_MS, pa.int64()),
-                (c.OUTCOME, pa.string()),
-                (c.WEIGHT, pa.float32()),
-                (c.POSITION, pa.int32()),
-                (c.SCORE, pa.float32()),
-                (c.CHANNEL, pa.string()),
-                (c.PROBABILITY, pa.float32()),
-                (c.PROPENSITY, pa.float32()),
-                (VERSION, pa.string()),
-                (DELTA_SEQ, pa.int64()),
-                *((f"{CONTEXT}{name}", kind) for name, kind in self.context.items()),
-                *((f"{FEATURES}{name}", kind) for name, kind in self.features.items()),
-                (HISTORY, pa.list_(self.item_id)),
-            ]
+            {
+                c.REQUEST_ID: pa.string(),
+                c.USER_ID: self.user_id,
+                c.ITEM_ID: self.item_id,
+                c.REQUEST_TS_MS: pa.int64(),
+                c.CLICK_TS_MS: pa.int64(),
+                c.OUTCOME: pa.string(),
+                c.WEIGHT: pa.float32(),
+                **FUNNEL,
+                c.VERSION: pa.string(),
+                c.DELTA_SEQ: pa.int64(),
+                **{f"{c.CONTEXT}{name}": kind for name, kind in self.context.items()},
+                **{f"{c.FEATURES}{name}": kind for name, kind in self.features.items()},
+                c.HISTORY: pa.list_(self.item_id),
+            }
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RowRequest:
     """What the rows of one request share."""
 
-    user_id: UserId
+    user_id: EntityId
     request_id: str | None
     ts_ms: int
     context: Mapping[str, Value] = field(default_factory=dict)
     features: Mapping[str, Value] = field(default_factory=dict)
-    history: Sequence[ItemId] | None = None
+    history: Sequence[EntityId] | None = None
     """Clicks that the model saw, oldest first; None = the request does not say."""
     version: str | None = None
     delta_seq: int | None = None
@@ -91,8 +86,8 @@ class Asked:
 class Row:
     """One item of one request."""
 
-    asked: Asked
-    item_id: ItemId
+    request: RowRequest
+    item_id: EntityId
     outcome: str
     click_ts_ms: int | None = None
     weight: float | None = None
@@ -122,19 +117,19 @@ def read_types(workspace: Path, user: Mapping[str, spec.Feature], context: Mappi
     item_id = _id_type(items.field(c.ITEM_ID).type)
     features = {}
     for name, feature in user.items():
-        if name == c.USER_ID or (name == HISTORY and isinstance(feature, spec.Sequence)):
+        if name == c.USER_ID or (name == c.HISTORY and isinstance(feature, spec.Sequence)):
             continue
         if name not in users.names:
             raise ConfigError(
                 f"features.user.{name}: users.parquet has no such column; it has {', '.join(users.names)}"
             )
         features[name] = _raw_type(users.field(name).type, feature, item_id)
-    found = _context_types(workspace / "events", set(context))
+    stored = _context_types(workspace / "events", set(context))
     return Types(
         _id_type(users.field(c.USER_ID).type),
         item_id,
         features,
-        {name: _raw_type(found.get(name, pa.null()), feature, item_id) for name, feature in context.items()},
+        {name: _raw_type(stored.get(name, pa.null()), feature, item_id) for name, feature in context.items()},
     )
 
 
@@ -142,28 +137,18 @@ def as_value(value: Any, kind: pa.DataType) -> Value:
     """A value of JSON in the type of a column; whole floats and booleans count as integers, NaN as null.
 
     Raises:
-        ValueError: it is none of that type.
+        ValueError: the value is not of that type.
 
     >>> as_value(3.0, pa.int64()), as_value(3, pa.float32()), as_value(["a"], pa.list_(pa.string()))
     (3, 3.0, ['a'])
     """
     if value is None:
         return None
-    if pa.types.is_list(kind):
-        right = isinstance(value, list)
-    elif pa.types.is_string(kind):
-        right = isinstance(value, str)
-    elif pa.types.is_boolean(kind):
-        right = isinstance(value, bool)
-    else:
-        return _as_number(value, kind)
-    if not right:
-        raise ValueError(f"{value!r} is no {kind}")
-    return [as_value(one, kind.value_type) for one in value if one is not None] if pa.types.is_list(kind) else value
-
-
-def _as_number(value: Any, kind: pa.DataType) -> int | float | None:
-    if isinstance(value, int | float):
+    if pa.types.is_list(kind) and isinstance(value, list):
+        return [as_value(entry, kind.value_type) for entry in value if entry is not None]
+    if (pa.types.is_string(kind) and isinstance(value, str)) or (pa.types.is_boolean(kind) and isinstance(value, bool)):
+        return value
+    if isinstance(value, int | float) and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         if not math.isfinite(value):
             return None
         if pa.types.is_floating(kind):
@@ -171,7 +156,7 @@ def _as_number(value: Any, kind: pa.DataType) -> int | float | None:
                 return float(value)
         elif value == math.floor(value) and -(2 ** (kind.bit_width - 1)) <= value < 2 ** (kind.bit_width - 1):
             return int(value)
-    raise ValueError(f"{value!r} is no {kind}")
+    raise ValueError(f"{value!r} is not of type {kind}")
 
 
 def _schema(path: Path) -> pa.Schema:
@@ -189,22 +174,22 @@ def _id_type(kind: pa.DataType) -> pa.DataType:
 
 def _context_types(events: Path, wanted: set[str]) -> dict[str, pa.DataType]:
     """The type of each context column in the first file that has values of it."""
-    found: dict[str, pa.DataType] = {}
+    known: dict[str, pa.DataType] = {}
     for folder in sorted(events.glob(f"{c.DATE}=*")):
         for path in parquet_files(folder):
-            if wanted <= found.keys():
-                return found
+            if wanted <= known.keys():
+                return known
             stored = _schema(path)
-            for name in wanted.intersection(stored.names) - found.keys():
+            for name in wanted.intersection(stored.names) - known.keys():
                 if not pa.types.is_null(stored.field(name).type):
-                    found[name] = stored.field(name).type
-    return found
+                    known[name] = stored.field(name).type
+    return known
 
 
 def _raw_type(kind: pa.DataType, feature: spec.Feature, item_id: pa.DataType) -> pa.DataType:
-    """The type of raw values of a feature: of numbers and sequences what its kind says, of categories their column's.
+    """The type of a feature's raw values: for numbers and sequences what its kind says, for categories their column's.
 
-    Categories of which no file has any are strings.
+    Categories without any value in a file are strings.
     """
     if isinstance(feature, spec.Numeric):
         return pa.float32()

@@ -1,12 +1,14 @@
 """Shards on disk: joined rows of a range of offsets of one partition of the log, and the manifest that commits them.
 
-    shards/partition-0000/joiner.lock                 held by the joiner of the partition
-    shards/partition-0000/<begin>-<end>.tfrecord      rows, in the order in which they left; offsets in 20 digits
-    shards/partition-0000/<begin>-<end>.json          the manifest
+    shards/partition-0000/joiner.lock                         held by the joiner of the partition
+    shards/partition-0000/<begin>-<end>.positives.tfrecord    clicked rows; offsets in 20 digits
+    shards/partition-0000/<begin>-<end>.others.tfrecord       the other rows
+    shards/partition-0000/<begin>-<end>.json                  the manifest
 
 A shard is there when its manifest is: that is the last thing written, in one rename, and it carries how far the log was
-read and what the joiner needs to go on. The rows of a partition are numbered through all shards; merging small shards
-changes neither rows nor numbers.
+read and what the joiner needs to go on. The rows of a partition are numbered through all shards in the order in which
+they left, and each carries its number; merging small shards changes neither rows nor numbers. The updater learns from
+positives alone, so that it does not read the others.
 """
 
 import functools
@@ -17,26 +19,37 @@ import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from twotower.datasets.tables import DAY_MS
 from twotower.logs import EventLog
+from twotower.logs.events import EntityId
+from twotower.schema import columns as c
 from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError
 from twotower.schema.files import TEMPORARY, read_json, sha256, whole_file, write_json
 from twotower.stream.clock import Clock, JoinProgress
-from twotower.stream.decode import decode_rows
+from twotower.stream.decode import decode, decode_rows
 from twotower.stream.example import encode_rows
-from twotower.stream.joiner import Counts, Replay
-from twotower.stream.rows import Row, Types, UserId
+from twotower.stream.joiner import JoinCounts, Replay
+from twotower.stream.rows import Row, Types
 from twotower.stream.tfrecord import Records, read_records, write_records
 
-FORMAT: Final = 2
-"""1 has the history and the features of a request in each of its rows; both are read."""
+FORMAT: Final = 3
+"""2 has all rows in one file, without their numbers; 1 has the history and the features of a request in each of its
+rows. All three are read."""
+POSITIVES: Final = "positives"
+OTHERS: Final = "others"
+ALL: Final = "all"
+"""The one file of a shard of an earlier format."""
+_ENDINGS: Final = {POSITIVES: ".positives.tfrecord", OTHERS: ".others.tfrecord", ALL: ".tfrecord"}
 _MANIFEST: Final = re.compile(r"(\d{20})-(\d{20})\.json")
 _PARTITION: Final = re.compile(r"partition-(\d{4,})")
 _TYPES: Final = {
@@ -48,18 +61,7 @@ _TYPES: Final = {
 }
 _NAMES: Final = {kind: name for name, kind in _TYPES.items()}
 _LIST: Final = "list of "
-_PLAIN: Final = (
-    "partition",
-    "begin",
-    "end",
-    "first_row",
-    "rows",
-    "hour",
-    "outcomes",
-    "watermark_ms",
-    "bytes",
-    "sha256",
-)
+_PLAIN: Final = ("partition", "begin", "end", "first_row", "rows", "hour", "outcomes", "watermark_ms")
 """Fields of a manifest that JSON has as they are."""
 
 
@@ -73,15 +75,15 @@ class Day:
 
 
 @dataclass(frozen=True)
-class Deleted:
+class DeletedUser:
     """A user who was deleted: nothing of theirs with a smaller number is to be kept."""
 
-    user_id: UserId
+    user_id: EntityId
     row: int
 
 
 @dataclass(frozen=True)
-class State:
+class JoinState:
     """What the joiner needs to go on behind a shard."""
 
     replay: Replay
@@ -90,6 +92,15 @@ class State:
 
 
 @dataclass(frozen=True)
+class ShardFile:
+    """A file of rows."""
+
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What is in a shard, and how far the log has been read."""
 
@@ -100,27 +111,27 @@ class Manifest:
     """Offset at which reading goes on."""
     first_row: int
     """Number of its first row in the partition."""
-    rows: int
     hour: int | None
     """Hour since 1970 of the event time at its beginning; shards of one hour may be merged."""
-    days: Mapping[str, Day]
-    """By day of UTC of the request."""
-    outcomes: Mapping[str, int]
-    """Rows by outcome."""
     watermark_ms: int | None
     """Event time that is joined at its end; None before any event."""
-    counts: Counts
-    state: State
-    schema: pa.Schema
-    """Columns of its rows."""
-    bytes: int
-    sha256: str
-    deleted: tuple[Deleted, ...] = ()
+    counts: JoinCounts
+    state: JoinState
+    deleted: tuple[DeletedUser, ...] = ()
     """Users who were deleted while it was read."""
+    rows: int = 0
+    days: Mapping[str, Day] = field(default_factory=dict)
+    """By day of UTC of the request."""
+    outcomes: Mapping[str, int] = field(default_factory=dict)
+    """Rows by outcome."""
+    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    """Columns of its rows, without their numbers."""
+    files: Mapping[str, ShardFile] = field(default_factory=dict)
+    """By what they hold: `positives` and `others`, or `all`."""
 
     @property
     def name(self) -> str:
-        """Of its files, without their endings."""
+        """The name of its files, without their endings."""
         return shard_name(self.begin, self.end)
 
     @property
@@ -128,13 +139,10 @@ class Manifest:
         """Number of the row behind its last."""
         return self.first_row + self.rows
 
-
-@dataclass(frozen=True)
-class _Contents:
-    """What rows are in a shard."""
-
-    days: dict[str, Day] = field(default_factory=dict)
-    outcomes: dict[str, int] = field(default_factory=dict)
+    @property
+    def bytes(self) -> int:
+        """Size of its rows on disk."""
+        return sum(file.bytes for file in self.files.values())
 
 
 def shard_name(begin: int, end: int) -> str:
@@ -243,31 +251,35 @@ def usable_manifests(folder: Path, partition: int, first_row: int = 0) -> Usable
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Rows of a partition, by shard, and what cannot be read."""
+class PositiveRows:
+    """Positives of a partition, by shard, and what cannot be read."""
 
     tables: list[pa.Table]
     rows: int
-    """In the tables."""
+    """Rows of the shards that could be read, other ones included."""
     problems: list[str]
     """A sentence for each shard that cannot be read."""
 
 
-def read_parts(folder: Path, partition: int, first_row: int, end_row: int) -> Parts:
-    """The rows of a partition from a number up to another, shard by shard; what is damaged is left out and said."""
+def read_positives(folder: Path, partition: int, first_row: int, end_row: int) -> PositiveRows:
+    """The clicked rows of a partition from a number up to another, shard by shard.
+
+    What is damaged is left out and said.
+    """
     usable = usable_manifests(folder, partition, first_row)
-    parts, problems = list[pa.Table](), list(usable.problems)
-    for found in usable.manifests:
-        first, end = max(first_row, found.first_row), min(end_row, found.end_row)
+    tables, rows, problems = list[pa.Table](), 0, list(usable.problems)
+    for shard in usable.manifests:
+        first, end = max(first_row, shard.first_row), min(end_row, shard.end_row)
         if first >= end:
             continue
         try:
-            parts.append(read_shard(folder, found, first - found.first_row, end - found.first_row))
+            tables.append(read_shard(folder, shard, first, end, positives_only=True))
+            rows += end - first
         except DataError as error:
-            if not _path(folder, found).exists() and not _manifest_path(folder, found).exists():
-                return read_parts(folder, partition, first_row, end_row)  # they were merged meanwhile
+            if not any(path.exists() for path in (*_paths(folder, shard), _manifest_path(folder, shard))):
+                return read_positives(folder, partition, first_row, end_row)  # they were merged meanwhile
             problems.append(f"{end - first} rows: {error}")
-    return Parts(parts, sum(part.num_rows for part in parts), problems)
+    return PositiveRows(tables, rows, problems)
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -278,13 +290,19 @@ def read_manifest(path: Path) -> Manifest:
         DataError: it is missing, damaged or of another format.
     """
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") not in (1, FORMAT):
-        raise DataError(f"{path} is no shard's manifest of format 1 or {FORMAT}: another version wrote it")
+    if not isinstance(content, dict) or content.get("format") not in range(1, FORMAT + 1):
+        raise DataError(f"{path} is no shard's manifest of a format up to {FORMAT}: another version wrote it")
     named = _MANIFEST.fullmatch(path.name)
     try:
-        numbers = [content[name] for name in ("partition", "begin", "end", "first_row", "rows", "bytes")]
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise TypeError(f"numbers {numbers}")
+        if "files" not in content:
+            content["files"] = {ALL: {name: content[name] for name in ("rows", "bytes", "sha256")}}
+        files = {name: ShardFile(**file) for name, file in content["files"].items() if name in _ENDINGS}
+        numbers = [content[name] for name in ("partition", "begin", "end", "first_row", "rows")]
+        sizes = [number for file in files.values() for number in (file.rows, file.bytes)]
+        if any(type(number) is not int or number < 0 for number in (*numbers, *sizes)):
+            raise TypeError(f"numbers {numbers}, sizes {sizes}")
+        if sum(file.rows for file in files.values()) != content["rows"]:
+            raise TypeError(f"{content['rows']} rows, but other ones in its files")
         if named and numbers[1:3] != [int(named[1]), int(named[2])]:
             raise TypeError(f"offsets {numbers[1]} to {numbers[2]}")
         if content["watermark_ms"] is not None and type(content["watermark_ms"]) is not int:
@@ -292,11 +310,14 @@ def read_manifest(path: Path) -> Manifest:
         counts, state = content["counts"], content["state"]
         return Manifest(
             **{name: content[name] for name in _PLAIN},
-            days={day: Day(**found) for day, found in content["days"].items()},
-            counts=Counts(**{**counts, "dropped": Counter(counts["dropped"])}),
-            state=State(Replay(state["replay"]["offset"], Clock(**state["replay"]["clock"])), tuple(state["flushes"])),
+            days={day: Day(**rows) for day, rows in content["days"].items()},
+            counts=JoinCounts(**{**counts, "dropped": Counter(counts["dropped"])}),
+            state=JoinState(
+                Replay(state["replay"]["offset"], Clock(**state["replay"]["clock"])), tuple(state["flushes"])
+            ),
             schema=pa.schema([(name, _type(kind)) for name, kind in content["schema"]]),
-            deleted=tuple(Deleted(**found) for found in content["deleted"]),
+            deleted=tuple(DeletedUser(**user) for user in content["deleted"]),
+            files=files,
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(
@@ -305,36 +326,73 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def read_shard(
-    folder: Path, manifest: Manifest, first: int = 0, end: int | None = None, columns: Iterable[str] | None = None
+    folder: Path,
+    manifest: Manifest,
+    first_row: int = 0,
+    end_row: int = sys.maxsize,
+    *,
+    columns: Iterable[str] | None = None,
+    positives_only: bool = False,
 ) -> pa.Table:
-    """The rows of a shard, or those from a number on up to another within it; every checksum of it is checked.
+    """The rows of a shard from a number up to another, in their order, with their numbers; every checksum is checked.
 
     Args:
         folder: of all shards.
         manifest: of the shard.
-        first: number of the first row within it.
-        end: number behind the last; None = all.
-        columns: that are wanted; None = all.
+        first_row: number of the first row in the partition.
+        end_row: number behind the last.
+        columns: that are wanted beside the numbers; None = all.
+        positives_only: only clicked rows; others are read only where they stand in the same file.
 
     Raises:
-        DataError: the file is missing, damaged, or has other rows than the manifest says.
+        DataError: a file is missing, damaged, or has other rows than the manifest says.
     """
-    path = partition_folder(folder, manifest.partition) / f"{manifest.name}.tfrecord"
-    end = manifest.rows if end is None else end
-    records = read_records(path) if (first, end) == (0, manifest.rows) else _records(path, manifest.sha256)
-    if len(records) != manifest.rows:
-        raise DataError(f"{path} has {len(records)} rows, the manifest says {manifest.rows}: it was cut")
-    try:
-        wanted = manifest.schema if columns is None else pa.schema([manifest.schema.field(name) for name in columns])
-        return decode_rows(records, first, end, wanted)
-    except (DataError, pa.ArrowException, ValueError, LookupError, OverflowError) as error:
-        raise DataError(f"{path}: {error}") from None
+    schema = manifest.schema if columns is None else pa.schema([manifest.schema.field(name) for name in columns])
+    whole = first_row <= manifest.first_row and manifest.end_row <= end_row
+    parts = []
+    for name, file in manifest.files.items():
+        if positives_only and name == OTHERS:
+            continue
+        path = _path(folder, manifest, name)
+        records = read_records(path) if whole else _records(path, file.sha256)
+        if len(records) != file.rows:
+            raise DataError(f"{path} has {len(records)} rows, the manifest says {file.rows}: it was cut")
+        try:
+            if whole and name != ALL:
+                parts.append(decode_rows(records, 0, file.rows, schema.append(pa.field(c.ROW, pa.int64()))))
+                continue
+            numbers = np.arange(manifest.first_row, manifest.end_row) if name == ALL else _numbers(path, file.sha256)
+            first, end = np.searchsorted(numbers, [first_row, end_row]).tolist()
+            rows = decode_rows(records, first, end, schema)
+            parts.append(rows.append_column(c.ROW, pa.array(numbers[first:end], pa.int64())))
+        except (DataError, pa.ArrowException, ValueError, LookupError, OverflowError) as error:
+            raise DataError(f"{path}: {error}") from None
+    rows = pa.concat_tables(parts)
+    if len(parts) > 1:
+        rows = rows.take(pa.array(np.argsort(rows[c.ROW].to_numpy())))
+    if positives_only and ALL in manifest.files:
+        rows = rows.filter(pc.equal(rows[c.OUTCOME], c.CLICKED))
+    return rows
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _records(path: Path, sha256: str) -> Records:  # noqa: ARG001 - another content is another shard
-    """The records of a shard that is read part by part, such as one of a whole hour; the latest is kept."""
+    """The records of a file; the latest are kept, for a shard of a whole hour is read part by part."""
     return read_records(path)
+
+
+@functools.lru_cache(maxsize=2)
+def _numbers(path: Path, sha256: str) -> npt.NDArray[np.int64]:
+    """The numbers of the rows of a file, ascending.
+
+    Raises:
+        DataError: a row has none, or they do not rise.
+    """
+    column = decode(_records(path, sha256), pa.schema([(c.ROW, pa.int64())]))[c.ROW]
+    numbers: npt.NDArray[np.int64] = column.to_numpy()
+    if column.null_count or (np.diff(numbers) <= 0).any():
+        raise DataError("the numbers of its rows do not rise: it was written by something else")
+    return numbers
 
 
 def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int | None = None) -> pa.Table:
@@ -351,91 +409,68 @@ def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int |
     """
     end_row = sys.maxsize if most_rows is None else first_row + most_rows
     known = manifests(folder, partition, first_row)
-    wanted = [found for found in known if found.end_row > first_row and found.rows and found.first_row < end_row]
+    wanted = [shard for shard in known if shard.end_row > first_row and shard.rows and shard.first_row < end_row]
     try:
-        parts = [
-            read_shard(folder, found, max(0, first_row - found.first_row), min(found.rows, end_row - found.first_row))
-            for found in wanted
-        ]
+        parts = [read_shard(folder, shard, first_row, end_row) for shard in wanted]
     except DataError:
-        if all(_path(folder, found).exists() for found in wanted):
+        if all(path.exists() for shard in wanted for path in _paths(folder, shard)):
             raise
         return read_rows(folder, partition, first_row, most_rows)  # they were merged meanwhile
     if not parts:
         return known[-1].schema.empty_table() if known else pa.table({})
     try:
-        return pa.concat_tables(parts, promote_options="default")
+        return pa.concat_tables(parts, promote_options="default").drop_columns([c.ROW])
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
         raise DataError(f"{folder}: a column has another type in some shards: {error}") from None
 
 
-def write_shard(
-    folder: Path,
-    batches: Sequence[Sequence[Row]],
-    types: Types,
-    *,
-    partition: int,
-    begin: int,
-    end: int,
-    first_row: int,
-    hour: int | None,
-    watermark_ms: int | None,
-    counts: Counts,
-    state: State,
-    deleted: Sequence[Deleted] = (),
-) -> Manifest:
+def write_shard(folder: Path, batches: Sequence[Sequence[Row]], types: Types, manifest: Manifest) -> Manifest:
     """Write a shard; it is there when this returns, and not before its manifest is.
 
     Args:
         folder: of all shards.
         batches: rows that left at the same event, in their order.
         types: of ids and values.
-        partition: of the log.
-        begin: offset from which the log was read.
-        end: offset at which reading goes on.
-        first_row: number of the first row in the partition.
-        hour: of the event time at the beginning.
-        watermark_ms: event time that is joined.
-        counts: of the events read.
-        state: what the joiner needs to go on.
-        deleted: users who were deleted.
+        manifest: without what is known only when the rows are written.
+
+    Returns:
+        The whole manifest.
     """
-    path = partition_folder(folder, partition) / f"{shard_name(begin, end)}.tfrecord"
-    with whole_file(path) as temporary:
-        write_records(temporary, encode_rows(batches, types))
+    files = {}
     rows = list(itertools.chain.from_iterable(batches))
-    contents = _contents(rows, first_row)
-    manifest = Manifest(
-        partition=partition,
-        begin=begin,
-        end=end,
-        first_row=first_row,
+    for name in (POSITIVES, OTHERS):
+        clicked = name == POSITIVES
+        numbers = [n for n, row in enumerate(rows, manifest.first_row) if (row.outcome == c.CLICKED) == clicked]
+        mine = ([row for row in batch if (row.outcome == c.CLICKED) == clicked] for batch in batches)
+        path = _path(folder, manifest, name)
+        with whole_file(path) as temporary:
+            write_records(temporary, encode_rows(mine, types, numbers))
+        files[name] = ShardFile(len(numbers), path.stat().st_size, sha256(path))
+    last_rows = {row.request.ts_ms // DAY_MS: number for number, row in enumerate(rows, manifest.first_row)}
+    counts = Counter(row.request.ts_ms // DAY_MS for row in rows)
+    whole = replace(
+        manifest,
         rows=len(rows),
-        hour=hour,
-        days=contents.days,
-        outcomes=contents.outcomes,
-        watermark_ms=watermark_ms,
-        counts=counts,
-        state=state,
+        days={day_of(day * DAY_MS): Day(counts[day], last_rows[day]) for day in sorted(counts)},
+        outcomes=_summed([Counter(row.outcome for row in rows)]),
         schema=types.schema(),
-        bytes=path.stat().st_size,
-        sha256=sha256(path),
-        deleted=tuple(deleted),
+        files=files,
     )
-    write_manifest(folder, manifest)
-    return manifest
+    write_manifest(folder, whole)
+    return whole
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest: the commit of its shard."""
     content = {
-        "format": FORMAT,
+        "format": 2 if ALL in manifest.files else FORMAT,
         "kind": "shard",
         **{name: getattr(manifest, name) for name in _PLAIN},
-        "days": {day: asdict(found) for day, found in manifest.days.items()},
+        "days": {day: asdict(rows) for day, rows in manifest.days.items()},
         "counts": {**vars(manifest.counts), "dropped": dict(sorted(manifest.counts.dropped.items()))},
         "state": asdict(manifest.state),
-        "deleted": [asdict(found) for found in manifest.deleted],
+        "deleted": [asdict(user) for user in manifest.deleted],
+        "files": {name: asdict(file) for name, file in manifest.files.items()},
         "schema": [[field.name, _name(field.type)] for field in manifest.schema],
     }
     write_json(partition_folder(folder, manifest.partition) / f"{manifest.name}.json", content)
@@ -450,72 +485,79 @@ def tidy(folder: Path, partition: int) -> None:
         if (name := shard_name(begin, end)) not in kept:
             (own / f"{name}.json").unlink()
     for path in own.iterdir():
-        if path.name.startswith(TEMPORARY) or (path.suffix == ".tfrecord" and path.stem not in kept):
+        name = path.name.split(".")[0]
+        if path.name.startswith(TEMPORARY) or (path.suffix == ".tfrecord" and name not in kept):
             path.unlink()
 
 
 def merge(folder: Path, small: Sequence[Manifest]) -> Manifest:
-    """Make one shard out of several that follow each other; its rename replaces them, and then they are removed.
+    """Make one shard out of several of one format that follow each other.
+
+    The rename of its manifest replaces them; then they are removed.
 
     Raises:
         DataError: one of them is not as its manifest says.
     """
     first, last = small[0], small[-1]
-    own = partition_folder(folder, first.partition)
-    merged = own / f"{shard_name(first.begin, last.end)}.tfrecord"
-    with whole_file(merged) as temporary, temporary.open("wb") as out:
-        for part in small:
-            if sha256(_path(folder, part)) != part.sha256:
-                raise DataError(f"{_path(folder, part)} does not have the SHA-256 of its manifest: it was damaged")
-            out.write(_path(folder, part).read_bytes())
     days: dict[str, Day] = {}
     for part in small:
-        for day, found in part.days.items():
-            days[day] = Day(found.rows + (days[day].rows if day in days else 0), found.last_row)
-    manifest = Manifest(
-        partition=first.partition,
+        for day, rows in part.days.items():
+            days[day] = Day(rows.rows + (days[day].rows if day in days else 0), rows.last_row)
+    manifest = replace(
+        last,
         begin=first.begin,
-        end=last.end,
         first_row=first.first_row,
         rows=sum(part.rows for part in small),
         hour=first.hour,
         days=dict(sorted(days.items())),
         outcomes=_summed(part.outcomes for part in small),
-        watermark_ms=last.watermark_ms,
         counts=total(part.counts for part in small),
-        state=last.state,
-        schema=last.schema,
-        bytes=merged.stat().st_size,
-        sha256=sha256(merged),
-        deleted=tuple(found for part in small for found in part.deleted),
+        deleted=tuple(user for part in small for user in part.deleted),
     )
+    files = {}
+    for name in first.files:
+        path = _path(folder, manifest, name)
+        with whole_file(path) as temporary, temporary.open("wb") as out:
+            for part in small:
+                piece = _path(folder, part, name)
+                if sha256(piece) != part.files[name].sha256:
+                    raise DataError(f"{piece} does not have the SHA-256 of its manifest: it was damaged")
+                out.write(piece.read_bytes())
+        files[name] = ShardFile(sum(part.files[name].rows for part in small), path.stat().st_size, sha256(path))
+    manifest = replace(manifest, files=files)
     write_manifest(folder, manifest)
     for part in small:
         if part.name != manifest.name:
-            (own / f"{part.name}.json").unlink(missing_ok=True)
-            _path(folder, part).unlink(missing_ok=True)
+            for path in (_manifest_path(folder, part), *_paths(folder, part)):
+                path.unlink(missing_ok=True)
     return manifest
 
 
-def total(counts: Iterable[Counts]) -> Counts:
+def total(counts: Iterable[JoinCounts]) -> JoinCounts:
     """The sum of counts."""
-    summed = Counts()
+    summed = JoinCounts()
     for one in counts:
-        for name in ("events", "late", "duplicates", "unjoined", "before_request", "clock_jumps"):
-            setattr(summed, name, getattr(summed, name) + getattr(one, name))
-        summed.dropped.update(one.dropped)
+        for name, value in vars(one).items():
+            if name == "dropped":
+                summed.dropped.update(value)
+            else:
+                setattr(summed, name, getattr(summed, name) + value)
     return summed
 
 
 def _summed(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    found = Counter[str]()
+    summed = Counter[str]()
     for part in parts:
-        found.update(part)
-    return dict(sorted(found.items()))
+        summed.update(part)
+    return dict(sorted(summed.items()))
 
 
-def _path(folder: Path, manifest: Manifest) -> Path:
-    return partition_folder(folder, manifest.partition) / f"{manifest.name}.tfrecord"
+def _path(folder: Path, manifest: Manifest, name: str) -> Path:
+    return partition_folder(folder, manifest.partition) / f"{manifest.name}{_ENDINGS[name]}"
+
+
+def _paths(folder: Path, manifest: Manifest) -> list[Path]:
+    return [_path(folder, manifest, name) for name in manifest.files]
 
 
 def _manifest_path(folder: Path, manifest: Manifest) -> Path:
@@ -548,13 +590,6 @@ def _covering(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
             if before < 0 or kept[before][1] <= begin:
                 kept.append((begin, end))
     return sorted(kept)
-
-
-def _contents(rows: Sequence[Row], first_row: int) -> _Contents:
-    last_rows = {row.asked.ts_ms // DAY_MS: number for number, row in enumerate(rows, first_row)}
-    counts = Counter(row.asked.ts_ms // DAY_MS for row in rows)
-    days = {day_of(day * DAY_MS): Day(counts[day], last_rows[day]) for day in sorted(counts)}
-    return _Contents(days, dict(sorted(Counter(row.outcome for row in rows).items())))
 
 
 def _name(kind: pa.DataType) -> str:

@@ -1,8 +1,14 @@
-"""Losses as pure functions of cosines, and two ways to compute them without ever holding all scores.
+"""Losses as functions of scores, and two ways to compute them without ever holding all scores.
 
-A *form* takes the cosine of each row's positive and those of its negatives and gives the loss of the row with its
-derivatives, so that a chunk of scores becomes gradients on the spot. `shared_loss` compares every row with one set of
-negatives (three matrix products), `row_loss` each row with its own.
+A loss takes the `Scores` of some rows, the cosines of their positives and negatives, and gives the loss of each row.
+Autograd differentiates it, so that a loss of your own is its formula and nothing else:
+
+>>> def squared_hinge(scores: Scores) -> Tensor:
+...     gap = torch.relu(scores.negatives - scores.positive + 0.3)
+...     return (scores.weight * gap**2).sum(dim=1, keepdim=True) / scores.total
+
+The losses below give their derivatives themselves, in the memory of the scores (`_by_hand`), which is faster.
+`shared_loss` compares every row with one set of negatives (three matrix products), `row_loss` each row with its own.
 
 B batch, b rows of a chunk, D vector, C distinct items of a batch, K shared negatives, H negatives of one row.
 """
@@ -15,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from twotower.features.columns import pointers
 
 CHUNK = 256
 """Rows of scores in memory at a time: 256 x 4096 floats are 4 MB, which stay in the cache."""
@@ -33,58 +41,123 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class RowLoss:
-    """The losses of some rows and their derivatives; those by the negatives stand where their cosines were."""
+class SharedNegatives:
+    """Negatives that all rows of a batch have in common: its first K items."""
 
-    loss: Tensor
-    """(b, 1)"""
-    by_right: Tensor
-    """(b, 1) derivative by the cosine of the positive."""
-    scale: Tensor
-    """(b, 1) what the overwritten negatives are to be multiplied by to be derivatives by their cosines."""
-    by_bias: Tensor | None = None
-    """(b, 1) derivative by the bias, of a pointwise loss; that by the scale follows from those by the cosines."""
+    log_weight: npt.NDArray[np.floating[Any]]
+    """(K,) log of how much each counts."""
+    mask: Mask
+    """Those that are no negatives of a row."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """A loss of cosines.
+class RowNegatives:
+    """Negatives of each row alone."""
 
-    `rows` is called as (right, wrong, log_weight, total, calibration) and gives a `RowLoss`. right: (b, 1) cosine of
-    the positive. wrong: (b, K) cosines of the negatives, minus infinity if masked; overwritten. log_weight: (K,) or
-    (b, K), log of how much each negative counts. total: (b, 1) sum of the weights that are not masked; a loss that
-    does not average gets 1 instead, or 0 where all are masked. calibration: (2,) log of scale, bias. A row without
-    negatives (total 0) has the loss 0 and no gradient.
+    columns: npt.NDArray[np.int64]
+    """(B, H) positions among the items of the batch."""
+    log_weight: npt.NDArray[np.floating[Any]]
+    """(B, H) log of how much each counts, minus infinity for a position that is unused."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a loss is a function of: the cosines of b rows, each with at least one negative."""
+
+    positive: Tensor
+    """(b, 1) cosine of the positive."""
+    negatives: Tensor
+    """(b, K) cosines of the negatives, and of items that are no negatives of a row: their weight is 0."""
+    total: Tensor
+    """(b, 1) sum of the weights of the row's negatives: what turns a weighted sum over them into a mean."""
+    calibration: Tensor
+    """(2,) log of a scale, and a bias. The model learns both, for losses to which a cosine alone says too little."""
+    item_log_weight: Tensor
+    """(K,) or (b, K) log of how much each item counts where it is a negative."""
+    masked: Tensor
+    """(nnz,) int64 positions in the flattened (b, K) of what is no negative."""
+
+    @property
+    def log_weight(self) -> Tensor:
+        """(b, K) log of how much each negative counts; minus infinity for what is none."""
+        full = self.item_log_weight.expand(self.negatives.shape).flatten()
+        return full.index_fill(0, self.masked, -torch.inf).view(self.negatives.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """(b, K) how much each negative counts; 0 for what is none."""
+        return self.log_weight.exp()
+
+
+Loss = Callable[[Scores], Tensor]
+"""From the scores of b rows to the loss of each, (b, 1)."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Losses of rows with their derivatives; those by the negatives stand where their cosines were."""
+
+    loss: Tensor
+    """(b, 1)"""
+    by_positive: Tensor
+    """(b, 1) derivative by the cosine of the positive."""
+    scale: Tensor
+    """(b, 1) factor that turns the overwritten negatives into derivatives by their cosines."""
+    by_calibration: Tensor | None = None
+    """(b, 2) derivatives by the calibration; None = it is not used."""
+
+
+class _ByHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Any:
+        _, ctx.negatives, _, derive, scores = given
+        ctx.negatives.view(-1).index_fill_(0, scores.masked, -torch.inf)
+        ctx.derived = derive(scores)
+        return ctx.derived.loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        derived = ctx.derived
+        by_calibration = None if derived.by_calibration is None else (grad * derived.by_calibration).sum(dim=0)
+        return grad * derived.by_positive, ctx.negatives.mul_(grad * derived.scale), by_calibration, None, None
+
+
+def _by_hand(derive: Callable[[Scores], Derived]) -> Loss:
+    """The loss of a function that gives derivatives too, and overwrites the cosines of the negatives by them.
+
+    It finds minus infinity where an item is no negative.
     """
 
-    rows: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], RowLoss]
-    averages: bool
-    """It is a mean over negatives."""
+    def loss(scores: Scores) -> Tensor:
+        losses: Tensor = _ByHand.apply(  # type: ignore[no-untyped-call]
+            scores.positive, scores.negatives, scores.calibration, derive, scores
+        )
+        return losses
+
+    return loss
 
 
-def sampled_softmax(temperature: float) -> Form:
+def sampled_softmax(temperature: float) -> Loss:
     """-log( e^s+ / (e^s+ + sum_j w_j e^s_j) ) with s = cos / temperature.
 
     With w_j = 1 / (expected count of j) the sum is an unbiased estimate of the full softmax's (Bengio, Senecal 2008).
     The positive is there with certainty, so it is not corrected.
     """
 
-    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, _: Tensor) -> RowLoss:
-        own = right / temperature
-        top, mass = _exponentials(wrong, log_weight, temperature)
+    def derive(scores: Scores) -> Derived:
+        own = scores.positive / temperature
+        top, mass = _exponentials(scores, temperature)
         top_of_all = torch.maximum(top, own)
         mass = mass * torch.exp(top - top_of_all)
-        own_mass = torch.exp(own - top_of_all)
-        normaliser = own_mass + mass
-        alive = (total > 0).to(right.dtype)
-        loss = (normaliser.log() + top_of_all - own) * alive
-        by_right = -mass / (normaliser * temperature) * alive
-        return RowLoss(loss, by_right, torch.exp(top - top_of_all) / (normaliser * temperature) * alive)
+        normaliser = torch.exp(own - top_of_all) + mass
+        loss = normaliser.log() + top_of_all - own
+        by_positive = -mass / (normaliser * temperature)
+        return Derived(loss, by_positive, torch.exp(top - top_of_all) / (normaliser * temperature))
 
-    return Form(form, averages=False)
+    return _by_hand(derive)
 
 
-def corrected_log_q(temperature: float) -> Form:
+def corrected_log_q(temperature: float) -> Loss:
     """(1 - P) ( log sum_j w_j e^s_j - s+ ), P the positive's share of the softmax, a constant for the gradient.
 
     Khrylchenko et al. 2025, "Correcting the LogQ Correction": the positive is not drawn, so it leaves the sum, and the
@@ -93,82 +166,79 @@ def corrected_log_q(temperature: float) -> Form:
     textbook (Yi et al. 2019) is that neither corrects the positive. The loss's value is another.
     """
 
-    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, _: Tensor) -> RowLoss:
-        own = right / temperature
-        top, mass = _exponentials(wrong, log_weight, temperature)
-        alive = (total > 0).to(right.dtype)
+    def derive(scores: Scores) -> Derived:
+        own = scores.positive / temperature
+        top, mass = _exponentials(scores, temperature)
         safe = mass.clamp_min(torch.finfo(mass.dtype).tiny)
-        negatives = safe.log() + top
-        unsure = torch.sigmoid(negatives - own) * alive
-        return RowLoss(
-            unsure * torch.where(total > 0, negatives - own, 0), -unsure / temperature, unsure / (safe * temperature)
-        )
+        behind = safe.log() + top - own
+        unsure = torch.sigmoid(behind)
+        return Derived(unsure * behind, -unsure / temperature, unsure / (safe * temperature))
 
-    return Form(form, averages=False)
+    return _by_hand(derive)
 
 
-def bsl(temperature: float, positive_temperature: float) -> Form:
+def bsl(temperature: float, positive_temperature: float) -> Loss:
     """-cos+ / t+ + (t / t+) log sum_j w_j e^(cos_j / t), the bilateral softmax loss of Wu et al. 2023, of one positive.
 
     Its positive has a temperature t+ of its own, and is not in the sum: with t+ = t it is the softmax loss whose rows
     never stop counting (its `1 - P` is 1). The paper's equation is divided by t+.
     """
 
-    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, _: Tensor) -> RowLoss:
-        top, mass = _exponentials(wrong, log_weight, temperature)
-        alive = (total > 0).to(right.dtype)
+    def derive(scores: Scores) -> Derived:
+        top, mass = _exponentials(scores, temperature)
         safe = mass.clamp_min(torch.finfo(mass.dtype).tiny)
         ratio = temperature / positive_temperature
-        loss = torch.where(total > 0, ratio * (safe.log() + top) - right / positive_temperature, 0)
-        return RowLoss(loss, -alive / positive_temperature, alive / (safe * positive_temperature))
+        loss = ratio * (safe.log() + top) - scores.positive / positive_temperature
+        by_positive = torch.full_like(loss, -1 / positive_temperature)
+        return Derived(loss, by_positive, 1 / (safe * positive_temperature))
 
-    return Form(form, averages=False)
+    return _by_hand(derive)
 
 
-def triplet_hinge(margin: float) -> Form:
+def triplet_hinge(margin: float) -> Loss:
     """Mean over negatives of max(0, cos- + margin - cos+) (Schroff et al. 2015, on cosines), weighted by w."""
 
-    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, _: Tensor) -> RowLoss:
-        weight = log_weight.exp()
-        alive, scale = _mean(right, total)
-        wrong.add_(margin - right).clamp_min_(0)
+    def derive(scores: Scores) -> Derived:
+        wrong, weight, scale = scores.negatives, scores.item_log_weight.exp(), 1 / scores.total
+        wrong.add_(margin - scores.positive).clamp_min_(0)
         loss = (wrong * weight).sum(dim=1, keepdim=True) * scale
         torch.mul((wrong > 0).to(wrong.dtype), weight, out=wrong)
-        return RowLoss(loss * alive, -wrong.sum(dim=1, keepdim=True) * scale, scale)
+        return Derived(loss, -wrong.sum(dim=1, keepdim=True) * scale, scale)
 
-    return Form(form, averages=True)
+    return _by_hand(derive)
 
 
-def triplet_logistic(sigma: float) -> Form:
+def triplet_logistic(sigma: float) -> Loss:
     """Mean over negatives of log(1 + exp(sigma (cos- - cos+))) (BPR, Rendle et al. 2009, on cosines), weighted by w."""
 
-    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, _: Tensor) -> RowLoss:
-        alive, scale = _mean(right, total)
-        wrong.sub_(right).mul_(sigma)
-        loss = _softplus(wrong, log_weight.exp()) * scale
-        return RowLoss(loss * alive, -wrong.sum(dim=1, keepdim=True) * (scale * sigma), scale * sigma)
+    def derive(scores: Scores) -> Derived:
+        wrong, scale = scores.negatives, 1 / scores.total
+        loss = _softplus(wrong.sub_(scores.positive).mul_(sigma), scores.item_log_weight.exp()) * scale
+        return Derived(loss, -wrong.sum(dim=1, keepdim=True) * (scale * sigma), scale * sigma)
 
-    return Form(form, averages=True)
+    return _by_hand(derive)
 
 
-def pointwise(negatives: float) -> Form:
+def pointwise(negatives: float) -> Loss:
     """Binary cross-entropy of a cos + b: the positive's, plus `negatives` times the negatives' mean, weighted by w.
 
     a = exp(calibration[0]) and b = calibration[1] are learned: a cosine alone cannot say "almost certainly".
     """
 
-    def form(right: Tensor, wrong: Tensor, log_weight: Tensor, total: Tensor, calibration: Tensor) -> RowLoss:
-        a, b = calibration[0].exp(), calibration[1]
-        alive, scale = _mean(right, total)
-        scale = scale * negatives
-        own = a * right + b
-        missed = torch.sigmoid(-own) * alive
-        wrong.mul_(a).add_(b)
-        loss = torch.nn.functional.softplus(-own) + _softplus(wrong, log_weight.exp()) * scale
-        taken = wrong.sum(dim=1, keepdim=True) * scale
-        return RowLoss(loss * alive, -missed * a, scale * a, taken - missed)
+    def derive(scores: Scores) -> Derived:
+        a, b = scores.calibration[0].exp(), scores.calibration[1]
+        wrong, scale = scores.negatives, negatives / scores.total
+        own = a * scores.positive + b
+        missed = torch.sigmoid(-own)
+        cosines = wrong.clamp_min(-1)  # finite where masked: their derivative is 0
+        loss = (
+            torch.nn.functional.softplus(-own) + _softplus(wrong.mul_(a).add_(b), scores.item_log_weight.exp()) * scale
+        )
+        by_bias = wrong.sum(dim=1, keepdim=True) * scale - missed
+        by_scale = a * (cosines.mul_(wrong).sum(dim=1, keepdim=True) * scale - missed * scores.positive)
+        return Derived(loss, -missed * a, scale * a, torch.cat([by_scale, by_bias], dim=1))
 
-    return Form(form, averages=True)
+    return _by_hand(derive)
 
 
 def _softplus(wrong: Tensor, weight: Tensor) -> Tensor:
@@ -182,54 +252,72 @@ def _softplus(wrong: Tensor, weight: Tensor) -> Tensor:
     return loss
 
 
-def _exponentials(wrong: Tensor, log_weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _exponentials(scores: Scores, temperature: float) -> tuple[Tensor, Tensor]:
     """Overwrite cosines with e^(cos / temperature + log_weight - top); gives top (b, 1) and their sum (b, 1)."""
-    torch.add(log_weight, wrong, alpha=1 / temperature, out=wrong)
-    top = wrong.amax(dim=1, keepdim=True).clamp_min(-1e30)  # all masked: finite, so that they become 0
+    wrong = scores.negatives
+    torch.add(scores.item_log_weight, wrong, alpha=1 / temperature, out=wrong)
+    top = wrong.amax(dim=1, keepdim=True)
     wrong.sub_(top).exp_()
     return top, wrong.sum(dim=1, keepdim=True)
 
 
-def _mean(right: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """1 where there is a negative (b, 1), and what turns a weighted sum into a mean (b, 1)."""
-    alive = (total > 0).to(right.dtype)
-    return alive, alive / total.clamp_min(torch.finfo(total.dtype).tiny)
+@dataclass(frozen=True)
+class _Gradients:
+    """The summed loss of some rows and its derivatives."""
+
+    loss: Tensor
+    by_positive: Tensor
+    """(b, 1)"""
+    by_negatives: Tensor
+    """(b, K)"""
+    by_calibration: Tensor
+    """(2,)"""
+
+
+def _differentiate(loss: Loss, scores: Scores, share: Tensor) -> _Gradients:
+    """The losses of some rows, summed with `share` (b, 1), and the derivatives of that sum by the scores."""
+    leaves = [part.detach().requires_grad_() for part in (scores.positive, scores.negatives, scores.calibration)]
+    with torch.enable_grad():
+        losses = loss(Scores(leaves[0], leaves[1], scores.total, leaves[2], scores.item_log_weight, scores.masked))
+    if losses.shape != share.shape:
+        raise ValueError(f"the loss gave {tuple(losses.shape)} for {len(share)} rows: it gives each row one, (b, 1)")
+    gradients = torch.autograd.grad(losses, leaves, share, materialize_grads=True)
+    return _Gradients((share * losses.detach()).sum(dtype=torch.float64), *gradients)
 
 
 def shared_loss(
-    form: Form,
+    loss: Loss,
     users: Tensor,
     items: Tensor,
     positive: Tensor,
-    log_weight: Tensor,
-    mask: Mask,
+    negatives: SharedNegatives,
+    *,
     share: Tensor,
     calibration: Tensor,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """Each row against the first K items of the batch, summed with `share`.
+    """Each row against the first K items of the batch, summed with `share`; a row without negatives counts nothing.
 
     The B x K scores are made `chunk` rows at a time and never all held: time is that of three matrix products, memory
     that of a chunk.
 
     Args:
-        form: the loss of a row.
+        loss: of a row.
         users: (B, D) unit vectors.
         items: (C, D) unit vectors of the distinct items of the batch, the K negatives first.
-        positive: (B,) int64 place of each row's item among them.
-        log_weight: (K,) log of how much each negative counts; takes no gradient.
-        mask: negatives that are none of a row's: its own item and its user's other positives.
+        positive: (B,) int64 position of each row's item among them.
+        negatives: their weights, which take no gradient, and what is no negative of a row.
         share: (B,) what each row's loss is multiplied by.
-        calibration: (2,) log of scale and bias; used by `pointwise`.
+        calibration: (2,) see `Scores`.
         chunk: rows at a time.
 
     Returns:
         The loss, a scalar.
     """
-    loss: Tensor = _SharedLoss.apply(  # type: ignore[no-untyped-call]
-        users, items, calibration, form, positive, log_weight, mask, share, chunk
+    total: Tensor = _SharedLoss.apply(  # type: ignore[no-untyped-call]
+        users, items, calibration, loss, positive, negatives, share, chunk
     )
-    return loss
+    return total
 
 
 class _SharedLoss(torch.autograd.Function):
@@ -239,90 +327,65 @@ class _SharedLoss(torch.autograd.Function):
         users: Tensor,
         items: Tensor,
         calibration: Tensor,
-        form: Form,
+        loss: Loss,
         positive: Tensor,
-        log_weight: Tensor,
-        mask: Mask,
+        negatives: SharedNegatives,
         share: Tensor,
         chunk: int,
     ) -> Tensor:
+        log_weight, mask = torch.from_numpy(negatives.log_weight), negatives.mask
         rows, columns = len(users), len(log_weight)
-        negatives = items[:columns]
+        others, own = items[:columns], items[positive]
         by_user, by_item = torch.empty_like(users), torch.zeros_like(items)
-        by_right, by_calibration = torch.empty((rows, 1), dtype=users.dtype), torch.zeros_like(calibration)
-        own = items[positive]
+        by_positive, by_calibration = torch.empty((rows, 1), dtype=users.dtype), torch.zeros_like(calibration)
         right = (users * own).sum(dim=1, keepdim=True)
         scores = torch.empty((min(chunk, rows), columns), dtype=users.dtype)
-        loss = torch.zeros((), dtype=torch.float64)
-        # Where the masked scores stand in the B x K matrix.
-        masked = torch.from_numpy(np.repeat(np.arange(rows) * columns, np.diff(mask.indptr)) + mask.columns)
-        total = _total(log_weight, mask, form.averages)
+        value = torch.zeros((), dtype=torch.float64)
+        weight, counts = log_weight.double().exp().numpy(), np.diff(mask.indptr)
+        row = np.repeat(np.arange(rows), counts)
+        total = weight.sum() - np.bincount(row, weight[mask.columns], rows)
+        alone = (counts == columns) | (total <= 0)
+        # A row without negatives keeps them, and counts 0: a loss of nothing has no derivatives.
+        masked = torch.from_numpy((row * columns + mask.columns)[~alone[row]])
+        ends = pointers(np.where(alone, 0, counts))
+        totals = torch.from_numpy(np.where(alone, 1, total)).to(log_weight.dtype)[:, None]
+        share = share[:, None] * torch.from_numpy(~alone)[:, None]
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
-            part, part_share = users[start:stop], share[start:stop, None]
-            wrong = torch.mm(part, negatives.T, out=scores[: stop - start])
-            wrong.view(-1).index_fill_(0, masked[mask.indptr[start] : mask.indptr[stop]] - start * columns, -torch.inf)
-            found = form.rows(right[start:stop], wrong, log_weight, total[start:stop], calibration)
-            loss += (part_share * found.loss).sum(dtype=torch.float64)
-            by_right[start:stop] = part_share * found.by_right
-            if found.by_bias is not None:
-                by_calibration[1] += (part_share * found.by_bias).sum()
-            wrong.mul_(part_share * found.scale)
-            torch.mm(wrong, negatives, out=by_user[start:stop])
-            by_item[:columns].addmm_(wrong.T, part)
-        by_user.addcmul_(by_right, own)
-        by_item.index_add_(0, positive, by_right * users)
-        if found.by_bias is not None:
-            by_calibration[0] = (users * by_user).sum()  # a enters as a cos, and so does each user's vector
+            part, none = users[start:stop], masked[ends[start] : ends[stop]] - start * columns
+            cosines = torch.mm(part, others.T, out=scores[: stop - start])
+            given = Scores(right[start:stop], cosines, totals[start:stop], calibration, log_weight, none)
+            found = _differentiate(loss, given, share[start:stop])
+            value += found.loss
+            by_positive[start:stop] = found.by_positive
+            by_calibration += found.by_calibration
+            torch.mm(found.by_negatives, others, out=by_user[start:stop])
+            by_item[:columns].addmm_(found.by_negatives.T, part)
+        by_user.addcmul_(by_positive, own)
+        by_item.index_add_(0, positive, by_positive * users)
         ctx.save_for_backward(by_user, by_item, by_calibration)
-        return loss.to(users.dtype)
+        return value.to(users.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        by_user, by_item, by_calibration = ctx.saved_tensors
-        return by_user * grad, by_item * grad, by_calibration * grad, None, None, None, None, None, None
-
-
-def _total(log_weight: Tensor, mask: Mask, averages: bool) -> Tensor:
-    """The weight (B, 1) of each row's negatives that are not masked, or 1; exactly 0 where all are masked."""
-    masked = np.diff(mask.indptr)
-    total = (masked < len(log_weight)).astype(np.float64)
-    if averages:
-        weight = log_weight.double().exp().numpy()
-        line = np.repeat(np.arange(len(masked)), masked)
-        total *= np.maximum(weight.sum() - np.bincount(line, weight[mask.columns], len(masked)), 0)
-    return torch.from_numpy(total).to(log_weight.dtype)[:, None]
+        return *(derivative * grad for derivative in ctx.saved_tensors), None, None, None, None, None
 
 
 def row_loss(
-    form: Form,
+    loss: Loss,
     users: Tensor,
     items: Tensor,
     positive: Tensor,
-    negatives: Tensor,
-    log_weight: Tensor,
+    negatives: RowNegatives,
+    *,
     share: Tensor,
     calibration: Tensor,
 ) -> Tensor:
-    """Each row against negatives of its own, summed with `share`.
-
-    Args:
-        form: the loss of a row.
-        users: (B, D) unit vectors.
-        items: (C, D) unit vectors of the distinct items of the batch.
-        positive: (B,) int64 place of each row's item among them.
-        negatives: (B, H) int64 places of its negatives.
-        log_weight: (B, H) log of how much each counts, minus infinity for one that is none; takes no gradient.
-        share: (B,) what each row's loss is multiplied by.
-        calibration: (2,) log of scale and bias; used by `pointwise`.
-
-    Returns:
-        The loss, a scalar.
-    """
-    loss: Tensor = _RowLoss.apply(  # type: ignore[no-untyped-call]
-        users, items, calibration, form, positive, negatives, log_weight, share
+    """Each row against negatives of its own, summed with `share`; arguments and result are those of `shared_loss`."""
+    total: Tensor = _RowLoss.apply(  # type: ignore[no-untyped-call]
+        users, items, calibration, loss, positive, negatives, share
     )
-    return loss
+    return total
 
 
 class _RowLoss(torch.autograd.Function):
@@ -332,41 +395,39 @@ class _RowLoss(torch.autograd.Function):
         users: Tensor,
         items: Tensor,
         calibration: Tensor,
-        form: Form,
+        loss: Loss,
         positive: Tensor,
-        negatives: Tensor,
-        log_weight: Tensor,
+        negatives: RowNegatives,
         share: Tensor,
     ) -> Tensor:
-        rows, wide = negatives.shape
+        columns, log_weight = torch.from_numpy(negatives.columns), torch.from_numpy(negatives.log_weight)
+        rows, wide = columns.shape
         by_user, by_item, by_calibration = (torch.zeros_like(x) for x in (users, items, calibration))
-        loss = torch.zeros((), dtype=torch.float64)
-        dead = torch.isneginf(log_weight)
-        total = log_weight.exp().sum(dim=1, keepdim=True)
-        live = log_weight.masked_fill(dead, 0)
+        value = torch.zeros((), dtype=torch.float64)
+        totals, unused = log_weight.exp().sum(dim=1, keepdim=True), torch.isneginf(log_weight)
+        alone = totals == 0
+        totals, unused, share = totals.masked_fill(alone, 1), unused & ~alone, share[:, None] * ~alone
+        log_weight = log_weight.masked_fill(torch.isneginf(log_weight), 0)
         chunk = max(1, ROW_FLOATS // max(1, wide * users.shape[1]))
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
-            part, part_share, places = users[start:stop], share[start:stop, None], negatives[start:stop]
-            own, others = items[positive[start:stop]], items[places.reshape(-1)].view(stop - start, wide, -1)
-            wrong = torch.bmm(others, part[:, :, None]).squeeze(2).masked_fill_(dead[start:stop], -torch.inf)
+            part, places = users[start:stop], columns[start:stop].reshape(-1)
+            own, others = items[positive[start:stop]], items[places].view(stop - start, wide, -1)
+            cosines = torch.bmm(others, part[:, :, None]).squeeze(2)
             right = (part * own).sum(dim=1, keepdim=True)
-            found = form.rows(right, wrong, live[start:stop], total[start:stop], calibration)
-            loss += (part_share * found.loss).sum(dtype=torch.float64)
-            by_right = part_share * found.by_right
-            if found.by_bias is not None:
-                by_calibration[1] += (part_share * found.by_bias).sum()
-            wrong.mul_(part_share * found.scale)
-            torch.bmm(wrong[:, None, :], others, out=by_user[start:stop, None, :])
-            by_user[start:stop].addcmul_(by_right, own)
-            by_item.index_add_(0, positive[start:stop], by_right * part)
-            by_item.index_add_(0, places.reshape(-1), (wrong[:, :, None] * part[:, None, :]).view(-1, users.shape[1]))
-        if found.by_bias is not None:
-            by_calibration[0] = (users * by_user).sum()
+            none = unused[start:stop].flatten().nonzero()[:, 0]
+            given = Scores(right, cosines, totals[start:stop], calibration, log_weight[start:stop], none)
+            found = _differentiate(loss, given, share[start:stop])
+            value += found.loss
+            by_calibration += found.by_calibration
+            torch.bmm(found.by_negatives[:, None, :], others, out=by_user[start:stop, None, :])
+            by_user[start:stop].addcmul_(found.by_positive, own)
+            by_item.index_add_(0, positive[start:stop], found.by_positive * part)
+            by_others = found.by_negatives[:, :, None] * part[:, None, :]
+            by_item.index_add_(0, places, by_others.view(-1, users.shape[1]))
         ctx.save_for_backward(by_user, by_item, by_calibration)
-        return loss.to(users.dtype)
+        return value.to(users.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        by_user, by_item, by_calibration = ctx.saved_tensors
-        return by_user * grad, by_item * grad, by_calibration * grad, None, None, None, None, None
+        return *(derivative * grad for derivative in ctx.saved_tensors), None, None, None, None

@@ -9,7 +9,7 @@ where one user is scored for many candidates.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,9 @@ from twotower.features.fitted import Category, Fitted, Items
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
 from twotower.towers.embedding import EmbeddingTable
+from twotower.towers.options import PreRankOptions
 from twotower.towers.towers import (
     LENGTH,
-    Network,
     cross_layers,
     hidden_layers,
     input_width,
@@ -35,8 +35,8 @@ from twotower.towers.towers import (
 )
 from twotower.towers.two_tower import Floats, tower_inputs
 
-MEAN, TARGET = "mean", "target"
-"""How a ranker reads a sequence of items: their mean, or as the candidate attends to them."""
+TARGET = "target"
+"""A sequence of items is read as the candidate attends to it."""
 FIRST_POSITION = 1
 MEETING = 16
 """Width in which user and candidate are multiplied, where items have no id embedding."""
@@ -44,33 +44,20 @@ MEETING = 16
 Ints = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True)
-class RankerShape:
-    """What it takes to build a ranker before its tensors are read."""
+def ranker_features(features: FeatureSet, options: PreRankOptions) -> FeatureSet:
+    """The features as a ranker reads them.
 
-    network: Network
-    dropout: float
-    history: str
-    """`mean` or `target`."""
-    attention: int
-    """H of the attention to the candidate."""
-    positions: int
-    """Positions of a page that have a bias of their own; later ones share that of the last."""
-
-    def features_of(self, features: FeatureSet) -> FeatureSet:
-        """The features as a ranker of this shape reads them.
-
-        Raises:
-            ConfigError: the candidate is to attend to the history, and one of them is no feature.
-        """
-        candidate = any(isinstance(f, Category) and f.name == c.ITEM_ID for f in features.item)
-        if self.history == TARGET and not (candidate and any(isinstance(f, Items) for f in features.user)):
-            raise ConfigError(
-                'history = "target" lets the candidate attend to what the user clicked: add item_id to features.item '
-                'and history = { kind = "sequence" } to features.user, or take history = "mean"'
-            )
-        read = tuple(replace(f, encoder=self.history) if isinstance(f, Items) else f for f in features.user)
-        return replace(features, user=read)
+    Raises:
+        ConfigError: the candidate is to attend to the history, and one of them is no feature.
+    """
+    candidate = any(isinstance(f, Category) and f.name == c.ITEM_ID for f in features.item)
+    if options.history == TARGET and not (candidate and any(isinstance(f, Items) for f in features.user)):
+        raise ConfigError(
+            'history = "target" lets the candidate attend to what the user clicked: add item_id to features.item '
+            'and history = { kind = "sequence" } to features.user, or take history = "mean"'
+        )
+    read = tuple(replace(f, encoder=options.history) if isinstance(f, Items) else f for f in features.user)
+    return replace(features, user=read)
 
 
 class Ranker(nn.Module):
@@ -87,17 +74,20 @@ class Ranker(nn.Module):
     a score without one is that of the first place.
 
     Args:
-        features: the fitted features as `RankerShape.features_of` gives them.
-        shape: of the network.
-        seed: of all initial weights.
+        features: all fitted features; `ranker_features` says how they are read.
+        options: of the network.
+        seed: seeds all initial weights.
+
+    Raises:
+        ConfigError: see `ranker_features`.
     """
 
     calibration: Tensor
     """(2,) what the log-odds are multiplied by, and what is added then: Platt scaling, fitted after training."""
 
-    def __init__(self, features: FeatureSet, shape: RankerShape, seed: int) -> None:
+    def __init__(self, features: FeatureSet, options: PreRankOptions, seed: int = 0) -> None:
         super().__init__()
-        self.features = features
+        self.features = features = ranker_features(features, options)
         self.user_features: tuple[Fitted, ...] = (*features.user, *features.context)
         ids = [f for f in features.item if isinstance(f, Category) and f.name == c.ITEM_ID]
         self.has_id = bool(ids)
@@ -111,15 +101,15 @@ class Ranker(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.attention = nn.ModuleDict(
-                {part_of(f.name): TargetAttention(f.dimension, f.last, shape.attention) for f in features.user
+                {part_of(f.name): TargetAttention(f.dimension, f.last, options.attention) for f in features.user
                  if isinstance(f, Items) and is_encoded(f)}
             )  # fmt: skip
             self.person = nn.Linear(wide[0], meeting, bias=False)
             self.candidate = nn.Linear(wide[1], meeting, bias=False)
-            self.hidden = hidden_layers(width, shape.network, shape.dropout)
-            self.crosses = cross_layers(width, shape.network)
-            self.output = nn.Linear(width_behind(width, shape.network), 1)
-        self.position = nn.Parameter(torch.zeros(shape.positions + 1))
+            self.hidden = hidden_layers(width, options, options.dropout)
+            self.crosses = cross_layers(width, options)
+            self.output = nn.Linear(width_behind(width, options), 1)
+        self.position = nn.Parameter(torch.zeros(options.positions + 1))
         """Bias of each position; 0 = unknown, and that of the first is never used."""
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
         generator = np.random.default_rng([seed, 1])

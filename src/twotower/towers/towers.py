@@ -4,7 +4,6 @@ B batch, D vector, K interests, W width of all inputs side by side.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from twotower.features.fitted import INTERESTS, Bucket, Categories, Category, Fitted, Items, Number
 from twotower.schema.errors import ConfigError
 from twotower.towers.encoders import AttentionPooling, CausalTransformer, Interests, unit
+from twotower.towers.options import PreRankOptions, TowerOptions
 
 LENGTH = ".length"
 """Behind the name of an encoded sequence: how many items each row has."""
@@ -20,18 +20,6 @@ ROW = ".row"
 """Behind the name of an encoded sequence: which sequence each row is the beginning of; absent = its own."""
 POPULARITY = ".popularity"
 """The input of an item tower for how much each item is preferred to others, (B, 2); no feature is called so."""
-
-
-@dataclass(frozen=True)
-class Network:
-    """The layers between a tower's features and its projection."""
-
-    kind: str
-    """`dnn`: fully connected layers; `dcn`: crosses of the features beside them; `none`: neither, and no projection."""
-    layers: tuple[int, ...]
-    """Widths of the fully connected layers; empty = none."""
-    crosses: int = 2
-    """`dcn`: how many cross layers."""
 
 
 def input_width(feature: Fitted) -> int:
@@ -74,7 +62,7 @@ class Tower(nn.Module):
         ConfigError: features are to be added and one is not D wide.
     """
 
-    def __init__(self, features: Sequence[Fitted], network: Network, dimension: int, dropout: float = 0.0) -> None:
+    def __init__(self, features: Sequence[Fitted], network: TowerOptions, dimension: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.names = [feature.name for feature in features]
         self.interests = next((f.heads for f in features if isinstance(f, Items) and f.encoder == INTERESTS), 0)
@@ -88,7 +76,7 @@ class Tower(nn.Module):
             }
         )
         check_widths(features, network, dimension)
-        if network.kind == "none":
+        if network.network == "none":
             self.gains = nn.Parameter(torch.ones(len(features)))
             self.shift = nn.Parameter(torch.zeros(dimension))
             return
@@ -149,13 +137,13 @@ class WithPopularity(nn.Module):
         return torch.cat([vectors * left, known * more], dim=-1)
 
 
-def check_widths(features: Sequence[Fitted], network: Network, dimension: int) -> None:
+def check_widths(features: Sequence[Fitted], network: TowerOptions, dimension: int) -> None:
     """Refuse features that a tower without a network cannot add.
 
     Raises:
         ConfigError: one is not D wide.
     """
-    for feature in features if network.kind == "none" else ():
+    for feature in features if network.network == "none" else ():
         if input_width(feature) != dimension:
             raise ConfigError(
                 f"feature {feature.name} is {input_width(feature)} wide and the vectors {dimension}: without a network "
@@ -171,7 +159,7 @@ def _encoder(feature: Items, dropout: float) -> nn.Module:
     return CausalTransformer(feature.dimension, feature.last, feature.heads, feature.blocks, dropout)
 
 
-def hidden_layers(width: int, network: Network, dropout: float) -> nn.Sequential:
+def hidden_layers(width: int, network: TowerOptions | PreRankOptions, dropout: float) -> nn.Sequential:
     """The fully connected layers of a network whose input is so wide."""
     layers: list[nn.Module] = []
     for narrow, wide in pairwise([width, *network.layers]):
@@ -179,15 +167,15 @@ def hidden_layers(width: int, network: Network, dropout: float) -> nn.Sequential
     return nn.Sequential(*layers)
 
 
-def cross_layers(width: int, network: Network) -> nn.ModuleList:
+def cross_layers(width: int, network: TowerOptions | PreRankOptions) -> nn.ModuleList:
     """Its cross layers; none but of `dcn`."""
-    return nn.ModuleList(nn.Linear(width, width) for _ in range(network.crosses if network.kind == "dcn" else 0))
+    return nn.ModuleList(nn.Linear(width, width) for _ in range(network.crosses if network.network == "dcn" else 0))
 
 
-def width_behind(width: int, network: Network) -> int:
+def width_behind(width: int, network: TowerOptions | PreRankOptions) -> int:
     """How many numbers `through` gives for so many."""
     deep = network.layers[-1] if network.layers else 0
-    return width + deep if network.kind == "dcn" and network.crosses else deep or width
+    return width + deep if network.network == "dcn" and network.crosses else deep or width
 
 
 def through(features: Tensor, hidden: nn.Sequential, crosses: nn.ModuleList) -> Tensor:

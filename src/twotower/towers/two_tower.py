@@ -6,7 +6,7 @@ share.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,8 @@ from twotower.features.fitted import Bucket, Categories, Category, Fitted, Items
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
 from twotower.towers.embedding import Compactor, EmbeddingTable, Touched, mean_of_bags
-from twotower.towers.towers import LENGTH, POPULARITY, ROW, Network, Tower, WithPopularity, is_encoded
+from twotower.towers.options import TowerOptions
+from twotower.towers.towers import LENGTH, POPULARITY, ROW, Tower, WithPopularity, is_encoded
 
 Floats = npt.NDArray[np.float32]
 Longs = npt.NDArray[np.int64]
@@ -59,24 +60,24 @@ class TwoTower(nn.Module):
         dimension: D.
         user: network of the user tower.
         item: network of the item tower.
+        seed: seeds all initial weights.
         dropout: share of hidden units left out in training.
-        seed: of all initial weights.
-        popularity: vectors are served with two numbers more than are trained, by which popular items are preferred
-            (`prefer`).
+        adjusted: vectors are served with two numbers more than are trained, which prefer popular items (`prefer`).
 
     Raises:
-        ConfigError: there are to be such numbers, and items have no id to look them up by.
+        ConfigError: `adjusted`, and items have no id to look the numbers up by.
     """
 
     def __init__(
         self,
         features: FeatureSet,
         dimension: int,
-        user: Network,
-        item: Network,
-        dropout: float,
-        seed: int,
-        popularity: bool = False,
+        user: TowerOptions,
+        item: TowerOptions,
+        *,
+        seed: int = 0,
+        dropout: float = 0.0,
+        adjusted: bool = False,
     ) -> None:
         super().__init__()
         self.features = features
@@ -88,7 +89,7 @@ class TwoTower(nn.Module):
         self.tables = {
             name: EmbeddingTable.new(table.rows, table.dimension, generator) for name, table in features.tables.items()
         }
-        if popularity:
+        if adjusted:
             if not any(feature.name == c.ITEM_ID for feature in features.item):
                 raise ConfigError(
                     "train.logit_adjustment is known by item: add item_id to features.item, or set it to 0"
@@ -104,20 +105,20 @@ class TwoTower(nn.Module):
 
     @property
     def served_user_tower(self) -> Tower | WithPopularity:
-        """The user tower as it answers, with the numbers for popularity if there are any."""
+        """The user tower as it is served, with the numbers for popularity if there are any."""
         return WithPopularity(self.user_tower, of_items=False) if PREFERENCE in self.tables else self.user_tower
 
     @property
     def served_item_tower(self) -> Tower | WithPopularity:
-        """The item tower likewise."""
+        """The item tower as it is served."""
         return WithPopularity(self.item_tower, of_items=True) if PREFERENCE in self.tables else self.item_tower
 
     def prefer(self, columns: Mapping[str, Column], preferred: npt.NDArray[np.float64]) -> None:
-        """Order items by their product with a user's vector and their preference together.
+        """Order items by the sum of their product with a user's vector and their preference.
 
         Args:
             columns: encoded features of the items (N), their ids among them.
-            preferred: (N,) of each. An item whose id has no row has the least.
+            preferred: (N,) preference of each item. An item whose id has no row has the lowest one.
         """
         most = np.ptp(preferred) / 2
         bias = np.full(len(self.tables[PREFERENCE].weights), -most)
@@ -126,7 +127,7 @@ class TwoTower(nn.Module):
         self.tables[PREFERENCE].weights[:] = np.stack([bias, rest], axis=1) / np.sqrt(1 + most**2)
 
     def as_trained(self, vectors: Floats) -> Floats:
-        """Vectors as the towers serve them, without what is there for popularity alone: (N, D)."""
+        """Served vectors without the two numbers for popularity: (N, D)."""
         if PREFERENCE not in self.tables:
             return vectors
         lengths = np.linalg.norm(vectors[:, :-2], axis=1, keepdims=True)
@@ -220,41 +221,34 @@ class StepAssembler:
     def assemble(self, user: Mapping[str, Column | Beginnings], item: Mapping[str, Column | Beginnings]) -> StepInputs:
         """Inputs of both towers from encoded columns: `user` (B rows, context included), `item` (C rows)."""
         features = self._features
-        sides = [((*features.user, *features.context), user), (features.item, item)]
+        read = [(f, user[f.name]) for f in (*features.user, *features.context)]
+        split = len(read)
+        read += [(f, item[f.name]) for f in features.item]
         asked: dict[str, list[Rows]] = {}
-        for wanted, columns in sides:
-            for feature in wanted:
-                table, column = table_of(feature), columns[feature.name]
-                if table is not None:
-                    asked.setdefault(table, []).append(_rows_of(column))
+        for feature, column in read:
+            if (table := table_of(feature)) is not None:
+                asked.setdefault(table, []).append(_rows_of(column))
         touched: dict[str, Touched] = {}
-        places: dict[str, Tensor] = {}
+        positions: dict[str, Iterator[Tensor]] = {}
         for table, pieces in asked.items():
-            distinct, place = self._compactors[table].compact(np.concatenate(pieces))
+            distinct, position = self._compactors[table].compact(np.concatenate(pieces))
             values = torch.from_numpy(self._tables[table].weights[distinct]).requires_grad_()
             touched[table] = Touched(distinct, values)
-            places[table] = torch.from_numpy(place)
-        used = dict.fromkeys(asked, 0)
-        inputs: list[dict[str, Tensor]] = []
-        for wanted, columns in sides:
-            side: dict[str, Tensor] = {}
-            for feature in wanted:
-                table, column = table_of(feature), columns[feature.name]
-                if table is None:
-                    side[feature.name] = torch.from_numpy(np.ascontiguousarray(column))
-                    continue
-                count = len(_rows_of(column))
-                place_here = places[table][used[table] : used[table] + count]
-                used[table] += count
-                values = touched[table].values
-                if is_encoded(feature):
-                    side |= _sequence(feature.name, column, values, place_here)
-                elif isinstance(column, Bag):
-                    side[feature.name] = mean_of_bags(values, place_here, torch.from_numpy(column.indptr))
-                else:
-                    side[feature.name] = torch.nn.functional.embedding(place_here, values)
-            inputs.append(side)
-        return StepInputs(inputs[0], inputs[1], touched)
+            positions[table] = iter(torch.from_numpy(position).split([len(piece) for piece in pieces]))
+        inputs: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        for at, (feature, column) in enumerate(read):
+            side, table = inputs[at >= split], table_of(feature)
+            if table is None:
+                side[feature.name] = torch.from_numpy(np.ascontiguousarray(column))
+                continue
+            values, position = touched[table].values, next(positions[table])
+            if is_encoded(feature):
+                side |= _sequence(feature.name, column, values, position)
+            elif isinstance(column, Bag):
+                side[feature.name] = mean_of_bags(values, position, torch.from_numpy(column.indptr))
+            else:
+                side[feature.name] = torch.nn.functional.embedding(position, values)
+        return StepInputs(*inputs, touched)
 
 
 def _sequence(name: str, column: Column | Beginnings, values: Tensor, place: Tensor) -> dict[str, Tensor]:

@@ -18,31 +18,12 @@ from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import MAX_TRAINING_WEIGHT
 from twotower.towers.embedding import Compactor
-from twotower.towers.losses import Mask
-from twotower.train.negatives import CountedFrequency, EasyNegatives, HardNegatives, StreamingFrequency
+from twotower.towers.losses import Mask, RowNegatives, SharedNegatives
+from twotower.train.negatives import NegativeSources, StreamingFrequency
+from twotower.train.options import TrainOptions
 
 Longs = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class SharedNegatives:
-    """Negatives of all rows of a batch: its first K items."""
-
-    log_weight: Reals
-    """(K,) log of how much each counts."""
-    mask: Mask
-    """Those that are none of a row's."""
-
-
-@dataclass(frozen=True)
-class RowNegatives:
-    """Negatives of each row alone."""
-
-    places: Longs
-    """(B, H) among the items of the batch."""
-    log_weight: Reals
-    """(B, H) log of how much each counts, minus infinity for one that is none."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +42,9 @@ class Batch:
     hard: RowNegatives | None
     weight: Reals
     """(B,)"""
+
+    def __len__(self) -> int:
+        return len(self.positive)
 
 
 @dataclass(frozen=True)
@@ -88,23 +72,14 @@ class Stretches:
 class BatchMaker:
     """Makes the batches of an epoch; the same seed, epoch and step always give the same batch.
 
+    The rows of an epoch are spread over as few batches as `batch_size` allows, which differ by one row at most, so that
+    none is left with a single row, which would have no in-batch negatives. (With `batch_size` 2 and an odd number of
+    rows, one batch has 3.)
+
     Args:
         samples: the samples.
-        batch_size: the most rows of a batch. The rows of an epoch are spread over as few batches as that allows, which
-            differ by one row at most, so that none is left with a single row, which would have no in-batch negatives.
-            (With `batch_size` 2 and an odd number of rows, one batch has 3.)
-        id_dropout: share of user and item ids replaced by the unknown one, and of contexts made missing.
-        seed: of the order of rows, of the negatives and of the replaced ids.
-        easy: draws easy negatives; None = none.
-        frequency: q of in-batch negatives.
-        corrected: weigh easy negatives for a softmax over the catalogue, by the inverse of their expected counts; else
-            for a mean over negatives.
-        hard: draws hard negatives; None = none.
-        horizon: with time, a history ends up to so many clicks before its request, drawn evenly anew each epoch, so
-            that the model learns what comes later too (all-action prediction, Pancha et al. 2022); 0 = at the request.
-        half_life_days: of the weight of a positive, counted back from the latest request; None = age does not matter.
-        uncorrected: easy negatives count alike, whatever `corrected` says: for experiments.
-        in_time_order: an epoch goes through the positives as they were clicked; else it shuffles them.
+        options: how they are fed.
+        sources: draw the negatives.
 
     Raises:
         DataError: an epoch has fewer than two rows, `batch_size` is below 2, or a weight is not from 0 to 1e9.
@@ -112,67 +87,50 @@ class BatchMaker:
             to come in its order.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        batch_size: int,
-        id_dropout: float,
-        seed: int,
-        easy: EasyNegatives | None,
-        frequency: CountedFrequency | StreamingFrequency,
-        corrected: bool,
-        hard: HardNegatives | None,
-        horizon: int = 0,
-        half_life_days: float | None = None,
-        uncorrected: bool = False,
-        in_time_order: bool = False,
-    ) -> None:
+    def __init__(self, samples: Samples, options: TrainOptions, sources: NegativeSources) -> None:
         self._samples = samples
-        self._batch_size = batch_size
-        self._id_dropout = id_dropout
-        self._seed = seed
-        self._easy = easy
-        self._frequency = frequency
-        self._corrected = corrected
-        self._uncorrected = uncorrected
-        self._hard = hard
-        self._horizon = horizon
+        self._options = options
+        self._easy, self._hard, self._frequency = sources.easy, sources.hard, sources.frequency
+        self._uncorrected = sources.uncorrected
         self._items = Compactor(len(samples.items))
         self._users = Compactor(len(samples.users))
         self._column = np.full(len(samples.items), -1, np.int32)
         self._weight = _bounded(samples.positives.weight)
-        if half_life_days is not None:
-            self._weight = self._weight * freshness(samples, half_life_days)
+        if options.half_life_days is not None:
+            self._weight = self._weight * freshness(samples, options.half_life_days)
         self._weak = len(samples.positives) > int(samples.item_positives.sum())
         pairs = _clicked_pairs(samples)
-        self._pairs = pairs if easy and not easy.shared else None
+        self._pairs = pairs if self._easy and not self._easy.shared else None
         self._clicked = Bag(
             np.searchsorted(pairs, np.arange(len(samples.users) + 1) * len(samples.items)),
             (pairs % len(samples.items)).astype(np.int32),
         )
         history = samples.features.history
         self._item_tokens: Rows | None = history.vocabulary.rows(samples.items.ids) if history else None
-        self._in_time_order = in_time_order
-        if in_time_order and not samples.timed:
+        self._in_time_order = options.order == "time"
+        if self._in_time_order and not samples.timed:
             raise ConfigError("train.order = 'time', but the events have no time: use 'shuffled'")
-        self._in_pieces = history is not None and history.encoder == "transformer" and not in_time_order
+        self._in_pieces = history is not None and history.encoder == "transformer" and not self._in_time_order
         if history is not None and history.encoder == "transformer" and not samples.timed:
             raise ConfigError(
                 "features.user.history.encoder = 'transformer' reads clicks in their order, and the events have no "
                 "time: use encoder = 'mean' or 'attention'"
             )
-        self.rows = rows_of_epoch(samples)
-        if min(batch_size, self.rows) < 2:
-            raise DataError(f"batch_size = {batch_size} with {self.rows} training rows: at least 2 of each are needed")
+        self.rows = int(samples.positives.copies.sum(dtype=np.int64))
+        """Training rows of an epoch."""
+        if min(options.batch_size, self.rows) < 2:
+            raise DataError(
+                f"batch_size = {options.batch_size} with {self.rows} training rows: at least 2 of each are needed"
+            )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on, shuffled over all rows or in the order of time."""
         fed = self._order(epoch)
         rows = len(fed.positives)
-        steps = max(1, min(-(-rows // self._batch_size), rows // 2))
+        steps = max(1, min(-(-rows // self._options.batch_size), rows // 2))
         for step in range(first_step, steps):
             part = fed.positives[rows * step // steps : rows * (step + 1) // steps]
-            yield self._batch(part, fed, np.random.default_rng([self._seed, epoch, step, 2]))
+            yield self._batch(part, fed, np.random.default_rng([self._options.seed, epoch, step, 2]))
 
     def _order(self, epoch: int) -> Epoch:
         """Every positive as often as it is fed, shuffled or in the order of time.
@@ -181,7 +139,7 @@ class BatchMaker:
         epoch into random halves, each of which is the history of the other. Leaving out just the row's own item would
         leak: beside a user id, the gap names the target.
         """
-        generator = np.random.default_rng([self._seed, epoch, 1])
+        generator = np.random.default_rng([self._options.seed, epoch, 1])
         positives, clicks = self._samples.positives, self._samples.clicks
         order = np.repeat(np.arange(len(positives)), positives.copies)
         if self._in_time_order:
@@ -241,9 +199,9 @@ class BatchMaker:
 
     def _skipped(self, most: Longs, generator: np.random.Generator) -> Longs:
         """How many of the latest clicks before its request a row's history (B,) leaves out; at most all but one."""
-        if not self._horizon:
+        if not self._options.horizon:
             return np.zeros(len(most), np.int64)
-        return generator.integers(np.clip(most, 1, self._horizon + 1))
+        return generator.integers(np.clip(most, 1, self._options.horizon + 1))
 
     def _histories(
         self,
@@ -321,7 +279,7 @@ class BatchMaker:
         if self._uncorrected:
             return np.zeros(len(items))
         expected = self._easy.log_expected(items, self._frequency.log_q(items), self._easy.draws(batch))
-        return -expected if self._corrected else self._easy.log_target(items) - expected
+        return -expected if self._options.is_softmax else self._easy.log_target(items) - expected
 
     def _observe(self, item_row: npt.NDArray[np.int32]) -> None:
         """Let q learn from the rows as fed, after its use: an estimate that has seen the batch favours it."""
@@ -351,8 +309,8 @@ class BatchMaker:
         }
         for feature in samples.features.context:
             column = take(samples.positives.context[feature.name], rows)
-            user[feature.name] = some_missing(feature, column, self._id_dropout, generator)
-        drop_ids(user, c.USER_ID, self._id_dropout, generator)
+            user[feature.name] = some_missing(feature, column, self._options.id_dropout, generator)
+        drop_ids(user, c.USER_ID, self._options.id_dropout, generator)
         history = samples.features.history
         if history is None or self._item_tokens is None:
             return user
@@ -372,7 +330,7 @@ class BatchMaker:
         item: dict[str, Column | Beginnings] = {
             name: take(column, distinct) for name, column in self._samples.items.features.items()
         }
-        drop_ids(item, c.ITEM_ID, self._id_dropout, generator)
+        drop_ids(item, c.ITEM_ID, self._options.id_dropout, generator)
         return item
 
     def _mask(self, user_row: npt.NDArray[np.int32], positive: Longs, negatives: int) -> Mask:
@@ -417,19 +375,6 @@ def freshness(samples: Samples, half_life_days: float) -> Reals:
     days = (samples.positives.ts_ms.max(initial=0) - samples.positives.ts_ms) / 86_400_000
     fresh: Reals = np.exp2(-days / half_life_days).astype(np.float32)
     return fresh
-
-
-def rows_of_epoch(samples: Samples) -> int:
-    """Training rows of an epoch."""
-    return int(samples.positives.copies.sum(dtype=np.int64))
-
-
-def fed_frequency(samples: Samples) -> npt.NDArray[np.float64]:
-    """The share q (N,) of each item among the rows as fed."""
-    positives = samples.positives
-    fed = np.bincount(positives.item_row, positives.copies, len(samples.items))
-    frequency: npt.NDArray[np.float64] = fed / max(fed.sum(), 1)
-    return frequency
 
 
 def _clicked_pairs(samples: Samples) -> Longs:

@@ -9,23 +9,25 @@ steps since the one before it and no more.
 import hashlib
 import json
 import logging
-import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE, FeatureSet
+from twotower.channels.options import ModelsOptions
+from twotower.features.feature_set import FEATURES_FILE, VOCABULARY_FILE
 from twotower.features.feature_set import load as load_features
 from twotower.features.vocabulary import FIRST, UNKNOWN
+from twotower.samples.read import Samples
 from twotower.schema.errors import DataError
 from twotower.schema.files import (
     MANIFEST,
@@ -36,9 +38,10 @@ from twotower.schema.files import (
     whole_folder,
     write_json,
 )
-from twotower.towers.ranker import Ranker, RankerShape
-from twotower.towers.towers import Network
+from twotower.towers.options import PreRankOptions
+from twotower.towers.ranker import Ranker
 from twotower.towers.two_tower import PREFERENCE, TwoTower
+from twotower.train.models import MF, MIND, TWO_TOWER, new_towers
 from twotower.train.negatives import CountedFrequency, StreamingFrequency
 
 log = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ log = logging.getLogger(__name__)
 Frequency = CountedFrequency | StreamingFrequency
 Model = TwoTower | Ranker
 
-FORMAT = 3
+FORMAT = 4
 TENSORS = "model.safetensors"
 FINISHED = "model"
 DIGEST = "digest"
@@ -55,34 +58,6 @@ FREQUENCY = "frequency."
 """Before the names of tensors that an estimate of q keeps."""
 KEPT = 2
 """Checkpoints for resuming that a run keeps."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What it takes to build a model before its tensors are read."""
-
-    dimension: int
-    user: Network
-    item: Network
-    dropout: float
-    ids_alone: bool = False
-    """Of all features only the ids: matrix factorisation."""
-    interests: int = 0
-    """Vectors of a user, found by routing the click history; 0 = one vector, no routing."""
-    rounds: int = 3
-    """Of the routing."""
-    popularity: bool = False
-    """Vectors are served with two numbers more, for popularity alone."""
-
-    def features_of(self, features: FeatureSet) -> FeatureSet:
-        """What a model of this shape reads, out of all features.
-
-        Raises:
-            ConfigError: it needs a feature that is not there.
-        """
-        if self.ids_alone:
-            return features.of_ids()
-        return features.with_interests(self.interests, self.rounds) if self.interests else features
 
 
 @dataclass(frozen=True)
@@ -97,8 +72,8 @@ class Progress:
     """Training rows seen."""
     epoch_loss: float
     """Sum of the losses of this epoch's steps so far."""
-    last_loss: float
-    """Mean loss of the last whole epoch; NaN before there is one."""
+    last_loss: float | None
+    """Mean loss of the last whole epoch; None before there is one."""
 
 
 @dataclass(frozen=True)
@@ -124,26 +99,32 @@ def save_checkpoint(
     folder: Path,
     model: Model,
     optimizer: torch.optim.Adam,
-    shape: Shape | RankerShape,
-    progress: Progress,
-    features_from: Path,
-    rest: Any,
+    samples: Samples,
+    described: Mapping[str, Any],
     frequency: Frequency | None = None,
 ) -> None:
-    """Write a checkpoint with everything that a later step or an update needs."""
+    """Write a checkpoint with everything that a later step or an update needs.
+
+    Args:
+        folder: of the checkpoint; whole or absent.
+        model: with its tables.
+        optimizer: of the parameters.
+        samples: what it is trained on; the features go with the model.
+        described: further entries of the manifest, `settings` and `progress` among them.
+        frequency: q of in-batch negatives.
+    """
     with whole_folder(folder) as temporary:
         save_file(_tensors(model, optimizer, frequency), temporary / TENSORS)
         for name in (FEATURES_FILE, VOCABULARY_FILE):
-            shutil.copyfile(features_from / name, temporary / name)
-        described = {
+            shutil.copyfile(samples.path / name, temporary / name)
+        manifest = {
             "format": FORMAT,
             "kind": "checkpoint",
-            "shape": asdict(shape),
-            "progress": _plain(progress),
-            **rest,
+            **{name: samples.manifest[name] for name in ("watermark_ms", "last_day")},
+            **described,
+            "files": folder_listing(temporary),
         }
-        described["files"] = folder_listing(temporary)
-        write_json(temporary / MANIFEST, {**described, DIGEST: _digest(described)})
+        write_json(temporary / MANIFEST, {**manifest, DIGEST: _digest(manifest)})
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -153,11 +134,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         DataError: missing, damaged or of another format.
     """
     manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("kind") != "checkpoint" or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("kind") != "checkpoint" or manifest.get("format") not in (3, 4):
         raise DataError(f"{path} is no checkpoint of format {FORMAT}")
     if manifest.get(DIGEST) != _digest({key: value for key, value in manifest.items() if key != DIGEST}):
         raise DataError(f"{path} is damaged: {MANIFEST} does not have its own SHA-256. Train again, or restore it")
-    check_fields(manifest, {"files": dict, "shape": dict, "progress": dict}, f"{path}: {MANIFEST}")
+    check_fields(manifest, {"files": dict, "progress": dict}, f"{path}: {MANIFEST}")
     check_fields(manifest["files"], {TENSORS: dict}, f"{path}: files")
     if problems := check_listing(path, manifest["files"]):
         raise DataError(f"{path} is damaged: {'; '.join(problems)}. Train again, or restore it")
@@ -168,16 +149,49 @@ def load_model(checkpoint: Checkpoint) -> TwoTower:
     """The model of a checkpoint, ready to encode.
 
     Raises:
-        DataError: its tensors are not those of the shape that it says.
+        DataError: its tensors are not those of the model that it describes.
     """
-    described = checkpoint.manifest["shape"]
     with _as_described(checkpoint):
-        towers = {side: Network(**described[side]) for side in ("user", "item")}
-        shape = Shape(**{**described, **towers})
-        features = shape.features_of(load_features(checkpoint.path))
-        model = TwoTower(features, shape.dimension, shape.user, shape.item, shape.dropout, 0, shape.popularity)
+        settings = _present_settings(checkpoint.manifest)
+        tensors = load_file(checkpoint.path / TENSORS)
+        models = TypeAdapter(ModelsOptions).validate_json(json.dumps(settings["models"]))
+        features, adjusted = load_features(checkpoint.path), f"table.{PREFERENCE}" in tensors
+        model = new_towers(features, models, settings["channel"], adjusted=adjusted)
+        _restore_model(model, tensors)
+    return model.eval()
+
+
+def load_ranker(checkpoint: Checkpoint) -> Ranker:
+    """The ranker of a checkpoint, ready to score.
+
+    Raises:
+        DataError: its tensors are not those of the model that it describes.
+    """
+    with _as_described(checkpoint):
+        described = json.dumps(_present_settings(checkpoint.manifest)["ranker"])
+        options = TypeAdapter(PreRankOptions).validate_json(described)
+        model = Ranker(load_features(checkpoint.path), options)
         _restore_model(model, load_file(checkpoint.path / TENSORS))
     return model.eval()
+
+
+def _present_settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint as this release writes them; those of format 3 describe a shape."""
+    if manifest["format"] == FORMAT:
+        settings: dict[str, Any] = manifest["settings"]
+        return settings
+    shape = manifest["shape"]
+
+    def network(old: dict[str, Any]) -> dict[str, Any]:
+        return {"network": old["kind"], "layers": old["layers"], "crosses": old["crosses"]}
+
+    if "network" in shape:
+        return {"ranker": {**shape, **network(shape["network"])}}
+    towers = {f"{side}_tower": network(shape[side]) for side in ("user", "item")}
+    models: dict[str, Any] = {"dimension": shape["dimension"], **towers}
+    if shape["interests"]:
+        models[MIND] = {name: shape[name] for name in ("interests", "rounds")}
+    return {"channel": MIND if shape["interests"] else MF if shape["ids_alone"] else TWO_TOWER, "models": models}
 
 
 @contextmanager
@@ -228,25 +242,18 @@ def take_over(checkpoint: Checkpoint, model: TwoTower, optimizer: torch.optim.Ad
     _restore_optimizer(model, optimizer, tensors)
 
 
-def load_ranker(checkpoint: Checkpoint) -> Ranker:
-    """The ranker of a checkpoint, ready to score."""
-    described = checkpoint.manifest["shape"]
-    with _as_described(checkpoint):
-        shape = RankerShape(**{**described, "network": Network(**described["network"])})
-        model = Ranker(shape.features_of(load_features(checkpoint.path)), shape, seed=0)
-        _restore_model(model, load_file(checkpoint.path / TENSORS))
-    return model.eval()
-
-
 def finished(folder: Path) -> Checkpoint | None:
     """The finished checkpoint of a run, if there is one; a damaged one is made again."""
     if not (folder / FINISHED).exists():
         return None
     try:
-        return open_checkpoint(folder / FINISHED)
+        done = open_checkpoint(folder / FINISHED)
     except DataError as error:
         log.warning("training again: %s", error)
         return None
+    log.info("this run is finished: %s", done.path)
+    drop_all_but(folder, [FINISHED])
+    return done
 
 
 def all_finite(model: Model) -> bool:
@@ -254,11 +261,6 @@ def all_finite(model: Model) -> bool:
     dense = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
     tables = [array for table in model.tables.values() for array in (table.weights, table.accumulator)]
     return dense and all(bool(np.isfinite(array).all()) for array in tables)
-
-
-def seed_of_step(seed: int, epoch: int, step: int) -> int:
-    """What dropout begins with in a step, so that it depends on the step alone."""
-    return int(np.random.default_rng([seed, epoch, step, 3]).integers(1 << 63))
 
 
 def resume(
@@ -281,22 +283,12 @@ def resume(
         kept = {key: value.numpy() for key, value in tensors.items() if key.startswith(FREQUENCY)}
         if frequency is not None:
             frequency.restore({key.removeprefix(FREQUENCY): value for key, value in kept.items()})
-        done = manifest["progress"]
-        return Progress(**{**done, "last_loss": math.nan if done["last_loss"] is None else done["last_loss"]})
+        return Progress(**manifest["progress"])
     return None
 
 
-def save_step(
-    folder: Path,
-    model: Model,
-    optimizer: torch.optim.Adam,
-    shape: Shape | RankerShape,
-    progress: Progress,
-    features_from: Path,
-    frequency: Frequency | None = None,
-) -> None:
-    """Write a checkpoint for resuming into the folder of a run; older ones go, when it is on disk."""
-    save_checkpoint(folder / f"step-{progress.rows}", model, optimizer, shape, progress, features_from, {}, frequency)
+def drop_older_steps(folder: Path) -> None:
+    """Keep the newest checkpoints for resuming of a run, when the latest one is on disk."""
     drop_all_but(folder, [path.name for path in _steps(folder)[-KEPT:]])
 
 
@@ -317,10 +309,6 @@ def _steps(folder: Path) -> list[Path]:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _plain(progress: Progress) -> dict[str, Any]:
-    return {**asdict(progress), "last_loss": None if math.isnan(progress.last_loss) else progress.last_loss}
 
 
 def _tensors(model: Model, optimizer: torch.optim.Adam, frequency: Frequency | None) -> dict[str, Tensor]:

@@ -3,12 +3,15 @@
 B rows of a batch, N items, n easy and H hard negatives of a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from twotower.features.columns import Bag
+from twotower.samples.options import NegativesOptions
+from twotower.samples.read import Samples
+from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
 
 Longs = npt.NDArray[np.int64]
@@ -18,18 +21,6 @@ SHARED_COUNT = 1024
 """Negatives of a batch without in-batch ones, unless a count is given."""
 ROW_COUNT = 4
 """Negatives of a row that has its own, unless a count is given."""
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Where easy negatives come from; the shares sum to 1."""
-
-    in_batch: float = 1.0
-    """The items of the other rows of the batch: an item comes as often as it is fed."""
-    uniform: float = 0.0
-    """Any item of the catalogue."""
-    clicks: float = 0.0
-    """By clicks to the power alpha."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +41,16 @@ class EasyNegatives:
     """Draws easy negatives, and corrects them for how often they are drawn.
 
     Args:
-        shares: of the sources.
-        alpha: power of clicks; 0.75 in Mikolov et al. 2013.
-        count: negatives of a row; None = all other rows of the batch where they have a share, the other sources in
-            proportion, else `SHARED_COUNT` or `ROW_COUNT`.
-        shared: one set for all rows of a batch, or one for each row.
+        options: their sources. `alpha` is 0.75 in Mikolov et al. 2013.
         clicks: (N,) clicks of each item. One without any counts as one: new items too must be told apart.
     """
 
-    def __init__(self, shares: Shares, alpha: float, count: int | None, shared: bool, clicks: Longs) -> None:
-        self.shares = shares
-        self.shared = shared
-        self._count = count
+    def __init__(self, options: NegativesOptions, clicks: Longs) -> None:
+        self.shares = options.easy
+        self.shared = options.shared
+        self._count = options.count
         self._size = len(clicks)
-        weights = np.maximum(clicks, 1) ** float(alpha)
+        weights = np.maximum(clicks, 1) ** options.alpha
         self._cumulative = np.cumsum(weights)
         self._log_clicks_q: Floats = np.log(weights) - np.log(self._cumulative[-1])
 
@@ -286,3 +273,79 @@ class HardNegatives:
             there = np.arange(count) < length[:, None]
             parts.append(np.where(there, bag.rows[np.where(there, place, 0)] if len(bag.rows) else -1, -1))
         return np.concatenate(parts, axis=1).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class NegativeSources:
+    """Where the negatives of a batch come from, and how they share its loss."""
+
+    easy: EasyNegatives | None
+    """None = all negatives are hard."""
+    frequency: CountedFrequency | StreamingFrequency
+    """q of in-batch negatives."""
+    hard: HardNegatives | None = None
+    """None = all negatives are easy."""
+    hard_share: float = 0.0
+    """Weight of the hard part of the loss."""
+    uncorrected: bool = False
+    """Every easy negative counts alike, however often it is drawn: for experiments."""
+
+
+def fed_frequency(samples: Samples) -> Floats:
+    """The share q (N,) of each item among the rows as fed."""
+    positives = samples.positives
+    fed = np.bincount(positives.item_row, positives.copies, len(samples.items))
+    frequency: Floats = fed / max(fed.sum(), 1)
+    return frequency
+
+
+def negative_sources(options: NegativesOptions, samples: Samples) -> NegativeSources:
+    """The sources as configured, and hard ones as far as the samples have them.
+
+    Where each row draws its own easy negatives, `hard_share` is a share of counts, else one of the weights of both
+    parts of the loss.
+
+    Raises:
+        ConfigError: hard negatives are asked for and there are none, or fewer than one would be drawn; q is to be
+            estimated, and nothing is drawn from the batch.
+    """
+    if options.frequency == "streaming" and not options.easy.in_batch:
+        raise ConfigError(
+            'samples.negatives.frequency = "streaming" estimates q of in-batch negatives, and easy.in_batch = 0: '
+            'use frequency = "counts"'
+        )
+    streaming = options.frequency == "streaming"
+    q = StreamingFrequency(len(samples.items)) if streaming else CountedFrequency(fed_frequency(samples))
+    lists = {name: bag for name, bag in samples.positives.hard.items() if len(bag.rows)}
+    wanted = (0.5 if lists else 0.0) if options.hard_share is None else options.hard_share
+    if not wanted:
+        easy = EasyNegatives(options, samples.item_positives)
+        return NegativeSources(easy, q, uncorrected=options.uncorrected_for_experiments)
+    if not lists:
+        raise ConfigError(
+            f"samples.negatives.hard_share = {wanted:g}, but no positive has a rejected item in its request: hard "
+            f"negatives are rows of outcome {c.PRE_RANK_REJECTED} or {c.RANK_REJECTED}; set hard_share = 0"
+        )
+    count = options.hard_count
+    if not options.shared:
+        total = options.count or ROW_COUNT
+        count = round(wanted * total)
+        if not count or (count == total and wanted < 1):
+            raise ConfigError(
+                f"samples.negatives.hard_share = {wanted:g} of count = {total} is no whole number of hard and of easy "
+                "negatives: raise count"
+            )
+        wanted = count / total
+        options = replace(options, count=max(1, total - count))
+    shares = {c.PRE_RANK_REJECTED: options.hard.pre_rank_rejected, c.RANK_REJECTED: options.hard.rank_rejected}
+    counts = _divide(count, shares)
+    if options.impressed_as_negatives_for_experiments:
+        counts[c.IMPRESSED] = count
+    easy_part = None if wanted == 1 else EasyNegatives(options, samples.item_positives)
+    return NegativeSources(easy_part, q, HardNegatives(lists, counts), wanted, options.uncorrected_for_experiments)
+
+
+def _divide(count: int, shares: dict[str, float]) -> dict[str, int]:
+    """Whole numbers in proportion to shares that sum to 1; they sum to the count."""
+    ends = np.round(count * np.cumsum([0.0, *shares.values()])).astype(int)
+    return dict(zip(shares, np.diff(ends).tolist(), strict=True))

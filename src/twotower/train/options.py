@@ -1,4 +1,4 @@
-"""Options of training, of towers and of rankers, and of the search for settings."""
+"""Options of training, and of the search for settings."""
 
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -9,7 +9,6 @@ from pydantic.dataclasses import dataclass
 from twotower.schema.options import (
     STRICT,
     AtLeastOne,
-    Length,
     NotNegative,
     Positive,
     PositiveReal,
@@ -17,55 +16,7 @@ from twotower.schema.options import (
     Text,
     Threads,
     Whole,
-    Width,
-    at_most,
 )
-
-
-@dataclass(frozen=True, config=STRICT)
-class PreRankOptions:
-    """The pre-ranker: an early-fusion network that scores all candidates, trained on what was shown, clicked or not."""
-
-    history: Literal["mean", "target"] = "mean"
-    """How it reads sequences of items: their mean; or each weighted by how it meets the candidate (DIN)."""
-    attention: Width = 16
-    """`target`: hidden units of that weight."""
-    network: Literal["dnn", "dcn"] = "dnn"
-    """`dnn`: fully connected layers; `dcn`: crosses of features beside them."""
-    layers: list[Width] = field(default_factory=lambda: [64])
-    """Widths of the fully connected layers; empty = none."""
-    crosses: Annotated[int, Field(gt=0), at_most(100)] = 2
-    """`dcn`: how many cross layers."""
-    positions: Length = 50
-    """Positions of a page that have a bias of their own; later ones share that of the last."""
-    batch_size: Positive = 512
-    """Impressions in a step."""
-    epochs: Positive = 1
-    """Passes over the impressions."""
-    learning_rate: Rate = 0.001
-    """Of the network (Adam)."""
-    table_learning_rate: Rate = 0.02
-    """Of the embedding tables (row-wise Adagrad)."""
-    position_learning_rate: Rate = 0.05
-    """Of the biases of positions (Adam)."""
-    weight_decay: NotNegative = 0.0
-    """Of the network, decoupled."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of hidden units left out in training."""
-    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of ids replaced by the unknown id in training, and of contexts made missing."""
-    calibration_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """The latest impressions are not trained on: log-odds are scaled to fit them."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class RankOptions(PreRankOptions):
-    """The ranker: the same network, larger, for what the pre-ranker keeps."""
-
-    history: Literal["mean", "target"] = "target"
-    """How it reads sequences of items: their mean; or each weighted by how it meets the candidate (DIN)."""
-    layers: list[Width] = field(default_factory=lambda: [128, 64])
-    """Widths of the fully connected layers; empty = none."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -123,13 +74,14 @@ class TrainOptions:
     threads: Threads = 2
     """Threads of a step."""
 
-    def __post_init__(self) -> None:
-        """Refuse a preference that the loss cannot have.
+    @property
+    def is_softmax(self) -> bool:
+        """The loss estimates a softmax over the catalogue: negatives are corrected for how often each is drawn."""
+        return self.loss in ("sampled_softmax", "corrected_log_q", "bsl")
 
-        Raises:
-            ValueError: the loss is no softmax.
-        """
-        if self.logit_adjustment and self.loss not in ("sampled_softmax", "corrected_log_q", "bsl"):
+    def __post_init__(self) -> None:
+        """Refuse a logit adjustment of a loss that is no softmax."""
+        if self.logit_adjustment and not self.is_softmax:
             raise ValueError(
                 f"logit_adjustment = {self.logit_adjustment:g} is for a softmax, and the loss is "
                 f"{self.loss}: set it to 0"

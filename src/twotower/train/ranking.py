@@ -1,7 +1,5 @@
 """The training of a ranker, top to bottom: impressions in, a calibrated checkpoint out."""
 
-import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,25 +18,14 @@ from twotower.samples.names import NO_POSITION
 from twotower.samples.read import Impressions, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
-from twotower.towers.ranker import FIRST_POSITION, Ranker, RankerShape
+from twotower.towers.options import PreRankOptions
+from twotower.towers.ranker import FIRST_POSITION, Ranker
 from twotower.towers.two_tower import StepAssembler
 from twotower.train.batches import drop_ids, some_missing
-from twotower.train.checkpoint import (
-    FINISHED,
-    Progress,
-    all_finite,
-    drop_all_but,
-    finished,
-    resume,
-    run_folder,
-    save_checkpoint,
-    save_step,
-    seed_of_step,
-)
+from twotower.train.checkpoint import finished, run_folder
+from twotower.train.loop import Run, StepLoss, Task, finish, train_epochs
+from twotower.train.options import TrainOptions
 
-log = logging.getLogger(__name__)
-
-REPORT_S = 5.0
 POSITION = "position"
 SCORED = 8192
 """Impressions that are scored at a time."""
@@ -77,148 +64,101 @@ class RankerReport:
     seconds: float
 
 
-def train_ranker(  # noqa: PLR0915  one loop, top to bottom
+def train_ranker(
     samples: Samples,
     checkpoints: Path,
-    name: str,
-    shape: RankerShape,
+    options: PreRankOptions,
+    train: TrainOptions,
     *,
-    batch_size: int,
-    epochs: int,
-    seed: int,
-    learning_rate: float,
-    table_learning_rate: float,
-    position_learning_rate: float,
-    weight_decay: float,
-    id_dropout: float,
-    calibration_share: float,
-    checkpoint_s: float,
-    threads: int,
+    name: str,
     clock: Callable[[], float] = time.monotonic,
 ) -> RankerReport:
     """Train a ranker on impressions, from the last checkpoint of the same run if there is one, and calibrate it.
 
     It is calibrated on the latest impressions, which it does not train on: what it is asked when it serves comes later
-    than what it learned from, of the same users. (Users set apart by a hash would be strangers to it, whose ids it
-    never met.) The same run gives the same bytes, however often it was killed and resumed.
+    than what it learned from, and is about the same users. The ids of users set apart by a hash would be
+    out-of-vocabulary to it.
 
     Args:
         samples: with impressions.
         checkpoints: the folder of all runs.
+        options: of the ranker.
+        train: seed, threads and seconds between checkpoints.
         name: `pre_rank` or `rank`.
-        shape: of the network.
-        batch_size: impressions in a step.
-        epochs: passes over the impressions.
-        seed: of everything that is drawn.
-        learning_rate: of the network.
-        table_learning_rate: of the embedding tables.
-        position_learning_rate: of the biases of positions.
-        weight_decay: of the network.
-        id_dropout: share of ids replaced by the unknown one, and of contexts made missing.
-        calibration_share: of the impressions, the latest.
-        checkpoint_s: seconds between checkpoints.
-        threads: threads of a step.
         clock: monotonic seconds.
 
     Raises:
         DataError: there are no impressions, or none of both kinds in a part; the loss or the numbers are not finite.
-        ConfigError: the shape needs a feature that is not there.
+        ConfigError: the ranker needs a feature that is not there.
     """
     started = clock()
-    shown = both_kinds(samples, calibration_share)
+    shown = both_kinds(samples, options.calibration_share)
     settings = {
-        "ranker": name,
-        "shape": asdict(shape),
-        "batch_size": batch_size,
-        "epochs": epochs,
-        "seed": seed,
-        "learning_rate": learning_rate,
-        "table_learning_rate": table_learning_rate,
-        "position_learning_rate": position_learning_rate,
-        "weight_decay": weight_decay,
-        "id_dropout": id_dropout,
-        "calibration_share": calibration_share,
-        "threads": threads,
+        "name": name,
+        "ranker": asdict(options),
+        "seed": train.seed,
+        "threads": train.threads,
         "torch": torch.__version__,
     }
-    folder = run_folder(checkpoints, samples.manifest, settings)
-    if (done := finished(folder)) is not None:
-        log.info("this run is finished: %s", done.path)
-        drop_all_but(folder, [FINISHED])
+    run = Run(run_folder(checkpoints, samples.manifest, settings), samples, settings)
+    if (done := finished(run.folder)) is not None:
         kept = done.manifest
         return RankerReport(
             str(done.path), kept["progress"]["rows"], 0.0, kept["loss"], Calibrated(**kept["calibration"]),
             kept["position"], 0.0,
         )  # fmt: skip
-
-    torch.set_num_threads(threads)
-    model = Ranker(shape.features_of(samples.features), shape, seed)
+    torch.set_num_threads(train.threads)
+    model = Ranker(samples.features, options, train.seed)
     model.begin_at(float(shown.impressions.clicked[: shown.cut].mean()))
-    batches = ImpressionBatches(samples, shown.impressions, model, id_dropout)
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for key, parameter in model.named_parameters() if key != POSITION]},
-        {"params": [model.position], "lr": position_learning_rate, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, foreach=True)
-    assembler = StepAssembler(model.features, model.tables)
-    progress = resume(folder, model, optimizer) or Progress(0, 0, 0, 0.0, math.nan)
-    if progress.rows:
-        log.info("resuming %s at epoch %d, step %d", folder.name, progress.epoch + 1, progress.step)
-    model.train()
-    loop_started = reported = saved = clock()
-    rows_before, steps = progress.rows, -(-shown.cut // batch_size)
-
-    for epoch in range(progress.epoch, epochs):
-        order = np.random.default_rng([seed, epoch, 1]).permutation(shown.cut)
-        for step in range(progress.step, steps):
-            rows = order[shown.cut * step // steps : shown.cut * (step + 1) // steps]
-            torch.default_generator.manual_seed(seed_of_step(seed, epoch, step))  # dropout depends on the step alone
-            batch = batches.drawn(rows, np.random.default_rng([seed, epoch, step, 2]))
-            inputs = assembler.assemble(batch.user, batch.item)
-            logits = model(inputs.user, inputs.item) + model.bias(torch.from_numpy(batch.position))
-            loss = binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.clicked))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            for table, touched in inputs.touched.items():
-                if touched.values.grad is not None:
-                    model.tables[table].update(touched.rows, touched.values.grad.numpy(), table_learning_rate)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise DataError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}: {_remedy(name)}")
-            progress = Progress(
-                epoch, step + 1, progress.rows + len(rows), progress.epoch_loss + value * len(rows), progress.last_loss
-            )
-            now = clock()
-            if now - reported > REPORT_S:
-                speed = (progress.rows - rows_before) / (now - loop_started)
-                log.info("%s: epoch %d/%d  %.0f impressions/s", name, epoch + 1, epochs, speed)
-                reported = now
-            if now - saved > checkpoint_s:
-                save_step(folder, model, optimizer, shape, progress, samples.path)
-                saved = clock()
-        progress = Progress(epoch + 1, 0, progress.rows, 0.0, progress.epoch_loss / shown.cut)
-        log.info("%s: epoch %d/%d done, loss %.4f", name, epoch + 1, epochs, progress.last_loss)
-
-    speed = (progress.rows - rows_before) / max(1e-9, clock() - loop_started)
-    if not all_finite(model):
-        raise DataError(f"training ended with numbers that are not finite: {_remedy(name)}")
+    batches = ImpressionBatches(samples, shown.impressions, model, options.id_dropout)
+    task = _task(name, model, batches, shown.cut, options=options, seed=train.seed)
+    loop_options = TrainOptions(
+        epochs=options.epochs,
+        seed=train.seed,
+        table_learning_rate=options.table_learning_rate,
+        checkpoint_s=train.checkpoint_s,
+    )
+    trained = train_epochs(task, run, loop_options, clock=clock)
     calibrated = _calibrate(model, batches, shown)
     curve = model.curve()[: max(1, int(shown.impressions.position.max(initial=0)))]
-    rest = {
-        "ranker": name,
-        "loss": progress.last_loss,
-        "settings": settings,
-        "calibration": asdict(calibrated),
-        "position": curve,
-        **{name: samples.manifest[name] for name in ("watermark_ms", "last_day")},
-    }
-    save_checkpoint(folder / FINISHED, model, optimizer, shape, progress, samples.path, rest)
-    drop_all_but(folder, [FINISHED])
+    path = finish(task, run, trained, ranker=name, calibration=asdict(calibrated), position=curve)
     return RankerReport(
-        str(folder / FINISHED), progress.rows, round(speed, 1), progress.last_loss, calibrated, curve,
-        round(clock() - started, 3),
-    )  # fmt: skip
+        path, trained.progress.rows, trained.rows_per_s, trained.loss, calibrated, curve, round(clock() - started, 3)
+    )
+
+
+def _task(
+    name: str, model: Ranker, batches: "ImpressionBatches", rows: int, *, options: PreRankOptions, seed: int
+) -> Task[Ranker, "ImpressionBatch"]:
+    """The network, its batches of the first impressions, and the loss of a batch."""
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for key, parameter in model.named_parameters() if key != POSITION]},
+        {"params": [model.position], "lr": options.position_learning_rate, "weight_decay": 0.0},
+    ]
+    assembler = StepAssembler(model.features, model.tables)
+    steps = -(-rows // options.batch_size)
+
+    def epoch_batches(epoch: int, first_step: int) -> Iterator[ImpressionBatch]:
+        order = np.random.default_rng([seed, epoch, 1]).permutation(rows)
+        for step in range(first_step, steps):
+            part = order[rows * step // steps : rows * (step + 1) // steps]
+            yield batches.drawn(part, np.random.default_rng([seed, epoch, step, 2]))
+
+    def step_loss(batch: ImpressionBatch) -> StepLoss:
+        inputs = assembler.assemble(batch.user, batch.item)
+        logits = model(inputs.user, inputs.item) + model.bias(torch.from_numpy(batch.position))
+        loss = binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.clicked))
+        return StepLoss(loss, len(batch.clicked), inputs.touched)
+
+    return Task(
+        name,
+        model,
+        torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True),
+        rows,
+        epoch_batches,
+        step_loss,
+        f"lower {name}.learning_rate or {name}.table_learning_rate",
+    )
 
 
 @dataclass(frozen=True)
@@ -333,7 +273,3 @@ def _calibrate(model: Ranker, batches: ImpressionBatches, shown: Parted) -> Cali
     model.calibration.copy_(torch.tensor([platt.scale, platt.offset]))
     before, after = (calibration_error(one.probability(logits), clicked) for one in (Platt(1.0, 0.0), platt))
     return Calibrated(len(logits), round(platt.scale, 4), round(platt.offset, 4), round(before, 5), round(after, 5))
-
-
-def _remedy(name: str) -> str:
-    return f"lower {name}.learning_rate or {name}.table_learning_rate"

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from twotower.logs.entities import EntityId
+from twotower.logs.events import EntityId
 from twotower.update.options import BoundsOptions
 
 PAIR: Final = "pair"

@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.logs import EventLog
-from twotower.logs.entities import EntityId
-from twotower.logs.events import ITEM, USER
+from twotower.logs.events import ITEM, USER, EntityId
 from twotower.publish.delta import (
     Delta,
     Reports,
@@ -32,9 +31,9 @@ from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import read_json, whole_file, write_json
-from twotower.stream.shards import partitions, read_parts, usable_manifests
+from twotower.stream.shards import partitions, read_positives, usable_manifests
 from twotower.towers.two_tower import TwoTower
-from twotower.update.entities import EntityChanges, read_changes
+from twotower.update.entities import LoggedEntities, read_changes
 from twotower.update.gate import Gate
 from twotower.update.learn import TOLD, Input, Learned, Plan, learn
 from twotower.update.options import ChainOptions
@@ -191,16 +190,16 @@ class Chain:
             return None
         return plan if whole and fits and plan.seq == self.seq + 1 else None
 
-    def _changes(self, plan: Plan) -> EntityChanges:
+    def _changes(self, plan: Plan) -> LoggedEntities:
         """The users and items that the log puts or deletes, as a plan says."""
         if self._sources.event_log is None:
-            return EntityChanges({}, {})
+            return LoggedEntities({}, {})
         types = {ITEM: self.state.id_type(c.ITEM_ID), USER: self.state.id_type(c.USER_ID)}
         return read_changes(self._sources.event_log, plan.events, self.state.entities, types)
 
     def _read(self, plan: Plan) -> Input:
         changes, shards = self._changes(plan), self._sources.shards
-        parts = [read_parts(shards, int(name), first, end) for name, (first, end) in plan.shards.items()]
+        parts = [read_positives(shards, int(name), first, end) for name, (first, end) in plan.shards.items()]
         aside = [*changes.problems, *(problem for part in parts for problem in part.problems)]
         for problem in aside:
             log.error("delta %d of %s goes on without: %s", plan.seq, self.version.id, problem)

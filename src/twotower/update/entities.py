@@ -7,10 +7,9 @@ from typing import Any
 import pyarrow as pa
 
 from twotower.logs import EventLog
-from twotower.logs.entities import TYPES, Entity, EntityId, after, entity_of, is_deletion
-from twotower.logs.events import ITEM
-from twotower.logs.protocol import Event
-from twotower.publish.overlay import Entities
+from twotower.logs.entities import Entity, after
+from twotower.logs.events import ITEM, EntityDeleted, EntityId, EntityPut
+from twotower.publish.overlay import EntityChanges
 from twotower.schema.tables import is_id
 
 _EVENTS = 10_000
@@ -21,7 +20,7 @@ Named = tuple[str, EntityId]
 
 
 @dataclass(frozen=True)
-class EntityChanges:
+class LoggedEntities:
     """The users and items that were put or deleted since a delta."""
 
     entities: Mapping[Named, Entity]
@@ -38,7 +37,7 @@ class EntityChanges:
         }
 
     @classmethod
-    def stored(cls, state: Mapping[str, Any]) -> "EntityChanges":
+    def stored(cls, state: Mapping[str, Any]) -> "LoggedEntities":
         """Those of a delta."""
         return cls(
             {(kind, one): Entity(**entity) for kind, one, entity in state["entities"]},
@@ -49,9 +48,9 @@ class EntityChanges:
 def read_changes(
     event_log: EventLog,
     offsets: Mapping[str, Sequence[int]],
-    known: Entities,
+    known: EntityChanges,
     types: Mapping[str, pa.DataType],
-) -> EntityChanges:
+) -> LoggedEntities:
     """What the log says of users and items between two offsets of each partition.
 
     Args:
@@ -61,43 +60,58 @@ def read_changes(
         types: of the ids of the version, by the type of the event.
     """
     entities, deleted_ms, unusable = dict[Named, Entity](), dict[Named, int](), dict[str, int]()
-    for offset, event in _entity_events(event_log, offsets):
-        one = entity_of(event)
-        if one is None or not is_id(one, types[event.type]):
-            unusable[event.type] = unusable.get(event.type, 0) + 1
+    for event in _entity_events(event_log, offsets):
+        kind, one = event.named
+        if not is_id(one, types[kind]):
+            unusable[kind] = unusable.get(kind, 0) + 1
             continue
-        before = known.items if event.type == ITEM else known.users
-        entities[event.type, one] = after(entities.get((event.type, one), before.get(one)), event, offset)
-        if is_deletion(event):
-            deleted_ms[event.type, one] = event.ts_ms
+        before = (known.items if kind == ITEM else known.users).get(one)
+        entities[kind, one] = event.added_to(entities.get((kind, one), before))
+        if isinstance(event.content, EntityDeleted):
+            deleted_ms[kind, one] = event.ts_ms
     problems = [f"{count} events of an {kind}: their id is none of this version" for kind, count in unusable.items()]
-    return EntityChanges(entities, deleted_ms, problems)
+    return LoggedEntities(entities, deleted_ms, problems)
 
 
-def read_entities(event_log: EventLog) -> Entities:
+def read_entities(event_log: EventLog) -> EntityChanges:
     """All users and items that were put or deleted, as the log tells."""
     entities = dict[Named, Entity]()
     whole = {str(partition): (0, end) for partition, end in enumerate(event_log.ends())}
-    for offset, event in _entity_events(event_log, whole):
-        if (one := entity_of(event)) is not None:
-            entities[event.type, one] = after(entities.get((event.type, one)), event, offset)
+    for event in _entity_events(event_log, whole):
+        entities[event.named] = event.added_to(entities.get(event.named))
     return split(entities)
 
 
-def split(entities: Mapping[Named, Entity]) -> Entities:
+def split(entities: Mapping[Named, Entity]) -> EntityChanges:
     """Items and users apart."""
-    return Entities(
+    return EntityChanges(
         {one: entity for (kind, one), entity in entities.items() if kind == ITEM},
         {one: entity for (kind, one), entity in entities.items() if kind != ITEM},
     )
 
 
-def _entity_events(event_log: EventLog, offsets: Mapping[str, Sequence[int]]) -> Iterator[tuple[int, Event]]:
-    """Offset and event of each event of a user or an item."""
+@dataclass(frozen=True)
+class _EntityEvent:
+    content: EntityPut | EntityDeleted
+    ts_ms: int
+    offset: int
+
+    @property
+    def named(self) -> Named:
+        return self.content.kind, self.content.entity_id
+
+    def added_to(self, before: Entity | None) -> Entity:
+        """What is known of the entity after this event."""
+        return after(before, self.content, self.ts_ms, self.offset)
+
+
+def _entity_events(event_log: EventLog, offsets: Mapping[str, Sequence[int]]) -> Iterator[_EntityEvent]:
+    """The events of users and items between two offsets of each partition."""
     for partition, (begin, end) in offsets.items():
         offset = begin
         while offset < end and (records := event_log.read(int(partition), offset, _EVENTS)):
             for record in records:
-                if record.offset < end and record.event.type in TYPES:
-                    yield record.offset, record.event
+                content = record.event.content
+                if record.offset < end and isinstance(content, EntityPut | EntityDeleted):
+                    yield _EntityEvent(content, record.event.ts_ms, record.offset)
             offset = records[-1].next_offset

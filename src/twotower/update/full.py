@@ -18,8 +18,9 @@ from twotower.features.bloom import is_held_out
 from twotower.features.columns import take
 from twotower.features.feature_set import HISTORY
 from twotower.logs import EventLog
-from twotower.logs.entities import Entity, EntityId
-from twotower.publish.overlay import Entities, plain_type
+from twotower.logs.entities import Entity
+from twotower.logs.events import EntityId
+from twotower.publish.overlay import EntityChanges, plain_type
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
@@ -84,7 +85,7 @@ def _goes_on(events: Path, day: str, watermark_ms: int) -> bool:
     )
 
 
-def fold(workspace: Path, entities: Entities, files: Iterable[Path]) -> None:
+def fold(workspace: Path, entities: EntityChanges, files: Iterable[Path]) -> None:
     """Write what was put or deleted into the tables of a workspace, and users who are new in joined events.
 
     Args:

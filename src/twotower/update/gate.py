@@ -12,7 +12,7 @@ import numpy.typing as npt
 from twotower.channels.retriever import Queries
 from twotower.features.columns import Bag
 from twotower.features.vocabulary import FIRST
-from twotower.logs.entities import EntityId
+from twotower.logs.events import EntityId
 from twotower.publish.delta import Delta, Rows
 from twotower.publish.version import Version
 from twotower.schema import columns as c
@@ -105,7 +105,7 @@ class Gate:
         if problems:
             return problems
         # Items that were put since are not compared: however alike they are, that was not learned.
-        own = vectors[: self._base.base_items]
+        own = vectors[: self._base.items.base]
         return [*check_spread(own, self._base, self._options), *recall.problems(self._options)]
 
     def risen_too_far(self, windows: ClickWindows, ts_ms: Longs, clicked_items: Iterable[EntityId]) -> list[EntityId]:

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from twotower.features.columns import Bag
-from twotower.logs.entities import EntityId
+from twotower.logs.events import EntityId
 from twotower.publish.delta import Delta
 from twotower.schema.errors import shown
-from twotower.update.entities import EntityChanges
+from twotower.update.entities import LoggedEntities
 from twotower.update.gate import Gate, Recall, by_hour, check_served, drift, hits, lists_with, recall_among, spaced
 from twotower.update.learner import Touched
 from twotower.update.rows import Positives
@@ -48,7 +48,7 @@ class Input:
     """Joined rows, by shard."""
     rows: int
     """Of the shards, read."""
-    changes: EntityChanges
+    changes: LoggedEntities
     set_aside: Sequence[str]
     """What could not be read."""
 

@@ -8,7 +8,7 @@ B positives of a step, K negatives, N items of the catalogue, D vector.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,13 @@ import torch
 
 from twotower.features.columns import Bag, Column, concatenate, pointers, take
 from twotower.features.vocabulary import FIRST, UNKNOWN
-from twotower.logs.entities import EntityId
+from twotower.logs.events import EntityId
 from twotower.publish.delta import Rows
 from twotower.schema import columns as c
-from twotower.towers.losses import Mask, shared_loss
+from twotower.towers.losses import Mask, SharedNegatives, shared_loss
 from twotower.towers.two_tower import StepAssembler, TwoTower, table_of
-from twotower.train.loop import loss_of
-from twotower.train.negatives import Draws, EasyNegatives, Shares
+from twotower.train.negatives import Draws, EasyNegatives
+from twotower.train.towers import configured_loss
 from twotower.update.options import ChainOptions
 from twotower.update.rows import Positives
 
@@ -88,11 +88,10 @@ class Learner:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.options = options.update
-        self._negatives = options.samples.negatives
-        self._scale = options.train.batch_size
+        self._train = options.train
+        self._negatives = replace(options.samples.negatives, count=options.update.negatives, shared=True)
         self._rate = options.update.learning_rate or options.train.table_learning_rate
-        self._loss = loss_of(options.train)
-        self._form = self._loss.form()
+        self._loss = configured_loss(options.train)
         self.learned: dict[str, dict[EntityId, int]] = {c.USER_ID: {}, c.ITEM_ID: {}}
         """By table, rows of ids that the version does not have so."""
         self.pending: dict[str, dict[EntityId, int]] = {c.USER_ID: {}, c.ITEM_ID: {}}
@@ -107,9 +106,7 @@ class Learner:
     def set_items(self, catalogue: dict[str, Column], item_vectors: Floats, item_clicks: Longs) -> None:
         """The items to learn from now on: encoded features, vectors (N, D) and clicks (N,)."""
         self._columns, self.vectors, self.clicks = catalogue, item_vectors, item_clicks
-        easy = self._negatives.easy
-        shares = Shares(easy.in_batch, easy.uniform, easy.clicks)
-        self._easy = EasyNegatives(shares, self._negatives.alpha, self.options.negatives, True, item_clicks)
+        self._easy = EasyNegatives(self._negatives, item_clicks)
         self._position = np.full(len(item_vectors), -1, np.int64)
         self._readers = _readers_of(self.model, catalogue)
         self._tokens = np.zeros(len(item_vectors), np.int32)
@@ -180,14 +177,13 @@ class Learner:
         if options.negatives_move:
             others = items[torch.from_numpy(place[len(rows) :])]
         total = shared_loss(
-            self._form,
+            self._loss,
             users,
             torch.cat([others, items]),
             torch.from_numpy(len(negatives) + place[: len(rows)]),
-            torch.from_numpy(log_weight),
-            self._mask(negatives, rows.item_row, rows.clicked),
-            torch.from_numpy(rows.weight / np.float32(self._scale)),
-            self.model.calibration,
+            SharedNegatives(log_weight, self._mask(negatives, rows.item_row, rows.clicked)),
+            share=torch.from_numpy(rows.weight / np.float32(self._train.batch_size)),
+            calibration=self.model.calibration,
         )
         if total.requires_grad:
             total.backward()  # type: ignore[no-untyped-call]
@@ -202,7 +198,7 @@ class Learner:
             self.model.tables[name].update(moved.rows[kept], gradient[kept], self._rate)
             if name == c.ITEM_ID:
                 self._refresh(self._readers_rows(distinct, moved.rows[kept]), touched)
-        touched.loss += float(total.detach()) * self._scale
+        touched.loss += float(total.detach()) * self._train.batch_size
         touched.recent = np.concatenate([touched.recent, rows.item_row])[-options.recent :]
 
     def _admit_all(self, rows: Positives, touched: Touched) -> npt.NDArray[np.int32]:
@@ -259,7 +255,7 @@ class Learner:
         with np.errstate(divide="ignore"):
             frequency = np.log(np.bincount(recent, minlength=len(self.vectors))[negatives]) - np.log(max(size, 1))
         log_weight = np.log(copies) - self._easy.log_expected(negatives, frequency, draws)
-        if not self._loss.corrected:
+        if not self._train.is_softmax:
             log_weight = log_weight + self._easy.log_target(negatives)
         return negatives, log_weight.astype(np.float32)
 

@@ -15,17 +15,13 @@ from twotower.channels.vector_channel import latest
 from twotower.features.columns import Bag, Column, concatenate, pointers, take
 from twotower.features.feature_set import HISTORY, FeatureSet
 from twotower.features.fitted import Fitted
-from twotower.logs.entities import EntityId
+from twotower.logs.events import EntityId
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.tables import EARLIEST_MS, LATEST_MS, MAX_WEIGHT, require_columns
 
 Longs = npt.NDArray[np.int64]
-
-CONTEXT = "context."
-FEATURES = "features."
-"""Before the names of a shard's columns of raw values."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,6 @@ class Positives:
         )
 
 
-def clicked(rows: pa.Table) -> pa.Table:
-    """The positives among joined rows."""
-    return rows.filter(pc.equal(rows.column(c.OUTCOME), c.CLICKED)) if rows.num_rows else rows
-
-
 def usable(rows: pa.Table, version: Version) -> npt.NDArray[np.bool_]:
     """Which clicked rows (B,) can be learned: those with ids, a time, and a weight from 0 to `MAX_WEIGHT`.
 
@@ -122,9 +113,9 @@ def positives_of(version: Version, rows: pa.Table, item_tokens: npt.NDArray[np.i
     columns = dict(stored.features)
     for feature in version.features.user_columns:
         if feature.name != c.USER_ID:
-            columns[feature.name] = _came_with(feature, rows, FEATURES, columns[feature.name])
+            columns[feature.name] = _came_with(feature, rows, c.FEATURES, columns[feature.name])
     for feature in version.features.context:
-        columns[feature.name] = _came_with(feature, rows, CONTEXT, feature.absent(rows.num_rows))
+        columns[feature.name] = _came_with(feature, rows, c.CONTEXT, feature.absent(rows.num_rows))
     history = _histories(version, rows, stored.clicks)
     if (reads := version.features.history) is not None:
         columns[reads.name] = latest(history, item_tokens, reads.last)

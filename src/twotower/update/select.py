@@ -17,11 +17,12 @@ import pyarrow.compute as pc
 from twotower.datasets.tables import end_of_day
 from twotower.features.bloom import is_held_out
 from twotower.features.vocabulary import UNKNOWN
-from twotower.logs.entities import Entity, EntityId
+from twotower.logs.entities import Entity
+from twotower.logs.events import EntityId
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.update.bounds import ITEM, PAIR, RISEN, USER
-from twotower.update.rows import Positives, clicked, times_of, usable
+from twotower.update.rows import Positives, times_of, usable
 from twotower.update.state import ChainState
 
 log = logging.getLogger(__name__)
@@ -100,9 +101,8 @@ def select(
 
 def _select_part(state: ChainState, rows: pa.Table) -> _Part:
     """The positives of one shard, without what is late, unknown, deleted or unusable."""
-    positives, version = clicked(rows), state.version
-    fine = usable(positives, version)
-    positives = positives.filter(pa.array(fine))
+    version, fine = state.version, usable(rows, state.version)
+    positives = rows.filter(pa.array(fine))
     times = times_of(positives)
     late = np.zeros(len(times), np.bool_)
     if version.watermark_ms is not None and version.last_day is not None:

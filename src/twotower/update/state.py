@@ -20,16 +20,15 @@ import pyarrow.compute as pc
 from twotower.features.columns import Column, concatenate, take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
-from twotower.logs.entities import EntityId
-from twotower.logs.events import ITEM, USER
+from twotower.logs.events import ITEM, USER, EntityId
 from twotower.publish.delta import Delta, Rows
-from twotower.publish.overlay import Entities, Overlay, item_columns
+from twotower.publish.overlay import EntityChanges, Overlay, item_columns
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.towers.embedding import EmbeddingTable
 from twotower.towers.two_tower import TwoTower
 from twotower.update.bounds import ClickWindows
-from twotower.update.entities import EntityChanges, Named, split
+from twotower.update.entities import LoggedEntities, Named, split
 from twotower.update.learner import Learner, Touched
 from twotower.update.options import ChainOptions
 from twotower.update.rows import Positives, positives_of, tokens_of
@@ -67,7 +66,7 @@ class Base:
     @cached_property
     def clicks(self) -> Longs:
         """Clicks of each of its items."""
-        return np.bincount(self.version.clicks.item_row, minlength=self.version.base_items).astype(np.int64)
+        return np.bincount(self.version.clicks.item_row, minlength=self.version.items.base).astype(np.int64)
 
     def latest_clicks(self, count: int) -> Longs:
         """Catalogue rows of its latest clicks, oldest first."""
@@ -91,7 +90,7 @@ class ChainState:
         self.version = base.version
         self.laid = base.version
         """The version with what was learned and put."""
-        self.entities = Entities()
+        self.entities = EntityChanges()
         self.seq, self.watermark_ms = 0, base.version.watermark_ms
         self.offsets: dict[str, dict[str, int]] = {"shards": dict(first_rows), "log": {}}
         """How far the shards (rows) and the log (offsets of users and items) were read, by partition."""
@@ -155,7 +154,7 @@ class ChainState:
             learner.recent, self.witnesses = np.zeros(0, np.int64), []
             self.windows = ClickWindows(self.options.update.bounds)
             learner.next_row |= state["next_row"]
-        self.take(EntityChanges.stored(state))
+        self.take(LoggedEntities.stored(state))
         self.windows.restore(state.get("counted", [[]] * 4), state.get("risen", []))
         for name, rows in delta.tables.items():
             table = learner.model.tables[name]
@@ -193,7 +192,7 @@ class ChainState:
         """The latest positives of held-out users, some more included."""
         return [*self.witnesses, *witnesses][-self.options.update.gate.window :]
 
-    def take(self, changes: EntityChanges) -> None:
+    def take(self, changes: LoggedEntities) -> None:
         """Take in users and items that were put or deleted; what is known already changes nothing."""
         known = {ITEM: self.entities.items, USER: self.entities.users}
         if all(known[kind].get(one) == entity for (kind, one), entity in changes.entities.items()):
@@ -201,7 +200,7 @@ class ChainState:
         newer = split(changes.entities)
         former = {one for kind, one in changes.deleted_ms if kind == ITEM}
         self.witnesses = [one for one in self.witnesses if one.item_id not in former]
-        self.entities = Entities(
+        self.entities = EntityChanges(
             {**self.entities.items, **newer.items} if newer.items else self.entities.items,
             {**self.entities.users, **newer.users},
         )
@@ -216,7 +215,7 @@ class ChainState:
 
     def _set_items(self, laid: Version) -> None:
         """Give the learner the items of the version and those put since."""
-        learner, base, count = self.learner, self.version.base_items, len(laid.item_ids)
+        learner, base, count = self.learner, self.version.items.base, len(laid.item_ids)
         more = np.zeros((count - base, learner.vectors.shape[1]), np.float32)
         vectors = np.concatenate([learner.vectors[:base], more])
         index = np.arange(count)
@@ -293,7 +292,7 @@ class ChainState:
                 VECTORS: learner.vectors[self._rows_put()],
             },
             state={
-                **EntityChanges(
+                **LoggedEntities(
                     put, {named: ts_ms for named, ts_ms in deleted_ms.items() if ts_ms is not None}
                 ).state(),
                 "pending": pending_changes({}, learner.pending),
