@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from twotower.config import Settings, load, parse
-from twotower.config.load import RENAMED, as_dict
+from twotower.config.load import REMOVED, RENAMED, as_dict
 from twotower.features.options import Categorical, MultiCategorical, Numeric, Sequence, Vector
 from twotower.schema.errors import ConfigError
 
@@ -57,7 +57,6 @@ kind = "faiss"
 port = 8000
 admin_port = 8001
 exclude = "impressed"
-features = { kind = "lmdb" }
 [stream]
 log = { kind = "local" }
 window_s = 600
@@ -136,6 +135,13 @@ def test_a_renamed_key_is_refused_with_its_new_name(old: str, new: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse({}, [f"{old}=1"], where="my.toml")
     assert f"my.toml: {old} is no key; it is called {new} now" in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "remedy"), REMOVED.items())
+def test_a_removed_key_is_refused_with_what_to_do(key: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse({}, [f'{key}.kind="lmdb"'], where="my.toml")
+    assert f"my.toml: {key} is no key; it is gone since an earlier release; {remedy}" in str(error.value)
 
 
 WRONG_VALUES: list[tuple[dict[str, Any], str]] = [

@@ -22,6 +22,10 @@ RENAMED = {
     "stream.late_s": "stream.remember_s",
 }
 """Keys of earlier releases, with the names that they have now."""
+REMOVED = {
+    "serve.features": "remove it: the server keeps what it learns of users in the workspace, and there was no choice",
+}
+"""Keys of earlier releases that are gone, with what to do."""
 
 _ADAPTER = TypeAdapter(Settings)
 _SHOWN = 100
@@ -186,6 +190,8 @@ def _sentence(location: tuple[int | str, ...], kind: str, message: str, seen: An
 def _hint(name: str, known: list[str]) -> str:
     if name in RENAMED:
         return f"it is called {RENAMED[name]} now"
+    if name in REMOVED:
+        return f"it is gone since an earlier release; {REMOVED[name]}"
     near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
     return f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(known) or 'none'}"
 
