@@ -34,6 +34,7 @@ from twotower.channels.popular import Popular
 from twotower.channels.retriever import Candidates, Queries, Retriever
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.datasets.workspace import HOLDOUT, HOLDOUT_COLD, HOLDOUT_IMPRESSIONS
 from twotower.evaluate.holdout import Truth, asked_first, candidates, cold_truth, first_requests, read_truth
 from twotower.evaluate.metrics import difference, score_lists
@@ -120,7 +121,7 @@ def main() -> None:
     changed = [*arguments.changed, *(["train.epochs=1"] if arguments.smoke else [])]
     with tempfile.TemporaryDirectory() as scratch:
         workspace = Path(scratch) / "workspace"
-        import_dataset("kuairand", arguments.data / "kuairand", workspace, "since:2022-05-03")
+        import_dataset("kuairand", arguments.data / "kuairand", workspace, ImportOptions(holdout="since:2022-05-03"))
         figures = compare(workspace, changed, 1 if arguments.smoke else arguments.seeds, arguments.judge)
     result = {
         "benchmark": "the context of a request, features and ids on KuaiRand",

@@ -46,6 +46,7 @@ from twotower.serve.snapshots import Snapshots
 from twotower.stream.shards import read_rows
 from twotower.update.chain import Chain
 from twotower.update.learn import Plan
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 CONFIG = Path(__file__).parents[1] / "examples" / "demo.toml"
@@ -82,7 +83,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def make_world(path: Path, users: int, items: int, days: int) -> Settings:
     """A published workspace."""
-    simulate_workspace(path, users, items, days=days, seed=0)
+    simulate_workspace(path, WorldOptions(users=users, items=items, days=days, seed=0))
     changes = [
         *(f"workspace.path={json.dumps(str(path))}", "models.rankers=[]", "train.epochs=2"),
         "stream.log.partitions=1",

@@ -37,6 +37,7 @@ from twotower.features.vocabulary import FIRST
 from twotower.pipeline.line import open_served, run_line
 from twotower.pipeline.places import places
 from twotower.publish.delta import base_digest, last_seq, read_delta
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 CONFIG = Path(__file__).parents[1] / "examples" / "demo.toml"
@@ -180,7 +181,7 @@ def process(*command: str) -> Iterator[subprocess.Popen[str]]:
 def measure(rate: float, seconds: float, scratch: Path) -> dict[str, Any]:
     """Everything at one rate, on a workspace of its own."""
     workspace = scratch / f"at-{rate:g}"
-    simulate_workspace(workspace, 2000, 1500, days=7, seed=0)
+    simulate_workspace(workspace, WorldOptions(users=2000, items=1500, days=7, seed=0))
     changes = [
         *(f"workspace.path={json.dumps(str(workspace))}", "serve.port=0", "models.rankers=[]", "train.epochs=2"),
         *('models.channels=["two_tower", "item_cf", "popular"]', "update.fold_every=0"),  # every delta is read below

@@ -22,6 +22,7 @@ from twotower.pipeline.line import make_samples, offline_channel, train_model
 from twotower.pipeline.places import places
 from twotower.samples.read import open_samples
 from twotower.train.checkpoint import open_checkpoint
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 CONFIG = Path(__file__).parent.parent / "examples" / "demo.toml"
@@ -57,7 +58,9 @@ def main() -> None:
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:
             workspace = Path(folder) / "workspace"
-            simulate_workspace(workspace, arguments.users, arguments.items, arguments.days, seed)
+            simulate_workspace(
+                workspace, WorldOptions(users=arguments.users, items=arguments.items, days=arguments.days, seed=seed)
+            )
             for name in cases:
                 figures[name].append(one_case(workspace, name, seed))
                 print(seed, name, figures[name][-1], file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.evaluate.holdout import evaluate
 from twotower.evaluate.options import EvaluateOptions
 from twotower.pipeline.line import make_samples, offline_channel
@@ -66,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = load(CONFIG, [f"workspace.path={folder}/workspace", "features.user.history.last=50"])
         where = places(settings)
-        import_dataset("movielens-1m", arguments.data, where.workspace, "time:0.9", None, "4", None)
+        import_dataset("movielens-1m", arguments.data, where.workspace, ImportOptions(holdout="time:0.9", positive="4"))
         make_samples(settings)
         cells = [
             {"loss": loss, "negatives": kind, **one_cell(where.workspace, loss, kind, arguments)}

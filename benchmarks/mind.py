@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.evaluate.holdout import Truth, held_out, ranked
 from twotower.evaluate.metrics import difference, score_lists
 from twotower.pipeline.line import channel_of, make_samples, train_from
@@ -73,7 +74,7 @@ def compare(data: str, folder: Path, seeds: int, changed: list[str]) -> dict[str
     groups: dict[str, npt.NDArray[np.bool_]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         workspace = Path(scratch) / "workspace"
-        import_dataset(name, folder / source, workspace, holdout, positive=positive)
+        import_dataset(name, folder / source, workspace, ImportOptions(holdout=holdout, positive=positive))
         for model in MODELS:
             for seed in range(seeds):
                 settings = load(EXAMPLES / config, [f"workspace.path={workspace}", *changed, f"train.seed={seed}"])

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from twotower.channels.item_cf import fit_item_cf
 from twotower.channels.swing import fit_swing
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.evaluate.holdout import ranked, read_truth
 from twotower.evaluate.metrics import score_lists
 from twotower.pipeline.line import make_samples
@@ -38,33 +40,13 @@ from twotower.samples.read import Clicks, Samples, open_samples
 
 CONFIG = Path(__file__).parent.parent / "examples" / "ids_only.toml"
 THREADS, NEIGHBOURS = 2, 200
-CASES: dict[str, tuple[int, Callable[[Path, Path], object]]] = {
-    "movielens": (
-        50,
-        lambda data, out: import_dataset("movielens-1m", data / "ml-1m", out, "time:0.9", None, "4", None),
-    ),
-    "kuairand": (
-        50,
-        lambda data, out: import_dataset("kuairand", data / "kuairand", out, "since:2022-05-03"),
-    ),
-    "globo": (
-        20,
-        lambda data, out: import_dataset("globo", data / "globo", out, "since:2017-10-10", None, "all", "2017-10-10"),
-    ),
-    "gowalla": (
-        20,
-        lambda data, out: import_dataset(
-            "interactions",
-            data / "gowalla" / "train.parquet",
-            out,
-            None,
-            data / "gowalla" / "test.parquet",
-            "all",
-            None,
-        ),
-    ),
+CASES: dict[str, tuple[int, str, str, ImportOptions]] = {
+    "movielens": (50, "movielens-1m", "ml-1m", ImportOptions(holdout="time:0.9", positive="4")),
+    "kuairand": (50, "kuairand", "kuairand", ImportOptions(holdout="since:2022-05-03")),
+    "globo": (20, "globo", "globo", ImportOptions(holdout="since:2017-10-10", until="2017-10-10")),
+    "gowalla": (20, "interactions", "gowalla/train.parquet", ImportOptions()),
 }
-"""Cut-off of the recall, and the import."""
+"""Cut-off of the recall, and what is imported from where."""
 IMPLICIT = {
     "implicit cosine": "CosineRecommender",
     "implicit tf-idf": "TFIDFRecommender",
@@ -100,11 +82,13 @@ def main() -> None:
 
 def one_case(name: str, data: Path, rounds: int) -> dict[str, Any]:
     """All methods on one data set, in turns."""
-    k, importer = CASES[name]
+    k, dataset, source, options = CASES[name]
+    if name == "gowalla":
+        options = replace(options, test=data / "gowalla" / "test.parquet")
     runs: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder) / "workspace"
-        importer(data, workspace)
+        import_dataset(dataset, data / source, workspace, options)
         make_samples(load(CONFIG, [f"workspace.path={workspace}"]))
         clicks = len(open_samples(workspace / "samples").clicks.item_row)
         for turn in range(rounds):

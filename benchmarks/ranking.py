@@ -25,11 +25,13 @@ import pyarrow.parquet as pq
 from twotower.config import load
 from twotower.config.settings import Settings
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.evaluate.calibration import auc, auc_within
 from twotower.evaluate.ranking import read_shown, user_auc
 from twotower.pipeline.line import evaluate_rankers, make_samples, train_model
 from twotower.pipeline.places import places
 from twotower.samples.read import Samples, open_samples
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower.worlds.world import SCENES
 
@@ -60,12 +62,16 @@ def main() -> None:
         if arguments.data is not None:
             found["kuairand"] = []
             workspace = Path(folder, "kuairand")
-            import_dataset("kuairand", arguments.data / "kuairand", workspace, "since:2022-05-03")
+            import_dataset(
+                "kuairand", arguments.data / "kuairand", workspace, ImportOptions(holdout="since:2022-05-03")
+            )
             for seed in range(arguments.seeds):
                 found["kuairand"].append(one_run("kuairand", "kuairand.toml", workspace, seed))
         for seed in range(arguments.seeds):
             workspace = Path(folder, f"world{seed}")
-            simulate_workspace(workspace, arguments.users, arguments.items, arguments.days, seed)
+            simulate_workspace(
+                workspace, WorldOptions(users=arguments.users, items=arguments.items, days=arguments.days, seed=seed)
+            )
             found["world"].append(one_run("world", "demo.toml", workspace, seed))
     result = {
         "benchmark": "pre-ranker and ranker",

@@ -29,6 +29,7 @@ import numpy as np
 
 from twotower.config import load
 from twotower.pipeline.line import open_served, run_line
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 CONFIG = Path(__file__).parents[1] / "examples" / "demo.toml"
@@ -151,7 +152,9 @@ def main() -> None:
         if workspace is None:
             workspace = Path(folder) / "workspace"
             users, items, epochs = (100, 100, 1) if arguments.smoke else (2000, 1500, 5)
-            simulate_workspace(workspace, users, items, days=3 if arguments.smoke else 7, seed=0)
+            simulate_workspace(
+                workspace, WorldOptions(users=users, items=items, days=3 if arguments.smoke else 7, seed=0)
+            )
             overrides = [f"workspace.path={json.dumps(str(workspace))}", f"train.epochs={epochs}"]
             run_line(load(CONFIG, overrides), promoted=True)
         result = bench(workspace, 0.5 if arguments.smoke else 5.0, (1,) if arguments.smoke else CONNECTIONS)

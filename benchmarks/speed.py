@@ -29,6 +29,7 @@ import torch
 
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.features.columns import Bag, ranges
 from twotower.pipeline.line import make_samples
 from twotower.pipeline.places import places
@@ -63,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = load(CONFIG, [f"workspace.path={folder}/workspace", *FEATURES])
         workspace = places(settings).workspace
-        import_dataset("movielens-1m", arguments.data, workspace, "time:0.9", None, "4", None)
+        import_dataset("movielens-1m", arguments.data, workspace, ImportOptions(holdout="time:0.9", positive="4"))
         make_samples(settings)
         rows = Path(folder) / "rows.npz"
         export(open_samples(workspace / "samples"), rows)

@@ -21,6 +21,7 @@ from typing import Any
 
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.evaluate.holdout import held_out, judge
 from twotower.pipeline.line import channel_of, make_samples, train_from
 from twotower.pipeline.places import places
@@ -137,7 +138,7 @@ def one_table(data: str, variants: dict[str, list[str]], arguments: argparse.Nam
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         workspace = Path(scratch) / "workspace"
-        import_dataset(name, arguments.data / folder, workspace, holdout, positive=positive)
+        import_dataset(name, arguments.data / folder, workspace, ImportOptions(holdout=holdout, positive=positive))
         for variant, changes in list(variants.items())[: 2 if arguments.smoke else None]:
             found, times = [], []
             for seed in range(1 if arguments.smoke else arguments.seeds):

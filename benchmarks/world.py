@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.datasets.importers import import_dataset
-from twotower.datasets.tables import DAY_MS, codes
+from twotower.datasets.options import ImportOptions
+from twotower.datasets.tables import codes
 from twotower.datasets.workspace import open_workspace
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.worlds.natures import NATURES
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate
 
 REAL = {"kuairand": "since:2022-05-04", "globo": "since:2017-10-10"}
@@ -158,13 +161,14 @@ def sessions(log: Log) -> dict[str, Any]:
 
 def real(name: str, data: Path, folder: Path) -> dict[str, Any]:
     """The figures of a data set."""
-    import_dataset(name, data / name, folder / name, REAL[name])
+    import_dataset(name, data / name, folder / name, ImportOptions(holdout=REAL[name]))
     return measure(Log.of(open_workspace(folder / name).events(), CONTEXT[name]))
 
 
-def simulated(nature: str, users: int, items: int, days: int, seeds: Sequence[int]) -> dict[str, Any]:
+def simulated(options: WorldOptions, seeds: Sequence[int]) -> dict[str, Any]:
     """The median figures of some worlds of a nature."""
-    return median([measure(Log.of(simulate(users, items, days, seed, nature).events, "scene")) for seed in seeds])
+    logs = (simulate(replace(options, seed=seed)).events for seed in seeds)
+    return median([measure(Log.of(events, "scene")) for events in logs])
 
 
 def median(figures: Sequence[Any]) -> Any:
@@ -290,7 +294,7 @@ def main() -> None:
     for nature in NATURES:
         users, items = (2000, 400) if arguments.smoke else SIZES[nature]
         seeds = range(1 if arguments.smoke else arguments.seeds)
-        figures[f"world {nature}"] = simulated(nature, users, items, DAYS, seeds)
+        figures[f"world {nature}"] = simulated(WorldOptions(users, items, DAYS, like=nature), seeds)
         print(nature, figures[f"world {nature}"], file=sys.stderr, flush=True)
     result = {
         "benchmark": "the simulated world beside real logs",

@@ -5,11 +5,15 @@ import os
 # Before the first import of NumPy or torch. Two workers share few cores, and one thread gives the same sums every time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import fcntl
+import hashlib
+import io
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,18 +35,76 @@ ALLOWED_SKIPS = tuple(
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the workers of a run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def made_once(shared: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder in the first worker that asks for its name; all of them only read it."""
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, finished = shared / f"once-{name}", shared / f"once-{name}.finished"
+        with (shared / f"once-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not finished.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                finished.touch()
+        return folder
+
+    return made
+
+
+@contextmanager
+def exporting_once(folder: Path) -> Iterator[None]:
+    """Export a network with the same weights once: it takes seconds, and tests often publish the same checkpoint."""
+    import torch.onnx
+
+    export = torch.onnx.export
+
+    def exported(module: Any, examples: Any, path: str, **options: Any) -> None:
+        torch.save((module, examples, repr(options)), buffer := io.BytesIO())
+        kept = folder / f"exported-{hashlib.sha256(buffer.getbuffer()).hexdigest()}.onnx"
+        if not kept.exists():
+            export(module, examples, path, **options)
+            shutil.copyfile(path, half := f"{kept}.{os.getpid()}")
+            Path(half).rename(kept)
+        shutil.copyfile(kept, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", exported)
+        yield
+
+
+@pytest.fixture
+def exported_once(shared: Path) -> Iterator[None]:
+    """For a test that publishes the same checkpoint again, or one that another test publishes."""
+    with exporting_once(shared):
+        yield
+
+
+@pytest.fixture(scope="session")
+def world(shared: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> "Settings":
     """The configuration of a tiny simulated workspace, trained, published and promoted; it is only read."""
     from twotower.config import load
     from twotower.pipeline.line import run_line  # torch and Ibis take seconds to load, and most tests need neither
+    from twotower.worlds.options import WorldOptions
     from twotower.worlds.simulate import simulate_workspace
 
-    path = tmp_path_factory.mktemp("world") / "workspace"
-    simulate_workspace(path, users=300, items=300, days=3, seed=1)
-    overrides = [f"workspace.path={path}", *TRAINED]
-    settings = load(Path(__file__).parents[1] / "examples" / "demo.toml", overrides)
-    run_line(settings, promoted=True)
-    return settings
+    def configured(folder: Path) -> "Settings":
+        overrides = [f"workspace.path={folder / 'workspace'}", *TRAINED]
+        return load(Path(__file__).parents[1] / "examples" / "demo.toml", overrides)
+
+    def make(folder: Path) -> None:
+        simulate_workspace(folder / "workspace", WorldOptions(users=300, items=300, days=3, seed=1))
+        with exporting_once(shared):
+            run_line(configured(folder), promoted=True)
+
+    return configured(made_once("world", make))
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +149,7 @@ def odd_world(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
 
 
 @pytest.fixture
-def own_world(world: "Settings", tmp_path: Path) -> "Settings":
+def own_world(world: "Settings", tmp_path: Path, exported_once: None) -> "Settings":
     """The same for a test that changes it."""
     copied = shutil.copytree(world.workspace.path, tmp_path / "own")
     return replace(world, workspace=replace(world.workspace, path=str(copied)))
@@ -112,6 +174,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Any]":
         pytest.skip("Java 17 is not installed: apt-get install openjdk-17-jre-headless")
     from pyspark import SparkContext
 
+    # Tests run most code only a few times: compiling it well would take longer than running it.
+    os.environ["SPARK_SUBMIT_OPTS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
     with open_spark(EngineOptions("spark"), tmp_path_factory.mktemp("spark")):
         java = SparkContext._gateway.proc
         # Small data: making Java code for each query would take longer than running it.
@@ -238,6 +302,11 @@ def refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if not reason.startswith(ALLOWED_SKIPS):
         report.outcome = "failed"
         report.longrepr = f"skipped with CI=true, and tests/allowed_skips.txt does not allow this reason: {reason}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests on Spark first: then one worker runs them all, and one Java runs."""
+    items.sort(key=lambda item: "spark" not in getattr(item, "fixturenames", ()) and "[spark]" not in item.name)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,43 +2,42 @@
 
     python benchmarks/soak/event_log.py --kills 500 --seed 0
 
-A child process appends from several threads and notes each acknowledgement in a file; it is killed (SIGKILL) at a
-random moment, sometimes while it still opens the log, and often half a record or zeros are put behind what it wrote.
+A process appends from several threads and notes each acknowledgement in a file; it is killed (SIGKILL) at a
+random moment, sometimes while it still opens the log, and often half a frame or zeros are put behind what it wrote.
 After each kill the log opens again and holds
 
 - every acknowledged event of all runs exactly once, at the acknowledged offset,
 - of what each user of each run was sent, a prefix in order: nothing is missing in between,
-- the same to a reader that followed it in steps while the children wrote.
+- the same to a reader that followed it in steps while they wrote.
 
-Meanwhile a thread of the child erases a user of each earlier run: their events may be erased or not after a kill, and
+Meanwhile a thread of the process erases a user of each earlier run: their events may be erased or not after a kill, and
 nothing else may. In the end they are erased once more, and no file of the log names these users.
 
-Each child first sends the beginning of the run before it again, as clients do that got no answer. Segments are small,
-so that kills meet their sealing too. Another log begins after every 50 kills: all of it is read after each kill. The
-last line is one JSON object.
+Each process first sends the beginning of the run before it again, as clients do that got no answer. The write-ahead log
+is short, so that kills meet the copying of it into the database too. Another log begins after every 50 kills: all of it
+is read after each kill. The last line is one JSON object.
 """
 
 import argparse
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from contextlib import ExitStack, closing
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
-from twotower.logs import Event, LocalEventLog, Record, partition_of
+import forks
+
+from twotower.logs import Event, LocalEventLog, Record, local, partition_of
 from twotower.logs.events import ERASED
 from twotower.logs.payload import mark_of
-from twotower.logs.segment import encode
 
 PARTITIONS = 2
-SEGMENT_BYTES = 30_000
+CHECKPOINT_PAGES = 20
 THREADS = 3
 USERS = 2
 RETRIED = 40
@@ -48,7 +47,8 @@ MOST_STEPS = 2000
 
 
 def open_log(folder: Path) -> LocalEventLog:
-    return LocalEventLog.open(folder, partitions=PARTITIONS, sync="always", segment_bytes=SEGMENT_BYTES)
+    local.CHECKPOINT_PAGES = CHECKPOINT_PAGES
+    return LocalEventLog.open(folder, partitions=PARTITIONS, sync="always")
 
 
 def sent(run: int, thread: int, step: int) -> Event:
@@ -68,10 +68,9 @@ def erase(log: LocalEventLog, runs: int) -> int:
     )
 
 
-def child(folder: Path, run: int) -> None:
-    """Append until killed; a line on stdout for each acknowledgement: run, thread, step, partition, offset."""
-    if not sys.stdin.readline():  # the parent is gone
-        return
+def write_on(folder: Path, run: int, acknowledged: Path) -> None:
+    """Append until killed; a line in a file for each acknowledgement: run, thread, step, partition, offset."""
+    answers = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     log = open_log(folder)
 
     def append(of_run: int, thread: int, steps: range) -> None:
@@ -79,7 +78,7 @@ def child(folder: Path, run: int) -> None:
         lines = (
             f"{of_run} {thread} {step} {ack.partition} {ack.offset}\n" for step, ack in zip(steps, acks, strict=True)
         )
-        os.write(1, "".join(lines).encode())
+        os.write(answers, "".join(lines).encode())
 
     def work(thread: int) -> None:
         if run:
@@ -145,48 +144,36 @@ def check(found: list[list[Record]], acknowledged: list[list[int]], erased: dict
         assert places.get(f"{run}-{thread}-{step}") == (partition, offset), f"{run}-{thread}-{step} was acknowledged"
 
 
-def tear(folder: Path, generator: random.Random) -> None:
-    """Leave at some ends what a power cut leaves: part of a record, or zeros; a kill alone seldom does."""
-    for partition in sorted(folder.glob("partition-*")):
-        whole = encode(sent(0, 0, 299).to_json())
-        tail = generator.choice([b"", whole[: generator.randrange(1, len(whole))], bytes(generator.randrange(1, 9000))])
-        with max(partition.glob("*.log")).open("ab") as file:
-            file.write(tail)
-
-
-def start(folder: Path, run: int, acks: Path) -> subprocess.Popen[str]:
-    """A child that has imported everything and waits for a line on stdin."""
-    command = [sys.executable, __file__, "--folder", str(folder), "--child", str(run)]
-    with acks.open("w") as file:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, text=True)
+def tear(folder: Path, generator: random.Random) -> int:
+    """Leave at the end of the write-ahead log what a power cut leaves: part of a frame, or zeros; gives its bytes."""
+    wal = folder / "events.sqlite-wal"
+    if not wal.exists():
+        return 0
+    frame = wal.read_bytes()[-4120:]
+    tail = generator.choice([b"", frame[: generator.randrange(1, 4120)], bytes(generator.randrange(1, 9000))])
+    with wal.open("ab") as file:
+        file.write(tail)
+    return len(tail)
 
 
 def soak(folder: Path, kills: int, generator: random.Random) -> dict[str, int]:
-    """Kill `kills` children that write one log; counts of what happened."""
+    """Kill `kills` processes that write one log; counts of what happened."""
     log_folder = folder / "log"
     open_log(log_folder).close()
     followed: list[list[Record]] = [[] for _ in range(PARTITIONS)]
     acknowledged: list[list[int]] = []
-    next_child = start(log_folder, 0, folder / "acks-0")
-    with closing(LocalEventLog.reader(log_folder)) as reader, ExitStack() as children:
-        children.callback(next_child.kill)
+    torn = 0
+    with closing(LocalEventLog.reader(log_folder)) as reader:
         for run in range(kills):
-            process = next_child
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            if run + 1 < kills:  # it starts Python meanwhile
-                next_child = start(log_folder, run + 1, folder / f"acks-{run + 1}")
-                children.callback(next_child.kill)
+            acks = folder / f"acks-{run}"
+            acks.touch()
+            process = forks.start(partial(write_on, log_folder, run, acks))
             time.sleep(generator.uniform(0, LONGEST_S))
             read_on(reader, followed)
-            time.sleep(generator.uniform(0, LONGEST_S))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stdin.close()
-            lines = (folder / f"acks-{run}").read_text().splitlines(keepends=True)
+            assert not forks.wait(process, generator.uniform(0, LONGEST_S)), "a writer ended by itself"
+            lines = acks.read_text().splitlines(keepends=True)
             acknowledged += [[int(word) for word in line.split()] for line in lines if line.endswith("\n")]
-            tear(log_folder, generator)
+            torn += tear(log_folder, generator) > 0
             with closing(open_log(log_folder)) as log:
                 found: list[list[Record]] = [[] for _ in range(PARTITIONS)]
                 read_on(log, found)
@@ -196,14 +183,13 @@ def soak(folder: Path, kills: int, generator: random.Random) -> dict[str, int]:
     erased = sum(record.event.type == ERASED for records in found for record in records)
     with closing(open_log(log_folder)) as log:
         erased += erase(log, kills)
-    named = b"".join(path.read_bytes() for path in log_folder.rglob("*.log"))
+        named = b"".join(path.read_bytes() for path in log_folder.iterdir())
     assert not any(f'"{run}-0-0"'.encode() in named for run in range(kills)), "a user that was erased is named"
     return {
         "erased": erased,
         "acknowledged": len(acknowledged),
         "events": sum(map(len, found)),
-        "torn": len(list(log_folder.rglob("*.torn-*"))),
-        "segments": len(list(log_folder.rglob("*.log"))),
+        "torn": torn,
     }
 
 
@@ -211,12 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child is not None:
-        child(arguments.folder, arguments.child)
-        return
     generator, counts = random.Random(arguments.seed), Counter[str]()
     for first in range(0, arguments.kills, KILLS_A_LOG):
         with tempfile.TemporaryDirectory() as folder:

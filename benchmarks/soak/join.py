@@ -2,7 +2,7 @@
 
     python benchmarks/soak/join.py --kills 500 --seed 0
 
-A writer appends requests and clicks, some late, some before their request, some twice. A child process follows the log
+A writer appends requests and clicks, some late, some before their request, some twice. A process follows the log
 with small shards, merges them and writes daily partitions; it is killed (SIGKILL) at a random moment and the next one
 goes on. In the end the log is joined to its end and
 
@@ -10,21 +10,20 @@ goes on. In the end the log is joined to its end and
 - the daily partitions have its bytes,
 - every click that the log acknowledged is there exactly once.
 
-The children are forks of this process, which has imported everything. The last line is one JSON object.
+The last line is one JSON object.
 """
 
 import argparse
 import hashlib
 import json
-import os
 import random
-import signal
 import tempfile
 import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
+import forks
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -75,17 +74,6 @@ def run(folder: Path, out: Path, *, follow: bool) -> JoinReport:
         )  # fmt: skip
 
 
-def child(folder: Path, out: Path) -> int:
-    """A fork that follows the log until it is killed; its process id."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            run(folder, out, follow=True)
-        finally:
-            os._exit(1)
-    return pid
-
-
 def digests(folder: Path) -> dict[str, str]:
     """The hash of every daily file."""
     return {
@@ -112,13 +100,10 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, object]:
             events = some_events(draw, kill * REQUESTS_A_KILL, REQUESTS_A_KILL)
             half = draw.randrange(len(events))
             log.append(events[:half])
-            pid = child(folder, disturbed)
+            joiner = forks.start(lambda: run(folder, disturbed, follow=True))
             log.append(events[half:])
             clicks.update({(e.user_id, e.request_id, e.body["item_id"]): 1 for e in events if e.type == "click"})
-            time.sleep(draw.uniform(0, LONGEST_S))
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-            assert os.WIFSIGNALED(status), "the joiner ended by itself: see its error above"
+            assert not forks.wait(joiner, draw.uniform(0, LONGEST_S)), "the joiner ended by itself"
             left = [path.name for path in folder.rglob(".tmp-*")]
             left_by_kills.update("half a file" for _ in left)
             for partition in partitions(disturbed / "shards"):

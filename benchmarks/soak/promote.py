@@ -44,6 +44,7 @@ from twotower.schema import columns as c
 from twotower.schema.files import MANIFEST, folder_listing
 from twotower.serve.request import Request, retrieve
 from twotower.serve.users import Recent
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ class Seen:
 
 def make_world(folder: Path) -> Settings:
     workspace = folder / "workspace"
-    simulate_workspace(workspace, users=300, items=300, days=3, seed=0)
+    simulate_workspace(workspace, WorldOptions(users=300, items=300, days=3, seed=0))
     overrides = [f"workspace.path={json.dumps(str(workspace))}", "train.epochs=1", "train.batch_size=256"]
     settings = load(ROOT / "examples" / "demo.toml", overrides)
     run_line(settings, promoted=True)

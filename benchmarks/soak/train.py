@@ -2,25 +2,24 @@
 
     python benchmarks/soak/train.py --kills 50 --seed 0
 
-A child process trains a small world with a checkpoint every few steps and is killed (SIGKILL) at a random moment; the
-next one resumes. After some kills the newest checkpoint is damaged too: a byte is flipped, or it ends early. When a run
-is finished, its tensors are compared with those of a run that nobody disturbed, and another round begins, until there
-were enough kills. The last line is one JSON object.
+A process trains a small world with a checkpoint every few steps. It is killed (SIGKILL) at a random moment, or right
+before a random one of the files and folders that it writes, flushes, renames, removes or makes; the next one resumes.
+After some kills the newest checkpoint is damaged too: a byte is flipped, or it ends early. When a run is finished, its
+tensors are compared with those of a run that nobody disturbed, and another round begins, until there were enough kills.
+The last line is one JSON object.
 """
 
 import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
+import forks
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from twotower.features.options import Features
 from twotower.samples.build import build_samples
@@ -34,6 +33,8 @@ from twotower.train.loop import Loss, Negatives, train
 USERS, ITEMS, CLICKS = 300, 120, 6000
 EPOCHS = 24
 CHECKPOINT_S = 0.03
+REACH = 0.7
+"""Share of the time of an undisturbed run within which a process is killed: what resumes has less to do."""
 DAMAGED = 0.3
 """Share of kills after which the newest checkpoint is damaged."""
 START_MS = 1_700_000_000_000
@@ -58,15 +59,8 @@ def make_world(folder: Path) -> None:
     build_samples(workspace, folder / "samples", Features(), 16)
 
 
-def child(samples: Path, checkpoints: Path) -> None:
-    """Train to the end, or until killed; a line on stdout says that everything is imported."""
-    warm = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.AdamW([warm])  # imports more, as do its first steps
-    warm.sum().backward()
-    optimizer.step()
-    print("ready", flush=True)
-    if not sys.stdin.readline():  # the parent is gone
-        return
+def work(samples: Path, checkpoints: Path) -> None:
+    """Train to the end, or until killed."""
     shape = Shape(16, Network("dnn", (32,)), Network("dnn", (32,)), dropout=0.1)
     train(
         open_samples(samples),
@@ -89,30 +83,8 @@ def child(samples: Path, checkpoints: Path) -> None:
     )
 
 
-def start(folder: Path, checkpoints: Path) -> subprocess.Popen[str]:
-    """A child that imports everything and waits for a line on stdin."""
-    command = [sys.executable, __file__, "--folder", str(folder), "--checkpoints", str(checkpoints)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def go(process: subprocess.Popen[str]) -> None:
-    """Let a child begin, once it is ready."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n", "training did not start"
-    process.stdout.close()
-    process.stdin.write("go\n")
-    process.stdin.close()
-
-
-def finish(process: subprocess.Popen[str], checkpoints: Path) -> str:
-    """Let a child train to its end; the hash of its tensors."""
-    go(process)
-    return result_of(process, checkpoints)
-
-
-def result_of(process: subprocess.Popen[str], checkpoints: Path) -> str:
-    assert process.wait() == 0, "training failed"
+def result_of(checkpoints: Path) -> str:
+    """The hash of the tensors of a finished run."""
     (run,) = checkpoints.iterdir()
     assert [path.name for path in run.iterdir()] == [FINISHED], "a finished run keeps nothing but its checkpoint"
     return sha256(run / FINISHED / TENSORS)
@@ -131,28 +103,17 @@ def damage(path: Path, generator: random.Random) -> None:
 
 
 def soak(folder: Path, kills: int, seed: int) -> dict[str, int]:
-    """Kill `kills` children; counts of what happened."""
-    generator = random.Random(seed)
-    make_world(folder)
-    first = start(folder, folder / "undisturbed")
-    go(first)
-    began = time.monotonic()
-    while first.poll() is None and not list((folder / "undisturbed").glob(f"run-*/{FINISHED}")):
-        time.sleep(0.005)
-    longest_s = time.monotonic() - began  # to the result: the process takes as long again to end
-    undisturbed = result_of(first, folder / "undisturbed")
+    """Kill `kills` processes; counts of what happened."""
+    generator, samples = random.Random(seed), folder / "samples"
+    forks.run(lambda: make_world(folder))
+    usual = forks.measured(lambda: work(samples, folder / "undisturbed"), folder / "undisturbed")
+    undisturbed = result_of(folder / "undisturbed")
     counts = {"kills": 0, "seed": seed, "rounds": 0, "resumable": 0, "half_written": 0, "damaged": 0}
     while counts["kills"] < kills:
         counts["rounds"] += 1
         checkpoints = folder / f"round-{counts['rounds']}"
-        next_child = start(folder, checkpoints)
-        while counts["kills"] < kills:
-            process, next_child = next_child, start(folder, checkpoints)  # it starts Python meanwhile
-            go(process)
-            time.sleep(generator.uniform(0, longest_s))
-            process.kill()
-            if process.wait() == 0:  # it was done before
-                break
+        train_on = partial(work, samples, checkpoints)
+        while counts["kills"] < kills and not forks.disturbed(train_on, checkpoints, generator, usual, REACH):
             counts["kills"] += 1
             steps = sorted(checkpoints.glob("run-*/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
             counts["resumable"] += bool(steps)
@@ -160,7 +121,8 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, int]:
             if steps and generator.random() < DAMAGED:
                 damage(steps[-1], generator)
                 counts["damaged"] += 1
-        assert finish(next_child, checkpoints) == undisturbed, f"round {counts['rounds']} ended with other bytes"
+        forks.run(train_on)
+        assert result_of(checkpoints) == undisturbed, f"round {counts['rounds']} ended with other bytes"
     return counts
 
 
@@ -168,12 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--checkpoints", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.checkpoints is not None:
-        child(arguments.folder / "samples", arguments.checkpoints)
-        return
+    forks.import_late_modules()
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(soak(Path(folder), arguments.kills, arguments.seed)))
 

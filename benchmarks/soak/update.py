@@ -32,35 +32,24 @@ import argparse
 import itertools
 import json
 import logging
-import os
 import random
 import shutil
-import signal
-import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Before torch and NumPy are imported: a process that has begun to use several threads cannot fork.
-os.environ["OMP_NUM_THREADS"] = "1"
-
-import ibis.backends.duckdb  # noqa: F401  so that no fork has to
-import onnxscript.function_libs.torch_lib.ops  # noqa: F401
+import forks
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch.export._trace
-import torch.onnx._internal.exporter._core  # noqa: F401
+from forks import Work
 
 from twotower.config import Settings, parse
 from twotower.datasets.places import Places
-from twotower.datasets.tables import DAY_MS
 from twotower.features.bloom import is_held_out
 from twotower.logs import Event, LocalEventLog
 from twotower.logs.events import item_deleted, item_event, user_deleted
@@ -74,17 +63,16 @@ from twotower.publish.manifest import DIGEST
 from twotower.publish.publish import CURRENT, current_path, list_versions, verify
 from twotower.publish.version import read_manifest
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.files import MANIFEST, TEMPORARY, read_json
 from twotower.serve.snapshots import Snapshots
 from twotower.stream.shards import manifests, partitions, read_rows
 from twotower.update.chain import PLAN, QUARANTINE
 from twotower.update.incremental import LOCK
 from twotower.update.rows import clicked
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
-STEPS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
-"""What Python tells an audit hook before it happens: that a process writes, flushes, renames, removes or makes."""
-COMMITS = frozenset({"os.rename"})
 BY_THE_CLOCK = {"created_ms", "follows", "stands_for", DIGEST}
 """Of manifests: the time of a version's making, and digests of manifests that have it."""
 GROWTHS = 3
@@ -104,7 +92,6 @@ RETRIED = 20
 PAUSE_S = 0.004
 """Of the writer, between two appends."""
 
-Work = Callable[[], object]
 Click = tuple[Any, Any, int]
 """Of whom, on what, when."""
 
@@ -149,117 +136,6 @@ def moved(settings: Settings, workspace: Path) -> Settings:
     return replace(settings, workspace=replace(settings.workspace, path=str(workspace)))
 
 
-# ------------------------------------------------------------------------------------------------ processes and kills
-
-
-@dataclass(frozen=True)
-class Ran:
-    """How long a process took that nobody disturbed."""
-
-    seconds: float
-    steps: int
-    """Files and folders below its workspace that it wrote, flushed, renamed, removed or made."""
-    commits: int
-    """Renames among them."""
-
-
-def watch(below: Path, kinds: frozenset[str], at_step: Callable[[int], None]) -> None:
-    """Call back right before this process takes a step below a folder, with the number of the step from 1."""
-    prefix, steps = str(below), 0
-
-    def hook(name: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal steps
-        if name not in kinds or not str(arguments[0]).startswith(prefix):
-            return
-        if name == "open" and arguments[1] is not None and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            return  # it only reads; files are flushed through `os.open`, which has no mode
-        steps += 1
-        at_step(steps)
-
-    sys.addaudithook(hook)
-
-
-def start(work: Work) -> int:
-    """A fork that does some work and ends; its process id."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:  # a fork must not go on as its parent
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return pid
-
-
-def wait(pid: int, seconds: float | None = None) -> bool:
-    """Wait for a fork to end by itself, for so long at most; gives whether it did.
-
-    Raises:
-        AssertionError: it failed.
-    """
-    until = None if seconds is None else time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(pid, 0 if until is None else os.WNOHANG)
-        if done:
-            died = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-            assert died or status == 0, "a process failed: see its error above"
-            return not died
-        if until is not None and time.monotonic() > until:
-            os.kill(pid, signal.SIGKILL)
-            until = None
-        time.sleep(0.001)
-
-
-def run(work: Work) -> None:
-    """Do some work in a fork that nobody disturbs."""
-    assert wait(start(work)), "somebody else killed a process"
-
-
-def measured(work: Work, below: Path) -> Ran:
-    """The same; how long it took."""
-    reading, writing = os.pipe()
-
-    def watched() -> None:
-        steps = {STEPS: 0, COMMITS: 0}
-        for kinds in steps:
-            watch(below, kinds, partial(steps.__setitem__, kinds))
-        began = time.monotonic()
-        work()
-        os.write(writing, json.dumps([time.monotonic() - began, *steps.values()]).encode())
-
-    run(watched)
-    ran = Ran(*json.loads(os.read(reading, 1000)))
-    os.close(reading)
-    os.close(writing)
-    return ran
-
-
-def disturbed(work: Work, below: Path, draw: random.Random, usual: Ran, reach: float) -> bool:
-    """Do some work in a fork and kill it at random: by the clock, before a step or before a commit; gives whether it
-    ended before.
-
-    Args:
-        work: to do.
-        below: the folder whose steps count.
-        draw: of the moment.
-        usual: how long the work takes undisturbed.
-        reach: share of that within which it is killed.
-    """
-    if not (way := draw.randrange(3)):
-        return wait(start(work), draw.uniform(0, reach * usual.seconds))
-    kinds, most = (STEPS, usual.steps) if way == 1 else (COMMITS, usual.commits)
-    last = draw.randint(1, max(1, round(reach * most)))
-
-    def watched() -> None:
-        watch(below, kinds, lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == last else None)
-        work()
-
-    return wait(start(watched))
-
-
 # ------------------------------------------------------------------------------------------------ worlds and events
 
 
@@ -280,7 +156,7 @@ def make_world(folder: Path, later_days: int) -> World:
     settings = configuration(workspace)
 
     def publish() -> None:
-        simulate_workspace(workspace, users=100, items=100, days=3 + later_days, seed=0)
+        simulate_workspace(workspace, WorldOptions(users=100, items=100, days=3 + later_days, seed=0))
         late = sorted((workspace / "events").iterdir())[2:]
         for day in late:
             day.rename(workspace / day.name)
@@ -288,7 +164,7 @@ def make_world(folder: Path, later_days: int) -> World:
         for day in late:
             (workspace / day.name).rename(day)
 
-    run(publish)
+    forks.run(publish)
     users = pq.read_table(workspace / "users.parquet").column(c.USER_ID).to_pylist()
     items = pq.read_table(workspace / "items.parquet").column(c.ITEM_ID).to_pylist()
     watermark_ms = read_manifest(current_path(places(settings).versions))["watermark_ms"]
@@ -309,7 +185,7 @@ def happen(settings: Settings, events: Sequence[Event]) -> None:
             log.append(events)
         join_log(settings, follow=False, flush=True, share="1/1")
 
-    run(appended)
+    forks.run(appended)
 
 
 def some_clicks(world: World, draw: random.Random, name: str, count: int, begin_ms: int, step_ms: int) -> list[Event]:
@@ -422,13 +298,13 @@ def incremental(folder: Path, kills: int, seed: int) -> dict[str, object]:
         for number, events in enumerate(growths):
             happen(settings, events)
             learned(number, lambda: learn(settings, follow=False, dry_run=False))
-        run(lambda: check_served(settings))
+        forks.run(lambda: check_served(settings))
         return places(settings)
 
-    usual: list[Ran] = []
+    usual: list[forks.Ran] = []
     undisturbed = copied(world, folder / "undisturbed")
     where = places(undisturbed)
-    grow(undisturbed, lambda _, work: usual.append(measured(work, where.deltas)))
+    grow(undisturbed, lambda _, work: usual.append(forks.measured(work, where.deltas)))
     expected, deltas = content(where.deltas), last_seq(where.deltas, current_path(where.versions).name)
     killed, rounds = 0, 0
     left = Left(
@@ -445,11 +321,11 @@ def incremental(folder: Path, kills: int, seed: int) -> dict[str, object]:
     def learned(number: int, work: Work) -> None:
         nonlocal killed
         while killed < kills:
-            if disturbed(work, places(own).deltas, draw, usual[number], REACH):
+            if forks.disturbed(work, places(own).deltas, draw, usual[number], REACH):
                 return
             killed += 1
             left.look(places(own).deltas)
-        run(work)
+        forks.run(work)
 
     while killed < kills:
         rounds += 1
@@ -472,7 +348,7 @@ def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
     world = replace(world, settings=prepared)
     clicks = some_clicks(world, draw, "c", 120, world.begin_ms, 2 * DAY_MS // 120)
     happen(prepared, with_entities(world, clicks, 0))
-    run(lambda: learn(prepared, follow=False, dry_run=False))
+    forks.run(lambda: learn(prepared, follow=False, dry_run=False))
     where = places(prepared)
     first = current_path(where.versions).name
     plan = update_full(prepared, dry_run=True).plan
@@ -484,7 +360,7 @@ def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
         return lambda: update_full(settings, dry_run=False)
 
     undisturbed = copied(world, folder / "undisturbed")
-    usual = measured(work(undisturbed), Path(undisturbed.workspace.path))
+    usual = forks.measured(work(undisturbed), Path(undisturbed.workspace.path))
     expected = learned_days(undisturbed, first, due)
     own = moved(world.settings, folder / "round")
     mine = places(own)
@@ -502,14 +378,14 @@ def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
         rounds += 1
         copied(world, mine.workspace)
         while killed < kills:
-            if disturbed(work(own), mine.workspace, draw, usual, REACH_OF_DAYS):
+            if forks.disturbed(work(own), mine.workspace, draw, usual, REACH_OF_DAYS):
                 break
             killed += 1
             left.look(mine.workspace)
             done = {day["version"] for day in read_json(mine.checkpoints / LATEST).get(FULL, [])}
             left.counts["promoted and not noted"] += current_path(mine.versions).name not in {first, *done}
         else:
-            run(work(own))
+            forks.run(work(own))
         same(f"round {rounds}", learned_days(own, first, due), expected)
         shutil.rmtree(mine.workspace)
     return {
@@ -536,7 +412,7 @@ def learned_days(settings: Settings, first: str, due: Sequence[str]) -> dict[str
     assert [day["day"] for day in latest[FULL]] == due, f"learned were {latest[FULL]}"
     assert [day["version"] for day in latest[FULL]] == chain[1:], f"{chain[1:]} are not {latest[FULL]}"
     assert [listed.id for listed in list_versions(where.versions)] == chain, "there are versions beside the chain"
-    run(lambda: check_served(settings))
+    forks.run(lambda: check_served(settings))
 
     def named(text: str) -> str:
         for place, version_id in enumerate(chain):
@@ -584,22 +460,22 @@ def one_line(world: World, folder: Path, draw: random.Random, kills: int) -> Cou
         "joiner": lambda: join_log(own, follow=True, flush=False, share="1/1"),
         "updater": lambda: learn(own, follow=True, dry_run=False),
     }
-    running = {name: start(work) for name, work in works.items()}
+    running = {name: forks.start(work) for name, work in works.items()}
     count: Counter[str] = Counter()
     for kill in range(kills):
         time.sleep(draw.uniform(0, LONGEST_S))
         name = draw.choice(list(works)) if kill < kills - len(works) else next(iter(running))
-        assert not wait(running.pop(name), 0), f"the {name} ended by itself"
+        assert not forks.wait(running.pop(name), 0), f"the {name} ended by itself"
         count[f"kills_of_the_{name}"] += 1
         writers += name == "writer"
         if kill < kills - len(works):
-            running[name] = start(works[name])
+            running[name] = forks.start(works[name])
     undisturbed = copied(world, folder / "undisturbed")
     shutil.copytree(where.log, places(undisturbed).log)
     for settings in (own, undisturbed):
-        run(lambda settings=settings: join_log(settings, follow=False, flush=True, share="1/1"))
-        run(lambda settings=settings: learn(settings, follow=False, dry_run=False))
-    run(lambda: check_served(own))
+        forks.run(lambda settings=settings: join_log(settings, follow=False, flush=True, share="1/1"))
+        forks.run(lambda settings=settings: learn(settings, follow=False, dry_run=False))
+    forks.run(lambda: check_served(own))
     clicks = check_log(where.log, acks, world, count)
     for partition in partitions(places(undisturbed).shards):
         rows, others = (read_rows(places(settings).shards, partition) for settings in (own, undisturbed))
@@ -726,6 +602,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     pa.set_cpu_count(1)
+    forks.import_late_modules()
     logging.disable()  # what the gate refuses is meant to be refused
     for part in [arguments.part] if arguments.part else PARTS:
         began = time.monotonic()

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.config.settings import Settings
-from twotower.datasets.tables import DAY_MS
 from twotower.datasets.workspace import EVENTS, open_workspace
 from twotower.evaluate.metrics import score_lists
 from twotower.features.columns import Bag, pointers
 from twotower.publish.version import Version
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import DataError
 from twotower.schema.files import whole_file
 from twotower.serve.funnel import recommend
@@ -79,7 +79,7 @@ class Site:
                 impressed_window(ts_ms, self.window_ms),
                 self.funnel,
                 now_ms=ts_ms,
-                request_id=f"{self.world.seed}/{requests.number[place]}",
+                request_id=f"{self.world.options.seed}/{requests.number[place]}",
             )
             items = [one.item_id for one in served.page.items]
             self.shown.setdefault(user, []).extend((ts_ms, item) for item in items)
@@ -120,7 +120,7 @@ def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, 
     begun = world_of(workspace)
     if begun is None:
         raise DataError(f"{workspace} holds no simulated world, which alone can be served again")
-    first = begun.days - 1
+    first = begun.options.days - 1
     world = world_of(workspace, first + days)
     assert world is not None
     window_ms = round(1000 * settings.serve.impressed_window_s)
@@ -235,7 +235,7 @@ def _recalls(world: World, clicks: Clicks, version: Version) -> dict[str, float]
     owner = pairs // len(item)
     truth = Bag(pointers(np.bincount(owner, minlength=len(user))), (pairs % len(item)).astype(np.int32))
     logged = score_lists(found, truth, np.ones(len(item), np.int64), [K]).values[f"recall@{K}"]
-    clicked = np.zeros((len(world.truth.taste), len(world.truth.item_vector)), np.bool_)
+    clicked = np.zeros((len(world.truth.people.taste), len(world.truth.catalogue.vector)), np.bool_)
     known = np.repeat(world.user_rows(version.users.ids), np.diff(stored.indptr))
     clicked[known, item[stored.item_row]] = True
     listed = np.where(found == NOTHING, NOTHING, item[found])

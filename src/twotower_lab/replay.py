@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from twotower.channels.item_cf import fit_item_cf
 from twotower.channels.retriever import Queries
 from twotower.config.settings import Settings
-from twotower.datasets.tables import DAY_MS, end_of_day
+from twotower.datasets.tables import end_of_day
 from twotower.datasets.workspace import EVENTS, open_workspace
 from twotower.features.columns import Bag, pointers, ranges
 from twotower.features.feature_set import HISTORY
@@ -32,6 +32,7 @@ from twotower.features.vocabulary import FIRST
 from twotower.index.protocol import Exclusions
 from twotower.samples.read import Clicks
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import DataError
 from twotower.stream.clock import Clock
 from twotower.stream.joiner import JoinCounts
@@ -100,7 +101,7 @@ class Later:
 
     def clicked_before(self, world: World, row: int) -> Bools:
         """What each user (U) has clicked of the items (N) of a world before a click."""
-        clicked = np.zeros((len(world.truth.taste), len(world.truth.item_vector)), np.bool_)
+        clicked = np.zeros((len(world.truth.people.taste), len(world.truth.catalogue.vector)), np.bool_)
         for clicks in (self.before, self.rows.slice(0, row)):
             clicked[world.user_rows(clicks[c.USER_ID]), world.item_rows(clicks[c.ITEM_ID])] = True
         return clicked
@@ -144,7 +145,7 @@ def set_aside(workspace: Path, days: int, world: World | None) -> Later:
     later = _later(clicks, opened.items()[c.ITEM_ID], dates[-days:])
     if world is None:
         return later
-    born = FIRST_DAY_MS + DAY_MS * world.truth.birth_day[world.item_rows(later.item_ids)]
+    born = FIRST_DAY_MS + DAY_MS * world.truth.catalogue.birth_day[world.item_rows(later.item_ids)]
     return replace(later, born_ms=born.astype(np.int64))
 
 

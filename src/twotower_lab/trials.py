@@ -24,6 +24,7 @@ from twotower.channels.retriever import Retriever
 from twotower.config.load import load
 from twotower.config.settings import Settings
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.evaluate.holdout import candidates, ranked
 from twotower.index.build import build_index
 from twotower.index.exact import ExactIndex
@@ -34,6 +35,7 @@ from twotower.samples.options import NegativesOptions
 from twotower.samples.read import Samples, open_samples
 from twotower.schema.errors import DataError
 from twotower.schema.files import read_json, write_json
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower.worlds.world import World
 from twotower_lab.experiments import DATA, EXPERIMENTS, LogData, WorldData
@@ -317,13 +319,12 @@ def _settings(system: System, unit: Unit, arm: str | None, workspace: Path) -> S
 
 def _make_workspace(data: WorldData | LogData, seed: int, workspace: Path, folder: Path | None) -> None:
     if isinstance(data, WorldData):
-        simulate_workspace(workspace, data.users, data.items, data.days, seed)
+        simulate_workspace(workspace, WorldOptions(users=data.users, items=data.items, days=data.days, seed=seed))
     elif folder is None:
         raise DataError(f"no folder of data for {data.dataset}")
     else:
-        import_dataset(
-            data.dataset, folder / data.folder, workspace, data.holdout, positive=data.positive, until=data.until
-        )
+        options = ImportOptions(holdout=data.holdout, positive=data.positive, until=data.until)
+        import_dataset(data.dataset, folder / data.folder, workspace, options)
 
 
 def usable(name: str, folder: Path | None, smoke: bool) -> str | None:

@@ -14,13 +14,14 @@ from twotower.index.protocol import Exclusions
 from twotower.samples.build import build_samples
 from twotower.samples.read import Samples, open_samples
 from twotower.schema.errors import ConfigError
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     folder = tmp_path_factory.mktemp("world")
-    simulate_workspace(folder / "workspace", users=60, items=120, days=3, seed=0)
+    simulate_workspace(folder / "workspace", WorldOptions(users=60, items=120, days=3, seed=0))
     features = Features(
         user={"user_id": Categorical("categorical")},
         item={

@@ -11,6 +11,7 @@ from twotower.channels.item_to_item import FILE, ItemToItem
 from twotower.channels.options import ItemCFOptions, SwingOptions
 from twotower.channels.swing import fit_swing
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.features.options import Features
 from twotower.samples.build import build_samples
 from twotower.samples.options import EngineOptions
@@ -19,7 +20,7 @@ from twotower.samples.read import open_samples
 
 def test_movielens_gives_the_same_bytes(tmp_path: Path, real_data: Callable[[str], Path], spark: EngineOptions) -> None:
     """Few items of each user count, so that their pairs come by the million, not by ten millions."""
-    import_dataset("movielens-1m", real_data("ml-1m"), tmp_path / "ml", holdout="time:0.9", positive="4")
+    import_dataset("movielens-1m", real_data("ml-1m"), tmp_path / "ml", ImportOptions(holdout="time:0.9", positive="4"))
     build_samples(tmp_path / "ml", tmp_path / "samples", Features(), 8)
     samples = open_samples(tmp_path / "samples")
     items = len(samples.items)

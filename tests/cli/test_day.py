@@ -1,7 +1,6 @@
 """A whole day through the command line."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,11 +9,14 @@ from pathlib import Path
 import httpx
 import pandas as pd
 import pyarrow.parquet as pq
+import pytest
 
 from twotower.publish.version import read_manifest
 
 CONFIG = Path(__file__).parents[2] / "examples" / "demo.toml"
 SMALL = ["train.epochs=1", "train.batch_size=256", "models.dimension=16", "serve.port=0", "evaluate.bootstrap=50"]
+
+SMALL_DEMO = ["train.epochs=1", "models.dimension=16", 'models.channels=["two_tower", "popular"]', "models.rankers=[]"]
 
 
 def check(path: Path, workspace: Path, k: int) -> int:
@@ -34,6 +36,7 @@ def check(path: Path, workspace: Path, k: int) -> int:
     return table["user_id"].nunique()
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_a_whole_day_through_the_command_line(run, tmp_path: Path) -> None:
     parts, whole = tmp_path / "parts", tmp_path / "whole"
 
@@ -107,7 +110,10 @@ def test_a_whole_day_through_the_command_line(run, tmp_path: Path) -> None:
 def test_the_demo_checks_itself(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "twotower", "demo", "--check", "--out", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--set", "train.epochs=1"], capture_output=True, text=True, check=False, env={**os.environ}
+        [*command, *(part for option in SMALL_DEMO for part in ("--set", option))],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     [line] = done.stdout.splitlines()

@@ -14,6 +14,7 @@ import pytest
 from twotower.cli.visit import UnreachableError, visit_server
 from twotower.config import Settings, load
 from twotower.schema.errors import ConfigError, DataError
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower.worlds.visit import visit
 from twotower.worlds.world import FIRST_DAY_MS, Requests, World
@@ -86,7 +87,7 @@ def serving(shop: Shop) -> Iterator[str]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    simulate_workspace(tmp_path / "w", users=120, items=150, days=3, seed=1)
+    simulate_workspace(tmp_path / "w", WorldOptions(users=120, items=150, days=3, seed=1))
     return load(Path(__file__).parents[2] / "examples" / "demo.toml", [f"workspace.path={tmp_path / 'w'}"])
 
 
@@ -137,7 +138,7 @@ def test_requests_carry_their_context_and_new_users_their_features(settings: Set
     with serving(shop) as url:
         report = visit_server(settings, url, DAY, None, 8)
     assert report.requests == len(made.requests(DAY))
-    late = {1000 + 7 * row for row in np.flatnonzero(made.truth.start_day >= 3).tolist()}
+    late = {1000 + 7 * row for row in np.flatnonzero(made.truth.people.start_day >= 3).tolist()}
     assert {body["user_id"] for body in shop.asked} & late
     for body in shop.asked:
         assert body["context"]["hour"] == body["ts_ms"] // 3_600_000 % 24
@@ -170,7 +171,7 @@ def test_the_items_of_the_day_are_put_with_their_features(settings: Settings, ma
     shop = Shop(made)
     with serving(shop) as url:
         report = visit_server(settings, url, DAY, 5, 8, put=True)
-    born = np.flatnonzero(made.truth.birth_day == DAY)
+    born = np.flatnonzero(made.truth.catalogue.birth_day == DAY)
     table = made.items(DAY).take(pa.array(born))
     assert report.put_items == len(born) > 0
     assert list(shop.put) == table["item_id"].to_pylist()

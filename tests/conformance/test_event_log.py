@@ -54,7 +54,7 @@ def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Reopen]:
         for log in opened:
             log.close()
         if request.param == "local":
-            opened.append(LocalEventLog.open(tmp_path / "log", partitions=4, segment_bytes=4096, clock_ms=clock_ms))
+            opened.append(LocalEventLog.open(tmp_path / "log", partitions=4, clock_ms=clock_ms))
         elif request.param == "redis":
             opened.append(RedisEventLog(request.getfixturevalue("redis_url"), name, partitions=4, clock_ms=clock_ms))
         else:

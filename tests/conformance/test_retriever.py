@@ -28,6 +28,7 @@ from twotower.samples.build import build_samples
 from twotower.samples.read import Samples, open_samples
 from twotower.towers.options import TowerOptions
 from twotower.towers.two_tower import TwoTower
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 FEATURES = Features(
@@ -39,7 +40,7 @@ FEATURES = Features(
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     folder = tmp_path_factory.mktemp("world")
-    simulate_workspace(folder / "workspace", users=60, items=120, days=3, seed=0)
+    simulate_workspace(folder / "workspace", WorldOptions(users=60, items=120, days=3, seed=0))
     build_samples(folder / "workspace", folder / "samples", FEATURES, 8)
     return open_samples(folder / "samples")
 

@@ -12,6 +12,7 @@ import pytest
 from twotower.config.load import load
 from twotower.pipeline.line import run_line
 from twotower.schema import columns as c
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 MARKUP = "<script>document.title = 'broken'</script><b>bold</b> & more"
@@ -38,7 +39,7 @@ def workspace(overrides: list[str]) -> Path:
     with as_file(files("twotower.cli") / "examples" / "demo.toml") as config:
         settings = load(config, overrides)
     folder = Path(settings.workspace.path)
-    simulate_workspace(folder, 120, 150, 3, 0)
+    simulate_workspace(folder, WorldOptions(users=120, items=150, days=3, seed=0))
     items = pq.read_table(folder / "items.parquet")
     clicked: Counter[str] = Counter()
     for path in (folder / "events").rglob("*.parquet"):

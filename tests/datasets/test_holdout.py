@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.datasets.holdout import LeaveOneOut, Pause, Since, TimeQuantile, parse_holdout, split, split_given
+from twotower.datasets.holdout import HoldoutRule, parse_holdout, split, split_given
 from twotower.datasets.tables import Source, assemble
 from twotower.schema.errors import ConfigError, DataError
 
@@ -27,7 +27,9 @@ def pairs(table):
 
 def test_a_quantile_of_time_is_taken_over_all_events_and_holds_out_from_there_on():
     # 0.6 of five events is the third
-    got = split(tables([(1, 1, 0, 1), (1, 2, 1, 1), (1, 9, 2, 0), (1, 3, 3, 1), (1, 2, 4, 1)]), TimeQuantile(0.6))
+    got = split(
+        tables([(1, 1, 0, 1), (1, 2, 1, 1), (1, 9, 2, 0), (1, 3, 3, 1), (1, 2, 4, 1)]), HoldoutRule("time", 0.6)
+    )
     assert pairs(got.events) == [(1, 1), (1, 2)]
     assert got.holdout.to_pydict() == {"user_id": [1], "item_id": [2], "ts_ms": [T + 4]}
     assert got.holdout_cold.to_pydict() == {"user_id": [1], "item_id": [3], "ts_ms": [T + 3], "reason": ["new_item"]}
@@ -36,7 +38,7 @@ def test_a_quantile_of_time_is_taken_over_all_events_and_holds_out_from_there_on
 
 def test_every_event_is_somewhere():
     rows = [(u, i, 10 * i + u, (u + i) % 2) for u in range(5) for i in range(8)]
-    for rule in (TimeQuantile(0.7), LeaveOneOut()):
+    for rule in (HoldoutRule("time", 0.7), HoldoutRule("leave-one-out")):
         whole = tables(rows)
         got = split(whole, rule)
         parts = got.events.num_rows + got.holdout.num_rows + got.holdout_cold.num_rows + sum(got.dropped.values())
@@ -45,7 +47,7 @@ def test_every_event_is_somewhere():
 
 def test_since_holds_out_a_day_of_utc_from_its_first_millisecond():
     whole = tables([(1, 1, 0, 1), (1, 2, DAY - 1, 1), (1, 1, DAY, 1)])
-    got = split(whole, Since(datetime.date(2016, 7, 19)))
+    got = split(whole, HoldoutRule("since", day=datetime.date(2016, 7, 19)))
     assert pairs(got.events) == [(1, 1), (1, 2)]
     assert got.holdout["ts_ms"].to_pylist() == [T + DAY]
 
@@ -58,14 +60,14 @@ def test_since_goes_by_the_sources_own_day():
         "day": pa.array([5, 6, 5], pa.date32()),
     }
     whole = assemble(Source("shop", pa.table(rows), day="day"))
-    got = split(whole, Since(datetime.date(1970, 1, 7)))
+    got = split(whole, HoldoutRule("since", day=datetime.date(1970, 1, 7)))
     assert pairs(got.events) == [(1, 1), (1, 1)]
     assert got.holdout_cold["item_id"].to_pylist() == [2]
 
 
 def test_leave_one_out_takes_the_last_positive_and_what_follows_it():
     rows = [(1, 1, 0, 1), (1, 2, 1, 1), (1, 3, 2, 0), (2, 2, 0, 1), (2, 1, 5, 1), (3, 1, 0, 0)]
-    got = split(tables(rows), LeaveOneOut())
+    got = split(tables(rows), HoldoutRule("leave-one-out"))
     assert sorted(pairs(got.events)) == [(1, 1), (2, 2), (3, 1)]
     assert pairs(got.holdout) == [(1, 2), (2, 1)]
     assert got.dropped == {"held_out_not_positive": 1}
@@ -74,7 +76,7 @@ def test_leave_one_out_takes_the_last_positive_and_what_follows_it():
 
 def test_leave_one_out_follows_the_sources_order_within_a_second():
     rows = {"user_id": [1, 1, 2, 2], "item_id": [2, 1, 1, 2], "ts_ms": [T] * 4, "seq": [0, 1, 0, 1]}
-    got = split(assemble(Source("shop", pa.table(rows), order=("seq",))), LeaveOneOut())
+    got = split(assemble(Source("shop", pa.table(rows), order=("seq",))), HoldoutRule("leave-one-out"))
     assert pairs(got.holdout) == [(1, 1), (2, 2)]
 
 
@@ -89,7 +91,7 @@ def test_cold_positives_say_why_and_a_new_user_wins():
         (1, 9, 8, 1),
         (1, 2, 9, 1),
     ]
-    got = split(tables(rows), TimeQuantile(0.5))
+    got = split(tables(rows), HoldoutRule("time", 0.5))
     assert pairs(got.train_positives) == [(1, 1), (1, 2)]
     # user 2 and item 9 were only shown in training: no training positive
     assert list(zip(pairs(got.holdout_cold), got.holdout_cold["reason"].to_pylist(), strict=True)) == [
@@ -114,7 +116,7 @@ def test_what_users_did_after_they_came_back_is_held_out():
         (1, 20, 3 * DAY + 8, 0),
         (1, 21, 9 * DAY, 1),  # after another pause
     ]
-    got = split(tables(rows), Pause(3))
+    got = split(tables(rows), HoldoutRule("pause", 3))
     assert pairs(got.holdout) == [(1, n) for n in range(6, 16)]
     assert pairs(got.holdout_cold) == [(1, 21)]  # nobody else clicked it
     assert got.dropped == {"held_out_not_positive": 1}
@@ -122,7 +124,7 @@ def test_what_users_did_after_they_came_back_is_held_out():
 
 
 def test_a_pair_that_was_clicked_before_stays_in_the_hold_out():
-    got = split(tables([(1, 1, 0, 1), (1, 2, 1, 1), (1, 1, 9, 1)]), TimeQuantile(0.9))
+    got = split(tables([(1, 1, 0, 1), (1, 2, 1, 1), (1, 1, 9, 1)]), HoldoutRule("time", 0.9))
     assert pairs(got.holdout) == [(1, 1)]
 
 
@@ -166,16 +168,16 @@ def test_a_day_that_parts_nothing_is_refused(day):
 
 def test_a_hold_out_without_a_positive_on_both_sides_is_refused():
     with pytest.raises(DataError, match="leaves no positive to learn from"):
-        split(tables([(1, 1, 0, 0), (1, 2, 1, 1)]), TimeQuantile(0.9))
+        split(tables([(1, 1, 0, 0), (1, 2, 1, 1)]), HoldoutRule("time", 0.9))
     with pytest.raises(DataError, match="holds no positive"):
-        split(tables([(1, 1, 0, 1), (1, 2, 1, 0)]), TimeQuantile(0.9))
+        split(tables([(1, 1, 0, 1), (1, 2, 1, 0)]), HoldoutRule("time", 0.9))
 
 
 def test_rules_are_read():
-    assert parse_holdout("time:0.9") == TimeQuantile(0.9)
-    assert parse_holdout("since:2022-05-03") == Since(datetime.date(2022, 5, 3))
-    assert parse_holdout("leave-one-out") == LeaveOneOut()
-    assert parse_holdout("pause:0.5") == Pause(0.5)
+    assert parse_holdout("time:0.9") == HoldoutRule("time", 0.9)
+    assert parse_holdout("since:2022-05-03") == HoldoutRule("since", day=datetime.date(2022, 5, 3))
+    assert parse_holdout("leave-one-out") == HoldoutRule("leave-one-out")
+    assert parse_holdout("pause:0.5") == HoldoutRule("pause", 0.5)
 
 
 NO_RULES = [
@@ -202,7 +204,7 @@ def test_a_rule_that_is_none_is_refused(text):
 
 def test_a_split_does_not_depend_on_the_order_of_rows():
     rows = [(u, i, (7 * u + 3 * i) % 11, (u * i) % 3 != 1) for u in range(6) for i in range(6)]
-    for rule in (TimeQuantile(0.6), LeaveOneOut()):
+    for rule in (HoldoutRule("time", 0.6), HoldoutRule("leave-one-out")):
         one, other = split(tables(rows), rule), split(tables(rows[::-1]), rule)
         assert all(
             getattr(one, name).equals(getattr(other, name))
@@ -217,7 +219,7 @@ def test_split_given_needs_a_test():
 
 def test_what_was_shown_in_the_held_out_period_is_kept_for_rankers():
     whole = tables([(1, 1, 0, 1), (1, 2, 1, 0), (1, 1, 2, 1), (1, 3, 3, 0), (2, 3, 4, 0)])
-    got = split(whole, TimeQuantile(0.6))
+    got = split(whole, HoldoutRule("time", 0.6))
     assert got.holdout_impressions.num_rows == 3
     assert pairs(got.holdout_impressions) == [(1, 1), (1, 3), (2, 3)]
     assert got.holdout_impressions["outcome"].to_pylist() == ["clicked", "impressed", "impressed"]
@@ -227,12 +229,12 @@ def test_what_was_shown_in_the_held_out_period_is_kept_for_rankers():
 
 def test_without_anything_shown_in_vain_there_are_no_held_out_impressions():
     clicks = [(1, 1, 0, 1), (1, 2, 1, 1), (1, 1, 2, 1)]
-    assert split(tables(clicks), TimeQuantile(0.9)).holdout_impressions is None
+    assert split(tables(clicks), HoldoutRule("time", 0.9)).holdout_impressions is None
     rejected = tables([*clicks, (1, 3, 3, 1)])
     outcome = pa.array(["clicked", "clicked", "clicked", "rank_rejected"])
     place = rejected.events.schema.get_field_index("outcome")
     rejected = replace(rejected, events=rejected.events.set_column(place, "outcome", outcome))
-    assert split(rejected, TimeQuantile(0.6)).holdout_impressions is None
+    assert split(rejected, HoldoutRule("time", 0.6)).holdout_impressions is None
 
 
 def at_once(items=4, users=60):
@@ -244,14 +246,16 @@ def at_once(items=4, users=60):
 
 
 def test_leave_one_out_of_what_happened_at_once_holds_out_each_item_alike():
-    got = split(assemble(Source("shop", at_once(users=400)[0])), LeaveOneOut())
+    got = split(assemble(Source("shop", at_once(users=400)[0])), HoldoutRule("leave-one-out"))
     held = np.bincount(got.holdout["item_id"].to_numpy(), minlength=4)
     assert held.sum() == 400
     assert ((held - 100) ** 2 / 100).sum() < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
 
 
 def test_leave_one_out_of_a_user_depends_on_no_other_user():
-    few, many = (split(assemble(Source("shop", at_once(users=n)[0])), LeaveOneOut()).holdout for n in (3, 60))
+    few, many = (
+        split(assemble(Source("shop", at_once(users=n)[0])), HoldoutRule("leave-one-out")).holdout for n in (3, 60)
+    )
     assert few.to_pylist() == many.slice(0, 3).to_pylist()
 
 
@@ -260,9 +264,9 @@ def test_a_cut_by_time_never_parts_events_of_one_instant(share):
     whole = assemble(Source("shop", pa.concat_tables(at_once())))
     if share == 0.5:  # the quantile is the first instant: all of it is held out
         with pytest.raises(DataError, match="leaves no positive to learn from, and 300 held out"):
-            split(whole, TimeQuantile(share))
+            split(whole, HoldoutRule("time", share))
         return
-    got = split(whole, TimeQuantile(share))
+    got = split(whole, HoldoutRule("time", share))
     assert got.events.num_rows == 240
     assert got.instants.to_pylist() == [T] * 240
     assert got.holdout.num_rows == 60
@@ -270,7 +274,7 @@ def test_a_cut_by_time_never_parts_events_of_one_instant(share):
 
 def test_a_day_keeps_what_happened_at_its_last_instant():
     rows = {"user_id": [1, 1, 1, 1], "item_id": [1, 2, 3, 1], "ts_ms": [T + DAY - 1] * 3 + [T + 2 * DAY]}
-    got = split(assemble(Source("shop", pa.table(rows))), Since(datetime.date(2016, 7, 19)))
+    got = split(assemble(Source("shop", pa.table(rows))), HoldoutRule("since", day=datetime.date(2016, 7, 19)))
     assert (got.events.num_rows, got.holdout.num_rows) == (3, 1)
 
 

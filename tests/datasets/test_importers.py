@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twotower.datasets.importers import import_dataset
-from twotower.datasets.interactions import EventTime
+from twotower.datasets.options import EventTime, ImportOptions
 from twotower.datasets.workspace import as_text, open_workspace
 from twotower.schema.errors import ConfigError, DataError, TwotowerError
 
@@ -25,7 +25,7 @@ def plays(tmp_path):
 
 
 def test_an_import_with_a_rule(plays, tmp_path):
-    report = import_dataset("interactions", plays, tmp_path / "w", holdout="leave-one-out")
+    report = import_dataset("interactions", plays, tmp_path / "w", ImportOptions(holdout="leave-one-out"))
     assert (report.events, report.holdout, report.holdout_cold) == (9, 0, 3)
     manifest = json.loads((tmp_path / "w/workspace.json").read_text())
     assert manifest["source"] == "interactions"
@@ -43,37 +43,39 @@ def test_an_import_with_a_rule(plays, tmp_path):
 
 def test_an_import_with_a_test_file(plays, tmp_path):
     (tmp_path / "test.csv").write_text("user_id,item_id\n0,0\n7,0\n")
-    report = import_dataset("interactions", plays, tmp_path / "w", test=tmp_path / "test.csv")
+    report = import_dataset("interactions", plays, tmp_path / "w", ImportOptions(test=tmp_path / "test.csv"))
     assert (report.users, report.events, report.holdout, report.holdout_cold) == (4, 11, 1, 1)
     assert report.dropped == {"in_test": 1}
 
 
 def test_an_import_without_a_hold_out_has_no_tables_of_it(plays, tmp_path):
-    import_dataset("interactions", plays, tmp_path / "w")
+    import_dataset("interactions", plays, tmp_path / "w", ImportOptions())
     assert not list((tmp_path / "w").glob("*hold*"))
     assert not (tmp_path / "w/train_positives.parquet").exists()
 
 
 def test_until_is_a_day(plays, tmp_path):
     with pytest.raises(ConfigError, match="--until: 'May'"):
-        import_dataset("interactions", plays, tmp_path / "w", until="May")
+        import_dataset("interactions", plays, tmp_path / "w", ImportOptions(until="May"))
     with pytest.raises(DataError, match="all 12 events of interactions are later"):
-        import_dataset("interactions", plays, tmp_path / "w", until="2017-07-13")
-    assert import_dataset("interactions", plays, tmp_path / "w", until="2017-07-14").events == 12
+        import_dataset("interactions", plays, tmp_path / "w", ImportOptions(until="2017-07-13"))
+    assert import_dataset("interactions", plays, tmp_path / "w", ImportOptions(until="2017-07-14")).events == 12
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "options", "message"),
     [
-        ({"name": "netflix"}, "no data set 'netflix'; there are movielens-1m, kuairand, globo, interactions"),
-        ({"holdout": "time:0.5", "test": Path("t.csv")}, "exclude each other"),
-        ({"holdout": "time:2"}, "share between 0 and 1"),
-        ({"name": "globo", "users": Path("u.csv")}, "--users and --items go with `interactions`"),
+        ("netflix", {}, "no data set 'netflix'; there are movielens-1m, kuairand, globo, interactions"),
+        ("interactions", {"holdout": "time:0.5", "test": Path("t.csv")}, "exclude each other"),
+        ("interactions", {"holdout": "time:2"}, "share between 0 and 1"),
+        ("globo", {"users": Path("u.csv")}, "--users and --items go with `interactions`"),
+        ("globo", {"positive": "3"}, "globo has clicks, no ratings; use `all`"),
+        ("kuairand", {"positive": "4"}, "kuairand has clicks, no ratings; use `all`"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(plays, tmp_path, arguments, message):
+def test_options_that_do_not_go_together_are_refused(plays, tmp_path, name, options, message):
     with pytest.raises(ConfigError, match=message):
-        import_dataset(**{"name": "interactions", "src": plays, "out": tmp_path / "w", **arguments})
+        import_dataset(name, plays, tmp_path / "w", ImportOptions(**options))
     assert not (tmp_path / "w").exists()
 
 
@@ -81,7 +83,7 @@ def test_an_occupied_place_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w/mine").write_text("")
     with pytest.raises(ConfigError, match="is not empty"):
-        import_dataset("interactions", tmp_path / "nowhere", tmp_path / "w")
+        import_dataset("interactions", tmp_path / "nowhere", tmp_path / "w", ImportOptions())
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_the_hold_outs_of_real_data_have_the_users_of_the_published_baselines(
 ):
     if "test" in options:
         options = options | {"test": real_data(options["test"])}
-    report = import_dataset(name, real_data(folder), tmp_path / "w", **options)
+    report = import_dataset(name, real_data(folder), tmp_path / "w", ImportOptions(**options))
     workspace = open_workspace(tmp_path / "w")
     holdout, train = workspace.holdout(), workspace.train_positives()
     assert pc.count_distinct(holdout["user_id"]).as_py() == users
@@ -113,7 +115,9 @@ def test_an_import_tells_what_became_of_every_column_and_row(tmp_path):
     (tmp_path / "log/a.csv").write_text(f"user_id,item_id,ts_ms,rating,scene\n1,1,{T},5,x\n1,2,,4,x\n1,2,{T + 1},4,x\n")
     (tmp_path / "log/notes.md").write_text("")
     (tmp_path / "items.csv").write_text("item_id,title\n1,One\n2,\n")
-    report = import_dataset("interactions", tmp_path / "log", tmp_path / "w", items=tmp_path / "items.csv")
+    report = import_dataset(
+        "interactions", tmp_path / "log", tmp_path / "w", ImportOptions(items=tmp_path / "items.csv")
+    )
     assert report.dropped == {"null_time": 1}
     assert report.examples == {"null_time": {"user_id": 1, "item_id": 2, "ts_ms": None, "scene": "x", "weight": 4}}
     assert report.not_read == [str(tmp_path / "log/notes.md")]
@@ -140,7 +144,7 @@ def test_an_import_tells_what_became_of_every_column_and_row(tmp_path):
 
 def test_names_of_times_go_with_own_interactions(tmp_path):
     with pytest.raises(ConfigError, match="--time-column, --time-unit and --without-time go with `interactions`"):
-        import_dataset("globo", tmp_path, tmp_path / "w", event_time=EventTime("x"))
+        import_dataset("globo", tmp_path, tmp_path / "w", ImportOptions(event_time=EventTime("x")))
 
 
 FIELDS = st.sampled_from(
@@ -186,7 +190,7 @@ def test_whatever_a_file_holds_every_row_is_somewhere_or_the_import_is_refused(d
     folder = tmp_path_factory.mktemp("odd")
     (folder / "log.csv").write_bytes(written)
     try:
-        report = import_dataset("interactions", folder, folder / "w")
+        report = import_dataset("interactions", folder, folder / "w", ImportOptions())
     except TwotowerError:
         assert not (folder / "w").exists()
         return

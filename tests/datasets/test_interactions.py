@@ -2,7 +2,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.datasets.interactions import EventTime, read_interactions, read_test
+from twotower.datasets.interactions import read_interactions, read_test
+from twotower.datasets.options import EventTime, ImportOptions
 from twotower.datasets.tables import assemble
 from twotower.schema.errors import ConfigError, DataError
 
@@ -15,7 +16,10 @@ def test_a_csv_with_ratings_and_features_beside_it(tmp_path):
     )
     (tmp_path / "people.csv").write_text("user_id,age\na,30\nb,\n")
     pq.write_table(pa.table({"item_id": [1, 2], "genre": ["x", "y"]}), tmp_path / "things.parquet")
-    source = read_interactions(tmp_path / "plays.csv", "3", tmp_path / "people.csv", tmp_path / "things.parquet")
+    source = read_interactions(
+        tmp_path / "plays.csv",
+        ImportOptions(positive="3", users=tmp_path / "people.csv", items=tmp_path / "things.parquet"),
+    )
     tables = assemble(source)
     assert tables.events["outcome"].to_pylist() == ["clicked", "impressed"]
     assert tables.events["device"].to_pylist() == ["tv", "tv"]
@@ -29,25 +33,25 @@ def test_the_files_beside_are_not_interactions_though_in_their_folder(tmp_path):
     (tmp_path / "2.csv").write_text("user_id,item_id\n1,2\n")
     (tmp_path / "test.csv").write_text("user_id,item_id\n1,3\n")
     (tmp_path / "users.csv").write_text("user_id\n1\n")
-    source = read_interactions(tmp_path, "all", users=tmp_path / "users.csv", test=tmp_path / "test.csv")
+    source = read_interactions(tmp_path, ImportOptions(users=tmp_path / "users.csv", test=tmp_path / "test.csv"))
     assert source.events["item_id"].to_pylist() == [1, 2]
 
 
 def test_outcomes_of_their_own_are_used(tmp_path):
     (tmp_path / "log.csv").write_text("user_id,item_id,outcome\n1,1,clicked\n1,2,pre_rank_rejected\n")
-    assert assemble(read_interactions(tmp_path / "log.csv", "all")).events["outcome"].to_pylist() == [
+    assert assemble(read_interactions(tmp_path / "log.csv", ImportOptions())).events["outcome"].to_pylist() == [
         "clicked",
         "pre_rank_rejected",
     ]
     with pytest.raises(ConfigError, match="has a column outcome"):
-        read_interactions(tmp_path / "log.csv", "3")
+        read_interactions(tmp_path / "log.csv", ImportOptions(positive="3"))
 
 
 def test_a_page_of_impressions_is_one_request(tmp_path):
     (tmp_path / "log.csv").write_text(
         f"user_id,item_id,outcome,ts_ms,request_id\n1,1,clicked,{T},7\n1,2,impressed,{T},7\n1,3,clicked,{T},8\n"
     )
-    events = assemble(read_interactions(tmp_path / "log.csv", "all")).events
+    events = assemble(read_interactions(tmp_path / "log.csv", ImportOptions())).events
     assert events["request_id"].to_pylist() == ["7", "7", "8"]
     assert events["request_ts_ms"].to_pylist() == [T, T, T + 1]
 
@@ -55,19 +59,23 @@ def test_a_page_of_impressions_is_one_request(tmp_path):
 def test_rating_and_weight_together_are_refused(tmp_path):
     (tmp_path / "log.csv").write_text("user_id,item_id,rating,weight\n1,1,1,1\n")
     with pytest.raises(DataError, match="both rating and weight"):
-        read_interactions(tmp_path / "log.csv", "all")
+        read_interactions(tmp_path / "log.csv", ImportOptions())
 
 
 def test_a_test_without_ratings_is_all_positive(tmp_path):
     (tmp_path / "test.csv").write_text("user_id,item_id,note\n1,1,x\n")
-    assert read_test(tmp_path / "test.csv", None).rows.to_pydict() == {"user_id": [1], "item_id": [1]}
-    rows = read_test(tmp_path / "test.csv", 4.0).rows
+    assert read_test(tmp_path / "test.csv", ImportOptions()).rows.to_pydict() == {"user_id": [1], "item_id": [1]}
+    rows = read_test(tmp_path / "test.csv", ImportOptions(positive="4")).rows
     assert rows.to_pydict() == {"user_id": [1], "item_id": [1], "outcome": ["clicked"]}
 
 
 def test_a_test_with_ratings_keeps_them(tmp_path):
     (tmp_path / "test.csv").write_text("user_id,item_id,rating\n1,1,3\n")
-    assert read_test(tmp_path / "test.csv", 4.0).rows.to_pydict() == {"user_id": [1], "item_id": [1], "weight": [3]}
+    assert read_test(tmp_path / "test.csv", ImportOptions(positive="4")).rows.to_pydict() == {
+        "user_id": [1],
+        "item_id": [1],
+        "weight": [3],
+    }
 
 
 def timed(tmp_path, heading, *values):
@@ -95,14 +103,14 @@ SECONDS = T // 1000
 def test_a_column_that_looks_like_a_time_is_asked_about(tmp_path, heading, values):
     path = timed(tmp_path, heading, *values)
     with pytest.raises(DataError, match=rf"no column ts_ms, but {heading} \(.*looks like a time: give --time-column"):
-        read_interactions(path, "all")
-    source = read_interactions(path, "all", event_time=EventTime(absent=True))
+        read_interactions(path, ImportOptions())
+    source = read_interactions(path, ImportOptions(event_time=EventTime(absent=True)))
     assert heading in source.events.column_names
 
 
 @pytest.mark.parametrize(("heading", "values"), [("watch_time", [35, 40]), ("day", [0, 6]), ("hour", [3, 4])])
 def test_durations_and_hours_are_no_times(tmp_path, heading, values):
-    assert "ts_ms" not in read_interactions(timed(tmp_path, heading, *values), "all").events.column_names
+    assert "ts_ms" not in read_interactions(timed(tmp_path, heading, *values), ImportOptions()).events.column_names
 
 
 @pytest.mark.parametrize(
@@ -120,10 +128,12 @@ def test_durations_and_hours_are_no_times(tmp_path, heading, values):
 )
 def test_a_named_column_of_times_becomes_milliseconds(tmp_path, unit, values, expected):
     path = timed(tmp_path, "event_time", *values)
-    source = read_interactions(path, "all", event_time=EventTime("event_time", unit))
+    source = read_interactions(path, ImportOptions(event_time=EventTime("event_time", unit)))
     assert source.events["ts_ms"].to_pylist() == expected
     assert [one.to for one in source.columns["events"]] == ["user_id", "item_id", "ts_ms"]
-    assert read_test(path, None, EventTime("event_time", unit)).rows["ts_ms"].to_pylist() == expected
+    assert (
+        read_test(path, ImportOptions(event_time=EventTime("event_time", unit))).rows["ts_ms"].to_pylist() == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,15 +156,17 @@ def test_a_named_column_of_times_becomes_milliseconds(tmp_path, unit, values, ex
 )
 def test_a_time_that_is_none_is_refused(tmp_path, event_time, heading, values, message):
     with pytest.raises((ConfigError, DataError), match=message):
-        read_interactions(timed(tmp_path, heading, *values), "all", event_time=event_time)
+        read_interactions(timed(tmp_path, heading, *values), ImportOptions(event_time=event_time))
 
 
 def test_a_test_may_have_no_time_but_not_an_unnamed_one(tmp_path):
     (tmp_path / "test.csv").write_text("user_id,item_id\n1,1\n")
-    assert read_test(tmp_path / "test.csv", None, EventTime("event_time", "s")).rows.column_names == [
+    assert read_test(
+        tmp_path / "test.csv", ImportOptions(event_time=EventTime("event_time", "s"))
+    ).rows.column_names == [
         "user_id",
         "item_id",
     ]
     (tmp_path / "test.csv").write_text(f"user_id,item_id,event_time\n1,1,{T}\n")
     with pytest.raises(DataError, match="event_time"):
-        read_test(tmp_path / "test.csv", None)
+        read_test(tmp_path / "test.csv", ImportOptions())

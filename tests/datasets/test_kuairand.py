@@ -5,8 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.datasets.kuairand import read_kuairand
+from twotower.datasets.options import ImportOptions
 from twotower.datasets.tables import assemble
-from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.errors import DataError
 
 T = 1_651_503_840_581  # 2022-05-02, 15:04 UTC; 23:04 in UTC+8, logged under the next day
 
@@ -42,7 +43,7 @@ def folder(tmp_path):
 
 
 def test_every_impression_is_an_event_with_its_scene(folder):
-    events = assemble(read_kuairand(folder, "all")).events
+    events = assemble(read_kuairand(folder, ImportOptions())).events
     assert events.drop_columns(["event_seq", "request_id", "weight"]).to_pydict() == {
         "user_id": [1, 1, 2],
         "item_id": [10, 11, 10],
@@ -56,33 +57,28 @@ def test_every_impression_is_an_event_with_its_scene(folder):
 
 
 def test_the_day_is_that_of_the_log(folder):
-    days = assemble(read_kuairand(folder, "all")).days.to_pylist()
+    days = assemble(read_kuairand(folder, ImportOptions())).days.to_pylist()
     assert days == [datetime.date(2022, 5, 2)] * 2 + [datetime.date(2022, 5, 3)]
 
 
 def test_prior_history_is_raw_in_its_order_and_empty_where_there_is_none(folder):
-    users = assemble(read_kuairand(folder, "all")).users
+    users = assemble(read_kuairand(folder, ImportOptions())).users
     assert users["prior_history"].to_pylist() == [[11], [], [10, 99, 10]]
     assert users.schema.field("prior_history").type == pa.list_(pa.int64())
 
 
 def test_codes_are_integers_and_missing_ones_null(folder):
-    tables = assemble(read_kuairand(folder, "all"))
+    tables = assemble(read_kuairand(folder, ImportOptions()))
     assert tables.users["onehot_feat4"].to_pylist() == [1, None, None]
     assert tables.items.to_pylist()[1] == {"item_id": 11, "tag": "39,2", "upload_dt": "2022-04-10", "music_type": 9}
     assert tables.items.schema.field("music_type").type == pa.int64()
-
-
-def test_ratings_do_not_exist(folder):
-    with pytest.raises(ConfigError, match="kuairand has clicks, no ratings"):
-        read_kuairand(folder, "4")
 
 
 @pytest.mark.parametrize("name", ["log_0425_0504", "users", "videos", "user_history_before_0425"])
 def test_a_missing_file_is_named(folder, name):
     (folder / f"{name}.parquet").unlink()
     with pytest.raises(DataError, match=name.rsplit("_0425", 1)[0]):
-        read_kuairand(folder, "all")
+        read_kuairand(folder, ImportOptions())
 
 
 @pytest.mark.parametrize(
@@ -93,4 +89,4 @@ def test_strange_values_are_refused(folder, column, value, message):
     bad = pa.array([value] * 3, pa.int32())
     pq.write_table(log.set_column(log.schema.get_field_index(column), column, bad), folder / "log_0425_0504.parquet")
     with pytest.raises(DataError, match=message):
-        read_kuairand(folder, "all")
+        read_kuairand(folder, ImportOptions())

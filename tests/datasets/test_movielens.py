@@ -3,6 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.datasets.movielens import read_movielens
+from twotower.datasets.options import ImportOptions
 from twotower.datasets.tables import assemble
 from twotower.schema.errors import ConfigError, DataError
 
@@ -43,7 +44,7 @@ def as_lines(folder):
 
 def test_ratings_become_events_in_the_order_of_user_seq(tmp_path):
     as_parquet(tmp_path)
-    events = assemble(read_movielens(tmp_path, "4")).events
+    events = assemble(read_movielens(tmp_path, ImportOptions(positive="4"))).events
     assert events.drop_columns(["event_seq", "request_id"]).to_pydict() == {
         "user_id": [1, 1, 2],
         "item_id": [20, 10, 10],
@@ -56,7 +57,7 @@ def test_ratings_become_events_in_the_order_of_user_seq(tmp_path):
 
 def test_all_counts_every_rating(tmp_path):
     as_parquet(tmp_path)
-    assert assemble(read_movielens(tmp_path, "all")).events["outcome"].to_pylist() == ["clicked"] * 3
+    assert assemble(read_movielens(tmp_path, ImportOptions())).events["outcome"].to_pylist() == ["clicked"] * 3
 
 
 def test_grouplens_own_files_give_the_same_but_for_the_order_within_a_second(tmp_path):
@@ -64,7 +65,7 @@ def test_grouplens_own_files_give_the_same_but_for_the_order_within_a_second(tmp
     (tmp_path / "d").mkdir()
     as_parquet(tmp_path / "p")
     as_lines(tmp_path / "d")
-    parquet, lines = (assemble(read_movielens(tmp_path / name, "4")) for name in "pd")
+    parquet, lines = (assemble(read_movielens(tmp_path / name, ImportOptions(positive="4"))) for name in "pd")
     assert lines.users.equals(parquet.users)
     assert lines.items.equals(parquet.items)
     assert sorted(lines.events["item_id"].to_pylist()) == sorted(parquet.events["item_id"].to_pylist()) == [10, 10, 20]
@@ -73,7 +74,7 @@ def test_grouplens_own_files_give_the_same_but_for_the_order_within_a_second(tmp
 
 def test_features_and_films_that_nobody_rated_stay(tmp_path):
     as_lines(tmp_path)
-    tables = assemble(read_movielens(tmp_path, "all"))
+    tables = assemble(read_movielens(tmp_path, ImportOptions()))
     assert tables.users.to_pylist()[1] == {"user_id": 2, "gender": "M", "age": 25, "occupation": 4, "zip": "02138"}
     assert tables.items.to_pylist()[2] == {
         "item_id": 30,
@@ -86,9 +87,9 @@ def test_features_and_films_that_nobody_rated_stay(tmp_path):
 
 def test_missing_files_and_words_for_ratings_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"has neither ratings\.parquet nor ratings\.dat"):
-        read_movielens(tmp_path, "all")
+        read_movielens(tmp_path, ImportOptions())
     (tmp_path / "ratings.dat").write_text("1::1::5::978300000\n")
     with pytest.raises(DataError, match=r"users\.dat does not exist"):
-        read_movielens(tmp_path, "all")
+        read_movielens(tmp_path, ImportOptions())
     with pytest.raises(ConfigError, match="--positive good"):
-        read_movielens(tmp_path, "good")
+        read_movielens(tmp_path, ImportOptions(positive="good"))

@@ -368,13 +368,13 @@ def test_columns_that_later_stages_read_have_their_type(name, values, expected):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"position": ["top", "1"]}, "column position is of type string, such as 'top', where whole numbers are due"),
-        ({"position": [1.5, 2.0]}, "column position is of type double, such as '1.5', where whole numbers are due"),
-        ({"score": ["good", "bad"]}, "column score is of type string, such as 'good', where numbers are due"),
+        ({"position": ["top", "1"]}, "column position is of type string, such as 'top', expected whole numbers"),
+        ({"position": [1.5, 2.0]}, "column position is of type double, such as '1.5', expected whole numbers"),
+        ({"score": ["good", "bad"]}, "column score is of type string, such as 'good', expected numbers"),
         ({"weight": ["good", "bad"]}, "the weight or rating is of type string, such as 'good'"),
         ({"ts_ms": ["today", "now"]}, "ts_ms is of type string, such as 'today'"),
-        ({"Weight": [1, 2]}, "the names weight and Weight differ in case alone"),
-        ({"Hour": [1, 2], "hour": [1, 2]}, "the names Hour and hour differ in case alone"),
+        ({"Weight": [1, 2]}, "the names weight and Weight differ only in case"),
+        ({"Hour": [1, 2], "hour": [1, 2]}, "the names Hour and hour differ only in case"),
         ({"ts_ms": [T, 157_766_400_000]}, "holds 157766400000, .*it lies outside 1980 to 2100"),
     ],
 )

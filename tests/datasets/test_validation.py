@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.datasets.holdout import LeaveOneOut, TimeQuantile, parse_holdout, split
+from twotower.datasets.holdout import HoldoutRule, parse_holdout, split
 from twotower.datasets.tables import Source, Tables, assemble
 from twotower.datasets.validation import hold_out_validation
 from twotower.datasets.workspace import open_workspace, write_workspace
@@ -71,7 +71,10 @@ def test_a_random_hold_out_of_events_with_a_time_is_refused(tmp_path: Path) -> N
 
 
 def test_rules_are_read() -> None:
-    assert [parse_holdout(text) for text in ("leave-one-out", "time:0.5")] == [LeaveOneOut(), TimeQuantile(0.5)]
+    assert [parse_holdout(text) for text in ("leave-one-out", "time:0.5")] == [
+        HoldoutRule("leave-one-out"),
+        HoldoutRule("time", 0.5),
+    ]
     with pytest.raises(ConfigError, match="give a share between 0 and 1"):
         parse_holdout("random:1.5")
 
@@ -88,7 +91,7 @@ def test_what_happened_at_once_stays_together_in_a_validation_split_too(tmp_path
     instants = (DAY * 19_000, DAY * 19_001, DAY * 19_002)
     rows = [pa.table({"user_id": user, "item_id": item, "ts_ms": np.full(len(user), at)}) for at in instants]
     whole = assemble(Source("shop", pa.concat_tables(rows)))
-    write_workspace(tmp_path / "one", whole, split(whole, TimeQuantile(0.9)), {"holdout": "time:0.9"})
+    write_workspace(tmp_path / "one", whole, split(whole, HoldoutRule("time", 0.9)), {"holdout": "time:0.9"})
     assert open_workspace(tmp_path / "one").events().num_rows == 160
     hold_out_validation(tmp_path / "one", tmp_path / "two")
     after = open_workspace(tmp_path / "two")

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.datasets import workspace
-from twotower.datasets.holdout import TimeQuantile, split
+from twotower.datasets.holdout import HoldoutRule, split
 from twotower.datasets.tables import Source, assemble
 from twotower.datasets.workspace import open_workspace, write_workspace
 from twotower.schema.errors import ConfigError, DataError
@@ -63,7 +63,7 @@ def test_a_workspace_has_one_file_of_events_a_day(tmp_path):
 
 def test_a_hold_out_adds_three_tables_and_is_no_event(tmp_path):
     whole = tables()
-    report = write_workspace(tmp_path / "w", whole, split(whole, TimeQuantile(0.7)), {"holdout": "time:0.7"})
+    report = write_workspace(tmp_path / "w", whole, split(whole, HoldoutRule("time", 0.7)), {"holdout": "time:0.7"})
     assert (report.events, report.holdout, report.holdout_cold, report.train_positives) == (3, 1, 1, 3)
     read = open_workspace(tmp_path / "w")
     assert read.holdout().to_pydict() == {"user_id": [1], "item_id": [1], "ts_ms": [T + 3 * DAY]}
@@ -104,7 +104,7 @@ def test_without_a_time_the_only_partition_is_unknown(tmp_path):
 
 def test_the_same_tables_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        write_workspace(tmp_path / name, tables(), split(tables(), TimeQuantile(0.7)))
+        write_workspace(tmp_path / name, tables(), split(tables(), HoldoutRule("time", 0.7)))
     for name in files(tmp_path / "a"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

@@ -7,11 +7,12 @@ import pytest
 
 from twotower.cli.lab import SYSTEM
 from twotower.config import load
-from twotower.datasets.tables import DAY_MS
 from twotower.datasets.workspace import open_workspace
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import DataError
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower.worlds.world import FIRST_DAY_MS, date_of
 from twotower_lab.feedback import entropy, feed_back, gini
@@ -46,7 +47,7 @@ def test_entropy_is_one_of_an_even_exposure_alone() -> None:
 
 def test_the_loop_serves_learns_and_serves_again(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
-    simulate_workspace(workspace, users=200, items=150, days=3, seed=4)
+    simulate_workspace(workspace, WorldOptions(users=200, items=150, days=3, seed=4))
     settings = load(SYSTEM.examples / "demo.toml", [f"workspace.path={workspace}", *CHANGES])
     before = open_workspace(workspace).events()
     values, facts = feed_back(SYSTEM, settings, days=2)

@@ -10,15 +10,16 @@ import pytest
 
 from twotower.cli.lab import SYSTEM
 from twotower.config import Settings, load
-from twotower.datasets.tables import DAY_MS
 from twotower.datasets.workspace import open_workspace
 from twotower.pipeline.line import LATEST
 from twotower.pipeline.places import places
 from twotower.publish.delta import last_seq
 from twotower.publish.publish import list_versions
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import DataError
 from twotower.schema.files import read_json
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower_lab.experiments import Way
 from twotower_lab.replay import HOUR_MS, LOGGED, Later, first_model, replay, set_aside
@@ -33,7 +34,7 @@ CHANGES = [
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Later]:
     """A world of four days, of which two are to be replayed, with its first model; only read."""
     workspace = tmp_path_factory.mktemp("replay") / "workspace"
-    simulate_workspace(workspace, users=250, items=150, days=5, seed=3)
+    simulate_workspace(workspace, WorldOptions(users=250, items=150, days=5, seed=3))
     later = set_aside(workspace, 2, world_of(workspace))
     first_model(
         SYSTEM, load(SYSTEM.examples / "demo.toml", [f"workspace.path={workspace}", *CHANGES]), workspace, later
@@ -133,6 +134,6 @@ def test_the_neighbours_of_the_hour_before_find_something(begun, arm) -> None:
 
 
 def test_more_days_than_there_are_cannot_be_replayed(tmp_path: Path) -> None:
-    simulate_workspace(tmp_path / "workspace", users=50, items=100, days=3, seed=0)
+    simulate_workspace(tmp_path / "workspace", WorldOptions(users=50, items=100, days=3, seed=0))
     with pytest.raises(DataError, match="has 2 days: fewer than 2 can be replayed"):
         set_aside(tmp_path / "workspace", 2, None)

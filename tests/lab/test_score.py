@@ -8,6 +8,7 @@ from twotower.cli.lab import SYSTEM
 from twotower.config import load
 from twotower.evaluate.holdout import read_truth
 from twotower.samples.read import open_samples
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower.worlds.truth import clicked_by, first_times
 from twotower.worlds.world import NOTHING
@@ -16,7 +17,7 @@ from twotower_lab.score import groups, score
 
 def test_the_best_lists_of_the_truth_find_everything_that_is_wanted(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
-    simulate_workspace(workspace, users=200, items=150, days=3, seed=5)
+    simulate_workspace(workspace, WorldOptions(users=200, items=150, days=3, seed=5))
     SYSTEM.make_samples(load(SYSTEM.examples / "demo.toml", [f"workspace.path={workspace}"]))
     samples, world = open_samples(workspace / "samples"), world_of(workspace)
     assert world is not None
@@ -51,7 +52,7 @@ def test_the_best_lists_of_the_truth_find_everything_that_is_wanted(tmp_path: Pa
 
 def test_lists_of_held_out_clicks_have_all_recall_of_the_log_and_no_truth_is_needed(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
-    simulate_workspace(workspace, users=150, items=120, days=3, seed=6)
+    simulate_workspace(workspace, WorldOptions(users=150, items=120, days=3, seed=6))
     SYSTEM.make_samples(load(SYSTEM.examples / "demo.toml", [f"workspace.path={workspace}"]))
     samples = open_samples(workspace / "samples")
     truth = read_truth(workspace / "holdout.parquet", samples)

@@ -28,6 +28,7 @@ def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
     changes = [
         f'features.user.history.encoder="{encoder}"',
         'models.user_tower.network="dcn"',
+        "models.rankers=[]",
         'models.channels=["two_tower", "mind", "new_items", "als", "mf", "same_category", "popular"]',
         "models.mf.epochs=2",
         "models.als.factors=8",

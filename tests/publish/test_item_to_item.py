@@ -39,7 +39,9 @@ def test_swing_and_item_cf_answer_as_configured(own_world: Settings, tmp_path: P
             version.channels[name].retrieve(queries, 10).rows, channel.retrieve(queries, 10).rows
         )
         out = tmp_path / "out.parquet"
-        count = retrieve_file(version, places(settings).workspace, "all", 10, out, name, "clicked").users
+        count = retrieve_file(
+            version, places(settings).workspace, "all", out, k=10, channel=name, exclude="clicked"
+        ).users
         table = pq.read_table(out)
         assert set(table["channel"].to_pylist()) == {name}
         assert len(set(table["user_id"].to_pylist())) > count / 3  # those who clicked at all

@@ -32,7 +32,7 @@ def version(world: Settings) -> Version:
 def ask(version: Version, world: Settings, tmp_path: Path):
     def asked(users: str = "all", k: int = 5, channel: str = "two_tower", exclude: str = "clicked") -> pa.Table:
         out = tmp_path / "out.parquet"
-        count = retrieve_file(version, places(world).workspace, users, k, out, channel, exclude).users
+        count = retrieve_file(version, places(world).workspace, users, out, k=k, channel=channel, exclude=exclude).users
         table = pq.read_table(out)
         assert pq.read_schema(out).names == ["user_id", "item_id", "rank", "score", "channel"]
         assert len(set(table["user_id"].to_pylist())) <= count
@@ -113,7 +113,9 @@ def test_the_context_that_requests_carry_or_lack_is_told(
     version: Version, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = users_file(tmp_path, user_id=[1, 2], hour=[3, 4])
-    report = retrieve_file(version, tmp_path, file, 5, tmp_path / "out.parquet", "two_tower", "clicked")
+    report = retrieve_file(
+        version, tmp_path, file, tmp_path / "out.parquet", k=5, channel="two_tower", exclude="clicked"
+    )
     assert report == RetrieveReport(2, ["hour"])
     assert f"--users {file} has no scene: requests carry none" in caplog.text
 
@@ -125,7 +127,9 @@ def test_files_of_all_formats_give_and_get_the_same(end: str, ask, version: Vers
     with write_rows(tmp_path / f"who{end}", schema) as write:
         write(asked)
     out = tmp_path / f"lists{end}"
-    report = retrieve_file(version, tmp_path, str(tmp_path / f"who{end}"), 5, out, "two_tower", "clicked")
+    report = retrieve_file(
+        version, tmp_path, str(tmp_path / f"who{end}"), out, k=5, channel="two_tower", exclude="clicked"
+    )
     assert report == RetrieveReport(4, ["hour"])
     expected = ask(users_file(tmp_path, user_id=asked["user_id"], hour=asked["hour"]))
     types = dict(zip(expected.schema.names, expected.schema.types, strict=True))
@@ -215,13 +219,15 @@ def test_what_was_learned_and_put_since_is_answered_like_a_server_answers(versio
     everyone = [moved, learned, put, deleted, plain, stranger]
     out, file = tmp_path / "out.parquet", users_file(tmp_path, user_id=everyone)
     for channel in ("two_tower", "fused"):
-        assert retrieve_file(served, tmp_path, file, 40, out, channel, "clicked").users == len(everyone)
+        assert retrieve_file(served, tmp_path, file, out, k=40, channel=channel, exclude="clicked").users == len(
+            everyone
+        )
         table, channels = pq.read_table(out), [] if channel == "fused" else [channel]
         for one in everyone:
             expected = retrieve(served, Request(40, "clicked", one, channels=channels), Recent(), range(0))
             mine = table.filter(pc.equal(table["user_id"], one))
             assert mine["item_id"].to_pylist() == [item.item_id for item in expected.items]
-    retrieve_file(served, tmp_path, "all", 400, out, "two_tower", "none")
+    retrieve_file(served, tmp_path, "all", out, k=400, channel="two_tower", exclude="none")
     answered = pq.read_table(out)
     assert set(answered["user_id"].to_pylist()) == set(version.users.ids.to_pylist()) - {deleted}
     assert new_item in answered["item_id"].to_pylist()

@@ -21,6 +21,7 @@ from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import check_listing
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 DAY_MS = 86_400_000
@@ -647,7 +648,7 @@ def test_a_folder_without_samples_is_refused(tmp_path: Path, world: World, build
 
 
 def test_held_out_users_have_histories_and_no_positives_and_are_counted(tmp_path: Path) -> None:
-    simulate_workspace(tmp_path / "world", users=100, items=100, days=2, seed=3)
+    simulate_workspace(tmp_path / "world", WorldOptions(users=100, items=100, days=2, seed=3))
     features = Features(
         user={"user_id": Categorical(kind="categorical")}, item={"item_id": Categorical(kind="categorical")}
     )

@@ -16,6 +16,7 @@ import pytest
 
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Vector
 from twotower.pipeline.line import make_samples
 from twotower.samples.build import build_samples
@@ -26,6 +27,7 @@ from twotower.samples.read import open_samples
 from twotower.samples.spark_engine import find_java, open_spark
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 World = Callable[..., Path]
@@ -152,7 +154,7 @@ def test_events_without_time_give_the_same_bytes(world: World, spark: EngineOpti
 
 
 def test_the_configured_engine_gives_the_same_bytes_of_a_simulated_world(tmp_path: Path, spark: EngineOptions) -> None:
-    simulate_workspace(tmp_path / "world", users=150, items=200, days=2, seed=3)
+    simulate_workspace(tmp_path / "world", WorldOptions(users=150, items=200, days=2, seed=3))
     for engine in (DUCKDB, spark):
         settings = load(EXAMPLES / "demo.toml", [f"workspace.path={tmp_path / 'world'}"])
         make_samples(replace(settings, engine=engine))
@@ -187,7 +189,7 @@ def test_one_user_of_most_clicks_and_one_item_of_all_users_give_the_same_bytes(
 
 
 def test_movielens_gives_the_same_bytes(tmp_path: Path, real_data: Callable[[str], Path], spark: EngineOptions) -> None:
-    import_dataset("movielens-1m", real_data("ml-1m"), tmp_path / "ml", holdout="time:0.9", positive="4")
+    import_dataset("movielens-1m", real_data("ml-1m"), tmp_path / "ml", ImportOptions(holdout="time:0.9", positive="4"))
     settings = load(EXAMPLES / "movielens.toml", [f"workspace.path={tmp_path / 'ml'}"])
     for engine in (DUCKDB, replace(spark, options={})):
         make_samples(replace(settings, engine=engine))

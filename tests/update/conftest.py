@@ -14,6 +14,7 @@ from twotower.logs import Event, LocalEventLog
 from twotower.pipeline.line import open_served, run_line
 from twotower.pipeline.places import places
 from twotower.pipeline.streaming import join_log
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 
@@ -32,7 +33,7 @@ def learning(own_world: Settings) -> Settings:
 def judged_world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A published world that was trained without a fifth of its users; it is only read."""
     path = tmp_path_factory.mktemp("judged") / "workspace"
-    simulate_workspace(path, users=300, items=300, days=3, seed=1)
+    simulate_workspace(path, WorldOptions(users=300, items=300, days=3, seed=1))
     overrides = [
         f"workspace.path={path}", "samples.held_out_users=0.2", "train.epochs=1", "train.batch_size=256",
         "models.dimension=16", 'models.channels=["two_tower", "item_cf", "popular"]', "models.rankers=[]",

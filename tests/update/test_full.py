@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.config import Settings, load
-from twotower.datasets.tables import DAY_MS, end_of_day
+from twotower.datasets.tables import end_of_day
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.events import item_deleted, item_event, user_deleted, user_event
 from twotower.pipeline import full as module
@@ -20,37 +21,43 @@ from twotower.publish.publish import Listed, list_versions, roll_back
 from twotower.publish.version import read_manifest
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import ConfigError
 from twotower.schema.files import read_json
 from twotower.serve.snapshots import Snapshots
 from twotower.train.checkpoint import load_model, open_checkpoint
 from twotower.update.full import due_days, rows_of_day
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def three_days(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def three_days(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Settings:
     """A world of four days, trained on the first two; the others come later."""
-    path = tmp_path_factory.mktemp("days") / "workspace"
-    simulate_workspace(path, users=200, items=150, days=4, seed=2)
-    overrides = [
-        f"workspace.path={path}", "train.epochs=2", "train.batch_size=256", "models.dimension=16",
-        'models.channels=["two_tower", "popular"]', "models.rankers=[]", "samples.vocabulary_room=0.5",
-    ]  # fmt: skip
-    settings = load(ROOT / "examples" / "demo.toml", overrides)
-    late = sorted((path / "events").iterdir())[2:]
-    for day in late:
-        shutil.move(day, path / day.name)
-    run_line(settings, promoted=True)
-    for day in late:
-        shutil.move(path / day.name, day)
-    return settings
+
+    def configured(path: Path) -> Settings:
+        overrides = [
+            f"workspace.path={path}", "train.epochs=2", "train.batch_size=256", "models.dimension=16",
+            'models.channels=["two_tower", "popular"]', "models.rankers=[]", "samples.vocabulary_room=0.5",
+        ]  # fmt: skip
+        return load(ROOT / "examples" / "demo.toml", overrides)
+
+    def make(path: Path) -> None:
+        simulate_workspace(path, WorldOptions(users=200, items=150, days=4, seed=2))
+        late = sorted((path / "events").iterdir())[2:]
+        for day in late:
+            shutil.move(day, path / day.name)
+        run_line(configured(path), promoted=True)
+        for day in late:
+            shutil.move(path / day.name, day)
+
+    return configured(made_once("days", make))
 
 
 @pytest.fixture
-def days(three_days: Settings, tmp_path: Path) -> Settings:
+def days(three_days: Settings, tmp_path: Path, exported_once: None) -> Settings:
     copied = shutil.copytree(three_days.workspace.path, tmp_path / "own")
     return replace(three_days, workspace=replace(three_days.workspace, path=str(copied)))
 

@@ -45,6 +45,7 @@ from twotower.update.gate import SAMPLED_USERS, Gate, Recall, check_accumulators
 from twotower.update.incremental import _only_updater
 from twotower.update.learner import Learner, Touched
 from twotower.update.options import GateOptions
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 
@@ -458,7 +459,7 @@ def test_retrieve_reads_the_version_as_it_is_served(learning, happen, clicks, tm
 
 
 def test_histories_are_read_where_the_item_tower_has_no_ids(tmp_path: Path, happen, clicks) -> None:
-    simulate_workspace(tmp_path / "world", users=100, items=100, days=3, seed=2)
+    simulate_workspace(tmp_path / "world", WorldOptions(users=100, items=100, days=3, seed=2))
     kind = {"kind": "categorical"}
     document = {
         "workspace": {"path": str(tmp_path / "world")},
@@ -483,7 +484,7 @@ def test_histories_are_read_where_the_item_tower_has_no_ids(tmp_path: Path, happ
 
 
 def test_numbers_for_popularity_stay_as_they_are_and_a_new_item_has_the_least(tmp_path: Path, happen, clicks) -> None:
-    simulate_workspace(tmp_path / "world", users=100, items=100, days=3, seed=2)
+    simulate_workspace(tmp_path / "world", WorldOptions(users=100, items=100, days=3, seed=2))
     kind = {"kind": "categorical"}
     document = {
         "workspace": {"path": str(tmp_path / "world")},

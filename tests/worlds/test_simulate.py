@@ -9,15 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.config import load
-from twotower.datasets.tables import DAY_MS
 from twotower.datasets.workspace import open_workspace
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import ConfigError
 from twotower.schema.tables import check_entities, check_milliseconds, check_outcomes, joined_events
 from twotower.worlds import simulate as sim
 from twotower.worlds import words
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import Simulation, simulate, simulate_workspace
-from twotower.worlds.world import FIRST_DAY_MS, SCENES, Truth
+from twotower.worlds.world import FIRST_DAY_MS, SCENES, Preferences
 
 USERS, ITEMS, DAYS = 600, 800, 5
 REPOSITORY = Path(__file__).parents[2]
@@ -25,10 +26,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 @cache
 def world() -> Simulation:
-    return simulate(USERS, ITEMS, DAYS, seed=1)
+    return simulate(WorldOptions(users=USERS, items=ITEMS, days=DAYS, seed=1))
 
 
-def truth() -> Truth:
+def truth() -> Preferences:
     return world().world.truth
 
 
@@ -64,19 +65,21 @@ def as_bytes(table: pa.Table) -> bytes:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others() -> None:
-    first, again, other = (simulate(50, 120, 3, seed) for seed in (3, 3, 4))
+    first, again, other = (simulate(WorldOptions(users=50, items=120, days=3, seed=seed)) for seed in (3, 3, 4))
     for name in ("users", "items", "events"):
         assert as_bytes(getattr(first, name)) == as_bytes(getattr(again, name))
         assert as_bytes(getattr(first, name)) != as_bytes(getattr(other, name))
 
 
 def test_the_number_of_users_does_not_change_the_catalogue() -> None:
-    assert simulate(30, 120, 3, seed=3).items.equals(simulate(50, 120, 3, seed=3).items)
+    assert simulate(WorldOptions(users=30, items=120, days=3, seed=3)).items.equals(
+        simulate(WorldOptions(users=50, items=120, days=3, seed=3)).items
+    )
 
 
 def test_steps_that_do_not_fill_a_round_keep_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sim, "STEP", 7)
-    events = simulate(60, 120, 3, seed=3).events
+    events = simulate(WorldOptions(users=60, items=120, days=3, seed=3)).events
     clicks = events.filter(pc.equal(events[c.OUTCOME], c.CLICKED)).select([c.USER_ID, c.ITEM_ID])
     assert clicks.num_rows > 50
     assert clicks.group_by([c.USER_ID, c.ITEM_ID]).aggregate([]).num_rows == clicks.num_rows
@@ -248,9 +251,9 @@ def test_users_and_items_appear_on_later_days_and_never_earlier() -> None:
 
 
 def test_features_tell_a_part_of_the_taste() -> None:
-    big = simulate(4000, 100, 1, seed=2)
+    big = simulate(WorldOptions(users=4000, items=100, days=1, seed=2))
     city = big.users["city"].combine_chunks().dictionary_encode().indices.to_numpy()
-    taste = big.world.truth.taste
+    taste = big.world.truth.people.taste
     total = taste.var(axis=0).sum()
     within = sum((city == row).mean() * taste[city == row].var(axis=0).sum() for row in np.unique(city))
     assert 0.03 < 1 - within / total < 0.5
@@ -299,17 +302,17 @@ def test_a_sample_is_even_and_of_the_given_size() -> None:
 )
 def test_sizes_that_make_no_world_are_refused(users: int, items: int, days: int, seed: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        simulate(users, items, days, seed)
+        simulate(WorldOptions(users=users, items=items, days=days, seed=seed))
 
 
 def test_a_world_without_any_request_is_refused() -> None:
     with pytest.raises(ConfigError, match="users=1, days=1: nobody made a request"):
-        simulate(1, 100, 1, seed=2)
+        simulate(WorldOptions(users=1, items=100, days=1, seed=2))
 
 
 def test_a_workspace_holds_out_the_last_day(tmp_path: Path) -> None:
-    report = simulate_workspace(tmp_path / "w", users=80, items=120, days=3, seed=5)
-    whole = simulate(80, 120, 3, 5)
+    report = simulate_workspace(tmp_path / "w", WorldOptions(users=80, items=120, days=3, seed=5))
+    whole = simulate(WorldOptions(users=80, items=120, days=3, seed=5))
     workspace = open_workspace(tmp_path / "w")
     assert workspace.dates() == ["2026-01-05", "2026-01-06"]
     assert workspace.users().equals(whole.users)
@@ -323,13 +326,13 @@ def test_a_workspace_holds_out_the_last_day(tmp_path: Path) -> None:
 
 def test_a_workspace_of_one_day_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="days=1: the last day is held out"):
-        simulate_workspace(tmp_path / "w", users=80, items=120, days=1, seed=5)
+        simulate_workspace(tmp_path / "w", WorldOptions(users=80, items=120, days=1, seed=5))
     assert not (tmp_path / "w").exists()
 
 
 def test_a_world_that_ends_later_than_now_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"begins on 2026-01-05.*at most 2 days"):
-        simulate_workspace(tmp_path / "w", 80, 120, 3, 5, clock_ms=lambda: FIRST_DAY_MS + 3 * DAY_MS - 1)
+        simulate_workspace(tmp_path / "w", WorldOptions(80, 120, 3), clock_ms=lambda: FIRST_DAY_MS + 3 * DAY_MS - 1)
     assert not (tmp_path / "w").exists()
 
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from twotower.evaluate.options import EvaluateOptions
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.truth import evaluate_by_truth, page_clicks, true_recall
 from twotower.worlds.world import NOTHING, Requests, World, make_world
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 @cache
 def small() -> World:
-    return make_world(users=50, items=120, days=2, seed=0)
+    return make_world(WorldOptions(users=50, items=120, days=2, seed=0))
 
 
 def asked(count: int = 12) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +98,9 @@ def test_the_report_has_what_could_be_had_beside_what_channels_find(world: "Sett
     oracle = Oracle(of.top(rows, ts_ms, 100, clicked))
     popular = Oracle(np.tile(np.argsort(-samples.item_positives), (len(rows), 1)))
     popular.name = "popular"
-    report = evaluate_by_truth(samples, workspace, of, [oracle, popular], [10, 50, 100], resamples=50)
+    report = evaluate_by_truth(
+        samples, workspace, of, [oracle, popular], EvaluateOptions(k=[10, 50, 100], bootstrap=50)
+    )
     assert report["oracle"] == report["best"]
     assert report["best"]["true_recall@10"]["value"] == pytest.approx(0.2)
     assert report["best"]["true_recall@50"]["value"] == 1.0

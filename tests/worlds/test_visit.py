@@ -5,19 +5,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from twotower.datasets.tables import DAY_MS
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS, HOUR_MS
 from twotower.schema.errors import ConfigError
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate
 from twotower.worlds.visit import MINUTE_MS, Clicks, some, visit
-from twotower.worlds.world import FIRST_DAY_MS, HOUR_MS, NOTHING, Requests, World, make_world
+from twotower.worlds.world import FIRST_DAY_MS, NOTHING, Requests, World, make_world
 
 DAY = 3
 
 
 @cache
 def world() -> World:
-    return make_world(users=300, items=200, days=2, seed=1, horizon=DAY + 1)
+    return make_world(WorldOptions(users=300, items=200, days=2, seed=1), horizon=DAY + 1)
 
 
 def best(requests: Requests) -> np.ndarray:
@@ -94,7 +95,7 @@ def test_events_of_a_visit_are_joined_events_as_a_simulation_has_them() -> None:
 
     visited = visit(world(), DAY, with_holes, requests=50)
     events = visited.events(world(), first_seq=7)
-    simulated = simulate(300, 200, 2, 1).events.drop_columns([c.SCORE, c.CHANNEL])
+    simulated = simulate(WorldOptions(users=300, items=200, days=2, seed=1)).events.drop_columns([c.SCORE, c.CHANNEL])
     assert events.schema == simulated.schema
     events.validate(full=True)
     even = int((visited.requests.number % 2 == 0).sum())
@@ -111,7 +112,7 @@ def test_events_of_a_visit_are_joined_events_as_a_simulation_has_them() -> None:
 
 
 def test_a_day_without_requests_is_an_empty_visit() -> None:
-    quiet = make_world(1, 100, 1, seed=2)
+    quiet = make_world(WorldOptions(users=1, items=100, days=1, seed=2))
     visited = visit(quiet, 0, lambda requests: np.zeros((len(requests), 3), np.int64), lambda clicks: None)
     assert (len(visited.requests), visited.impressions, len(visited.clicks)) == (0, 0, 0)
     assert visited.events(quiet).num_rows == 0

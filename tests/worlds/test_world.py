@@ -6,13 +6,14 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from twotower.datasets.tables import DAY_MS
+from twotower.schema.clock import DAY_MS, HOUR_MS
 from twotower.schema.errors import ConfigError
 from twotower.worlds import natures
 from twotower.worlds import world as w
 from twotower.worlds.inhabitants import NAMES, TASTE_NORM
 from twotower.worlds.natures import NATURES
-from twotower.worlds.world import FIRST_DAY_MS, HOUR_MS, NOTHING, Requests, World, make_world, uniform
+from twotower.worlds.options import WorldOptions
+from twotower.worlds.world import FIRST_DAY_MS, NOTHING, Requests, World, make_world, uniform
 
 CERTAIN = 1e-4
 """A test of chance fails once in ten thousand seeds; the seed is fixed."""
@@ -20,7 +21,7 @@ CERTAIN = 1e-4
 
 @cache
 def world() -> World:
-    return make_world(users=400, items=300, days=5, seed=1, horizon=8)
+    return make_world(WorldOptions(users=400, items=300, days=5, seed=1), horizon=8)
 
 
 def many_requests(count: int, seed: int = 0) -> Requests:
@@ -39,12 +40,12 @@ def test_the_utility_is_the_sum_that_the_documentation_gives() -> None:
     ts_ms = FIRST_DAY_MS + 3 * DAY_MS + 20 * HOUR_MS
     angle = 0.15 * (3 + 20 / 24) / 7
     mood = int(truth.mood_at(np.array(user), ts_ms))
-    wish = np.cos(angle) * truth.taste[user] + np.sin(angle) * truth.turn[user] + 2.0 * truth.centre[mood]
-    category = truth.category[item]
-    age_days = 3 + 20 / 24 - truth.birth_day[item]
+    wish = np.cos(angle) * truth.people.taste[user] + np.sin(angle) * truth.people.turn[user] + 2.0 * truth.centre[mood]
+    category = truth.catalogue.category[item]
+    age_days = 3 + 20 / 24 - truth.catalogue.birth_day[item]
     by_hand = (
-        wish @ truth.item_vector[item]
-        + truth.quality[item]
+        wish @ truth.catalogue.vector[item]
+        + truth.catalogue.quality[item]
         + truth.daily_mood[3, category]
         + truth.trend[3 * 6 + 5, category]
         + 0.8 * 0.5 ** (age_days / 2)
@@ -52,11 +53,11 @@ def test_the_utility_is_the_sum_that_the_documentation_gives() -> None:
     )
     given = truth.utility(np.array(user), np.array(item), np.array(ts_ms), np.array(w.SCENES.index("search")))
     assert given == pytest.approx(by_hand)
-    assert [NAMES[row] for row in truth.category[:300]] == world().items(4)["category"].to_pylist()
+    assert [NAMES[row] for row in truth.catalogue.category[:300]] == world().items(4)["category"].to_pylist()
 
 
 def test_a_world_made_for_more_days_is_the_same_on_the_days_that_both_have() -> None:
-    fewer, more = make_world(400, 300, 5, 1), world()
+    fewer, more = make_world(WorldOptions(users=400, items=300, days=5, seed=1)), world()
     for day in range(5):
         assert fewer.users(day).equals(more.users(day))
         assert fewer.items(day).equals(more.items(day))
@@ -175,7 +176,7 @@ def test_a_users_mood_lasts_three_hours_and_is_drawn_by_what_the_user_likes() ->
         assert same == pytest.approx(1 - minutes / 180 * (1 - same_by_chance), abs=0.01)
     seen = np.bincount(now.ravel(), minlength=len(NAMES)) / now.size
     assert seen == pytest.approx(share.mean(axis=0), abs=0.01)
-    liked = truth.taste[:400] @ truth.centre.T
+    liked = truth.people.taste[:400] @ truth.centre.T
     assert share == pytest.approx(np.exp(0.5 * liked) / np.exp(0.5 * liked).sum(axis=1, keepdims=True))
 
 
@@ -184,12 +185,12 @@ def test_what_a_user_clicked_within_the_last_hour_tells_of_what_they_want_now() 
     ts_ms = np.full(400, FIRST_DAY_MS + DAY_MS + 13 * HOUR_MS)
     mood = truth.mood_at(user, ts_ms)
     item = np.arange(300)[None, :]
-    in_mood = truth.category[item] == mood[:, None]
+    in_mood = truth.catalogue.category[item] == mood[:, None]
 
     def surplus(hours: float) -> float:
         """What items of the mood's category have more at another time than on average, over those of others."""
         then = truth.utility(user[:, None], item, ts_ms[:, None] + int(hours * HOUR_MS), np.zeros((1, 1), np.int64))
-        usual = truth.taste_at(user, ts_ms) @ truth.item_vector[:300].T + truth.quality[:300]
+        usual = truth.taste_at(user, ts_ms) @ truth.catalogue.vector[:300].T + truth.catalogue.quality[:300]
         return float((then - usual)[in_mood].mean() - (then - usual)[~in_mood].mean())
 
     assert surplus(0) > surplus(1) > surplus(2) > surplus(6) + 0.3
@@ -197,7 +198,7 @@ def test_what_a_user_clicked_within_the_last_hour_tells_of_what_they_want_now() 
 
 
 def test_trends_come_and_go_within_four_hours_and_are_as_strong_at_any_time() -> None:
-    truth = make_world(1, 100, 400, 0).truth
+    truth = make_world(WorldOptions(users=1, items=100, days=400, seed=0)).truth
     category = np.arange(len(NAMES))[None, :]
     begin = FIRST_DAY_MS + 4 * HOUR_MS * np.arange(6 * 399)[:, None]
     at = {hours: truth.trend_at(category, begin + int(hours * HOUR_MS)) for hours in (0, 1, 2, 4)}
@@ -213,14 +214,14 @@ def test_a_taste_keeps_its_length_and_turns_slowly() -> None:
     for taste in (begin, week):
         assert np.linalg.norm(taste, axis=1) == pytest.approx(np.full(400, TASTE_NORM))
     assert (begin * week).sum(axis=1) / TASTE_NORM**2 == pytest.approx(np.full(400, np.cos(0.15)))
-    assert np.abs((truth.turn * truth.taste).sum(axis=1)).max() < 1e-9
+    assert np.abs((truth.people.turn * truth.people.taste).sum(axis=1)).max() < 1e-9
 
 
 def test_freshness_is_halved_every_half_life() -> None:
     truth, item = world().truth, world().alive(2)
     now, later = (truth.freshness_at(item, FIRST_DAY_MS + day * DAY_MS) for day in (2, 4))
     assert later == pytest.approx(now / 2)
-    new = truth.birth_day[item] == 2
+    new = truth.catalogue.birth_day[item] == 2
     assert new.any()
     assert now[new] == pytest.approx(np.full(new.sum(), 0.8))
 
@@ -232,7 +233,7 @@ def test_requests_are_of_the_day_in_order_and_rise_within_a_user() -> None:
         assert ((requests.ts_ms - FIRST_DAY_MS) // DAY_MS == day).all()
         assert (np.diff(requests.ts_ms) >= 0).all()
         assert len(np.unique(np.stack([requests.user, requests.ts_ms]), axis=1).T) == len(requests)
-        assert (world().truth.start_day[requests.user] <= day).all()
+        assert (world().truth.people.start_day[requests.user] <= day).all()
         assert (requests.hour == requests.ts_ms // HOUR_MS % 24).all()
     numbers = np.concatenate([world().requests(day).number for day in range(8)])
     assert len(np.unique(numbers)) == len(numbers)
@@ -241,7 +242,7 @@ def test_requests_are_of_the_day_in_order_and_rise_within_a_user() -> None:
 def test_sessions_begin_by_the_hourly_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     single = replace(NATURES["default"], comes_back=0.0, requests_a_session=1.0, sessions_a_day=2.0)
     monkeypatch.setitem(natures.NATURES, "single", single)  # type: ignore[arg-type]
-    requests = make_world(20_000, 100, 1, 0, like="single").requests(0)
+    requests = make_world(WorldOptions(users=20_000, items=100, days=1, seed=0, like="single")).requests(0)
     curve = np.array(single.volume_by_hour) / sum(single.volume_by_hour)
     seen = np.bincount(requests.hour, minlength=24)
     assert stats.chisquare(seen, curve * len(requests)).pvalue > CERTAIN
@@ -251,7 +252,8 @@ def test_sessions_begin_by_the_hourly_curve(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_session_is_followed_by_another_one_as_often_as_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     back = replace(NATURES["default"], comes_back=0.4, back_hours=0.5, requests_a_session=1.0, sessions_a_day=0.001)
     monkeypatch.setitem(natures.NATURES, "back", back)  # type: ignore[arg-type]
-    requests = make_world(400_000, 100, 1, 0, like="back").requests(0)  # two sessions of a user by chance are rare
+    # two sessions of a user by chance are rare
+    requests = make_world(WorldOptions(users=400_000, items=100, days=1, seed=0, like="back")).requests(0)
     a_user = len(requests) / len(np.unique(requests.user))
     assert a_user == pytest.approx(1 / 0.6, rel=0.1)
 
@@ -259,7 +261,9 @@ def test_a_session_is_followed_by_another_one_as_often_as_stated(monkeypatch: py
 def test_the_best_items_are_those_of_a_loop_over_all() -> None:
     requests = world().requests(2)
     user, ts_ms = requests.user[:30], requests.ts_ms[:30]
-    clicked = np.random.default_rng(0).random((len(world().truth.taste), len(world().truth.quality))) < 0.3
+    clicked = (
+        np.random.default_rng(0).random((len(world().truth.people.taste), len(world().truth.catalogue.quality))) < 0.3
+    )
     found = world().top(user, ts_ms, 10, clicked)
     for row in range(30):
         scored = [
@@ -271,7 +275,7 @@ def test_the_best_items_are_those_of_a_loop_over_all() -> None:
 
 
 def test_a_list_of_the_best_ends_where_there_are_no_more_items() -> None:
-    clicked = np.ones((len(world().truth.taste), len(world().truth.quality)), np.bool_)
+    clicked = np.ones((len(world().truth.people.taste), len(world().truth.catalogue.quality)), np.bool_)
     clicked[3, [8, 11]] = False
     ts_ms = np.array([FIRST_DAY_MS + 6 * DAY_MS])
     assert sorted(world().top(np.array([3]), ts_ms, 4, clicked)[0].tolist()) == [-1, -1, 8, 11]
@@ -287,7 +291,7 @@ def test_ids_and_rows_are_each_others_inverse() -> None:
 
 @pytest.mark.parametrize("like", list(NATURES))
 def test_every_nature_makes_a_world(like: str) -> None:
-    made = make_world(200, 150, 3, 0, like=like)
+    made = make_world(WorldOptions(users=200, items=150, days=3, seed=0, like=like))
     requests = made.requests(2)
     value = made.chances(requests, made.top(requests.user, requests.ts_ms, 8)).mean()
     assert 0.1 < value < 0.9
@@ -301,7 +305,7 @@ def test_what_a_world_cannot_be_asked_is_refused() -> None:
         world().requests(8)
     with pytest.raises(ConfigError, match="day=-1"):
         world().alive(-1)
-    with pytest.raises(ConfigError, match="horizon=2: a simulated world takes horizon of at least 5"):
-        make_world(10, 100, 5, 0, horizon=2)
+    with pytest.raises(ConfigError, match="horizon=2: this world takes a horizon of at least 5"):
+        make_world(WorldOptions(users=10, items=100, days=5, seed=0), horizon=2)
     with pytest.raises(ConfigError, match="like='mars': a world is like one of default, kuairand, globo"):
-        make_world(10, 100, 5, 0, like="mars")
+        make_world(WorldOptions(users=10, items=100, days=5, seed=0, like="mars"))

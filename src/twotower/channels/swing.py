@@ -18,7 +18,7 @@ from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -192,7 +192,8 @@ def swing_kernel() -> Callable[[Graph, int, int, float, int], Nearest]:
         from numba import njit  # an extra
     except ImportError:
         raise ConfigError("the channel swing needs a compiler: pip install 'twotower[swing]'") from None
-    add, select = (njit(nogil=True, cache=True)(function) for function in (_add_up, _select))
+    compiled = njit(nogil=True, cache=True)
+    add, select = (cast(Callable[..., None], compiled(function)) for function in (_add_up, _select))
 
     def nearest(graph: Graph, first: int, last: int, alpha: float, neighbours: int) -> Nearest:
         begin = pointers(graph.room[first:last])

@@ -17,11 +17,13 @@ from typing import Any
 from twotower.config.load import load
 from twotower.config.settings import Settings
 from twotower.datasets.importers import import_dataset
+from twotower.datasets.options import ImportOptions
 from twotower.pipeline.line import run_line
 from twotower.pipeline.places import places
 from twotower.pipeline.serving import serve
 from twotower.schema.errors import ConfigError, TwotowerError
 from twotower.serve.run import Address
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 log = logging.getLogger(__name__)
@@ -78,9 +80,10 @@ def demo(data: Path | None, out: Path, overrides: list[str], check: bool, answer
         if not (workspace / "workspace.json").exists():
             log.info("making %s", workspace)
             if known is None or data is None:
-                simulate_workspace(workspace, USERS, ITEMS, DAYS, SEED)
+                simulate_workspace(workspace, WorldOptions(users=USERS, items=ITEMS, days=DAYS, seed=SEED))
             else:
-                import_dataset(known.name, data, workspace, known.holdout, None, known.positive, known.until)
+                imported = ImportOptions(holdout=known.holdout, positive=known.positive, until=known.until)
+                import_dataset(known.name, data, workspace, imported)
         result = run_line(settings, promoted=True)
         seconds = round(time.monotonic() - started, 1)
         if check:

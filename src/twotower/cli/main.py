@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import orjson
 import typer
 
 from twotower.config.load import load
 from twotower.config.settings import Settings
+from twotower.datasets.options import EventTime, ImportOptions, Unit
 from twotower.schema.errors import ConfigError, DataError, TwotowerError
+from twotower.worlds.options import WorldOptions
 
 app = typer.Typer(
     help="Two-tower retrieval, from click logs to a served candidate list.",
@@ -36,7 +38,6 @@ app.add_typer(update_app, name="update")
 
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Configuration (TOML); absent = the defaults.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")]
-TimeUnit = Literal["s", "ms", "us", "ns"]
 Promote = Annotated[bool, typer.Option("--promote/--no-promote", help="Serve the version at once.")]
 
 
@@ -79,26 +80,33 @@ def import_(
         str | None, typer.Option(help="time:Q, since:DATE, leave-one-out, pause:DAYS or, without time, random:SHARE")
     ] = None,
     test: Annotated[Path | None, typer.Option(help="A file of held-out positives.")] = None,
-    positive: Annotated[str, typer.Option(help="all, or the least rating that counts.")] = "all",
+    positive: Annotated[str, typer.Option(help="all, or the lowest rating that counts.")] = "all",
     until: Annotated[str | None, typer.Option(help="Last day to read, YYYY-MM-DD.")] = None,
     users: Annotated[Path | None, typer.Option(help="interactions: a table of users.")] = None,
     items: Annotated[Path | None, typer.Option(help="interactions: a table of items.")] = None,
     time_column: Annotated[
         str | None, typer.Option(help="interactions: the column of times, if it is not ts_ms.")
     ] = None,
-    time_unit: Annotated[TimeUnit, typer.Option(help="interactions: the unit of a time column of numbers.")] = "ms",
+    time_unit: Annotated[Unit, typer.Option(help="interactions: the unit of a time column of numbers.")] = "ms",
     without_time: Annotated[
         bool, typer.Option("--without-time", help="interactions: events have no time, whatever a column looks like.")
     ] = False,
 ) -> None:
     """Make a workspace out of a public data set or of your own interactions."""
     from twotower.datasets.importers import import_dataset
-    from twotower.datasets.interactions import EventTime
     from twotower.datasets.workspace import as_text
 
     with command():
-        event_time = EventTime(time_column, time_unit, without_time)
-        report = import_dataset(dataset, source, out, holdout, test, positive, until, users, items, event_time)
+        options = ImportOptions(
+            holdout=holdout,
+            test=test,
+            positive=positive,
+            until=until,
+            users=users,
+            items=items,
+            event_time=EventTime(time_column, time_unit, without_time),
+        )
+        report = import_dataset(dataset, source, out, options)
         typer.echo(as_text(report), err=True)
         answer(vars(report))
 
@@ -106,17 +114,17 @@ def import_(
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Option(help="The workspace to make.")],
-    users: Annotated[int, typer.Option(help="Number of users.")] = 2000,
-    items: Annotated[int, typer.Option(help="Number of items.")] = 1500,
-    days: Annotated[int, typer.Option(help="Number of days; the last is held out.")] = 7,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same world.")] = 0,
-    like: Annotated[str, typer.Option(help="default, or near to a real log: kuairand, globo.")] = "default",
+    users: Annotated[int, typer.Option(help="Number of users.")] = WorldOptions.users,
+    items: Annotated[int, typer.Option(help="Number of items.")] = WorldOptions.items,
+    days: Annotated[int, typer.Option(help="Number of days; the last is held out.")] = WorldOptions.days,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same world.")] = WorldOptions.seed,
+    like: Annotated[str, typer.Option(help="default, or near to a real log: kuairand, globo.")] = WorldOptions.like,
 ) -> None:
     """Make a workspace out of a simulated world."""
     from twotower.worlds.simulate import simulate_workspace
 
     with command():
-        answer(vars(simulate_workspace(out, users, items, days, seed, like)))
+        answer(vars(simulate_workspace(out, WorldOptions(users=users, items=items, days=days, seed=seed, like=like))))
 
 
 @app.command()
@@ -204,7 +212,8 @@ def retrieve(
     def write(settings: Settings) -> dict[str, Any]:
         check_retrieval(users, k, out, exclude)
         served = open_served(settings, version) if no_deltas else open_as_served(settings, version)
-        report = retrieve_file(served, places(settings).workspace, users, k, out, channel, exclude)
+        workspace = places(settings).workspace
+        report = retrieve_file(served, workspace, users, out, k=k, channel=channel, exclude=exclude)
         told = {"out": str(out), **asdict(report), "version": served.id}
         return {**told, "delta_seq": served.delta_seq, "channel": channel}
 

@@ -16,7 +16,7 @@ from twotower.config.settings import Settings
 from twotower.pipeline.places import places
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, TwotowerError
-from twotower.worlds.inhabitants import Ints
+from twotower.worlds.arrays import Ints
 from twotower.worlds.simulate import add_arrivals, world_of
 from twotower.worlds.visit import Clicks, visit
 from twotower.worlds.world import NOTHING, SCENES, Requests, World, date_of
@@ -80,7 +80,7 @@ class Site:
         users = self.world.users(self.world.horizon - 1).take(pa.array(requests.user)).to_pylist()
         for place, user in enumerate(users):
             number, row = int(requests.number[place]), int(requests.user[place])
-            came_later = self.world.truth.start_day[row] >= self.world.days
+            came_later = self.world.truth.people.start_day[row] >= self.world.options.days
             values = {"hour": int(requests.hour[place]), "scene": SCENES[requests.scene[place]]}
             found = self._send(
                 "POST",
@@ -174,7 +174,7 @@ def visit_server(
     features = [name for name in settings.features.user if name in world.users(0).column_names and name != c.USER_ID]
     context = [name for name in settings.features.context if name in ("hour", "scene")]
     site = Site(url.rstrip("/"), world, page, features, context)
-    born = world.items(day).slice(world.items(max(day - 1, world.days - 1)).num_rows)
+    born = world.items(day).slice(world.items(max(day - 1, world.options.days - 1)).num_rows)
     if put:
         site.put(born)
     visited = visit(world, day, site.answer, site.tell, requests=requests, window_ms=1)

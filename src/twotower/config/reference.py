@@ -104,6 +104,7 @@ def _one_line(text: str) -> str:
 def _type(hint: Any) -> str:
     """A type in words, with the limits of a number.
 
+    >>> from twotower.schema.options import Positive
     >>> _type(Share), _type(list[Positive]), _type(Literal["a", "b"])
     ('number, 0 to 1', 'list of integer > 0', '`a`, `b`')
     """

@@ -40,8 +40,13 @@ _FILES = {
 }
 """End of the name and type of each static file, by its address."""
 _READABLE = (
-    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating),
-    *(pa.types.is_boolean, pa.types.is_date, pa.types.is_timestamp),
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_boolean,
+    pa.types.is_date,
+    pa.types.is_timestamp,
 )
 _NO_STORE = {"Cache-Control": "no-store"}
 _STATIC = {

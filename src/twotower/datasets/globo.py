@@ -10,14 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.datasets.options import ImportOptions
 from twotower.datasets.sources import find_files, read_tables
-from twotower.datasets.tables import DAY_MS, Source, check_codes
+from twotower.datasets.tables import Source, check_codes
 from twotower.schema import columns as c
-from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.clock import DAY_MS, HOUR_MS
+from twotower.schema.errors import DataError
 
 NAME: Final = "globo"
 HOUR: Final = "hour"
-HOUR_MS: Final = 3_600_000
 
 _CLICKS: Final = {
     "user_id": c.USER_ID,
@@ -37,22 +38,15 @@ FIRST: Final = "first_"
 _OF_USERS: Final = ("device_group", "os", "country", "region")
 
 
-def read_globo(src: Path, positive: str) -> Source:
+def read_globo(src: Path, _: ImportOptions) -> Source:
     """Read a folder with `clicks_*.parquet`, or the original `clicks_hour_*.csv`; or one such file.
 
     Every row is a click; `request_id` is the session, `hour` that of UTC. Articles have ids only; people have the
     device, system, country and region of their first click, which no later click can change.
 
-    Args:
-        src: the folder or file.
-        positive: `all`: every click. There are no ratings.
-
     Raises:
-        ConfigError: another `positive`.
         DataError: files or columns are missing, or are not of their form.
     """
-    if positive != "all":
-        raise ConfigError(f"--positive {positive}: {NAME} has clicks, no ratings; use `all`")
     read = read_tables(find_files(src, pattern="clicks_*"), _CLICKS)
     clicks = read.rows
     check_codes(clicks, [c.USER_ID, c.ITEM_ID, c.REQUEST_ID, *_OF_USERS], str(src), text=True)

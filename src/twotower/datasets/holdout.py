@@ -2,13 +2,13 @@
 
 Everything from the held-out period leaves the training events, not only its positives: an impression after the last
 click tells of that click. Held-out positives of a user and an item that training knows are the test; the others are
-kept apart with their reason. A pair that the user already clicked in training stays in the test: leaving out what was
-clicked is a choice of whoever recommends, not of the data.
+kept apart with their reason. A pair that the user already clicked in training stays in the test: whether to leave out
+what was clicked is decided when recommending.
 """
 
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -17,16 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.datasets.tables import (
-    DAY_MS,
-    HELD_OUT_NOT_POSITIVE,
-    Dropped,
-    Tables,
-    calendar_days,
-    codes,
-    number,
-)
+from twotower.datasets.tables import HELD_OUT_NOT_POSITIVE, Dropped, Tables, calendar_days, codes, number, replaced
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import holdout as holdout_schema
 
@@ -37,46 +30,27 @@ Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class TimeQuantile:
-    """The events at or after the `share`-quantile of time over all events; those of one time stay together."""
+class HoldoutRule:
+    """What `--holdout` says.
 
-    share: float
-
-
-@dataclass(frozen=True)
-class Since:
-    """The events of a day and of all later ones."""
-
-    day: datetime.date
-
-
-@dataclass(frozen=True)
-class LeaveOneOut:
-    """The last positive of each user, and what the user did after it; of several at one time a hash chooses."""
-
-
-@dataclass(frozen=True)
-class Random:
-    """A share of each user's positives, drawn evenly: for events without time alone."""
-
-    share: float
-
-
-@dataclass(frozen=True)
-class Pause:
-    """What users did after their first pause of so many days between two positives.
-
-    Of those alone who have `BEFORE_PAUSE` positives and more before it and `AFTER_PAUSE` and more after it: people who
-    came back, at whatever time.
+    - `time`: the events at or after a quantile of time over all events; those of one time stay together.
+    - `since`: the events of a day and of all later ones.
+    - `leave-one-out`: the last positive of each user, and what the user did after it; of several at one time a hash
+      chooses.
+    - `pause`: what users did after their first pause of some days between two positives. Only users with at least
+      `BEFORE_PAUSE` positives before it and `AFTER_PAUSE` after it count: people who came back, at whatever time.
+    - `random`: a share of each user's positives, drawn evenly: only for events without time.
     """
 
-    days: float
+    kind: str
+    value: float = 0.0
+    """A quantile, a number of days, or a share."""
+    day: datetime.date | None = None
+    """Of `since`."""
 
 
 BEFORE_PAUSE: Final = 5
 AFTER_PAUSE: Final = 10
-
-Holdout = TimeQuantile | Since | LeaveOneOut | Pause | Random
 
 
 @dataclass(frozen=True)
@@ -115,59 +89,46 @@ def parse_day(text: str, option: str) -> datetime.date:
     raise ConfigError(f"{option}: {text!r} is no day: write it as YYYY-MM-DD")
 
 
-def parse_holdout(text: str) -> Holdout:
+def parse_holdout(text: str) -> HoldoutRule:
     """Read `--holdout`.
 
     Raises:
         ConfigError: an unknown kind, a quantile outside 0 to 1, or no day.
 
-    >>> parse_holdout("time:0.9"), parse_holdout("leave-one-out")
-    (TimeQuantile(share=0.9), LeaveOneOut())
+    >>> parse_holdout("time:0.9").value, parse_holdout("since:2022-05-03").day
+    (0.9, datetime.date(2022, 5, 3))
     """
     kind, _, value = text.partition(":")
     if text == "leave-one-out":
-        return LeaveOneOut()
+        return HoldoutRule("leave-one-out")
     if kind == "since":
-        return Since(parse_day(value, "--holdout since"))
+        return HoldoutRule("since", day=parse_day(value, "--holdout since"))
     try:
         number = float(value)
     except ValueError:
         number = np.nan
     if kind in ("time", "random"):
         if 0 < number < 1:
-            return TimeQuantile(number) if kind == "time" else Random(number)
+            return HoldoutRule(kind, number)
         raise ConfigError(f"--holdout {text}: give a share between 0 and 1, such as time:0.9 or random:0.1")
     if kind == "pause":
         if 0 < number < np.inf:
-            return Pause(number)
+            return HoldoutRule(kind, number)
         raise ConfigError(f"--holdout {text}: give a number of days above 0, such as pause:3")
     raise ConfigError(
         f"--holdout {text}: give time:Q, since:YYYY-MM-DD, leave-one-out, pause:DAYS or, without time, random:SHARE"
     )
 
 
-def split(tables: Tables, holdout: Holdout) -> Split:
+def split(tables: Tables, rule: HoldoutRule) -> Split:
     """Hold events out by a rule.
 
     Raises:
         ConfigError: the events have no time.
         DataError: nothing is held out, or no positive is left to learn from.
     """
-    if isinstance(holdout, TimeQuantile):
-        held = _at_or_after_quantile(tables, holdout.share)
-    elif isinstance(holdout, Since):
-        _times(tables, f"--holdout since:{holdout.day}")
-        days = calendar_days(_instants(tables), tables.days)
-        held = days >= np.datetime64(holdout.day, "D")
-        if not held.any() or held.all():
-            raise DataError(f"--holdout since:{holdout.day}: the events are of {days.min()} to {days.max()}")
-    elif isinstance(holdout, LeaveOneOut):
-        held = _from_last_positive(tables)
-    elif isinstance(holdout, Pause):
-        held = _after_pause(tables, holdout.days)
-    else:
-        held = _drawn(tables, holdout.share)
-    positive = pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy()
+    held = _HELD[rule.kind](tables, rule)
+    positive = _positive(tables)
     dropped = Dropped()
     dropped.drop(tables.events, pa.array(held & ~positive), HELD_OUT_NOT_POSITIVE)
     divided = _divide(tables, held, _as_holdout(tables.events.filter(pa.array(held & positive))), dropped)
@@ -197,8 +158,7 @@ def split_given(tables: Tables) -> Split:
     keys = {c.USER_ID: c.USER_ID, c.ITEM_ID: c.ITEM_ID}
     if not (tables.test[c.TS_MS].null_count or tables.events[c.REQUEST_TS_MS].null_count):
         keys[c.REQUEST_TS_MS] = c.TS_MS
-    place = tables.events.schema.get_field_index(c.REQUEST_TS_MS)
-    events = tables.events.set_column(place, c.REQUEST_TS_MS, _instants(tables)).select([*keys, c.EVENT_SEQ])
+    events = replaced(tables.events, c.REQUEST_TS_MS, _instants(tables)).select([*keys, c.EVENT_SEQ])
     named = events.join(tables.test, list(keys), list(keys.values()), "left semi")
     held = np.zeros(tables.events.num_rows, np.bool_)
     held[named[c.EVENT_SEQ].to_numpy()] = True
@@ -212,6 +172,11 @@ def _instants(tables: Tables) -> pa.ChunkedArray:
     return tables.events[c.REQUEST_TS_MS] if tables.instants is None else tables.instants
 
 
+def _positive(tables: Tables) -> Mask:
+    positive: Mask = pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy()
+    return positive
+
+
 def _times(tables: Tables, option: str) -> npt.NDArray[np.int64]:
     """(N,) times in milliseconds, by the source's clock."""
     if tables.events[c.REQUEST_TS_MS].null_count:
@@ -220,19 +185,27 @@ def _times(tables: Tables, option: str) -> npt.NDArray[np.int64]:
     return ts_ms
 
 
-def _at_or_after_quantile(tables: Tables, share: float) -> Mask:
-    ts_ms = _times(tables, f"--holdout time:{share}")
+def _at_or_after_quantile(tables: Tables, rule: HoldoutRule) -> Mask:
+    ts_ms = _times(tables, f"--holdout time:{rule.value}")
     # the time of an event, the least with at least this share of the events at or before it
-    threshold = np.quantile(ts_ms, share, method="inverted_cdf")
+    threshold = np.quantile(ts_ms, rule.value, method="inverted_cdf")
     held: Mask = ts_ms >= threshold
     return held
 
 
-def _from_last_positive(tables: Tables) -> Mask:
+def _since(tables: Tables, rule: HoldoutRule) -> Mask:
+    _times(tables, f"--holdout since:{rule.day}")
+    days = calendar_days(_instants(tables), tables.days)
+    held: Mask = days >= np.datetime64(rule.day, "D")
+    if not held.any() or held.all():
+        raise DataError(f"--holdout since:{rule.day}: the events are of {days.min()} to {days.max()}")
+    return held
+
+
+def _from_last_positive(tables: Tables, _: HoldoutRule) -> Mask:
     _times(tables, "--holdout leave-one-out")
-    user = codes(tables.events[c.USER_ID])
+    user, positive = codes(tables.events[c.USER_ID]), _positive(tables)
     place = np.arange(len(user))
-    positive = pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy()
     last = np.full(user.max() + 1, len(user))
     # events are in the order of time, those of one time in that of a hash: the last assignment stays
     last[user[positive]] = place[positive]
@@ -240,14 +213,14 @@ def _from_last_positive(tables: Tables) -> Mask:
     return held
 
 
-def _after_pause(tables: Tables, days: float) -> Mask:
-    ts_ms = _times(tables, f"--holdout pause:{days:g}")
+def _after_pause(tables: Tables, rule: HoldoutRule) -> Mask:
+    ts_ms = _times(tables, f"--holdout pause:{rule.value:g}")
     user = codes(tables.events[c.USER_ID])
-    positive = np.flatnonzero(pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy())
+    positive = np.flatnonzero(_positive(tables))
     order = positive[np.argsort(user[positive], kind="stable")]  # by user, then time
     counts = np.bincount(user[order], minlength=int(user.max()) + 1)
     start = np.cumsum(counts) - counts
-    paused = np.diff(ts_ms[order]) >= days * DAY_MS
+    paused = np.diff(ts_ms[order]) >= rule.value * DAY_MS
     ends = 1 + np.flatnonzero(paused & (np.diff(user[order]) == 0))  # the first positive after each pause
     who, first = np.unique(user[order[ends]], return_index=True)
     before = ends[first] - start[who]
@@ -258,21 +231,30 @@ def _after_pause(tables: Tables, days: float) -> Mask:
     return held
 
 
-def _drawn(tables: Tables, share: float) -> Mask:
+def _drawn(tables: Tables, rule: HoldoutRule) -> Mask:
     """A share of each user's positives, rounded down, always the same of the same events."""
     if tables.events[c.REQUEST_TS_MS].null_count < tables.events.num_rows:
         raise ConfigError(
-            f"--holdout random:{share}: {tables.source} has a time, and a random hold-out would be judged by what came "
-            "before its training; use time:Q, since:YYYY-MM-DD, leave-one-out or pause:DAYS"
+            f"--holdout random:{rule.value}: {tables.source} has a time, and a random hold-out would be judged by what "
+            "came before its training; use time:Q, since:YYYY-MM-DD, leave-one-out or pause:DAYS"
         )
     user = codes(tables.events[c.USER_ID])
-    positive = np.flatnonzero(pc.equal(tables.events[c.OUTCOME], c.CLICKED).to_numpy())
+    positive = np.flatnonzero(_positive(tables))
     order = positive[np.lexsort((np.random.default_rng(0).random(len(positive)), user[positive]))]
     counts = np.bincount(user, np.isin(np.arange(len(user)), positive)).astype(np.int64)
     place = np.arange(len(order)) - (np.cumsum(counts) - counts)[user[order]]
     held: Mask = np.zeros(len(user), np.bool_)
-    held[order[place < np.floor(counts[user[order]] * share)]] = True
+    held[order[place < np.floor(counts[user[order]] * rule.value)]] = True
     return held
+
+
+_HELD: Final[Mapping[str, Callable[[Tables, HoldoutRule], Mask]]] = {
+    "time": _at_or_after_quantile,
+    "since": _since,
+    "leave-one-out": _from_last_positive,
+    "pause": _after_pause,
+    "random": _drawn,
+}
 
 
 def _as_holdout(events: pa.Table) -> pa.Table:

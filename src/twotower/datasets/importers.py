@@ -1,102 +1,81 @@
 """`import`: from a data set's own files to a workspace."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from twotower.datasets import globo, interactions, kuairand, movielens
-from twotower.datasets.holdout import Split, parse_day, parse_holdout, split, split_given
-from twotower.datasets.interactions import IN_MILLISECONDS, EventTime
-from twotower.datasets.tables import Source, assemble, parse_positive
+from twotower.datasets.holdout import parse_day, parse_holdout, split, split_given
+from twotower.datasets.options import IN_MILLISECONDS, EventTime, ImportOptions
+from twotower.datasets.tables import Source, assemble
 from twotower.datasets.workspace import ImportReport, check_vacant, write_workspace
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError
 
-DATASETS: Final = (movielens.NAME, kuairand.NAME, globo.NAME, interactions.NAME)
+DATASETS: Final[Mapping[str, Callable[[Path, ImportOptions], Source]]] = {
+    movielens.NAME: movielens.read_movielens,
+    kuairand.NAME: kuairand.read_kuairand,
+    globo.NAME: globo.read_globo,
+    interactions.NAME: interactions.read_interactions,
+}
+"""How each data set is read, by its name."""
+_WITHOUT_RATINGS: Final = (kuairand.NAME, globo.NAME)
 
 
-def import_dataset(
-    name: str,
-    src: Path,
-    out: Path,
-    holdout: str | None = None,
-    test: Path | None = None,
-    positive: str = "all",
-    until: str | None = None,
-    users: Path | None = None,
-    items: Path | None = None,
-    event_time: EventTime = IN_MILLISECONDS,
-    clock_ms: ClockMs = now_ms,
-) -> ImportReport:
+def import_dataset(name: str, src: Path, out: Path, options: ImportOptions, clock_ms: ClockMs = now_ms) -> ImportReport:
     """Make a workspace of a data set.
 
     Args:
         name: one of `DATASETS`.
         src: its folder or file.
         out: the workspace, a folder that is empty or absent.
-        holdout: `time:Q`, `since:YYYY-MM-DD`, `leave-one-out`, `pause:DAYS` or `random:SHARE`; absent = none.
-        test: held-out interactions as a file; excludes `holdout`.
-        positive: `all`, or the least rating of a positive.
-        until: the last day to import, YYYY-MM-DD; absent = all.
-        users: for `interactions`, a file of users with features.
-        items: for `interactions`, a file of items with features.
-        event_time: for `interactions` and `test`, the column of times.
+        options: what is imported and held out.
         clock_ms: milliseconds since 1970; later events are dropped.
 
     Raises:
         ConfigError: an option that is unknown, of a wrong form, or not for this data set; something stands at `out`.
         DataError: the source is not what it should be.
     """
-    if holdout is not None and test is not None:
-        raise ConfigError("--holdout and --test exclude each other: a hold-out is a rule or a file")
-    rule = None if holdout is None else parse_holdout(holdout)
-    last = None if until is None else parse_day(until, "--until")
+    _check(name, options)
+    rule = None if options.holdout is None else parse_holdout(options.holdout)
+    last = None if options.until is None else parse_day(options.until, "--until")
     check_vacant(out)
-    source = _read_source(name, src, positive, users, items, test, event_time)
-    if test is not None:
-        read = interactions.read_test(test, parse_positive(positive), event_time)
+    source = DATASETS[name](src, options)
+    if options.test is not None:
+        read = interactions.read_test(options.test, options)
         not_read = (*source.not_read, *map(str, read.not_read))
         source = replace(source, test=read.rows, columns={**source.columns, "test": read.columns}, not_read=not_read)
     tables = assemble(source, last, clock_ms)
-    held_out: Split | None = None
-    if test is not None:
-        held_out = split_given(tables)
-    elif rule is not None:
-        held_out = split(tables, rule)
-    paths = {"src": src, "test": test, "users": users, "items": items}
-    arguments = {"holdout": holdout, "positive": positive, "until": until, "event_time": _said(event_time)}
-    given = {option: None if path is None else str(path) for option, path in paths.items()}
-    return write_workspace(out, tables, held_out, arguments | given)
+    held_out = split_given(tables) if options.test is not None else None if rule is None else split(tables, rule)
+    return write_workspace(out, tables, held_out, _arguments(src, options))
 
 
-def _said(event_time: EventTime) -> str | None:
-    """Where times come from, as the manifest has it."""
-    if event_time.column is not None:
-        return f"{event_time.column} ({event_time.unit})"
-    return "absent" if event_time.absent else None
-
-
-def _read_source(
-    name: str,
-    src: Path,
-    positive: str,
-    users: Path | None,
-    items: Path | None,
-    test: Path | None,
-    event_time: EventTime,
-) -> Source:
+def _check(name: str, options: ImportOptions) -> None:
+    """Refuse options that exclude each other or do not go with the data set."""
+    if name not in DATASETS:
+        raise ConfigError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
+    if options.holdout is not None and options.test is not None:
+        raise ConfigError("--holdout and --test exclude each other: a hold-out is a rule or a file")
+    if name in _WITHOUT_RATINGS and options.positive != "all":
+        raise ConfigError(f"--positive {options.positive}: {name} has clicks, no ratings; use `all`")
     if name == interactions.NAME:
-        return interactions.read_interactions(src, positive, users, items, test, event_time)
-    if test is None and event_time != IN_MILLISECONDS:
+        return
+    if options.test is None and options.event_time != IN_MILLISECONDS:
         raise ConfigError(
             f"--time-column, --time-unit and --without-time go with `{interactions.NAME}`; {name} has its own"
         )
-    if users is not None or items is not None:
+    if options.users is not None or options.items is not None:
         raise ConfigError(f"--users and --items go with `{interactions.NAME}`; {name} brings its own")
-    if name == movielens.NAME:
-        return movielens.read_movielens(src, positive)
-    if name == kuairand.NAME:
-        return kuairand.read_kuairand(src, positive)
-    if name == globo.NAME:
-        return globo.read_globo(src, positive)
-    raise ConfigError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
+
+
+def _arguments(src: Path, options: ImportOptions) -> dict[str, Any]:
+    """How the workspace was made, as JSON values for its manifest."""
+    given = {"src": src, **vars(options), "event_time": _said(options.event_time)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
+
+def _said(event_time: EventTime) -> str | None:
+    if event_time.column is not None:
+        return f"{event_time.column} ({event_time.unit})"
+    return "absent" if event_time.absent else None

@@ -1,13 +1,14 @@
 """Your own interactions: a file of Parquet or text (CSV, TSV), or a folder of them."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.datasets.options import EventTime, ImportOptions
 from twotower.datasets.sources import RATING, Read, find_files, read_table, read_tables
 from twotower.datasets.tables import Source, parse_positive
 from twotower.schema import columns as c
@@ -16,7 +17,6 @@ from twotower.schema.tables import mistaken_time
 
 NAME: Final = "interactions"
 
-Unit = Literal["s", "ms", "us", "ns"]
 UNITS: Final = {"s": 1000, "ms": 1, "us": 1 / 1000, "ns": 1 / 1_000_000}
 """Milliseconds in each."""
 
@@ -51,54 +51,27 @@ _LIKE_TIME: Final = re.compile(r"(^|_)(time|timestamp|date|datetime|ts|epoch)(_|
 """Names that a time may have, if its values are of one."""
 
 
-@dataclass(frozen=True)
-class EventTime:
-    """Which column says when an event happened."""
-
-    column: str | None = None
-    """Absent = `ts_ms`."""
-    unit: Unit = "ms"
-    """Of numbers, since 1970; dates and timestamps need none, and are of UTC where they do not say a zone."""
-    absent: bool = False
-    """There is no time on purpose: other columns that look like one are context."""
-
-
-IN_MILLISECONDS: Final = EventTime()
-"""The column `ts_ms`."""
-
-
-def read_interactions(
-    src: Path,
-    positive: str,
-    users: Path | None = None,
-    items: Path | None = None,
-    test: Path | None = None,
-    event_time: EventTime = IN_MILLISECONDS,
-) -> Source:
+def read_interactions(src: Path, options: ImportOptions) -> Source:
     """Read `user_id`, `item_id`, where known `ts_ms`, `weight` or `rating`, `outcome`, `request_id`, and context.
 
-    Rows of a user with the same request and time are one request: a page of impressions.
-
-    Args:
-        src: a file, or a folder of files with the same columns.
-        positive: `all`, or the least weight or rating of a positive.
-        users: `user_id` and features; absent = the users of the interactions.
-        items: `item_id` and features; absent = the items of the interactions.
-        test: a file that is not of the interactions, though it may lie in their folder.
-        event_time: the column of times.
+    Rows of a user with the same request and time are one request: a page of impressions. The files of `users`, `items`
+    and `test` may lie in the folder of the interactions.
 
     Raises:
         ConfigError: `positive` is a number, but the rows say their outcome themselves; there is no such column
             of times.
         DataError: a file is missing or damaged, or a column looks like a time that nobody named.
     """
-    minimum = parse_positive(positive)
-    beside = [path for path in (users, items, test) if path is not None]
-    read = with_time(with_weight(read_tables(find_files(src, without=beside)), str(src)), event_time, str(src))
+    minimum = parse_positive(options.positive)
+    beside = [path for path in (options.users, options.items, options.test) if path is not None]
+    found = read_tables(find_files(src, without=beside))
+    read = with_time(with_weight(found, str(src)), options.event_time, str(src))
     if minimum is not None and c.OUTCOME in read.rows.column_names:
-        raise ConfigError(f"--positive {positive}: {src} has a column {c.OUTCOME}, which says what is a positive")
+        raise ConfigError(
+            f"--positive {options.positive}: {src} has a column {c.OUTCOME}, which says what is a positive"
+        )
     tables = {"events": read}
-    for name, path in (("users", users), ("items", items)):
+    for name, path in (("users", options.users), ("items", options.items)):
         if path is not None:
             tables[name] = read_table(path)
     return Source(
@@ -113,19 +86,16 @@ def read_interactions(
     )
 
 
-def read_test(path: Path, minimum: float | None, event_time: EventTime = IN_MILLISECONDS) -> Read:
+def read_test(path: Path, options: ImportOptions) -> Read:
     """Read held-out interactions: `user_id`, `item_id`, where known `ts_ms`, `weight` or `rating`, `outcome`.
 
-    Without a weight and an outcome every row counts as a positive, whatever the least rating of training is.
-
-    Args:
-        path: a file, or a folder of files with the same columns.
-        minimum: the least weight of a positive; absent = all.
-        event_time: the column of times; a test may lack it.
+    Without a weight and an outcome every row counts as a positive, whatever the lowest rating of training is. The test
+    may lack the column of times.
 
     Raises:
         DataError: the file is missing or damaged, or a column looks like a time that nobody named.
     """
+    event_time = options.event_time
     read = with_weight(read_table(path), str(path))
     if event_time.column is None or event_time.column in read.rows.column_names:
         read = with_time(read, event_time, str(path))
@@ -136,7 +106,7 @@ def read_test(path: Path, minimum: float | None, event_time: EventTime = IN_MILL
         for one in read.columns
     ]
     test = test.select(kept)
-    if minimum is not None and c.WEIGHT not in kept and c.OUTCOME not in kept:
+    if options.positive != "all" and c.WEIGHT not in kept and c.OUTCOME not in kept:
         test = test.append_column(c.OUTCOME, pa.array([c.CLICKED] * test.num_rows, pa.string()))
     return replace(read, rows=test, columns=tuple(seen))
 

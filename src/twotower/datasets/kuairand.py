@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.datasets.options import ImportOptions
 from twotower.datasets.sources import find_files, read_table, read_tables
 from twotower.datasets.tables import Source, check_codes, plain
 from twotower.schema import columns as c
-from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.errors import DataError
 from twotower.schema.tables import as_ids
 
 NAME: Final = "kuairand"
@@ -34,28 +35,21 @@ _VIDEO_CODES: Final = ("visible_status", "music_type")
 """Codes that the source stores as floats, because some are missing; so it does with some `onehot_feat*`."""
 
 
-def read_kuairand(src: Path, positive: str) -> Source:
+def read_kuairand(src: Path, _: ImportOptions) -> Source:
     """Read a folder with `log_*.parquet`, `users`, `videos` and `user_history_before_*.parquet`.
 
     Every impression is an event, clicked if `is_click`. The log's own `date` is the day of the app (UTC+8, and up to an
     hour off `time_ms` around midnight); hold-outs by date read it.
 
-    Args:
-        src: the folder.
-        positive: `all`: every click. There are no ratings.
-
     Raises:
-        ConfigError: another `positive`.
         DataError: files or columns are missing, or are not of their form.
     """
-    if positive != "all":
-        raise ConfigError(f"--positive {positive}: {NAME} has clicks, no ratings; use `all`")
     read = read_tables(find_files(src, pattern="log_*"), _LOG)
     log = plain(read.rows, NAME)
     check_codes(log, [c.OUTCOME, DAY, HOUR], f"{src}, the log")
     click = log[c.OUTCOME]
     if not set(pc.unique(click).to_pylist()) <= {0, 1}:
-        raise DataError(f"{src}: is_click holds {pc.unique(click).to_pylist()[:5]}, where 0 and 1 are due")
+        raise DataError(f"{src}: is_click holds {pc.unique(click).to_pylist()[:5]}, expected 0 and 1")
     replaced = {
         c.OUTCOME: pc.if_else(pc.equal(click, 1), c.CLICKED, c.IMPRESSED),
         DAY: _days(log[DAY], src),
@@ -91,7 +85,7 @@ def _users(people: pa.Table, src: Path) -> pa.Table:
         return users  # refused with the other checks
     if not pa.types.is_list(history.schema.field(PRIOR_HISTORY).type):
         kind = history.schema.field(PRIOR_HISTORY).type
-        raise DataError(f"{src}: watch_seq is of type {kind}, where lists of videos are due")
+        raise DataError(f"{src}: watch_seq is of type {kind}, expected lists of videos")
     ids = [
         as_ids(table[c.USER_ID], f"{src}, user_id of {name}")
         for table, name in ((users, "users"), (history, "histories"))

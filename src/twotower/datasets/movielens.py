@@ -7,6 +7,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.datasets.options import ImportOptions
 from twotower.datasets.sources import read_lines, read_table
 from twotower.datasets.tables import Source, parse_positive
 from twotower.schema import columns as c
@@ -28,21 +29,17 @@ _USERS: Final = {
 _FILMS: Final = {"movie_id": c.ITEM_ID, TITLE: TITLE, "genres": "genres", YEAR: YEAR}
 
 
-def read_movielens(src: Path, positive: str) -> Source:
+def read_movielens(src: Path, options: ImportOptions) -> Source:
     """Read a folder with `ratings`, `users` and `movies`: as Parquet, or GroupLens's own `.dat` files.
 
     Seconds become milliseconds. Ratings of a user in the same second are ordered by `user_seq` where the Parquet file
     has it, else by a hash.
 
-    Args:
-        src: the folder.
-        positive: `all`, or the least rating of a positive.
-
     Raises:
-        ConfigError: `positive` is neither.
+        ConfigError: `positive` is neither `all` nor a rating.
         DataError: files or columns are missing, or are not of their form.
     """
-    minimum = parse_positive(positive)
+    minimum = parse_positive(options.positive)
     if (src / "ratings.parquet").exists():
         ratings = read_table(src / "ratings.parquet")
         finer = {USER_SEQ: USER_SEQ} if USER_SEQ in ratings.rows.column_names else {}

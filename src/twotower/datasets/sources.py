@@ -312,15 +312,7 @@ def _decoded(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         return column
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return column.cast(pa.string())
-    if any(
-        test(kind)
-        for test in (
-            pa.types.is_binary,
-            pa.types.is_large_binary,
-            pa.types.is_binary_view,
-            pa.types.is_fixed_size_binary,
-        )
-    ):
+    if pa.types.is_fixed_size_binary(kind) or kind in (pa.binary(), pa.large_binary(), pa.binary_view()):
         try:
             return column.cast(pa.binary()).cast(pa.string())
         except pa.ArrowException:

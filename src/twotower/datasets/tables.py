@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.datasets.sources import UNTYPED, SourceColumn
+from twotower.features.bloom import mixed
 from twotower.schema import columns as c
-from twotower.schema.clock import ClockMs, now_ms
+from twotower.schema.clock import DAY_MS, ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import (
     EARLIEST_MS,
@@ -30,8 +31,6 @@ from twotower.schema.tables import (
     require_columns,
 )
 from twotower.schema.tables import holdout as holdout_schema
-
-DAY_MS: Final = 86_400_000
 
 
 def end_of_day(day: str) -> int:
@@ -89,7 +88,7 @@ class Source:
     test: pa.Table | None = None
     """Held-out events given by the user: `user_id`, `item_id`, where known `ts_ms`, `outcome`, `weight`."""
     minimum: float | None = None
-    """Least weight of a positive; absent = all."""
+    """Lowest weight of a positive; absent = all."""
     order: tuple[str, ...] = ()
     """Columns that order a user's events more finely than the clock does."""
     day: str | None = None
@@ -182,7 +181,7 @@ class Tables:
 
 
 def parse_positive(text: str) -> float | None:
-    """Read `--positive`: the least rating of a positive, or None for `all`.
+    """Read `--positive`: the lowest rating of a positive, or None for `all`.
 
     Raises:
         ConfigError: neither `all` nor a finite number.
@@ -197,7 +196,7 @@ def parse_positive(text: str) -> float | None:
     except ValueError:
         minimum = np.nan
     if not np.isfinite(minimum):
-        raise ConfigError(f"--positive {text}: give `all`, or the least rating of a positive, such as 4")
+        raise ConfigError(f"--positive {text}: give `all`, or the lowest rating of a positive, such as 4")
     return minimum
 
 
@@ -233,8 +232,8 @@ def check_codes(table: pa.Table, names: Sequence[str], where: str, text: bool = 
     for name in names:
         kind = table.schema.field(name).type
         if not (pa.types.is_integer(kind) or pa.types.is_null(kind) or (text and pa.types.is_string(kind))):
-            due = "integers or text are" if text else "integers are"
-            raise DataError(f"{where}, column {name} is of type {kind}, where {due} due")
+            expected = "integers or text" if text else "integers"
+            raise DataError(f"{where}, column {name} is of type {kind}, expected {expected}")
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
@@ -257,28 +256,14 @@ def _representable(kind: pa.DataType) -> bool:
         return not pa.types.is_nested(kind.value_type) and _representable(kind.value_type)
     if pa.types.is_dictionary(kind):
         return _representable(kind.value_type)
-    return any(
-        test(kind)
-        for test in (
-            pa.types.is_null,
-            pa.types.is_boolean,
-            pa.types.is_integer,
-            pa.types.is_floating,
-            pa.types.is_decimal,
-            pa.types.is_date,
-            pa.types.is_timestamp,
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_string_view,
-        )
-    )
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_decimal(kind):
+        return True
+    if pa.types.is_time(kind) or pa.types.is_duration(kind) or pa.types.is_interval(kind):
+        return False
+    return bool(pa.types.is_primitive(kind) or pa.types.is_null(kind) or pa.types.is_string(kind))
 
 
-def assemble(
-    source: Source,
-    until: datetime.date | None = None,
-    clock_ms: ClockMs = now_ms,
-) -> Tables:
+def assemble(source: Source, until: datetime.date | None = None, clock_ms: ClockMs = now_ms) -> Tables:
     """Check what an importer found and bring it into the common form.
 
     Rows of events that cannot be used are dropped and counted; anything wrong with a whole column, with the users or
@@ -296,11 +281,9 @@ def assemble(
             users or items, ids are integers in one table and strings in another, there are fewer than two items, or
             no event or no positive is left.
     """
-    dropped = Dropped()
-    now_ms = clock_ms()
-    where = f"{source.name} events"
-    given_source, source = source, _with_agreed_ids(source)
-    source, left_out = _without_unusable_columns(source)
+    dropped, now_ms, where = Dropped(), clock_ms(), f"{source.name} events"
+    given_source = source
+    source, left_out = _without_unusable_columns(_with_agreed_ids(source))
     rows = _usable(source.events, source, where, now_ms, dropped)
     if until is not None:
         rows = _until(rows, until, source, dropped)
@@ -313,14 +296,7 @@ def assemble(
     rows = _known(rows, users, items, where, dropped)
     _refuse_empty(rows, where, dropped)
 
-    rows = _ordered(rows, source, where, dropped)
-    timed = c.TS_MS in rows.column_names
-    instants = None
-    if timed:
-        ts_ms = _rising(rows, source.requests_have_rows)
-        order = pa.array(np.argsort(ts_ms, kind="stable"))  # rows are by user: ties of users stay in order
-        instants = rows[c.TS_MS].take(order)
-        rows = _replace(rows, c.TS_MS, pa.chunked_array([ts_ms])).take(order)
+    rows, instants = _by_time(_ordered(rows, source, where, dropped), source.requests_have_rows)
     if not pc.any(pc.equal(rows[c.OUTCOME], c.CLICKED)).as_py():
         least = "" if source.minimum is None else f" with --positive {source.minimum:g}"
         raise DataError(f"{where}: none of {rows.num_rows} rows is a positive{least}")
@@ -341,6 +317,17 @@ def assemble(
         columns=_columns_report(given_source, source, left_out),
         not_read=source.not_read,
     )
+
+
+def _by_time(rows: pa.Table, requests_have_rows: bool) -> tuple[pa.Table, pa.ChunkedArray | None]:
+    """Rows in the order of time, with times that rise within each user, and the times of the source; None if it has
+    none.
+    """
+    if c.TS_MS not in rows.column_names:
+        return rows, None
+    ts_ms = _rising(rows, requests_have_rows)
+    order = pa.array(np.argsort(ts_ms, kind="stable"))  # rows are by user: ties of users stay in order
+    return replaced(rows, c.TS_MS, pa.chunked_array([ts_ms])).take(order), rows[c.TS_MS].take(order)
 
 
 def _with_agreed_ids(source: Source) -> Source:
@@ -427,7 +414,7 @@ def _refuse_alike(names: Sequence[str], where: str) -> None:
     for name in names:
         other = seen.setdefault(name.lower(), name)
         if other != name or names.count(name) > 1:
-            raise DataError(f"{where}: the names {other} and {name} differ in case alone: rename one column")
+            raise DataError(f"{where}: the names {other} and {name} differ only in case: rename one column")
 
 
 def number(events: pa.Table) -> pa.Table:
@@ -473,14 +460,14 @@ def _usable(table: pa.Table, source: Source, where: str, now_ms: int, dropped: D
     table = dropped.drop(table, pc.or_(_no_id(table[c.USER_ID]), _no_id(table[c.ITEM_ID])), NULL_ID)
     _refuse_empty(table, where, dropped)
     for name in (c.USER_ID, c.ITEM_ID):
-        table = _replace(table, name, as_ids(table[name], f"{where}, column {name}"))
+        table = replaced(table, name, as_ids(table[name], f"{where}, column {name}"))
     if c.TS_MS in table.column_names:
         table = _with_times(table, source.day, where, now_ms, dropped)
     table = _with_weight(table, source.minimum, where, dropped)
     _refuse_empty(table, where, dropped)
     for name, kind in KNOWN_TYPES.items():
         if name in table.column_names:
-            table = _replace(table, name, _as_known(table[name], kind, f"{where}, column {name}"))
+            table = replaced(table, name, _as_known(table[name], kind, f"{where}, column {name}"))
     return _with_outcome(table, source.minimum, where)
 
 
@@ -510,7 +497,7 @@ def _with_times(table: pa.Table, day: str | None, where: str, now_ms: int, dropp
     for value in sorted(wrong.to_pylist()):
         likely = mistaken_time(value, now_ms)
         if value < EARLIEST_MS or "looks like" in str(likely):
-            raise DataError(f"{where}, column {c.TS_MS} holds {value}, where milliseconds since 1970 are due; {likely}")
+            raise DataError(f"{where}, column {c.TS_MS} holds {value}, expected milliseconds since 1970; {likely}")
     if day is not None and day in table.column_names:
         # a calendar is at most 14 hours ahead of UTC
         tomorrow = datetime.date(1970, 1, 1) + datetime.timedelta(days=now_ms // DAY_MS + 1)
@@ -538,9 +525,9 @@ def _as_known(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.Chun
             pass
     if column.null_count == len(column):
         return pa.chunked_array([pa.nulls(len(column), kind)])
-    due = {pa.int32(): "whole numbers", pa.float32(): "numbers"}.get(kind, "text")
+    expected = {pa.int32(): "whole numbers", pa.float32(): "numbers"}.get(kind, "text")
     raise DataError(
-        f"{where} is of type {column.type}, such as {_first_shown(column)}, where {due} are due: mend it, or rename it "
+        f"{where} is of type {column.type}, such as {_first_shown(column)}, expected {expected}: mend it, or rename it "
         "if it is something else"
     )
 
@@ -566,8 +553,8 @@ def _with_weight(table: pa.Table, minimum: float | None, where: str, dropped: Dr
     kind = table.schema.field(c.WEIGHT).type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         shown = _first_shown(table[c.WEIGHT])
-        raise DataError(f"{where}: the weight or rating is of type {kind}, such as {shown}; a number is due")
-    table = _replace(table, c.WEIGHT, table[c.WEIGHT].cast(pa.float32(), safe=False))
+        raise DataError(f"{where}: the weight or rating is of type {kind}, such as {shown}; expected a number")
+    table = replaced(table, c.WEIGHT, table[c.WEIGHT].cast(pa.float32(), safe=False))
     finite = pc.fill_null(pc.is_finite(table[c.WEIGHT]), False)
     return dropped.drop(table, pc.invert(finite), BAD_RATING)
 
@@ -626,7 +613,7 @@ def _ordered(rows: pa.Table, source: Source, where: str, dropped: Dropped) -> pa
 
     The hash is of user and item: an order by ids would make the newest item of a catalogue the last one of every tie.
     Rows of a request stand beside each other. Without a time a user and an item are one interaction: a row that is a
-    click stays, of these that of most weight.
+    click stays, of several the one of most weight.
     """
     require_columns(rows, source.order, where)
     timed = c.TS_MS in rows.column_names
@@ -651,17 +638,9 @@ def _ordered(rows: pa.Table, source: Source, where: str, dropped: Dropped) -> pa
 
 
 def tie_hash(user_id: pa.ChunkedArray, item_id: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """A number (N,) for each pair of ids, of the pair alone and in no order of ids (SplitMix64, Steele et al. 2014)."""
-    value = _scrambled(_numbers(user_id)) + _numbers(item_id)
-    return (_scrambled(value) >> np.uint64(1)).astype(np.int64)
-
-
-def _scrambled(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    scrambled: npt.NDArray[np.uint64] = value ^ (value >> np.uint64(31))
-    return scrambled
+    """A number (N,) for each pair of ids, which depends on nothing else and is in no order of ids."""
+    value = mixed(_numbers(user_id)) + _numbers(item_id)
+    return (mixed(value) >> np.uint64(1)).astype(np.int64)
 
 
 def _numbers(ids: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
@@ -743,5 +722,6 @@ def _test_positives(test: pa.Table, dropped: Dropped) -> pa.Table:
     return dropped.drop(pairs, pa.array(same), DUPLICATE_EVENT)
 
 
-def _replace(table: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
+def replaced(table: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
+    """The table with another column in the place of that name."""
     return table.set_column(table.schema.get_field_index(name), name, column)

@@ -209,28 +209,10 @@ def _parse(body: memoryview, names: list[str], delimiter: str, path: Path, data:
         ragged.append(row)
         return "error"
 
-    keys = [str(place) for place in range(len(names))]
-    text = pa.BufferReader(b"".join([body, b"\n", last.encode(), b"\n"]))
-
-    def read(block_bytes: int) -> pa.Table:
-        text.seek(0)
-        return pa_csv.read_csv(
-            text,
-            # one thread: with more, a command that ends soon after has been seen to abort at its exit
-            pa_csv.ReadOptions(column_names=keys, block_size=block_bytes, use_threads=False),
-            pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=judge),
-            pa_csv.ConvertOptions(
-                column_types=dict.fromkeys(keys, pa.string()), null_values=[""], strings_can_be_null=True
-            ),
-        )
-
+    text = b"".join([body, b"\n", last.encode(), b"\n"])
+    options = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=judge)
     try:
-        try:
-            table = read(_BLOCK_BYTES)
-        except pa.ArrowInvalid as error:
-            if "straddl" not in str(error):
-                raise
-            table = read(_LARGEST_BLOCK)
+        columns = _read_csv(text, len(names), options)
     except pa.ArrowException as error:
         if ragged:
             raise _ragged(ragged[0], data, names, delimiter, path) from None
@@ -239,6 +221,26 @@ def _parse(body: memoryview, names: list[str], delimiter: str, path: Path, data:
         raise DataError(
             f"{path}, {_open_quote(data, delimiter)}: a quote is opened and never closed: close or remove it"
         )
+    return columns
+
+
+def _read_csv(text: bytes, count: int, options: pa_csv.ParseOptions) -> list[pa.ChunkedArray]:
+    keys = [str(place) for place in range(count)]
+    types = pa_csv.ConvertOptions(
+        column_types=dict.fromkeys(keys, pa.string()), null_values=[""], strings_can_be_null=True
+    )
+
+    def read(block_bytes: int) -> pa.Table:
+        # one thread: with more, a command that ends soon after has been seen to abort at its exit
+        blocks = pa_csv.ReadOptions(column_names=keys, block_size=block_bytes, use_threads=False)
+        return pa_csv.read_csv(pa.BufferReader(text), blocks, options, types)
+
+    try:
+        table = read(_BLOCK_BYTES)
+    except pa.ArrowInvalid as error:
+        if "straddl" not in str(error):
+            raise
+        table = read(_LARGEST_BLOCK)
     columns: list[pa.ChunkedArray] = table.columns
     return columns
 

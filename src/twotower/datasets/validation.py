@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from twotower.datasets.holdout import Since, parse_holdout, split
-from twotower.datasets.tables import DAY_MS, Tables
+from twotower.datasets.holdout import parse_holdout, split
+from twotower.datasets.tables import Tables
 from twotower.datasets.workspace import HOLDOUT, MANIFEST, ImportReport, Workspace, open_workspace, write_workspace
 from twotower.schema import columns as c
-from twotower.schema.clock import ClockMs, now_ms, until_now
+from twotower.schema.clock import DAY_MS, ClockMs, now_ms, until_now
 from twotower.schema.files import read_json
 
 UNTIMED = "random:0.1"
@@ -58,7 +58,7 @@ def _rule_again(whole: Workspace, manifest: dict[str, Any], events: pa.Table, no
         return UNTIMED
     given = (manifest.get("arguments") or {}).get("holdout") or TIMED
     parsed = parse_holdout(given)
-    if not isinstance(parsed, Since):
+    if parsed.day is None:
         return str(given)
     held = pq.read_table(whole.path / HOLDOUT, columns=[c.TS_MS])[c.TS_MS]
     latest_ms = pc.max(held.filter(pc.less_equal(held, now_ms))).as_py()

@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.datasets.holdout import Split
-from twotower.datasets.tables import DAY_MS, Tables
+from twotower.datasets.tables import Tables
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import parquet_files, whole_folder, write_json
 
@@ -201,7 +202,7 @@ def write_workspace(
 
 
 def _write_events(events: pa.Table, folder: Path) -> None:
-    """One file a day of UTC; the date is the folder's name alone."""
+    """One file a day of UTC; only the folder's name has the date."""
     if events[c.REQUEST_TS_MS].null_count == events.num_rows:
         _write(events, folder / f"{c.DATE}={c.UNKNOWN_DATE}" / "part-0.parquet")
         return

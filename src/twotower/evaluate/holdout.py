@@ -100,8 +100,8 @@ def evaluate(
     for baseline in baselines:
         theirs = figures(scores[baseline.name])
         for k in options.k:
-            both = (scores[name].values[f"recall@{k}"] for name in (judged.name, baseline.name))
-            theirs[f"recall@{k}"]["difference"] = figure(difference(*both, options.bootstrap, seed))
+            ours, other = (scores[name].values[f"recall@{k}"] for name in (judged.name, baseline.name))
+            theirs[f"recall@{k}"]["difference"] = figure(difference(ours, other, options.bootstrap, seed))
         result[baseline.name] = theirs
     result["cold"] = {
         reason: {

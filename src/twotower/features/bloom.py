@@ -37,7 +37,7 @@ def hash_ids(ids: pa.Array) -> Hashes:
     if len(ids) > _AT_ONCE:
         return np.concatenate([hash_ids(ids.slice(start, _AT_ONCE)) for start in range(0, len(ids), _AT_ONCE)])
     if ids.type == pa.int64():
-        return _mixed(ids.to_numpy(zero_copy_only=False).astype(np.uint64))
+        return mixed(ids.to_numpy(zero_copy_only=False).astype(np.uint64))
     offsets = np.frombuffer(ids.buffers()[1], np.int32)[ids.offset : ids.offset + len(ids) + 1].astype(np.int64)
     lengths = np.diff(offsets)
     content = np.frombuffer(ids.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]] if len(ids) else np.zeros(0)
@@ -47,10 +47,10 @@ def hash_ids(ids: pa.Array) -> Hashes:
         [np.zeros(1, np.uint64), np.cumsum((content.astype(np.uint64) + np.uint64(1)) * powers[place])]
     )
     starts = offsets - offsets[:1]
-    return _mixed(sums[starts[1:]] - sums[starts[:-1]])  # a polynomial of each id's bytes, modulo 2^64
+    return mixed(sums[starts[1:]] - sums[starts[:-1]])  # a polynomial of each id's bytes, modulo 2^64
 
 
-def _mixed(values: Hashes) -> Hashes:
+def mixed(values: Hashes) -> Hashes:
     """Every bit of a value spread over all bits (the finaliser of SplitMix64, Steele et al. 2014)."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -150,12 +150,12 @@ class Seen:
         periods = np.asarray(times_ms, np.int64) // self.shape.period_ms
         for period in np.unique(periods).tolist():
             left = hashes[periods == period]
-            for place, one in enumerate(filters):
-                if one.period == period and len(left):
-                    filters[place], left = one.add(self.shape, left)
+            for place, filtered in enumerate(filters):
+                if filtered.period == period and len(left):
+                    filters[place], left = filtered.add(self.shape, left)
             while len(left):
-                one, left = _Filter(period, 0, bytes(self.shape.bits // 8)).add(self.shape, left)
-                filters.append(one)
+                filtered, left = _Filter(period, 0, bytes(self.shape.bits // 8)).add(self.shape, left)
+                filters.append(filtered)
         filters.sort(key=lambda f: f.period)  # stable: of a period the newest last
         return replace(self, filters=tuple(filters[-MAX_OVER * self.shape.filters :]))
 
@@ -171,8 +171,8 @@ class Seen:
         """Which items (n,) are in one of at most 64 filters."""
         # A bit of `table` for each filter: all are asked at once, and most items drop out after a few hashes.
         table = np.zeros(self.shape.bits, np.uint64)
-        for number, one in enumerate(filters):
-            bits = np.unpackbits(np.frombuffer(one.content, np.uint8), bitorder="little")
+        for number, filtered in enumerate(filters):
+            bits = np.unpackbits(np.frombuffer(filtered.content, np.uint8), bitorder="little")
             table |= bits.astype(np.uint64) << np.uint64(number)
         left = np.arange(len(hashes))
         within = np.full(len(hashes), np.iinfo(np.uint64).max, np.uint64)

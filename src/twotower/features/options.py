@@ -148,5 +148,9 @@ def _unusable(sides: Mapping[str, Mapping[str, Feature]]) -> list[str]:
         if (other := seen.setdefault(name.casefold(), where)) != where:
             problems.append(f"{other} and {where} differ in upper and lower case alone: rename one of the columns")
         taken = [f"{name}{end}" for end in (".length", ".row")] if isinstance(kind, Sequence) else [".popularity"]
-        problems += [f"{where} takes the name {one} too: rename one of the columns" for one in taken if one in names]
+        problems += [
+            f"{where} takes the name {reserved} too: rename one of the columns"
+            for reserved in taken
+            if reserved in names
+        ]
     return problems

@@ -117,7 +117,7 @@ def reciprocal_rank(
     for channel in range(len(lists)):
         total += union.reciprocal(channel, weight[channel] or fill, constant[channel])
     order = _best(total, k)
-    rows, scores = (np.take_along_axis(values, order, axis=1) for values in (union.rows, total))
+    rows, scores = np.take_along_axis(union.rows, order, axis=1), np.take_along_axis(total, order, axis=1)
     brought = np.zeros(order.shape, np.int64)
     for channel, ranks in enumerate(union.ranks):
         brought |= (np.take_along_axis(ranks, order, axis=1) > 0).astype(np.int64) << channel

@@ -1,12 +1,12 @@
-"""The embedded event log: files in a folder, one writer, any number of readers in other processes.
+"""The embedded event log: one SQLite database in a folder, for any number of writers and readers on one machine.
 
-    log/log.json                                        format and number of partitions
-    log/writer.lock                                     held by the writer
-    log/partition-0000/<base offset, 20 digits>.log     a segment; the last one is written to, the others are sealed
-    log/partition-0000/<base offset, 20 digits>.ids     the ids in a sealed segment
-    log/partition-0000/<segment>.torn-<byte>            what recovery cut off there
+    log/events.sqlite        the events, a table for each partition
+    log/events.sqlite-wal    the write-ahead log: the latest events, until they are copied into the database
+    log/events.sqlite-shm    shared by the processes that have the log open
+    log/writer.lock          held by the process that is writing
 
-An offset is a byte position in the partition: the base offset of a segment plus the position in its file.
+The offset of an event is its number in the partition. A row holds the offset, the digest of the event's id (unique in
+the partition), the event as JSON, and a CRC-32C of these three, which every reader checks.
 """
 
 from __future__ import annotations
@@ -14,61 +14,68 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
-import shutil
-import time
+import sqlite3
+import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import islice, pairwise
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from threading import Condition, Lock, Thread
 from threading import Event as Flag
-from typing import Final
+from typing import Final, NamedTuple
+
+import google_crc32c
 
 from twotower.logs.events import Event
+from twotower.logs.former import former_partitions, former_records, remove_former
 from twotower.logs.partition import digest, partition_of
-from twotower.logs.payload import digest_of, erased_payload, payload_of, record_of, user_of
+from twotower.logs.payload import erased_payload, payload_of, record_of, user_of
 from twotower.logs.protocol import Ack, EventLogError, Record, Sync, check_range
-from twotower.logs.segment import Ids, Stored, encode, read_ids, walk, write_ids
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import TEMPORARY, read_json, sync_folder, whole_file, write_json
+from twotower.schema.files import sync_file, sync_folder
+
+CHECKPOINT_PAGES = 1000
+"""Length of the write-ahead log at which it is copied into the database."""
 
 _LOGGER = logging.getLogger(__name__)
-_FORMAT: Final = 1
-_YIELD: Final = 50
-"""Records that are looked through before other threads may go first."""
-_CREATE: Final = os.O_RDWR | os.O_CREAT
-_DESCRIPTION: Final = "log.json"
-_SEGMENT: Final = re.compile(r"\d{20}\.log")
+_FORMAT: Final = 2
+_FILE: Final = "events.sqlite"
+_WAL: Final = "events.sqlite-wal"
+_PLACE: Final = struct.Struct("<q16s")
+_BUSY_S: Final = 10.0
+_CACHE_KIB: Final = 64 << 10
+"""Pages that a writer keeps in memory: digests are in no order, so each new one is looked up in another page."""
+_SCANNED_AT_ONCE: Final = 500
+"""Rows that an erasing pass looks through at once."""
+_DAMAGE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+class _Row(NamedTuple):
+    offset: int
+    digest: bytes
+    checksum: int
+    payload: bytes
+
+    @property
+    def is_whole(self) -> bool:
+        try:
+            return self.checksum == _checksum(self.offset, self.digest, self.payload)
+        except (struct.error, TypeError):  # damage that made another type of a value
+            return False
 
 
 class LocalEventLog:
-    """An event log in a folder; implements `EventLog`. Made by `open` to write, by `reader` to read alone."""
+    """An event log in a folder; implements `EventLog`. Made by `open` to write, by `reader` to read only."""
 
-    def __init__(
-        self,
-        folder: Path,
-        partitions: int,
-        writers: Sequence[_Writer],
-        sync: Sync,
-        sync_s: float,
-        lock: int,
-        clock_ms: ClockMs = now_ms,
-    ):
+    def __init__(self, folder: Path, database: sqlite3.Connection, writer: _Writer | None, clock_ms: ClockMs):
         self._folder = folder
-        self._partitions = partitions
-        self._writers = writers
-        self._sync = sync
-        self._lock = lock
+        self._database = database
+        self._writer = writer
         self._clock_ms = clock_ms
+        self._reading = Lock()
         self._closed = Flag()
-        self._read_on_disk = [0] * partitions
-        self._valid_ends = [0] * partitions
-        self._reported: set[tuple[int, int]] = set()
-        self._flusher = Thread(target=self._flush_every, args=(sync_s,), name="event-log-flush", daemon=True)
-        if sync == "interval":
-            self._flusher.start()
+        self._partitions = _partitions_of(folder, database)
+        self._on_disk = [0] * self._partitions
 
     @classmethod
     def open(
@@ -77,55 +84,48 @@ class LocalEventLog:
         partitions: int = 4,
         sync: Sync = "always",
         sync_s: float = 1.0,
-        segment_bytes: int = 64 << 20,
         clock_ms: ClockMs = now_ms,
     ) -> LocalEventLog:
-        """Open a log to write, and make it where there is none.
-
-        What a killed writer left is mended first: the last segment of each partition is cut after its last whole
-        record, and what is cut off is kept in a file beside it.
+        """Open a log to write, and make it where there is none; a log of format 1 is converted.
 
         Args:
-            folder: of the log alone.
+            folder: holds the log alone, on a local disk.
             partitions: fixed when the log is made.
             sync: when an event is acknowledged: `always` once it is flushed to disk, in one flush for all the threads
                 that wait; `interval` once it is written, with a flush every `sync_s` seconds; `never` once it is
                 written. All three survive a killed process; in a power cut only `always` keeps what is acknowledged.
             sync_s: seconds between flushes with `interval`.
-            segment_bytes: a segment is sealed before it would grow beyond this size.
             clock_ms: the log's clock.
 
         Raises:
             ConfigError: the log has another number of partitions.
-            DataError: the folder holds another format, or a sealed segment whose ids have to be read again is damaged.
-            EventLogError: another writer has it open, or the disk refuses.
+            DataError: the folder holds another format, or the log is damaged.
+            EventLogError: the disk refuses.
         """
         if partitions < 1:
             raise ConfigError(f"partitions={partitions}: a log has at least one")
         with _refusals(f"{folder} cannot be opened"), ExitStack() as opened:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder)
-            opened.callback(os.close, lock)
-            for leftover in folder.rglob(f"{TEMPORARY}*"):
-                leftover.unlink()
-            _describe(folder, partitions)
-            writers = []
-            for number in range(partitions):
-                writers.append(_Writer(number, _partition_folder(folder, number), segment_bytes))
-                opened.callback(writers[-1].close)
-            sync_folder(folder)
-            sync_folder(folder.parent)
+            writer = opened.enter_context(closing(_Writer(folder, partitions, sync, sync_s)))
+            log = cls(folder, opened.enter_context(closing(_connect(folder, "ro"))), writer, clock_ms)
             opened.pop_all()
-        return cls(folder, partitions, writers, sync, sync_s, lock, clock_ms)
+        return log
 
     @classmethod
     def reader(cls, folder: Path) -> LocalEventLog:
-        """Open a log that this or another process writes, to read alone: `append` raises `EventLogError`.
+        """Open a log that this or another process writes, to read only: `append` raises `EventLogError`.
 
         Raises:
-            DataError: there is no log, or it is of another format.
+            DataError: there is no log, it is of another format, or damaged.
         """
-        return cls(folder, _described_partitions(folder), [], "never", 0.0, -1)
+        if former_partitions(folder):
+            raise DataError(f"{folder} is of format 1: start the server once, which converts it when it opens the log")
+        if not (folder / _FILE).exists():
+            raise DataError(f"{folder / _FILE} does not exist: no log was made there")
+        with _refusals(f"{folder} cannot be opened"), ExitStack() as opened:
+            log = cls(folder, opened.enter_context(closing(_connect(folder, "ro"))), None, now_ms)
+            opened.pop_all()
+        return log
 
     @property
     def partitions(self) -> int:
@@ -134,462 +134,363 @@ class LocalEventLog:
 
     def append(self, events: Sequence[Event]) -> list[Ack]:
         """See `EventLog`."""
-        self._check_open()
-        if not self._writers:
-            raise EventLogError(f"{self._folder} was opened to read alone: append through LocalEventLog.open")
-        for writer in self._writers:
-            writer.check()
-        logged_ms = self._clock_ms()
-        records = [encode(payload_of(event, logged_ms)) for event in events]
-        places: dict[int, list[int]] = {}
-        for place, event in enumerate(events):
-            places.setdefault(partition_of(event.user_id, self._partitions), []).append(place)
-        acks: dict[int, Ack] = {}
-        for number, mine in places.items():
-            digests = [digest(events[place].event_id, events[place].user_id) for place in mine]
-            written = self._writers[number].write(digests, [records[place] for place in mine])
-            acks.update(zip(mine, written, strict=True))
-        if self._sync == "always":
-            for number, mine in places.items():
-                self._writers[number].flush(max(acks[place].offset for place in mine) + 1)
-        return [acks[place] for place in range(len(events))]
+        writer, logged_ms = self._writable(), self._clock_ms()
+        return writer.append(
+            [
+                (
+                    partition_of(event.user_id, self._partitions),
+                    digest(event.event_id, event.user_id),
+                    payload_of(event, logged_ms),
+                )
+                for event in events
+            ]
+        )
 
     def read(self, partition: int, offset: int, limit: int) -> list[Record]:
         """See `EventLog`."""
         self._check_open()
         check_range(partition, self._partitions, offset, limit)
-        folder = _partition_folder(self._folder, partition)
-        known_end = self._writers[partition].end if self._writers else 0
-        with _refusals(f"{folder} cannot be read"):
-            bases = _bases(folder)
-            if not bases:
-                return []
-            if 0 < offset < bases[0]:
-                raise DataError(f"{folder} keeps events from offset {bases[0]} on, not from {offset}: begin at 0")
-            offset = max(offset, bases[0])
-            records: list[Record] = []
-            for base, end in zip(bases, [*bases[1:], None], strict=True):
-                if end is not None and offset >= end:
-                    continue
-                found = self._read_segment(partition, base, offset, limit - len(records), is_last=end is None)
-                records += found
-                offset = found[-1].next_offset if found else offset
-                if len(records) == limit:
-                    break
-                is_whole = offset >= known_end if end is None else offset == end
-                if not is_whole:
-                    if records:  # the next call, from the damaged place on, says so
-                        break
-                    raise DataError(
-                        f"{_segment(folder, base)} is damaged at byte {offset - base}, which is offset {offset}: "
-                        f"restore the file from a copy, or read on from offset {known_end if end is None else end}"
-                    )
+        with self._reading, _refusals(f"{self._folder} cannot be read"):
+            rows = _select(self._database, partition, offset, limit)
+            if offset and not (rows and rows[0].offset == offset):
+                self._check_kept(partition, offset)
+        if rows and not rows[0].is_whole:
+            raise DataError(
+                f"{self._folder / _FILE} is damaged at offset {rows[0].offset} of partition {partition}: "
+                f"restore the file from a copy, or read on from offset {rows[0].offset + 1}"
+            )
+        records = []
+        for row in rows:
+            if not row.is_whole:  # the next call, which begins there, says so
+                break
+            records.append(record_of(row.offset, row.offset + 1, row.payload))
+        if records and records[-1].next_offset > self._on_disk[partition]:
+            with _refusals(f"{self._folder} cannot be flushed"), suppress(FileNotFoundError):  # copied, so on disk
+                sync_file(self._folder / _WAL)
+            self._on_disk[partition] = records[-1].next_offset
         return records
 
     def ends(self) -> list[int]:
         """See `EventLog`."""
         self._check_open()
-        if self._writers:
-            return [writer.end for writer in self._writers]
-        return [self._valid_end(number) for number in range(self._partitions)]
+        with self._reading, _refusals(f"{self._folder} cannot be read"):
+            return [_bounds(self._database, partition)[1] for partition in range(self._partitions)]
 
     def erase(self, partition: int, users: Mapping[int | str, int]) -> int:
         """See `EventLog`."""
-        self._check_open()
+        writer = self._writable()
         check_range(partition, self._partitions, 0, 1)
-        if not self._writers:
-            raise EventLogError(f"{self._folder} was opened to read alone: erase through LocalEventLog.open")
-        return self._writers[partition].erase(users)
+        number, offset, damaged = 0, 0, list[int]()
+        while offset < max(users.values(), default=0):
+            with self._reading, _refusals(f"{self._folder} cannot be read"):
+                rows = _select(self._database, partition, offset, _SCANNED_AT_ONCE)
+            if not rows:
+                break
+            damaged += [row.offset for row in rows if not row.is_whole]
+            number += writer.erase(partition, [row for row in rows if row.is_whole and _is_of(row, users)])
+            offset = rows[-1].offset + 1
+        writer.empty_wal()
+        if damaged:
+            raise DataError(
+                f"{self._folder / _FILE} is damaged at the offsets {damaged} of partition {partition}, nothing is "
+                f"erased there ({number} other events are). Restore the file from a copy"
+            )
+        return number
+
+    def forget(self, partition: int, before: int) -> None:
+        """Remove the events before an offset, and their ids, once every consumer has read them.
+
+        The last event of a partition always stays, so that offsets go on from it.
+        """
+        writer = self._writable()
+        check_range(partition, self._partitions, before, 1)
+        writer.forget(partition, before)
 
     def close(self) -> None:
         """See `EventLog`."""
         if self._closed.is_set():
             return
         self._closed.set()
-        if self._flusher.is_alive():
-            self._flusher.join()
-        if self._writers:
-            with ExitStack() as closing:
-                closing.callback(os.close, self._lock)
-                for writer in self._writers:
-                    closing.callback(writer.close)
+        with self._reading, _refusals(f"{self._folder} cannot be closed"):
+            self._database.close()
+            if self._writer is not None:
+                self._writer.close()
+
+    def _writable(self) -> _Writer:
+        self._check_open()
+        if self._writer is None:
+            raise EventLogError(f"{self._folder} was opened to read only: write through LocalEventLog.open")
+        return self._writer
 
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise EventLogError(f"{self._folder} is closed")
 
-    def _flush_every(self, sync_s: float) -> None:
-        while not self._closed.wait(sync_s):
-            for writer in self._writers:
-                try:
-                    writer.flush(writer.end)
-                except EventLogError as error:  # appends are refused from now on
-                    _LOGGER.error("%s", error)
-                    return
-
-    def _read_segment(self, partition: int, base: int, offset: int, limit: int, is_last: bool) -> list[Record]:
-        """Up to `limit` records of a segment, flushed before they are given, so that no reader is ahead of the disk."""
-        path = _segment(_partition_folder(self._folder, partition), base)
-        with _opened(path) as descriptor:
-            end = base + os.fstat(descriptor).st_size
-            if is_last and offset > end:
-                raise DataError(f"offset {offset} lies behind the end of {path}, {end}: it is not of this log")
-            records = [
-                record_of(base + stored.position, base + stored.next_position, stored.payload)
-                for stored in islice(walk(descriptor, offset - base), limit)
-            ]
-            if is_last and records and records[-1].next_offset > self._read_on_disk[partition]:
-                os.fsync(descriptor)
-                self._read_on_disk[partition] = records[-1].next_offset
-        if is_last and not records and offset < end and (partition, offset) not in self._reported:
-            self._reported.add((partition, offset))
-            _LOGGER.warning(
-                "%s: no whole record at byte %d of %d: a write under way, or what the next writer cuts off",
-                path,
-                offset - base,
-                end - base,
+    def _check_kept(self, partition: int, offset: int) -> None:
+        first, end = _bounds(self._database, partition)
+        if offset > end:
+            raise DataError(
+                f"offset {offset} lies behind the end of partition {partition} of {self._folder}, {end}: "
+                "it is not of this log"
             )
-        return records
-
-    def _valid_end(self, partition: int) -> int:
-        """The end of the last whole record, which is not the end of the file while a record is being written."""
-        folder = _partition_folder(self._folder, partition)
-        with _refusals(f"{folder} cannot be read"):
-            bases = _bases(folder)
-            if not bases:
-                return 0
-            end = max(bases[-1], self._valid_ends[partition])
-            with _opened(_segment(folder, bases[-1])) as descriptor:
-                for stored in walk(descriptor, end - bases[-1]):
-                    end = bases[-1] + stored.next_position
-        self._valid_ends[partition] = end
-        return end
+        if offset < first:
+            raise DataError(f"{self._folder} keeps events from offset {first} on, not from {offset}: begin at 0")
 
 
 class _Writer:
-    """The writing end of one partition.
+    """The writing end of a log.
 
-    Threads write one at a time, under a lock. They flush outside it: the first that needs its records on disk flushes
-    for all that have written by then, while others write on and share the next flush.
+    Threads write one at a time, and so do processes, by a lock on a file: no process copies the write-ahead log into
+    the database while another one writes. Threads flush outside the lock: the first that needs its events on disk
+    flushes for all that have written by then, while others write on and share the next flush.
     """
 
-    def __init__(self, partition: int, folder: Path, segment_bytes: int):
-        self._partition = partition
+    def __init__(self, folder: Path, partitions: int, sync: Sync, sync_s: float):
         self._folder = folder
-        self._segment_bytes = segment_bytes
-        self._changed = Condition()
-        self._erasing = Lock()
-        self._flushing = False
+        self._sync = sync
         self._refusal = ""
-        folder.mkdir(exist_ok=True)
-        bases = _bases(folder) or [0]
-        self._sealed = [_sealed_ids(folder, base, end) for base, end in pairwise(bases)]
-        self._base = bases[-1]
-        self._descriptor = os.open(_segment(folder, self._base), _CREATE, 0o644)
-        try:
-            self._ids, length = _scan(self._descriptor, self._base)
-            _cut(_segment(folder, self._base), length)
-            os.fsync(self._descriptor)  # a retry of what a killed writer wrote is acknowledged as a duplicate
-            sync_folder(folder)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
-        self.end = self._base + length
-        self._on_disk = self.end
+        self._changed = Condition()
+        self._flushing = False
+        self._closed = Flag()
+        with ExitStack() as opened:
+            self._turn = os.open(folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
+            opened.callback(os.close, self._turn)
+            with self._turns():
+                self._database = opened.enter_context(closing(_connect(folder, "rwc")))
+                self._database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+                self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+                self._database.execute("PRAGMA synchronous = NORMAL")
+                self._database.execute("PRAGMA secure_delete = ON")
+                _make(folder, self._database, partitions)
+                self._ends = [_bounds(self._database, partition)[1] for partition in range(partitions)]
+                self._wal = os.open(folder / _WAL, os.O_RDWR)
+                opened.callback(os.close, self._wal)
+                os.fsync(self._wal)  # a retry of what a killed writer wrote is acknowledged as a duplicate
+                sync_folder(folder)
+                sync_folder(folder.parent)
+            self._opened = opened.pop_all()
+        self._on_disk = list(self._ends)
+        self.flusher = Thread(target=self._flush_every, args=(sync_s,), name="event-log-flush", daemon=True)
+        if sync == "interval":
+            self.flusher.start()
 
-    def check(self) -> None:
-        """Refuse once a flush has failed: the kernel drops the pages, and a second flush would say that all is well."""
-        if self._refusal:
-            raise EventLogError(self._refusal)
-
-    def write(self, digests: Sequence[bytes], records: Sequence[bytes]) -> list[Ack]:
-        """Write the records whose digests are new, not yet flushed; an acknowledgement for each, in order."""
-        size = sum(map(len, records))
-        with self._changed, _refusals(f"{self._folder} cannot take the events, send them again"):
-            while self._flushing and self._is_full(size):
-                self._changed.wait()
-            self.check()
-            if self._is_full(size):
-                self._seal()
-            known = self._find(digests)
-            fresh: dict[bytes, bytes] = {}
-            for one, record in zip(digests, records, strict=True):
-                if one not in known:
-                    fresh.setdefault(one, record)
-            self._write(fresh)
-            known.update((one, self._ids[one]) for one in fresh)
-            return [Ack(self._partition, known[one], duplicate=fresh.pop(one, None) is None) for one in digests]
-
-    def flush(self, until: int) -> None:
-        """Return when everything before an offset is on disk."""
+    def append(self, rows: Sequence[tuple[int, bytes, bytes]]) -> list[Ack]:
+        """Write rows of partition, digest and payload whose digests are new; an acknowledgement for each, in order."""
+        with self._transaction("cannot take the events, send them again"):
+            ends = {partition: _bounds(self._database, partition)[1] for partition in {row[0] for row in rows}}
+            acks = []
+            for partition, mark, payload in rows:
+                acks.append(self._insert(partition, ends[partition], mark, payload))
+                ends[partition] += not acks[-1].duplicate
         with self._changed:
-            while self._flushing and self._on_disk < until:
+            for partition, end in ends.items():
+                self._ends[partition] = max(self._ends[partition], end)
+        if self._sync == "always":
+            self._flush(acks)
+        return acks
+
+    def erase(self, partition: int, rows: Sequence[_Row]) -> int:
+        """Replace the payloads of rows by stubs of the same length; gives their number."""
+        if rows:
+            stubs = [
+                (row.offset, row.digest, erased_payload(row.payload).ljust(len(row.payload), b"\0")) for row in rows
+            ]
+            with self._transaction("cannot be erased from"):
+                self._database.executemany(
+                    f"UPDATE partition_{partition} SET checksum = ?, payload = ? WHERE offset = ?",
+                    [(_checksum(*stub), stub[2], stub[0]) for stub in stubs],
+                )
+        return len(rows)
+
+    def forget(self, partition: int, before: int) -> None:
+        """Remove what stands before an offset, but for the last event."""
+        with self._transaction("cannot forget events"):
+            last = _bounds(self._database, partition)[1] - 1
+            self._database.execute(f"DELETE FROM partition_{partition} WHERE offset < ?", (min(before, last),))
+
+    def empty_wal(self) -> None:
+        """Copy the write-ahead log into the database and empty it."""
+        with self._changed, _refusals(f"{self._folder} cannot be erased from"), self._turns():
+            self._check()
+            [(is_busy, *_)] = self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if is_busy:
+            raise EventLogError(
+                f"{self._folder / _WAL} still holds what was erased, because it is being read: try again"
+            )
+
+    def close(self) -> None:
+        """Flush and close; whoever still waits is refused."""
+        self._closed.set()
+        if self.flusher.is_alive():
+            self.flusher.join()
+        with self._changed, self._opened:
+            while self._flushing:
                 self._changed.wait()
-            if self._on_disk >= until:
+            refused, self._refusal = self._refusal, f"{self._folder} is closed"
+            self._opened.enter_context(self._turns())
+            if not refused:
+                with _refusals(f"{self._folder}: the last flush failed"):
+                    os.fsync(self._wal)
+
+    def _insert(self, partition: int, offset: int, mark: bytes, payload: bytes) -> Ack:
+        table, row = f"partition_{partition}", _Row(offset, mark, _checksum(offset, mark, payload), payload)
+        done = self._database.execute(f"INSERT INTO {table} VALUES (?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING", row)
+        if done.rowcount:
+            return Ack(partition, offset, duplicate=False)
+        [(offset,)] = self._database.execute(f"SELECT offset FROM {table} WHERE digest = ?", (mark,))
+        return Ack(partition, offset, duplicate=True)
+
+    def _flush(self, acks: Sequence[Ack]) -> None:
+        """Return when these events are on disk."""
+        with self._changed:
+            while not (is_done := all(ack.offset < self._on_disk[ack.partition] for ack in acks)) and self._flushing:
+                self._changed.wait()
+            if is_done:
                 return
-            self.check()
-            self._flushing, end = True, self.end
+            self._check()
+            self._flushing, ends = True, list(self._ends)
         try:
-            with _refusals(f"{self._folder}: a flush failed"):
-                self._fsync()
-            with self._changed:
-                self._on_disk = end
+            self._fsync()
+            self._on_disk = ends
         finally:
             with self._changed:
                 self._flushing = False
                 self._changed.notify_all()
 
-    def erase(self, users: Mapping[int | str, int]) -> int:
-        """Erase what stands of users before an offset each; gives the number of events.
-
-        A sealed segment is written anew, as long as it was, and replaces the old one in one rename. One that is still
-        written to is sealed first, if something in it is to go.
-        """
-        number, damaged = 0, []
-        with self._erasing, _refusals(f"{self._folder} cannot be erased from"):
-            bases = _bases(self._folder)
-            for base, end in zip(bases, [*bases[1:], None], strict=True):
-                self.check()  # somebody may want to close
-                if base >= max(users.values(), default=0):
-                    break
-                segment = _segment(self._folder, base)
-                events, length = _events_of(segment, base, users)
-                if events:
-                    self._seal_if_last(base)
-                    _overwrite(segment, events)
-                    number += len(events)
-                if end is not None and base + length != end:
-                    damaged.append(f"{segment} at byte {length}")
-        if damaged:
-            raise DataError(
-                f"{', '.join(damaged)}: damaged, nothing is erased from there on ({number} events elsewhere are). "
-                "Restore the file from a copy, or remove it"
-            )
-        return number
-
-    def close(self) -> None:
-        """Flush and close; whoever still waits is refused."""
-        with self._changed:
-            while self._flushing:
-                self._changed.wait()
+    def _flush_every(self, sync_s: float) -> None:
+        while not self._closed.wait(sync_s):
             try:
-                if not self._refusal:
-                    with _refusals(f"{self._folder}: the last flush failed"):
-                        self._fsync()
-                    self._on_disk = self.end
-            finally:
-                self._refusal = f"{self._folder} is closed"
-                os.close(self._descriptor)
-                self._changed.notify_all()
+                self._fsync()
+            except EventLogError as error:  # appends are refused from now on
+                _LOGGER.error("%s", error)
+                return
 
-    def _seal_if_last(self, base: int) -> None:
-        with self._changed:
-            while self._flushing:
-                self._changed.wait()
-            self.check()
-            if self._base == base:
-                self._seal()
-
-    def _is_full(self, size: int) -> bool:
-        return self.end > self._base and self.end + size - self._base > self._segment_bytes
-
-    def _find(self, digests: Sequence[bytes]) -> dict[bytes, int]:
-        """The offsets of those digests that the partition holds."""
-        found = {one: self._ids[one] for one in digests if one in self._ids}
-        for ids in self._sealed:
-            rest = [one for one in digests if one not in found]
-            if not rest:
-                break
-            offsets = ids.find(rest).tolist()
-            found.update((one, offset) for one, offset in zip(rest, offsets, strict=True) if offset >= 0)
-        return found
-
-    def _write(self, records: Mapping[bytes, bytes]) -> None:
-        """Write records at the end, by digest.
-
-        After a failure the whole ones stay and what follows them is cut: another process may have read them already, so
-        nothing else may ever stand at their offsets. Sent again, they are duplicates.
-        """
-        data = b"".join(records.values())
-        start, written, failure = self.end, 0, None
+    def _fsync(self) -> None:
         try:
-            while written < len(data):
-                written += os.pwrite(self._descriptor, data[written:], start + written - self._base)
-        except OSError as error:
-            failure = error
-        except BaseException:
-            self._refusal = f"{self._folder}: a write was interrupted; open the log again"
-            raise
-        for one, record in records.items():
-            if self.end + len(record) > start + written:
-                break
-            self._ids[one] = self.end
-            self.end += len(record)
-        if failure is not None:
-            try:
-                os.ftruncate(self._descriptor, self.end - self._base)
-            except OSError as error:
-                self._refusal = f"{self._folder}: half a record could not be cut off ({error}); open the log again"
-            raise failure
-
-    def _fsync(self, new: bool = False) -> None:
-        try:
-            os.fsync(self._descriptor)
-            if new:
-                sync_folder(self._folder)
+            with _refusals(f"{self._folder}: a flush failed"):
+                os.fsync(self._wal)
         except BaseException as error:
             self._refusal = f"{self._folder}: a flush failed ({error!r}); check the disk and open the log again"
             raise
 
-    def _seal(self) -> None:
-        """Go on in a new segment; the full one is on disk before the next exists, and so are its ids."""
-        self._fsync()
-        self._on_disk = self.end
-        ids = write_ids(_segment(self._folder, self._base).with_suffix(".ids"), self._ids)
-        old, self._descriptor = self._descriptor, os.open(_segment(self._folder, self.end), _CREATE | os.O_EXCL, 0o644)
-        self._sealed.append(ids)
-        self._base, self._ids = self.end, {}
-        os.close(old)
-        self._fsync(new=True)
+    def _check(self) -> None:
+        """Refuse once a flush has failed: the kernel drops the pages, and a second flush would say that all is well."""
+        if self._refusal:
+            raise EventLogError(self._refusal)
+
+    @contextmanager
+    def _transaction(self, failure: str) -> Iterator[None]:
+        """A transaction of this thread and this process alone, whole or not at all."""
+        with self._changed, _refusals(f"{self._folder} {failure}"), self._turns():
+            self._check()
+            with _transaction(self._database):
+                yield
+
+    @contextmanager
+    def _turns(self) -> Iterator[None]:
+        """Hold the lock by which processes take turns."""
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._turn, fcntl.LOCK_UN)
 
 
-def _partition_folder(folder: Path, partition: int) -> Path:
-    return folder / f"partition-{partition:04d}"
-
-
-def _segment(folder: Path, base: int) -> Path:
-    return folder / f"{base:020d}.log"
-
-
-def _bases(folder: Path) -> list[int]:
-    """The base offsets of a partition's segments, ascending."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(name[:20]) for name in os.listdir(folder) if _SEGMENT.fullmatch(name))
+def _connect(folder: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{(folder / _FILE).absolute().as_uri()}?mode={mode}"
+    database = sqlite3.connect(uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+    database.text_factory = bytes  # there is text only where there is damage
+    return database
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    database.execute("BEGIN IMMEDIATE")
     try:
-        yield descriptor
+        yield
+        database.execute("COMMIT")
     finally:
-        os.close(descriptor)
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+
+
+def _make(folder: Path, database: sqlite3.Connection, partitions: int) -> None:
+    """Make the tables of a new log, fill them from a log of format 1, or check that those that are there agree."""
+    database.execute("PRAGMA journal_mode = WAL")
+    made = _format_of(database) != 0
+    found = _partitions_of(folder, database) if made else former_partitions(folder) or partitions
+    if found != partitions:
+        raise ConfigError(
+            f"{folder} has {found} partitions, {partitions} are asked for: a log keeps the number that it was made "
+            f"with; set partitions = {found}, or use another folder"
+        )
+    if not made:
+        with _transaction(database):
+            for partition in range(partitions):
+                table = f"partition_{partition}"
+                database.execute(
+                    f"CREATE TABLE {table} (offset INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, "
+                    "checksum INTEGER NOT NULL, payload BLOB NOT NULL)"
+                )
+                database.executemany(
+                    f"INSERT INTO {table} VALUES (?, ?, ?, ?)",
+                    (
+                        (at, mark, _checksum(at, mark, payload), payload)
+                        for at, mark, payload in former_records(folder, partition)
+                    ),
+                )
+            database.execute(f"PRAGMA user_version = {_FORMAT}")
+    if former_partitions(folder):
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        remove_former(folder)
+
+
+def _format_of(database: sqlite3.Connection) -> int:
+    [(found,)] = database.execute("PRAGMA user_version")
+    return int(found)
+
+
+def _partitions_of(folder: Path, database: sqlite3.Connection) -> int:
+    if (found := _format_of(database)) != _FORMAT:
+        raise DataError(f"{folder / _FILE} is of format {found}, expected {_FORMAT}: another version wrote this log")
+    [(partitions,)] = database.execute("SELECT count(*) FROM sqlite_master WHERE type = 'table'")
+    return int(partitions)
+
+
+def _select(database: sqlite3.Connection, partition: int, offset: int, limit: int) -> list[_Row]:
+    """Up to `limit` rows of a partition from an offset on."""
+    query = (
+        f"SELECT rowid, digest, checksum, payload FROM partition_{partition} WHERE rowid >= ? ORDER BY rowid LIMIT ?"
+    )
+    return [_Row(*row) for row in database.execute(query, (offset, limit))]
+
+
+def _bounds(database: sqlite3.Connection, partition: int) -> tuple[int, int]:
+    """The first offset that a partition keeps, and the offset of the next event."""
+    table = f"partition_{partition}"
+    [(first, last)] = database.execute(f"SELECT (SELECT min(offset) FROM {table}), (SELECT max(offset) FROM {table})")
+    return (0, 0) if last is None else (first, last + 1)
+
+
+def _checksum(offset: int, mark: bytes, payload: bytes) -> int:
+    return int(google_crc32c.extend(google_crc32c.value(_PLACE.pack(offset, mark)), payload))
+
+
+def _is_of(row: _Row, users: Mapping[int | str, int]) -> bool:
+    user_id = user_of(row.payload)
+    return user_id is not None and row.offset < users.get(user_id, 0)
 
 
 @contextmanager
 def _refusals(what: str) -> Iterator[None]:
-    """Give what the operating system refuses as the log's own error."""
+    """Give what the operating system or SQLite refuses as the log's own error."""
     try:
         yield
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # UnicodeDecodeError: a message with names that are damaged
+        if isinstance(error, UnicodeDecodeError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE:
+            raise DataError(
+                f"{what}: {error}. Restore {_FILE} from a copy, or save what is whole with sqlite3 and .recover"
+            ) from error
+        raise EventLogError(f"{what}: {error}") from error
     except OSError as error:
         raise EventLogError(f"{what}: {error}") from error
-
-
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder / "writer.lock", _CREATE, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise EventLogError(
-            f"{folder} is open in another writer: a log has one at a time; stop it, or read with LocalEventLog.reader"
-        ) from None
-    return descriptor
-
-
-def _describe(folder: Path, partitions: int) -> None:
-    """Write what the log is, or check that what is there agrees."""
-    if (folder / _DESCRIPTION).exists():
-        found = _described_partitions(folder)
-        if found != partitions:
-            raise ConfigError(
-                f"{folder} has {found} partitions, {partitions} are asked for: a log keeps the number that it was made "
-                f"with; set partitions = {found}, or use another folder"
-            )
-    elif _partition_folder(folder, 0).exists():
-        raise DataError(f"{folder} has partitions but no {_DESCRIPTION}: restore it, their number cannot be guessed")
-    else:
-        write_json(folder / _DESCRIPTION, {"format": _FORMAT, "partitions": partitions})
-
-
-def _described_partitions(folder: Path) -> int:
-    path = folder / _DESCRIPTION
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise DataError(f"{path} says {content}, where format {_FORMAT} is due: another version wrote this log")
-    partitions = content.get("partitions")
-    if not isinstance(partitions, int) or partitions < 1:
-        raise DataError(f"{path} says partitions={partitions!r}: restore the file")
-    return partitions
-
-
-def _scan(descriptor: int, base: int) -> tuple[dict[bytes, int], int]:
-    """The offset of each digest in a segment, and the bytes that its whole records take."""
-    ids: dict[bytes, int] = {}
-    length = 0
-    for stored in walk(descriptor, 0):
-        ids[digest_of(stored.payload)] = base + stored.position
-        length = stored.next_position
-    return ids, length
-
-
-def _events_of(segment: Path, base: int, users: Mapping[int | str, int]) -> tuple[list[Stored], int]:
-    """The records of users before an offset each in a segment, and the bytes that its whole records take."""
-    found, length = list[Stored](), 0
-    with _opened(segment) as descriptor:
-        for place, stored in enumerate(walk(descriptor, 0)):
-            user_id = user_of(stored.payload)
-            if user_id is not None and base + stored.position < users.get(user_id, 0):
-                found.append(stored)
-            length = stored.next_position
-            if place % _YIELD == 0:
-                time.sleep(0)  # whoever answers requests in this process goes first
-    return found, length
-
-
-def _overwrite(segment: Path, records: Sequence[Stored]) -> None:
-    """Erase records of a sealed segment, whole or not at all."""
-    with whole_file(segment) as temporary:
-        shutil.copyfile(segment, temporary)
-        with temporary.open("r+b") as file:
-            for stored in records:
-                file.seek(stored.position)
-                file.write(encode(erased_payload(stored.payload).ljust(len(stored.payload), b"\0")))
-
-
-def _sealed_ids(folder: Path, base: int, end: int) -> Ids:
-    """The ids of a sealed segment, read again from its records where their file is missing or damaged."""
-    segment = _segment(folder, base)
-    ids = read_ids(segment.with_suffix(".ids"))
-    if ids is not None:
-        return ids
-    with _opened(segment) as descriptor:
-        offsets, length = _scan(descriptor, base)
-    if base + length != end:
-        raise DataError(
-            f"{segment} is damaged at byte {length}, and so is its .ids file: restore one of them from a copy"
-        )
-    _LOGGER.info("%s: wrote the ids of its %d events again", segment, len(offsets))
-    return write_ids(segment.with_suffix(".ids"), offsets)
-
-
-def _cut(segment: Path, length: int) -> None:
-    """Cut a segment after its whole records; what follows them is kept in a file beside it."""
-    with segment.open("r+b") as file:
-        file.seek(length)
-        tail = file.read()
-        if not tail:
-            return
-        names = (f"{segment.name}.torn-{length}{suffix}" for suffix in ("", *(f"-{again}" for again in range(2, 1000))))
-        aside = next(path for name in names if not (path := segment.with_name(name)).exists())
-        with whole_file(aside) as temporary:
-            temporary.write_bytes(tail)
-        file.truncate(length)
-    _LOGGER.warning(
-        "%s: %d bytes after byte %d are no whole record, as a killed writer leaves them: cut off and kept in %s",
-        segment,
-        len(tail),
-        length,
-        aside.name,
-    )

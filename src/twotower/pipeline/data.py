@@ -3,15 +3,17 @@
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.datasets.importers import import_dataset
-from twotower.datasets.interactions import NAME, EventTime, Unit
+from twotower.datasets.interactions import NAME
+from twotower.datasets.options import EventTime, ImportOptions, Unit
 from twotower.datasets.workspace import ImportReport
 from twotower.schema.errors import DataError, TwotowerError
+from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
 Table = Any
@@ -22,26 +24,20 @@ of a file or folder (Parquet, CSV, TSV)."""
 def simulate(
     workspace: str | Path,
     *,
-    users: int = 2000,
-    items: int = 1500,
-    days: int = 7,
-    seed: int = 0,
-    like: Literal["default", "kuairand", "globo"] = "default",
+    users: int = WorldOptions.users,
+    items: int = WorldOptions.items,
+    days: int = WorldOptions.days,
+    seed: int = WorldOptions.seed,
+    like: str = WorldOptions.like,
 ) -> ImportReport:
-    """Make a workspace out of a simulated world, whose last day is held out.
+    """Make a workspace, a folder that is empty or absent, out of a simulated world whose last day is held out.
 
-    Args:
-        workspace: the folder to make; it is empty or absent.
-        users: number of users.
-        items: number of items.
-        days: number of days.
-        seed: the same seed gives the same world.
-        like: `default`, or near to a real log.
+    The options are those of `WorldOptions`.
 
     Raises:
         ConfigError: a number that no world can have; something stands at `workspace`.
     """
-    return simulate_workspace(Path(workspace), users, items, days, seed, like)
+    return simulate_workspace(Path(workspace), WorldOptions(users, items, days, seed, like))
 
 
 def import_tables(
@@ -92,18 +88,16 @@ def import_tables(
         tables = {"events": events, "users": users, "items": items, "test": test}
         paths = {name: _as_path(table, Path(folder) / f"{name}.parquet") for name, table in tables.items()}
         try:
-            return import_dataset(
-                NAME,
-                paths["events"] or Path(),
-                Path(workspace),
-                holdout,
-                paths["test"],
-                str(positive),
-                until,
-                paths["users"],
-                paths["items"],
-                EventTime(time_column, time_unit, without_time),
+            options = ImportOptions(
+                holdout=holdout,
+                test=paths["test"],
+                positive=str(positive),
+                until=until,
+                users=paths["users"],
+                items=paths["items"],
+                event_time=EventTime(time_column, time_unit, without_time),
             )
+            return import_dataset(NAME, paths["events"] or Path(), Path(workspace), options)
         except TwotowerError as error:  # a table in memory has no path: its name says which one it is
             raise type(error)(str(error).replace(f"{folder}/", "").replace(".parquet", "")) from None
 

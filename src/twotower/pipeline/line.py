@@ -236,9 +236,7 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
     options, seed = settings.evaluate, settings.train.seed
     metrics = evaluate(samples, where.workspace, channels, options, seed=seed)
     if (world := world_of(where.workspace)) is not None:
-        metrics["truth"] = evaluate_by_truth(
-            samples, where.workspace, world, channels, options.k, options.bootstrap, seed, options.context
-        )
+        metrics["truth"] = evaluate_by_truth(samples, where.workspace, world, channels, options, seed)
     if settings.models.rankers:
         metrics["rankers"] = evaluate_rankers(settings, samples)
     write_json(checkpoint.path.parent / METRICS, metrics)

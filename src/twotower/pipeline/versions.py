@@ -131,7 +131,7 @@ class PublishedVersion:
         _check_k(k)
         asked = self._asked(users)
         schema = recommendations(self._version.users.ids.type, self._version.item_ids.type)
-        parts = recommend(self._version, self._workspace, asked, k, channel, exclude)
+        parts = recommend(self._version, self._workspace, asked, k=k, channel=channel, exclude=exclude)
         return Recommendations(pa.concat_tables([schema.empty_table(), *parts]))
 
     def similar(

@@ -167,8 +167,8 @@ class ItemKeys:
         """The row of each id (n,), -1 where it is null, not in the catalogue, or deleted."""
         found = Positions(self._base).find(ids)
         if self._rows:
-            for place, one in enumerate(ids.to_pylist()):
-                row = self._rows.get(one)
+            for place, item_id in enumerate(ids.to_pylist()):
+                row = self._rows.get(item_id)
                 if row is not None and row < len(self):
                     found[place] = row
         return found
@@ -303,12 +303,15 @@ class Attributes:
 def put_row(schema: pa.Schema, row: int, values: Mapping[str, Any]) -> PutRows:
     """The attributes of one item as they were put; a value of another type is null."""
     plain = pa.schema(
-        [(one.name, one.type.value_type if pa.types.is_dictionary(one.type) else one.type) for one in schema]
+        [
+            (attribute.name, attribute.type.value_type if pa.types.is_dictionary(attribute.type) else attribute.type)
+            for attribute in schema
+        ]
     )
     columns = []
-    for one in plain:
-        column = column_of(values.get(one.name), one.type)
-        columns.append(pa.nulls(1, one.type) if column is None else column)
+    for attribute in plain:
+        column = column_of(values.get(attribute.name), attribute.type)
+        columns.append(pa.nulls(1, attribute.type) if column is None else column)
     return PutRows(np.array([row], np.int64), pa.record_batch(columns, schema=plain))
 
 
@@ -322,12 +325,14 @@ class SetAside:
     """The reason, by kind and id, of the first ones."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def note(self, kind: str, one: EntityId, reason: str) -> None:
+    def note(self, kind: str, entity_id: EntityId, reason: str) -> None:
         """Note that an entity, or a feature of it, cannot be used."""
         with self._lock:
-            if (kind, one) in self.told:
+            if (kind, entity_id) in self.told:
                 return
             self.count[kind] = self.count.get(kind, 0) + 1
             if len(self.told) < _MAX_TOLD:
-                self.told[kind, one] = cut(reason)
-        log.warning("what the log says of %s %s cannot be used and is set aside: %s", kind, shown(one), cut(reason))
+                self.told[kind, entity_id] = cut(reason)
+        log.warning(
+            "what the log says of %s %s cannot be used and is set aside: %s", kind, shown(entity_id), cut(reason)
+        )

@@ -175,7 +175,7 @@ class Reports:
     def folded(self) -> dict[str, Any]:
         """The report of a folded delta."""
         recall = {str(hour): list(counts) for hour, counts in sorted(self.recall.items())}
-        return {**self.latest, FOLDED: {"gated": [list(one) for one in self.gated], "recall": recall}}
+        return {**self.latest, FOLDED: {"gated": [list(refusal) for refusal in self.gated], "recall": recall}}
 
 
 def chain_folder(deltas: Path, version_id: str) -> Path:

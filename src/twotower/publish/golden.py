@@ -80,7 +80,7 @@ def _answers(version: Version) -> Iterator[dict[str, Any]]:
     ranked = np.unique(np.linspace(0, len(version.items) - 1, RANKED).astype(np.int64))
     for name, ranker in version.rankers.items():
         for place, user in enumerate(users.tolist()):
-            one = user_of(queries, place)
-            scores = ranker.score(one.features, one.clicks, ranked)
+            user_queries = user_of(queries, place)
+            scores = ranker.score(user_queries.features, user_queries.clicks, ranked)
             best = np.argsort(-scores, kind="stable")[:K]
             yield answer(user, f"{RANKERS}/{name}", ranked[best], scores[best])

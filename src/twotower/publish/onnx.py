@@ -137,7 +137,7 @@ class OnnxTower:
 
     def __init__(self, path: Path, features: Sequence[Fitted], tables: Mapping[str, Table], threads: int = 1) -> None:
         self._session = open_session(path, threads)
-        self._preference = any(one.name == f"input.{POPULARITY}" for one in self._session.get_inputs())
+        self._preference = any(given.name == f"input.{POPULARITY}" for given in self._session.get_inputs())
         self._features = tuple(features)
         self._tables = tables
 

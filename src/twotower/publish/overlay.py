@@ -221,12 +221,12 @@ class Overlay:
         for name, rows in delta.tables.items():
             self._tables[name] = _piled(self._tables.get(name, ()), rows)
         for name, ids in delta.new_ids.items():
-            for one, row in zip(ids.column("id").to_pylist(), ids.column("row").to_pylist(), strict=True):
-                self._ids[name][one] = row
+            for entity_id, row in zip(ids.column("id").to_pylist(), ids.column("row").to_pylist(), strict=True):
+                self._ids[name][entity_id] = row
                 if name == c.ITEM_ID:
-                    self._admitted.add(one)
+                    self._admitted.add(entity_id)
                 if row == UNKNOWN:
-                    self._forgotten[name].add(one)
+                    self._forgotten[name].add(entity_id)
         found = self.base.items.find(delta.item_ids)
         known = np.flatnonzero(found >= 0)
         order = known[np.argsort(found[known], kind="stable")]
@@ -260,9 +260,9 @@ class Overlay:
         kinds = {c.USER_ID: base.users.ids.type, c.ITEM_ID: base.item_ids.type}
         new_ids = {}
         for name, kind in kinds.items():
-            ids = {one: row for one, row in self._ids[name].items() if row != UNKNOWN}
+            ids = {entity_id: row for entity_id, row in self._ids[name].items() if row != UNKNOWN}
             known = [*sorted(self._forgotten[name]), *sorted(ids)]  # a forgotten one may have come again
-            rows = [UNKNOWN] * len(self._forgotten[name]) + [ids[one] for one in sorted(ids)]
+            rows = [UNKNOWN] * len(self._forgotten[name]) + [ids[entity_id] for entity_id in sorted(ids)]
             if known:
                 new_ids[name] = pa.table({"id": pa.array(known, kind), "row": pa.array(rows, pa.int32())})
         return Delta(
@@ -287,7 +287,7 @@ class Overlay:
             self._admitted = set(self._ids[c.ITEM_ID])
             own = self._own_rows(items)
         if self._laid is None or items or self._learned:
-            self._take({one: entity for one, entity in items.items() if one in own}, own)
+            self._take({item_id: entity for item_id, entity in items.items() if item_id in own}, own)
             self._laid = self._snapshot()
         self._shown, self._learned = entities, False
         since = LearnedUsers(self._ids[c.USER_ID], entities.users, self._forgotten[c.USER_ID], self.aside)
@@ -297,27 +297,30 @@ class Overlay:
         """The version's own rows of some ids, -1 without one; an id of another type is set aside."""
         kind = self.base.items.kind
         usable = []
-        for one in items:
-            if is_id(one, kind):
-                usable.append(one)
+        for item_id in items:
+            if is_id(item_id, kind):
+                usable.append(item_id)
             else:
-                self.aside.note(ITEM, one, f"the ids of items are {kind}")
+                self.aside.note(ITEM, item_id, f"the ids of items are {kind}")
         return dict(zip(usable, self.base.items.find(pa.array(usable, kind)).tolist(), strict=True))
 
     def _in_order(self, items: Mapping[EntityId, Entity], own: Mapping[EntityId, int]) -> bool:
         """Whether new items come after those put before: rows stand in the order of the log."""
         now = self._items
         new = [
-            _order(one, entity)
-            for one, entity in items.items()
-            if one in own and self._needs_row(entity, own[one]) and now.births.get(one) != _birth(entity)
+            _order(item_id, entity)
+            for item_id, entity in items.items()
+            if item_id in own and self._needs_row(entity, own[item_id]) and now.births.get(item_id) != _birth(entity)
         ]
         return not new or min(new) > now.last
 
     def _leaves_gap(self, items: Mapping[EntityId, Entity]) -> bool:
         """Whether an item that was put gives up its row."""
         births = self._items.births
-        return any(one in births and (entity.deleted or births[one] != _birth(entity)) for one, entity in items.items())
+        return any(
+            item_id in births and (entity.deleted or births[item_id] != _birth(entity))
+            for item_id, entity in items.items()
+        )
 
     def _needs_row(self, entity: Entity, own: int) -> bool:
         """Whether the item needs another row than the version's own of that id."""
@@ -335,56 +338,58 @@ class Overlay:
         now = self._items
         columns: dict[EntityId, dict[str, Column]] = {}
         usable: dict[EntityId, Entity] = {}
-        for one, entity in sorted(changed.items(), key=lambda entry: _order(*entry)):
+        for item_id, entity in sorted(changed.items(), key=lambda entry: _order(*entry)):
             try:
                 if entity.features is not None and not entity.deleted:
-                    columns[one] = item_columns(self.base, one, entity, UNKNOWN, self.aside)
+                    columns[item_id] = item_columns(self.base, item_id, entity, UNKNOWN, self.aside)
             except Exception as error:  # whatever it is, the other items are served
-                self.aside.note(ITEM, one, repr(error))
+                self.aside.note(ITEM, item_id, repr(error))
                 continue
-            usable[one] = entity
-        before = {one: now.rows.get(one, -1) for one in usable}
-        rows = {one: self._row_of(one, entity, own[one]) for one, entity in usable.items()}
-        now.gone = self._gone(usable, {one: (own[one], before[one]) for one in usable}, rows)
-        put = [one for one in columns if rows[one] >= 0]
+            usable[item_id] = entity
+        before = {item_id: now.rows.get(item_id, -1) for item_id in usable}
+        rows = {item_id: self._row_of(item_id, entity, own[item_id]) for item_id, entity in usable.items()}
+        now.gone = self._gone(usable, {item_id: (own[item_id], before[item_id]) for item_id in usable}, rows)
+        put = [item_id for item_id in columns if rows[item_id] >= 0]
         if put:
             schema = self.base.attributes.schema
-            parts = [put_row(schema, rows[one], _attributes(one, usable[one])) for one in put]
+            parts = [put_row(schema, rows[item_id], _attributes(item_id, usable[item_id])) for item_id in put]
             now.attributes = _piled(now.attributes, PutRows.of(parts))
-            for one, part in zip(put, parts, strict=True):
-                self._note_lost(one, usable[one], part)
-        for one in put:
-            now.put[one] = _Put(usable[one], rows[one], self._token(one, usable[one], rows[one]))
+            for item_id, part in zip(put, parts, strict=True):
+                self._note_lost(item_id, usable[item_id], part)
+        for item_id in put:
+            now.put[item_id] = _Put(
+                usable[item_id], rows[item_id], self._token(item_id, usable[item_id], rows[item_id])
+            )
         self._set_tokens(put)
         self._encode({**self._moved_items(), **dict.fromkeys(put)}, columns)
         self._moved, self._admitted = set(), set()
 
-    def _note_lost(self, one: EntityId, entity: Entity, put: PutRows) -> None:
+    def _note_lost(self, item_id: EntityId, entity: Entity, put: PutRows) -> None:
         """Note attributes that were put for a version where they were of other types, or did not exist."""
         given = {name for name, value in (entity.features or {}).items() if value is not None}
         kept = {name for name in put.batch.schema.names if put.batch.column(name).null_count == 0}
         if lost := sorted(given - kept):
-            self.aside.note(ITEM, one, f"{', '.join(lost)} counts as missing: not an attribute of that type here")
+            self.aside.note(ITEM, item_id, f"{', '.join(lost)} counts as missing: not an attribute of that type here")
 
-    def _row_of(self, one: EntityId, entity: Entity, own: int) -> int:
+    def _row_of(self, item_id: EntityId, entity: Entity, own: int) -> int:
         """The catalogue row of an item, a new one where it needs it; -1 where it has none."""
-        now, before = self._items, self._items.rows.get(one, -1)
+        now, before = self._items, self._items.rows.get(item_id, -1)
         if not self._needs_row(entity, own):
             if entity.deleted:
-                now.put.pop(one, None)
+                now.put.pop(item_id, None)
             if own >= 0 and (self._by_id or not entity.deleted):
-                now.rows.pop(one, None)
+                now.rows.pop(item_id, None)
                 return own
-            now.put.pop(one, None)
-            now.births.pop(one, None)
+            now.put.pop(item_id, None)
+            now.births.pop(item_id, None)
             if own >= 0 or before >= 0:
-                now.rows[one] = -1
+                now.rows[item_id] = -1
             return -1
-        if now.births.get(one) == _birth(entity):
+        if now.births.get(item_id) == _birth(entity):
             return before
         row = self._count + len(now.ids)
-        now.ids.append(one)
-        now.births[one], now.rows[one], now.last = _birth(entity), row, _order(one, entity)
+        now.ids.append(item_id)
+        now.births[item_id], now.rows[item_id], now.last = _birth(entity), row, _order(item_id, entity)
         if entity.deleted_ms is not None:
             again = now.again
             now.again = Again(np.append(again.rows, row), np.append(again.deleted_ms, entity.deleted_ms))
@@ -405,9 +410,9 @@ class Overlay:
         """
         count = self._count + len(self._items.ids)
         gone = np.concatenate([self._items.gone, np.zeros(count - len(self._items.gone), np.bool_)])
-        for one, entity in changed.items():
-            row = rows[one]
-            gone[[earlier for earlier in before[one] if earlier >= 0 and earlier != row]] = True
+        for item_id, entity in changed.items():
+            row = rows[item_id]
+            gone[[earlier for earlier in before[item_id] if earlier >= 0 and earlier != row]] = True
             if row >= 0 and entity.deleted:
                 gone[row] = True
             elif row >= 0 and (entity.available is not None or entity.features is not None):
@@ -416,12 +421,12 @@ class Overlay:
                 gone[row] = self.base.gone[row]
         return gone
 
-    def _token(self, one: EntityId, entity: Entity, row: int) -> int:
+    def _token(self, item_id: EntityId, entity: Entity, row: int) -> int:
         """The row of an item in the table of item ids."""
-        if self.is_another(entity) and one not in self._forgotten[c.ITEM_ID]:
+        if self.is_another(entity) and item_id not in self._forgotten[c.ITEM_ID]:
             return UNKNOWN
-        if one in self._ids[c.ITEM_ID]:
-            return self._ids[c.ITEM_ID][one]
+        if item_id in self._ids[c.ITEM_ID]:
+            return self._ids[c.ITEM_ID][item_id]
         return int(self._item_tokens[row]) if row < self._count else UNKNOWN
 
     def _set_tokens(self, put: Sequence[EntityId]) -> None:
@@ -432,21 +437,21 @@ class Overlay:
             now.tokens = _with_room(now.tokens[: max(published, self._count)], count)
         token_of: dict[int, int] = {}
         if self._admitted:
-            ids = [one for one in self._admitted if is_id(one, self.base.items.kind)]
+            ids = [item_id for item_id in self._admitted if is_id(item_id, self.base.items.kind)]
             found = self.base.items.grown(Grown(now.ids), now.rows).find(pa.array(ids, self.base.items.kind))
-            for one, row in zip(ids, found.tolist(), strict=True):
+            for item_id, row in zip(ids, found.tolist(), strict=True):
                 if row >= 0:
-                    entity = now.put[one].entity if one in now.put else Entity()
-                    token_of[row] = self._token(one, entity, row)
-        token_of |= {now.put[one].row: now.put[one].token for one in put}
+                    entity = now.put[item_id].entity if item_id in now.put else Entity()
+                    token_of[row] = self._token(item_id, entity, row)
+        token_of |= {now.put[item_id].row: now.put[item_id].token for item_id in put}
         changed = {row: token for row, token in token_of.items() if now.tokens[row] != token}
         if any(row < published for row in changed):
             now.tokens = now.tokens.copy()
         for row, token in changed.items():
             now.tokens[row] = token
-        for one in self._admitted & now.put.keys():
-            item = now.put[one]
-            now.put[one] = replace(item, token=int(now.tokens[item.row]))
+        for item_id in self._admitted & now.put.keys():
+            item = now.put[item_id]
+            now.put[item_id] = replace(item, token=int(now.tokens[item.row]))
 
     def _moved_items(self) -> dict[EntityId, None]:
         """Items put before whose vectors must be computed again, because rows that they read have changed."""
@@ -455,20 +460,24 @@ class Overlay:
         put = self._items.put
         if self._moved and self._reads_others:
             return dict.fromkeys(put)
-        return dict.fromkeys(one for one, item in put.items() if item.token in self._moved or one in self._admitted)
+        return dict.fromkeys(
+            item_id for item_id, item in put.items() if item.token in self._moved or item_id in self._admitted
+        )
 
     def _encode(self, items: Iterable[EntityId], columns: Mapping[EntityId, dict[str, Column]]) -> None:
         """Compute the vectors of items that were put, by the frozen item tower; one at a time, so that the bytes do not
         depend on the other items.
         """
         now = self._items
-        order = sorted(items, key=lambda one: now.put[one].row)
+        order = sorted(items, key=lambda item_id: now.put[item_id].row)
         if not order:
             return
         tower, each, vectors = self._tower.with_tables(self._all_tables()), [], []
-        for one in order:
-            item = now.put[one]
-            encoded = dict(columns[one] if one in columns else item_columns(self.base, one, item.entity, UNKNOWN))
+        for item_id in order:
+            item = now.put[item_id]
+            encoded = dict(
+                columns[item_id] if item_id in columns else item_columns(self.base, item_id, item.entity, UNKNOWN)
+            )
             if c.ITEM_ID in encoded:
                 encoded[c.ITEM_ID] = np.array([item.token], np.int32)
             try:
@@ -478,7 +487,7 @@ class Overlay:
                 problem = repr(error)
             if problem is not None:
                 vector = np.zeros(self._vectors.values.shape[1], np.float32)
-                self.aside.note(ITEM, one, problem)
+                self.aside.note(ITEM, item_id, problem)
                 now.gone = now.gone.copy()
                 now.gone[item.row] = True
             vectors.append(vector)
@@ -486,10 +495,10 @@ class Overlay:
                 known = item.row < self._count
                 encoded[c.ITEM_ID] = self._item_tokens[[item.row]] if known else np.array([UNKNOWN], np.int32)
             each.append(encoded)
-        rows = np.array([now.put[one].row for one in order], np.int64)
+        rows = np.array([now.put[item_id].row for item_id in order], np.int64)
         now.vectors = _piled(now.vectors, Rows(rows, np.stack(vectors)))
         if self.base.rankers:
-            together = {name: concatenate([one[name] for one in each]) for name in each[0]}
+            together = {name: concatenate([item[name] for item in each]) for name in each[0]}
             now.encoded = _piled(now.encoded, Encoded(rows, together))
 
     def _all_tables(self) -> dict[str, Table]:
@@ -661,13 +670,13 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _attributes(one: EntityId, entity: Entity) -> dict[str, Any]:
-    return {**(entity.features or {}), c.ITEM_ID: one, c.AVAILABLE: entity.available is not False}
+def _attributes(item_id: EntityId, entity: Entity) -> dict[str, Any]:
+    return {**(entity.features or {}), c.ITEM_ID: item_id, c.AVAILABLE: entity.available is not False}
 
 
-def _order(one: EntityId, entity: Entity) -> tuple[int, Any]:
+def _order(item_id: EntityId, entity: Entity) -> tuple[int, Any]:
     """What items that need a row are ordered by."""
-    return entity.began, one
+    return entity.began, item_id
 
 
 def _birth(entity: Entity) -> tuple[int, int | None]:

@@ -143,16 +143,7 @@ def publish(
     version_id = f"{moment:%Y%m%dT%H%M%S}{created_ms % 1000:03d}-{tensors[:8]}"
     with _one_publisher(versions), whole_folder(_new_path(versions, version_id)) as folder:
         tune = partial(build_index, index, ks=list(ks), seed=seed)
-        for name, checkpoint in parts.checkpoints.items():
-            _write_trained(folder / "channels" / name, checkpoint, samples, tune, models)
-        for name, channel in parts.counted.items():
-            _write_counted(folder / "channels" / name, channel, samples, tune)
-        for name, checkpoint in parts.rankers.items():
-            _write_ranker(folder / RANKERS / name, checkpoint, samples)
-        if parts.rankers:
-            shutil.copyfile(samples.path / ITEMS_FILE, folder / RANKERS / ITEMS_FILE)
-        for name in ("users.arrow", "clicks.arrow"):
-            shutil.copyfile(samples.path / name, folder / name)
+        _write_parts(folder, parts, models, tune)
         write_table(folder / CATALOGUE, catalogue)
         manifest = {
             "format": FORMAT,
@@ -194,6 +185,20 @@ def _matching_catalogue(parts: VersionParts) -> pa.Table:
         )
     unavailable(catalogue)  # refuses a column of another type before anything is built
     return catalogue
+
+
+def _write_parts(folder: Path, parts: VersionParts, models: ModelsOptions, tune: Tune) -> None:
+    samples = parts.samples
+    for name, checkpoint in parts.checkpoints.items():
+        _write_trained(folder / "channels" / name, checkpoint, samples, tune, models)
+    for name, channel in parts.counted.items():
+        _write_counted(folder / "channels" / name, channel, samples, tune)
+    for name, checkpoint in parts.rankers.items():
+        _write_ranker(folder / RANKERS / name, checkpoint, samples)
+    if parts.rankers:
+        shutil.copyfile(samples.path / ITEMS_FILE, folder / RANKERS / ITEMS_FILE)
+    for name in ("users.arrow", "clicks.arrow"):
+        shutil.copyfile(samples.path / name, folder / name)
 
 
 def _write_trained(folder: Path, checkpoint: Checkpoint, samples: Samples, tune: Tune, models: ModelsOptions) -> None:

@@ -38,7 +38,7 @@ class RetrieveReport:
 
 
 def retrieve_file(
-    version: Version, workspace: Path, users: str, k: int, out: Path, channel: str, exclude: str
+    version: Version, workspace: Path, users: str, out: Path, *, k: int, channel: str, exclude: str
 ) -> RetrieveReport:
     """Write `user_id`, `item_id`, `rank`, `score`, `channel` for many users.
 
@@ -48,8 +48,8 @@ def retrieve_file(
         users: `all` users of the version who were not deleted since, or a file with `user_id`, in the format that its
             name says; columns of it that are context features are used as each request's context. A user's first row
             counts.
-        k: items of each user; more than the catalogue has are the whole catalogue.
         out: a file, whole or not at all, in the format that its name says.
+        k: items of each user; more than the catalogue has are the whole catalogue.
         channel: a channel of the version, or `fused`.
         exclude: `clicked`, `impressed` (or clicked) or `none`.
 
@@ -63,7 +63,7 @@ def retrieve_file(
     carried = [name for name in features if name in asked.column_names]
     if without := [name for name in features if name not in carried]:
         log.warning("--users %s has no %s: requests carry none", users, ", ".join(without))
-    parts = recommend(version, workspace, asked, k, channel, exclude)
+    parts = recommend(version, workspace, asked, k=k, channel=channel, exclude=exclude)
     with write_rows(out, recommendations(version.users.ids.type, version.item_ids.type)) as write:
         for part in parts:
             write(part)
@@ -71,7 +71,7 @@ def retrieve_file(
 
 
 def recommend(
-    version: Version, workspace: Path, asked: pa.Table, k: int, channel: str = FUSED, exclude: str = "clicked"
+    version: Version, workspace: Path, asked: pa.Table, *, k: int, channel: str = FUSED, exclude: str = "clicked"
 ) -> Iterator[pa.Table]:
     """Recommendations for users, in tables of at most 1,024 users; see `retrieve_file`.
 
@@ -151,7 +151,7 @@ def _read_users(version: Version, users: str) -> pa.Table:
 def stored_users(version: Version) -> pa.Table:
     """All users of the version who were not deleted since, as `recommend` takes them."""
     known = version.users.ids.type
-    deleted = [one for one, entity in version.since.users.items() if entity.deleted and is_id(one, known)]
+    deleted = [user_id for user_id, entity in version.since.users.items() if entity.deleted and is_id(user_id, known)]
     gone = version.users.positions.find(pa.array(deleted, known))
     kept = np.setdiff1d(np.arange(len(version.users)), gone)
     return pa.table({c.USER_ID: version.users.ids.take(pa.array(kept))})

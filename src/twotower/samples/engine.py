@@ -39,5 +39,7 @@ def open_engine(options: EngineOptions, scratch: Path) -> Iterator[Engine]:
             if not Path(options.scratch).is_dir():
                 raise ConfigError(f"engine.scratch = {options.scratch!r} is no folder: make it, or leave it out")
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twotower-", dir=options.scratch)))
-        opened = open_spark if options.name == "spark" else open_duckdb
-        yield stack.enter_context(opened(options, scratch))
+        if options.name == "spark":
+            yield stack.enter_context(open_spark(options, scratch))
+        else:
+            yield stack.enter_context(open_duckdb(options, scratch))

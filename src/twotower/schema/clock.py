@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 ClockMs = Callable[[], int]
 """Gives milliseconds since 1970."""
 
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
+
 BEYOND_NOW = "beyond_now"
 """Why an event is left out: one of its times is later than the clock."""
 
@@ -32,7 +35,7 @@ def day_of(ts_ms: int) -> str:
     >>> day_of(0), day_of(86_400_000)
     ('1970-01-01', '1970-01-02')
     """
-    return str(datetime.date(1970, 1, 1) + datetime.timedelta(days=ts_ms // 86_400_000))
+    return str(datetime.date(1970, 1, 1) + datetime.timedelta(days=ts_ms // DAY_MS))
 
 
 def until_now(table: pa.Table, times: Sequence[str], now: int, where: str) -> tuple[pa.Table, int]:

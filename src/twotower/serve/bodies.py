@@ -191,8 +191,8 @@ _TOO_DEEP = f"the body nests objects and lists more than {MAX_DEPTH} deep"
 def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
-        inner = [entry for one in level for entry in (one.values() if isinstance(one, dict) else one)]
-        level = [one for one in inner if isinstance(one, dict | list)]
+        inner = [entry for nested in level for entry in (nested.values() if isinstance(nested, dict) else nested)]
+        level = [nested for nested in inner if isinstance(nested, dict | list)]
         if not level:
             return
     raise HTTPException(400, _TOO_DEEP)

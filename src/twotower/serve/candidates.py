@@ -139,7 +139,11 @@ def add_candidates(app: FastAPI, parts: ServerParts) -> None:
         now_ms, request_id = time_of(body), body.request_id or uuid.uuid4().hex
         with searching:
             served = recommend(
-                *(parts.version, request, recent, parts.window(now_ms), parts.funnel),
+                parts.version,
+                request,
+                recent,
+                parts.window(now_ms),
+                parts.funnel,
                 now_ms=now_ms,
                 request_id=request_id,
                 ask=channels.ask,

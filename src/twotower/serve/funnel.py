@@ -125,8 +125,43 @@ def recommend(
     """
     queries = queries_of(version, request, recent, window)
     retrieved = candidates_of(version, request.channels, queries, wanted(version, request, options), ask)
-    ranked = rank(version, queries, retrieved.rows, max(options.pre_rank, request.k), options.cosine)
     rng = np.random.default_rng(int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest()))
+    chosen = _choose(version, request, retrieved, options, rng)
+    counts = np.bincount(chosen.ended, minlength=len(STAGES)).tolist()
+    page = Page(
+        request_id,
+        version.id,
+        version.delta_seq,
+        _items(version, chosen),
+        {"retrieved": len(chosen.ended), **dict(zip(STAGES, counts, strict=True))},
+        list(retrieved.left_out),
+    )
+    if request.user_id is None:
+        return Served(page, None)
+    body = _record(version, request, page, chosen, _sampled(chosen, options.logged, rng)).body()
+    return Served(page, Event(f"{REQUEST}/{request_id}", REQUEST, request.user_id, now_ms, request_id, body))
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The candidates of a request, and which of them are shown."""
+
+    retrieved: Retrieved
+    ranked: Ranked
+    page: Longs
+    """Places of the items of the page."""
+    ended: Longs
+    """(n,) the stage in which each candidate ends, as an index of `STAGES`."""
+    propensities: dict[int, float]
+    """By place, the probability with which exploration drew an item of the page."""
+
+
+def _choose(
+    version: Version, request: Request, retrieved: Retrieved, options: FunnelOptions, rng: np.random.Generator
+) -> _Chosen:
+    """Rank the candidates, and fill the page; its last place may go to a candidate that is drawn."""
+    queries = retrieved.queries
+    ranked = rank(version, queries, retrieved.rows, max(options.pre_rank, request.k), options.cosine)
     page, others = ranked.order[: request.k], ranked.order[request.k :]
     propensities: dict[int, float] = {}
     if request.k > 1 and len(others) and rng.random() < options.explore_share:
@@ -138,33 +173,29 @@ def recommend(
     ended[ranked.order[: ranked.kept]] = RANKED_OUT
     ended[ranked.order[: good_enough(version, request, options, ranked)]] = NOT_SHOWN
     ended[page] = SHOWN
-    counts = np.bincount(ended, minlength=len(STAGES)).tolist()
-    answer = Page(
-        request_id,
-        version.id,
-        version.delta_seq,
-        _items(version, retrieved, ranked, page, propensities),
-        {"retrieved": len(ended), **dict(zip(STAGES, counts, strict=True))},
-        list(retrieved.left_out),
-    )
-    if request.user_id is None:
-        return Served(answer, None)
-    logged, probability = _sampled(ended, page, options.logged, rng)
-    record = LoggedRequest(
-        **_items_of_record(version, retrieved, ranked, logged),
-        outcomes=[STAGES[stage] for stage in ended[logged].tolist()],
-        positions=[*range(1, len(page) + 1), *([None] * (len(logged) - len(page)))],
-        probabilities=[round(share, 6) for share in probability[logged].tolist()],
-        propensities=[propensities.get(place) for place in logged.tolist()],
+    return _Chosen(retrieved, ranked, page, ended, propensities)
+
+
+def _record(
+    version: Version, request: Request, page: Page, chosen: _Chosen, sampled: dict[int, float]
+) -> LoggedRequest:
+    """The record of a request: what was shown, and some of the other candidates by place with their probability."""
+    logged = np.array(list(sampled), np.int64)
+    shown = len(chosen.page)
+    return LoggedRequest(
+        **_columns(version, chosen, logged),
+        outcomes=[STAGES[stage] for stage in chosen.ended[logged].tolist()],
+        positions=[*range(1, shown + 1), *([None] * (len(logged) - shown))],
+        probabilities=[round(probability, 6) for probability in sampled.values()],
+        propensities=[chosen.propensities.get(place) for place in sampled],
         context=dict(request.context),
         features=dict(request.features),
-        history=_history(version, queries),
+        history=_history(version, chosen.retrieved.queries),
         version=version.id,
         delta_seq=version.delta_seq,
-        counts=answer.counts,
-        failed_channels=answer.failed_channels,
+        counts=page.counts,
+        failed_channels=page.failed_channels,
     )
-    return Served(answer, Event(f"{REQUEST}/{request_id}", REQUEST, request.user_id, now_ms, request_id, record.body()))
 
 
 def wanted(version: Version, request: Request, options: FunnelOptions) -> int:
@@ -246,36 +277,33 @@ def _with_score(version: Version, queries: Queries, ranked: Ranked, place: int) 
     return replace(ranked, rank=replace(ranked.rank, probability=probability))
 
 
-def _items_of_record(version: Version, retrieved: Retrieved, ranked: Ranked, places: Longs) -> dict[str, list[Any]]:
+def _columns(version: Version, chosen: _Chosen, places: Longs) -> dict[str, list[Any]]:
     """Id, score and channels of some candidates; a score of the last ranker, None where it did not see one."""
-    scored = ranked.rank or ranked.pre_rank
-    scores = retrieved.fused.candidates.scores[0] if scored is None else scored.probability
+    fused, scored = chosen.retrieved.fused, chosen.ranked.rank or chosen.ranked.pre_rank
+    scores = fused.candidates.scores[0] if scored is None else scored.probability
     return {
-        "items": version.items.at(ranked.rows[places]),
+        "items": version.items.at(chosen.ranked.rows[places]),
         "scores": [round(score, 6) if np.isfinite(score) else None for score in scores[places].tolist()],
-        "channels": [retrieved.fused.channels_of(0, place) for place in places.tolist()],
+        "channels": [fused.channels_of(0, place) for place in places.tolist()],
     }
 
 
-def _items(
-    version: Version, retrieved: Retrieved, ranked: Ranked, page: Longs, explored: dict[int, float]
-) -> list[PageItem]:
-    shown = zip(*_items_of_record(version, retrieved, ranked, page).values(), page.tolist(), strict=True)
+def _items(version: Version, chosen: _Chosen) -> list[PageItem]:
+    shown = zip(*_columns(version, chosen, chosen.page).values(), chosen.page.tolist(), strict=True)
     return [
-        PageItem(item_id, position, score, channels, place in explored)
+        PageItem(item_id, position, score, channels, place in chosen.propensities)
         for position, (item_id, score, channels, place) in enumerate(shown, 1)
     ]
 
 
-def _sampled(ended: Longs, page: Longs, count: int, rng: np.random.Generator) -> tuple[Longs, npt.NDArray[np.float64]]:
-    """Places of the page and of `count` candidates of each other stage, and the probability (n,) to be among them."""
-    logged, probability = [page], np.ones(len(ended))
+def _sampled(chosen: _Chosen, count: int, rng: np.random.Generator) -> dict[int, float]:
+    """Places of the page, then of at most `count` candidates of each other stage, with their probability to be here."""
+    sampled = dict.fromkeys(chosen.page.tolist(), 1.0)
     for stage in (NOT_SHOWN, RANKED_OUT, PRE_RANKED_OUT):
-        others = np.flatnonzero(ended == stage)
-        if len(others):
-            logged.append(rng.permutation(others)[:count])
-            probability[others] = len(logged[-1]) / len(others)
-    return np.concatenate(logged), probability
+        others = np.flatnonzero(chosen.ended == stage)
+        drawn = rng.permutation(others)[:count]
+        sampled |= dict.fromkeys(drawn.tolist(), len(drawn) / max(1, len(others)))
+    return sampled
 
 
 def _history(version: Version, queries: Queries) -> Sequence[ItemId]:

@@ -36,7 +36,8 @@ class Metrics:
         self.failed = counter(
             "failed_channels",
             "Channels left out of an answer: error, late (over serve.channel_timeout_ms), busy (with a late call).",
-            *("channel", "reason"),
+            "channel",
+            "reason",
         )
         self.funnel = counter("funnel_items", "Candidates of recommend by the stage that they reached.", "outcome")
         self.unlogged = counter("unlogged_requests", "Pages whose record could not be logged.")
@@ -58,7 +59,8 @@ class Metrics:
         self.recall_next = gauge(
             "recall_next",
             "recall@20 of positives before they are trained on, by hour of their time (UTC), with its positives.",
-            *("hour", "figure"),
+            "hour",
+            "figure",
         )
         self.unknown = gauge(
             "unknown_id_share",

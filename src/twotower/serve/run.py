@@ -18,6 +18,7 @@ from twotower.features.store import LmdbFeatureStore
 from twotower.logs import EventLog, open_log
 from twotower.logs.options import EventLogOptions
 from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.locks import locked
 from twotower.serve.admin import make_admin_app
 from twotower.serve.app import make_app
 from twotower.serve.health import Health
@@ -67,15 +68,20 @@ def run_server(
 
     Raises:
         VersionError: there is no version to serve.
-        EventLogError: another process writes the log.
+        DataError: another server uses this workspace.
+        EventLogError: the log cannot be opened.
         ConfigError: a port is taken.
     """
     metrics, health = Metrics(), Health()
     with ExitStack() as opened:
         snapshots = Snapshots(places.versions, metrics.switched, places.deltas)  # first: without one nothing is made
+        store_folder = places.feature_store
+        opened.enter_context(
+            locked(store_folder.with_name(f"{store_folder.name}.lock"), lambda holder: _busy(places, holder))
+        )
         event_log = _opened(log_options, places)
         opened.callback(event_log.close)
-        store = LmdbFeatureStore(places.feature_store)
+        store = LmdbFeatureStore(store_folder)
         opened.callback(store.close)
         users = RecentUsers(
             event_log, store, filter_shape(serve), lambda reason: metrics.passed_over.labels(reason).inc()
@@ -103,6 +109,13 @@ def run_server(
         server = _server(app)
         with _ended_by_signals(server):
             asyncio.run(_serve(server, public, lambda: ready(address)))
+
+
+def _busy(places: Places, holder: str) -> DataError:
+    return DataError(
+        f"{places.feature_store} is in use by {holder}: two servers cannot keep what they learn of users in one place. "
+        "Stop that one, or serve another workspace"
+    )
 
 
 def _opened(log: EventLogOptions, places: Places) -> EventLog:

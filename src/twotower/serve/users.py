@@ -217,11 +217,13 @@ class RecentUsers:
         changed: dict[bytes, Recent],
     ) -> None:
         """Take in a user or an item that was put or deleted; a deletion forgets all earlier events of a user."""
-        kind, one = said.kind, said.entity_id
+        kind, entity_id = said.kind, said.entity_id
         known = self._entities.items if kind == ITEM else self._entities.users
-        put[kind, one] = after(put.get((kind, one), known.get(one)), said, record.event.ts_ms, record.offset)
+        put[kind, entity_id] = after(
+            put.get((kind, entity_id), known.get(entity_id)), said, record.event.ts_ms, record.offset
+        )
         if kind == USER and isinstance(said, EntityDeleted):
-            changed[_user_key(one)] = Recent()
+            changed[_user_key(entity_id)] = Recent()
 
     def _after(self, recent: Recent, event: Event) -> Recent:
         """What is known of a user after one more event; impressions beyond the latest go into filters."""

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from twotower.datasets.tables import DAY_MS, codes
+from twotower.datasets.tables import codes
 from twotower.logs.events import EntityId
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import DataError
 from twotower.schema.files import whole_file
 from twotower.schema.tables import joined_events

@@ -1,9 +1,7 @@
 """From the log to shards and daily partitions, one partition after the other, once or for ever."""
 
-import fcntl
 import gc
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +14,7 @@ from twotower.logs import Event, EventLog, Record
 from twotower.logs.events import USER, EntityDeleted
 from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError, TwotowerError
+from twotower.schema.locks import take_lock
 from twotower.schema.tables import is_id
 from twotower.stream.clock import joined_until
 from twotower.stream.days import stale_days, write_day
@@ -93,9 +92,13 @@ class PartitionJoin:
         self._options = options
         own = partition_folder(folder, partition)
         own.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(own / "joiner.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = take_lock(
+            own / "joiner.lock",
+            lambda holder: Taken(
+                f"another joiner has {own}, in {holder}: stop it, or share the partitions with `--share K/N`"
+            ),
+        )
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             tidy(folder, partition)
             self.shards = manifests(folder, partition)
             last = self.shards[-1] if self.shards else None
@@ -114,11 +117,8 @@ class PartitionJoin:
                     records=self._records(replay.offset, last.end),
                     end=last.end,
                 )
-        except BlockingIOError:
-            os.close(self._lock)
-            raise Taken(f"another joiner has {own}: stop it, or share the partitions with `--share K/N`") from None
         except BaseException:
-            os.close(self._lock)
+            self._lock.release()
             raise
 
     @property
@@ -219,7 +219,7 @@ class PartitionJoin:
 
     def close(self) -> None:
         """Let go of the partition."""
-        os.close(self._lock)
+        self._lock.release()
 
     @property
     def _first_row(self) -> int:

@@ -28,11 +28,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.datasets.tables import DAY_MS
 from twotower.logs import EventLog
 from twotower.logs.events import EntityId
 from twotower.schema import columns as c
-from twotower.schema.clock import day_of
+from twotower.schema.clock import DAY_MS, day_of
 from twotower.schema.errors import DataError
 from twotower.schema.files import TEMPORARY, read_json, sha256, whole_file, write_json
 from twotower.stream.clock import Clock, JoinProgress

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from twotower.datasets.tables import DAY_MS, end_of_day
+from twotower.datasets.tables import end_of_day
 from twotower.features.bloom import is_held_out
 from twotower.features.columns import take
 from twotower.features.feature_set import HISTORY
@@ -24,7 +24,7 @@ from twotower.publish.overlay import EntityChanges, plain_type
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
-from twotower.schema.clock import day_of
+from twotower.schema.clock import DAY_MS, day_of
 from twotower.schema.files import parquet_files, whole_file
 from twotower.schema.tables import as_ids, check_entities, column_of
 from twotower.stream.clock import joined_until

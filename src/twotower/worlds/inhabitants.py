@@ -13,11 +13,8 @@ import pyarrow as pa
 
 from twotower.schema import columns as c
 from twotower.worlds import words
+from twotower.worlds.arrays import Bools, Floats, Ints
 from twotower.worlds.natures import Nature
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 DIMENSION: Final = 16
 TASTE_NORM: Final = 4.5
@@ -87,7 +84,7 @@ class Users:
 
 
 def draw_culture(items: int, rng: np.random.Generator) -> Culture:
-    """The culture of a world that begins with so many items."""
+    """The culture of a world that begins with this many items."""
     many = len(NAMES)
     shared = np.zeros((3 * len(words.SHARED_TAGS), DIMENSION))
     shared[: len(words.SHARED_TAGS)] = unit(rng.standard_normal((len(words.SHARED_TAGS), DIMENSION)))
@@ -111,7 +108,7 @@ def draw_items(first_row: int, birth_day: Ints, culture: Culture, nature: Nature
         birth_day: (N,)
         culture: of the world.
         nature: of the world.
-        rng: of these items alone.
+        rng: used for these items only.
     """
     count, many = len(birth_day), len(NAMES)
     category = rng.choice(many, count, p=zipf(many, 0.5))
@@ -140,31 +137,36 @@ def draw_items(first_row: int, birth_day: Ints, culture: Culture, nature: Nature
     log_price = 0.8 * rng.standard_normal(count)
     price = np.round(np.exp(log_price + culture.price_level[category]), 2)
     quality = nature.quality_std * rng.standard_normal(count) + PRICE_EFFECT * log_price
-
-    adjective = rng.integers(0, len(words.ADJECTIVES), count)
-    noun = _NOUNS[category, rng.integers(0, _NOUNS.shape[1], count)]
-    ending = rng.integers(0, len(words.ENDINGS), count)
-    tags = [
-        "|".join([*mine[:own], *([words.SHARED_TAGS[shared]] if shared < len(words.SHARED_TAGS) else [])])
-        for mine, own, shared in zip(
-            _TAGS[category[:, None], order].tolist(), has_tag.sum(axis=1).tolist(), shared_tag.tolist(), strict=True
-        )
-    ]
-    titles = [
-        f"The {words.ADJECTIVES[first]} {second} {words.ENDINGS[third]}"
-        for first, second, third in zip(adjective.tolist(), noun.tolist(), ending.tolist(), strict=True)
-    ]
     table = pa.table(
         {
             c.ITEM_ID: pa.array([f"i{row:06d}" for row in range(first_row, first_row + count)], pa.string()),
-            "title": pa.array(titles, pa.string()),
+            "title": pa.array(_titles(category, rng), pa.string()),
             "category": strings(NAMES, category),
-            "tags": pa.array(tags, pa.string()),
+            "tags": pa.array(_tags(_TAGS[category[:, None], order], has_tag.sum(axis=1), shared_tag), pa.string()),
             "author": pa.array([words.author_name(row) for row in author.tolist()], pa.string()),
             "price": pa.array(price, pa.float64(), mask=rng.random(count) < 0.06),
         }
     )
     return Items(table, vector, quality, category, birth_day)
+
+
+def _titles(category: Ints, rng: np.random.Generator) -> list[str]:
+    count = len(category)
+    adjective = rng.integers(0, len(words.ADJECTIVES), count)
+    noun = _NOUNS[category, rng.integers(0, _NOUNS.shape[1], count)]
+    ending = rng.integers(0, len(words.ENDINGS), count)
+    return [
+        f"The {words.ADJECTIVES[first]} {second} {words.ENDINGS[third]}"
+        for first, second, third in zip(adjective.tolist(), noun.tolist(), ending.tolist(), strict=True)
+    ]
+
+
+def _tags(names: npt.NDArray[np.str_], own: Ints, shared: Ints) -> list[str]:
+    """The first `own` names of each item, and the tag that all categories share, where it is one."""
+    return [
+        "|".join([*mine[:many], *words.SHARED_TAGS[place : place + 1]])
+        for mine, many, place in zip(names.tolist(), own.tolist(), shared.tolist(), strict=True)
+    ]
 
 
 def draw_users(first_row: int, start_day: Ints, culture: Culture, nature: Nature, rng: np.random.Generator) -> Users:
@@ -175,7 +177,7 @@ def draw_users(first_row: int, start_day: Ints, culture: Culture, nature: Nature
         start_day: (U,)
         culture: of the world.
         nature: of the world.
-        rng: of these users alone.
+        rng: used for these users only.
     """
     count = len(start_day)
     age = np.clip(np.round(rng.normal(36.0, 13.0, count)), 16, 80).astype(np.int64)

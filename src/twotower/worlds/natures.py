@@ -4,78 +4,55 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from twotower.schema.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class Nature:
-    """The numbers of a world that real logs disagree about."""
+    """The numbers of a world that real logs disagree about; the defaults are those of a world of its own."""
 
-    click_bias: float
+    click_bias: float = -4.7
     """Log-odds of a click at utility 0."""
-    scene_effect: tuple[float, ...]
+    scene_effect: tuple[float, ...] = (0.0, 0.2, 0.5)
     """What each of the scenes (home, detail, search) adds to the utility of everything."""
-    quality_std: float
+    quality_std: float = 0.8
     """Spread of what everyone likes about an item: the wider, the more of the clicks a few items have."""
-    freshness: float
+    freshness: float = 0.8
     """What an item's utility has more at its birth."""
-    half_life_days: float
+    half_life_days: float = 2.0
     """Age at which half of that is left."""
-    new_items_a_day: float
+    new_items_a_day: float = 0.025
     """Share of the items of the first morning."""
-    new_users_a_day: float
+    new_users_a_day: float = 0.025
     """Share of the users of the first morning."""
-    past_days: float
+    past_days: float = 120.0
     """Mean age of the items of the first morning."""
-    sessions_a_day: float
+    sessions_a_day: float = 0.5
     """Of a user on average, those who come back soon not counted."""
-    activity_shape: float
+    activity_shape: float = 1.1
     """Of the gamma distribution of users' activity: the smaller, the more of the clicks a few users make."""
-    comes_back: float
+    comes_back: float = 0.25
     """Chance that a session is followed by another one soon."""
-    back_hours: float
+    back_hours: float = 2.0
     """Mean time to that one."""
-    requests_a_session: float
+    requests_a_session: float = 2.7
     """On average."""
-    volume_by_hour: tuple[int, ...]
+    volume_by_hour: tuple[int, ...] = (
+        *(12, 7, 4, 3, 3, 5, 12, 26, 38, 36, 33, 35),
+        *(46, 44, 36, 34, 37, 45, 58, 70, 80, 84, 62, 30),
+    )
     """24 weights by hour of UTC."""
 
 
 DEFAULT: Final = "default"
 NATURES: Final[Mapping[str, Nature]] = {
-    DEFAULT: Nature(
-        click_bias=-4.7,
-        scene_effect=(0.0, 0.2, 0.5),
-        quality_std=0.8,
-        freshness=0.8,
-        half_life_days=2.0,
-        new_items_a_day=0.025,
-        new_users_a_day=0.025,
-        past_days=120.0,
-        sessions_a_day=0.5,
-        activity_shape=1.1,
-        comes_back=0.25,
-        back_hours=2.0,
-        requests_a_session=2.7,
-        volume_by_hour=(
-            *(12, 7, 4, 3, 3, 5, 12, 26, 38, 36, 33, 35),
-            *(46, 44, 36, 34, 37, 45, 58, 70, 80, 84, 62, 30),
-        ),
-    ),
+    DEFAULT: Nature(),
     "kuairand": Nature(
         click_bias=-3.1,
         scene_effect=(0.0, 0.3, -2.2),
-        quality_std=0.8,
         freshness=0.3,
         half_life_days=7.0,
         new_items_a_day=0.004,
-        new_users_a_day=0.025,
-        past_days=120.0,
         sessions_a_day=0.12,
         activity_shape=1.0,
-        comes_back=0.25,
-        back_hours=2.0,
-        requests_a_session=2.7,
         volume_by_hour=(
             *(33, 39, 45, 51, 57, 56, 50, 52, 55, 60, 57, 57),
             *(60, 65, 65, 58, 35, 22, 14, 9, 8, 10, 18, 26),
@@ -83,18 +60,15 @@ NATURES: Final[Mapping[str, Nature]] = {
     ),
     "globo": Nature(
         click_bias=-9.0,
-        scene_effect=(0.0, 0.2, 0.5),
         quality_std=2.5,
         freshness=2.5,
         half_life_days=0.7,
         new_items_a_day=0.1,
-        new_users_a_day=0.025,
         past_days=5.0,
         sessions_a_day=0.1,
         activity_shape=0.5,
         comes_back=0.2,
         back_hours=3.0,
-        requests_a_session=2.7,
         volume_by_hour=(
             *(40, 38, 29, 20, 11, 6, 4, 5, 9, 20, 36, 57),
             *(52, 54, 60, 63, 72, 69, 65, 70, 66, 53, 51, 48),
@@ -102,14 +76,3 @@ NATURES: Final[Mapping[str, Nature]] = {
     ),
 }
 """By the name that `simulate --like` takes: one of its own, and two that are near to a real log."""
-
-
-def nature_of(name: str) -> Nature:
-    """The nature of a name.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    if name not in NATURES:
-        raise ConfigError(f"like={name!r}: a world is like one of {', '.join(NATURES)}")
-    return NATURES[name]

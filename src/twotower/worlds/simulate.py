@@ -8,8 +8,7 @@ that splits its sums among threads.
 Dimensions: U users, N items, C categories, R requests of one step, K candidates of a request.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,17 +17,28 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.datasets.holdout import Since, split
-from twotower.datasets.tables import DAY_MS, Tables
+from twotower.datasets.holdout import HoldoutRule, split
+from twotower.datasets.tables import Tables
 from twotower.datasets.workspace import ITEMS, MANIFEST, USERS, ImportReport, write_workspace
 from twotower.schema import columns as c
-from twotower.schema.clock import ClockMs, now_ms
+from twotower.schema.clock import DAY_MS, ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.schema.tables import joined_events
-from twotower.worlds.inhabitants import NAMES, Bools, Floats, Ints, strings, zipf
-from twotower.worlds.natures import DEFAULT
-from twotower.worlds.world import FIRST_DAY_MS, NOTHING, SCENES, Requests, Truth, World, date_of, make_world, rng_of
+from twotower.worlds.arrays import Bools, Floats, Ints, joined
+from twotower.worlds.inhabitants import NAMES, strings, zipf
+from twotower.worlds.options import WorldOptions
+from twotower.worlds.world import (
+    FIRST_DAY_MS,
+    NOTHING,
+    SCENES,
+    Preferences,
+    Requests,
+    World,
+    date_of,
+    make_world,
+    rng_of,
+)
 
 SOURCE: Final = "simulate"
 """Of a workspace, in its manifest."""
@@ -115,54 +125,42 @@ class Arrivals:
     items: int
 
 
-def simulate(users: int, items: int, days: int, seed: int, like: str = DEFAULT) -> Simulation:
+def simulate(options: WorldOptions) -> Simulation:
     """Simulate a world from 2026-01-05 on, and what its own recommender showed.
 
-    A table of users by items (one byte each) remembers clicks, which bounds the size of a world.
-
-    Args:
-        users: number of users; each makes about 12 requests a week, and a request logs up to 18 rows.
-        items: see `make_world`.
-        days: see `make_world`.
-        seed: see `make_world`.
-        like: see `make_world`.
+    A table of users by items (one byte each) remembers clicks, which bounds the size of a world. A request logs up to
+    18 rows.
 
     Raises:
-        ConfigError: see `make_world`; or nobody made a request.
+        ConfigError: nobody made a request.
 
-    >>> simulation = simulate(users=20, items=100, days=2, seed=0)
+    >>> simulation = simulate(WorldOptions(users=20, items=100, days=2))
     >>> simulation.users.num_rows, simulation.items.num_rows, simulation.events.column_names[:3]
     (20, 100, ['event_seq', 'request_id', 'user_id'])
     """
-    world = make_world(users, items, days, seed, like=like)
-    requests = Requests.joined([world.requests(day) for day in range(days)])
+    world, days = make_world(options), options.days
+    requests = joined([world.requests(day) for day in range(days)])
     if not len(requests):
-        raise ConfigError(f"users={users}, days={days}: nobody made a request, raise either")
+        raise ConfigError(f"users={options.users}, days={days}: nobody made a request, raise either")
     rows = _run_funnel(requests, world, days)
     user_table, item_table = world.users(days - 1), world.items(days - 1)
     events = _event_table(requests, rows, user_table[c.USER_ID], item_table[c.ITEM_ID])
     return Simulation(world, user_table, item_table, events)
 
 
-def simulate_workspace(
-    path: Path, users: int, items: int, days: int, seed: int, like: str = DEFAULT, clock_ms: ClockMs = now_ms
-) -> ImportReport:
+def simulate_workspace(path: Path, options: WorldOptions, clock_ms: ClockMs = now_ms) -> ImportReport:
     """Simulate a world and write it as a workspace whose last day is held out.
 
     Args:
         path: the workspace, a folder that is empty or absent.
-        users: see `simulate`.
-        items: see `simulate`.
-        days: see `simulate`; at least 2, because the last one is held out.
-        seed: see `simulate`.
-        like: see `simulate`.
+        options: of the world; at least 2 days, because the last one is held out.
         clock_ms: what every stage takes for now: the world has to end before it.
 
     Raises:
-        ConfigError: a size or a seed that is too small, a world that ends later than now, no such nature, or something
-            stands at `path`.
+        ConfigError: fewer days, a world that ends later than now, nobody made a request, or something stands at `path`.
         DataError: the world is so small that nobody clicked before the last day, or on it.
     """
+    days = options.days
     if days < 2:
         raise ConfigError(f"days={days}: the last day is held out, so simulate at least 2")
     past = (clock_ms() - FIRST_DAY_MS) // DAY_MS
@@ -171,10 +169,9 @@ def simulate_workspace(
             f"days={days}: a world begins on {date_of(0)}, and this one would end later than now, where no stage takes "
             f"events: simulate at most {max(0, past)} days, and look at the clock of this machine"
         )
-    simulation = simulate(users, items, days, seed, like)
+    simulation = simulate(options)
     tables = Tables(SOURCE, simulation.users, simulation.items, simulation.events)
-    arguments = {"users": users, "items": items, "days": days, "seed": seed, "like": like}
-    return write_workspace(path, tables, split(tables, Since(date_of(days - 1))), arguments)
+    return write_workspace(path, tables, split(tables, HoldoutRule("since", day=date_of(days - 1))), asdict(options))
 
 
 def world_of(workspace: Path, horizon: int | None = None) -> World | None:
@@ -187,15 +184,13 @@ def world_of(workspace: Path, horizon: int | None = None) -> World | None:
     Raises:
         DataError: it was simulated by a release with other worlds.
     """
-    if not (workspace / MANIFEST).exists():
-        return None
-    manifest = read_json(workspace / MANIFEST)
+    manifest = read_json(workspace / MANIFEST) if (workspace / MANIFEST).exists() else {}
     if manifest.get("source") != SOURCE:
         return None
-    arguments = manifest["arguments"]
-    if arguments.keys() != {"users", "items", "days", "seed", "like"}:
+    if manifest["arguments"].keys() != asdict(WorldOptions()).keys():
         raise DataError(f"{workspace} was simulated by another release: simulate it again")
-    return make_world(**arguments, horizon=max(horizon or 0, manifest.get(HORIZON, 0), arguments["days"]))
+    options = WorldOptions(**manifest["arguments"])
+    return make_world(options, max(horizon or 0, manifest.get(HORIZON, 0), options.days))
 
 
 def add_arrivals(workspace: Path, world: World, day: int) -> Arrivals:
@@ -209,7 +204,7 @@ def add_arrivals(workspace: Path, world: World, day: int) -> Arrivals:
         day: from 0.
     """
     manifest = read_json(workspace / MANIFEST)
-    before = max(manifest.get(HORIZON, 0), world.days)
+    before = max(manifest.get(HORIZON, 0), world.options.days)
     if day < before:
         return Arrivals(0, 0)
     for name, table in ((USERS, world.users(day)), (ITEMS, world.items(day))):
@@ -225,14 +220,14 @@ def add_arrivals(workspace: Path, world: World, day: int) -> Arrivals:
 
 def _run_funnel(requests: Requests, world: World, days: int) -> _Rows:
     """Run all requests, in steps of different users' requests, so that a step knows its users' earlier clicks."""
-    truth, rng = world.truth, rng_of(world.seed, _FUNNEL)
+    truth, rng = world.truth, rng_of(world.options.seed, _FUNNEL)
     weight = _popularity(world)
-    clicked = np.zeros((len(truth.taste), len(truth.item_vector)), dtype=np.bool_)
+    clicked = np.zeros((len(truth.people.taste), len(truth.catalogue.vector)), dtype=np.bool_)
     day_of = (requests.ts_ms - FIRST_DAY_MS) // DAY_MS
     parts = []
     for day in range(days):
         morning_ms = FIRST_DAY_MS + day * DAY_MS
-        taste = truth.taste_at(np.arange(len(truth.taste)), morning_ms)
+        taste = truth.taste_at(np.arange(len(truth.people.taste)), morning_ms)
         liking = np.exp(np.einsum("ud,cd->uc", taste, truth.centre))
         category_edges = np.cumsum(liking, axis=1) / liking.sum(axis=1, keepdims=True)  # (U, C)
         alive = world.alive(day)
@@ -247,13 +242,13 @@ def _run_funnel(requests: Requests, world: World, days: int) -> _Rows:
                 hit = rows.click_delay_ms > 0
                 clicked[requests.user[rows.request[hit]], rows.item[hit]] = True
                 parts.append(rows)
-    return _joined(parts)
+    return joined(parts)
 
 
 def _popularity(world: World) -> Floats:
     """How often an item is offered (N,): Zipf's law over the ranks of a noisy quality."""
-    quality = world.truth.quality
-    noisy = quality + POPULARITY_NOISE * rng_of(world.seed, _POPULARITY).standard_normal(len(quality))
+    quality = world.truth.catalogue.quality
+    noisy = quality + POPULARITY_NOISE * rng_of(world.options.seed, _POPULARITY).standard_normal(len(quality))
     rank = np.argsort(np.argsort(-noisy, kind="stable"), kind="stable")
     return zipf(len(quality), POPULARITY_EXPONENT)[rank]
 
@@ -272,12 +267,12 @@ def _turn(user: Ints) -> Ints:
     return turn
 
 
-def _shelf(truth: Truth, weight: Floats, alive: Ints) -> _Shelf:
-    newest = alive[np.lexsort((alive, -truth.birth_day[alive]))][: max(1, len(alive) // 20)]
-    order = np.argsort(truth.category[alive], kind="stable")
+def _shelf(truth: Preferences, weight: Floats, alive: Ints) -> _Shelf:
+    newest = alive[np.lexsort((alive, -truth.catalogue.birth_day[alive]))][: max(1, len(alive) // 20)]
+    order = np.argsort(truth.catalogue.category[alive], kind="stable")
     by_category, weight = alive[order], weight[order]
     cumulative = np.cumsum(weight**FLATTENING)
-    last = np.cumsum(np.bincount(truth.category[by_category], minlength=len(NAMES))) - 1
+    last = np.cumsum(np.bincount(truth.catalogue.category[by_category], minlength=len(NAMES))) - 1
     popular = np.cumsum(weight)
     return _Shelf(by_category, np.append(0.0, cumulative[last]), cumulative, popular / popular[-1], newest)
 
@@ -306,26 +301,10 @@ def _one_step(
     rng: np.random.Generator,
 ) -> _Rows:
     """Run requests of different users, numbered by `step`, through sources, pre-ranker, ranker, page and clicks."""
-    user = requests.user[:, None]
-    item = _candidates(category_edges[user[:, 0]], shelf, rng)  # (R, K), as are all grids below
-    channel = np.broadcast_to(np.repeat(np.arange(len(CHANNELS)), SOURCE_SIZES), item.shape)
-    utility = world.truth.utility(user, item, requests.ts_ms[:, None], requests.scene[:, None])
-
-    # the pre-ranker; an item drawn twice counts once, for its first source
-    real = ~_repeated(item)
-    view = utility + PRE_RANK_NOISE * rng.standard_normal(item.shape)
-    order = np.argsort(np.where(real, -view, np.inf), axis=1, kind="stable")
-    item, channel, utility, real = _reordered(order, item, channel, utility, real)
-    column = np.arange(item.shape[1])
-    kept = real & (column < PRE_RANK_KEEPS)
-
-    # the ranker orders what is left; the others stay behind it
-    score = np.where(kept, utility + RANK_NOISE * rng.standard_normal(item.shape), np.nan)
-    order = np.argsort(np.where(kept, -score, np.inf), axis=1, kind="stable")
-    item, channel, utility, real, kept, score = _reordered(order, item, channel, utility, real, kept, score)
+    item, channel, real, kept, score = _ranked(requests, world.truth, shelf, category_edges, rng)
 
     # the page: the first ones that the user has not clicked yet
-    free = kept & ~clicked[user, item]
+    free = kept & ~clicked[requests.user[:, None], item]
     place = np.cumsum(free, axis=1)
     shown = free & (place <= SHOWN)
     position = np.where(shown, place, 0)
@@ -334,7 +313,7 @@ def _one_step(
     delay = np.where(shown, np.take_along_axis(world.clicks(requests, pages), np.maximum(position, 1) - 1, axis=1), 0)
 
     rejected = real & ~kept
-    tail = kept & ~shown & (column >= RANK_TAIL)
+    tail = kept & ~shown & (np.arange(item.shape[1]) >= RANK_TAIL)
     not_shown = kept & ~shown & ~tail
     logged = (
         shown
@@ -352,6 +331,33 @@ def _one_step(
         channel=channel[logged],
         click_delay_ms=delay[logged],
     )
+
+
+def _ranked(
+    requests: Requests, truth: Preferences, shelf: _Shelf, category_edges: Floats, rng: np.random.Generator
+) -> list[npt.NDArray[Any]]:
+    """Candidates in the order of pre-ranker and ranker.
+
+    Returns:
+        (R, K) each: items, their channels, whether an item stands there for the first time, whether the pre-ranker
+        kept it, and the ranker's score.
+    """
+    user = requests.user[:, None]
+    item = _candidates(category_edges[requests.user], shelf, rng)
+    channel = np.broadcast_to(np.repeat(np.arange(len(CHANNELS)), SOURCE_SIZES), item.shape)
+    utility = truth.utility(user, item, requests.ts_ms[:, None], requests.scene[:, None])
+
+    # the pre-ranker; an item drawn twice counts once, for its first source
+    real = ~_repeated(item)
+    view = utility + PRE_RANK_NOISE * rng.standard_normal(item.shape)
+    order = np.argsort(np.where(real, -view, np.inf), axis=1, kind="stable")
+    item, channel, utility, real = _reordered(order, item, channel, utility, real)
+    kept = real & (np.arange(item.shape[1]) < PRE_RANK_KEEPS)
+
+    # the ranker orders what is left; the others stay behind it
+    score = np.where(kept, utility + RANK_NOISE * rng.standard_normal(item.shape), np.nan)
+    order = np.argsort(np.where(kept, -score, np.inf), axis=1, kind="stable")
+    return _reordered(order, item, channel, real, kept, score)
 
 
 def _event_table(requests: Requests, rows: _Rows, user_id: pa.ChunkedArray, item_id: pa.ChunkedArray) -> pa.Table:
@@ -383,11 +389,6 @@ def _event_table(requests: Requests, rows: _Rows, user_id: pa.ChunkedArray, item
         },
         schema=schema,
     )
-
-
-def _joined(parts: Sequence[_Rows]) -> _Rows:
-    names = [field.name for field in fields(_Rows)]
-    return _Rows(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 def _reordered(order: Ints, *grids: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:

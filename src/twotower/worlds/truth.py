@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from twotower.channels.retriever import Retriever
 from twotower.evaluate.held_out import read_held_out
 from twotower.evaluate.holdout import figure, held_out, ranked
 from twotower.evaluate.metrics import PerUser, difference, summarise
+from twotower.evaluate.options import EvaluateOptions
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
+from twotower.worlds.arrays import Bools, Floats, Ints
 from twotower.worlds.world import NOTHING, Requests, World
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 WANTED: Final = 50
 """How many of the items that a user likes best are looked for."""
@@ -38,10 +35,8 @@ def evaluate_by_truth(
     workspace: Path,
     world: World,
     channels: Sequence[Retriever],
-    ks: Sequence[int],
-    resamples: int = 1000,
+    options: EvaluateOptions,
     seed: int = 0,
-    context: bool = True,
 ) -> dict[str, Any]:
     """True recall and expected clicks of channels, for the users of the hold-out when they first click in it.
 
@@ -52,38 +47,38 @@ def evaluate_by_truth(
         workspace: with `holdout.parquet`.
         world: in which it was simulated.
         channels: the judged one first, then baselines.
-        ks: cut-offs.
-        resamples: of users, behind each interval.
+        options: cut-offs, resamples and whether requests carry a context, as in `evaluate`.
         seed: of the resampling.
-        context: requests carry the context of each user's first held-out request, as in `evaluate`.
 
     Returns:
         By channel, and for `best`, the best possible lists: `true_recall@k` and `page_clicks`, each
         `{"value", "ci95"}`, of baselines also `difference` of the judged channel to them; besides `users`, and `wanted`
         and `page`, their sizes.
     """
-    asked = held_out(workspace, samples, context)
+    asked = held_out(workspace, samples, options.context)
     rows = asked.user_rows
     user = world.user_rows(samples.users.ids.take(pa.array(rows)))
     ts_ms = first_times(workspace / "holdout.parquet", world)[user]
     item = world.item_rows(samples.items.ids)
     clicked = clicked_by(samples, world, item)
     requests = Requests(np.arange(len(user)), user, ts_ms, np.zeros(len(user), np.int64))
-    most = min(max(ks), len(samples.items))
+    most = min(max(options.k), len(samples.items))
     lists = {BEST: world.top(user, ts_ms, most, clicked)}
     for channel in channels:
         found = ranked(samples, channel, rows, most, asked.context)
         lists[channel.name] = np.where(found == NOTHING, NOTHING, item[found])
-    values = {name: true_recall(world, user, ts_ms, found, ks, WANTED, clicked) for name, found in lists.items()}
+    values = {name: true_recall(world, user, ts_ms, found, options.k, WANTED, clicked) for name, found in lists.items()}
     for name, found in lists.items():
         values[name]["page_clicks"] = page_clicks(world, requests, found[:, :PAGE])
     report: dict[str, Any] = {"users": len(user), "wanted": WANTED, "page": PAGE}
     judged = channels[0].name
     for name, of in values.items():
-        report[name] = {metric: figure(one) for metric, one in summarise(PerUser(of, {}, {}), resamples, seed).items()}
+        report[name] = {
+            metric: figure(one) for metric, one in summarise(PerUser(of, {}, {}), options.bootstrap, seed).items()
+        }
         if name not in (judged, BEST):
             for metric, theirs in of.items():
-                between = difference(values[judged][metric], theirs, resamples, seed)
+                between = difference(values[judged][metric], theirs, options.bootstrap, seed)
                 report[name][metric]["difference"] = figure(between)
     return report
 
@@ -91,14 +86,14 @@ def evaluate_by_truth(
 def first_times(holdout: Path, world: World) -> Ints:
     """(U,) the time of each user's first held-out click."""
     table = read_held_out(holdout, [c.USER_ID, c.TS_MS]).rows
-    first = np.full(len(world.truth.taste), np.iinfo(np.int64).max)
+    first = np.full(len(world.truth.people.taste), np.iinfo(np.int64).max)
     np.minimum.at(first, world.user_rows(table[c.USER_ID]), table[c.TS_MS].to_numpy())
     return first
 
 
 def clicked_by(samples: Samples, world: World, item: Ints) -> Bools:
     """(U, N) what each user of the world has clicked."""
-    clicked = np.zeros((len(world.truth.taste), len(world.truth.item_vector)), np.bool_)
+    clicked = np.zeros((len(world.truth.people.taste), len(world.truth.catalogue.vector)), np.bool_)
     user = np.repeat(world.user_rows(samples.users.ids), np.diff(samples.clicks.indptr))
     clicked_item = item[samples.clicks.item_row]
     known = clicked_item != NOTHING  # a server's own items are not of the world
@@ -129,7 +124,7 @@ def true_recall(
         clicked: (U, N) items that are not wanted again; absent = none.
     """
     wanted = world.top(user, ts_ms, n, clicked)
-    size = len(world.truth.birth_day)
+    size = len(world.truth.catalogue.birth_day)
     owner = np.arange(len(user))[:, None] * size
     hit = np.isin(owner + lists, (owner + wanted)[wanted != NOTHING]) & (lists != NOTHING)
     possible = np.maximum((wanted != NOTHING).sum(axis=1), 1)

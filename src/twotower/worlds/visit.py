@@ -7,17 +7,18 @@ Dimensions: R requests, P places of a page, n clicks.
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
 
-from twotower.datasets.tables import DAY_MS
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import ConfigError
 from twotower.schema.tables import joined_events
-from twotower.worlds.inhabitants import Ints, strings
+from twotower.worlds.arrays import Ints, joined, taken
+from twotower.worlds.inhabitants import strings
 from twotower.worlds.world import FIRST_DAY_MS, NOTHING, SCENES, Requests, World, uniform
 
 MINUTE_MS: Final = 60_000
@@ -122,12 +123,12 @@ def visit(
         day: from 0; it may lie after the first log.
         answer: gives the pages, always of the same number of places.
         tell: hears of the clicks; absent = nobody does.
-        requests: of so many requests only (see `some`); absent = all.
+        requests: this many requests only (see `some`); absent = all.
         window_ms: length of a window; 1 = every request by itself.
     """
     asking = world.requests(day)
     if requests is not None:
-        asking = some(asking, requests, world.seed)
+        asking = some(asking, requests, world.options.seed)
     window = (asking.ts_ms - FIRST_DAY_MS - day * DAY_MS) // window_ms
     edges = np.append(np.flatnonzero(np.diff(window, prepend=-1)), len(asking)).tolist()
     pending = _clicks(asking.take(np.arange(0)), np.empty((0, 1), np.int64), np.empty((0, 1), np.int64))
@@ -174,16 +175,13 @@ def _clicks(requests: Requests, pages: Ints, delays: Ints) -> Clicks:
 
 
 def _merged(first: Clicks, second: Clicks) -> Clicks:
-    both = [np.concatenate([getattr(one, field.name) for one in (first, second)]) for field in fields(Clicks)]
-    order = np.argsort(both[-1], kind="stable")
-    return Clicks(*(values[order] for values in both))
+    both = joined([first, second])
+    return taken(both, np.argsort(both.ts_ms, kind="stable"))
 
 
 def _told(pending: Clicks, before_ms: int, tell: Tell) -> Clicks:
     """Tell of the clicks before a time; gives the others."""
     count = int(np.searchsorted(pending.ts_ms, before_ms))
-    due, later = (Clicks(*(getattr(pending, field.name)[part] for field in fields(Clicks)))
-                  for part in (slice(count), slice(count, None)))  # fmt: skip
     if count:
-        tell(due)
-    return later
+        tell(taken(pending, slice(count)))
+    return taken(pending, slice(count, None))

@@ -9,36 +9,26 @@ Dimensions: U users, N items, C categories, D the hidden vectors, R requests, P 
 """
 
 import datetime
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Final, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.datasets.tables import DAY_MS
+from twotower.features.bloom import mixed
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS, HOUR_MS
 from twotower.schema.errors import ConfigError
-from twotower.worlds.inhabitants import (
-    NAMES,
-    Bools,
-    Culture,
-    Floats,
-    Ints,
-    Items,
-    Users,
-    draw_culture,
-    draw_items,
-    draw_users,
-)
-from twotower.worlds.natures import DEFAULT, Nature, nature_of
+from twotower.worlds.arrays import Bools, Floats, Ints, joined, taken
+from twotower.worlds.inhabitants import NAMES, Culture, Items, Users, draw_culture, draw_items, draw_users
+from twotower.worlds.natures import Nature
+from twotower.worlds.options import WorldOptions
 
 FIRST_DAY_MS: Final = 1_767_571_200_000
 """2026-01-05T00:00:00Z, a Monday."""
-HOUR_MS: Final = 3_600_000
-FEWEST_ITEMS: Final = 100
 NOTHING: Final = -1
 """In a page: no item at this place."""
 
@@ -98,18 +88,11 @@ def uniform(seed: int, *keys: Ints | int) -> Floats:
     >>> uniform(0, 1, np.array([2, 3])).round(3).tolist(), uniform(0, np.array([1]), 3).round(3).tolist()
     ([0.85, 0.461], [0.461])
     """
-    state: Any = np.array(seed % 2**64, np.uint64)
+    state = np.array([seed % 2**64], np.uint64)
     for key in keys:
-        state = _mixed(state ^ _mixed(np.asarray(key).astype(np.uint64)))
+        state = mixed(state ^ mixed(np.atleast_1d(key).astype(np.uint64)))
     result: Floats = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return result.reshape(np.broadcast_shapes(*map(np.shape, keys)))
-
-
-def _mixed(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    state = np.atleast_1d(state) + np.uint64(0x9E3779B97F4A7C15)  # overflow is meant: arrays wrap without a warning
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -130,14 +113,7 @@ class Requests:
 
     def take(self, rows: npt.NDArray[Any]) -> "Requests":
         """Some of them, by place or by mask."""
-        return Requests(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
-
-    @classmethod
-    def joined(cls, parts: Sequence["Requests"]) -> "Requests":
-        """Those of several days, one after another."""
-        return cls(
-            **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)}
-        )
+        return taken(self, rows)
 
     @property
     def hour(self) -> Ints:
@@ -146,29 +122,16 @@ class Requests:
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What no log tells; rows are those of the world's users and items."""
+class Preferences:
+    """The truth of a world, which no log tells: who likes what, and when."""
 
-    seed: int
-    nature: Nature
-    taste: Floats
-    """(U, D), each of norm `TASTE_NORM`, on the first day."""
-    turn: Floats
-    """(U, D), perpendicular to it and as long: where a taste drifts."""
+    options: WorldOptions
+    people: Users
+    catalogue: Items
+    centre: Floats
+    """(C, D) of the categories, each of norm 1."""
     mood_edges: Floats
     """(U, C) running sums of the probabilities of a user's own moods."""
-    start_day: Ints
-    """(U,) the day, from 0, on which a user first may come."""
-    centre: Floats
-    """(C, D), each of norm 1."""
-    item_vector: Floats
-    """(N, D), each of norm 1."""
-    quality: Floats
-    """(N,) what everyone likes about an item."""
-    category: Ints
-    """(N,) row in the sorted names of the categories."""
-    birth_day: Ints
-    """(N,) the day at whose beginning an item appears; negative if before the first."""
     daily_mood: Floats
     """(4, C) what a quarter of the day adds to a category."""
     trend: Floats
@@ -177,15 +140,15 @@ class Truth:
     def taste_at(self, user: Ints, ts_ms: Ints | int) -> Floats:
         """What a user likes in the long run, (..., D): the taste of the first day, turned by `DRIFT_A_WEEK`."""
         angle = DRIFT_A_WEEK / 7 * (np.asarray(ts_ms) - FIRST_DAY_MS)[..., None] / DAY_MS
-        taste: Floats = np.cos(angle) * self.taste[user] + np.sin(angle) * self.turn[user]
+        taste: Floats = np.cos(angle) * self.people.taste[user] + np.sin(angle) * self.people.turn[user]
         return taste
 
     def mood_at(self, user: Ints, ts_ms: Ints | int) -> Ints:
         """The category that a user is in the mood for (...,), anew every `MOOD_HOURS`, at times of the user's own."""
         length = MOOD_HOURS * HOUR_MS
-        phase = (uniform(self.seed, _PHASE, user) * length).astype(np.int64)
+        phase = (uniform(self.options.seed, _PHASE, user) * length).astype(np.int64)
         number = (np.asarray(ts_ms) - FIRST_DAY_MS + phase) // length
-        drawn = uniform(self.seed, _MOOD, user, number)
+        drawn = uniform(self.options.seed, _MOOD, user, number)
         mood: Ints = (drawn[..., None] > self.mood_edges[user][..., :-1]).sum(axis=-1)
         return mood
 
@@ -199,31 +162,23 @@ class Truth:
 
     def freshness_at(self, item: Ints, ts_ms: Ints | int) -> Floats:
         """What an item's age adds (...,): half of it is gone after every half-life."""
-        age_days = (np.asarray(ts_ms) - FIRST_DAY_MS) / DAY_MS - self.birth_day[item]
-        fresh: Floats = self.nature.freshness * np.exp2(-age_days / self.nature.half_life_days)
+        age_days = (np.asarray(ts_ms) - FIRST_DAY_MS) / DAY_MS - self.catalogue.birth_day[item]
+        nature = self.options.nature
+        fresh: Floats = nature.freshness * np.exp2(-age_days / nature.half_life_days)
         return fresh
 
     def utility(self, user: Ints, item: Ints, ts_ms: Ints, scene: Ints) -> Floats:
         """How much a user likes an item at a time: (taste + own mood) . item + quality + moods + freshness + scene.
 
-        The arguments broadcast against each other.
-
-        Args:
-            user: rows of users.
-            item: rows of items.
-            ts_ms: milliseconds since 1970.
-            scene: rows in `SCENES`.
-
-        Returns:
-            Utilities, in the log-odds of a click, of the broadcast shape.
+        In the log-odds of a click. Rows of users and items, times and rows in `SCENES` broadcast against each other.
         """
         wish = self.taste_at(user, ts_ms) + MOOD_NORM * self.centre[self.mood_at(user, ts_ms)]
         # einsum runs in numpy's own single-threaded loop, so that the sums do not depend on a thread count
-        affinity = np.einsum("...d,...d->...", wish, self.item_vector[item])
-        category = self.category[item]
+        affinity = np.einsum("...d,...d->...", wish, self.catalogue.vector[item])
+        category = self.catalogue.category[item]
         daily = self.daily_mood[np.asarray(ts_ms) // HOUR_MS % 24 // 6, category]
-        of_all = self.quality[item] + daily + self.trend_at(category, ts_ms) + self.freshness_at(item, ts_ms)
-        total: Floats = affinity + of_all + np.asarray(self.nature.scene_effect)[scene]
+        of_all = self.catalogue.quality[item] + daily + self.trend_at(category, ts_ms) + self.freshness_at(item, ts_ms)
+        total: Floats = affinity + of_all + np.asarray(self.options.nature.scene_effect)[scene]
         return total
 
 
@@ -231,34 +186,29 @@ class Truth:
 class World:
     """A world on the days before its horizon; see `make_world`."""
 
-    seed: int
-    nature: Nature
-    days: int
-    """Of the log that its first users and items are counted by."""
+    options: WorldOptions
     horizon: int
     """The first day that it knows nothing of."""
-    truth: Truth
-    _users: Users
-    _items: Items
+    truth: Preferences
 
     def users(self, day: int) -> pa.Table:
         """`user_id` (int64), `age`, `gender`, `city`, `device` of everyone there by the end of a day; some are null."""
-        return self._users.table.slice(0, self._there(self.truth.start_day, day))
+        return self.truth.people.table.slice(0, self._there(self.truth.people.start_day, day))
 
     def items(self, day: int) -> pa.Table:
         """`item_id` (string), `title`, `category`, `tags`, `author`, `price`, `age_days` on that day.
 
         Of all items there by the end of the day, or of the first log if that ends later: an age may be negative.
         """
-        count = self._there(self.truth.birth_day, day)
-        return self._items.table.slice(0, count).append_column(
-            "age_days", pa.array(max(day, self.days - 1) - self.truth.birth_day[:count], pa.int64())
+        count = self._there(self.truth.catalogue.birth_day, day)
+        return self.truth.catalogue.table.slice(0, count).append_column(
+            "age_days", pa.array(max(day, self.options.days - 1) - self.truth.catalogue.birth_day[:count], pa.int64())
         )
 
     def alive(self, day: int) -> Ints:
         """Rows of the items that exist on a day."""
         self._check(day)
-        return np.flatnonzero(self.truth.birth_day <= day)
+        return np.flatnonzero(self.truth.catalogue.birth_day <= day)
 
     def requests(self, day: int) -> Requests:
         """Who asks on a day.
@@ -267,9 +217,9 @@ class World:
         apart. What would fall into the next day does not happen.
         """
         self._check(day)
-        nature, rng = self.nature, rng_of(self.seed, _REQUESTS, day)
-        there = np.flatnonzero(self.truth.start_day <= day)
-        user = np.repeat(there, rng.poisson(nature.sessions_a_day * self._users.activity[there]))
+        nature, rng = self.options.nature, rng_of(self.options.seed, _REQUESTS, day)
+        there = np.flatnonzero(self.truth.people.start_day <= day)
+        user = np.repeat(there, rng.poisson(nature.sessions_a_day * self.truth.people.activity[there]))
         curve = np.array(nature.volume_by_hour)
         begin = rng.choice(24, len(user), p=curve / curve.sum()) * HOUR_MS + rng.integers(0, HOUR_MS, len(user))
 
@@ -286,7 +236,7 @@ class World:
         rank = np.arange(len(user))
         span = int(ts_ms.max(initial=0)) + len(user)
         ts_ms = np.maximum.accumulate(user * span + ts_ms - rank) - user * span + rank
-        edges = np.cumsum(SCENES_OF_DEVICE, axis=1)[self._users.device[user]]  # (R, scenes)
+        edges = np.cumsum(SCENES_OF_DEVICE, axis=1)[self.truth.people.device[user]]  # (R, scenes)
         scene = (rng.random((len(user), 1)) > edges[:, :-1]).sum(axis=1)
         order = np.lexsort((user, ts_ms))
         order = order[ts_ms[order] < DAY_MS]
@@ -305,7 +255,7 @@ class World:
         shown = pages != NOTHING
         item = np.where(shown, pages, 0)
         utility = self.truth.utility(requests.user[:, None], item, requests.ts_ms[:, None], requests.scene[:, None])
-        return np.where(shown, click_chance(utility, 1 + np.arange(pages.shape[1]), self.nature), 0.0)
+        return np.where(shown, click_chance(utility, 1 + np.arange(pages.shape[1]), self.options.nature), 0.0)
 
     def clicks(self, requests: Requests, pages: Ints) -> Ints:
         """What is clicked, (R, P): milliseconds from the request to the click, 0 = no click.
@@ -318,14 +268,14 @@ class World:
             pages: (R, P) as in `chances`.
         """
         number = requests.number[:, None]
-        hit = uniform(self.seed, _CLICK, number, pages) < self.chances(requests, pages)
-        thinking = -10_000.0 * np.log1p(-uniform(self.seed, _DELAY, number, pages))
+        hit = uniform(self.options.seed, _CLICK, number, pages) < self.chances(requests, pages)
+        thinking = -10_000.0 * np.log1p(-uniform(self.options.seed, _DELAY, number, pages))
         delay = 2_000 + 1_500 * (1 + np.arange(pages.shape[1])) + thinking.astype(np.int64)
         clicks: Ints = np.where(hit, delay, 0)
         return clicks
 
     def top(self, user: Ints, ts_ms: Ints, n: int, clicked: Bools | None = None) -> Ints:
-        """The n items alive that each of some users likes best at a time of theirs, (B, n), best first.
+        """The n available items that each user likes best at a given time, (B, n), best first.
 
         The scene adds the same to every item and does not matter. Equal utilities are ordered by row; -1 where there
         are no more items.
@@ -337,10 +287,10 @@ class World:
             clicked: (U, N) items that are left out; absent = none.
         """
         best = np.full((len(user), n), NOTHING, np.int64)
-        step = max(1, _AT_ONCE // len(self.truth.birth_day))
+        step = max(1, _AT_ONCE // len(self.truth.catalogue.birth_day))
         for start in range(0, len(user), step):
             mine, when = user[start : start + step, None], np.asarray(ts_ms)[start : start + step, None]
-            born = self.truth.birth_day <= (when - FIRST_DAY_MS) // DAY_MS
+            born = self.truth.catalogue.birth_day <= (when - FIRST_DAY_MS) // DAY_MS
             free = born if clicked is None else born & ~clicked[mine[:, 0], : born.shape[1]]
             utility = self.truth.utility(mine, np.arange(born.shape[1])[None, :], when, np.zeros((1, 1), np.int64))
             value = np.where(free, -utility, np.inf)
@@ -352,88 +302,67 @@ class World:
 
     def user_ids(self, rows: Ints) -> pa.Array:
         """Ids of users by row."""
-        return self._users.table[c.USER_ID].combine_chunks().take(pa.array(rows))
+        return self.truth.people.table[c.USER_ID].combine_chunks().take(pa.array(rows))
 
     def item_ids(self, rows: Ints) -> pa.Array:
         """Ids of items by row."""
-        return self._items.table[c.ITEM_ID].combine_chunks().take(pa.array(rows))
+        return self.truth.catalogue.table[c.ITEM_ID].combine_chunks().take(pa.array(rows))
 
     def user_rows(self, user_id: pa.Array | pa.ChunkedArray) -> Ints:
         """Rows of users by id, -1 for those that the world does not have."""
-        return _rows(user_id, self._users.table[c.USER_ID])
+        return _rows(user_id, self.truth.people.table[c.USER_ID])
 
     def item_rows(self, item_id: pa.Array | pa.ChunkedArray) -> Ints:
         """Rows of items by id, -1 for those that the world does not have."""
-        return _rows(item_id, self._items.table[c.ITEM_ID])
+        return _rows(item_id, self.truth.catalogue.table[c.ITEM_ID])
 
     def _there(self, since: Ints, day: int) -> int:
         """How many rows are there by the end of a day, or of the first log: rows of later days follow those."""
         self._check(day)
-        return int(np.searchsorted(np.maximum(since, self.days - 1), max(day, self.days - 1), side="right"))
+        return int(
+            np.searchsorted(np.maximum(since, self.options.days - 1), max(day, self.options.days - 1), side="right")
+        )
 
     def _check(self, day: int) -> None:
         if not 0 <= day < self.horizon:
             raise ConfigError(f"day={day}: this world was made for days 0 to {self.horizon - 1}, raise its horizon")
 
 
-def make_world(
-    users: int, items: int, days: int, seed: int, *, like: str = DEFAULT, horizon: int | None = None
-) -> World:
+def make_world(options: WorldOptions, horizon: int | None = None) -> World:
     """Make a world that begins on 2026-01-05.
 
     Args:
-        users: number of users by the end of the first log.
-        items: the same of items, at least 100.
-        days: of the first log, at least 1. Some users and items come on each of its days; on later ones, more than
-            those that were counted.
-        seed: not negative; the same seed and sizes give the same world.
-        like: the name of its nature.
+        options: of the world.
         horizon: how many days can be asked about; absent = those of the first log.
 
     Raises:
-        ConfigError: a size, a seed or a horizon that is too small, or no nature of that name.
+        ConfigError: the horizon lies before the end of the first log.
 
-    >>> world = make_world(users=20, items=100, days=2, seed=0, horizon=5)
+    >>> world = make_world(WorldOptions(users=20, items=100, days=2), horizon=5)
     >>> world.items(1).num_rows, world.items(4).num_rows
     (100, 106)
     """
-    nature = nature_of(like)
-    horizon = days if horizon is None else horizon
-    smallest = {
-        "users": (users, 1),
-        "items": (items, FEWEST_ITEMS),
-        "days": (days, 1),
-        "seed": (seed, 0),
-        "horizon": (horizon, days),
-    }
-    for name, (value, least) in smallest.items():
-        if value < least:
-            raise ConfigError(f"{name}={value}: a simulated world takes {name} of at least {least}")
-    shared = rng_of(seed, _SHARED)
-    culture = draw_culture(items, shared)
+    horizon = options.days if horizon is None else horizon
+    if horizon < options.days:
+        raise ConfigError(f"horizon={horizon}: this world takes a horizon of at least {options.days}")
+    shared = rng_of(options.seed, _SHARED)
+    culture = draw_culture(options.items, shared)
     daily_mood = DAILY_MOOD_STD * shared.standard_normal((4, len(NAMES)))
-    people, catalogue = (
-        _users(users, days, horizon, culture, nature, seed),
-        _items(items, days, horizon, culture, nature, seed),
-    )
-    knots = [rng_of(seed, _TREND, day).standard_normal((24 // TREND_HOURS, len(NAMES))) for day in range(horizon + 1)]
+    people, catalogue = _people(options, horizon, culture), _catalogue(options, horizon, culture)
+    knots = [
+        rng_of(options.seed, _TREND, day).standard_normal((24 // TREND_HOURS, len(NAMES))) for day in range(horizon + 1)
+    ]
     appeal = np.exp(MOOD_SHARPNESS * np.einsum("ud,cd->uc", people.taste, culture.category))
-    truth = Truth(
-        seed=seed,
-        nature=nature,
-        taste=people.taste,
-        turn=people.turn,
-        mood_edges=np.cumsum(appeal, axis=1) / appeal.sum(axis=1, keepdims=True),
-        start_day=people.start_day,
+    truth = Preferences(
+        options=options,
+        people=people,
+        catalogue=catalogue,
         centre=culture.category,
-        item_vector=catalogue.vector,
-        quality=catalogue.quality,
-        category=catalogue.category,
-        birth_day=catalogue.birth_day,
+        mood_edges=np.cumsum(appeal, axis=1) / appeal.sum(axis=1, keepdims=True),
         daily_mood=daily_mood,
         trend=TREND_STD * np.concatenate(knots),
     )
-    return World(seed, nature, days, horizon, truth, people, catalogue)
+    return World(options, horizon, truth)
 
 
 def click_chance(utility: Floats, position: Ints, nature: Nature) -> Floats:
@@ -447,48 +376,37 @@ def click_chance(utility: Floats, position: Ints, nature: Nature) -> Floats:
     return chance
 
 
-def _items(count: int, days: int, horizon: int, culture: Culture, nature: Nature, seed: int) -> Items:
-    """The items of the first log, then those of each later day."""
-    rng, rate = rng_of(seed, _ITEMS), nature.new_items_a_day
+def _catalogue(options: WorldOptions, horizon: int, culture: Culture) -> Items:
+    nature, rng, count = options.nature, rng_of(options.seed, _ITEMS), options.items
+    share = _share(nature.new_items_a_day, options.days)
     old = -1 - rng.exponential(nature.past_days, count).astype(np.int64)
-    birth_day = np.where(rng.random(count) < _share(rate, days), rng.integers(0, days, count), old)
+    birth_day = np.where(rng.random(count) < share, rng.integers(0, options.days, count), old)
     parts = [draw_items(0, birth_day, culture, nature, rng)]
-    for day in range(days, horizon):
-        born = np.full(round(count * _share(rate, days) / days), day)
-        parts.append(
-            draw_items(sum(len(part.quality) for part in parts), born, culture, nature, rng_of(seed, _ITEMS, day))
-        )
-    return _joined(parts)
+    for day, row, born in _later(options, horizon, count, share):
+        parts.append(draw_items(row, born, culture, nature, rng_of(options.seed, _ITEMS, day)))
+    return joined(parts)
 
 
-def _users(count: int, days: int, horizon: int, culture: Culture, nature: Nature, seed: int) -> Users:
-    """The users of the first log, then those of each later day."""
-    rng, rate = rng_of(seed, _USERS), nature.new_users_a_day
-    start_day = np.where(rng.random(count) < _share(rate, days), rng.integers(0, days, count), 0)
+def _people(options: WorldOptions, horizon: int, culture: Culture) -> Users:
+    nature, rng, count = options.nature, rng_of(options.seed, _USERS), options.users
+    share = _share(nature.new_users_a_day, options.days)
+    start_day = np.where(rng.random(count) < share, rng.integers(0, options.days, count), 0)
     parts = [draw_users(0, start_day, culture, nature, rng)]
-    for day in range(days, horizon):
-        come = np.full(round(count * _share(rate, days) / days), day)
-        parts.append(
-            draw_users(sum(len(part.start_day) for part in parts), come, culture, nature, rng_of(seed, _USERS, day))
-        )
-    return _joined(parts)
+    for day, row, come in _later(options, horizon, count, share):
+        parts.append(draw_users(row, come, culture, nature, rng_of(options.seed, _USERS, day)))
+    return joined(parts)
 
 
 def _share(rate: float, days: int) -> float:
-    """The share of all that came during so many days, at a daily rate of those who were there before."""
+    """The share of all that came during these days, at a daily rate of those who were there before."""
     return rate * days / (1.0 + rate * days)
 
 
-Rows = TypeVar("Rows", Items, Users)
-
-
-def _joined(parts: Sequence[Rows]) -> Rows:
-    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(parts[0])}
-    tables = columns.pop("table")
-    return type(parts[0])(
-        table=pa.concat_tables(tables).combine_chunks(),
-        **{name: np.concatenate(values) for name, values in columns.items()},
-    )
+def _later(options: WorldOptions, horizon: int, count: int, share: float) -> Iterator[tuple[int, int, Ints]]:
+    """Each day after the first log with its first new row, and that day for each of the new rows."""
+    more = round(count * share / options.days)
+    for number, day in enumerate(range(options.days, horizon)):
+        yield day, count + number * more, np.full(more, day)
 
 
 def _elapsed(length: Ints, gap: Ints) -> Ints:
