@@ -42,7 +42,8 @@ from twotower.publish.delta import Delta, Rows, base_digest, chain_folder, delta
 from twotower.publish.tables import map_tables
 from twotower.serve.snapshots import Snapshots
 from twotower.stream.shards import read_rows
-from twotower.update.chain import Chain, Plan
+from twotower.update.chain import Chain
+from twotower.update.learn import Plan
 from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
@@ -144,7 +145,7 @@ class Learned:
     def of(cls, settings: Settings, clicks: int) -> "Learned":
         """An updater that makes deltas of so many clicks."""
         settings = copy_of(settings, f"in-{clicks}")
-        settings = replace(settings, update=replace(settings.update, rows=clicks))
+        settings = replace(settings, update=replace(settings.update, rows_per_delta=clicks))
         where = places(settings)
         chain = open_chain(settings, open_served(settings).path, None)
         return cls(settings, clicks, chain, Snapshots(where.versions, deltas=where.deltas))
@@ -158,7 +159,7 @@ class Learned:
             assert not self.chain.make(plan).refused
             self.plans.append(plan)
 
-        follows = self.chain._follows
+        follows = self.chain.follows
         self.update.of(learn)
         self.take_up.of(self.server.refresh)
         assert self.server.version.delta_seq == self.chain.seq

@@ -98,7 +98,6 @@ def run_samples(workspace: Path, engine: Any) -> str:
     """Build samples; the hash of the hashes of their files."""
     from twotower.config import parse
     from twotower.samples.build import build_samples
-    from twotower.samples.options import HotOptions
     from twotower.samples.read import open_samples
 
     document: dict[str, Any] = {
@@ -107,20 +106,21 @@ def run_samples(workspace: Path, engine: Any) -> str:
         "context": {"hour": {"kind": "categorical"}, "price": {"kind": "numeric"}},
     }
     folder = workspace / f"samples-{engine.name}"
-    build_samples(workspace, folder, parse({"features": document}).features, 64, hot=HotOptions("sqrt"), engine=engine)
+    settings = parse({"features": document, "samples": {"held_out_users": 0, "hot": {"form": "sqrt"}}})
+    build_samples(workspace, folder, settings.features, 64, settings.samples, engine=engine)
     return hashlib.sha256(json.dumps(open_samples(folder).manifest, sort_keys=True).encode()).hexdigest()
 
 
 def run_neighbours(workspace: Path, engine: Any, job: str) -> str:
     """Fit ItemCF or Swing to the samples; the hash of its file."""
-    from twotower.channels.item_cf import ItemCF
-    from twotower.channels.swing import Swing
+    from twotower.channels.item_cf import fit_item_cf
+    from twotower.channels.swing import fit_swing
     from twotower.samples.read import open_samples
 
-    samples, kind = open_samples(workspace / "samples-duckdb"), {"item_cf": ItemCF, "swing": Swing}[job]
+    samples, fit = open_samples(workspace / "samples-duckdb"), {"item_cf": fit_item_cf, "swing": fit_swing}[job]
     folder = workspace / f"{job}-{engine.name}"
     folder.mkdir()
-    kind.fit(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
+    fit(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
     return hashlib.sha256((folder / "neighbours.arrow").read_bytes()).hexdigest()
 
 

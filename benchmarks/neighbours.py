@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from common import arguments_of, finish, note, run
-from twotower.channels.item_cf import ItemCF
-from twotower.channels.swing import Swing
+from twotower.channels.item_cf import fit_item_cf
+from twotower.channels.swing import fit_swing
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
@@ -125,12 +125,12 @@ Answer = Callable[[Any, int], Any]
 
 def our_fit(method: str, samples: Samples) -> Callable[[], Answer]:
     """Fit a channel by its default options."""
-    kind = {"item_cf": ItemCF, "swing": Swing}[method]
+    fitted = {"item_cf": fit_item_cf, "swing": fit_swing}[method]
     few = Clicks(np.array([0, 2, 4]), np.array([0, 1, 0, 1], np.int32), np.arange(4))
-    kind.fit(few, 2)
+    fitted(few, 2)
 
     def fit() -> Answer:
-        channel = kind.fit(samples.clicks, len(samples.items), engine=EngineOptions(threads=THREADS))
+        channel = fitted(samples.clicks, len(samples.items), engine=EngineOptions(threads=THREADS))
         return lambda user_rows, k: ranked(samples, channel, user_rows, k)
 
     return fit

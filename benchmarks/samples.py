@@ -62,7 +62,7 @@ def build(workspace: Path) -> dict[str, Any]:
     """Build the samples; seconds, rows and the peak of this process."""
     from twotower.config import parse
     from twotower.samples.build import build_samples
-    from twotower.samples.options import EngineOptions
+    from twotower.samples.options import EngineOptions, SamplesOptions
 
     document: dict[str, Any] = {
         "user": {
@@ -77,7 +77,9 @@ def build(workspace: Path) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     engine = EngineOptions(memory_gb=MEMORY_GB, threads=THREADS)
-    report = build_samples(workspace, workspace / "samples", features, dimension=64, engine=engine)
+    report = build_samples(
+        workspace, workspace / "samples", features, 64, SamplesOptions(held_out_users=0), engine=engine
+    )
     seconds = time.perf_counter() - start
     return {
         "rows": report.positives,

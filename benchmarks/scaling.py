@@ -25,7 +25,7 @@ from twotower.channels.options import ModelsOptions
 from twotower.evaluate.plots import figure, svg
 from twotower.features.options import Features
 from twotower.samples.build import build_samples
-from twotower.samples.options import EasyShares, NegativesOptions
+from twotower.samples.options import EasyShares, NegativesOptions, SamplesOptions
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.towers.options import TowerOptions
@@ -41,7 +41,9 @@ def case(rows: int, items: int, clicked: int, room: float, loss: str, count: int
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder) / "workspace"
         make(workspace, rows, items, clicked)
-        build_samples(workspace, Path(folder) / "samples", Features(), 64, room=room)
+        build_samples(
+            workspace, Path(folder) / "samples", Features(), 64, SamplesOptions(held_out_users=0, vocabulary_room=room)
+        )
         samples = open_samples(Path(folder) / "samples")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         tower, shares = TowerOptions("dnn", []), EasyShares() if count is None else EasyShares(0, 1, 0)

@@ -194,7 +194,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Any]":
 
     # Tests run most code only a few times: compiling it well would take longer than running it.
     os.environ["SPARK_SUBMIT_OPTS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-    with open_spark(None, 2, 2.0, {}, tmp_path_factory.mktemp("spark")):
+    with open_spark(EngineOptions("spark"), tmp_path_factory.mktemp("spark")):
         java = SparkContext._gateway.proc
         # Small data: making Java code for each query would take longer than running it.
         interpreted = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}

@@ -28,6 +28,7 @@ import pyarrow as pa
 from twotower.config import Settings, load
 from twotower.features.columns import to_arrow
 from twotower.index.build import build_index
+from twotower.index.options import IndexOptions
 from twotower.pipeline.line import run_line
 from twotower.pipeline.places import places
 from twotower.publish.golden import write_golden
@@ -82,7 +83,7 @@ def variant(versions: Path, number: int) -> str:
             target.write_bytes(path.read_bytes())
     vectors = np.random.default_rng(number).permutation(source.item_vectors)
     write_table(two_tower / "items.arrow", pa.table({c.ITEM_ID: source.item_ids, c.VECTOR: to_arrow(vectors)}))
-    index = build_index("faiss", np.arange(len(vectors)), vectors, vectors, [K], 1.0, 0)
+    index = build_index(IndexOptions("faiss", 1.0), np.arange(len(vectors)), vectors, vectors, ks=[K], seed=0)
     index.save(two_tower / "index")
     manifest = {key: value for key, value in read_manifest(source.path).items() if key != "digest"}
     described = {**manifest, "id": version_id, "parent": source.id}

@@ -130,11 +130,10 @@ class Trial:
         channel = version.two_tower.over(TWO_TOWER, ExactIndex.build(rows, vectors))
         users = np.flatnonzero(np.diff(samples.clicks.indptr))
         users = users[np.linspace(0, len(users) - 1, INDEXED_QUERIES).astype(np.int64)]
-        asked = queries_of_users(samples.features, samples.users, samples.clicks, users, {}, None)
+        asked = queries_of_users(samples.features, samples.users, samples.clicks, users)
         queries, exact = channel.user_vectors(asked), found(channel)
         for arm, of_arm in self.settings.items():
-            options = of_arm.index
-            index = build_index(options.kind, rows, vectors, queries, [k], options.recall, of_arm.train.seed)
+            index = build_index(of_arm.index, rows, vectors, queries, ks=[k], seed=of_arm.train.seed)
             approximate = channel.over(TWO_TOWER, index)
             values = found(approximate)
             kept = share_of(*(ranked(samples, one, users, k) for one in (channel, approximate)))

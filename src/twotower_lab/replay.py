@@ -21,7 +21,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.channels.item_cf import ItemCF
+from twotower.channels.item_cf import fit_item_cf
+from twotower.channels.item_to_item import ItemToItem
 from twotower.channels.popular import Popular
 from twotower.channels.retriever import Queries
 from twotower.config.settings import Settings
@@ -31,9 +32,10 @@ from twotower.features.columns import Bag, pointers, ranges
 from twotower.features.feature_set import HISTORY
 from twotower.features.vocabulary import FIRST
 from twotower.index.protocol import Exclusions
+from twotower.pipeline.full import update_full
 from twotower.pipeline.line import make_samples, publish_version, train_model
 from twotower.pipeline.places import places
-from twotower.pipeline.updating import open_chain, update_full
+from twotower.pipeline.updating import open_chain
 from twotower.publish.publish import current_path
 from twotower.samples.read import Clicks
 from twotower.schema import columns as c
@@ -44,7 +46,7 @@ from twotower.stream.joiner import JoinCounts
 from twotower.stream.joiner import Replay as ReplayFrom
 from twotower.stream.rows import Row, RowRequest, Types, read_types
 from twotower.stream.shards import JoinState, Manifest, write_shard
-from twotower.update.chain import Plan
+from twotower.update.learn import Plan
 from twotower.worlds.truth import true_recall
 from twotower.worlds.world import FIRST_DAY_MS, NOTHING, World
 from twotower_lab.experiments import Way
@@ -279,10 +281,10 @@ class _Model:
 
     def _open(self) -> None:
         self._chain = open_chain(self._settings, current_path(places(self._settings).versions), None)
-        self._row = self._later.rows_of(self._chain.item_ids)
+        self._row = self._later.rows_of(self._chain.state.laid.item_ids)
         """(N,) of the chain, rows of the workspace's items as they were at first; -1 = none of them."""
         if self._world is not None:
-            self._world_row = self._world.item_rows(self._chain.item_ids)
+            self._world_row = self._world.item_rows(self._chain.state.laid.item_ids)
 
     def found(self, begin: int, end: int, now_ms: int) -> Bools:
         """Which of some clicks are among the first K for their users, as the model is before it learns them."""
@@ -291,25 +293,27 @@ class _Model:
         alive = np.flatnonzero((self._row >= 0) & (self._later.born_ms[self._row] <= now_ms))
         column = np.full(len(self._row), -1)
         column[alive] = np.arange(len(alive))
-        vectors = self._chain.item_vectors[alive]
+        vectors = self._chain.state.learner.vectors[alive]
         judge = set(np.linspace(0, len(wanted) - 1, min(JUDGED, len(wanted))).astype(np.int64).tolist())
         for start in range(0, len(wanted), AT_ONCE):
             part = wanted[start : start + AT_ONCE]
-            asked = self._chain.ask(self._later.rows.take(pa.array(begin + part)))
-            own = column[asked.positives.item_row]
+            rows, state = self._later.rows.take(pa.array(begin + part)), self._chain.state
+            known = np.flatnonzero(state.known_items(rows.column(c.ITEM_ID).combine_chunks()))
+            positives = state.encode(rows.take(pa.array(known)))
+            own = column[positives.item_row]
             there = own >= 0
-            scores = asked.users @ vectors.T
+            scores = state.learner.user_vectors(positives) @ vectors.T
             mine = np.where(there, np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)[:, 0], np.inf)
             if self._hide:
-                clicked = asked.positives.clicked
+                clicked = positives.clicked
                 hidden = column[clicked.rows]
                 owner = np.repeat(np.arange(len(scores)), np.diff(clicked.indptr))[hidden >= 0]
                 scores[owner, hidden[hidden >= 0]] = -np.inf
             above = (scores > mine[:, None]).sum(axis=1)
-            found[part[asked.places]] = there & (above < K)
+            found[part[known]] = there & (above < K)
             if self._world is not None:
-                chosen = [at for at, place in enumerate(asked.places.tolist()) if start + place in judge]
-                self._judge(begin + part[asked.places[chosen]], alive, scores[chosen])
+                chosen = [at for at, place in enumerate(known.tolist()) if start + place in judge]
+                self._judge(begin + part[known[chosen]], alive, scores[chosen])
         return found
 
     def _judge(self, rows: Longs, alive: Longs, scores: npt.NDArray[np.float32]) -> None:
@@ -363,7 +367,7 @@ class _Model:
         order = np.argsort(-np.bincount(version.clicks.item_row, minlength=version.items.base), kind="stable")
         rows = order[: max(1, int(HOT * len(order)))]
         tokens = version.two_tower.item_tokens[rows]
-        table = self._chain.embeddings(c.ITEM_ID)
+        table = self._chain.state.learner.model.tables[c.ITEM_ID].weights
         return {
             one: table[token].copy()
             for one, token in zip(version.item_ids.take(pa.array(rows)).to_pylist(), tokens.tolist(), strict=True)
@@ -403,7 +407,9 @@ class _Crowd:
         first, last = np.searchsorted(self._ts_ms, [now_ms - HOUR_MS, now_ms])
         if first < last and len(part):
             counts = np.bincount(self._item[first:last], minlength=len(self._later.item_ids))
-            channel = Popular.fit(counts) if self._name == "popular" else self._item_cf(slice(int(first), int(last)))
+            channel = (
+                Popular.of_counts(counts) if self._name == "popular" else self._item_cf(slice(int(first), int(last)))
+            )
             clicked = self._histories(part)
             queries = Queries({}, clicked, Exclusions(clicked.indptr, clicked.rows.astype(np.int64)))
             wanted = self._later.item[part]
@@ -415,12 +421,12 @@ class _Crowd:
         counts = self._starts[part + 1] - self._starts[part]
         return Bag(pointers(counts), self._clicked[ranges(self._starts[part], counts)].astype(np.int32))
 
-    def _item_cf(self, hour: slice) -> ItemCF:
+    def _item_cf(self, hour: slice) -> ItemToItem:
         user, item, ts_ms = self._user[hour], self._item[hour], self._ts_ms[hour]
         order = np.lexsort((ts_ms, user))
         counts = np.bincount(np.unique(user, return_inverse=True)[1])
         clicks = Clicks(pointers(counts), item[order].astype(np.int32), ts_ms[order])
-        return ItemCF.fit(clicks, len(self._later.item_ids))
+        return fit_item_cf(clicks, len(self._later.item_ids))
 
 
 def _reveal(workspace: Path, begin: int, end: int) -> None:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 FORMAT: Final = 2
 EXAMPLES: Final = Path(str(files("twotower.cli"))) / "examples"
-OWN: Final = ("engine.threads=1", "train.threads=1", "samples.untrained_users=0")
+OWN: Final = ("engine.threads=1", "train.threads=1", "samples.held_out_users=0")
 """Several arms run beside each other, each on a core; and no user is held out, for arms are judged by all of them."""
 SMOKE: Final = ("train.epochs=1", "train.batch_size=256", "models.dimension=16")
 SMOKE_USERS, SMOKE_ITEMS, SMOKE_DAYS = 250, 200, 3

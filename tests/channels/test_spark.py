@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from twotower.channels import item_cf, swing
-from twotower.channels.item_cf import ItemCF
-from twotower.channels.item_to_item import FILE
-from twotower.channels.swing import Swing
+from twotower.channels.item_cf import fit_item_cf
+from twotower.channels.item_to_item import FILE, ItemToItem
+from twotower.channels.options import ItemCFOptions, SwingOptions
+from twotower.channels.swing import fit_swing
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
 from twotower.features.options import Features
@@ -26,15 +26,15 @@ def test_some_users_of_movielens_give_the_same_bytes(
     samples = open_samples(tmp_path / "samples")
     items = len(samples.items)
     weight = np.random.default_rng(0).random(len(samples.positives), np.float32)
-    weighed = item_cf.Options(items=30, interest="weight", activity=1.0)
+    weighed = ItemCFOptions(items=30, interest="weight", activity=1.0)
     written: dict[str, set[bytes]] = {}
     for engine in (EngineOptions(), spark):
-        channels: dict[str, ItemCF | Swing] = {
-            "item_cf": ItemCF.fit(samples.clicks, items, item_cf.Options(items=100), engine),
-            "item_cf, weights": ItemCF.fit(
+        channels: dict[str, ItemToItem] = {
+            "item_cf": fit_item_cf(samples.clicks, items, ItemCFOptions(items=100), engine),
+            "item_cf, weights": fit_item_cf(
                 samples.clicks, items, weighed, engine, positives=replace(samples.positives, weight=weight)
             ),
-            "swing": Swing.fit(samples.clicks, items, swing.Options(items=100, users=200), engine),
+            "swing": fit_swing(samples.clicks, items, SwingOptions(items=100, users=200), engine),
         }
         for name, channel in channels.items():
             channel.save(tmp_path)

@@ -27,7 +27,7 @@ CHANGES = [
     "samples.negatives.hard_share=0",
     "funnel.explore_share=1.0",
     "models.rankers=[]",
-    "samples.untrained_users=0",
+    "samples.held_out_users=0",
 ]
 
 

@@ -98,7 +98,7 @@ def test_the_networks_and_the_other_tables_of_the_updater_itself_do_not_move(lea
     settings = replace(learning, update=replace(learning.update, tables=tables))
     happen(settings, clicks(settings, 90))
     chain = open_chain(settings, open_served(settings).path, None)
-    model = chain._learner.model
+    model = chain.state.learner.model
     dense = {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
     others = {name: one.weights.tobytes() for name, one in model.tables.items() if name not in tables}
     special = {name: model.tables[name].weights[:2].tobytes() for name in tables}

@@ -339,7 +339,7 @@ def update_incremental(
 @update_app.command("full")
 def update_full(config: ConfigFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Learn every whole day since, from yesterday's full parameters; publish and promote with what came after it."""
-    from twotower.pipeline.updating import update_full as run_full
+    from twotower.pipeline.full import update_full as run_full
 
     stage(lambda settings: asdict(run_full(settings, dry_run=dry_run)), config, overrides)
 
