@@ -123,7 +123,8 @@ def scenes(samples: Samples, workspace: Path, warm: Group, context: bool) -> Ite
     A user is asked once for each scene in which they have a held-out click, as in their first impression there, and
     judged by the clicks there.
     """
-    table = pq.read_table(workspace / HOLDOUT_IMPRESSIONS).sort_by(c.REQUEST_TS_MS)
+    table = pq.read_table(workspace / HOLDOUT_IMPRESSIONS)
+    table = table.take(pa.array(np.argsort(table[c.REQUEST_TS_MS].to_numpy(), kind="stable")))
     user = samples.users.positions.find(table[c.USER_ID].combine_chunks())
     item = samples.items.positions.find(table[c.ITEM_ID].combine_chunks())
     scene, size = table[SCENE].to_numpy(), len(samples.items)
