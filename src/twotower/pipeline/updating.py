@@ -255,7 +255,7 @@ def _event_log(settings: Settings, opened: ExitStack) -> EventLog | None:
     where, at = places(settings), settings.stream.log
     if at.kind == "local" and not where.log.exists():
         return None
-    event_log = open_reader(at.kind, where.log, at.url, at.name)
+    event_log = open_reader(at, where.log)
     opened.callback(event_log.close)
     return event_log
 
