@@ -22,7 +22,7 @@ from twotower.channels.swing import fit_swing
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
-from twotower.pipeline.line import make_samples
+from twotower.pipeline.line import build_samples
 from twotower.samples.options import EngineOptions
 from twotower.samples.read import open_samples
 
@@ -38,7 +38,7 @@ def compare_samples(workspace: Path, folder: Path) -> int:
     """Build the samples on both engines; gives the bytes of one of them."""
     settings = load(CONFIG, [f"workspace.path={json.dumps(str(workspace))}"])
     for engine in ENGINES:
-        make_samples(replace(settings, engine=engine))
+        build_samples(replace(settings, engine=engine))
         (workspace / "samples").rename(folder / engine.name)
     duckdb, spark = (files_of(folder / engine.name) for engine in ENGINES)
     assert duckdb.keys() == spark.keys()
