@@ -45,18 +45,20 @@ from typing import Any
 
 import forks
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from forks import Work
 
 from twotower.config import Settings, parse
 from twotower.datasets.places import Places
-from twotower.features.bloom import is_untrained
+from twotower.features.bloom import is_held_out
 from twotower.logs import Event, LocalEventLog
 from twotower.logs.events import item_deleted, item_event, user_deleted
+from twotower.pipeline.full import FULL, update_full
 from twotower.pipeline.line import LATEST, run_line
 from twotower.pipeline.places import places
 from twotower.pipeline.streaming import join_log
-from twotower.pipeline.updating import FULL, learn, update_full
+from twotower.pipeline.updating import learn
 from twotower.publish.delta import FOLDED, Delta, base_digest, delta_folder, last_seq, read_delta
 from twotower.publish.manifest import DIGEST
 from twotower.publish.publish import CURRENT, current_path, list_versions, verify
@@ -68,7 +70,6 @@ from twotower.serve.snapshots import Snapshots
 from twotower.stream.shards import manifests, partitions, read_rows
 from twotower.update.chain import PLAN, QUARANTINE
 from twotower.update.incremental import LOCK
-from twotower.update.rows import clicked
 from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
@@ -107,7 +108,7 @@ def configuration(workspace: Path) -> Settings:
         {
             "workspace": {"path": str(workspace)},
             "features": {"user": user, "item": item},
-            "samples": {"vocabulary_room": 0.5, "untrained_users": 0.1},
+            "samples": {"vocabulary_room": 0.5, "held_out_users": 0.1},
             "models": {
                 "dimension": 8,
                 "user_tower": {"layers": [16]},
@@ -118,13 +119,13 @@ def configuration(workspace: Path) -> Settings:
             "train": {"epochs": 2, "batch_size": 256, "threads": 1, "checkpoint_s": 0.005},
             "stream": {"shard_events": 60, "merged_mb": 1, "follow_s": 0.01},
             "update": {
-                "rows": 15,
+                "rows_per_delta": 15,
                 "batch_size": 8,
                 "negatives": 32,
                 "recent": 64,
                 "follow_s": 0.02,
                 "fold_every": 4,
-                "gate": {"most_move": 0.6, "k": 10, "least": 20, "margin": 0.1},
+                "gate": {"max_move": 0.6, "k": 10, "min_positives": 20, "margin": 0.1},
             },
         }
     )
@@ -436,7 +437,7 @@ def learned_days(settings: Settings, first: str, due: Sequence[str]) -> dict[str
 def line(folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Kill so many writers, joiners and updaters of lines; counts of what happened."""
     draw, world = random.Random(seed), make_world(folder, later_days=0)
-    lenient = replace(world.settings.update.gate, most_move=1e6, most_length=1e6, most_alike=2.0, margin=1.0)
+    lenient = replace(world.settings.update.gate, max_move=1e6, max_length=1e6, max_mean_cosine_rise=2.0, margin=1.0)
     update = replace(world.settings.update, rows=200, batch_size=64, gate=lenient, fold_every=0)
     world = replace(world, settings=replace(world.settings, update=update))
     totals: Counter[str] = Counter()
@@ -481,9 +482,9 @@ def one_line(world: World, folder: Path, draw: random.Random, kills: int) -> Cou
         assert rows == others, f"partition {partition}: other rows than undisturbed"
     learned, others = (check_learned(settings) for settings in (own, undisturbed))
     assert learned == others, "other clicks were learned than undisturbed"
-    share = own.samples.untrained_users
+    share = own.samples.held_out_users
     users = pa.array([user for user, _, _ in clicks])
-    trained = [click for click, out in zip(clicks, is_untrained(users, share).tolist(), strict=True) if not out]
+    trained = [click for click, out in zip(clicks, is_held_out(users, share).tolist(), strict=True) if not out]
     assert learned == Counter(trained), "clicks of the log were not learned, or twice"
     version = current_path(where.versions).name
     for name, settings in (("deltas", own), ("deltas_undisturbed", undisturbed)):
@@ -579,9 +580,9 @@ def check_learned(settings: Settings) -> Counter[Click]:
             assert end >= at[partition], f"delta {delta.seq} goes back in partition {partition}"
             part = read_rows(where.shards, partition, at[partition], end - at[partition])
             rows, at[partition] = rows + part.num_rows, end
-            own = clicked(part).select([c.USER_ID, c.ITEM_ID, c.CLICK_TS_MS])
+            own = part.filter(pc.field(c.OUTCOME) == c.CLICKED).select([c.USER_ID, c.ITEM_ID, c.CLICK_TS_MS])
             clicks += zip(*(column.to_pylist() for column in own.columns), strict=True)
-        out = is_untrained(pa.array([user for user, _, _ in clicks], pa.int64()), settings.samples.untrained_users)
+        out = is_held_out(pa.array([user for user, _, _ in clicks], pa.int64()), settings.samples.held_out_users)
         trained = [click for click, untrained in zip(clicks, out.tolist(), strict=True) if not untrained]
         assert delta.report["rows"] == rows, f"delta {delta.seq} has read {delta.report['rows']} rows of {rows}"
         assert delta.state["recent"] == [item for _, item, _ in trained], f"delta {delta.seq} has other positives"

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twotower.channels.als import ALS, Options
+from twotower.channels.als import ALS
+from twotower.channels.options import ALSOptions
 from twotower.channels.retriever import Queries
 from twotower.features.columns import Bag
 from twotower.index.exact import ExactIndex
@@ -26,7 +27,7 @@ def queries(clicks: list[list[int]], exclude: list[list[int]]) -> Queries:
 
 
 def test_the_items_of_a_users_taste_come_first() -> None:
-    channel = ALS.fit(two_tastes(), 21, Options(factors=2), threads=1, seed=0)
+    channel = ALS.fit(two_tastes(), 21, ALSOptions(factors=2), threads=1, seed=0)
     asked = [[0, 1, 2, 1], [15, 13]]
     found = channel.retrieve(queries(asked, asked), 7)
     assert set(found.rows[0].tolist()) == set(range(3, 10))
@@ -38,7 +39,7 @@ def test_scores_are_the_preferences_of_a_least_squares_by_hand() -> None:
     """argmin over x of sum_i c_i (p_i - x y_i)^2 + lambda |x|^2, c = 10 and p = 1 for the clicked, else 1 and 0."""
     generator = np.random.default_rng(1)
     factors = generator.standard_normal((12, 3)).astype(np.float32)
-    channel = ALS(factors, Options(3, regularization=0.5, confidence=10.0))
+    channel = ALS(factors, ALSOptions(3, regularization=0.5, confidence=10.0))
     clicked = [2, 7, 11]
     weight, preferred = np.ones(12), np.zeros(12)
     weight[clicked], preferred[clicked] = 10.0, 1.0
@@ -53,13 +54,13 @@ def test_scores_are_the_preferences_of_a_least_squares_by_hand() -> None:
 
 def test_items_like_an_item_are_the_nearest_by_the_cosine_of_the_factors() -> None:
     factors = np.array([[1, 0], [3, 1], [0, 2], [0, 0], [1, 1]], np.float32)
-    found = ALS(factors, Options(2)).similar(np.array([0, 3, 2]), 3)
+    found = ALS(factors, ALSOptions(2)).similar(np.array([0, 3, 2]), 3)
     assert found.rows.tolist() == [[1, 4, 2], [-1, -1, -1], [4, 1, 0]]
     np.testing.assert_allclose(found.scores[0], [3 / 10**0.5, 1 / 2**0.5, 0], atol=1e-6)
 
 
 def test_nobody_and_nothing_clicked_have_no_candidates(tmp_path: Path) -> None:
-    channel = ALS.fit(two_tastes(), 25, Options(factors=4), threads=1, seed=0)
+    channel = ALS.fit(two_tastes(), 25, ALSOptions(factors=4), threads=1, seed=0)
     found = channel.retrieve(queries([[], [20], [0]], [[], [], []]), 25)
     assert (found.rows[:2] == -1).all()
     assert np.isneginf(found.scores[:2]).all()
@@ -67,7 +68,7 @@ def test_nobody_and_nothing_clicked_have_no_candidates(tmp_path: Path) -> None:
 
 
 def test_a_saved_channel_answers_alike_behind_any_index(tmp_path: Path) -> None:
-    channel = ALS.fit(two_tastes(), 20, Options(factors=4), threads=1, seed=0)
+    channel = ALS.fit(two_tastes(), 20, ALSOptions(factors=4), threads=1, seed=0)
     rows, vectors = channel.found
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     channel.with_index(ExactIndex.build(rows, vectors)).save(tmp_path)
@@ -79,11 +80,11 @@ def test_a_saved_channel_answers_alike_behind_any_index(tmp_path: Path) -> None:
 
 
 def test_the_threads_do_not_change_the_factors() -> None:
-    one, two = (ALS.fit(two_tastes(), 20, Options(factors=4), threads=n, seed=3).found[1] for n in (1, 2))
+    one, two = (ALS.fit(two_tastes(), 20, ALSOptions(factors=4), threads=n, seed=3).found[1] for n in (1, 2))
     np.testing.assert_allclose(one, two, atol=1e-6)
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "implicit.cpu.als", None)
     with pytest.raises(ConfigError, match=r"pip install 'twotower\[als\]'"):
-        ALS.fit(two_tastes(), 20, Options(), 1, 0)
+        ALS.fit(two_tastes(), 20, ALSOptions(), threads=1, seed=0)

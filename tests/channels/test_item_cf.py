@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twotower.channels.item_cf import ItemCF, Options
-from twotower.channels.item_to_item import FILE
+from twotower.channels.item_cf import fit_item_cf
+from twotower.channels.item_to_item import FILE, ItemToItem
+from twotower.channels.options import ItemCFOptions
 from twotower.channels.retriever import Queries
 from twotower.features.columns import Bag, pointers
 from twotower.index.protocol import Exclusions
@@ -15,7 +16,7 @@ from twotower.samples.options import EngineOptions
 from twotower.samples.read import Clicks, Positives
 
 Lists = list[list[int]]
-PLAIN = Options(popularity=0.5, normalise=False)
+PLAIN = ItemCFOptions(popularity=0.5, normalise=False)
 
 
 def bag(lists: Lists) -> Bag:
@@ -31,7 +32,7 @@ def queries(lists: Lists, exclude: Lists | None = None) -> Queries:
     return Queries({}, bag(lists), Exclusions.of(exclude or [[]] * len(lists)))
 
 
-def brute_force(users: Lists, items: int, options: Options = PLAIN) -> list[list[tuple[int, float]]]:
+def brute_force(users: Lists, items: int, options: ItemCFOptions = PLAIN) -> list[list[tuple[int, float]]]:
     """Neighbours of each item with their similarity, best first."""
     interests = []
     for clicked in users:
@@ -53,7 +54,7 @@ def brute_force(users: Lists, items: int, options: Options = PLAIN) -> list[list
     ]
 
 
-def neighbours(model: ItemCF, items: int) -> list[list[tuple[int, float]]]:
+def neighbours(model: ItemToItem, items: int) -> list[list[tuple[int, float]]]:
     """The answer to a user of one click is that item's neighbours."""
     found = model.retrieve(queries([[item] for item in range(items)]), max(2, items))
     return [
@@ -68,20 +69,20 @@ def neighbours(model: ItemCF, items: int) -> list[list[tuple[int, float]]]:
     st.sampled_from(
         [
             PLAIN,
-            Options(popularity=0.2, activity=1.0, normalise=False),
-            Options(popularity=0.7, interest="clicks", normalise=False),
+            ItemCFOptions(popularity=0.2, activity=1.0, normalise=False),
+            ItemCFOptions(popularity=0.7, interest="clicks", normalise=False),
         ]
     ),
 )
-def test_neighbours_are_those_of_brute_force(users: Lists, options: Options) -> None:
-    found = neighbours(ItemCF.fit(clicks(users), 12, options), 12)
+def test_neighbours_are_those_of_brute_force(users: Lists, options: ItemCFOptions) -> None:
+    found = neighbours(fit_item_cf(clicks(users), 12, options), 12)
     for one, wanted in zip(found, brute_force(users, 12, options), strict=True):
         assert sorted(row for row, _ in one) == sorted(row for row, _ in wanted)
         np.testing.assert_allclose([s for _, s in one], [s for _, s in wanted], rtol=1e-5)
 
 
 def test_two_users_by_hand() -> None:
-    found = neighbours(ItemCF.fit(clicks([[0, 1], [1, 2, 0, 3]]), 4, PLAIN), 4)
+    found = neighbours(fit_item_cf(clicks([[0, 1], [1, 2, 0, 3]]), 4, PLAIN), 4)
     assert found[2] == [
         (3, pytest.approx(1 / sqrt(4))),
         (0, pytest.approx(1 / sqrt(4) / sqrt(2))),
@@ -93,10 +94,10 @@ def test_two_users_by_hand() -> None:
 def test_popularity_counts_against_a_candidate_by_its_exponent() -> None:
     users = [[0, 1, 2]] + [[1]] * 7
     for popularity in (0.0, 0.3, 1.0):
-        options = Options(popularity=popularity, activity=0.0, normalise=False)
-        found = dict(neighbours(ItemCF.fit(clicks(users), 3, options), 3)[0])
+        options = ItemCFOptions(popularity=popularity, activity=0.0, normalise=False)
+        found = dict(neighbours(fit_item_cf(clicks(users), 3, options), 3)[0])
         assert found == pytest.approx({1: 8**-popularity, 2: 1.0})
-        back = dict(neighbours(ItemCF.fit(clicks(users), 3, options), 3)[1])
+        back = dict(neighbours(fit_item_cf(clicks(users), 3, options), 3)[1])
         assert back == pytest.approx({0: 8 ** (popularity - 1), 2: 8 ** (popularity - 1)})
 
 
@@ -109,25 +110,25 @@ def test_the_weight_of_training_rows_is_the_interest() -> None:
         user.astype(np.int32), item.astype(np.int32), nothing, weight.astype(np.float32), np.arange(count), {},
         nothing, {},
     )  # fmt: skip
-    options = Options(popularity=0.5, activity=0.0, interest="weight", normalise=False)
-    model = ItemCF.fit(clicks([[0, 1], [0, 2, 3]]), 4, options, positives=positives)
+    options = ItemCFOptions(popularity=0.5, activity=0.0, interest="weight", normalise=False)
+    model = fit_item_cf(clicks([[0, 1], [0, 2, 3]]), 4, options, positives=positives)
     assert neighbours(model, 4)[0] == [(1, pytest.approx(2 / sqrt(5))), (2, pytest.approx(3 / sqrt(5) / 3))]
     assert neighbours(model, 4)[3] == []
 
 
 def test_only_the_nearest_are_kept() -> None:
-    options = Options(popularity=0.5, neighbours=3, normalise=False)
+    options = ItemCFOptions(popularity=0.5, neighbours=3, normalise=False)
     users = [np.random.default_rng(user).permutation(12)[:6].tolist() for user in range(30)]
-    found = neighbours(ItemCF.fit(clicks(users), 12, options), 12)
+    found = neighbours(fit_item_cf(clicks(users), 12, options), 12)
     assert [[row for row, _ in pairs] for pairs in found] == [
         [row for row, _ in pairs] for pairs in brute_force(users, 12, options)
     ]
 
 
 def test_of_a_user_of_very_many_items_the_latest_count() -> None:
-    options = Options(popularity=0.5, items=3, normalise=False)
+    options = ItemCFOptions(popularity=0.5, items=3, normalise=False)
     users = [[0, 1, 2, 3, 1, 4], [0, 1]]
-    found = neighbours(ItemCF.fit(clicks(users), 5, options), 5)
+    found = neighbours(fit_item_cf(clicks(users), 5, options), 5)
     assert [[row for row, _ in pairs] for pairs in found] == [
         [row for row, _ in pairs] for pairs in brute_force(users, 5, options)
     ]
@@ -136,8 +137,8 @@ def test_of_a_user_of_very_many_items_the_latest_count() -> None:
 
 def test_normalised_the_neighbours_of_each_item_sum_to_one() -> None:
     users = [np.random.default_rng(user).permutation(12)[:5].tolist() for user in range(20)]
-    found = neighbours(ItemCF.fit(clicks(users), 12), 12)
-    plain = neighbours(ItemCF.fit(clicks(users), 12, Options(normalise=False)), 12)
+    found = neighbours(fit_item_cf(clicks(users), 12), 12)
+    plain = neighbours(fit_item_cf(clicks(users), 12, ItemCFOptions(normalise=False)), 12)
     for one, other in zip(found, plain, strict=True):
         total = sum(score for _, score in other)
         assert one == [(row, pytest.approx(score / total)) for row, score in other]
@@ -146,28 +147,30 @@ def test_normalised_the_neighbours_of_each_item_sum_to_one() -> None:
 def test_a_user_of_everything_and_an_item_of_everyone_do_not_end_the_job() -> None:
     """Without a bound, the one user alone would make 200 million pairs."""
     users = [list(range(20_000)), *([0, user] for user in range(1, 5_000))]
-    found = neighbours(ItemCF.fit(clicks(users), 20_000, engine=EngineOptions(memory_gb=0.5)), 5)
+    found = neighbours(fit_item_cf(clicks(users), 20_000, engine=EngineOptions(memory_gb=0.5)), 5)
     assert 0 < len(found[0]) <= 200
 
 
 def test_users_and_threads_in_any_number_and_order_give_the_same_bytes(tmp_path: Path) -> None:
     users = [np.random.default_rng(user).permutation(200)[:40].tolist() for user in range(300)]
-    ItemCF.fit(clicks(users), 200, engine=EngineOptions(threads=1)).save(tmp_path)
+    fit_item_cf(clicks(users), 200, engine=EngineOptions(threads=1)).save(tmp_path)
     one = (tmp_path / FILE).read_bytes()
-    ItemCF.fit(clicks(users[::-1]), 200, engine=EngineOptions(threads=4)).save(tmp_path)
+    fit_item_cf(clicks(users[::-1]), 200, engine=EngineOptions(threads=4)).save(tmp_path)
     assert (tmp_path / FILE).read_bytes() == one
 
 
-def same_on_spark(users: Lists, items: int, options: Options, spark: EngineOptions, folder: Path) -> bool:
+def same_on_spark(users: Lists, items: int, options: ItemCFOptions, spark: EngineOptions, folder: Path) -> bool:
     written = set()
     for engine in (EngineOptions(), spark):
-        ItemCF.fit(clicks(users), items, options, engine, folder).save(folder)
+        fit_item_cf(clicks(users), items, options, engine, folder).save(folder)
         written.add((folder / FILE).read_bytes())
     return len(written) == 1
 
 
-@pytest.mark.parametrize("options", [Options(), Options(interest="clicks", popularity=0.45, activity=0.7, items=30)])
-def test_spark_gives_the_same_bytes(tmp_path: Path, spark: EngineOptions, options: Options) -> None:
+@pytest.mark.parametrize(
+    "options", [ItemCFOptions(), ItemCFOptions(interest="clicks", popularity=0.45, activity=0.7, items=30)]
+)
+def test_spark_gives_the_same_bytes(tmp_path: Path, spark: EngineOptions, options: ItemCFOptions) -> None:
     users = [(np.random.default_rng(user).random(user % 50) ** 2 * 200).astype(int).tolist() for user in range(200)]
     assert same_on_spark(users, 200, options, spark, tmp_path)
 
@@ -176,11 +179,11 @@ def test_a_user_of_everything_and_an_item_of_everyone_give_the_same_bytes_on_spa
     tmp_path: Path, spark: EngineOptions
 ) -> None:
     users = [list(range(20_000)), *([0, user] for user in range(1, 2_000))]
-    assert same_on_spark(users, 20_000, Options(), spark, tmp_path)
+    assert same_on_spark(users, 20_000, ItemCFOptions(), spark, tmp_path)
 
 
 def test_no_clicks_at_all_give_no_neighbours(tmp_path: Path) -> None:
-    model = ItemCF.fit(clicks([[], []]), 3)
+    model = fit_item_cf(clicks([[], []]), 3)
     model.save(tmp_path)
-    for answer in (model, ItemCF.load(tmp_path)):
+    for answer in (model, ItemToItem.load("item_cf", tmp_path)):
         assert answer.retrieve(queries([[0], []]), 2).rows.tolist() == [[-1, -1]] * 2

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twotower.channels import retriever
+from twotower.channels import lists
 from twotower.channels.item_to_item import Answering, ItemToItem, Nearest
 from twotower.channels.retriever import Queries
 from twotower.features.columns import Bag, pointers
@@ -22,7 +22,7 @@ def queries(lists: Lists, exclude: Lists | None = None) -> Queries:
 def channel(answering: Answering, normalise: bool = False) -> ItemToItem:
     """0 is near 2 and 3, 1 is near 3, 2 is near 0; nothing is near 3."""
     nearest = Nearest(np.array([0, 0, 1, 2]), np.array([2, 3, 3, 0], np.int32), np.array([3.0, 1.0, 2.0, 8.0]))
-    return ItemToItem.of(nearest, 4, answering, normalise=normalise)
+    return ItemToItem.of("item_cf", nearest, 4, answering, normalise=normalise)
 
 
 def scores(channel: ItemToItem, clicks: list[int]) -> dict[int, float]:
@@ -59,7 +59,7 @@ def test_repeated_clicks_count_more_where_that_is_asked_for() -> None:
 def test_few_users_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = queries([[0, 1], [], [2], [3, 2, 1]], [[2], [], [], [0]])
     whole = channel(Answering(9, 0.3)).retrieve(asked, 3)
-    monkeypatch.setattr(retriever, "ENTRIES", 1)
+    monkeypatch.setattr(lists, "ENTRIES", 1)
     parts = channel(Answering(9, 0.3)).retrieve(asked, 3)
     np.testing.assert_array_equal(whole.rows, parts.rows)
     np.testing.assert_array_equal(whole.scores, parts.scores)
@@ -67,6 +67,6 @@ def test_few_users_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_how_it_answers_is_saved_too(tmp_path: Path) -> None:
     channel(Answering(2, 0.7, repeats=True)).save(tmp_path)
-    saved = ItemToItem.load(tmp_path)
+    saved = ItemToItem.load("item_cf", tmp_path)
     for clicks in ([0, 1, 2], [2, 2], []):
         assert scores(saved, clicks) == scores(channel(Answering(2, 0.7, repeats=True)), clicks)

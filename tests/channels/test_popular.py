@@ -5,6 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from twotower.channels.lists import WeighedLists
+from twotower.channels.options import PopularOptions
 from twotower.channels.popular import Popular
 from twotower.channels.queries import queries_of_users
 from twotower.channels.retriever import Queries
@@ -17,7 +19,7 @@ from twotower.schema.errors import ConfigError
 
 
 def test_items_stand_by_clicks_then_by_row_without_what_is_excluded_or_never_clicked() -> None:
-    model = Popular.fit(np.array([2, 0, 5, 2, 1]))
+    model = Popular.of_counts(np.array([2, 0, 5, 2, 1]))
     nobody = Bag(np.zeros(3, np.int64), np.zeros(0, np.int32))
     found = model.retrieve(Queries({}, nobody, Exclusions.of([[], [2, 3, 3, 99]])), 4)
     assert found.rows.tolist() == [[2, 0, 3, 4], [0, 4, -1, -1]]
@@ -26,7 +28,7 @@ def test_items_stand_by_clicks_then_by_row_without_what_is_excluded_or_never_cli
 
 def test_a_segment_has_its_own_list_and_then_the_wholes() -> None:
     lists = Bag(np.array([0, 4, 4, 4, 6, 7]), np.array([3, 0, 1, 2, 1, 0, 2], np.int32))
-    model = Popular(lists, np.array([9, 5, 4, 1, 4, 2, 1], np.float32), "country")
+    model = Popular(WeighedLists(lists, np.array([9, 5, 4, 1, 4, 2, 1], np.float32)), "country")
     nobody = Bag(np.zeros(4, np.int64), np.zeros(0, np.int32))
     queries = Queries({"country": np.array([2, 3, 0], np.int32)}, nobody, Exclusions.of([[0], [3], []]))
     found = model.retrieve(queries, 3)
@@ -69,35 +71,35 @@ def samples_of(folder: Path, untimed: bool = False) -> Samples:
 def test_popular_counts_a_window_and_segments(tmp_path: Path) -> None:
     samples = samples_of(tmp_path)
     rows = np.array([0, 2])
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
-    assert Popular.of(samples, None, None).retrieve(queries, 4).rows[0].tolist() == [2, 0, 1, -1]
-    recent = Popular.of(samples, 1.0, None).retrieve(queries, 4)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, rows)
+    assert Popular.fit(samples).retrieve(queries, 4).rows[0].tolist() == [2, 0, 1, -1]
+    recent = Popular.fit(samples, PopularOptions(window_days=1.0)).retrieve(queries, 4)
     assert recent.rows[0].tolist() == [1, 2, 0, -1]
     assert recent.scores[0, :3].tolist() == [2, 2, 1]
-    found = Popular.of(samples, 1.0, "country").retrieve(queries, 4)
+    found = Popular.fit(samples, PopularOptions(window_days=1.0, segment="country")).retrieve(queries, 4)
     assert found.rows.tolist() == [[1, 2, 0, -1], [2, 0, 1, -1]]
     assert found.scores[1, :3].tolist() == [2, 1, -1]
 
 
 def test_a_saved_channel_with_segments_answers_alike(tmp_path: Path) -> None:
     samples = samples_of(tmp_path)
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.arange(4), {}, None)
-    channel = Popular.of(samples, None, "country")
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.arange(4))
+    channel = Popular.fit(samples, PopularOptions(segment="country"))
     channel.save(tmp_path)
     np.testing.assert_array_equal(Popular.load(tmp_path).retrieve(queries, 3).rows, channel.retrieve(queries, 3).rows)
 
 
 def test_windows_without_time_and_segments_of_no_feature_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the events have none"):
-        Popular.of(samples_of(tmp_path / "untimed", untimed=True), 1.0, None)
+        Popular.fit(samples_of(tmp_path / "untimed", untimed=True), PopularOptions(window_days=1.0))
     with pytest.raises(ConfigError, match=r"segment = 'planet' is no .* there are country, user_id"):
-        Popular.of(samples_of(tmp_path / "timed"), None, "planet")
+        Popular.fit(samples_of(tmp_path / "timed"), PopularOptions(segment="planet"))
 
 
 def test_with_a_half_life_older_clicks_count_less(tmp_path: Path) -> None:
     samples = samples_of(tmp_path)
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([0]), {}, None)
-    found = Popular.of(samples, None, None, half_life_days=1.0).retrieve(queries, 3)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([0]))
+    found = Popular.fit(samples, PopularOptions(half_life_days=1.0)).retrieve(queries, 3)
     # Of the last day: item 11 twice, 12 twice, 10 once; 12 once more a day before, 10 two days before.
     assert found.rows[0].tolist() == [2, 1, 0]
     assert found.scores[0] == pytest.approx([2.5, 2.0, 1.25], abs=1e-3)
@@ -105,19 +107,19 @@ def test_with_a_half_life_older_clicks_count_less(tmp_path: Path) -> None:
 
 def test_a_half_life_without_time_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="half_life_days counts by time"):
-        Popular.of(samples_of(tmp_path, untimed=True), None, None, 1.0)
+        Popular.fit(samples_of(tmp_path, untimed=True), PopularOptions(half_life_days=1.0))
 
 
 def test_with_a_prior_a_segment_of_few_clicks_follows_the_whole(tmp_path: Path) -> None:
     samples = samples_of(tmp_path)
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([0, 2]), {}, None)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([0, 2]))
     # The whole: item 12 three times, 10 and 11 twice. Country a: 10 once, 11 twice; b: 12 three times, 10 once.
-    for channel in saved_too(Popular.of(samples, None, "country", prior=7.0), tmp_path):
+    for channel in saved_too(Popular.fit(samples, PopularOptions(segment="country", prior=7.0)), tmp_path):
         found = channel.retrieve(queries, 3)
         assert found.rows.tolist() == [[1, 0, 2], [2, 0, 1]]
         np.testing.assert_allclose(found.scores, [[4, 3, 3], [6, 3, 2]], rtol=1e-6)
         assert channel.retrieve(queries, 2).rows.tolist() == [[1, 0], [2, 0]]
-    strong = Popular.of(samples, None, "country", prior=700.0).retrieve(queries, 3)
+    strong = Popular.fit(samples, PopularOptions(segment="country", prior=700.0)).retrieve(queries, 3)
     assert strong.rows.tolist() == [[2, 1, 0], [2, 0, 1]]
 
 
@@ -129,4 +131,4 @@ def saved_too(channel: Popular, folder: Path) -> list[Popular]:
 
 def test_a_prior_without_a_segment_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prior = 3 is for the lists of segments"):
-        Popular.of(samples_of(tmp_path), None, None, prior=3)
+        Popular.fit(samples_of(tmp_path), PopularOptions(prior=3.0))

@@ -35,8 +35,7 @@ def test_users_bring_their_features_clicks_and_exclusions_and_an_unknown_one_bri
         users,
         CLICKS,
         np.array([2, -1, 0]),
-        {},
-        (pointers(np.array([1, 0, 2])), np.array([3, 0, 1], np.int32)),
+        exclude=Bag(pointers(np.array([1, 0, 2])), np.array([3, 0, 1], np.int32)),
     )
     assert len(found) == 3
     assert found.features["user_id"].tolist() == [4, 1, 2]  # type: ignore[union-attr]
@@ -51,6 +50,6 @@ def test_users_bring_their_features_clicks_and_exclusions_and_an_unknown_one_bri
 def test_a_context_is_taken_as_it_is_and_nothing_is_excluded_without_exclusions(features: FeatureSet) -> None:
     users = Entities(USERS.column("user_id").combine_chunks(), encode_table(features.user_columns, USERS))
     hour = np.array([3], np.int32)
-    found = queries_of_users(features, users, CLICKS, np.array([1]), {"hour": hour}, None)
+    found = queries_of_users(features, users, CLICKS, np.array([1]), context={"hour": hour})
     assert found.features["hour"] is hour
     assert len(found.exclude.rows) == 0

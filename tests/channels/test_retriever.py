@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.channels.retriever import Candidates, Queries, WithoutItems, similar_items, top_of_groups
+from twotower.channels.lists import top_of_groups
+from twotower.channels.retriever import Candidates, Queries, WithoutItems, similar_items
 from twotower.features.columns import Bag
 from twotower.index.protocol import Exclusions
 

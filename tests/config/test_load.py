@@ -56,7 +56,6 @@ kind = "faiss"
 [serve]
 port = 8000
 admin_port = 8001
-fusion = "rrf"
 exclude = "impressed"
 [stream]
 log = { kind = "local" }
@@ -129,6 +128,16 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(document: dict[str, Any]
     with pytest.raises(ConfigError) as error:
         parse(document)
     assert message in str(error.value)
+
+
+def test_users_are_held_out_where_a_file_has_an_update_section_and_recorded_settings_keep_that() -> None:
+    without, updated = parse({"train": {"epochs": 2}}), parse({"update": {}, "samples": {"seed": 3}})
+    assert (without.samples.held_out_users, updated.samples.held_out_users) == (0.0, 0.01)
+    assert parse({"update": {}, "samples": {"held_out_users": 0.2}}).samples.held_out_users == 0.2
+    assert parse({"update": {}}, ["samples.held_out_users=0"]).samples.held_out_users == 0.0
+    assert parse({}, ["update.seed=1"]).samples.held_out_users == 0.0
+    for settings in (without, updated):
+        assert parse(as_dict(settings)) == settings
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())

@@ -32,7 +32,5 @@ def test_every_key_says_what_it_does_and_has_a_default() -> None:
 def test_nested_keys_stand_under_their_dotted_names() -> None:
     page = reference()
     assert "| `negatives.easy.in_batch` | number, 0 to 1 | `1.0` | The other positives of the batch. |" in page
-    assert (
-        "| `first_day` | day, `YYYY-MM-DD` | absent | First day of positives; absent = the first of the log. |" in page
-    )
+    assert "| `last_day` | day, `YYYY-MM-DD` | absent | Last day of positives and of histories; " in page
     assert "| `size` | integer > 0 | must be given | Its length. |" in page

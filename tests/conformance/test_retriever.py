@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from twotower.channels.als import ALS, Options
-from twotower.channels.fit import Counted
-from twotower.channels.item_cf import ItemCF
+from twotower.channels.als import ALS
+from twotower.channels.fit import LOADERS, Counted
+from twotower.channels.item_cf import fit_item_cf
+from twotower.channels.options import ALSOptions, SameCategoryOptions
 from twotower.channels.popular import Popular
 from twotower.channels.queries import queries_of_users
 from twotower.channels.retriever import Candidates, Queries, Retriever, WithoutItems, similar_items
 from twotower.channels.same_category import SameCategory
-from twotower.channels.swing import Swing
+from twotower.channels.swing import fit_swing
 from twotower.channels.vector_channel import VectorChannel
 from twotower.features.columns import Bag
 from twotower.features.feature_set import FeatureSet
@@ -64,13 +65,13 @@ CHANNELS: dict[str, Callable[[Samples], Retriever]] = {
         "mind", samples, samples.features.with_interests(3, 3), TowerOptions("dnn", [8])
     ),
     "mf": lambda samples: vector_channel("mf", samples, samples.features.of_ids(), TowerOptions("none", [])),
-    "item_cf": lambda samples: ItemCF.fit(samples.clicks, len(samples.items)),
-    "swing": lambda samples: Swing.fit(samples.clicks, len(samples.items)),
-    "als": lambda samples: ALS.fit(samples.clicks, len(samples.items), Options(factors=8), 1, 0),
-    "same_category": lambda samples: SameCategory.fit(samples, ["category"], 20, 50),
-    "popular": lambda samples: Popular.fit(samples.item_positives),
-    "popular without some": lambda samples: WithoutItems(Popular.fit(samples.item_positives), odd(samples)),
-    "item_cf without some": lambda samples: WithoutItems(ItemCF.fit(samples.clicks, len(samples.items)), odd(samples)),
+    "item_cf": lambda samples: fit_item_cf(samples.clicks, len(samples.items)),
+    "swing": lambda samples: fit_swing(samples.clicks, len(samples.items)),
+    "als": lambda samples: ALS.fit(samples.clicks, len(samples.items), ALSOptions(factors=8), threads=1, seed=0),
+    "same_category": lambda samples: SameCategory.fit(samples, SameCategoryOptions(["category"], last=20, items=50)),
+    "popular": Popular.fit,
+    "popular without some": lambda samples: WithoutItems(Popular.fit(samples), odd(samples)),
+    "item_cf without some": lambda samples: WithoutItems(fit_item_cf(samples.clicks, len(samples.items)), odd(samples)),
 }
 
 
@@ -85,9 +86,9 @@ class Asked:
 
     def queries(self, user_rows: list[int], exclude_clicks: bool = True) -> Queries:
         clicks = self.samples.clicks
-        exclude = (clicks.indptr, clicks.item_row) if exclude_clicks else None
+        exclude = clicks.items if exclude_clicks else None
         rows = np.array(user_rows, np.int64)
-        return queries_of_users(self.samples.features, self.samples.users, clicks, rows, {}, exclude)
+        return queries_of_users(self.samples.features, self.samples.users, clicks, rows, exclude=exclude)
 
 
 @pytest.fixture(params=CHANNELS)
@@ -143,11 +144,10 @@ def test_a_user_of_whom_nothing_is_known_is_answered(asked: Asked) -> None:
 
 def test_a_user_who_is_offered_nothing_gets_padding(asked: Asked) -> None:
     everything = np.arange(len(asked.samples.items), dtype=np.int32)
-    whole = (np.arange(len(asked.samples.users) + 1) * len(everything), np.tile(everything, len(asked.samples.users)))
+    users = len(asked.samples.users)
+    whole = Bag(np.arange(users + 1) * len(everything), np.tile(everything, users))
     clicks = asked.samples.clicks
-    queries = queries_of_users(
-        asked.samples.features, asked.samples.users, clicks, np.array([0, 3]), {}, (whole[0].astype(np.int64), whole[1])
-    )
+    queries = queries_of_users(asked.samples.features, asked.samples.users, clicks, np.array([0, 3]), exclude=whole)
     assert asked.channel.retrieve(queries, 3).rows.tolist() == [[-1] * 3] * 2
 
 
@@ -192,7 +192,7 @@ def test_a_saved_channel_answers_alike_and_saves_the_same_bytes(name: str, sampl
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
     channel.save(tmp_path / "one")
-    loaded = type(channel).load(tmp_path / "one")
+    loaded = LOADERS[name](tmp_path / "one")
     queries = Asked(channel, samples).queries(list(range(60)))
     same(loaded.retrieve(queries, 20), channel.retrieve(queries, 20))
     loaded.save(tmp_path / "two")

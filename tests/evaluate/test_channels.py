@@ -9,6 +9,7 @@ import pytest
 from twotower.channels.retriever import Candidates, Queries
 from twotower.evaluate import channels as module
 from twotower.evaluate.channels import evaluate_channels
+from twotower.evaluate.options import EvaluateOptions
 from twotower.evaluate.page import markdown, plot
 from twotower.fusion.fuse import reciprocal_rank
 from twotower.samples.read import Samples
@@ -46,7 +47,8 @@ def report(samples: Samples, tmp_path: Path, write: Write) -> Callable[..., dict
         write(tmp_path / "holdout_cold.parquet", [(3, 0), (3, 1)], reason=[c.NEW_USER, c.NEW_USER])
         channels = {"a": Listed("a", A), "b": Listed("b", B)}
         fuse = lambda lists, k: reciprocal_rank(lists, k).candidates  # noqa: E731
-        return evaluate_channels(samples, tmp_path, channels, fuse, ks, depth, resamples=50)
+        options = EvaluateOptions(channels_k=list(ks), bootstrap=50)
+        return evaluate_channels(samples, tmp_path, channels, fuse, options, depth=depth)
 
     return reported
 

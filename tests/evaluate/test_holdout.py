@@ -1,18 +1,21 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.channels.item_cf import ItemCF
+from twotower.channels.item_cf import fit_item_cf
+from twotower.channels.options import PopularOptions
 from twotower.channels.popular import Popular
 from twotower.channels.retriever import Candidates, Queries
 from twotower.evaluate import holdout
 from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate, read_truth
+from twotower.evaluate.options import EvaluateOptions
 from twotower.features.fitted import Category
 from twotower.features.options import Categorical, Features
 from twotower.samples.build import build_samples
@@ -23,12 +26,16 @@ from twotower.schema.errors import DataError
 Write = Callable[..., None]
 
 
+def options(*k: int, **others: Any) -> EvaluateOptions:
+    return EvaluateOptions(k=list(k), **others)
+
+
 def test_channels_are_judged_on_the_same_users_without_what_they_clicked(
     samples: Samples, tmp_path: Path, write: Write
 ) -> None:
     write(tmp_path / "holdout.parquet", [(0, 2), (0, 3), (0, 3), (2, 1)])
-    channels = [ItemCF.fit(samples.clicks, 6), Popular.fit(samples.item_positives)]
-    result = evaluate(samples, tmp_path, channels, [1, 2], resamples=50)
+    channels = [fit_item_cf(samples.clicks, 6), Popular.fit(samples)]
+    result = evaluate(samples, tmp_path, channels, options(1, 2, bootstrap=50))
     # Popular: 0, 1, then 2 and 3 by row. User 0 has 0 and 1: sees 2, 3. User 2 has 0 and 3: sees 1, 2.
     assert (result["users"], result["channel"]) == (2, "item_cf")
     assert result["popular"]["recall@1"]["value"] == 0.75
@@ -46,7 +53,7 @@ def test_cold_users_and_items_are_judged_apart(
     reasons = [c.NEW_USER, c.NEW_USER, c.NEW_USER, c.NEW_ITEM]
     write(tmp_path / "holdout_cold.parquet", [(3, 0), (3, 3), (99, 1), (1, 5)], reason=reasons)
     with caplog.at_level(logging.WARNING):
-        result = evaluate(samples, tmp_path, [Popular.fit(samples.item_positives)], [2], resamples=10)
+        result = evaluate(samples, tmp_path, [Popular.fit(samples)], options(2, bootstrap=10))
     assert set(result["cold"]) == {c.NEW_USER, c.NEW_ITEM}
     assert result["cold"][c.NEW_USER]["users"] == 1
     assert result["cold"][c.NEW_USER]["popular"]["recall@2"]["value"] == 0.5
@@ -59,16 +66,16 @@ def test_cold_rows_that_are_all_unknown_do_not_end_the_evaluation(
 ) -> None:
     write(tmp_path / "holdout.parquet", [(0, 2)])
     write(tmp_path / "holdout_cold.parquet", [(99, 1)], reason=[c.NEW_USER])
-    assert evaluate(samples, tmp_path, [Popular.fit(samples.item_positives)], [2], 10)["cold"] == {}
+    assert evaluate(samples, tmp_path, [Popular.fit(samples)], options(2, bootstrap=10))["cold"] == {}
 
 
 def test_few_users_at_a_time_give_the_same(
     samples: Samples, tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "holdout.parquet", [(0, 2), (1, 3), (2, 1)])
-    whole = evaluate(samples, tmp_path, [Popular.fit(samples.item_positives)], [2], 10)
+    whole = evaluate(samples, tmp_path, [Popular.fit(samples)], options(2, bootstrap=10))
     monkeypatch.setattr(holdout, "BATCH", 2)
-    assert evaluate(samples, tmp_path, [Popular.fit(samples.item_positives)], [2], 10) == whole
+    assert evaluate(samples, tmp_path, [Popular.fit(samples)], options(2, bootstrap=10)) == whole
 
 
 def test_the_truth_is_distinct_pairs_by_user(samples: Samples, tmp_path: Path, write: Write) -> None:
@@ -91,16 +98,16 @@ def test_held_out_rows_that_are_later_than_now_are_counted_and_left_out(
 ) -> None:
     write(tmp_path / "holdout.parquet", [(0, 2), (1, 3), (2, 1)], ts_ms=[1_700_000_000_000, 3_900_000_000_000, None])
     with caplog.at_level(logging.WARNING):
-        result = evaluate(samples, tmp_path, [Popular.fit(samples.item_positives)], [2], 10)
+        result = evaluate(samples, tmp_path, [Popular.fit(samples)], options(2, bootstrap=10))
     assert (result["users"], result["dropped"]) == (2, {"beyond_now": 1})
     assert "holdout.parquet: 1 of 3 rows are later than now and left out" in caplog.text
 
 
 def test_a_cut_off_above_the_catalogue_judges_the_whole_of_it(samples: Samples, tmp_path: Path, write: Write) -> None:
     write(tmp_path / "holdout.parquet", [(0, 2), (0, 3), (2, 1)])
-    result = evaluate(samples, tmp_path, [ItemCF.fit(samples.clicks, 6)], [6, 2**31 - 1], 10)
+    result = evaluate(samples, tmp_path, [fit_item_cf(samples.clicks, 6)], options(6, 10**6, bootstrap=10))
     for metric in ("recall", "ndcg", "hit", "coverage", "pop_pct"):
-        assert result[f"{metric}@6"] == result[f"{metric}@{2**31 - 1}"]
+        assert result[f"{metric}@6"] == result[f"{metric}@{10**6}"]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +192,7 @@ def test_users_are_asked_in_the_context_of_their_first_held_out_impression(
         (44, 1, "search", c.CLICKED),
     )
     channel = Listening(scenes)
-    result = evaluate(scenes, tmp_path, [channel], [1], 10)
+    result = evaluate(scenes, tmp_path, [channel], options(1, bootstrap=10))
     assert channel.asked == [
         "search",
         "home",
@@ -195,16 +202,23 @@ def test_users_are_asked_in_the_context_of_their_first_held_out_impression(
     ]  # then the new user, and who has a new item
     assert result["context"] == {"features": ["scene"], "users": 3}
     other = Listening(scenes)
-    report = evaluate_channels(scenes, tmp_path, {"one": other}, lambda lists, k: lists["one"], [1], 1, 10)
+    report = evaluate_channels(
+        scenes,
+        tmp_path,
+        {"one": other},
+        lambda lists, k: lists["one"],
+        EvaluateOptions(channels_k=[1], bootstrap=10),
+        depth=1,
+    )
     assert (other.asked, report["context"]) == (channel.asked, result["context"])
 
 
 def test_a_channel_that_knows_the_scene_answers_by_it(scenes: Samples, tmp_path: Path, write: Write) -> None:
     write(tmp_path / "holdout.parquet", [(3, 2)])
     write_impressions(tmp_path, (3, 60, "search", c.IMPRESSED))
-    popular = Popular.of(scenes, None, "scene")
-    assert evaluate(scenes, tmp_path, [popular], [1], 10)["recall@1"]["value"] == 1
-    assert evaluate(scenes, tmp_path, [popular], [1], 10, context=False)["recall@1"]["value"] == 0
+    popular = Popular.fit(scenes, PopularOptions(segment="scene"))
+    assert evaluate(scenes, tmp_path, [popular], options(1, bootstrap=10))["recall@1"]["value"] == 1
+    assert evaluate(scenes, tmp_path, [popular], options(1, bootstrap=10, context=False))["recall@1"]["value"] == 0
 
 
 def test_whoever_has_no_held_out_impression_is_asked_without_a_context_and_counted(
@@ -213,7 +227,7 @@ def test_whoever_has_no_held_out_impression_is_asked_without_a_context_and_count
     write(tmp_path / "holdout.parquet", [(0, 2), (2, 1)])
     write_impressions(tmp_path, (2, 60, "search", c.IMPRESSED))
     channel = Listening(scenes)
-    result = evaluate(scenes, tmp_path, [channel], [1], 10)
+    result = evaluate(scenes, tmp_path, [channel], options(1, bootstrap=10))
     assert (channel.asked, result["context"]) == ([None, "search"], {"features": ["scene"], "users": 1})
     assert "1 of 2 users have no held-out impression: asked without a context" in caplog.text
 
@@ -223,13 +237,13 @@ def test_without_impressions_or_by_choice_requests_carry_no_context(
 ) -> None:
     write(tmp_path / "holdout.parquet", [(0, 2), (2, 1)])
     channel = Listening(scenes)
-    result = evaluate(scenes, tmp_path, [channel], [1], 10)
+    result = evaluate(scenes, tmp_path, [channel], options(1, bootstrap=10))
     assert (channel.asked, result["context"]) == ([None, None], {"features": [], "users": 0})
     assert "held-out users are asked without their context (scene)" in caplog.text
     write_impressions(tmp_path, (0, 60, "search", c.IMPRESSED), (2, 60, "search", c.IMPRESSED))
-    by_choice = evaluate(scenes, tmp_path, [channel], [1], 10, context=False)
+    by_choice = evaluate(scenes, tmp_path, [channel], options(1, bootstrap=10, context=False))
     assert (channel.asked[2:], by_choice) == ([None, None], result)
     table = pq.read_table(tmp_path / "holdout_impressions.parquet").drop_columns(["scene"])
     pq.write_table(table, tmp_path / "holdout_impressions.parquet")
     with pytest.raises(DataError, match="scene"):
-        evaluate(scenes, tmp_path, [channel], [1], 10)
+        evaluate(scenes, tmp_path, [channel], options(1, bootstrap=10))

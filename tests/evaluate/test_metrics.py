@@ -42,7 +42,7 @@ def test_a_table_by_hand() -> None:
     assert set(scored.values) == set(expected)
     for name, values in expected.items():
         np.testing.assert_allclose(scored.values[name], values, err_msg=name)
-    assert scored.whole == {"coverage@1": 2 / 4, "coverage@3": 4 / 4}
+    assert scored.whole == {"coverage@1": 2 / 4, "coverage@3": 3 / 4}
     figures = summarise(scored, 200, seed=0)
     assert figures["recall@3"].value == pytest.approx(1.25 / 3)
     # Every listed place counts once: user 0 has three of four.
@@ -63,7 +63,7 @@ def referee(ranked: list[list[int]], held_out: list[list[int]], positives: list[
         ideal = sum(1 / np.log2(place + 2) for place in range(min(k, len(truth))))
         totals["ndcg"] += sum(1 / np.log2(place + 2) for place in hits) / ideal
         percentiles += [sum(n <= positives[item] for n in known) / max(1, len(known)) for item in top]
-        seen |= set(top)
+        seen |= {item for item in top if positives[item] > 0}
     means = {f"{name}@{k}": total / len(ranked) for name, total in totals.items()}
     pop = float(np.mean(percentiles)) if percentiles else 0.0
     return means | {f"coverage@{k}": len(seen) / max(1, len(known)), f"pop_pct@{k}": pop}
@@ -84,6 +84,12 @@ def test_the_definitions_one_user_at_a_time_give_the_same(data: st.DataObject) -
     for k in ks:
         for name, value in referee(ranked, held_out, positives, k).items():
             assert figures[name].value == pytest.approx(value, abs=1e-12), name
+
+
+def test_coverage_is_a_share_where_lists_hold_items_without_a_training_positive() -> None:
+    """Histories reach further than positives, and with them the lists of channels that count clicks."""
+    scored = score_lists(padded([[0, 1, 2], [2, 3, 1]], 3), bag([[0], [3]]), np.array([2, 0, 1, 0]), [3])
+    assert scored.whole["coverage@3"] == 1.0
 
 
 def scored_at_random(recall: Any) -> Any:

@@ -109,7 +109,9 @@ def test_what_the_pre_ranker_keeps_is_counted_among_the_rankers_best(samples: Sa
 
     def share(one: float, other: float, kept: int) -> Any:
         rankers: Any = (ByRow(one), ByRow(other))
-        return kept_of_top(changed, np.arange(4), first_ones, *rankers, 40, kept, 10, 10, 0)
+        return kept_of_top(
+            changed, np.arange(4), first_ones, *rankers, retrieved=40, kept=kept, top=10, resamples=10, seed=0
+        )
 
     assert share(1, 1, 20)["share"]["value"] == 1
     assert share(-1, 1, 20)["share"]["value"] == 0

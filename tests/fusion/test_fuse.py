@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twotower.channels.retriever import Candidates
-from twotower.fusion.fuse import Fused, Fusion, quota, reciprocal_rank
+from twotower.fusion.fuse import Fused, Fusion, reciprocal_rank
 from twotower.schema.errors import ConfigError
 
 Lists = dict[str, list[list[int]]]
@@ -52,58 +52,32 @@ def test_reciprocal_rank_adds_weight_over_60_plus_rank(lists: Lists, weights: di
     check(reciprocal_rank({n: candidates(u) for n, u in lists.items()}, k, weights), lists, k, score)
 
 
-@given(lists_of_users, some_weights, st.integers(1, 20))
-def test_quota_takes_what_is_due_first(lists: Lists, weights: dict[str, float], k: int) -> None:
-    weights = {name: weight for name, weight in weights.items() if name in lists}
-
-    def score(user: int, row: int) -> float:
-        due = [
-            (brought[user].index(row) + 1) / weights.get(name, 1.0)
-            for name, brought in lists.items()
-            if row in brought[user]
-        ]
-        return -min(due)
-
-    check(quota({n: candidates(u) for n, u in lists.items()}, k, weights), lists, k, score)
-
-
-def test_quota_gives_places_in_proportion_and_those_of_a_short_channel_to_the_rest() -> None:
-    long, short = list(range(60)), list(range(100, 105))
-    fused = quota({"long": candidates([long]), "short": candidates([short])}, 40, {"long": 3.0, "short": 1.0})
-    rows = fused.candidates.rows[0]
-    assert (rows[:20] >= 100).sum() == 5
-    assert rows[20:].tolist() == list(range(15, 35))
-
-
 def test_an_item_keeps_all_its_channels() -> None:
     fused = reciprocal_rank({"a": candidates([[5, 6]]), "b": candidates([[7]]), "c": candidates([[6, 5]])}, 3)
     assert fused.candidates.rows.tolist() == [[5, 6, 7]]
     assert [fused.channels_of(0, place) for place in range(3)] == [["a", "c"], ["a", "c"], ["b"]]
 
 
-@pytest.mark.parametrize("fuse", [reciprocal_rank, quota])
-def test_lists_that_are_all_empty_give_padding(fuse: Callable[..., Fused]) -> None:
-    fused = fuse({"a": candidates([[], []]), "b": candidates([[], []])}, 2)
+def test_lists_that_are_all_empty_give_padding() -> None:
+    fused = reciprocal_rank({"a": candidates([[], []]), "b": candidates([[], []])}, 2)
     assert fused.candidates.rows.tolist() == [[-1, -1]] * 2
     assert np.isneginf(fused.candidates.scores).all()
     assert fused.channels_of(1, 0) == []
 
 
-@pytest.mark.parametrize("fuse", [reciprocal_rank, quota])
-def test_no_users_give_no_lists(fuse: Callable[..., Fused]) -> None:
+def test_no_users_give_no_lists() -> None:
     nobody = Candidates(np.zeros((0, 3), np.int64), np.zeros((0, 3), np.float32))
-    assert fuse({"a": nobody}, 2).candidates.rows.shape == (0, 2)
+    assert reciprocal_rank({"a": nobody}, 2).candidates.rows.shape == (0, 2)
 
 
-@pytest.mark.parametrize("fuse", [reciprocal_rank, quota])
-def test_what_cannot_be_fused_is_refused(fuse: Callable[..., Fused]) -> None:
+def test_what_cannot_be_fused_is_refused() -> None:
     one = {"a": candidates([[1]])}
-    with pytest.raises(ConfigError, match="no channel brought a list"):
-        fuse({}, 2)
+    with pytest.raises(ConfigError, match="no channel returned a list"):
+        reciprocal_rank({}, 2)
     with pytest.raises(ConfigError, match="weights for b, but the channels are a"):
-        fuse(one, 2, {"b": 1.0})
+        reciprocal_rank(one, 2, {"b": 1.0})
     with pytest.raises(ConfigError, match="a weight is at least 0 and finite"):
-        fuse(one, 2, {"a": -1.0})
+        reciprocal_rank(one, 2, {"a": -1.0})
 
 
 @given(lists_of_users, st.integers(1, 20))
@@ -117,17 +91,16 @@ def test_every_channel_may_have_its_own_constant(lists: Lists, k: int) -> None:
     check(reciprocal_rank({n: candidates(u) for n, u in lists.items()}, k, None, constants), lists, k, score)
 
 
-@pytest.mark.parametrize("method", ["rrf", "quota"])
-def test_a_channel_of_weight_0_only_fills_what_is_left_in_its_own_order(method: str) -> None:
+def test_a_channel_of_weight_0_only_fills_what_is_left_in_its_own_order() -> None:
     lists = {"long": candidates([[1, 2, 3], [5]]), "filler": candidates([[9, 2, 8, 7], [6, 5, 4, 3]])}
-    fused = Fusion(method, {"filler": 0.0}).fuse(lists, 5)
+    fused = Fusion({"filler": 0.0}).fuse(lists, 5)
     assert [set(row[:3]) for row in fused.candidates.rows.tolist()] == [{1, 2, 3}, {5, 6, 4}]
     assert fused.candidates.rows[:, 3:].tolist() == [[9, 8], [3, -1]]
     assert fused.channels_of(1, 0) == ["long", "filler"]
 
 
 def test_a_fusion_takes_the_weights_of_the_channels_that_answered() -> None:
-    fusion = Fusion("rrf", {"a": 3.0, "b": 1.0, "gone": 2.0}, {"gone": 5.0}, depth=100)
+    fusion = Fusion({"a": 3.0, "b": 1.0, "gone": 2.0}, {"gone": 5.0}, depth=100)
     lists = {"a": candidates([[1, 2]]), "b": candidates([[2, 3]])}
     same = reciprocal_rank(lists, 3, {"a": 3.0, "b": 1.0})
     assert fusion.fuse(lists, 3).candidates.rows.tolist() == same.candidates.rows.tolist()
@@ -152,7 +125,7 @@ def test_reserved_places_are_even_and_what_stands_early_enough_stays() -> None:
     near = Candidates(np.arange(40).reshape(1, 40), np.arange(40, 0, -1, dtype=np.float32).reshape(1, 40))
     new = Candidates(np.array([[1, 90, 91, 92, 93, -1]]), np.ones((1, 6), np.float32))
     lists = {"two_tower": near, "new_items": new}
-    fused = Fusion("rrf", {"new_items": 1e-6}, reserved={"new_items": 0.25}).fuse(lists, 16)
+    fused = Fusion({"new_items": 1e-6}, reserved={"new_items": 0.25}).fuse(lists, 16)
     rows = fused.candidates.rows[0].tolist()
     assert [rows.index(item) for item in (1, 90, 91, 92)] == [1, 7, 11, 15]
     assert 93 not in rows
@@ -167,7 +140,7 @@ def test_reserved_places_of_two_channels_and_of_a_short_one() -> None:
         return Candidates(np.array([rows]), np.ones((1, len(rows)), np.float32))
 
     lists = {"a": one(*range(20)), "b": one(50, 51, 52), "c": one(70, -1, -1)}
-    fusion = Fusion("quota", {"b": 0.0, "c": 0.0}, reserved={"b": 0.2, "c": 0.2})
+    fusion = Fusion({"b": 0.0, "c": 0.0}, reserved={"b": 0.2, "c": 0.2})
     rows = fusion.fuse(lists, 10).candidates.rows[0].tolist()
     assert sorted(set(rows) & {50, 51, 52, 70}) == [50, 51, 70]
     assert {rows.index(50), rows.index(70)} == {4, 5}

@@ -5,9 +5,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from twotower.channels.retriever import Candidates, Queries, Retriever
 from twotower.config import Settings
 from twotower.config.load import as_dict, parse
-from twotower.pipeline.line import open_served, publish_version
+from twotower.pipeline import line
+from twotower.pipeline.fuse import fuse
+from twotower.pipeline.line import evaluate_channels_of, fusion_of, open_served, publish_version
+from twotower.samples.read import Samples
+from twotower.schema.errors import ConfigError, DataError
 
 
 def options(settings: Settings, *more: str) -> list[str]:
@@ -21,7 +26,9 @@ def options(settings: Settings, *more: str) -> list[str]:
     return ["-c", str(text), *more]
 
 
-def test_weights_chosen_on_validation_are_published_and_every_way_to_ask_agrees(run, own_world: Settings) -> None:
+def test_weights_chosen_on_validation_are_published_and_every_way_to_ask_agrees(
+    run, own_world: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace = Path(own_world.workspace.path)
     kept = (workspace / "holdout.parquet").rename(workspace / "kept.parquet")  # nobody may look at it
     config = options(own_world)
@@ -39,9 +46,15 @@ def test_weights_chosen_on_validation_are_published_and_every_way_to_ask_agrees(
     kept.rename(workspace / "holdout.parquet")
     run("samples", *config)
     run("train", *config)
+    with monkeypatch.context() as without:
+        without.setattr(line, "can_plot", lambda: False)
+        files = run("evaluate", *config, "--channels")["files"]
+    assert [Path(file).suffix for file in files] == [".json", ".md"]
+    assert "pip install 'twotower[plots]'" in run.err
     report = run("evaluate", *config, "--channels")
+    assert [Path(file).suffix for file in report["files"]] == [".json", ".md", ".svg"]
     assert report["fusion"] == {
-        **{name: stored[name] for name in ("method", "weights", "constants", "depth")}, "reserved": {},
+        **{name: stored[name] for name in ("weights", "constants", "depth")}, "reserved": {},
     }  # fmt: skip
     assert report["ks"][:2] == [20, 50]
     assert all(Path(file).exists() for file in report["files"])
@@ -66,14 +79,14 @@ def test_weights_chosen_on_validation_are_published_and_every_way_to_ask_agrees(
 
 def test_the_configuration_goes_before_what_was_chosen(run, own_world: Settings) -> None:
     path = Path(own_world.workspace.path) / "fusion.json"
-    chosen = {"method": "quota", "weights": {"popular": 0.0}, "constants": {}, "depth": 7}
+    chosen = {"weights": {"popular": 0.0}, "constants": {}, "depth": 7}
     path.write_text(json.dumps({**chosen, "channels": own_world.models.channels}))
     publish_version(own_world, promoted=True)
     assert open_served(own_world).manifest["fusion"] == {**chosen, "reserved": {}}
     given = parse(as_dict(own_world), ["fusion.weights={ two_tower = 2 }", "fusion.depth=9"])
     publish_version(given, promoted=True)
     assert open_served(given).manifest["fusion"] == {
-        "method": "rrf", "weights": {"two_tower": 2.0}, "constants": {}, "depth": 9, "reserved": {},
+        "weights": {"two_tower": 2.0}, "constants": {}, "depth": 9, "reserved": {},
     }  # fmt: skip
 
 
@@ -82,9 +95,45 @@ def test_a_choice_among_other_channels_is_refused(run, own_world: Settings) -> N
     path.write_text(json.dumps({"channels": ["two_tower", "mf"]}))
     place = ["--set", f"workspace.path={json.dumps(own_world.workspace.path)}"]
     assert run("publish", *place, code=1) is None
-    assert "was chosen for two_tower, mf, and models.channels = " in run.err
+    assert "was chosen for two_tower, mf, and the channels are " in run.err
     assert run("publish", *place, "--set", "fusion.weights={ mv = 1 }", code=2) is None
     assert "fusion.weights.mv" in run.err
+
+
+class Rare:
+    """A channel as a user writes one: the least clicked items first, alike for everyone."""
+
+    name = "rare"
+
+    def __init__(self, samples: Samples) -> None:
+        self.order = np.argsort(samples.item_positives, kind="stable")
+
+    def retrieve(self, queries: Queries, k: int) -> Candidates:
+        rows = np.full((len(queries), k), -1, np.int64)
+        for user in range(len(queries)):
+            excluded = queries.exclude.rows[queries.exclude.indptr[user] : queries.exclude.indptr[user + 1]]
+            offered = self.order[~np.isin(self.order, excluded)][:k]
+            rows[user, : len(offered)] = offered
+        return Candidates(rows, np.where(rows >= 0, -np.arange(k, dtype=np.float32), np.float32(-np.inf)))
+
+
+def test_a_channel_of_ones_own_is_judged_fused_and_given_a_weight(own_world: Settings) -> None:
+    def own(samples: Samples) -> dict[str, Retriever]:
+        return {"rare": Rare(samples)}
+
+    settings = parse(as_dict(own_world), ["fusion.depth=100", "fusion.k=[20, 50]", "fusion.users=100"])
+    report = evaluate_channels_of(settings, own)
+    assert report["channels"] == [*settings.models.channels, "rare"]
+    assert report["recall"]["rare"].keys() == report["recall"]["fused"].keys()
+    assert "rare" in report["unique"]
+    chosen = fuse(settings, own)
+    assert set(chosen.weights) == {*settings.models.channels, "rare"}
+    assert chosen.weights["rare"] == 0  # nobody clicks these
+    with pytest.raises(DataError, match=r"was chosen for .*rare, and the channels are"):
+        fusion_of(settings)
+    assert fusion_of(settings, chosen.weights).weights == chosen.weights
+    with pytest.raises(ConfigError, match=r"popular: models\.channels has this name already"):
+        evaluate_channels_of(settings, lambda samples: {"popular": Rare(samples)})
 
 
 def test_one_channel_leaves_nothing_to_choose(run, own_world: Settings) -> None:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.config import Settings
-from twotower.features.bloom import is_untrained
+from twotower.features.bloom import is_held_out
 from twotower.pipeline import tune as module
 from twotower.pipeline.line import latest_checkpoint
 
@@ -41,7 +41,7 @@ def test_trials_choose_on_validation_and_the_best_trains_on_everything(run, own_
     settings = latest_checkpoint(own_world).manifest["settings"]["train"]
     assert settings["epochs"] == rows[0]["epochs"]
     events = pq.read_table(workspace / "events")
-    out = is_untrained(events["user_id"].combine_chunks(), own_world.samples.untrained_users)
+    out = is_held_out(events["user_id"].combine_chunks(), own_world.samples.held_out_users)
     clicked = [outcome == "clicked" for outcome in events["outcome"].to_pylist()]
     assert answer["rows"] == settings["epochs"] * (np.array(clicked) & ~out).sum()
 

@@ -6,10 +6,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.channels.item_cf import ItemCF
-from twotower.channels.item_cf import Options as ItemCFOptions
-from twotower.channels.swing import Options as SwingOptions
-from twotower.channels.swing import Swing
+from twotower.channels.item_cf import fit_item_cf
+from twotower.channels.options import ItemCFOptions, SwingOptions
+from twotower.channels.swing import fit_swing
 from twotower.config import Settings
 from twotower.config.load import as_dict, parse
 from twotower.pipeline.line import open_served, publish_version
@@ -31,8 +30,8 @@ def test_swing_and_item_cf_answer_as_configured(own_world: Settings, tmp_path: P
     size = len(samples.items)
     weighed = ItemCFOptions(neighbours=30, latest=5, interest="weight", activity=1.0)
     fitted = {
-        "swing": Swing.fit(samples.clicks, size, SwingOptions(neighbours=20, alpha=2.0, recency=0.5)),
-        "item_cf": ItemCF.fit(samples.clicks, size, weighed, positives=samples.positives),
+        "swing": fit_swing(samples.clicks, size, SwingOptions(neighbours=20, alpha=2.0, recency=0.5)),
+        "item_cf": fit_item_cf(samples.clicks, size, weighed, positives=samples.positives),
     }
     queries = version.queries(np.arange(100))
     for name, channel in fitted.items():

@@ -47,7 +47,7 @@ def side(request: pytest.FixtureRequest, world: Settings) -> Side:
 def asked(side: Side, user: int, clicks: list[int] | None = None) -> tuple[dict[str, Column], Bag]:
     """One user, with some other history if it is given; -1 = a stranger."""
     samples = side.samples
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([user]), {}, None)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.array([user]))
     history = queries.clicks if clicks is None else Bag(np.array([0, len(clicks)]), np.array(clicks, np.int32))
     return dict(queries.features), history
 

@@ -46,7 +46,7 @@ def as_bytes(column: Column) -> list[bytes]:
 
 def test_the_exported_user_tower_gives_the_vectors_of_the_trained_one(side: Side) -> None:
     rows = np.arange(len(side.samples.users))
-    queries = queries_of_users(side.samples.features, side.samples.users, side.samples.clicks, rows, {}, None)
+    queries = queries_of_users(side.samples.features, side.samples.users, side.samples.clicks, rows)
     exported = side.version.two_tower.user_vectors(queries)
     columns = dict(queries.features)
     history = side.samples.features.history

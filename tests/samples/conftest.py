@@ -8,6 +8,7 @@ import pytest
 
 from twotower.features.options import Features
 from twotower.samples.build import build_samples
+from twotower.samples.options import SamplesOptions
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 
@@ -52,10 +53,12 @@ def as_table(rows: Rows, types: Mapping[str, pa.DataType]) -> pa.Table:
 
 @pytest.fixture
 def build() -> Build:
-    """The samples of a workspace, beside its tables."""
+    """The samples of a workspace, beside its tables; options are those of a section or of the function."""
 
     def run(workspace: Path, features: Features | None = None, **options: Any) -> Samples:
-        build_samples(workspace, workspace / "samples", features or Features(), 8, **options)
+        own = {name: options.pop(name) for name in list(options) if name not in SamplesOptions.__dataclass_fields__}
+        section = SamplesOptions(**{"held_out_users": 0.0, **options})
+        build_samples(workspace, workspace / "samples", features or Features(), 8, section, **own)
         return open_samples(workspace / "samples")
 
     return run

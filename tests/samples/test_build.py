@@ -10,11 +10,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.features.bloom import is_untrained
+from twotower.features.bloom import is_held_out
 from twotower.features.columns import Bag
 from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Vector
-from twotower.samples import build as module
+from twotower.samples import build as job
+from twotower.samples import fitting
 from twotower.samples.build import SamplesReport, build_samples
+from twotower.samples.options import SamplesOptions
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
@@ -383,7 +385,7 @@ def test_a_context_column_may_be_absent_from_some_days_but_not_from_all(world: W
 def test_numbers_of_a_large_log_are_fitted_to_a_fair_sample(
     world: World, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FITTED_NUMBERS", 500)
+    monkeypatch.setattr(fitting, "_FITTED_NUMBERS", 500)
     rows = [event(seq, "u1", 10, seq, seq, price=float(seq % 10)) for seq in range(5000)]
     samples = build(world(USERS, ITEMS, {DAY1: rows}), Features(context={"price": Numeric("numeric")}))
     [price] = samples.features.context
@@ -444,7 +446,7 @@ def test_an_interrupted_build_leaves_the_old_samples_whole(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_write_clicks", interrupt)
+    monkeypatch.setattr(job, "write_clicks", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(workspace)
     assert check_listing(old.path, old.manifest["files"]) == []
@@ -500,7 +502,7 @@ REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
     (
         "a weight that is text",
         [{**GOOD, "weight": "5"}],
-        "events: column weight is of type string, where numbers are due",
+        "events: column weight is of type string, where numbers are expected",
     ),
 ]
 
@@ -525,8 +527,8 @@ def test_events_that_are_wrong_are_refused(
             "column request_ts_ms is of type timestamp[ms], where int64 millis",
         ),
         (c.CLICK_TS_MS, pa.float64(), "column click_ts_ms is of type double, where int64 milliseconds"),
-        (c.EVENT_SEQ, pa.string(), "column event_seq is of type string, where int64 are due"),
-        (c.OUTCOME, pa.int64(), "column outcome is of type int64, where strings are due"),
+        (c.EVENT_SEQ, pa.string(), "column event_seq is of type string, where int64 is expected"),
+        (c.OUTCOME, pa.int64(), "column outcome is of type int64, where strings are expected"),
     ],
 )
 def test_columns_of_another_type_are_refused(
@@ -645,18 +647,22 @@ def test_a_folder_without_samples_is_refused(tmp_path: Path, world: World, build
         open_samples(samples.path)
 
 
-def test_users_whom_nothing_is_trained_on_have_histories_and_no_positives(tmp_path: Path) -> None:
+def test_held_out_users_have_histories_and_no_positives_and_are_counted(tmp_path: Path) -> None:
     simulate_workspace(tmp_path / "world", WorldOptions(users=100, items=100, days=2, seed=3))
     features = Features(
         user={"user_id": Categorical(kind="categorical")}, item={"item_id": Categorical(kind="categorical")}
     )
     for share in (0.0, 0.3):
-        build_samples(tmp_path / "world", tmp_path / "samples", features, 8, untrained_users=share)
+        options = SamplesOptions(held_out_users=share)
+        report = build_samples(tmp_path / "world", tmp_path / "samples", features, 8, options)
         samples = open_samples(tmp_path / "samples")
-        out = is_untrained(samples.users.ids, share)
+        out = is_held_out(samples.users.ids, share)
         trained = np.isin(np.arange(len(samples.users)), samples.positives.user_row)
         assert not (out & trained).any()
         clicks = np.diff(samples.clicks.indptr)
         assert (clicks[out] > 0).any() == bool(share)
+        assert report.held_out == {"users": out.sum(), "clicks": clicks[out].sum()}
+        of_clicked = {"positive": report.positives} | ({"held_out": clicks[out].sum()} if share else {})
+        assert report.used["clicked"] == of_clicked
         known = samples.features.vocabularies["user_id"].values
         assert not pc.any(pc.is_in(known, samples.users.ids.filter(pa.array(out)))).as_py()

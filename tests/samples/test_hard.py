@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from twotower.features.bloom import is_held_out
 from twotower.features.options import Features
 from twotower.samples.build import build_samples
-from twotower.samples.options import HotOptions
+from twotower.samples.options import HotOptions, NegativesOptions, SamplesOptions
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
@@ -88,7 +89,13 @@ def test_no_more_than_asked_for_are_kept_of_a_request_and_they_are_chosen_by_the
     workspace = world(USERS, ITEMS, {DAY1: many})
     chosen = set()
     for seed in range(12):
-        report = build_samples(workspace, workspace / "samples", Features(), 8, hard_most=4, seed=seed)
+        report = build_samples(
+            workspace,
+            workspace / "samples",
+            Features(),
+            8,
+            SamplesOptions(seed=seed, negatives=NegativesOptions(hard_most=4)),
+        )
         assert report.used[c.RANK_REJECTED] == {"hard_negative": 4, "beyond_hard_most": 6}
         from twotower.samples.read import open_samples
 
@@ -102,8 +109,9 @@ def test_no_more_than_asked_for_are_kept_of_a_request_and_they_are_chosen_by_the
 
 def test_the_order_of_rows_changes_no_byte(world: World, build: Build) -> None:
     shuffled = [FUNNEL[place] for place in np.random.default_rng(0).permutation(len(FUNNEL))]
-    one = build(world(USERS, ITEMS, {DAY1: FUNNEL}, "one"), hard_most=2, hot=HotOptions("sqrt", 0.5))
-    other = build(world(USERS, ITEMS, {DAY1: shuffled}, "other"), hard_most=2, hot=HotOptions("sqrt", 0.5))
+    some = {"negatives": NegativesOptions(hard_most=2), "hot": HotOptions("sqrt", 0.5)}
+    one = build(world(USERS, ITEMS, {DAY1: FUNNEL}, "one"), **some)
+    other = build(world(USERS, ITEMS, {DAY1: shuffled}, "other"), **some)
     assert one.manifest["files"] == other.manifest["files"]
 
 
@@ -143,10 +151,21 @@ def test_shown_items_are_hard_negatives_only_where_they_are_forced_in(
     workspace = world(USERS, ITEMS, {DAY1: FUNNEL})
     assert c.IMPRESSED not in build(workspace).positives.hard
     assert not caplog.records
-    forced = build(workspace, impressed_as_negatives=True)
+    forced = build(workspace, negatives=NegativesOptions(impressed_as_negatives_for_experiments=True))
     assert hard(forced)[1, 10][c.IMPRESSED] == [11]
     assert "impressed_as_negatives_for_experiments says: it was good enough to be shown" in caplog.text
     assert forced.manifest["used"][c.IMPRESSED] == {"hard_negative": 1, "no_positive_in_its_request": 1}
+
+
+def test_a_held_out_user_has_no_weak_positives_either(world: World, build: Build) -> None:
+    """User 1 is held out by the hash of the id."""
+    shown = rows((1, 100, {c.CLICKED: [10], c.IMPRESSED: [11]}), (2, 100, {c.CLICKED: [11], c.IMPRESSED: [12]}))
+    samples = build(world(USERS, ITEMS, {DAY1: shown}), impressed_weight=0.25, held_out_users=0.5)
+    users, items = samples.users.ids.to_pylist(), samples.items.ids.to_pylist()
+    assert is_held_out(samples.users.ids, 0.5)[users.index(1)]
+    trained = zip(samples.positives.user_row, samples.positives.item_row, strict=True)
+    assert [(users[user], items[item]) for user, item in trained] == [(2, 11), (2, 12)]
+    assert len(samples.clicks.item_row) == 2
 
 
 def test_a_shown_item_is_a_weak_positive_with_its_weight_and_history(world: World, build: Build) -> None:

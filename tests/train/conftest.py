@@ -10,6 +10,7 @@ import pytest
 
 from twotower.features.options import Categorical, Features
 from twotower.samples.build import build_samples
+from twotower.samples.options import SamplesOptions
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 
@@ -56,7 +57,7 @@ def build_world(tmp_path: Path) -> BuildWorld:
             }
         )
         pq.write_table(table, folder / "events" / day / "0.parquet")
-        build_samples(folder, tmp_path / "samples", features, 8, weight="stars")
+        build_samples(folder, tmp_path / "samples", features, 8, SamplesOptions(held_out_users=0, weight="stars"))
         return open_samples(tmp_path / "samples")
 
     return build

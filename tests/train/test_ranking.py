@@ -14,6 +14,7 @@ from twotower.features.columns import Bag
 from twotower.features.options import Categorical, Features, Sequence
 from twotower.features.vocabulary import MISSING, UNKNOWN
 from twotower.samples.build import build_samples
+from twotower.samples.options import SamplesOptions
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
@@ -78,7 +79,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(workspace: Path) -> Samples:
-    build_samples(workspace, workspace / "samples", FEATURES, 8, impressions=True)
+    build_samples(workspace, workspace / "samples", FEATURES, 8, SamplesOptions(held_out_users=0), impressions=True)
     return open_samples(workspace / "samples")
 
 

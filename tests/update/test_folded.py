@@ -83,14 +83,10 @@ def copy(tmp_path: Path) -> Callable[[Settings, str], Settings]:
 
 
 @pytest.fixture
-def small(learning: Settings) -> Settings:
+def small(judged: Settings) -> Settings:
     """Deltas of ten rows, and many witnesses."""
-    gate = replace(learning.update.gate, window=25, least=5)
-    return replace(
-        learning,
-        update=replace(learning.update, rows=10, gate=gate),
-        samples=replace(learning.samples, untrained_users=0.2),
-    )
+    gate = replace(judged.update.gate, window=25, min_positives=5)
+    return replace(judged, update=replace(judged.update, rows_per_delta=10, gate=gate))
 
 
 def a_life(version: Version) -> list[list[Event]]:

@@ -12,15 +12,17 @@ from twotower.config import Settings, load
 from twotower.datasets.tables import end_of_day
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.events import item_deleted, item_event, user_deleted, user_event
-from twotower.pipeline import updating as module
+from twotower.pipeline import full as module
+from twotower.pipeline.full import Reached, update_full
 from twotower.pipeline.line import LATEST, open_served, run_line
 from twotower.pipeline.places import places
-from twotower.pipeline.updating import learn, update_full
+from twotower.pipeline.updating import learn
 from twotower.publish.publish import Listed, list_versions, roll_back
 from twotower.publish.version import read_manifest
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.clock import DAY_MS
+from twotower.schema.errors import ConfigError
 from twotower.schema.files import read_json
 from twotower.serve.snapshots import Snapshots
 from twotower.train.checkpoint import load_model, open_checkpoint
@@ -148,7 +150,7 @@ def test_what_came_after_the_day_is_replayed_before_the_switch(days, happen, cli
     assert (resumed.version, resumed.seq > old.seq) == (old.version, True)
 
 
-def test_a_version_that_fails_its_gate_is_not_promoted_and_the_chain_stays(days) -> None:
+def test_a_version_that_fails_its_gate_is_not_promoted_and_the_chain_stays(days, monkeypatch) -> None:
     where, first = places(days), open_served(days).id
     for late in names(days)[3:]:
         shutil.rmtree(where.events / f"date={late}")
@@ -156,14 +158,18 @@ def test_a_version_that_fails_its_gate_is_not_promoted_and_the_chain_stays(days)
     wild = replace(
         days,
         train=replace(days.train, learning_rate=1.0),
-        samples=replace(days.samples, untrained_users=0.5),
-        update=replace(days.update, gate=replace(days.update.gate, k=10, least=20, margin=0.0)),
+        samples=replace(days.samples, held_out_users=0.5),
+        update=replace(days.update, gate=replace(days.update.gate, k=10, min_positives=20, margin=0.0)),
     )
+    with pytest.raises(ConfigError, match=r"held_out_users is 0\.5 .* was trained with 0\.01"):
+        update_full(wild, dry_run=False)
+    monkeypatch.setattr(module, "check_held_out", lambda *_: None)
     report = update_full(wild, dry_run=False)
     full = read_json(where.checkpoints / LATEST)
     assert (report.refused, open_served(days).id) == ([0], first)
     assert full["checkpoints"] == before == full["full"][0]["checkpoints"]
-    assert "untrained users falls" in full["full"][0]["refused"][0]
+    assert "held-out users falls" in full["full"][0]["refused"][0]
+    assert report.reasons == full["full"][0]["refused"]
 
 
 def test_what_was_put_or_deleted_and_new_users_are_in_the_tables_of_the_next_version(days, happen) -> None:
@@ -246,7 +252,7 @@ def test_a_run_that_was_killed_behind_the_promotion_has_made_the_version_of_the_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_note", killed)
+        patched.setattr(module._FullChain, "note", killed)
         with pytest.raises(KeyboardInterrupt):
             update_full(days, dry_run=False)
     promoted = open_served(days).id
@@ -269,8 +275,8 @@ def test_the_rest_of_the_day_in_which_the_chain_began_is_due(tmp_path: Path, day
     assert due_days(tmp_path, tmp_path / "none", "2026-01-01", noon) == ["2026-01-01", "2026-01-02"]
     # the latest click on a request of that day came after midnight: the next day is due all the same
     assert due_days(tmp_path, tmp_path / "none", "2026-01-01", midnight + 60_000) == ["2026-01-02"]
-    learned = module._Learned("2026-01-01", midnight + 60_000)
-    assert [learned.of(day) for day in ("2026-01-01", "2026-01-02")] == [midnight + 60_000, 0]
+    reached = Reached("2026-01-01", midnight + 60_000)
+    assert [reached.learned_ms(day) for day in ("2026-01-01", "2026-01-02")] == [midnight + 60_000, 0]
     samples = open_samples(places(days).samples)
     day, times = names(days)[0], samples.positives.ts_ms
     rest = rows_of_day(samples, day, end_of_day(day) - DAY_MS // 2).positives.ts_ms

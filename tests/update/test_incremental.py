@@ -15,7 +15,7 @@ from twotower.channels.vector_channel import latest
 from twotower.cli.main import app
 from twotower.config import Settings, parse
 from twotower.datasets.tables import end_of_day
-from twotower.features.bloom import is_untrained
+from twotower.features.bloom import is_held_out
 from twotower.features.columns import take
 from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import FIRST, UNKNOWN
@@ -24,7 +24,7 @@ from twotower.logs.events import item_deleted, item_event, user_deleted
 from twotower.pipeline import updating
 from twotower.pipeline.line import open_served, run_line
 from twotower.pipeline.places import places
-from twotower.pipeline.updating import learn, open_as_served, open_chain
+from twotower.pipeline.updating import check_held_out, learn, open_as_served, open_chain
 from twotower.publish import overlay as overlay_module
 from twotower.publish.delta import Delta, base_digest, chain_folder, delta_folder, last_seq, read_delta, verify_chain
 from twotower.publish.manifest import digest
@@ -32,7 +32,7 @@ from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.publish.version import open_version
 from twotower.schema import columns as c
-from twotower.schema.errors import VersionError
+from twotower.schema.errors import ConfigError, VersionError
 from twotower.schema.files import folder_listing, read_json, write_json
 from twotower.serve.monitors import monitors
 from twotower.serve.request import Request, retrieve
@@ -40,9 +40,11 @@ from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import Recent
 from twotower.stream.shards import read_manifest, read_rows
 from twotower.update import chain as module
-from twotower.update.gate import SAMPLED_USERS, Limits, check_accumulators, lists_with
+from twotower.update import learn as learning_module
+from twotower.update.gate import SAMPLED_USERS, Gate, Recall, check_accumulators, lists_with, mean_cosine
 from twotower.update.incremental import _only_updater
-from twotower.update.learner import Touched
+from twotower.update.learner import Learner, Touched
+from twotower.update.options import GateOptions
 from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
@@ -98,6 +100,16 @@ def test_only_the_tables_that_are_named_move(learning, happen, clicks) -> None:
     [delta] = deltas(learning)
     assert set(delta.tables) == {c.USER_ID}
     assert len(delta.item_ids) == 0
+
+
+def test_a_deleted_item_is_no_reason_to_refuse_where_only_users_are_learned(learning, happen, clicks) -> None:
+    version = open_served(learning)
+    item, before = version.item_ids[50].as_py(), version.watermark_ms + 1
+    happen(learning, [item_deleted("d", before, item), *clicks(learning, 30)])
+    report = run(replace(learning, update=replace(learning.update, tables=["user_id"])))
+    assert (report.refused, report.reasons) == ([], [])
+    [delta] = deltas(learning)
+    assert delta.new_ids[c.ITEM_ID].to_pydict() == {"id": [item], "row": [UNKNOWN]}
 
 
 def test_negatives_move_away_where_that_is_configured_and_only_their_ids_do(learning, happen, clicks) -> None:
@@ -280,18 +292,35 @@ def test_one_updater_at_a_time(learning, happen, clicks) -> None:
     assert run(learning).seq == 1
 
 
-def test_users_whom_nothing_is_trained_on_are_witnesses(learning, happen, clicks) -> None:
-    version = open_served(learning)
-    settings = replace(learning, samples=replace(learning.samples, untrained_users=0.5))
-    out = is_untrained(version.users.ids, 0.5)
-    happen(settings, clicks(settings, 90))
-    run(settings)
-    [delta] = deltas(settings)
-    assert delta.report["untrained"] + delta.report["positives"] == 90
+def test_held_out_users_are_witnesses_and_are_not_trained(judged, happen, clicks) -> None:
+    version = open_served(judged)
+    out = is_held_out(version.users.ids, 0.2)
+    happen(judged, clicks(judged, 90))
+    run(judged)
+    [delta] = deltas(judged)
+    assert delta.report["held_out"] + delta.report["positives"] == 90
     moved = set(delta.tables[c.USER_ID].rows.tolist())
     tokens = version.features.vocabularies[c.USER_ID].rows(version.users.ids)
     assert not moved & set(tokens[out].tolist()) - {UNKNOWN}
-    assert len(delta.state["window"]) == delta.report["untrained"] > 20
+    assert len(delta.state["window"]) == delta.report["held_out"] > 10
+
+
+def test_a_share_of_held_out_users_that_was_not_trained_with_is_refused(judged, learning, happen, clicks) -> None:
+    happen(judged, clicks(judged, 10))
+    for share in (0.0, 0.5):
+        changed = replace(judged, samples=replace(judged.samples, held_out_users=share))
+        with pytest.raises(ConfigError, match=f"held_out_users is {share:g} .* was trained with 0.2"):
+            run(changed)
+    assert run(judged).rows == 10
+
+
+def test_without_held_out_users_the_update_says_that_recall_is_not_judged(judged, monkeypatch, caplog) -> None:
+    version = open_served(judged)
+    configuration = {**version.manifest["configuration"], "samples": {"held_out_users": 0.0}}
+    version = replace(version, manifest={**version.manifest, "configuration": configuration})
+    check_held_out(replace(judged, samples=replace(judged.samples, held_out_users=0.0)), version)
+    assert "the gate does not judge the recall" in caplog.text
+    assert "bootstrap again with `twotower run`" in caplog.text
 
 
 def test_a_delta_that_fails_the_gate_is_refused_and_learning_goes_on(learning, happen, clicks) -> None:
@@ -314,16 +343,19 @@ def test_a_delta_that_fails_the_gate_is_refused_and_learning_goes_on(learning, h
     assert [refusal.delta_seq for refusal in served.gated] == [2]
 
 
-def test_a_loss_of_recall_on_the_untrained_users_is_a_problem_beyond_the_margin(learning) -> None:
+def test_a_loss_of_recall_on_the_held_out_users_is_a_problem_beyond_the_margin(learning) -> None:
     where = places(learning)
     chain = open_chain(learning, open_served(learning).path, None)
     width = chain.version.item_vectors.shape[1]
     nothing = pa.array([], chain.version.item_ids.type)
     delta = Delta(chain.version.id, 1, None, {}, {}, nothing, np.zeros((0, width), np.float32), {})
-    assert chain._problems(delta, Touched(), 0.30, 0.29) == []
-    assert chain._problems(delta, Touched(), None, None) == []
-    [problem] = chain._problems(delta, Touched(), 0.30, 0.27)
-    assert problem == "recall@50 of the untrained users falls from 0.3000 to 0.2700"
+    learner = chain.state.learner
+    gate = Gate(chain.version, learner.model, learning.update.gate)
+    touched = Touched(learner.recent)
+    assert gate.check(delta, touched, learner.vectors, Recall(0.30, 0.29)) == []
+    assert gate.check(delta, touched, learner.vectors, Recall(None, None)) == []
+    [problem] = gate.check(delta, touched, learner.vectors, Recall(0.30, 0.27))
+    assert problem == "recall@50 of the held-out users falls from 0.3000 to 0.2700"
     assert not where.deltas.exists()
 
 
@@ -443,7 +475,7 @@ def test_histories_are_read_where_the_item_tower_has_no_ids(tmp_path: Path, happ
     plan = chain.plan()
     assert plan is not None
     [(name, (first, end))] = [(name, ends) for name, ends in plan.shards.items()][:1]
-    encoded = chain._encoded(read_rows(places(settings).shards, int(name), first, end - first))
+    encoded = chain.state.encode(read_rows(places(settings).shards, int(name), first, end - first))
     clicked_before = version.queries_of(encoded.user_ids).clicks
     expected = latest(clicked_before, version.two_tower.item_tokens, version.features.history.last)
     assert expected.rows.any()
@@ -515,15 +547,15 @@ def test_an_item_that_is_pushed_is_held_back_and_rises_no_further_than_others(le
 
 def test_an_item_that_rises_further_than_its_users_explain_is_left_out_of_its_delta(learning, happen, clicks) -> None:
     bounds = replace(learning.update.bounds, pair=1000, user=1000, item=1000)
-    gate = replace(learning.update.gate, most_rise=0.1)
-    loose = replace(learning, update=replace(learning.update, bounds=bounds, gate=gate, rows=2000))
+    gate = replace(learning.update.gate, max_rise=0.1)
+    loose = replace(learning, update=replace(learning.update, bounds=bounds, gate=gate, rows_per_delta=2000))
     version = open_served(loose)
     rows = np.argsort(np.bincount(version.clicks.item_row, minlength=version.items.base), kind="stable")
     pushed, begin = version.item_ids[int(rows[0])].as_py(), (version.watermark_ms // 3_600_000 + 1) * 3_600_000
     users = version.users.ids.to_pylist()
     pushes = [Event(f"e{n}", "click", users[n % len(users)], begin + n, body={"item_id": pushed}) for n in range(900)]
     happen(loose, pushes)
-    without = replace(loose, update=replace(loose.update, gate=replace(loose.update.gate, most_rise=1000.0)))
+    without = replace(loose, update=replace(loose.update, gate=replace(loose.update.gate, max_rise=1000.0)))
     shutil.copytree(loose.workspace.path, Path(loose.workspace.path).with_name("without"))
     place = str(Path(loose.workspace.path).with_name("without"))
     without = replace(without, workspace=replace(without.workspace, path=place))
@@ -547,14 +579,16 @@ def alike_items(version, count: int) -> list[Event]:
 
 
 def test_alike_items_that_are_put_are_no_collapse_of_what_was_learned(learning, happen, clicks) -> None:
-    gate = replace(learning.update.gate, most_alike=0.02)
+    gate = replace(learning.update.gate, max_mean_cosine_rise=0.02)
     learning = replace(learning, update=replace(learning.update, gate=gate))
     happen(learning, [*alike_items(open_served(learning), 800), *clicks(learning, 40)])
     report = run(learning)
     assert (report.refused, report.set_aside) == ([], [])
     assert deltas(learning)[0].report["positives"] > 0
     chain = open_chain(learning, open_served(learning).path, None)
-    assert module.alikeness(chain.item_vectors) - chain._base_alike > learning.update.gate.most_alike
+    base = np.asarray(chain.version.item_vectors)
+    rise = mean_cosine(chain.state.learner.vectors) - mean_cosine(base)
+    assert rise > learning.update.gate.max_mean_cosine_rise
 
 
 def test_a_refused_delta_is_followed_by_the_next_one_though_the_gate_would_refuse_it_empty(
@@ -562,7 +596,7 @@ def test_a_refused_delta_is_followed_by_the_next_one_though_the_gate_would_refus
 ) -> None:
     happen(learning, [*alike_items(open_served(learning), 3), *clicks(learning, 40)])
     with monkeypatch.context() as patched:
-        patched.setattr(module, "check_served", lambda *_: ["golden queries: another answer"])
+        patched.setattr(learning_module, "check_served", lambda *_: ["golden queries: another answer"])
         report = run(learning)
     assert (report.seq, report.refused, report.reasons) == (1, [1], ["golden queries: another answer"])
     happen(learning, clicks(learning, 40, seed=1))
@@ -582,7 +616,7 @@ def test_an_error_while_a_delta_is_learned_refuses_it_and_the_chain_goes_on(
 
     happen(learning, clicks(learning, 40))
     with monkeypatch.context() as patched:
-        patched.setattr(module.Learner, "step", fails)
+        patched.setattr(Learner, "step", fails)
         report = run(learning)
     assert report.refused == [1]
     assert report.reasons == [f"it cannot be learned: {error!r}"]
@@ -616,11 +650,12 @@ def test_a_damaged_shard_is_set_aside_and_the_others_are_learned(learning, happe
     for seed in range(3):
         happen(learning, clicks(learning, 20, seed=seed))
     [partition] = [path for path in places(learning).shards.iterdir() if any(path.glob("*.tfrecord"))][:1]
-    damaged = sorted(path for path in partition.glob("*.tfrecord") if path.stat().st_size)[0]
+    damaged = sorted(path for path in partition.glob("*.positives.tfrecord") if path.stat().st_size)[0]
     content = damaged.read_bytes()
-    lost = json.loads(damaged.with_suffix(".json").read_text())["rows"]
+    manifest = damaged.with_name(f"{damaged.name.split('.')[0]}.json")
+    lost = json.loads(manifest.read_text())["rows"]
     if damage == "manifest":
-        damaged.with_suffix(".json").write_text("{")
+        manifest.write_text("{")
         read_manifest.cache_clear()  # as in a new process
     elif damage == "gone":
         damaged.unlink()
@@ -665,7 +700,7 @@ def test_rows_of_another_shape_and_wild_weights_are_left_out_and_counted(learnin
 
 
 def test_an_accumulator_without_bounds_is_refused_and_one_in_a_chain_is_repaired(learning, happen, clicks) -> None:
-    assert check_accumulators("t", np.array([1e7], np.float32), 1.0, Limits()) == [
+    assert check_accumulators("t", np.array([1e7], np.float32), 1.0, GateOptions()) == [
         "t: an accumulator is 1e+07, the version's largest is 1"
     ]
     happen(learning, clicks(learning, 40))
@@ -680,7 +715,7 @@ def test_an_accumulator_without_bounds_is_refused_and_one_in_a_chain_is_repaired
     write_json(folder / "manifest.json", {**manifest, "digest": digest(manifest)})
     chain = open_chain(learning, open_served(learning).path, None)
     assert chain.repaired == 1
-    assert all(np.isfinite(table.accumulator).all() for table in chain._learner.model.tables.values())
+    assert all(np.isfinite(table.accumulator).all() for table in chain.state.learner.model.tables.values())
 
 
 def test_an_item_that_the_version_was_trained_on_keeps_its_row_though_it_was_put_again_before(learning, happen, clicks):
@@ -694,8 +729,8 @@ def test_an_item_that_the_version_was_trained_on_keeps_its_row_though_it_was_put
     [delta] = deltas(learning)
     assert item not in {one for ids in delta.new_ids.values() for one in ids.column("id").to_pylist()}
     chain = open_chain(learning, version.path, None)
-    assert chain._learner.item_tokens[row] == version.features.vocabularies[c.ITEM_ID].rows(version.item_ids)[row]
-    assert chain._learner.clicks[row] > 0
+    assert chain.state.learner.item_tokens[row] == version.features.vocabularies[c.ITEM_ID].rows(version.item_ids)[row]
+    assert chain.state.learner.clicks[row] > 0
 
 
 def test_a_damaged_delta_is_told_by_verify_and_the_chain_without_it_is_learned_anew(learning, happen, clicks) -> None:
@@ -747,10 +782,10 @@ def test_a_click_before_the_deletion_of_an_item_is_not_learned_by_the_one_that_h
     assert (first.report["before_deletion"], first.report["positives"]) == (10, 4)
     assert set(first.state["recent"]) == {item}
     chain = open_chain(learning, version.path, None)
-    assert chain._learner.clicks[row] == 0
+    assert chain.state.learner.clicks[row] == 0
     old = int(version.features.vocabularies[c.ITEM_ID].rows(version.item_ids)[row])
-    assert int(chain._learner.item_tokens[row]) not in (old, UNKNOWN)
-    assert snapshots(learning).version.two_tower.item_tokens[row] == chain._learner.item_tokens[row]
+    assert int(chain.state.learner.item_tokens[row]) not in (old, UNKNOWN)
+    assert snapshots(learning).version.two_tower.item_tokens[row] == chain.state.learner.item_tokens[row]
     # what is said of it later frees its embedding no second time
     happen(learning, [item_event("q", begin + 900, item, attributes, None)])
     run(learning)

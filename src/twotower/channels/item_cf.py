@@ -2,126 +2,73 @@
 
 Similarity of a clicked item i to a candidate j: the sum over the users u of both of w_u l_ui l_uj, over
 n_i^(1 - popularity) n_j^popularity. Here l is the user's interest in an item, n_i the sum of l_ui^2 over the users of i
-(with an interest of 1 their number), and w_u = 1 / (items of u)^activity, because a click of someone who clicks
+(with an interest of 1 their number), and w_u = 1 / (items of u)^activity, because a click of a user who clicks
 everything says little (Breese et al. 1998). popularity = 0.5 is the damped cosine; below it popular items come more
 often, above it less.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import ibis
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from ibis import _
 
 from twotower.channels.item_to_item import Answering, ItemToItem, Nearest
-from twotower.channels.retriever import Candidates, Queries
+from twotower.channels.options import ItemCFOptions
 from twotower.samples.engine import open_engine
 from twotower.samples.options import EngineOptions
 from twotower.samples.read import Clicks, Positives
 from twotower.schema.files import TEMPORARY
 
+ITEM_CF = "item_cf"
+
 _UNITS = 2.0**30
-"""Of the weights that are added; whole numbers, so that a sum does not depend on the order in which an engine adds."""
+"""Unit of the weights that are added: whole numbers, so that a sum does not depend on the order of addition."""
 _DEGREES = 2.0**20
-"""Of an interest other than 1."""
+"""Unit of an interest other than 1."""
 _DAMPING = 2.0**30
-"""Of an item's share in the denominator: engines differ in the last bit of a power, not in the rounded one. Whatever is
-divided is cast to float64: Spark takes 1024.0 for a decimal, and would divide whole numbers by it as decimals."""
+"""Unit of an item's share in the denominator: engines differ in the last bit of a power, not after rounding. Operands
+of a division are cast to float64, because Spark takes 1024.0 for a decimal and would divide by it as decimals."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is near, and how it is asked."""
-
-    neighbours: int = 200
-    """Neighbours kept of each item."""
-    latest: int = 200
-    """Clicks of a user that are looked up."""
-    items: int = 500
-    """Distinct items of a user that count, the latest: pairs grow with the square, a crawler must not end a job."""
-    popularity: float = 0.3
-    """Exponent of the candidate's users; that of the clicked item's is the rest to 1."""
-    activity: float = 0.5
-    """Exponent of the number of a user's items."""
-    interest: Literal["clicked", "clicks", "weight"] = "clicked"
-    """1 for a clicked item; 1 + ln of the number of clicks; or the sum of the weights of the training rows."""
-    recency: float = 0.0
-    """See `Answering`."""
-    normalise: bool = True
-    """See `ItemToItem.of`."""
-
-
-class ItemCF:
-    """The channel: the nearest items of each item, and how they are summed.
+def fit_item_cf(
+    clicks: Clicks,
+    items: int,
+    options: ItemCFOptions = ItemCFOptions(),  # noqa: B008  frozen
+    engine: EngineOptions = EngineOptions(),  # noqa: B008
+    scratch: Path | None = None,
+    *,
+    positives: Positives | None = None,
+) -> ItemToItem:
+    """The channel: the nearest items of each from all users' clicks, computed out of core.
 
     Args:
-        lists: the nearest items, and what answers from them.
+        clicks: every user's clicks.
+        items: N, size of the catalogue.
+        options: of the similarities and of the answers.
+        engine: what runs the job; every engine gives the same bytes.
+        scratch: folder below which the engine keeps what does not fit in memory; None = the system's.
+        positives: the training rows, counted in the place of the clicks if the interest is their weight.
     """
-
-    name = "item_cf"
-
-    def __init__(self, lists: ItemToItem) -> None:
-        self._lists = lists
-
-    @classmethod
-    def fit(
-        cls,
-        clicks: Clicks,
-        items: int,
-        options: Options = Options(),
-        engine: EngineOptions = EngineOptions(),  # noqa: B008  frozen
-        scratch: Path | None = None,
-        positives: Positives | None = None,
-    ) -> "ItemCF":
-        """Compute the nearest items of each from all users' clicks, out of core.
-
-        Args:
-            clicks: every user's clicks.
-            items: N, size of the catalogue.
-            options: what is near, and how it is asked.
-            engine: what runs the job; every engine gives the same bytes.
-            scratch: folder below which the engine keeps what does not fit in memory; None = the system's.
-            positives: the training rows, counted in the place of the clicks if the interest is their weight.
-        """
-        if options.interest == "weight":
-            assert positives is not None
-            rows = {"user": positives.user_row, "item": positives.item_row, "weight": positives.weight}
-        else:
-            users = np.repeat(np.arange(len(clicks.indptr) - 1, dtype=np.int32), np.diff(clicks.indptr))
-            rows = {"user": users, "item": clicks.item_row}
-        table = pa.table({**rows, "place": np.arange(len(rows["user"]), dtype=np.int64)})
-        folder = TemporaryDirectory(prefix=TEMPORARY, dir=scratch)
-        with folder as spill, open_engine(engine, Path(spill)) as opened:
-            edges = opened.keep("edges", _edges(opened.put("clicks", table), options))
-            pairs = opened.keep("pairs", _pairs(edges, options))
-            nearest = Nearest.of(opened.batches(_nearest(pairs, edges, options)))
-        answering = Answering(options.latest, options.recency, repeats=options.interest == "clicks")
-        return cls(ItemToItem.of(nearest, items, answering, normalise=options.normalise))
-
-    @classmethod
-    def load(cls, folder: Path) -> "ItemCF":
-        """Read what `save` wrote, memory-mapped."""
-        return cls(ItemToItem.load(folder))
-
-    def save(self, folder: Path) -> None:
-        """Write all that answering needs into a folder."""
-        self._lists.save(folder)
-
-    def retrieve(self, queries: Queries, k: int) -> Candidates:
-        """See `Retriever.retrieve`."""
-        return self._lists.retrieve(queries, k)
-
-    def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
-        """See `SimilarItems.similar`: the stored neighbours."""
-        return self._lists.similar(rows, k)
+    if options.interest == "weight":
+        assert positives is not None
+        rows = {"user": positives.user_row, "item": positives.item_row, "weight": positives.weight}
+    else:
+        rows = {"user": clicks.owners.astype(np.int32), "item": clicks.item_row}
+    table = pa.table({**rows, "place": np.arange(len(rows["user"]), dtype=np.int64)})
+    folder = TemporaryDirectory(prefix=TEMPORARY, dir=scratch)
+    with folder as spill, open_engine(engine, Path(spill)) as opened:
+        edges = opened.keep("edges", _edges(opened.put("clicks", table), options))
+        pairs = opened.keep("pairs", _pairs(edges, options))
+        nearest = Nearest.of(opened.batches(_nearest(pairs, edges, options)))
+    answering = Answering(options.latest, options.recency, repeats=options.interest == "clicks")
+    return ItemToItem.of(ITEM_CF, nearest, items, answering, normalise=options.normalise)
 
 
-def _edges(clicks: Any, options: Options) -> Any:
+def _edges(clicks: Any, options: ItemCFOptions) -> Any:
     """Distinct (user, item) with the user's weight in units of 1 / _UNITS, and the interest in those of 1 / _DEGREES.
 
     Of a user of very many items, the latest are kept.
@@ -142,7 +89,7 @@ def _edges(clicks: Any, options: Options) -> Any:
     return counted.select("user", "item", "degree", weight=weight.cast("int64"))
 
 
-def _pairs(edges: Any, options: Options) -> Any:
+def _pairs(edges: Any, options: ItemCFOptions) -> Any:
     """Pairs of different items of a user, once each, with the weights of the users of both."""
     other = edges.view()
     weight = edges.weight
@@ -160,7 +107,7 @@ def _pairs(edges: Any, options: Options) -> Any:
     )
 
 
-def _nearest(pairs: Any, edges: Any, options: Options) -> Any:
+def _nearest(pairs: Any, edges: Any, options: ItemCFOptions) -> Any:
     """For each item its most similar others: item, neighbour, similarity; best first, ties by row."""
     degree = _.degree.cast("float64") / _DEGREES
     users = (degree * degree * _UNITS).round().cast("int64").sum().cast("float64") / _UNITS

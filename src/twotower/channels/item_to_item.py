@@ -1,17 +1,19 @@
-"""Answering from two tables: the user's latest clicks, and the nearest items of each item.
+"""Candidates from two tables: the user's latest clicks, and the nearest items of each item.
 
-What `item_cf` and `swing` share: they differ in what makes two items near. N items, B users.
+`item_cf` and `swing` share this code; they differ in how similar two items are. N items, B users.
 """
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from twotower.channels.retriever import Candidates, Queries, top_of_groups, top_sums
+from twotower.channels.lists import LookUps, WeighedLists, latest_clicks, owners, top_of_groups, top_sums
+from twotower.channels.retriever import Candidates, Queries
 from twotower.features.columns import Bag, pointers, ranges
 from twotower.samples.columns_file import map_columns, write_table
 from twotower.schema.files import read_json, write_json
@@ -25,11 +27,11 @@ class Answering:
     """How clicks become candidates."""
 
     latest: int
-    """A user's latest clicks that are looked up."""
+    """This many latest clicks of a user are looked up."""
     recency: float
-    """A click that c later ones followed counts (1 + c)^-recency."""
+    """A click followed by c later ones counts (1 + c)^-recency."""
     repeats: bool = False
-    """An item that was clicked c times among them counts 1 + ln c times; otherwise once."""
+    """An item that occurs c times among them counts 1 + ln c times; otherwise once."""
 
 
 @dataclass(frozen=True)
@@ -58,74 +60,66 @@ class ItemToItem:
     """Two tables: user -> latest clicks (the query's), item -> nearest items. A score is the sum of similarities.
 
     Args:
-        neighbours: the nearest items of each item, best first (N bags of catalogue rows).
-        similarity: (nnz,) float32.
+        name: of the channel, `item_cf` or `swing`.
+        nearest: the nearest items of each item, best first, with their similarity (N lists).
         answering: how clicks become candidates.
     """
 
-    def __init__(self, neighbours: Bag, similarity: npt.NDArray[np.float32], answering: Answering) -> None:
-        self._neighbours = neighbours
-        self._similarity = similarity
+    def __init__(self, name: str, nearest: WeighedLists, answering: Answering) -> None:
+        self.name = name
+        self._nearest = nearest
         self._answering = answering
 
     @classmethod
-    def of(cls, nearest: Nearest, items: int, answering: Answering, *, normalise: bool) -> "ItemToItem":
-        """The tables of what a job has found.
+    def of(cls, name: str, nearest: Nearest, items: int, answering: Answering, *, normalise: bool) -> Self:
+        """The tables out of the result of a job.
 
         Args:
+            name: of the channel.
             nearest: the neighbours of all items.
             items: N, size of the catalogue.
             answering: how clicks become candidates.
             normalise: the similarities of an item's neighbours are divided by their sum, so that each click has one
-                vote to give, whether its item is popular or not (Deshpande and Karypis 2004, section 4.2).
+                vote, whether its item is popular or not (Deshpande and Karypis 2004, section 4.2).
         """
-        counts = np.bincount(nearest.item, minlength=items)
         similarity = nearest.similarity
         if normalise:
             similarity = similarity / np.bincount(nearest.item, similarity, items)[nearest.item]
-        return cls(Bag(pointers(counts), nearest.neighbour), similarity.astype(np.float32), answering)
+        lists = Bag(pointers(np.bincount(nearest.item, minlength=items)), nearest.neighbour)
+        return cls(name, WeighedLists(lists, similarity.astype(np.float32)), answering)
 
     @classmethod
-    def load(cls, folder: Path) -> "ItemToItem":
+    def load(cls, name: str, folder: Path) -> Self:
         """Read what `save` wrote, memory-mapped."""
-        stored = map_columns(folder / FILE)
-        lists = stored.column("neighbours")
-        rows, similarity = lists.flatten(), stored.column("similarity").flatten()
-        neighbours = Bag(lists.offsets.to_numpy().astype(np.int64), rows.to_numpy())
-        return cls(neighbours, similarity.to_numpy(), Answering(**read_json(folder / SETTINGS)))
+        nearest = WeighedLists.of(map_columns(folder / FILE), "neighbours", "similarity")
+        return cls(name, nearest, Answering(**read_json(folder / SETTINGS)))
 
     def save(self, folder: Path) -> None:
         """Write all that answering needs into a folder."""
-        offsets = pa.array(self._neighbours.indptr)
-        columns = {"neighbours": self._neighbours.rows, "similarity": self._similarity}
-        lists = {name: pa.LargeListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()}
-        write_table(folder / FILE, pa.table(lists))
+        write_table(folder / FILE, pa.table(self._nearest.columns("neighbours", "similarity")))
         write_json(folder / SETTINGS, asdict(self._answering))
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""
-        owner, clicked, interest = self._clicked(queries.clicks)
-        lists, size = self._neighbours, len(self._neighbours)
-        return top_sums(owner, clicked, interest, lists, self._similarity, queries.exclude, size, len(queries), k)
+        return top_sums(self._clicked(queries.clicks), self._nearest, queries.exclude, len(self._nearest.lists), k)
 
     def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
         """See `SimilarItems.similar`: the stored neighbours."""
-        counts = np.diff(self._neighbours.indptr)[rows]
-        entries = ranges(self._neighbours.indptr[rows], counts)
-        neighbours = self._neighbours.rows[entries].astype(np.int64)
-        owner = np.repeat(np.arange(len(rows)), counts)
-        return top_of_groups(owner, neighbours, self._similarity[entries], len(rows), k)
+        lists = self._nearest.lists
+        counts = np.diff(lists.indptr)[rows]
+        entries, owner = ranges(lists.indptr[rows], counts), np.repeat(np.arange(len(rows)), counts)
+        neighbours = lists.rows[entries].astype(np.int64)
+        return top_of_groups(owner, neighbours, self._nearest.values[entries], len(rows), k)
 
-    def _clicked(self, clicks: Bag) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """The distinct items that users clicked lately: whose, which, and how much each counts."""
-        ends = clicks.indptr[1:]
-        latest = np.minimum(np.diff(clicks.indptr), self._answering.latest)
-        owner = np.repeat(np.arange(len(clicks)), latest)
-        since = np.repeat(np.cumsum(latest), latest) - 1 - np.arange(len(owner))
-        key = owner * len(self._neighbours) + clicks.rows[ranges(ends - latest, latest)]
+    def _clicked(self, clicks: Bag) -> LookUps:
+        """The distinct items among the latest clicks of each user, and how much each counts."""
+        latest, size = latest_clicks(clicks, self._answering.latest), len(self._nearest.lists)
+        owner = owners(latest)
+        since = latest.indptr[1:][owner] - 1 - np.arange(len(owner))
+        key = owner * size + latest.rows
         # Backwards, the first of equal clicks is the latest.
         distinct, last, repeats = np.unique(key[::-1], return_index=True, return_counts=True)
         interest = np.power(1.0 + since[::-1][last], -self._answering.recency, dtype=np.float64)
         if self._answering.repeats:
             interest *= 1 + np.log(repeats)
-        return distinct // len(self._neighbours), distinct % len(self._neighbours), interest
+        return LookUps(distinct // size, distinct % size, interest)

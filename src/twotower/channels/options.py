@@ -37,11 +37,11 @@ class MindOptions:
     """Several vectors of a user, one for each interest in the click history; the rest as in the two towers."""
 
     interests: Annotated[int, Field(ge=2), at_most(1000)] = 4
-    """The most vectors of a user."""
+    """A user has at most this many vectors."""
     rounds: Annotated[int, Field(gt=0), at_most(100)] = 3
-    """Of the routing of clicks to interests."""
+    """Rounds of the routing of clicks to interests."""
     sharpness: PositiveReal = 20.0
-    """In training, interests are weighted by a softmax of so many times their cosine to the positive."""
+    """In training, interests are weighted by a softmax of this many times their cosine to the positive."""
     epochs: Positive | None = None
     """Passes over the positives; absent = `train.epochs`."""
 
@@ -51,13 +51,13 @@ class ALSOptions:
     """Implicit ALS: matrix factorisation over all pairs of users and items, clicked or not."""
 
     factors: Width = 64
-    """Numbers of a user and of an item."""
+    """Length of the factors of a user and of an item."""
     regularization: PositiveReal = 0.05
-    """Greater = factors nearer to zero."""
+    """A greater value keeps factors nearer to zero, for users and items alike."""
     confidence: AtLeastOne = 10.0
-    """Weight of a clicked item, where one that was not clicked weighs 1."""
+    """Weight of a clicked item; an item that was not clicked has 1."""
     iterations: Positive = 15
-    """Rounds in which users and items are solved for in turn."""
+    """Rounds in which users and items are solved in turn."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -65,21 +65,22 @@ class PopularOptions:
     """The most clicked items."""
 
     window_days: PositiveReal | None = None
-    """Count the last days alone, such as 0.25; absent = all."""
+    """Count the last days only, such as 0.25; absent = all days."""
     half_life_days: PositiveReal | None = None
-    """A click that is so much older than the latest counts half; absent = all count alike."""
+    """A click that is this much older than the latest counts half; absent = all count alike."""
     segment: Text | None = None
     """A categorical or bucketed feature of users or context, each value of which has a list; absent = one for all."""
     prior: NotNegative = 0.0
-    """Clicks that each segment is given besides its own, shared out as the clicks of all are, such as 30; 0 = none."""
+    """Clicks that each segment gets in addition to its own, distributed as the clicks of all are, such as 30; 0 =
+    none."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class NewItemsOptions:
-    """Items that have hardly been clicked, by their features."""
+    """Items with few clicks or none, found by their features."""
 
     most_clicks: Whole = 0
-    """An item of at most so many training positives is new."""
+    """An item with at most this many training positives is new."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -89,9 +90,9 @@ class SameCategoryOptions:
     attributes: list[Text] = field(default_factory=list)
     """Categorical or multi-valued features of items; at least one where the channel is used."""
     last: Length = 50
-    """A user's latest clicks that count."""
+    """This many latest clicks of a user count."""
     items: Positive = 500
-    """Items kept of each category."""
+    """At most this many items are kept of each category."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -102,20 +103,20 @@ class ItemCFOptions:
     """
 
     neighbours: Length = 200
-    """Nearest items kept of each item."""
+    """This many nearest items are kept of each item."""
     latest: Length = 200
-    """A user's latest clicks that are looked up."""
+    """This many latest clicks of a user are looked up."""
     items: Positive = 500
-    """Distinct items of a user that count, the latest."""
+    """Distinct items of a user that count, the latest: pairs grow with the square of their number."""
     popularity: Share = 0.3
-    """How much the popularity of a candidate counts against it; 0.5 = the cosine."""
+    """Exponent of the candidate's number of users: a greater one prefers rarer items; 0.5 = the cosine."""
     activity: Annotated[float, Field(ge=0, le=2)] = 0.5
-    """How much the number of a user's items counts against each; 0 = not at all."""
+    """Exponent of the number of a user's items, which divides the user's weight; 0 = all users count alike."""
     interest: Literal["clicked", "clicks", "weight"] = "clicked"
     """Degree of interest in an item: `clicked`: 1; `clicks`: 1 + ln(number of clicks), also when asked; `weight`: the
     sum of the weights of its training rows (`samples.weight`, `samples.impressed_weight`)."""
     recency: NotNegative = 0.0
-    """A click that c later ones followed counts (1 + c)^-recency; 0 = all alike."""
+    """A click followed by c later ones counts (1 + c)^-recency; 0 = all alike."""
     normalise: bool = True
     """The similarities of an item's neighbours are divided by their sum."""
 
@@ -128,30 +129,30 @@ class SwingOptions:
     """
 
     neighbours: Length = 100
-    """Nearest items kept of each item."""
+    """This many nearest items are kept of each item."""
     latest: Length = 200
-    """A user's latest clicks that are looked up."""
+    """This many latest clicks of a user are looked up."""
     items: Positive = 500
-    """Distinct items of a user that count, the latest."""
+    """Distinct items of a user that count, the latest: pairs grow with the square of their number."""
     users: Positive = 1000
-    """Users of an item that count, chosen by a hash; time grows with its square."""
+    """Users of an item that count, chosen by a hash; time grows with the square of their number."""
     alpha: PositiveReal = 1.0
-    """Greater = it matters less how much two users have in common."""
+    """Added to the number of items that two users have in common: a greater value makes that number matter less."""
     activity: Annotated[float, Field(ge=0, le=2)] = 0.35
-    """How much the number of a user's items counts against each pair."""
+    """Exponent of the number of a user's items, which divides the user's weight."""
     offset: NotNegative = 5.0
-    """Added to that number."""
+    """Added to the number of a user's items."""
     popularity: Share = 0.2
-    """How much the popularity of a candidate counts against it; 0 = Swing as published."""
+    """Exponent of the candidate's number of users; 0 = Swing as published."""
     recency: NotNegative = 0.0
-    """A click that c later ones followed counts (1 + c)^-recency; 0 = all alike."""
+    """A click followed by c later ones counts (1 + c)^-recency; 0 = all alike."""
     normalise: bool = True
     """The similarities of an item's neighbours are divided by their sum."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class ModelsOptions:
-    """The recall channels and the shape of the towers."""
+    """The channels, and the shape of the towers."""
 
     channels: Annotated[list[Channel], Field(min_length=1)] = field(
         default_factory=lambda: ["two_tower", "item_cf", "popular"]
@@ -160,7 +161,7 @@ class ModelsOptions:
     rankers: list[Literal["pre_rank", "rank"]] = field(default_factory=list)
     """Rankers of the funnel to train, publish and serve; for logs that say what was shown and not clicked."""
     dimension: Width = 64
-    """Length of the vectors, and of the id embeddings."""
+    """Length of the vectors and of the id embeddings."""
     user_tower: TowerOptions = field(default_factory=TowerOptions)
     """The tower of users and context."""
     item_tower: TowerOptions = field(default_factory=TowerOptions)

@@ -1,11 +1,14 @@
-"""The most clicked items: the channel that always has an answer, and the baseline of every evaluation."""
+"""The most clicked items: the channel that always has candidates, and the baseline of every evaluation."""
 
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from twotower.channels.lists import WeighedLists
+from twotower.channels.options import PopularOptions
 from twotower.channels.retriever import Candidates, Queries
 from twotower.features.columns import Bag, pointers
 from twotower.features.fitted import Bucket, Category
@@ -20,100 +23,84 @@ DAY_MS = 86_400_000
 
 
 class Popular:
-    """Items by falling number of clicks, ties by row; alike for everyone, or for everyone of a segment.
+    """Items by falling number of clicks, ties by row: one list for everyone, or one for each segment.
 
-    With a prior of m, a segment is given m clicks besides its own, shared out as the whole's are (Dirichlet smoothing),
-    so that few clicks do not decide. Without, where its list ends, the whole's goes on, with scores below 0: the
-    places of its items there.
+    With a prior of m, a segment gets m clicks in addition to its own, distributed as the clicks of all are (Dirichlet
+    smoothing), so that few clicks do not decide. Without a prior, the list of all follows where a segment's own list
+    ends, with scores below 0: minus the item's place in that list.
 
     Args:
-        lists: catalogue rows in that order: the whole's, then, if there are segments, one for each value of the
-            feature, by its row of the feature's table.
-        clicks: (nnz,) their clicks, older ones for less where there is a half-life.
+        lists: catalogue rows in that order with their clicks, older ones counting less where there is a half-life: the
+            list of all, then, if there are segments, one for each value of the feature, by its row of the feature's
+            table.
         segment: the feature of users or context; None = there are no segments.
-        prior: clicks that a segment has from the whole; they are in the clicks of its list.
+        prior: clicks that a segment gets from all; the clicks of its list include them.
     """
 
     name = "popular"
 
-    def __init__(
-        self, lists: Bag, clicks: npt.NDArray[np.float32], segment: str | None = None, prior: float = 0.0
-    ) -> None:
-        self._lists = lists
-        self._clicks = clicks
+    def __init__(self, lists: WeighedLists, segment: str | None = None, prior: float = 0.0) -> None:
+        self._lists = lists.lists
+        self._clicks = lists.values
         self._segment = segment
         self._prior = prior
         if segment is not None:
-            whole = clicks[: lists.indptr[1]]
-            # What the whole's items have for people of a segment that never clicked them.
+            whole = self._clicks[: self._lists.indptr[1]]
+            # The score of an item for a segment that never clicked it.
             self._elsewhere = prior * whole / whole.sum() if prior else -1 - np.arange(len(whole), dtype=np.float32)
 
     @classmethod
-    def fit(cls, item_positives: npt.NDArray[np.int64]) -> "Popular":
+    def of_counts(cls, item_positives: npt.NDArray[np.int64]) -> Self:
         """Order the catalogue by positives (N,); items without any are left out."""
         rows = np.arange(len(item_positives))
-        return cls(*_ordered(np.zeros_like(rows), rows, item_positives, 1))
+        return cls(_ordered(np.zeros_like(rows), rows, item_positives, 1))
 
     @classmethod
-    def of(
-        cls,
-        samples: Samples,
-        window_days: float | None,
-        segment: str | None,
-        half_life_days: float | None = None,
-        prior: float = 0.0,
-    ) -> "Popular":
+    def fit(cls, samples: Samples, options: PopularOptions = PopularOptions()) -> Self:  # noqa: B008  frozen
         """Order the catalogue by the positives of the last days, by how recent they are, or of each segment.
 
         Args:
             samples: with the positives, weak ones included with their weight.
-            window_days: positives older than this before the latest do not count; None = all do.
-            segment: a categorical or bucketed feature of users or context; None = no segments.
-            half_life_days: a positive that is so much older than the latest counts half; None = all count alike.
-            prior: positives that a segment is given besides its own, shared out as the whole's are; 0 = none.
+            options: which positives count, how much, and for whom.
 
         Raises:
             ConfigError: a window or a half-life for data without time; a prior without a segment; no such feature.
         """
-        check_popular(samples, window_days, segment, half_life_days, prior)
-        if window_days is None and segment is None and half_life_days is None:
-            return cls.fit(samples.item_positives)
+        check_popular(samples, options)
+        if options.window_days is None and options.segment is None and options.half_life_days is None:
+            return cls.of_counts(samples.item_positives)
         positives = samples.positives
         weight = positives.weight.astype(np.float64)
         age_days = (positives.ts_ms.max(initial=0) - positives.ts_ms) / DAY_MS
-        if window_days is not None:
-            weight = weight * (age_days < window_days)
-        if half_life_days is not None:
-            weight = weight * 0.5 ** (age_days / half_life_days)
+        if options.window_days is not None:
+            weight = weight * (age_days < options.window_days)
+        if options.half_life_days is not None:
+            weight = weight * 0.5 ** (age_days / options.half_life_days)
         size, count = len(samples.items), 1
         owner, rows = np.zeros(len(positives), np.int64), positives.item_row.astype(np.int64)
-        if segment is not None:
-            tokens, values = _tokens(samples, segment)
+        if options.segment is not None:
+            tokens, values = _tokens(samples, options.segment)
             owner, rows, weight = np.concatenate([owner, 1 + tokens]), np.tile(rows, 2), np.tile(weight, 2)
             count += values
         distinct, place = np.unique(owner * size + rows, return_inverse=True)
         group, rows, clicks = distinct // size, distinct % size, np.bincount(place, weight)
-        if prior:
+        if options.prior:
             whole = np.zeros(size)
             whole[rows[group == 0]] = clicks[group == 0]
-            clicks = clicks + (group > 0) * prior * whole[rows] / whole.sum()
-        return cls(*_ordered(group, rows, clicks, count), segment, prior)
+            clicks = clicks + (group > 0) * options.prior * whole[rows] / whole.sum()
+        return cls(_ordered(group, rows, clicks, count), options.segment, options.prior)
 
     @classmethod
-    def load(cls, folder: Path) -> "Popular":
+    def load(cls, folder: Path) -> Self:
         """Read what `save` wrote, memory-mapped."""
         stored = map_columns(folder / FILE)
-        rows, clicks = stored.column("item_row"), stored.column("clicks").flatten()
         written = stored.schema.metadata or {}
         segment, prior = written.get(_SEGMENT, b"").decode() or None, float(written.get(_PRIOR, b"0"))
-        lists = Bag(rows.offsets.to_numpy().astype(np.int64), rows.flatten().to_numpy())
-        return cls(lists, clicks.to_numpy(), segment, prior)
+        return cls(WeighedLists.of(stored, "item_row", "clicks"), segment, prior)
 
     def save(self, folder: Path) -> None:
         """Write all that answering needs into a folder."""
-        offsets = pa.array(self._lists.indptr)
-        columns = {"item_row": self._lists.rows, "clicks": self._clicks}
-        table = pa.table({name: pa.LargeListArray.from_arrays(offsets, pa.array(v)) for name, v in columns.items()})
+        table = pa.table(WeighedLists(self._lists, self._clicks).columns("item_row", "clicks"))
         written = {_SEGMENT: self._segment or "", _PRIOR: str(self._prior)}
         write_table(folder / FILE, table.replace_schema_metadata(written))
 
@@ -136,7 +123,7 @@ class Popular:
                 place = self._first(whole, np.concatenate([left_out, self._lists.rows[own]]), room)
                 found = np.concatenate([self._lists.rows[own], whole[place]])
                 score = np.concatenate([self._clicks[own], self._elsewhere[place]])
-                if self._prior:  # without one, all of the whole's stand behind
+                if self._prior:  # without one, the list of all follows as it is
                     best = np.lexsort((found, -score))[:k]
                     found, score = found[best], score[best]
             rows[user, : len(found)], scores[user, : len(found)] = found, score
@@ -149,21 +136,19 @@ class Popular:
         return np.flatnonzero(~np.isin(head, left_out))[:k]
 
 
-def check_popular(
-    samples: Samples, window_days: float | None, segment: str | None, half_life_days: float | None, prior: float
-) -> None:
-    """Refuse what cannot be counted of samples; arguments as of `Popular.of`.
+def check_popular(samples: Samples, options: PopularOptions) -> None:
+    """Refuse what cannot be counted of samples.
 
     Raises:
-        ConfigError: a window or a half-life for data without time; a prior without a segment; no such feature.
+        ConfigError: as of `Popular.fit`.
     """
-    if prior and segment is None:
-        raise ConfigError(f"models.popular.prior = {prior} is for the lists of segments: set segment too")
-    for option, days in (("window_days", window_days), ("half_life_days", half_life_days)):
-        if days is not None and not samples.timed:
+    if options.prior and options.segment is None:
+        raise ConfigError(f"models.popular.prior = {options.prior:g} is for the lists of segments: set segment too")
+    for option in ("window_days", "half_life_days"):
+        if getattr(options, option) is not None and not samples.timed:
             raise ConfigError(f"models.popular.{option} counts by time, and the events have none: leave it out")
-    if segment is not None:
-        _segments(samples, segment)
+    if options.segment is not None:
+        _segments(samples, options.segment)
 
 
 def _ordered(
@@ -171,13 +156,13 @@ def _ordered(
     rows: npt.NDArray[np.int64],
     clicks: npt.NDArray[np.int64] | npt.NDArray[np.float64],
     groups: int,
-) -> tuple[Bag, npt.NDArray[np.float32]]:
+) -> WeighedLists:
     """The clicked items of each group by falling clicks, ties by row."""
     kept = clicks > 0
     group, rows, clicks = group[kept], rows[kept], clicks[kept]
     order = np.lexsort((rows, -clicks, group))
     lists = Bag(pointers(np.bincount(group, minlength=groups)), rows[order].astype(np.int32))
-    return lists, clicks[order].astype(np.float32)
+    return WeighedLists(lists, clicks[order].astype(np.float32))
 
 
 def _tokens(samples: Samples, segment: str) -> tuple[npt.NDArray[np.int64], int]:

@@ -1,4 +1,6 @@
-"""Queries for many users at once, from samples or from a version: what evaluation and `retrieve` ask with."""
+"""Queries of users out of samples or a version: the one way from user rows to what channels are asked with."""
+
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +19,19 @@ def queries_of_users(
     users: Entities,
     clicks: Clicks,
     user_rows: npt.NDArray[np.int64],
-    context: dict[str, Column],
-    exclude: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None,
+    *,
+    context: Mapping[str, Column] | None = None,
+    exclude: Bag | None = None,
 ) -> Queries:
-    """Queries with each user's stored features and clicks; a user row of -1 is a user of whom nothing is known.
+    """Queries of one or many users with their stored features and clicks.
 
     Args:
         features: the fitted features.
         users: all known users with their encoded features.
         clicks: their clicks.
-        user_rows: (B,) rows of `users`, or -1.
-        context: encoded context columns (B rows), or empty for a request without any.
-        exclude: the items left out for each known user (CSR by user row), or None for none.
+        user_rows: (B,) rows of `users`; -1 is a user of whom nothing is known.
+        context: encoded context columns (B rows); None or empty = the requests carry none.
+        exclude: catalogue rows left out for each of `users`, such as what they clicked; None = none.
     """
     known = user_rows >= 0
     safe = np.where(known, user_rows, 0)
@@ -41,19 +44,17 @@ def queries_of_users(
         columns[feature.name] = stored if known.all() else _blend(stored, absent, known)
     for feature in features.context:
         columns[feature.name] = context[feature.name] if context else feature.absent(len(safe))
-    excluded = Exclusions.of([[]] * len(safe)) if exclude is None else Exclusions(*_slices(*exclude, safe, known))
-    indptr, rows = _slices(clicks.indptr, clicks.item_row, safe, known)
-    return Queries(columns, Bag(indptr, rows.astype(np.int32)), excluded)
+    excluded = Exclusions.none(len(safe))
+    if exclude is not None:
+        left_out = _of_users(exclude, safe, known)
+        excluded = Exclusions(left_out.indptr, left_out.rows.astype(np.int64))
+    return Queries(columns, _of_users(clicks.items, safe, known), excluded)
 
 
-def _slices(
-    indptr: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.int32],
-    user_rows: npt.NDArray[np.int64],
-    known: npt.NDArray[np.bool_],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    counts = np.where(known, indptr[user_rows + 1] - indptr[user_rows], 0)
-    return pointers(counts), rows[ranges(indptr[user_rows], counts)].astype(np.int64)
+def _of_users(lists: Bag, user_rows: npt.NDArray[np.int64], known: npt.NDArray[np.bool_]) -> Bag:
+    starts = lists.indptr[user_rows]
+    counts = np.where(known, lists.indptr[user_rows + 1] - starts, 0)
+    return Bag(pointers(counts), lists.rows[ranges(starts, counts)])
 
 
 def _blend(stored: Column, absent: Column, known: npt.NDArray[np.bool_]) -> Column:

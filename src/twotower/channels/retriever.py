@@ -1,4 +1,4 @@
-"""What every recall channel does: from users to candidates.
+"""The protocol of every channel: from users to candidates.
 
 B users, k candidates each. A *row* is an item's place in the version's catalogue.
 """
@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from twotower.features.columns import Bag, Column, ranges
+from twotower.features.columns import Bag, Column
 from twotower.index.protocol import PADDING, Exclusions
 
 
@@ -42,7 +42,7 @@ class Queries:
     clicks: Bag
     """Catalogue rows of each user's clicks, oldest first."""
     exclude: Exclusions
-    """Catalogue rows that a user is not offered."""
+    """Catalogue rows that each user is not offered."""
     vectors: UserVectors = field(default_factory=UserVectors, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -54,14 +54,15 @@ class Candidates:
     """The candidates of B users, best first."""
 
     rows: npt.NDArray[np.int64]
-    """(B, k) catalogue rows, -1 where a channel has no more."""
+    """(B, k) catalogue rows, -1 where a channel has no more candidates."""
     scores: npt.NDArray[np.float32]
     """(B, k) the channel's own scores, minus infinity at padding."""
 
 
 class Retriever(Protocol):
-    """A recall channel: a trained, immutable thing that answers who might like what.
+    """A recall channel: trained and immutable, it gives the candidates of users.
 
+    A channel of a user's own is any object of this shape: evaluation, fusion and its choice take it beside the others.
     It may be called from several threads at once. The same queries give the same answer; equal scores are ordered by
     catalogue row.
     """
@@ -81,7 +82,7 @@ class Retriever(Protocol):
 
 @runtime_checkable
 class SimilarItems(Protocol):
-    """What a `Retriever` may have besides: it can say which items are like an item."""
+    """What a `Retriever` may also have: it can say which items are like an item."""
 
     def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates | None:
         """At most k items like each of some items, never the item itself; None where the channel cannot say after all.
@@ -101,13 +102,13 @@ def similar_items(channel: Retriever, rows: npt.NDArray[np.int64], k: int) -> Ca
 
 
 class WithoutItems:
-    """A channel that never brings some items, such as those that are not available.
+    """A channel that never retrieves some items, such as those that are not available.
 
-    It asks for more than is wanted and drops them, and for more still while a list is short: unlike the exclusions of
-    queries, this costs nothing where few of them would have come.
+    It requests more candidates than needed and drops these items, and requests more still while a list is short. Unlike
+    the exclusions of queries, this costs nothing where few of these items would have been retrieved.
 
     Args:
-        channel: what it asks.
+        channel: the channel that it requests candidates from.
         out: (N,) True for the catalogue rows that are left out.
     """
 
@@ -119,21 +120,22 @@ class WithoutItems:
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""
-        extra = min(k, self._most)
-        found = self.channel.retrieve(queries, k + extra)
-        while (kept := self._kept(found, k)) is None:
-            extra = min(4 * extra, self._most)
-            found = self.channel.retrieve(queries, k + extra)
+        kept = self._enough(lambda more: self.channel.retrieve(queries, more), k)
+        assert kept is not None
         return kept
 
     def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates | None:
         """See `SimilarItems.similar`."""
+        return self._enough(lambda more: similar_items(self.channel, rows, more), k)
+
+    def _enough(self, retrieve: Callable[[int], Candidates | None], k: int) -> Candidates | None:
+        """The k best that are not left out, of as many candidates as that takes."""
         extra = min(k, self._most)
-        found = similar_items(self.channel, rows, k + extra)
-        while found is not None and (kept := self._kept(found, k)) is None:
+        while (found := retrieve(k + extra)) is not None:
+            if (kept := self._kept(found, k)) is not None:
+                return kept
             extra = min(4 * extra, self._most)
-            found = similar_items(self.channel, rows, k + extra)
-        return None if found is None else kept
+        return None
 
     def _kept(self, found: Candidates, k: int) -> Candidates | None:
         """The k best that are not left out; None where there are too few, but the channel may know more."""
@@ -146,90 +148,3 @@ class WithoutItems:
         rows = np.where(kept, np.take_along_axis(found.rows, order, axis=1), PADDING)
         scores = np.where(kept, np.take_along_axis(found.scores, order, axis=1), np.float32(-np.inf))
         return Candidates(rows, scores)
-
-
-def top_of_groups(
-    owner: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.int64],
-    scores: npt.NDArray[np.float32] | npt.NDArray[np.float64],
-    count: int,
-    k: int,
-) -> Candidates:
-    """The k best entries of each owner, by score falling and row rising.
-
-    Args:
-        owner: (n,) in 0..count-1.
-        rows: (n,) catalogue rows, distinct within an owner.
-        scores: (n,), compared as they are, returned as float32.
-        count: number of owners.
-        k: entries to keep.
-
-    >>> top = top_of_groups(np.array([0, 0, 1]), np.array([4, 2, 9]), np.array([1, 1, 3], np.float32), 2, 2)
-    >>> top.rows.tolist()
-    [[2, 4], [9, -1]]
-    """
-    order = np.lexsort((rows, -scores, owner))
-    owner = owner[order]
-    starts = np.searchsorted(owner, np.arange(count))
-    place = np.arange(len(owner)) - starts[owner]
-    kept = place < k
-    best = np.full((count, k), PADDING, np.int64)
-    score = np.full((count, k), -np.inf, np.float32)
-    best[owner[kept], place[kept]] = rows[order][kept]
-    score[owner[kept], place[kept]] = scores[order][kept]
-    return Candidates(best, score)
-
-
-ENTRIES = 1 << 21
-"""Entries of lists that are summed at a time."""
-
-
-def top_sums(
-    owner: npt.NDArray[np.int64],
-    key: npt.NDArray[np.int64],
-    weight: npt.NDArray[np.float64],
-    lists: Bag,
-    values: npt.NDArray[np.float32],
-    exclude: Exclusions,
-    size: int,
-    count: int,
-    k: int,
-) -> Candidates:
-    """The k rows of the greatest sums: each owner's lists, times their weights, added up and cut.
-
-    Args:
-        owner: (n,) in 0..count-1, ascending.
-        key: (n,) which list.
-        weight: (n,) of the list for its owner.
-        lists: catalogue rows.
-        values: (nnz,) of each entry.
-        exclude: rows that an owner is not offered.
-        size: of the catalogue.
-        count: number of owners.
-        k: rows to keep.
-
-    >>> lists, values = Bag(np.array([0, 2, 3]), np.array([5, 6, 6], np.int32)), np.array([1, 2, 4], np.float32)
-    >>> nothing = Exclusions.of([[]])
-    >>> found = top_sums(np.zeros(2, int), np.arange(2), np.array([1.0, 0.5]), lists, values, nothing, 9, 1, 2)
-    >>> found.rows.tolist(), found.scores.tolist()
-    ([[6, 5]], [[4.0, 1.0]])
-    """
-    entries = lists.indptr[key + 1] - lists.indptr[key]
-    before = np.concatenate([[0], np.cumsum(entries)])[np.searchsorted(owner, np.arange(count + 1))]
-    parts: list[Candidates] = []
-    start = 0
-    while start < count or not parts:
-        stop = max(start + 1, int(np.searchsorted(before, before[start] + ENTRIES, side="right")) - 1)
-        stop = min(stop, count)
-        mine = slice(*np.searchsorted(owner, [start, stop]))
-        places = ranges(lists.indptr[key[mine]], entries[mine])
-        keys = np.repeat(owner[mine] - start, entries[mine]) * size + lists.rows[places]
-        distinct, place = np.unique(keys, return_inverse=True)
-        sums = np.bincount(place, np.repeat(weight[mine], entries[mine]) * values[places], len(distinct))
-        bounds = exclude.indptr[start : stop + 1]
-        left_out = np.repeat(np.arange(stop - start), np.diff(bounds)) * size + exclude.rows[bounds[0] : bounds[-1]]
-        kept = ~np.isin(distinct, left_out)
-        scores = sums[kept].astype(np.float32)
-        parts.append(top_of_groups(distinct[kept] // size, distinct[kept] % size, scores, stop - start, k))
-        start = stop
-    return Candidates(np.concatenate([p.rows for p in parts]), np.concatenate([p.scores for p in parts]))

@@ -14,19 +14,18 @@ N items, U users, E distinct (user, item) that count.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from twotower.channels.item_to_item import NEAREST, Answering, ItemToItem, Nearest
-from twotower.channels.retriever import Candidates, Queries
+from twotower.channels.options import SwingOptions
 from twotower.features.columns import pointers
 from twotower.samples.engine import open_engine
 from twotower.samples.options import EngineOptions
@@ -39,38 +38,13 @@ Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+SWING = "swing"
+
 _SLOT_BYTES = 12
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is near, and how it is asked."""
-
-    neighbours: int = 100
-    """Neighbours kept of each item."""
-    latest: int = 200
-    """Clicks of a user that are looked up."""
-    items: int = 500
-    """Distinct items of a user that count, the latest."""
-    users: int = 1000
-    """Users of an item that count, chosen by a hash of the user."""
-    alpha: float = 1.0
-    """Added to the number of items that two users have in common."""
-    activity: float = 0.35
-    """Exponent of the number of a user's items."""
-    offset: float = 5.0
-    """Added to that number."""
-    popularity: float = 0.2
-    """Exponent of the candidate's users; 0 = Swing as published."""
-    recency: float = 0.0
-    """See `Answering`."""
-    normalise: bool = True
-    """See `ItemToItem.of`."""
-
-
-@dataclass(frozen=True)
-class Graph:
-    """Who clicked what, from both sides, within the caps."""
+class Graph(NamedTuple):
+    """Who clicked what, from both sides, within the caps; a tuple, because the compiler takes no dataclass."""
 
     user_indptr: Longs
     """(U + 1,)"""
@@ -92,78 +66,46 @@ class Graph:
     """The most edges that the items of one user have together."""
 
 
-class Swing:
-    """The channel: the nearest items of each item, and how they are summed.
+def fit_swing(
+    clicks: Clicks,
+    items: int,
+    options: SwingOptions = SwingOptions(),  # noqa: B008  frozen
+    engine: EngineOptions = EngineOptions(),  # noqa: B008
+    scratch: Path | None = None,
+) -> ItemToItem:
+    """The channel: the nearest items of each from all users' clicks.
 
     Args:
-        lists: the nearest items, and what answers from them.
+        clicks: every user's clicks.
+        items: N, size of the catalogue.
+        options: of the similarities and of the answers.
+        engine: its threads or tasks take a part of the items each; the less memory, the more parts. Every engine gives
+            the same bytes.
+        scratch: folder below which the graph is kept for them; None = the system's.
+
+    Raises:
+        ConfigError: the compiler that it needs is not installed.
     """
-
-    name = "swing"
-
-    def __init__(self, lists: ItemToItem) -> None:
-        self._lists = lists
-
-    @classmethod
-    def fit(
-        cls,
-        clicks: Clicks,
-        items: int,
-        options: Options = Options(),
-        engine: EngineOptions = EngineOptions(),  # noqa: B008  frozen
-        scratch: Path | None = None,
-    ) -> "Swing":
-        """Compute the nearest items of each from all users' clicks.
-
-        Args:
-            clicks: every user's clicks.
-            items: N, size of the catalogue.
-            options: what is near, and how it is asked.
-            engine: its threads or tasks take a part of the items each; the less memory, the more parts. Every engine
-                gives the same bytes.
-            scratch: folder below which the graph is kept for them; None = the system's.
-
-        Raises:
-            ConfigError: the compiler that it needs is not installed.
-        """
-        swing_kernel()
-        graph = click_graph(clicks, items, options)
-        ranges = parts(graph, int(engine.memory_gb * 2**30 / _SLOT_BYTES), engine.threads)
-        folder = TemporaryDirectory(prefix=TEMPORARY, dir=scratch)
-        with folder as kept, open_engine(engine, Path(kept)) as opened:
-            _store(graph, Path(kept))
-            work = partial(_part, kept, ranges, options.alpha, options.neighbours)
-            nearest = Nearest.of(opened.spread(work, len(ranges), NEAREST))
-        answering = Answering(options.latest, options.recency)
-        return cls(ItemToItem.of(nearest, items, answering, normalise=options.normalise))
-
-    @classmethod
-    def load(cls, folder: Path) -> "Swing":
-        """Read what `save` wrote, memory-mapped."""
-        return cls(ItemToItem.load(folder))
-
-    def save(self, folder: Path) -> None:
-        """Write all that answering needs into a folder."""
-        self._lists.save(folder)
-
-    def retrieve(self, queries: Queries, k: int) -> Candidates:
-        """See `Retriever.retrieve`."""
-        return self._lists.retrieve(queries, k)
-
-    def similar(self, rows: Longs, k: int) -> Candidates:
-        """See `SimilarItems.similar`: the stored neighbours."""
-        return self._lists.similar(rows, k)
+    swing_kernel()
+    graph = click_graph(clicks, items, options)
+    ranges = parts(graph, int(engine.memory_gb * 2**30 / _SLOT_BYTES), engine.threads)
+    folder = TemporaryDirectory(prefix=TEMPORARY, dir=scratch)
+    with folder as kept, open_engine(engine, Path(kept)) as opened:
+        _store(graph, Path(kept))
+        work = partial(_part, kept, ranges, options.alpha, options.neighbours)
+        nearest = Nearest.of(opened.spread(work, len(ranges), NEAREST))
+    answering = Answering(options.latest, options.recency)
+    return ItemToItem.of(SWING, nearest, items, answering, normalise=options.normalise)
 
 
-def click_graph(clicks: Clicks, items: int, options: Options) -> Graph:
-    """The distinct clicks within the caps: of a user the latest items, of an item the users of the least hash.
+def click_graph(clicks: Clicks, items: int, options: SwingOptions) -> Graph:
+    """The distinct clicks within the caps: the latest items of a user, the users of an item with the smallest hashes.
 
     The hash is of the user alone, so that two items that many clicked keep the same users, and with them the users that
     they have in common (coordinated samples, Cohen and Kaplan 2007).
     """
     users = len(clicks.indptr) - 1
-    owner = np.repeat(np.arange(users, dtype=np.int64), np.diff(clicks.indptr))
-    key = owner * items + clicks.item_row
+    key = clicks.owners * items + clicks.item_row
     distinct, last = np.unique(key[::-1], return_index=True)
     user, item = distinct // items, distinct % items
     # The later the click, the smaller its place in the reversed order.
@@ -208,14 +150,15 @@ def _hash(value: Longs) -> Longs:
 
 def _store(graph: Graph, folder: Path) -> None:
     """Write a graph, a file an array."""
-    for field in fields(graph):
-        np.save(folder / f"{field.name}.npy", getattr(graph, field.name))
+    for name, values in graph._asdict().items():
+        np.save(folder / f"{name}.npy", values)
 
 
 def _part(folder: str, ranges: Sequence[tuple[int, int]], alpha: float, neighbours: int, part: int) -> pa.RecordBatch:
     """The nearest items of one range of items of a stored graph; it may run in a process of its own."""
     # Mapped, so that parts share their pages; copy-on-write, because to the compiler a read-only array is another type.
-    graph = Graph(*(np.load(Path(folder) / f"{field.name}.npy", mmap_mode="c") for field in fields(Graph)))
+    arrays = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="c") for name in Graph._fields}
+    graph = Graph(**{**arrays, "most_met": int(arrays["most_met"])})
     first, last = ranges[part]
     found = swing_kernel()(graph, first, last, alpha, neighbours)
     return pa.record_batch([found.item, found.neighbour, found.similarity], schema=NEAREST)
@@ -249,72 +192,57 @@ def swing_kernel() -> Callable[[Graph, int, int, float, int], Nearest]:
         from numba import njit  # an extra
     except ImportError:
         raise ConfigError("the channel swing needs a compiler: pip install 'twotower[swing]'") from None
-    add, select = (njit(nogil=True, cache=True)(function) for function in (_add_up, _select))
+    compiled = njit(nogil=True, cache=True)
+    add, select = (cast(Callable[..., None], compiled(function)) for function in (_add_up, _select))
 
     def nearest(graph: Graph, first: int, last: int, alpha: float, neighbours: int) -> Nearest:
         begin = pointers(graph.room[first:last])
-        keys, sums = np.full(begin[-1], -1, np.int32), np.zeros(begin[-1])
         dense = graph.room[first:last] == len(graph.room)
-        scratch = np.empty(graph.most_met, np.int32)
-        width = int(np.diff(graph.user_indptr).max(initial=0))
-        add(
-            graph.user_indptr, graph.item, graph.place, graph.item_indptr, graph.user, graph.weight,
-            alpha, first, last, begin, dense, keys, sums, scratch, width,
-        )  # fmt: skip
+        slots = Slots(begin, dense, np.full(begin[-1], -1, np.int32), np.zeros(begin[-1]))
+        add(graph, alpha, first, last, slots)
         rows = np.empty((last - first, neighbours), np.int32)
         similarity = np.empty((last - first, neighbours))
         counts = np.zeros(last - first, np.int64)
-        select(begin, dense, keys, sums, graph.damping, rows, similarity, counts)
+        select(slots, graph.damping, rows, similarity, counts)
         filled = np.arange(neighbours) < counts[:, None]
         return Nearest(np.repeat(np.arange(first, last), counts), rows[filled], similarity[filled])
 
     return nearest
 
 
+class Slots(NamedTuple):
+    """Where the similarities of a part of the items are added up."""
+
+    begin: Longs
+    """(items of the part + 1,) where the slots of each item begin."""
+    dense: npt.NDArray[np.bool_]
+    """(items of the part,) the item has a slot for every other, else a hash table with open addresses."""
+    keys: Ints
+    """(slots,) the other item of a slot of a hash table, or -1."""
+    sums: Floats
+    """(slots,) similarities."""
+
+
 def _add_up(  # noqa: PLR0912, PLR0915  one loop, from clicks to sums
-    user_indptr: Any,
-    item: Any,
-    place: Any,
-    item_indptr: Any,
-    user: Any,
-    weight: Any,
-    alpha: float,
-    first: int,
-    last: int,
-    begin: Any,
-    dense: Any,
-    keys: Any,
-    sums: Any,
-    scratch: Any,
-    width: int,
+    graph: Graph, alpha: float, first: int, last: int, slots: Slots
 ) -> None:
-    """Add the similarities of items first..last-1 to all others up in `sums`; compiled.
+    """Add up the similarities of the items from `first` to before `last` to all others; compiled.
 
     For each user u: what u and every later user v have in common is gathered by walking the users of u's items, twice,
     to count and to fill. Each v then adds its term to a small matrix of u's items, which is added to the sums of the
-    part when u is done. A similarity is so added up by v within u, and by u: in the same order whatever the part.
-
-    Args:
-        user_indptr: of the graph.
-        item: of the graph.
-        place: of the graph.
-        item_indptr: of the graph.
-        user: of the graph.
-        weight: of the graph.
-        alpha: see `Options`.
-        first: first item of the part.
-        last: behind its last item.
-        begin: (last - first + 1,) where the slots of each item begin.
-        dense: (last - first,) the item has a slot for every other, else a hash table with open addresses.
-        keys: (slots,) the other item of a slot of a hash table, or -1.
-        sums: (slots,) similarities.
-        scratch: (most edges that a user's items have together,) for what users have in common.
-        width: most items of a user.
+    part when u is done. So a similarity is added up by v within u, and by u: in the same order whatever the part.
     """
+    user_indptr, item, place = graph.user_indptr, graph.item, graph.place
+    item_indptr, user, weight = graph.item_indptr, graph.user, graph.weight
+    begin, dense, keys, sums = slots
+    scratch = np.empty(graph.most_met, np.int32)
     users = len(user_indptr) - 1
     common = np.zeros(users, np.int32)
     end = np.zeros(users, np.int64)
     met = np.empty(users, np.int32)
+    width = 0
+    for u in range(users):
+        width = max(width, user_indptr[u + 1] - user_indptr[u])
     local = np.zeros((width, width))
     for u in range(users):
         start = user_indptr[u]
@@ -386,21 +314,17 @@ def _add_up(  # noqa: PLR0912, PLR0915  one loop, from clicks to sums
                 local[a, b] = 0.0
 
 
-def _select(
-    begin: Any, dense: Any, keys: Any, sums: Any, damping: Any, rows: Any, similarity: Any, counts: Any
-) -> None:
+def _select(slots: Slots, damping: Floats, rows: Ints, similarity: Floats, counts: Longs) -> None:
     """The greatest damped similarities of each item of a part, best first, ties by row; compiled.
 
     Args:
-        begin: as of `_add_up`.
-        dense: as of `_add_up`.
-        keys: as of `_add_up`.
-        sums: as of `_add_up`, filled.
+        slots: filled by `_add_up`.
         damping: (N,) what a similarity to an item is multiplied by.
-        rows: (last - first, K) the neighbours found.
-        similarity: (last - first, K) theirs.
-        counts: (last - first,) how many.
+        rows: (items of the part, K) the neighbours found.
+        similarity: (items of the part, K) to these neighbours.
+        counts: (items of the part,) how many.
     """
+    begin, dense, keys, sums = slots
     most = rows.shape[1]
     for i in range(len(counts)):
         found = 0

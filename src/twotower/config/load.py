@@ -18,6 +18,15 @@ from twotower.schema.errors import ConfigError
 
 RENAMED = {
     "train.popularity": "train.logit_adjustment",
+    "samples.untrained_users": "samples.held_out_users",
+    "update.rows": "update.rows_per_delta",
+    "update.gate.least": "update.gate.min_positives",
+    "update.gate.most_move": "update.gate.max_move",
+    "update.gate.most_length": "update.gate.max_length",
+    "update.gate.most_alike": "update.gate.max_mean_cosine_rise",
+    "update.gate.most_accumulated": "update.gate.max_accumulator",
+    "update.gate.most_rise": "update.gate.max_rise",
+    "update.gate.rise_least": "update.gate.min_rise_positives",
     "stream.lateness_s": "stream.allowed_lateness_s",
     "stream.late_s": "stream.remember_s",
 }
@@ -26,6 +35,9 @@ REMOVED = {
     "serve.features": "remove it: the server keeps what it learns of users in the workspace, and there was no choice",
 }
 """Keys of earlier releases that are gone, with what to do."""
+
+HELD_OUT_USERS = 0.01
+"""Share of users who are held out of training where a configuration has an `[update]` section."""
 
 _ADAPTER = TypeAdapter(Settings)
 _SHOWN = 100
@@ -83,6 +95,7 @@ def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "
     """Check a parsed configuration and its overrides; `content` itself stays as it is.
 
     Types are strict, as TOML has them: `"3"` and `true` are no integers. A day may be a TOML date or a string.
+    A configuration with an `[update]` section holds out users for the gate of the updates, unless it says otherwise.
 
     Raises:
         ConfigError: an unknown key, a value of another type or out of its range.
@@ -95,8 +108,11 @@ def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "
     """
     try:
         content = copy.deepcopy(content)
+        is_updated = "update" in content
         for override in overrides:
             _override(content, override)
+        if is_updated and isinstance(samples := content.setdefault("samples", {}), dict):
+            samples.setdefault("held_out_users", HELD_OUT_USERS)
         # As JSON, because strict types take sections from documents there, and from nothing but objects elsewhere.
         return _ADAPTER.validate_json(json.dumps(content, default=_plain), strict=True)
     except (RecursionError, UnicodeError, TypeError) as error:

@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 BINS = 10
 _STEPS = 100
 _LEAST_SCALE = 1e-3
-"""A scaling that turned the order around, or made all alike, would say that the ranker has learned nothing."""
+"""A smaller scale would turn the order around or make all scores equal: the ranker has learned nothing."""
 
 
 @dataclass(frozen=True)

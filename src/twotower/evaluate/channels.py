@@ -1,4 +1,4 @@
-"""What each channel brings: alone, that no other brings, and in the fused list.
+"""What each channel retrieves: alone, what no other channel does, and in the fused list.
 
 B users, k cut-offs, P held-out pairs of a user and an item, N items.
 """
@@ -6,6 +6,7 @@ B users, k cut-offs, P held-out pairs of a user and an item, N items.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,22 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.channels.retriever import Candidates, Retriever
-from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
+from twotower.datasets.workspace import HOLDOUT, HOLDOUT_IMPRESSIONS
 from twotower.evaluate.holdout import (
     Truth,
     asked_first,
     candidates,
     carried,
-    cold_truth,
+    cold_truths,
     figure,
     first_requests,
     read_truth,
 )
 from twotower.evaluate.metrics import PerUser, difference, summarise
+from twotower.evaluate.options import EvaluateOptions
 from twotower.features.columns import Bag, take
 from twotower.index.protocol import PADDING
 from twotower.samples.read import Samples
-from twotower.schema import columns as c
 from twotower.schema.clock import BEYOND_NOW
 
 log = logging.getLogger(__name__)
@@ -47,24 +48,21 @@ def evaluate_channels(
     workspace: Path,
     channels: Mapping[str, Retriever],
     fuse: Fuse,
-    ks: Sequence[int],
+    options: EvaluateOptions,
+    *,
     depth: int,
-    resamples: int = 1000,
     seed: int = 0,
-    context: bool = True,
 ) -> dict[str, Any]:
     """Every channel alone, all together and fused, on the hold-out, without what users clicked in training.
 
     Args:
         samples: what the channels were trained on.
         workspace: with `holdout.parquet` and, if there are cold ones, `holdout_cold.parquet`.
-        channels: by name.
+        channels: by name; a user's own stands here beside the others.
         fuse: makes one list of the channels' lists.
-        ks: cut-offs; one above the size of the catalogue is cut to it.
-        depth: candidates that each channel is asked for before fusing, if more than k.
-        resamples: of users, behind each interval.
+        options: cut-offs of channels (one above the size of the catalogue is cut to it), resamples, context.
+        depth: candidates requested from each channel before fusing, if more than k.
         seed: of the resampling.
-        context: requests carry the context of each user's first held-out request, as in `evaluate`.
 
     Returns:
         `users`, `pairs`, `context` (as in `evaluate`), `ks`, `channels`; `recall`: of each channel, `union` (an item
@@ -77,13 +75,14 @@ def evaluate_channels(
     Raises:
         DataError: there is no hold-out, or none of its users and items are known.
     """
-    size = len(samples.items)
+    size, ks = len(samples.items), sorted(set(options.channels_k))
     cut = sorted({min(k, size) for k in ks})
-    if cut != sorted(set(ks)):
+    if cut != ks:
         log.info("cut-offs %s: the catalogue has %d items", cut, size)
-    first = first_requests(workspace / HOLDOUT_IMPRESSIONS, samples) if context else None
-    truth = asked_first(read_truth(workspace / "holdout.parquet", samples), first)
-    found = find(samples, channels, fuse, truth, cut, depth)
+    first = first_requests(workspace / HOLDOUT_IMPRESSIONS, samples) if options.context else None
+    truth = asked_first(read_truth(workspace / HOLDOUT, samples), first)
+    ask = partial(find, samples, channels, fuse, ks=cut, depth=depth)
+    found, resamples = ask(truth), options.bootstrap
     return {
         "users": len(truth.user_rows),
         "pairs": len(truth.items.rows),
@@ -97,19 +96,15 @@ def evaluate_channels(
         "overlap": found.overlap(),
         "deciles": found.deciles(samples.item_positives),
         "cold": {
-            reason: {
-                "users": len(cold.user_rows),
-                "recall": find(samples, channels, fuse, asked_first(cold, first), cut, depth).recall(resamples, seed),
-            }
-            for reason in (c.NEW_USER, c.NEW_ITEM)
-            if (cold := cold_truth(workspace / "holdout_cold.parquet", reason, samples)) is not None
+            reason: {"users": len(cold.user_rows), "recall": ask(cold).recall(resamples, seed)}
+            for reason, cold in cold_truths(workspace, samples, first).items()
         },
     }
 
 
 @dataclass(frozen=True)
 class Found:
-    """Which held-out pairs stand in which list."""
+    """Which held-out pairs are in which list."""
 
     items: Bag
     """The held-out items of B users, P in all."""
@@ -153,7 +148,7 @@ class Found:
         return result
 
     def unique(self, resamples: int, seed: int) -> dict[str, Any]:
-        """What each channel finds that no other does."""
+        """The pairs that each channel finds and no other does."""
         result: dict[str, Any] = {}
         for name, hit in self.singles.items():
             others = [other for one, other in self.singles.items() if one != name]
@@ -170,7 +165,7 @@ class Found:
         return result
 
     def overlap(self) -> dict[str, Any]:
-        """Shares of each list that are in each other, over all users' lists together."""
+        """The share of each list that is in each other list, over all users together."""
         return {
             str(k): {
                 first: {
@@ -206,9 +201,9 @@ class Found:
 
 
 def find(
-    samples: Samples, channels: Mapping[str, Retriever], fuse: Fuse, truth: Truth, ks: Sequence[int], depth: int
+    samples: Samples, channels: Mapping[str, Retriever], fuse: Fuse, truth: Truth, *, ks: Sequence[int], depth: int
 ) -> Found:
-    """Ask all channels for all users, a batch at a time, and look the held-out pairs up in their lists."""
+    """Request the lists of all channels, a batch of users at a time, and look up the held-out pairs in them."""
     size, names = len(samples.items), [*channels, FUSED]
     hits: dict[str, list[npt.NDArray[np.bool_]]] = {name: [] for name in names}
     both = {(first, second): np.zeros(len(ks), np.int64) for first in names for second in names}
@@ -222,7 +217,7 @@ def find(
         asked = min(size, max(*ks, depth))
         told = {name: take(column, np.arange(start, start + len(users))) for name, column in truth.context.items()}
         lists = {name: candidates(samples, channel, users, asked, told) for name, channel in channels.items()}
-        # One fused list for each length: what channels are asked for depends on it.
+        # One fused list for each length: the number of requested candidates depends on it.
         at_k = {name: [found.rows[:, :k] for k in ks] for name, found in lists.items()}
         at_k[FUSED] = [fuse({n: _first(found, max(k, depth)) for n, found in lists.items()}, k).rows for k in ks]
         listed = np.zeros((len(users), size), bool)

@@ -58,7 +58,7 @@ def read_held_out(path: Path, needed: Sequence[str], clock_ms: ClockMs = now_ms)
 
 
 def _as(kind: pa.DataType, column: pa.ChunkedArray, path: Path, name: str) -> pa.ChunkedArray:
-    """A column of ours in its type.
+    """A column in the type that it has in the schema.
 
     Raises:
         DataError: it is of another one, with the column, its type and the one that is needed.

@@ -14,11 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.channels.lists import end_to_end
 from twotower.channels.queries import queries_of_users
-from twotower.channels.retriever import Candidates, Retriever
-from twotower.datasets.workspace import HOLDOUT_IMPRESSIONS
+from twotower.channels.retriever import Candidates, Queries, Retriever
+from twotower.datasets.workspace import HOLDOUT, HOLDOUT_COLD, HOLDOUT_IMPRESSIONS
 from twotower.evaluate.held_out import read_held_out
 from twotower.evaluate.metrics import Figure, PerUser, difference, score_lists, summarise
+from twotower.evaluate.options import EvaluateOptions
 from twotower.features.columns import Bag, Column, concatenate, pointers, take
 from twotower.features.vocabulary import Positions
 from twotower.samples.read import Samples
@@ -58,15 +60,9 @@ class FirstRequests:
 
 
 def evaluate(
-    samples: Samples,
-    workspace: Path,
-    channels: Sequence[Retriever],
-    ks: Sequence[int],
-    resamples: int = 1000,
-    seed: int = 0,
-    context: bool = True,
+    samples: Samples, workspace: Path, channels: Sequence[Retriever], options: EvaluateOptions, *, seed: int = 0
 ) -> dict[str, Any]:
-    """Metrics of the first channel with intervals, the others beside it with the paired difference, cold ones apart.
+    """Metrics of the first channel and of baselines, with intervals and paired differences; cold users and items apart.
 
     What a user clicked in training is not offered. Each user is asked once, as in the first held-out request.
 
@@ -74,10 +70,8 @@ def evaluate(
         samples: what the channels were trained on.
         workspace: with `holdout.parquet` and, if there are cold ones, `holdout_cold.parquet`.
         channels: the judged one first, then baselines.
-        ks: cut-offs.
-        resamples: of users, behind each interval.
+        options: cut-offs, resamples, and whether requests carry a context.
         seed: of the resampling.
-        context: requests carry the context of each user's first held-out request, where the hold-out knows it.
 
     Returns:
         The referee's names, each `{"value", "ci95"}`; `users`; `dropped`: rows of the hold-out that are left out, by
@@ -88,28 +82,33 @@ def evaluate(
     Raises:
         DataError: there is no hold-out, or none of its users and items are known.
     """
-    first = first_requests(workspace / HOLDOUT_IMPRESSIONS, samples) if context else None
-    warm = asked_first(read_truth(workspace / "holdout.parquet", samples), first)
+    first = first_requests(workspace / HOLDOUT_IMPRESSIONS, samples) if options.context else None
+    warm = asked_first(read_truth(workspace / HOLDOUT, samples), first)
     judged, *baselines = channels
-    scores = {channel.name: _score(samples, channel, warm, ks) for channel in channels}
-    result: dict[str, Any] = {"users": len(warm.user_rows), "channel": judged.name, "context": carried(warm, first)}
-    result["dropped"] = {BEYOND_NOW: warm.beyond_now} if warm.beyond_now else {}
-    result |= _plain(summarise(scores[judged.name], resamples, seed))
+    scores = {channel.name: _score(samples, channel, warm, options.k) for channel in channels}
+
+    def figures(per_user: PerUser) -> dict[str, Any]:
+        return {name: figure(one) for name, one in summarise(per_user, options.bootstrap, seed).items()}
+
+    result: dict[str, Any] = {
+        "users": len(warm.user_rows),
+        "channel": judged.name,
+        "context": carried(warm, first),
+        "dropped": {BEYOND_NOW: warm.beyond_now} if warm.beyond_now else {},
+        **figures(scores[judged.name]),
+    }
     for baseline in baselines:
-        figures = _plain(summarise(scores[baseline.name], resamples, seed))
-        for k in ks:
-            ours, theirs = (scores[name].values[f"recall@{k}"] for name in (judged.name, baseline.name))
-            figures[f"recall@{k}"]["difference"] = figure(difference(ours, theirs, resamples, seed))
-        result[baseline.name] = figures
+        theirs = figures(scores[baseline.name])
+        for k in options.k:
+            ours, other = (scores[name].values[f"recall@{k}"] for name in (judged.name, baseline.name))
+            theirs[f"recall@{k}"]["difference"] = figure(difference(ours, other, options.bootstrap, seed))
+        result[baseline.name] = theirs
     result["cold"] = {
         reason: {
             "users": len(truth.user_rows),
-            judged.name: _plain(summarise(_score(samples, judged, truth, ks), resamples, seed)),
-            **{b.name: _plain(summarise(_score(samples, b, truth, ks), resamples, seed)) for b in baselines},
+            **{channel.name: figures(_score(samples, channel, truth, options.k)) for channel in channels},
         }
-        for reason in (c.NEW_USER, c.NEW_ITEM)
-        if (cold := cold_truth(workspace / "holdout_cold.parquet", reason, samples)) is not None
-        for truth in (asked_first(cold, first),)
+        for reason, truth in cold_truths(workspace, samples, first).items()
     }
     return result
 
@@ -215,7 +214,7 @@ def held_out(workspace: Path, samples: Samples, context: bool) -> Truth:
         DataError: there is no hold-out, or none of its users and items are known.
     """
     first = first_requests(workspace / HOLDOUT_IMPRESSIONS, samples) if context else None
-    return asked_first(read_truth(workspace / "holdout.parquet", samples), first)
+    return asked_first(read_truth(workspace / HOLDOUT, samples), first)
 
 
 def carried(truth: Truth, first: FirstRequests | None) -> dict[str, Any]:
@@ -248,6 +247,12 @@ def cold_truth(path: Path, reason: str, samples: Samples) -> Truth | None:
     return _known_truth(rows, samples.users.positions, samples.items.positions, f"{path.name}, {reason}")
 
 
+def cold_truths(workspace: Path, samples: Samples, first: FirstRequests | None) -> dict[str, Truth]:
+    """The cold held-out positives of a workspace by reason, their users asked as in their first held-out request."""
+    truths = {reason: cold_truth(workspace / HOLDOUT_COLD, reason, samples) for reason in (c.NEW_USER, c.NEW_ITEM)}
+    return {reason: asked_first(truth, first) for reason, truth in truths.items() if truth is not None}
+
+
 def _score(samples: Samples, channel: Retriever, truth: Truth, ks: Sequence[int]) -> PerUser:
     lists = ranked(samples, channel, truth.user_rows, min(max(ks), len(samples.items)), truth.context)
     return score_lists(lists, truth.items, samples.item_positives, ks)
@@ -265,7 +270,7 @@ def ranked(
     Args:
         samples: what the channel was trained on.
         channel: that is asked.
-        user_rows: (B,) who asks.
+        user_rows: (B,) whose.
         k: items of each.
         context: of the requests, encoded (B rows); none = they carry none.
     """
@@ -280,19 +285,20 @@ def candidates(
     context: Mapping[str, Column] | None = None,
 ) -> Candidates:
     """The same with their scores."""
-    clicks = samples.clicks
     parts = []
     for start in range(0, len(user_rows), BATCH):
         rows = np.arange(start, min(start + BATCH, len(user_rows)))
         told = {name: take(column, rows) for name, column in (context or {}).items()}
-        left_out = (clicks.indptr, clicks.item_row)
-        queries = queries_of_users(samples.features, samples.users, clicks, user_rows[rows], told, left_out)
-        parts.append(channel.retrieve(queries, k))
-    return Candidates(np.concatenate([part.rows for part in parts]), np.concatenate([part.scores for part in parts]))
+        parts.append(channel.retrieve(stored_queries(samples, user_rows[rows], told), k))
+    return end_to_end(parts)
 
 
-def _plain(figures: dict[str, Figure]) -> dict[str, Any]:
-    return {name: figure(one) for name, one in figures.items()}
+def stored_queries(
+    samples: Samples, user_rows: npt.NDArray[np.int64], context: Mapping[str, Column] | None = None
+) -> Queries:
+    """Queries of users (B,) of the samples, who are not offered what they clicked in training."""
+    clicks = samples.clicks
+    return queries_of_users(samples.features, samples.users, clicks, user_rows, context=context, exclude=clicks.items)
 
 
 def figure(one: Figure) -> dict[str, Any]:

@@ -41,9 +41,8 @@ def score_lists(
     """Recall, NDCG, hit rate, coverage and popularity percentile at each cut-off.
 
     recall@k = hits / number of held-out items; ndcg@k has the ideal list cut at k; hit@k = 1 if there is any hit;
-    coverage@k = number of different items in all lists over the number of items with a training positive (so lists of
-    new items can bring it above 1); pop_pct@k = mean over all listed places of the share of items with a training
-    positive that have at most as many as the listed one.
+    coverage@k = share of the items with a training positive that any list holds; pop_pct@k = mean over all listed
+    places of the share of items with a training positive that have at most as many as the listed one.
 
     Args:
         rows: (B, K) ranked items, -1 where a list has ended.
@@ -69,8 +68,10 @@ def score_lists(
         values[f"recall@{k}"] = hits / counts
         values[f"ndcg@{k}"] = (hit[:, :k] * discount[:k]).sum(axis=1) / ideal[np.minimum(counts, min(k, rows.shape[1]))]
         values[f"hit@{k}"] = (hits > 0).astype(np.float64)
-        shown = rows[:, :k][listed[:, :k]]
-        whole[f"coverage@{k}"] = len(np.unique(shown)) / max(1, len(known))
+        shown = np.unique(rows[:, :k][listed[:, :k]])
+        # Others are not among those it is a share of: new items, and items that only histories know (of users whom
+        # nothing is trained on, or before the first day), which counted channels list too.
+        whole[f"coverage@{k}"] = (item_positives[shown] > 0).sum() / max(1, len(known))
         length = listed[:, :k].sum(axis=1)
         mean = (percentile[np.maximum(rows[:, :k], 0)] * listed[:, :k]).sum(axis=1) / np.maximum(length, 1)
         values[f"pop_pct@{k}"] = mean

@@ -1,4 +1,4 @@
-"""Judge rankers on what was shown in the held-out period, and by what the pre-ranker keeps for the ranker.
+"""Judge rankers on held-out impressions, and the pre-ranker by which of the ranker's best candidates it keeps.
 
 R held-out impressions, B users, n candidates.
 """
@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 
 from twotower.channels.queries import queries_of_users
 from twotower.channels.retriever import Queries
+from twotower.channels.vector_channel import latest
 from twotower.evaluate.calibration import auc, auc_within, calibration_error, log_loss, reliability, sigmoid
 from twotower.evaluate.held_out import read_held_out
-from twotower.evaluate.holdout import figure
+from twotower.evaluate.holdout import figure, stored_queries
 from twotower.evaluate.metrics import PerUser, summarise
 from twotower.features.columns import Bag, Column, pointers, ranges, take
 from twotower.samples.read import Clicks, Samples
@@ -92,7 +93,7 @@ def read_shown(path: Path, samples: Samples) -> Shown:
 def _joined(clicks: Clicks, user_row: Longs, item_row: Longs, ts_ms: Longs) -> Clicks:
     """Clicks with further ones, each user's in the order of time."""
     count = len(clicks.indptr) - 1
-    owner = np.concatenate([np.repeat(np.arange(count), np.diff(clicks.indptr)), user_row])
+    owner = np.concatenate([clicks.owners, user_row])
     at = np.concatenate([clicks.ts_ms, ts_ms])
     order = np.lexsort((at, owner))
     items = np.concatenate([clicks.item_row, item_row.astype(np.int32)])
@@ -100,10 +101,11 @@ def _joined(clicks: Clicks, user_row: Longs, item_row: Longs, ts_ms: Longs) -> C
 
 
 def evaluate_ranker(samples: Samples, shown: Shown, model: Ranker, resamples: int, seed: int) -> dict[str, Any]:
-    """How well a ranker orders held-out impressions, and whether its probabilities are true.
+    """How well a ranker orders held-out impressions, and whether its probabilities are calibrated.
 
-    Order (AUC) is judged without positions, as candidates are scored; probabilities (log loss, calibration) where the
-    items were shown. Histories are what was clicked before the request, in the held-out period too, as a server knows.
+    Order (AUC) is judged without positions, as candidates are scored; probabilities (log loss, calibration) at the
+    positions where the items were shown. Histories are the clicks before the request, those of the held-out period
+    included, as a server knows them.
 
     Args:
         samples: what it was trained on.
@@ -169,7 +171,8 @@ def score_shown(samples: Samples, shown: Shown, model: Ranker) -> Reals:
     for start in range(0, len(shown), BATCH):
         rows = np.arange(start, min(start + BATCH, len(shown)))
         context = {name: take(column, rows) for name, column in shown.context.items()}
-        queries = queries_of_users(samples.features, samples.users, samples.clicks, shown.user_row[rows], context, None)
+        users = shown.user_row[rows]
+        queries = queries_of_users(samples.features, samples.users, samples.clicks, users, context=context)
         before = _clicks_before(shown.clicks, shown.user_row[rows], shown.ts_ms[rows])
         items = {name: take(column, shown.item_row[rows]) for name, column in samples.items.features.items()}
         found.append(model.score(with_history(samples, model, queries.features, before), items))
@@ -181,9 +184,7 @@ def with_history(samples: Samples, model: Ranker, columns: Mapping[str, Column],
     if (history := model.features.history) is None:
         return dict(columns)
     tokens = history.vocabulary.rows(samples.items.ids)
-    count = np.minimum(np.diff(clicks.indptr), history.last)
-    places = ranges(clicks.indptr[1:] - count, count)
-    return {**columns, history.name: Bag(pointers(count), tokens[clicks.rows[places]])}
+    return {**columns, history.name: latest(clicks, tokens, history.last)}
 
 
 def _clicks_before(clicks: Clicks, user_row: Longs, ts_ms: Longs) -> Bag:
@@ -207,6 +208,7 @@ def kept_of_top(
     retrieve: Retrieve,
     pre_rank: Ranker,
     rank: Ranker,
+    *,
     retrieved: int,
     kept: int,
     top: int,
@@ -215,8 +217,8 @@ def kept_of_top(
 ) -> dict[str, Any]:
     """How many of the ranker's best candidates are among those that the pre-ranker keeps for it.
 
-    The ranker is asked about all candidates, which it never is when serving: what it would have put first and does not
-    get to see is the price of the pre-ranker. The first of the fused list are beside it: what a pre-ranker must beat.
+    The ranker scores all candidates, which it never does when serving: its best candidates that it does not get to see
+    are the price of the pre-ranker. The first of the fused list are the baseline that a pre-ranker must beat.
 
     Args:
         samples: what they were trained on.
@@ -233,33 +235,22 @@ def kept_of_top(
     Returns:
         `users`, `retrieved` (mean), `kept`, `top`, `share` and `share_fused`, each with its interval.
     """
-    shares: dict[str, list[float]] = {"share": [], "share_fused": []}
+    shares: list[tuple[float, float]] = []
     sizes = []
     for start in range(0, len(user_rows), 256):
-        rows = user_rows[start : start + 256]
-        left_out = (samples.clicks.indptr, samples.clicks.item_row)
-        queries = queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, left_out)
-        lists = retrieve(queries, retrieved)
-        for place in range(len(rows)):
-            candidates = lists[place][lists[place] >= 0]
+        queries = stored_queries(samples, user_rows[start : start + 256])
+        for place, listed in enumerate(retrieve(queries, retrieved)):
+            candidates = listed[listed >= 0]
             if len(candidates) <= kept:
                 continue
-            one = np.array([place])
-            clicks = take(queries.clicks, one)
-            assert isinstance(clicks, Bag)
-            columns = {name: take(column, one) for name, column in queries.features.items()}
-            items = {name: take(column, candidates) for name, column in samples.items.features.items()}
-            first, second = (
-                np.argsort(-model.score(with_history(samples, model, columns, clicks), items), kind="stable")
-                for model in (pre_rank, rank)
-            )
-            best = second[:top]
-            shares["share"].append(float(np.isin(best, first[:kept]).mean()))
-            shares["share_fused"].append(float((best < kept).mean()))
+            first, best = (_ordered(samples, model, queries, place, candidates) for model in (pre_rank, rank))
+            best = best[:top]
+            shares.append((float(np.isin(best, first[:kept]).mean()), float((best < kept).mean())))
             sizes.append(len(candidates))
     if not sizes:
         return {"users": 0, "retrieved": retrieved, "kept": kept, "top": top, "share": None, "share_fused": None}
-    figures = summarise(PerUser({name: np.array(one) for name, one in shares.items()}, {}, {}), resamples, seed)
+    values = dict(zip(("share", "share_fused"), np.array(shares).T, strict=True))
+    figures = summarise(PerUser(values, {}, {}), resamples, seed)
     return {
         "users": len(sizes),
         "retrieved": round(float(np.mean(sizes)), 1),
@@ -267,6 +258,17 @@ def kept_of_top(
         "top": top,
         **{name: figure(one) for name, one in figures.items()},
     }
+
+
+def _ordered(samples: Samples, model: Ranker, queries: Queries, place: int, candidates: Longs) -> Longs:
+    """The positions of one user's candidates in the order of a ranker."""
+    one = np.array([place])
+    clicks = take(queries.clicks, one)
+    assert isinstance(clicks, Bag)
+    columns = {name: take(column, one) for name, column in queries.features.items()}
+    items = {name: take(column, candidates) for name, column in samples.items.features.items()}
+    order: Longs = np.argsort(-model.score(with_history(samples, model, columns, clicks), items), kind="stable")
+    return order
 
 
 def some_users(user_rows: Longs, most: int) -> Longs:

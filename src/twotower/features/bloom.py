@@ -58,10 +58,10 @@ def mixed(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint64(31))
 
 
-def is_untrained(user_ids: pa.Array, share: float) -> npt.NDArray[np.bool_]:
+def is_held_out(user_ids: pa.Array, share: float) -> npt.NDArray[np.bool_]:
     """Held-out users (n,), chosen by a hash: never used in training, so that the quality gate can judge on them.
 
-    >>> int(is_untrained(pa.array(range(1000)), 0.05).sum())
+    >>> int(is_held_out(pa.array(range(1000)), 0.05).sum())
     60
     """
     return hash_ids(user_ids) % np.uint64(_PARTS) < np.uint64(round(share * _PARTS))

@@ -9,7 +9,9 @@ N rows; W numbers a row. A column is one of
 They are stored as Arrow columns of int32, list<int32> and fixed_size_list<float32>, and read back without a copy.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +84,10 @@ def padded(lists: Bag) -> npt.NDArray[np.int64]:
     return np.where(column < counts[:, None], lists.indptr[:-1, None] + column, -1)
 
 
+@overload
+def take(column: Bag, index: npt.NDArray[np.integer]) -> Bag: ...
+@overload
+def take(column: Column, index: npt.NDArray[np.integer]) -> Column: ...
 def take(column: Column, index: npt.NDArray[np.integer]) -> Column:
     """The rows `index` (B,) of a column, in that order; a gather, never a loop.
 
@@ -96,7 +102,11 @@ def take(column: Column, index: npt.NDArray[np.integer]) -> Column:
     return taken
 
 
-def concatenate(parts: list[Column]) -> Column:
+@overload
+def concatenate(parts: Sequence[Bag]) -> Bag: ...
+@overload
+def concatenate(parts: Sequence[Column]) -> Column: ...
+def concatenate(parts: Sequence[Column]) -> Column:
     """Columns of one kind below each other."""
     if isinstance(parts[0], Bag):
         bags = [part for part in parts if isinstance(part, Bag)]

@@ -1,12 +1,12 @@
-"""Choosing how channels are fused, on lists of users whose held-out items are known.
+"""Chooses how channels are fused, on lists of users whose held-out items are known.
 
-B users, C channels, M items of a user's union, k cut-offs. What is raised is recall, the mean over the cut-offs.
+B users, C channels, M items of a user's union, k cut-offs. The objective is recall, the mean over the cut-offs.
 """
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from twotower.channels.retriever import Candidates
 from twotower.evaluate.metrics import Figure, difference
 from twotower.features.columns import Bag
-from twotower.fusion.fuse import QUOTA, RRF, RRF_CONSTANT, Floats, Fusion, Union
+from twotower.fusion.fuse import RRF_CONSTANT, Floats, Fusion, Union
 from twotower.index.protocol import PADDING
 
 log = logging.getLogger(__name__)
@@ -59,22 +59,22 @@ def choose(
     seed: int,
     part: npt.NDArray[np.int64] | None = None,
 ) -> Chosen:
-    """The fusion with the greatest recall whose terms are each worth more than their noise.
+    """The fusion with the greatest recall in which each term is worth more than its noise.
 
-    A term weight / (constant + rank) is an estimate of how likely a hit is at that rank; each channel's is fitted to
-    its hits by maximum likelihood, as if no other channel were there. From there, and from the best channel alone, one
-    channel after another is given another weight, none included, or another constant, whichever is best; a change
-    stands if it brings more than its standard error (paired; over users and, where there are several validation parts,
-    over these), and at the end a channel whose loss is less than that has weight 0. Quotas are climbed likewise, and
-    taken if they are better by more than the error.
+    A term weight / (constant + rank) estimates how likely a hit is at that rank. First, each channel's term is fitted
+    to its hits by maximum likelihood, as if there were no other channel. From there, and from the best channel alone,
+    one channel after another gets another weight, 0 included, or another constant, whichever is best. A change is kept
+    if its gain is above its standard error (paired; over users and, where there are several validation parts, over
+    these). At the end, a channel whose removal loses less than that gets weight 0.
 
-    What was chosen on the users that it is judged on looks better than it is. So the choice is made several times: on
-    each half of the users, for the figures on the other half, or on all parts but one, for the figures on that one, and
-    on all of them. Where these figures are not above those of the best channel by more than their noise, that channel
-    stands first alone, and the others fill up.
+    A choice looks better than it is on the users that it was made on. So it is made several times: on each half of the
+    users, for the figures on the other half, or on all parts but one, for the figures on that part, and on all of them.
+    Where these figures are not above those of the best channel by more than their noise, that channel ranks first
+    alone, and the others fill up.
 
     Args:
-        lists: candidates of each channel by name, as long as they will be asked for; excluded items are not in them.
+        lists: candidates of each channel by name, as long as a server will request them; excluded items are not in
+            them.
         truth: the distinct held-out items of the same users; none is empty.
         ks: cut-offs.
         seed: of the halves.
@@ -86,7 +86,7 @@ def choose(
     several = part.max(initial=0) > 0
     fold = part if several else np.random.default_rng(seed).permutation(len(truth)) % 2
     fused, alone = np.zeros((2, len(truth), len(ks)))
-    singles = whole.singles()
+    singles = whole.singles
     for judged in np.unique(fold):
         rest, ours = fold != judged, fold == judged
         log.info("choosing on %d users, to be judged by %d others", rest.sum(), ours.sum())
@@ -100,7 +100,7 @@ def choose(
     else:
         log.info("no fusion is better than the best channel by more than noise: it stands first, the others fill up")
         best = union.channels[singles.mean(axis=(1, 2)).argmax()]
-        fusion = Fusion(weights={name: float(name == best) for name in union.channels}, depth=union.depth)
+        fusion = Fusion({name: float(name == best) for name in union.channels}, depth=union.depth)
     return Chosen(
         fusion,
         len(truth),
@@ -118,7 +118,7 @@ def _by_k(recall: Floats, ks: Sequence[int]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Term:
-    """What a channel adds to the score of its items; weight 0 = nothing."""
+    """What a channel adds to the score of its items: weight / (constant + rank); nothing where the weight is 0."""
 
     weight: float
     constant: float
@@ -151,18 +151,24 @@ class _Search:
 
     @cached_property
     def blocks(self) -> list["_Search"]:
-        """The users a few at a time, so that their scores stay in the processor's cache."""
+        """A few users at a time, so that their scores stay in the processor's cache."""
         return [self.of_users(slice(at, at + BLOCK)) for at in range(0, len(self.counts), BLOCK)]
 
     def of_users(self, users: npt.NDArray[np.bool_] | slice) -> "_Search":
         union = Union(self.union.channels, self.union.rows[users], self.union.ranks[:, users], self.union.depth)
         return _Search(union, self.hit[users], self.counts[users], self.part[users], self.ks)
 
+    @cached_property
     def singles(self) -> Floats:
         """(C, B, k) recall of each channel alone."""
         ranks = self.union.ranks
         hits = [(self.hit & (ranks > 0) & (ranks <= k)).sum(axis=2) for k in self.ks]
         return np.stack(hits, axis=2) / self.counts[:, None]
+
+    @cached_property
+    def order(self) -> npt.NDArray[np.int64]:
+        """The channels, the one of the greatest recall first."""
+        return np.argsort(-self.singles.mean(axis=(1, 2)), kind="stable")
 
     def recall(self, fusion: Fusion) -> Floats:
         """(B, k) recall of a fusion."""
@@ -170,52 +176,40 @@ class _Search:
             _Term(fusion.weights.get(name, 1.0), fusion.constants.get(name, RRF_CONSTANT))
             for name in self.union.channels
         ]
-        return self._at_each(self._total(fusion.method, terms))
+        return self._at_each(self._total(terms))
 
     def choose(self) -> Fusion:
-        single = self.singles().mean(axis=(1, 2))
-        fitted = [self._fit(channel) for channel in range(len(single))]
-        best = [
-            term if channel == single.argmax() else _Term(0.0, term.constant) for channel, term in enumerate(fitted)
-        ]
-        method, terms = RRF, max((self._climb(RRF, start, fitted) for start in (best, fitted)), key=self._mean)
-        even = [_Term(float(term.weight > 0), term.constant) for term in best]
-        other = self._climb(QUOTA, even, [_Term(1.0, term.constant) for term in fitted])
-        if self._is_gain(self._mean_of(QUOTA, other) - self._mean_of(RRF, terms)):
-            method, terms = QUOTA, other
+        fitted = [self._fit(channel) for channel in range(len(self.order))]
+        best = [replace(term, weight=term.weight * (at == self.order[0])) for at, term in enumerate(fitted)]
+        climbed = [self._climb(start, fitted) for start in (best, fitted)]
+        terms = max(climbed, key=lambda terms: float(self._mean(terms).mean()))
         largest = max(term.weight for term in terms)
-        names = self.union.channels
-        return Fusion(
-            method,
-            {name: float(f"{term.weight / largest:.4g}") for name, term in zip(names, terms, strict=True)},
-            {name: term.constant for name, term in zip(names, terms, strict=True)} if method == RRF else {},
-            self.union.depth,
-        )
+        named = dict(zip(self.union.channels, terms, strict=True))
+        weights = {name: float(f"{term.weight / largest:.4g}") for name, term in named.items()}
+        return Fusion(weights, {name: term.constant for name, term in named.items()}, self.union.depth)
 
-    def _climb(self, method: str, start: Sequence[_Term], fitted: Sequence[_Term]) -> list[_Term]:
-        """Change one channel after another, the best ones first, until nothing brings more than its error."""
-        terms, now = list(start), self._mean_of(method, start)
-        order = np.argsort(-self.singles().mean(axis=(1, 2)), kind="stable")
+    def _climb(self, start: Sequence[_Term], fitted: Sequence[_Term]) -> list[_Term]:
+        """Change one channel after another, the best ones first, until no gain is above its error."""
+        terms, now = list(start), self._mean(start)
         for _ in range(ROUNDS):
-            moved = False
-            for channel in order:
+            before = list(terms)
+            for channel in self.order:
                 base = terms[channel] if terms[channel].weight else fitted[channel]
-                tried = [_Term(base.weight * step, base.constant) for step in STEPS]
-                if method == RRF:
-                    tried += [self._bent(base, base.constant * bend) for bend in BENDS]
-                tried += [_Term(0.0, base.constant)] if sum(term.weight > 0 for term in terms) > 1 else []
+                tried = [replace(base, weight=base.weight * step) for step in STEPS]
+                tried += [self._bent(base, base.constant * bend) for bend in BENDS]
+                tried += [replace(base, weight=0.0)] if sum(term.weight > 0 for term in terms) > 1 else []
                 tried = [term for term in tried if term != terms[channel]]
-                means = self._means_of(method, terms, channel, tried)
+                means = self._means(terms, channel, tried)
                 first = int(means.mean(axis=1).argmax())
-                if self._is_gain(means[first] - now):
-                    terms[channel], now, moved = tried[first], means[first], True
-            if not moved:
+                if _is_gain(means[first] - now, self.part):
+                    terms[channel], now = tried[first], means[first]
+            if terms == before:
                 break
-        for channel in order[::-1]:
-            without = [*terms[:channel], _Term(0.0, terms[channel].constant), *terms[channel + 1 :]]
+        for channel in self.order[::-1]:
+            without = [*terms[:channel], replace(terms[channel], weight=0.0), *terms[channel + 1 :]]
             if terms[channel].weight and any(term.weight for term in without):
-                less = self._mean_of(method, without)
-                if not self._is_gain(now - less):
+                less = self._mean(without)
+                if not _is_gain(now - less, self.part):
                     terms, now = without, less
         return terms
 
@@ -227,7 +221,7 @@ class _Search:
         fits = []
         for constant in CONSTANTS:
             shape = 1 / (constant + np.arange(1, depth + 1))
-            # An even half of a hit a channel keeps one without any from a weight of 0.
+            # Half a hit more for each channel keeps one without any from a weight of 0.
             weight = (hits.sum() + 0.5) / max((listed * shape).sum(), 1e-12)
             expected = weight * shape
             fits.append(((hits * np.log(expected) - listed * expected).sum(), weight, constant))
@@ -239,19 +233,15 @@ class _Search:
         ranks = np.arange(1, self.union.depth + 1)
         return _Term(term.weight * (1 / (term.constant + ranks)).sum() / (1 / (constant + ranks)).sum(), constant)
 
-    def _total(self, method: str, terms: Sequence[_Term]) -> Floats:
-        total = self.union.nothing(method)
+    def _total(self, terms: Sequence[_Term]) -> Floats:
+        total = self.union.nothing()
         for channel, term in enumerate(terms):
             if term.weight:
-                total = _added(method, total, self._unit(method, channel, term.constant), term.weight)
+                total += self.union.reciprocal(channel, term.weight, term.constant)
         return total
 
-    def _unit(self, method: str, channel: int, constant: float) -> Floats:
-        """(B, M) what the channel says with a weight of 1."""
-        return self.union.reciprocal(channel, 1.0, constant) if method == RRF else self.union.due(channel, 1.0)
-
     def _at_each(self, scores: Floats) -> Floats:
-        """(B, k) recall by scores (B, M), as `Union.best` decides, but for the hits alone."""
+        """(B, k) recall by scores (B, M), as `reciprocal_rank` orders them, but for the hits alone."""
         user, column = self.hits
         score = scores[user, column]
         recall = np.empty((len(self.counts), len(self.ks)))
@@ -269,33 +259,21 @@ class _Search:
             recall[:, at] = np.bincount(user[inside], minlength=len(self.counts)) / self.counts
         return recall
 
-    def _mean_of(self, method: str, terms: Sequence[_Term]) -> Floats:
-        mean: Floats = self._means_of(method, terms, 0, terms[:1])[0]
+    def _mean(self, terms: Sequence[_Term]) -> Floats:
+        """(B,) mean recall."""
+        mean: Floats = self._means(terms, 0, terms[:1])[0]
         return mean
 
-    def _means_of(self, method: str, terms: Sequence[_Term], channel: int, tried: Sequence[_Term]) -> Floats:
+    def _means(self, terms: Sequence[_Term], channel: int, tried: Sequence[_Term]) -> Floats:
         """(T, B) mean recall with each of T terms in the place of the channel's."""
-        return np.concatenate([block._means_here(method, terms, channel, tried) for block in self.blocks], axis=1)
+        return np.concatenate([block._means_here(terms, channel, tried) for block in self.blocks], axis=1)
 
-    def _means_here(self, method: str, terms: Sequence[_Term], channel: int, tried: Sequence[_Term]) -> Floats:
-        others = self._total(method, [*terms[:channel], _Term(0.0, 1.0), *terms[channel + 1 :]])
-        units = {at: self._unit(method, channel, at) for at in {term.constant for term in tried}}
-        each = (_added(method, others, units[term.constant], term.weight) for term in tried)
+    def _means_here(self, terms: Sequence[_Term], channel: int, tried: Sequence[_Term]) -> Floats:
+        others = self._total([*terms[:channel], _Term(0.0, 1.0), *terms[channel + 1 :]])
+        units = {at: self.union.reciprocal(channel, 1.0, at) for at in {term.constant for term in tried}}
+        each = (others + units[term.constant] * term.weight for term in tried)
         means: Floats = np.stack([self._at_each(scores).mean(axis=1) for scores in each])
         return means
-
-    def _is_gain(self, change: Floats) -> bool:
-        return _is_gain(change, self.part)
-
-    def _mean(self, terms: Sequence[_Term]) -> float:
-        return float(self._mean_of(RRF, terms).mean())
-
-
-def _added(method: str, total: Floats, unit: Floats, weight: float) -> Floats:
-    if not weight:
-        return total
-    summed: Floats = total + unit * weight if method == RRF else np.maximum(total, unit / weight)
-    return summed
 
 
 def _is_gain(change: npt.NDArray[Any], part: npt.NDArray[np.int64]) -> bool:

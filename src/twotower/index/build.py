@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from twotower.index.checks import INDEX_JSON
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
+from twotower.index.options import IndexOptions
 from twotower.index.overlaid import BASE, OverlaidIndex
 from twotower.index.protocol import VectorIndex
 from twotower.schema.errors import ConfigError
@@ -16,33 +17,32 @@ from twotower.schema.files import read_json
 
 
 def build_index(
-    kind: str,
+    options: IndexOptions,
     rows: NDArray[np.int64],
     vectors: NDArray[np.float32],
     queries: NDArray[np.float32],
+    *,
     ks: Sequence[int],
-    recall: float,
     seed: int,
 ) -> VectorIndex:
-    """An index of one kind, tuned on sample queries where it is approximate.
+    """The configured index, tuned on sample queries where it is approximate.
 
     Args:
-        kind: `exact` or `faiss`.
+        options: which kind, and the recall that it must reach.
         rows: (N,) int64, each once.
         vectors: (N, D) float32.
         queries: (Q, D) float32 of held-out users.
-        ks: numbers of neighbours that will be asked for.
-        recall: share of the exact neighbours to be found, above 0 and at most 1.
+        ks: numbers of neighbours that will be requested.
         seed: of k-means.
 
     Raises:
-        ConfigError: another kind; no k, or a recall that cannot be, where these matter.
+        ConfigError: no k where it matters.
         DataError: rows, vectors or queries that cannot be indexed.
     """
-    _check_kind(kind)
-    if kind == "exact":
-        return ExactIndex.build(rows, vectors)
-    return FaissIndex.build(rows, vectors, seed).tune(queries, ks, recall, ExactIndex.build(rows, vectors))
+    exact = ExactIndex.build(rows, vectors)
+    if options.kind == "exact":
+        return exact
+    return FaissIndex.build(rows, vectors, seed).tune(queries, ks, options.recall, exact)
 
 
 def load_index(folder: Path) -> VectorIndex:
@@ -56,10 +56,6 @@ def load_index(folder: Path) -> VectorIndex:
     kind = description.get("kind") if isinstance(description, dict) else None
     if kind == "overlaid":
         return OverlaidIndex.load(folder, load_index(folder / BASE))
-    _check_kind(kind)
-    return ExactIndex.load(folder) if kind == "exact" else FaissIndex.load(folder)
-
-
-def _check_kind(kind: object) -> None:
     if kind not in ("exact", "faiss"):
         raise ConfigError(f"there is no index of kind {kind!r}: exact or faiss")
+    return ExactIndex.load(folder) if kind == "exact" else FaissIndex.load(folder)

@@ -1,5 +1,6 @@
 """The checks and look-ups of rows that every index makes in the same way."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from twotower.index.protocol import Exclusions
 from twotower.schema.errors import DataError
-from twotower.schema.files import opened_file, read_json
+from twotower.schema.files import Kind, check_fields, opened_file, read_json
 
 FORMAT = 1
 """Number of the layout of a saved index."""
@@ -129,8 +130,8 @@ def excluded_positions(
     return Exclusions(indptr, keys % max(len(rows), 1))
 
 
-def read_description(folder: Path, kind: str) -> dict[str, Any]:
-    """The `index.json` of a saved index.
+def read_description(folder: Path, kind: str, fields: Mapping[str, Kind]) -> dict[str, Any]:
+    """The `index.json` of a saved index, which has some fields of some types.
 
     Raises:
         DataError: missing, damaged, of another format or another kind of index.
@@ -141,7 +142,7 @@ def read_description(folder: Path, kind: str) -> dict[str, Any]:
         raise DataError(f"{path} is not of format {FORMAT}: rebuild the index from the item vectors")
     if description.get("kind") != kind:
         raise DataError(f"{path} describes an index of kind {description.get('kind')!r}, not {kind!r}")
-    return description
+    return check_fields(description, fields, str(path))
 
 
 def map_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:

@@ -18,13 +18,12 @@ from twotower.index.checks import (
     map_rows,
     read_description,
 )
-from twotower.index.protocol import PADDING, Exclusions, Neighbours
-from twotower.schema.errors import DataError
+from twotower.index.protocol import Exclusions, Neighbours
 from twotower.schema.files import whole_folder, write_json
 
 VECTORS = "vectors.npy"
 SCORES_AT_ONCE = 1 << 23
-"""Scores (32 MB) computed together; one query against all vectors is the least."""
+"""Scores (32 MB) computed together, at least those of one query."""
 RESCORED_AT_ONCE = 1 << 16
 """Vectors gathered together to be scored again."""
 
@@ -70,13 +69,9 @@ class ExactIndex:
         Raises:
             DataError: files are missing or not what `index.json` says.
         """
-        description = read_description(folder, "exact")
-        try:
-            count, dimension, longest = description["count"], description["dimension"], float(description["longest"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{folder / INDEX_JSON} is incomplete ({error!r}): rebuild the index") from None
-        rows = map_rows(folder, count)
-        return cls(rows, map_array(folder / VECTORS, (count, dimension), np.float32), longest, np.empty(0, np.int64))
+        said = read_description(folder, "exact", {"count": int, "dimension": int, "longest": (int, float)})
+        vectors = map_array(folder / VECTORS, (said["count"], said["dimension"]), np.float32)
+        return cls(map_rows(folder, said["count"]), vectors, float(said["longest"]), np.empty(0, np.int64))
 
     def count(self) -> int:  # noqa: D102
         return len(self._rows) - len(self._hidden)
@@ -87,9 +82,7 @@ class ExactIndex:
 
     def search(self, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
         check_search(queries, k, exclude, self._vectors.shape[1])
-        found = Neighbours(
-            np.full((len(queries), k), PADDING, np.int64), np.full((len(queries), k), -np.inf, np.float32)
-        )
+        found = Neighbours.none(len(queries), k)
         excluded = excluded_positions(exclude, len(queries), self._rows, self._hidden)
         step = max(1, SCORES_AT_ONCE // max(1, len(self._rows)))
         for start in range(0, len(queries), step):

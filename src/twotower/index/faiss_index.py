@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-# Both libraries bring an OpenMP runtime. With torch first they share one setting of threads; with FAISS first there are
+# Both libraries load an OpenMP runtime. With torch first they share one setting of threads; with FAISS first there are
 # two pools that fight for the cores.
 import torch  # noqa: F401
 
@@ -68,8 +68,8 @@ class Tuned:
     """How many lists to probe for k neighbours, as measured when the index was built.
 
     Attributes:
-        k: neighbours asked for.
-        nprobe: lists probed for them, the fewest that reach the recall asked for.
+        k: requested neighbours.
+        nprobe: lists probed for them, the fewest that reach the required recall.
         recall: share of the exact neighbours found on the tuning queries; neighbours tied with the k-th are as good.
         latency_ms: median time of one query alone.
         queries: number of tuning queries.
@@ -117,6 +117,7 @@ class FaissIndex:
         rows: NDArray[np.int64],
         hidden: NDArray[np.int64],
         tuning: tuple[Tuned, ...],
+        *,
         thinned: tuple[Thinned, ...] = (),
         list_of: NDArray[np.int32] | None = None,
     ) -> None:
@@ -177,15 +178,13 @@ class FaissIndex:
         Raises:
             DataError: files are missing, or not what `index.json` says.
         """
-        description = read_description(folder, "faiss")
-        path = folder / INDEX_FILE
+        fields = {"count": int, "dimension": int, "bytes": int, "tuning": list}
+        said = read_description(folder, "faiss", fields)
+        path, count, dimension, size = folder / INDEX_FILE, said["count"], said["dimension"], said["bytes"]
         try:
-            count, dimension, size = description["count"], description["dimension"], description["bytes"]
-            tuning = tuple(Tuned(**entry) for entry in description["tuning"])
-            thinned = tuple(Thinned(**entry) for entry in description.get("thinned", []))
-            if any(type(number) is not int for number in (count, dimension, size)):
-                raise TypeError(f"numbers {count}, {dimension}, {size}")
-        except (KeyError, TypeError) as error:
+            tuning = tuple(Tuned(**entry) for entry in said["tuning"])
+            thinned = tuple(Thinned(**entry) for entry in said.get("thinned", []))
+        except TypeError as error:
             raise DataError(f"{folder / INDEX_JSON} is incomplete ({error!r}): rebuild the index") from None
         with opened_file(path) as descriptor:
             found = os.fstat(descriptor).st_size
@@ -205,21 +204,21 @@ class FaissIndex:
             )
         if not _is_whole(index):
             raise DataError(f"{path} is no whole index: rebuild it from the item vectors")
-        rows = map_rows(folder, count)
-        return cls(index, rows, np.empty(0, np.int64), tuning, thinned)
+        return cls(index, map_rows(folder, count), np.empty(0, np.int64), tuning, thinned=thinned)
 
     def count(self) -> int:  # noqa: D102
         return len(self._rows) - len(self._hidden)
 
     def without(self, rows: NDArray[np.int64]) -> Self:  # noqa: D102
-        hidden = hidden_with(self._hidden, rows, self._rows)
-        return type(self)(self._index, self._rows, hidden, self.tuning, self.thinned, self._list_of)
+        return self._view(hidden_with(self._hidden, rows, self._rows), self.tuning, self.thinned)
+
+    def _view(self, hidden: NDArray[np.int64], tuning: tuple[Tuned, ...], thinned: tuple[Thinned, ...] = ()) -> Self:
+        """The same vectors with other hidden rows, or searched in another way."""
+        return type(self)(self._index, self._rows, hidden, tuning, thinned=thinned, list_of=self._list_of)
 
     def search(self, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
         check_search(queries, k, exclude, self._index.d)
-        found = Neighbours(
-            np.full((len(queries), k), PADDING, np.int64), np.full((len(queries), k), -np.inf, np.float32)
-        )
+        found = Neighbours.none(len(queries), k)
         if not self.count():
             return found
         queries = np.ascontiguousarray(queries)
@@ -352,7 +351,7 @@ class FaissIndex:
     def _probes(self, fetch: int) -> int:
         """Lists to probe for `fetch` neighbours.
 
-        Hidden rows thin the lists out, as if more neighbours were asked for. The nearest tuned k from that number up
+        Hidden rows thin the lists out, as if more neighbours were requested. The nearest tuned k from that number up
         says how many; beyond all of them the largest is scaled in proportion.
         """
         return self._tuned_probes(fetch * len(self._rows) / self.count())
@@ -386,7 +385,7 @@ class FaissIndex:
 
         Args:
             queries: (Q, D) float32 of users that the model was not trained on; at most `TUNING_QUERIES` are used.
-            ks: numbers of neighbours that will be asked for.
+            ks: numbers of neighbours that will be requested.
             recall: share of the exact neighbours to be found, above 0 and at most 1.
             oracle: exact index of the same vectors.
             clock: seconds that rise, for `latency_ms`.
@@ -413,10 +412,10 @@ class FaissIndex:
         depths = sorted({min(k, len(self._rows)) for k in ks})
         exact = oracle.search(sample, depths[-1]).scores
         tuning = tuple(self._tuned(sample, k, recall, exact[:, k - 1], clock) for k in depths)
-        tuned = type(self)(self._index, self._rows, self._hidden, tuning, (), self._list_of)
+        tuned = self._view(self._hidden, tuning)
         few = np.ascontiguousarray(sample[:: max(1, len(sample) // THINNED_QUERIES)])
         thinned = tuple(tuned._thinned(few, (depths[0], depths[-1]), recall, oracle, share) for share in THINNED)
-        return type(self)(self._index, self._rows, self._hidden, tuning, thinned, self._list_of)
+        return self._view(self._hidden, tuning, thinned)
 
     def _tuned(
         self,
@@ -471,7 +470,7 @@ class FaissIndex:
     ) -> Callable[[int, float], tuple[float, bool]]:
         """With rows hidden by chance: recall for k and a factor, and whether all of the others were scanned."""
         out = np.flatnonzero(rng.random(len(self._rows)) < share)
-        view = type(self)(self._index, self._rows, out, self.tuning, (), self._list_of)
+        view = self._view(out, self.tuning)
         best = oracle.without(self._rows[out]).search(sample, self.tuning[-1].k).scores
 
         def recall_at(k: int, factor: float) -> tuple[float, bool]:

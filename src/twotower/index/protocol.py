@@ -31,6 +31,11 @@ class Neighbours:
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
 
+    @classmethod
+    def none(cls, queries: int, k: int) -> Self:
+        """Padding alone, to be filled."""
+        return cls(np.full((queries, k), PADDING, np.int64), np.full((queries, k), -np.inf, np.float32))
+
 
 @dataclass(frozen=True)
 class Exclusions:
@@ -69,6 +74,16 @@ class Exclusions:
         parts = [np.asarray(rows, np.int64) for rows in lists]
         indptr = np.cumsum([0, *(part.size for part in parts)], dtype=np.int64)
         return cls(indptr, np.concatenate([np.empty(0, np.int64), *parts]))
+
+    @classmethod
+    def none(cls, queries: int) -> Self:
+        """Nothing is left out for any of some queries."""
+        return cls(np.zeros(queries + 1, np.int64), np.zeros(0, np.int64))
+
+    @classmethod
+    def each(cls, rows: NDArray[np.int64]) -> Self:
+        """One row (B,) for each query: an item that is asked about is not like itself."""
+        return cls(np.arange(len(rows) + 1), rows)
 
 
 class VectorIndex(Protocol):

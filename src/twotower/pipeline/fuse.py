@@ -9,13 +9,14 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from twotower.channels.fit import OwnChannels
+from twotower.channels.lists import end_to_end
 from twotower.channels.retriever import Candidates
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
@@ -43,7 +44,6 @@ class FuseReport:
 
     path: str
     """The file with what was chosen."""
-    method: str
     weights: dict[str, float]
     users: int
     """Of validation, that it was chosen on."""
@@ -53,15 +53,19 @@ class FuseReport:
     """Of the fusion over the best channel, and of each part."""
 
 
-def fuse(settings: Settings) -> FuseReport:
-    """Choose method, weights and constants on validation parts, for the versions published from now on.
+def fuse(settings: Settings, own: OwnChannels | None = None) -> FuseReport:
+    """Choose weights and constants on validation parts, for the versions published from now on.
+
+    Args:
+        settings: the configuration.
+        own: trains a user's own channels, on the samples of each part; a version cannot be published with these.
 
     Raises:
         ConfigError: there is a single channel.
         DataError: a part leaves no events to learn from.
     """
     check_ready(settings, trained=True)
-    if len(settings.models.channels) < 2:
+    if len(settings.models.channels) < 2 and own is None:
         raise ConfigError(f"models.channels = {settings.models.channels}: fusing takes two channels or more")
     options = settings.fusion
     folder = places(settings).workspace / FUSING / identity(settings, (*_DECIDING, "tune"))
@@ -72,7 +76,7 @@ def fuse(settings: Settings) -> FuseReport:
         samples_of(part)
     for number, part in enumerate(parts[1:]):
         log.info("validation part %d of %d", number + 1, options.parts)
-        found.append(lists_of(part, math.ceil(options.users / options.parts), max(*options.k, options.depth)))
+        found.append(lists_of(part, math.ceil(options.users / options.parts), max(*options.k, options.depth), own))
     lists = {name: end_to_end([one.lists[name] for one in found]) for name in found[0].lists}
     users = [len(one.truth.user_rows) for one in found]
     truth = Bag(
@@ -97,12 +101,12 @@ def fuse(settings: Settings) -> FuseReport:
         },
     )
     weights = dict(chosen.fusion.weights)
-    return FuseReport(str(path), chosen.fusion.method, weights, chosen.users, recall, gain)
+    return FuseReport(str(path), weights, chosen.users, recall, gain)
 
 
 @dataclass(frozen=True)
 class Lists:
-    """What all channels bring the users of one validation part."""
+    """The lists of all channels for the users of one validation part."""
 
     lists: dict[str, Candidates]
     truth: Truth
@@ -132,22 +136,17 @@ def samples_of(settings: Settings) -> None:
     held_out(where.workspace, open_samples(where.samples), settings.evaluate.context)
 
 
-def lists_of(settings: Settings, users: int, depth: int) -> Lists:
-    """Train all channels, and ask them for lists of some users."""
+def lists_of(settings: Settings, users: int, depth: int, own: OwnChannels | None = None) -> Lists:
+    """Train all channels, and request their lists for some users."""
     where = places(settings)
     train_model(settings)
     samples = open_samples(where.samples)
     truth = some_users(held_out(where.workspace, samples, settings.evaluate.context), users, settings.train.seed)
     lists = {}
-    for name, channel in offline_channels(settings, samples).items():
+    for name, channel in offline_channels(settings, samples, own).items():
         log.info("lists of %s", name)
         lists[name] = candidates(samples, channel, truth.user_rows, min(len(samples.items), depth), truth.context)
     return Lists(lists, truth, len(samples.items))
-
-
-def end_to_end(found: Sequence[Candidates]) -> Candidates:
-    """Candidates of the users of several parts; these share their catalogue, so that all lists are as long."""
-    return Candidates(np.concatenate([one.rows for one in found]), np.concatenate([one.scores for one in found]))
 
 
 def some_users(truth: Truth, most: int, seed: int) -> Truth:

@@ -6,22 +6,18 @@ This is the only module that knows both: no stage sees the configuration.
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from twotower.channels import item_cf, swing
-from twotower.channels.als import ALS, Options
-from twotower.channels.fit import Recipe, fit_channels
-from twotower.channels.item_cf import ItemCF
-from twotower.channels.popular import Popular, check_popular
-from twotower.channels.retriever import Queries, Retriever
-from twotower.channels.same_category import SameCategory, check_attributes
-from twotower.channels.swing import Swing
+from twotower.channels.fit import Counted, OwnChannels, fit_channels
+from twotower.channels.options import PopularOptions
+from twotower.channels.popular import check_popular
+from twotower.channels.retriever import Retriever
+from twotower.channels.same_category import check_attributes
 from twotower.channels.vector_channel import VectorChannel
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
@@ -29,13 +25,13 @@ from twotower.datasets.workspace import HOLDOUT, HOLDOUT_IMPRESSIONS
 from twotower.evaluate import page
 from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate
+from twotower.evaluate.plots import can_plot
 from twotower.evaluate.ranking import evaluate_ranker, kept_of_top, read_shown, some_users
-from twotower.features.feature_set import FeatureSet
 from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
 from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
-from twotower.pipeline.recorded import ASKED, MADE_WITH, as_made, check_same, fixed_by_samples, fixed_by_training
+from twotower.pipeline.recorded import ASKED, as_made, check_same, fixed_by_samples, fixed_by_training
 from twotower.publish.publish import VersionParts, current_path, promote, publish
 from twotower.publish.version import (
     NEW_ITEMS,
@@ -47,10 +43,11 @@ from twotower.publish.version import (
     item_tokens,
     open_version,
 )
-from twotower.samples.build import SamplesReport, build_samples
+from twotower.samples.build import MADE_WITH, SamplesReport, build_samples
+from twotower.samples.fitting import PreviousFeatures
 from twotower.samples.read import Samples, open_samples
 from twotower.schema.clock import now_ms
-from twotower.schema.errors import DataError
+from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.towers.losses import Loss
 from twotower.towers.options import PreRankOptions
@@ -74,10 +71,8 @@ FUSION = "fusion.json"
 """In a workspace: how `twotower fuse` chose to fuse."""
 
 
-def make_samples(
-    settings: Settings, previous: FeatureSet | None = None, evict_after_days: int | None = None
-) -> SamplesReport:
-    """Samples out of the workspace; `previous` and `evict_after_days` as in `build_samples`."""
+def make_samples(settings: Settings, previous: PreviousFeatures | None = None) -> SamplesReport:
+    """Samples out of the workspace; `previous` as in `build_samples`."""
     check_ready(settings)
     where = places(settings)
     return build_samples(
@@ -85,23 +80,10 @@ def make_samples(
         where.samples,
         settings.features,
         settings.models.dimension,
-        first_day=settings.samples.first_day,
-        days=settings.samples.days,
-        last_day=settings.samples.last_day,
-        weight=settings.samples.weight,
-        impressed_weight=settings.samples.impressed_weight,
-        hot=settings.samples.hot,
-        cold=settings.samples.cold,
-        untrained_users=settings.samples.untrained_users,
-        hard_most=settings.samples.negatives.hard_most,
-        impressed_as_negatives=settings.samples.negatives.impressed_as_negatives_for_experiments,
-        impressions=bool(settings.models.rankers),
-        seed=settings.samples.seed,
-        room=settings.samples.vocabulary_room,
+        settings.samples,
         engine=settings.engine,
+        impressions=bool(settings.models.rankers),
         previous=previous,
-        evict_after_days=evict_after_days,
-        recorded=fixed_by_samples(settings),
     )
 
 
@@ -151,11 +133,11 @@ def check_samples(settings: Settings, samples: Samples) -> None:
         options = _ranker_options(settings, name)
         ranker_features(samples.features, options)
         trained_impressions(samples, options.calibration_share)
-    popular, channels = settings.models.popular, settings.models.channels
+    channels = settings.models.channels
     if "popular" in channels:
-        check_popular(samples, popular.window_days, popular.segment, popular.half_life_days, popular.prior)
+        check_popular(samples, settings.models.popular)
     if "same_category" in channels:
-        check_attributes(samples, settings.models.same_category.attributes)
+        check_attributes(samples, settings.models.same_category)
 
 
 def _ranker_options(settings: Settings, name: str) -> PreRankOptions:
@@ -199,50 +181,12 @@ def train_from(
     )
 
 
-def _recipes(settings: Settings, samples: Samples) -> dict[str, Recipe]:
-    """How each counted channel is fitted."""
-    models, threads = settings.models, settings.engine.threads
-    factorise = Options(**asdict(models.als))
-    popular, alike = models.popular, models.same_category
-    scratch = places(settings).checkpoints
-    return {
-        "item_cf": Recipe(
-            asdict(models.item_cf),
-            lambda: ItemCF.fit(
-                samples.clicks,
-                len(samples.items),
-                item_cf.Options(**asdict(models.item_cf)),
-                settings.engine,
-                scratch,
-                samples.positives,
-            ),
-        ),
-        "swing": Recipe(
-            asdict(models.swing),
-            lambda: Swing.fit(
-                samples.clicks,
-                len(samples.items),
-                swing.Options(**asdict(models.swing)),
-                settings.engine,
-                scratch,
-            ),
-        ),
-        "als": Recipe(
-            {**asdict(models.als), "seed": settings.train.seed},
-            lambda: ALS.fit(samples.clicks, len(samples.items), factorise, threads, settings.train.seed),
-        ),
-        "popular": Recipe(
-            asdict(popular),
-            lambda: Popular.of(samples, popular.window_days, popular.segment, popular.half_life_days, popular.prior),
-        ),
-        "same_category": Recipe(
-            asdict(alike), lambda: SameCategory.fit(samples, alike.attributes, alike.last, alike.items)
-        ),
-    }
-
-
-def _configured(settings: Settings, samples: Samples) -> dict[str, Recipe]:
-    return {name: recipe for name, recipe in _recipes(settings, samples).items() if name in settings.models.channels}
+def fit_counted(settings: Settings, samples: Samples, names: Sequence[str] | None = None) -> dict[str, Counted]:
+    """The counted channels among some names, or of all that are configured."""
+    checkpoints, channels = places(settings).checkpoints, settings.models.channels if names is None else names
+    return fit_channels(
+        samples, channels, settings.models, checkpoints, engine=settings.engine, seed=settings.train.seed
+    )
 
 
 def noted_checkpoints(settings: Settings) -> dict[str, Any]:
@@ -287,15 +231,13 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
     settings = as_trained(settings, [TWO_TOWER])
     where = places(settings)
     samples, checkpoint = open_samples(where.samples), latest_checkpoint(settings)
-    counted = {**_recipes(settings, samples), "popular": Recipe({}, lambda: Popular.fit(samples.item_positives))}
-    baselines = fit_channels(samples, {name: counted[name] for name in ("popular", "item_cf")}, where.checkpoints)
-    channels = [offline_channel(samples, checkpoint), baselines["popular"], baselines["item_cf"]]
-    options = (settings.evaluate.k, settings.evaluate.bootstrap, settings.train.seed, settings.evaluate.context)
-    metrics = evaluate(samples, where.workspace, channels, *options)
+    counted = replace(settings, models=replace(settings.models, popular=PopularOptions()))
+    baselines = fit_counted(counted, samples, ["popular", "item_cf"])
+    channels = [offline_channel(samples, checkpoint), *baselines.values()]
+    options, seed = settings.evaluate, settings.train.seed
+    metrics = evaluate(samples, where.workspace, channels, options, seed=seed)
     if (world := world_of(where.workspace)) is not None:
-        metrics["truth"] = evaluate_by_truth(
-            samples, where.workspace, world, channels, settings.evaluate, settings.train.seed
-        )
+        metrics["truth"] = evaluate_by_truth(samples, where.workspace, world, channels, options, seed)
     if settings.models.rankers:
         metrics["rankers"] = evaluate_rankers(settings, samples)
     write_json(checkpoint.path.parent / METRICS, metrics)
@@ -323,14 +265,10 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
         return result
     fusion, channels = fusion_of(settings), offline_channels(settings, samples)
 
-    def fused(queries: Queries, k: int) -> npt.NDArray[np.int64]:
-        asked = fusion.asked(k, list(channels))
-        return fusion.fuse({name: one.retrieve(queries, asked) for name, one in channels.items()}, k).candidates.rows
-
     result["kept_of_top"] = kept_of_top(
         samples,
         some_users(shown.user_row, KEPT_USERS),
-        fused,
+        lambda queries, k: fusion.retrieve(channels, queries, k).candidates.rows,
         rankers[PRE_RANK],
         rankers[RANK],
         retrieved=funnel.retrieve,
@@ -342,30 +280,42 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
     return result
 
 
-def evaluate_channels_of(settings: Settings) -> dict[str, Any]:
-    """What each configured channel and the fused list find of the hold-out; JSON, Markdown and a plot are kept."""
+def evaluate_channels_of(settings: Settings, own: OwnChannels | None = None) -> dict[str, Any]:
+    """What each channel and the fused list find of the hold-out.
+
+    JSON and Markdown are kept beside the checkpoint, and a plot where the extra `plots` is installed.
+
+    Args:
+        settings: the configuration.
+        own: makes a user's own channels, judged and fused beside the configured ones; see `offline_channels`.
+    """
     check_ready(settings, trained=True, evaluated=True)
     settings = as_trained(settings)
-    where, fusion = places(settings), fusion_of(settings)
+    where = places(settings)
     samples = open_samples(where.samples)
+    channels = offline_channels(settings, samples, own)
+    fusion = fusion_of(settings, channels)
     report = evaluate_channels(
         samples,
         where.workspace,
-        offline_channels(settings, samples),
+        channels,
         lambda lists, k: fusion.fuse(lists, k).candidates,
-        settings.evaluate.channels_k,
-        fusion.depth,
-        settings.evaluate.bootstrap,
-        settings.train.seed,
-        settings.evaluate.context,
+        settings.evaluate,
+        depth=fusion.depth,
+        seed=settings.train.seed,
     )
     report["fusion"] = asdict(fusion)
     folder = latest_checkpoint(settings).path.parent
     write_json(folder / f"{CHANNELS}.json", report)
-    for suffix, text in (("md", page.markdown(report)), ("svg", page.plot(report))):
+    texts = {"md": page.markdown(report)}
+    if can_plot():
+        texts["svg"] = page.plot(report)
+    else:
+        log.warning("no plot: it needs matplotlib, pip install 'twotower[plots]'")
+    for suffix, text in texts.items():
         with whole_file(folder / f"{CHANNELS}.{suffix}") as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return {**report, "files": [str(folder / f"{CHANNELS}.{suffix}") for suffix in ("json", "md", "svg")]}
+    return {**report, "files": [str(folder / f"{CHANNELS}.{suffix}") for suffix in ("json", *texts)]}
 
 
 def offline_channel(samples: Samples, checkpoint: Checkpoint, name: str = TWO_TOWER) -> VectorChannel:
@@ -382,40 +332,57 @@ def channel_of(model: TwoTower, samples: Samples, name: str = TWO_TOWER) -> Vect
     )
 
 
-def offline_channels(settings: Settings, samples: Samples) -> dict[str, Retriever]:
-    """All configured channels by name as evaluation asks them: vectors are searched exactly, in the whole catalogue."""
-    trained = {name: offline_channel(samples, latest_checkpoint(settings, name), name)
-               for name in trained_channels(settings)}  # fmt: skip
-    counted = fit_channels(samples, _configured(settings, samples), places(settings).checkpoints)
-    channels: dict[str, Retriever] = {**trained, **counted}
+def offline_channels(settings: Settings, samples: Samples, own: OwnChannels | None = None) -> dict[str, Retriever]:
+    """All channels by name as evaluation asks them: vectors are searched exactly, in the whole catalogue.
+
+    Args:
+        settings: with the configured channels.
+        samples: what they were trained on, or are counted from.
+        own: trains a user's own channels on the samples: anything of the shape of a `Retriever`, by name.
+
+    Raises:
+        ConfigError: one of them has the name of a configured channel.
+    """
+    more = own(samples) if own is not None else {}
+    if taken := sorted(set(more) & set(settings.models.channels)):
+        raise ConfigError(f"{', '.join(taken)}: models.channels has this name already; give your channel another one")
+    channels: dict[str, Retriever] = {
+        name: offline_channel(samples, latest_checkpoint(settings, name), name) for name in trained_channels(settings)
+    }
+    channels |= fit_counted(settings, samples)
     if NEW_ITEMS in settings.models.channels:
-        towers, most = trained[TWO_TOWER], settings.models.new_items.most_clicks
-        channels[NEW_ITEMS] = towers.over(
-            NEW_ITEMS, towers.index.without(np.flatnonzero(samples.item_positives > most))
-        )
-    return {name: channels[name] for name in settings.models.channels}
+        towers, most = channels[TWO_TOWER], settings.models.new_items.most_clicks
+        assert isinstance(towers, VectorChannel)
+        new = towers.index.without(np.flatnonzero(samples.item_positives > most))
+        channels[NEW_ITEMS] = towers.over(NEW_ITEMS, new)
+    return {**{name: channels[name] for name in settings.models.channels}, **more}
 
 
-def fusion_of(settings: Settings) -> Fusion:
+def fusion_of(settings: Settings, names: Iterable[str] | None = None) -> Fusion:
     """How channels are fused: as the configuration says, else as `twotower fuse` chose, else all alike.
+
+    Args:
+        settings: the configuration.
+        names: of the channels that are fused; None = the configured ones.
 
     Raises:
         DataError: the choice was made among other channels.
     """
-    options, channels, path = settings.fusion, settings.models.channels, places(settings).workspace / FUSION
-    weights, constants, reserved = (
-        {str(name): value for name, value in given.items() if name in channels}
-        for given in (options.weights, options.constants, options.reserved)
-    )
-    if weights or constants or not path.exists():
-        return Fusion(settings.serve.fusion, weights, constants, options.depth, reserved)
+    options, channels = settings.fusion, list(settings.models.channels if names is None else names)
+    path = places(settings).workspace / FUSION
+    given = {
+        key: {str(name): value for name, value in getattr(options, key).items() if name in channels}
+        for key in ("weights", "constants", "reserved")
+    }
+    if given["weights"] or given["constants"] or not path.exists():
+        return Fusion(**given, depth=options.depth)
     chosen = read_json(path)
     if sorted(chosen["channels"]) != sorted(channels):
         raise DataError(
-            f"{path} was chosen for {', '.join(chosen['channels'])}, and models.channels = {', '.join(channels)}: run "
+            f"{path} was chosen for {', '.join(chosen['channels'])}, and the channels are {', '.join(channels)}: run "
             "`twotower fuse` again, remove the file, or give fusion.weights"
         )
-    return Fusion(**{name: chosen[name] for name in ("method", "weights", "constants", "depth")}, reserved=reserved)
+    return Fusion(**{name: chosen[name] for name in ("weights", "constants", "depth")}, reserved=given["reserved"])
 
 
 def publish_version(
@@ -442,7 +409,7 @@ def publish_version(
         samples,
         where.workspace / "items.parquet",
         channels,
-        fit_channels(samples, _configured(settings, samples), where.checkpoints),
+        fit_counted(settings, samples),
         {name: made(name) for name in settings.models.rankers},
         fusion,
     )

@@ -9,12 +9,11 @@ from typing import Any, Final
 
 from twotower.config.load import as_dict, parse, with_present_names
 from twotower.config.settings import Settings
+from twotower.samples.build import made_with
 from twotower.schema.errors import ConfigError
 
 Document = dict[str, Any]
 
-MADE_WITH: Final = "configuration"
-"""Key of what made something, in the manifest of samples and beside the latest checkpoints."""
 ASKED: Final = "asked"
 """Key of the same as it was asked for, before trials chose some of it."""
 
@@ -28,19 +27,11 @@ _FREE: Final[Mapping[str, tuple[str, ...]]] = {
     "train": ("checkpoint_s", "threads"),
 }
 """Sections that training fixes, each but for what is counted when it is asked for and for where training runs."""
-_OF_SAMPLES = ("hard_most", "impressed_as_negatives_for_experiments")
-"""Of `samples.negatives`, what the samples are made with; the others are of training."""
 
 
 def fixed_by_samples(settings: Settings) -> Document:
     """What the samples of a configuration are made with, by section."""
-    document = as_dict(settings)
-    negatives = {key: document["samples"]["negatives"][key] for key in _OF_SAMPLES}
-    return {
-        "features": document["features"],
-        "samples": {**document["samples"], "negatives": negatives},
-        "models": {"dimension": document["models"]["dimension"]},
-    }
+    return made_with(settings.features, settings.samples, settings.models.dimension)
 
 
 def fixed_by_training(settings: Settings, channels: Sequence[str] | None = None) -> Document:

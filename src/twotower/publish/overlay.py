@@ -563,7 +563,8 @@ class Overlay:
         for piece in newer:
             vectors = LaidRows(vectors, piece.rows, piece.values)
         index = self._laid_index(channel, newer)
-        return channel.newer(tokens, index, vectors, None if encode is None else encode.encode)
+        users = channel.encode_users if encode is None else encode.encode
+        return replace(channel, item_tokens=tokens, index=index, item_vectors=vectors, encode_users=users)
 
     def _laid_index(self, channel: VectorChannel, newer: tuple[Rows, ...]) -> VectorIndex:
         """The index of a channel with newer vectors, without what is gone."""

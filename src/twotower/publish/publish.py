@@ -49,7 +49,8 @@ from twotower.publish.version import (
     unavailable,
 )
 from twotower.samples.columns_file import write_table
-from twotower.samples.read import ITEMS, Samples
+from twotower.samples.names import ITEMS_FILE
+from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import DataError, VersionError
@@ -141,7 +142,7 @@ def publish(
     tensors = parts.checkpoints[TWO_TOWER].tensors_sha256
     version_id = f"{moment:%Y%m%dT%H%M%S}{created_ms % 1000:03d}-{tensors[:8]}"
     with _one_publisher(versions), whole_folder(_new_path(versions, version_id)) as folder:
-        tune = partial(build_index, index.kind, ks=list(ks), recall=index.recall, seed=seed)
+        tune = partial(build_index, index, ks=list(ks), seed=seed)
         _write_parts(folder, parts, models, tune)
         write_table(folder / CATALOGUE, catalogue)
         manifest = {
@@ -195,7 +196,7 @@ def _write_parts(folder: Path, parts: VersionParts, models: ModelsOptions, tune:
     for name, checkpoint in parts.rankers.items():
         _write_ranker(folder / RANKERS / name, checkpoint, samples)
     if parts.rankers:
-        shutil.copyfile(samples.path / ITEMS, folder / RANKERS / ITEMS)
+        shutil.copyfile(samples.path / ITEMS_FILE, folder / RANKERS / ITEMS_FILE)
     for name in ("users.arrow", "clicks.arrow"):
         shutil.copyfile(samples.path / name, folder / name)
 
@@ -248,7 +249,7 @@ def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
 def _some_queries(samples: Samples) -> Queries:
     """Queries of users spread over all."""
     rows = _spread(len(samples.users), SAMPLED)
-    return queries_of_users(samples.features, samples.users, samples.clicks, rows, {}, None)
+    return queries_of_users(samples.features, samples.users, samples.clicks, rows)
 
 
 def _user_columns(features: FeatureSet, samples: Samples, queries: Queries) -> dict[str, Column]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.channels.fit import KINDS
+from twotower.channels.fit import LOADERS
 from twotower.channels.queries import queries_of_users
 from twotower.channels.retriever import Queries, Retriever, WithoutItems
 from twotower.channels.vector_channel import VectorChannel
@@ -39,7 +39,7 @@ from twotower.schema.errors import DataError, VersionError, cut
 from twotower.schema.files import MANIFEST, Kind, check_fields, check_listing
 from twotower.towers.two_tower import Table, table_of
 
-FORMAT = 3
+FORMAT = 4
 CATALOGUE = "catalogue.arrow"
 GOLDEN = "golden.json"
 FUSED = "fused"
@@ -214,7 +214,8 @@ class Version:
         self, user_rows: Longs, context: dict[str, Column] | None = None, exclude: Csr | None = None
     ) -> Queries:
         """Queries of stored users; see `queries_of_users`."""
-        return queries_of_users(self.features, self.users, self.clicks, user_rows, context or {}, exclude)
+        left_out = None if exclude is None else Bag(*exclude)
+        return queries_of_users(self.features, self.users, self.clicks, user_rows, context=context, exclude=left_out)
 
     def queries_of(
         self, user_ids: pa.Array, context: dict[str, Column] | None = None, exclude: Csr | None = None
@@ -303,7 +304,7 @@ def _opened(path: Path, manifest: dict[str, Any], threads: int) -> Version:
             tower = _open_user_tower(folder / name, threads)
             channels[name] = _open_vector_channel(folder / name, items.ids, gone, tower)
         else:
-            counted = KINDS[name].load(folder / name)
+            counted = LOADERS[name](folder / name)
             channels[name] = WithoutItems(counted, gone) if gone.any() else counted
     names = models.get("rankers", [])  # versions of before there were any
     encoded = open_items(path / RANKERS) if names else None

@@ -40,7 +40,7 @@ def write_columns(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatc
 
 
 class _Spool:
-    """One column on its way to a file: its numbers, and where each list ends."""
+    """One column that is being spooled: its numbers, and where each list ends."""
 
     def __init__(self, field: pa.Field, folder: Path, stack: ExitStack) -> None:
         def temporary() -> IO[bytes]:

@@ -12,6 +12,7 @@ import ibis
 import pyarrow as pa
 
 from twotower.samples.events import StoredEvents
+from twotower.samples.options import EngineOptions
 from twotower.schema import columns as c
 
 BATCH_ROWS = 1 << 17
@@ -47,14 +48,9 @@ class DuckDB:
         )
         day = events[file].re_extract(rf"{c.DATE}=([^/]*)/[^/]*$", 1)
         columns = {field.name: events[stored.names[field.name]] for field in stored.schema}
-        plain = (pa.int64(), pa.string())
-        return events.select(
-            **{
-                field.name: columns[field.name].cast(str(field.type)) if field.type in plain else columns[field.name]
-                for field in stored.schema
-            },
-            **{c.DATE: day},
-        )
+        plain = {field.name: str(field.type) for field in stored.schema if field.type in (pa.int64(), pa.string())}
+        columns |= {name: columns[name].cast(kind) for name, kind in plain.items()}
+        return events.select(**columns, **{c.DATE: day})
 
     def put(self, name: str, table: pa.Table) -> Any:
         """A table out of memory, for joins with larger ones."""
@@ -86,15 +82,15 @@ class DuckDB:
 
 
 @contextmanager
-def open_duckdb(threads: int, memory_gb: float, scratch: Path) -> Iterator[DuckDB]:
-    """A DuckDB in memory that spills to `scratch`; of `memory_gb`, the whole job's, it leaves Python its share."""
+def open_duckdb(options: EngineOptions, scratch: Path) -> Iterator[DuckDB]:
+    """A DuckDB in memory that spills to `scratch`; it leaves Python its share of the job's memory."""
     backend = ibis.duckdb.connect(
-        threads=threads,
-        memory_limit=f"{max(0.2, memory_gb - _PYTHON_GB):.2f}GB",
+        threads=options.threads,
+        memory_limit=f"{max(0.2, options.memory_gb - _PYTHON_GB):.2f}GB",
         temp_directory=str(scratch),
     )
     try:
         backend.raw_sql("SET enable_progress_bar = false; SET preserve_insertion_order = false")
-        yield DuckDB(backend, threads)
+        yield DuckDB(backend, options.threads)
     finally:
         backend.disconnect()

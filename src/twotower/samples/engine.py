@@ -26,7 +26,7 @@ def open_engine(options: EngineOptions, scratch: Path) -> Iterator[Engine]:
         scratch: where it keeps what does not fit in memory, unless the options name a folder; removed by the caller.
 
     Raises:
-        ConfigError: Spark is asked for, and pyspark or Java is not installed; the configured scratch is no folder.
+        ConfigError: pyspark or Java is not installed for Spark; the configured scratch is no folder.
 
     >>> import pyarrow as pa, tempfile
     >>> with tempfile.TemporaryDirectory() as folder, open_engine(EngineOptions(), Path(folder)) as engine:
@@ -40,7 +40,6 @@ def open_engine(options: EngineOptions, scratch: Path) -> Iterator[Engine]:
                 raise ConfigError(f"engine.scratch = {options.scratch!r} is no folder: make it, or leave it out")
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twotower-", dir=options.scratch)))
         if options.name == "spark":
-            opened = open_spark(options.url, options.threads, options.memory_gb, options.options, scratch)
-            yield stack.enter_context(opened)
+            yield stack.enter_context(open_spark(options, scratch))
         else:
-            yield stack.enter_context(open_duckdb(options.threads, options.memory_gb, scratch))
+            yield stack.enter_context(open_duckdb(options, scratch))

@@ -1,7 +1,7 @@
-"""Where the events of a workspace are opened for reading: their days, their files, their columns.
+"""Opens the events of a workspace: their days, their files, their columns.
 
-A workspace may be written by somebody's own job. So this is where a column of another type, or two columns that an
-engine would take for one, are refused; and columns get names of ours, so that no name of theirs is one of ours.
+A workspace may be written by another job. So columns of another type are refused here, as are two columns whose names
+an engine does not tell apart, and the columns get names of their own, which no name in the files can collide with.
 """
 
 import datetime
@@ -14,17 +14,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower.samples.names import CONTEXT, WEIGHED_BY
+from twotower.samples.options import SamplesOptions
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import parquet_files
 from twotower.schema.tables import require_columns
 
-CONTEXT = "context."
-"""Before the name of a context column, raw or encoded."""
-WEIGHED_BY = "weighed_by"
-"""The column that weighs a positive."""
-
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+_INTEGERS = (c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS)
+NO_TIME = "samples.first_day and last_day choose by time, but the events have none: leave them out"
 
 
 def partitions(folder: Path) -> dict[str, list[Path]]:
@@ -43,133 +42,146 @@ def partitions(folder: Path) -> dict[str, list[Path]]:
     return partitions
 
 
-def first_of(
-    partitions: dict[str, list[Path]], first_day: str | None, last_day: str | None, days: int, today: str
-) -> str:
-    """The first of so many days up to the last one that the log has."""
-    if first_day:
+@dataclass(frozen=True)
+class Days:
+    """The days of a log that samples are made of."""
+
+    files: Mapping[str, Sequence[Path]]
+    """The files of each day up to the last; those before the first are read for histories."""
+    first: str
+    """Day of the first positives; empty = all days have them."""
+    last: str
+    """The last day that is read, and never one that is still to come; `unknown` without time."""
+
+
+def choose_days(folder: Path, options: SamplesOptions, today: str) -> Days:
+    """The days of `events/` that the options ask for.
+
+    Raises:
+        DataError: there are no events, or their folders are not days.
+        ConfigError: the options choose by time where there is none, contradict each other, or choose no day.
+    """
+    stored = partitions(folder)
+    first, last, timed = options.first_day, options.last_day, c.UNKNOWN_DATE not in stored
+    if options.days is not None and first:
         raise ConfigError(
-            f"samples.first_day = {first_day} and samples.days = {days} both choose a beginning: give one"
+            f"samples.first_day = {first} and samples.days = {options.days} both choose a beginning: give one"
         )
-    if c.UNKNOWN_DATE in partitions:
+    if options.days is not None and not timed:
         raise ConfigError("samples.days chooses by time, but the events have none: leave it out")
-    last = datetime.date.fromisoformat(last_of(partitions, last_day, today))
-    return str(last - datetime.timedelta(days=min(days, last.toordinal()) - 1))
-
-
-def last_of(partitions: dict[str, list[Path]], last_day: str | None, today: str) -> str:
-    """The last day of the log up to the chosen one, and never one that is still to come."""
-    last = min(last_day or today, today)
-    return max((day for day in partitions if day <= last), default=max(partitions))
-
-
-def chosen(partitions: dict[str, list[Path]], first_day: str | None, last_day: str | None) -> dict[str, list[Path]]:
-    """The partitions up to the last day: earlier ones than the first day are needed for histories."""
-    if not first_day and not last_day:
-        return partitions
-    if c.UNKNOWN_DATE in partitions:
-        raise ConfigError("samples.first_day and last_day choose by time, but the events have none: leave them out")
-    if first_day and last_day and first_day > last_day:
-        raise ConfigError(f"samples.first_day = {first_day} is after samples.last_day = {last_day}")
-    days = list(partitions)
-    if not any((first_day or day) <= day <= (last_day or day) for day in days):
+    if (first or last) and not timed:
+        raise ConfigError(NO_TIME)
+    latest = max((day for day in stored if day <= min(last or today, today)), default=max(stored))
+    if options.days is not None:
+        end = datetime.date.fromisoformat(latest)
+        first = str(end - datetime.timedelta(days=min(options.days, end.toordinal()) - 1))
+    if first and last and first > last:
+        raise ConfigError(f"samples.first_day = {first} is after samples.last_day = {last}")
+    days = list(stored)
+    if not any((first or day) <= day <= (last or day) for day in days):
         raise ConfigError(
-            f"no events from samples.first_day = {first_day or days[0]} to samples.last_day = {last_day or days[-1]}: "
+            f"no events from samples.first_day = {first or days[0]} to samples.last_day = {last or days[-1]}: "
             f"there are days from {days[0]} to {days[-1]}"
         )
-    return {day: files for day, files in partitions.items() if day <= (last_day or day)}
+    return Days({day: files for day, files in stored.items() if day <= (last or day)}, first or "", latest)
 
 
 @dataclass(frozen=True)
 class StoredEvents:
-    """The columns of events that a job reads, under names of ours, whatever names a workspace has for its own."""
+    """The columns of events that a job reads, under names that do not depend on those in the files."""
 
     schema: pa.Schema
-    """Our names and types. A context column is behind `context.`, the weight is `weighed_by`."""
+    """Names and types of the job. A context column is named `context.NAME`, the weight `weighed_by`."""
     names: Mapping[str, str]
-    """By our name, that in the files."""
+    """The name in the files, by the name of the job."""
     taken: frozenset[str]
     """All names in the files."""
 
 
-def stored_events(  # noqa: PLR0912  one check after the other
+def stored_events(
     files_of_days: Mapping[str, Sequence[Path]],
     users: pa.Table,
     items: pa.Table,
+    *,
     context: Sequence[str],
     weight: str | None,
     positions: bool,
 ) -> StoredEvents:
     """The columns to read and the type of each over all files; a context column may be absent from some, not from all.
 
-    Args:
-        files_of_days: the Parquet files of each day.
-        users: the users, by id.
-        items: the items, by id.
-        context: columns of contexts.
-        weight: the column that weighs a positive; None = there is none.
-        positions: positions are read, so that they must be numbers.
+    Ids must be of the type that `users` and `items` have. With `positions`, these are read and must be numbers.
 
     Raises:
-        DataError: a file is unreadable, a column is missing, not of the type of joined events, or there twice.
+        DataError: a file is unreadable, a column is missing, not of the type of joined events, or present twice.
         ConfigError: a context column is in no file.
     """
-    integers = [c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS]
-    own = [*integers, c.USER_ID, c.ITEM_ID, c.OUTCOME]
-    needed = [*own, *([weight] if weight else [])]
+    own = [*_INTEGERS, c.USER_ID, c.ITEM_ID, c.OUTCOME]
     names = {name: name for name in (*own, c.POSITION)} | {f"{CONTEXT}{name}": name for name in context}
     if weight:
-        names[WEIGHED_BY] = weight
+        own, names[WEIGHED_BY] = [*own, weight], weight
     seen: set[str] = set()
-    read: dict[pa.Schema, None] = {}
+    schemas: dict[pa.Schema, None] = {}
     for path in itertools.chain(*files_of_days.values()):
-        try:
-            stored = pq.read_schema(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is no readable Parquet file: {error}") from None
-        require_columns(stored, needed, "/".join(path.parts[-3:]))
+        stored = _schema(path, own)
         seen.update(stored.names)
-        _refuse_alike(stored.names, {name for name in names.values() if name in stored.names}, path)
-        read[
-            pa.schema([(our, _plain(stored.field(name).type)) for our, name in names.items() if name in stored.names])
-        ] = None
+        there = {our: name for our, name in names.items() if name in stored.names}
+        _refuse_alike(stored.names, set(there.values()), path)
+        schemas[pa.schema([(our, _plain(stored.field(name).type)) for our, name in there.items()])] = None
     if absent := [name for name in context if name not in seen]:
         raise ConfigError(
             f"features.context.{absent[0]}: no such column in events/; there are {', '.join(sorted(seen))}"
         )
     _refuse_alike(sorted(seen), seen & set(names.values()), Path("events"))
     try:
-        types = pa.unify_schemas(list(read), promote_options="permissive")
+        types = pa.unify_schemas(list(schemas), promote_options="permissive")
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
         raise DataError(f"events: a column has another type in some files: {error}") from None
-    for name in integers:
-        if not (pa.types.is_integer(types.field(name).type) or pa.types.is_null(types.field(name).type)):
-            due = "int64" if name == c.EVENT_SEQ else "int64 milliseconds"
-            raise DataError(f"events: column {name} is of type {types.field(name).type}, where {due} are due")
-    if not pa.types.is_string(types.field(c.OUTCOME).type):
-        raise DataError(f"events: column {c.OUTCOME} is of type {types.field(c.OUTCOME).type}, where strings are due")
-    if weight and not _is_number(types.field(WEIGHED_BY).type):
-        raise DataError(
-            f"events: column {weight} is of type {types.field(WEIGHED_BY).type}, where numbers are due as weights"
-        )
-    if positions and c.POSITION in types.names:
-        kind = types.field(c.POSITION).type
-        if not (_is_number(kind) or pa.types.is_null(kind)):
-            raise DataError(
-                f"events: column {c.POSITION} is of type {kind}, where rankers need int32: the place on the page, from "
-                "1. Cast it, give it another name, or leave models.rankers out"
-            )
-    inner = {name: pa.int64() for name in integers}
-    for table, name in ((users, c.USER_ID), (items, c.ITEM_ID)):
-        inner[name] = table.schema.field(name).type
+    _check_types(types, weight, positions)
+    ids = {c.USER_ID: users.schema.field(c.USER_ID).type, c.ITEM_ID: items.schema.field(c.ITEM_ID).type}
+    for name, inner in ids.items():
         kind = types.field(name).type
-        if not (pa.types.is_string(kind) if pa.types.is_string(inner[name]) else pa.types.is_integer(kind)):
+        if not (pa.types.is_string(kind) if pa.types.is_string(inner) else pa.types.is_integer(kind)):
             raise DataError(
-                f"events: {name} is of type {kind}, in {name.removesuffix('_id')}s.parquet it is {inner[name]}: "
+                f"events: {name} is of type {kind}, in {name.removesuffix('_id')}s.parquet it is {inner}: "
                 "write both alike"
             )
-    schema = pa.schema([(our, inner.get(our, types.field(our).type)) for our in names if our in types.names])
+    ours = {**dict.fromkeys(_INTEGERS, pa.int64()), **ids}
+    schema = pa.schema([(our, ours.get(our, types.field(our).type)) for our in names if our in types.names])
     return StoredEvents(schema, {our: names[our] for our in schema.names}, frozenset(seen))
+
+
+def _schema(path: Path, needed: Sequence[str]) -> pa.Schema:
+    try:
+        stored = pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no readable Parquet file: {error}") from None
+    require_columns(stored, needed, "/".join(path.parts[-3:]))
+    return stored
+
+
+def _check_types(types: pa.Schema, weight: str | None, positions: bool) -> None:
+    """Refuse a column of joined events that is of another type.
+
+    Raises:
+        DataError: with the column, its type and the expected one.
+    """
+    kinds = {name: types.field(name).type for name in types.names}
+    for name in _INTEGERS:
+        if not (pa.types.is_integer(kinds[name]) or pa.types.is_null(kinds[name])):
+            expected = "int64" if name == c.EVENT_SEQ else "int64 milliseconds"
+            raise DataError(f"events: column {name} is of type {kinds[name]}, where {expected} is expected")
+    if not pa.types.is_string(kinds[c.OUTCOME]):
+        raise DataError(f"events: column {c.OUTCOME} is of type {kinds[c.OUTCOME]}, where strings are expected")
+    if weight and not _is_number(kinds[WEIGHED_BY]):
+        raise DataError(
+            f"events: column {weight} is of type {kinds[WEIGHED_BY]}, where numbers are expected as weights"
+        )
+    place = kinds.get(c.POSITION, pa.null())
+    if positions and not (_is_number(place) or pa.types.is_null(place)):
+        raise DataError(
+            f"events: column {c.POSITION} is of type {place}, where rankers need int32: the place on the page, from "
+            "1. Cast it, give it another name, or leave models.rankers out"
+        )
 
 
 def _refuse_alike(stored: Sequence[str], read: Collection[str], where: Path) -> None:

@@ -17,13 +17,13 @@ class EngineOptions:
     name: Literal["duckdb", "spark"] = "duckdb"
     """`duckdb` is embedded; `spark` is for logs that outgrow one machine."""
     memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False), at_most(1e6)] = 2.0
-    """Memory of a whole batch job; beyond it the engine spills to disk. On a cluster that of the driver alone."""
+    """Memory of a whole batch job; beyond it the engine spills to disk. On a cluster, memory of the driver alone."""
     threads: Threads = 2
-    """Threads of a batch job; on a cluster `options` say what there is."""
+    """Threads of a batch job on this machine; on a cluster, `options` set them."""
     url: Text | None = None
     """`spark`: the master, such as `local[4]`, `spark://HOST:7077` or `yarn`; absent = the threads of this machine."""
     scratch: Text | None = None
-    """Folder for what a job keeps on its way, on a cluster one that all machines see; absent = beside the result."""
+    """Folder for intermediate results, on a cluster one that all machines see; absent = beside the result."""
     options: dict[str, str] = field(default_factory=dict)
     """`spark`: further configuration, such as `{ "spark.executor.memory" = "8g" }`."""
 
@@ -36,9 +36,9 @@ class HotOptions:
     """Share of an item's clicks that is kept, at most 1: `sqrt`: (threshold / r)^0.5; `power`: (threshold / r)^power;
     `word2vec`: (threshold / r)^0.5 + threshold / r."""
     threshold: PositiveReal = 3.0
-    """From which r on an item is hot."""
+    """An item is hot from this r on."""
     power: Annotated[float, Field(gt=0, le=1)] = 0.75
-    """Of `power`; 1 = all hot items end up with the same number."""
+    """Exponent of the form `power`; 1 = all hot items end up with the same number of clicks."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -48,16 +48,16 @@ class ColdOptions:
     form: Literal["none", "sqrt", "power"] = "none"
     """How often an item's click is fed, at least once: `sqrt`: (threshold / r)^0.5; `power`: (threshold / r)^power."""
     threshold: PositiveReal = 0.3
-    """Up to which r an item is cold."""
+    """An item is cold up to this r."""
     power: Annotated[float, Field(gt=0, le=1)] = 0.75
-    """Of `power`."""
+    """Exponent of the form `power`."""
     most: Annotated[float, Field(ge=1, allow_inf_nan=False), at_most(1000)] = 4.0
-    """How often a click is fed at most."""
+    """A click is fed at most this often."""
 
 
 def _check_whole(total: float) -> None:
     if not math.isclose(total, 1, abs_tol=1e-6):
-        raise ValueError(f"the shares sum to {total:g}, where 1 is due; absent ones have their defaults")
+        raise ValueError(f"the shares sum to {total:g}, where 1 is expected; absent ones have their defaults")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -72,7 +72,7 @@ class EasyShares:
     """Drawn by clicks to the power `alpha`."""
 
     def __post_init__(self) -> None:
-        """Refuse shares that are no division of a whole."""
+        """Refuse shares whose sum is not 1."""
         _check_whole(self.in_batch + self.uniform + self.clicks)
 
 
@@ -88,7 +88,7 @@ class HardShares:
     """Shown and not clicked: refused."""
 
     def __post_init__(self) -> None:
-        """Refuse shares that are no division of a whole, and shown items."""
+        """Refuse shares whose sum is not 1, and shown items."""
         if self.impressed:
             raise ValueError(
                 "an impressed item is no negative of retrieval: it was good enough to be shown, and the ranker learns "
@@ -99,31 +99,32 @@ class HardShares:
 
 @dataclass(frozen=True, config=STRICT)
 class NegativesOptions:
-    """What a positive is compared with."""
+    """Negatives: the items that a positive is compared with."""
 
     easy: EasyShares = field(default_factory=EasyShares)
-    """Shares of the easy ones."""
+    """Shares of the sources of easy negatives."""
     alpha: Share = 0.75
-    """Exponent of clicks."""
+    """Exponent of the clicks by which `easy.clicks` draws."""
     count: Positive | None = None
-    """Easy negatives of a positive; absent = the whole batch where `in_batch` has a share, else 1024; 4 where each
+    """Easy negatives of a positive; absent = the whole batch where `in_batch` has a share, else 1024; or 4 where each
     row has its own."""
     shared: bool = True
-    """One set of easy negatives for all rows of a batch; false = one for each row, hard ones among its `count`."""
+    """One set of easy negatives for all rows of a batch; false = a set for each row, whose `count` includes the hard
+    ones."""
     frequency: Literal["counts", "streaming"] = "counts"
-    """Where q of in-batch negatives comes from: the counts of the rows as fed, or an estimate from their stream."""
+    """Source of q of in-batch negatives: the counts of the rows as fed, or an estimate from their stream."""
     hard: HardShares = field(default_factory=HardShares)
-    """Shares of the hard ones."""
+    """Shares of the sources of hard negatives."""
     hard_share: Share | None = None
-    """Hard ones among all; absent = half where the log has them, else none."""
+    """Share of hard negatives among all; absent = half where the log has them, else none."""
     hard_count: Length = 8
-    """Hard ones of a positive in a step, where the easy ones are shared."""
+    """Hard negatives of a positive in a step, where the easy ones are shared."""
     hard_most: Length = 20
-    """Hard ones of a positive that are kept of each source."""
+    """At most this many hard negatives of a request are kept of each source."""
     impressed_as_negatives_for_experiments: bool = False
-    """Use shown-but-not-clicked rows as negatives, which is wrong: for experiments that show it."""
+    """Use shown, not clicked items as negatives, which is wrong: for experiments that show it."""
     uncorrected_for_experiments: bool = False
-    """Every easy negative counts alike, however often it is drawn (no log q): for experiments that show what the
+    """Leave out the correction by log_q, so that every easy negative counts alike: for experiments that show what the
     correction does."""
 
 
@@ -132,25 +133,26 @@ class SamplesOptions:
     """Which events become training rows."""
 
     first_day: Day | None = None
-    """First day of positives; absent = the first of the log."""
+    """First day of positives; absent = the first day of the log. Histories reach further back."""
     last_day: Day | None = None
-    """Last day, of positives and of histories; absent = the last of the log."""
+    """Last day of positives and of histories; absent = the last day of the log."""
     days: Positive | None = None
-    """Positives of so many days up to the last, in place of `first_day`; absent = no such limit."""
-    untrained_users: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Share of users, by a hash of their ids, whom nothing is trained on, by no update either: the gate of updates
-    judges on them. 0 where no update is to run, for a comparison on a fixed data set."""
+    """Take positives of this many days up to the last, in place of `first_day`; absent = no such limit."""
+    held_out_users: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of held-out users, by a hash of their ids: no training and no update ever uses them, so that the quality
+    gate of the updates can judge on them. Where it is absent and the file has an `[update]` section, it is 0.01. It
+    cannot be changed between a bootstrap and its updates."""
     hot: HotOptions = field(default_factory=HotOptions)
     """Down-sampling of hot items."""
     cold: ColdOptions = field(default_factory=ColdOptions)
     """Over-sampling of cold items."""
     seed: Whole = 0
-    """Of the rows that are dropped, repeated or kept by chance."""
+    """Seed of the rows that are dropped, repeated or kept by chance."""
     weight: Text | None = None
-    """Column of events that weighs a positive; absent = all weigh 1."""
+    """Column of events that holds the weight of a positive; absent = all have 1."""
     impressed_weight: Annotated[float, Field(ge=0, allow_inf_nan=False), at_most(1e9)] = 0.0
     """Weight of a shown, not clicked item as a weak positive."""
     vocabulary_room: Annotated[float, Field(ge=0, allow_inf_nan=False), at_most(100)] = 0.1
-    """Spare rows of an id table for ids to come, as a share of the known ones."""
+    """Spare rows of an id table for future ids, as a share of the known ids."""
     negatives: NegativesOptions = field(default_factory=NegativesOptions)
-    """What a positive is compared with."""
+    """Negatives: the items that a positive is compared with."""

@@ -11,25 +11,29 @@ import pyarrow as pa
 from twotower.features.columns import Bag, Column, from_arrow, pointers
 from twotower.features.feature_set import FeatureSet, load
 from twotower.features.vocabulary import Positions
-from twotower.samples.build import (
+from twotower.samples.columns_file import map_columns
+from twotower.samples.names import (
     CLICKS,
+    CLICKS_FILE,
+    CONTEXT,
+    COPIES,
     FEATURE,
     FORMAT,
+    HARD,
     HISTORY_COUNT,
-    IMPRESSIONS,
+    IMPRESSIONS_FILE,
+    ITEM_ROW,
+    ITEMS_FILE,
     LABEL,
     NO_HISTORY,
     POSITIVES,
+    POSITIVES_FILE,
+    USER_ROW,
+    USERS_FILE,
 )
-from twotower.samples.columns_file import map_columns
-from twotower.samples.events import CONTEXT
-from twotower.samples.hard import HARD
-from twotower.samples.sampling import COPIES, ITEM_ROW, USER_ROW
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import MANIFEST, read_json
-
-ITEMS = "items.arrow"
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -99,6 +103,16 @@ class Clicks:
     item_row: Ints
     ts_ms: Longs
 
+    @property
+    def items(self) -> Bag:
+        """The catalogue rows of each user's clicks."""
+        return Bag(self.indptr, self.item_row)
+
+    @property
+    def owners(self) -> Longs:
+        """(clicks,) the user row of each."""
+        return np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -131,67 +145,68 @@ def open_samples(folder: Path) -> Samples:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("kind") != "samples" or manifest.get("format") != FORMAT:
         raise DataError(f"{folder} holds no samples of format {FORMAT}: build them again with `twotower samples`")
-    rows = map_columns(folder / "positives.arrow")
-    positives = Positives(
-        _numpy(rows, USER_ROW),
-        _numpy(rows, ITEM_ROW),
-        _numpy(rows, HISTORY_COUNT),
-        _numpy(rows, c.WEIGHT),
-        _numpy(rows, c.TS_MS),
-        _prefixed(rows, CONTEXT),
-        _numpy(rows, COPIES),
-        {
+    items, impressions = map_columns(folder / ITEMS_FILE), folder / IMPRESSIONS_FILE
+    return Samples(
+        path=folder,
+        manifest=manifest,
+        features=load(folder),
+        positives=_positives(folder),
+        users=open_users(folder),
+        items=open_items(folder),
+        clicks=open_clicks(folder),
+        item_positives=_numpy(items, POSITIVES),
+        impressions=_impressions(impressions) if impressions.exists() else None,
+    )
+
+
+def _positives(folder: Path) -> Positives:
+    rows = map_columns(folder / POSITIVES_FILE)
+    hard = [name for name in rows.schema.names if name.startswith(HARD)]
+    return Positives(
+        user_row=_numpy(rows, USER_ROW),
+        item_row=_numpy(rows, ITEM_ROW),
+        history=_numpy(rows, HISTORY_COUNT),
+        weight=_numpy(rows, c.WEIGHT),
+        ts_ms=_numpy(rows, c.TS_MS),
+        context=_prefixed(rows, CONTEXT),
+        copies=_numpy(rows, COPIES),
+        hard={
             name.removeprefix(HARD): Bag(
                 pointers(_numpy(rows, name)), _numpy(map_columns(folder / f"{name}.arrow"), ITEM_ROW)
             )
-            for name in rows.schema.names
-            if name.startswith(HARD)
+            for name in hard
         },
     )
-    items = map_columns(folder / ITEMS)
-    return Samples(
-        folder,
-        manifest,
-        load(folder),
-        positives,
-        open_users(folder),
-        open_items(folder),
-        open_clicks(folder),
-        _numpy(items, POSITIVES),
-        _open_impressions(folder / IMPRESSIONS),
-    )
 
 
-def _open_impressions(path: Path) -> Impressions | None:
-    if not path.exists():
-        return None
+def _impressions(path: Path) -> Impressions:
     rows = map_columns(path)
     return Impressions(
-        _numpy(rows, USER_ROW),
-        _numpy(rows, ITEM_ROW),
-        _numpy(rows, HISTORY_COUNT),
-        _numpy(rows, LABEL),
-        _numpy(rows, c.POSITION),
-        _numpy(rows, c.TS_MS),
-        _prefixed(rows, CONTEXT),
+        user_row=_numpy(rows, USER_ROW),
+        item_row=_numpy(rows, ITEM_ROW),
+        history=_numpy(rows, HISTORY_COUNT),
+        clicked=_numpy(rows, LABEL),
+        position=_numpy(rows, c.POSITION),
+        ts_ms=_numpy(rows, c.TS_MS),
+        context=_prefixed(rows, CONTEXT),
     )
 
 
 def open_users(folder: Path) -> Entities:
     """The users of a samples folder or of a version."""
-    users = map_columns(folder / "users.arrow")
+    users = map_columns(folder / USERS_FILE)
     return Entities(users.column(c.USER_ID), _prefixed(users, FEATURE))
 
 
 def open_items(folder: Path) -> Entities:
     """The items of a samples folder or of the rankers of a version."""
-    items = map_columns(folder / ITEMS)
+    items = map_columns(folder / ITEMS_FILE)
     return Entities(items.column(c.ITEM_ID), _prefixed(items, FEATURE))
 
 
 def open_clicks(folder: Path) -> Clicks:
     """The users' clicks of a samples folder or of a version."""
-    users, clicks = map_columns(folder / "users.arrow"), map_columns(folder / "clicks.arrow")
+    users, clicks = map_columns(folder / USERS_FILE), map_columns(folder / CLICKS_FILE)
     return Clicks(pointers(_numpy(users, CLICKS)), _numpy(clicks, ITEM_ROW), _numpy(clicks, c.TS_MS))
 
 

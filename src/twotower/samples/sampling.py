@@ -1,23 +1,19 @@
-"""How often each positive is fed: hot items less, cold ones more, by a hash that every engine computes alike.
+"""How often each positive is fed: hot items less often, cold items more often, by a hash that any engine computes.
 
 N items.
 """
 
 from typing import Any
 
-import ibis
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from ibis import _
 
 from twotower.samples.engine import Engine
+from twotower.samples.names import COPIES, ITEM_ROW, USER_ROW
 from twotower.samples.options import ColdOptions, HotOptions
 from twotower.schema import columns as c
-
-ITEM_ROW = "item_row"
-USER_ROW = "user_row"
-COPIES = "copies"
 
 PRIME, FACTOR = 2_147_483_647, 1_103_515_245
 """Of the hash: x -> x * FACTOR modulo PRIME."""
@@ -26,12 +22,12 @@ _WHOLE, _CHANCE = "whole", "chance"
 
 def hashed(seed: int) -> Any:
     """A number in 0..2^31 - 2 for each row, from its event, user and item alone."""
-    value = _hash(_[c.EVENT_SEQ] % PRIME + seed % PRIME)
-    value = _hash(value + _[USER_ROW])
-    return _hash(value + _[ITEM_ROW])
+    value = turned(_[c.EVENT_SEQ] % PRIME + seed % PRIME)
+    value = turned(value + _[USER_ROW])
+    return turned(value + _[ITEM_ROW])
 
 
-def _hash(value: Any) -> Any:
+def turned(value: Any) -> Any:
     """One turn of a multiplicative hash; all steps stay within 64 bits."""
     return (value.cast("int64") % PRIME) * FACTOR % PRIME
 
@@ -82,8 +78,3 @@ def by_decile(clicks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> lis
     order = np.argsort(clicks, kind="stable")
     clicked = order[clicks[order] > 0]
     return [int(rows[part].sum()) for part in np.array_split(clicked, 10)]
-
-
-def union(one: Any, other: Any) -> Any:
-    """Rows of both tables, columns in the order of the first."""
-    return ibis.union(one, other.select(*one.columns))

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from twotower.samples.duckdb_engine import BATCH_ROWS
 from twotower.samples.events import StoredEvents
+from twotower.samples.options import EngineOptions
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
 
@@ -30,7 +31,7 @@ JAVA_FOLDERS = Path("/usr/lib/jvm")
 """Where Debian and others install them."""
 
 _BESIDE_HEAP_GB = 1.2
-"""Memory of a local job beside Java's heap: the Python process, and what Java keeps elsewhere (code, buffers)."""
+"""Memory of a local job outside Java's heap: the Python process, and Java's code and buffers."""
 _LEAST_HEAP_GB = 0.6
 """Spark refuses to start with less than half a gigabyte."""
 _PARTITIONS_A_THREAD = 8
@@ -132,31 +133,26 @@ class Spark:
 
 
 @contextmanager
-def open_spark(
-    url: str | None, threads: int, memory_gb: float, options: Mapping[str, str], scratch: Path
-) -> Iterator[Spark]:
-    """A session of its own name space; a Spark that already runs in this process is used and left running.
+def open_spark(engine: EngineOptions, scratch: Path) -> Iterator[Spark]:
+    """A session with its own name space; a Spark that already runs in this process is used and left running.
 
     Args:
-        url: master; None = the threads of this machine.
-        threads: of this machine.
-        memory_gb: memory of the whole job on this machine, of which Java gets what Python leaves.
-        options: further configuration of Spark, which overrides ours.
+        engine: the master, threads and memory; its further options override ours.
         scratch: folder for intermediate results, which all machines of a cluster must see.
 
     Raises:
         ConfigError: pyspark or Java is missing, or Spark does not start.
     """
     SparkSession = _pyspark()
-    scratch = scratch.resolve()
-    master = url or f"local[{threads}]"
+    scratch, options = scratch.resolve(), engine.options
+    master = engine.url or f"local[{engine.threads}]"
     local = master.startswith("local")
     with ExitStack() as stack:
         running = SparkSession.getActiveSession()
         if running is None:
             local_dir = scratch / "spark"
             local_dir.mkdir(parents=True, exist_ok=True)
-            heap_mb = round(1024 * max(_LEAST_HEAP_GB, memory_gb - _BESIDE_HEAP_GB))
+            heap_mb = round(1024 * max(_LEAST_HEAP_GB, engine.memory_gb - _BESIDE_HEAP_GB))
             static = {
                 "spark.app.name": "twotower",
                 "spark.driver.memory": f"{heap_mb}m",
@@ -173,7 +169,7 @@ def open_spark(
             running = _start(SparkSession, master, static)
             stack.callback(_stop, running)
         session = running.newSession()
-        partitions = {"spark.sql.shuffle.partitions": str(_PARTITIONS_A_THREAD * threads)} if local else {}
+        partitions = {"spark.sql.shuffle.partitions": str(_PARTITIONS_A_THREAD * engine.threads)} if local else {}
         for key, value in {**_RULES, **partitions, **options}.items():
             if session.conf.isModifiable(key):
                 session.conf.set(key, value)

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -33,8 +33,6 @@ class ServeOptions:
     """Port of the public API; 0 = any free one."""
     admin_port: Annotated[int, Field(ge=0, le=65535)] = 8001
     """Port of the admin verbs, on 127.0.0.1 alone; 0 = any free one."""
-    fusion: Literal["quota", "rrf"] = "rrf"
-    """How channels become one list, unless `twotower fuse` has chosen; see `[fusion]`."""
     exclude: Exclude = "impressed"
     """What a user is not offered again."""
     impressed_window_s: PositiveReal = 86400.0

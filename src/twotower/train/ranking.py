@@ -15,7 +15,7 @@ from twotower.evaluate.calibration import Platt, calibration_error, fit_platt
 from twotower.features.columns import Bag, Beginnings, Column, Rows, pointers, ranges, take
 from twotower.features.feature_set import FeatureSet
 from twotower.features.vocabulary import MISSING, UNKNOWN
-from twotower.samples.build import NO_POSITION
+from twotower.samples.names import NO_POSITION
 from twotower.samples.read import Impressions, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError

@@ -1,8 +1,8 @@
-"""What one user and one item can move within a window of event time: a bound on positives, and what became of lists.
+"""What one user and one item can move within a window of event time: a bound on positives, and on the rise in lists.
 
-Whoever can click can train. Real news comes from many users and beside the clicks on everything else; somebody who
-pushes an item has few accounts, or clicks far more often than others, or is alone in the quiet of the night. So repeats
-of a pair, of a user and, measured by the positives of all other items, of an item are counted and not trained.
+Everybody who can click can train. Real news comes from many users, beside clicks on everything else. Somebody who
+pushes an item has few accounts, clicks far more often than others, or clicks when nobody else does. So repeats of a
+pair and of a user are counted and not trained, and so are positives of an item beyond a share of all others'.
 """
 
 import heapq
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.logs.events import EntityId
+from twotower.update.options import BoundsOptions
 
 PAIR: Final = "pair"
 USER: Final = "user"
@@ -24,22 +25,6 @@ WINDOWS: Final = 4
 """Windows whose counts are kept: clicks of an hour may be joined after those of the next one."""
 
 Longs = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Positives that are trained within a window, at most."""
-
-    window_ms: int = 3_600_000
-    """Event time that is counted together."""
-    pair: int = 3
-    """Of one user on one item."""
-    user: int = 100
-    """Of one user."""
-    item: int = 50
-    """Of one item, whatever the others have; more where the next bound allows it."""
-    item_share: float = 0.25
-    """Of one item, as a share of the positives of all other items."""
 
 
 @dataclass
@@ -81,17 +66,18 @@ class ClickWindows:
     """Counts of the latest windows of a chain; they are read from its deltas again.
 
     Args:
-        bounds: what is allowed.
+        options: how many positives may be trained.
 
-    >>> windows = ClickWindows(Bounds(pair=2))
+    >>> windows = ClickWindows(BoundsOptions(pair=2))
     >>> windows.admit(["ann"] * 3 + ["bob"], ["song"] * 4, [0, 1, 2, 3]).tolist()
     ['', '', 'pair', '']
     >>> windows.admit(["ann"], ["song"], [3_600_000]).tolist()
     ['']
     """
 
-    def __init__(self, bounds: Bounds) -> None:
-        self.bounds = bounds
+    def __init__(self, options: BoundsOptions) -> None:
+        self._options = options
+        self._window_ms = 60_000 * options.window_min
         self._counts: dict[int, WindowCounts] = {}
 
     def _use(self, window: int) -> WindowCounts:
@@ -103,12 +89,12 @@ class ClickWindows:
     def admit(self, users: Sequence[EntityId], items: Sequence[EntityId], ts_ms: Sequence[int]) -> npt.NDArray[np.str_]:
         """Which positives may be trained, in their order: '' = yes, else the bound that holds it back (B,).
 
-        Nothing is counted yet: `note` does that once they are trained.
+        Nothing is counted yet: `restore` does that once they are trained.
         """
         why = np.full(len(items), "", dtype="<U5")
         by_window: dict[int, list[int]] = {}
         for place, ts in enumerate(ts_ms):
-            by_window.setdefault(ts // self.bounds.window_ms, []).append(place)
+            by_window.setdefault(ts // self._window_ms, []).append(place)
         for window, places in by_window.items():
             self._admit(self._counts.get(window, WindowCounts()), users, items, places, why)
         return why
@@ -121,7 +107,7 @@ class ClickWindows:
         places: Sequence[int],
         why: npt.NDArray[np.str_],
     ) -> None:
-        bounds, pairs, of_users = self.bounds, Counter[tuple[EntityId, EntityId]](), Counter[EntityId]()
+        bounds, pairs, of_users = self._options, Counter[tuple[EntityId, EntityId]](), Counter[EntityId]()
         asked = Counter[EntityId]()
         left = []
         for place in places:
@@ -145,24 +131,17 @@ class ClickWindows:
             else:
                 taken[item] += 1
 
-    def note(self, users: Sequence[EntityId], items: Sequence[EntityId], ts_ms: Sequence[int]) -> list[list[Any]]:
-        """Count positives that are trained; gives what was added, for the delta, as `restore` reads it."""
-        added = Counter(
-            (ts // self.bounds.window_ms, user, item) for user, item, ts in zip(users, items, ts_ms, strict=True)
-        )
-        columns = [[key[place] for key in added] for place in range(3)] + [list(added.values())]
-        self.restore(columns, [])
-        return columns
+    def counted(self, users: Sequence[EntityId], items: Sequence[EntityId], ts_ms: Sequence[int]) -> list[list[Any]]:
+        """Positives that are trained, as `restore` counts them: columns of windows, users, items and positives."""
+        counts = Counter((ts // self._window_ms, *pair) for *pair, ts in zip(users, items, ts_ms, strict=True))
+        return [[key[place] for key in counts] for place in range(3)] + [list(counts.values())]
 
-    def note_risen(self, ts_ms: int, changes: Iterable[tuple[EntityId, int]]) -> list[list[Any]]:
-        """Note in how many more lists items are; gives that for the delta."""
-        window = ts_ms // self.bounds.window_ms
-        listed = [[window, item, change] for item, change in sorted(changes) if change]
-        self.restore([[]] * 4, listed)
-        return listed
+    def risen(self, ts_ms: int, changes: Iterable[tuple[EntityId, int]]) -> list[list[Any]]:
+        """In how many more lists items are, as `restore` counts it: rows of window, item and lists."""
+        return [[ts_ms // self._window_ms, item, change] for item, change in sorted(changes) if change]
 
     def restore(self, counted: Sequence[Sequence[Any]], risen: Sequence[Sequence[Any]]) -> None:
-        """Take in what a delta noted.
+        """Count what a delta notes.
 
         Args:
             counted: four columns: windows, users, items, positives.
@@ -192,17 +171,13 @@ class ClickWindows:
 
     def rises(self, items: Iterable[EntityId], ts_ms: Iterable[int], k: int) -> dict[EntityId, Rise]:
         """How far items rose in the windows of some times, and how far their users explain that of lists of k items."""
-        windows = {ts // self.bounds.window_ms for ts in ts_ms}
+        windows = {ts // self._window_ms for ts in ts_ms}
         counts = [self._counts[window] for window in windows if window in self._counts]
         distinct = sum((one.distinct for one in counts), Counter[EntityId]())
         total, listed = distinct.total(), min(heapq.nlargest(k, distinct.values()), default=1)
-        found = {}
+        rises = {}
         for item in items:
-            own = min(distinct[item], self.bounds.item_share * (total - distinct[item]))
-            risen, positives = (sum(one[item] for one in each) for each in _both(counts))
-            found[item] = Rise(risen, positives, own / listed)
-        return found
-
-
-def _both(counts: Sequence[WindowCounts]) -> tuple[list[Counter[EntityId]], list[Counter[EntityId]]]:
-    return [one.risen for one in counts], [one.items for one in counts]
+            own = min(distinct[item], self._options.item_share * (total - distinct[item]))
+            lists, positives = sum(one.risen[item] for one in counts), sum(one.items[item] for one in counts)
+            rises[item] = Rise(lists, positives, own / listed)
+        return rises

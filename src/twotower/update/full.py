@@ -1,4 +1,4 @@
-"""What the full update needs beside the stages that it runs: which days are due, the rows of a day, the gate's figures.
+"""What the full update needs beside the stages that it runs: days that are not learned, the rows of a day, its gate.
 
 D vector.
 """
@@ -14,13 +14,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.datasets.tables import end_of_day
-from twotower.features.bloom import is_untrained
-from twotower.features.columns import Bag, take
+from twotower.features.bloom import is_held_out
+from twotower.features.columns import take
 from twotower.features.feature_set import HISTORY
 from twotower.logs import EventLog
-from twotower.logs.entities import Entity, after
-from twotower.logs.events import ITEM, EntityDeleted, EntityId, EntityPut
-from twotower.publish.overlay import EntityChanges
+from twotower.logs.entities import Entity
+from twotower.logs.events import EntityId
+from twotower.publish.overlay import EntityChanges, plain_type
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
@@ -30,10 +30,9 @@ from twotower.schema.tables import as_ids, check_entities, column_of
 from twotower.stream.clock import joined_until
 from twotower.stream.days import stale_days
 from twotower.stream.shards import manifests, progress_of
-from twotower.update.gate import Limits, alikeness, recall_among
+from twotower.update.gate import Recall, check_spread, recall_among
+from twotower.update.options import GateOptions
 from twotower.update.rows import positives_of
-
-_EVENTS = 10_000
 
 
 def due_days(
@@ -86,24 +85,6 @@ def _goes_on(events: Path, day: str, watermark_ms: int) -> bool:
     )
 
 
-def read_entities(event_log: EventLog) -> EntityChanges:
-    """All users and items that were put or deleted, as the log tells."""
-    found: dict[tuple[str, EntityId], Entity] = {}
-    for partition, end in enumerate(event_log.ends()):
-        offset = 0
-        while offset < end and (records := event_log.read(partition, offset, _EVENTS)):
-            for place, event in ((record.offset, record.event) for record in records):
-                said = event.content
-                if isinstance(said, EntityPut | EntityDeleted):
-                    named = said.kind, said.entity_id
-                    found[named] = after(found.get(named), said, event.ts_ms, place)
-            offset = records[-1].next_offset
-    return EntityChanges(
-        {one: entity for (kind, one), entity in found.items() if kind == ITEM},
-        {one: entity for (kind, one), entity in found.items() if kind != ITEM},
-    )
-
-
 def fold(workspace: Path, entities: EntityChanges, files: Iterable[Path]) -> None:
     """Write what was put or deleted into the tables of a workspace, and users who are new in joined events.
 
@@ -147,19 +128,11 @@ def _folded(table: pa.Table, id_column: str, entities: Mapping[EntityId, Entity]
     left = table.filter(pa.array([one not in out for one in known], pa.bool_()))
     columns = []
     for field in table.schema:
-        plain = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        values = [value_or_none(row.get(field.name), plain) for row in rows]
-        columns.append(pa.array(values, plain).cast(field.type))
+        plain = plain_type(field.type)
+        values = [row.get(field.name) for row in rows]
+        fitting = [value if column_of(value, plain) is not None else None for value in values]  # of another version
+        columns.append(pa.array(fitting, plain).cast(field.type))
     return pa.concat_tables([left, pa.table(columns, schema=table.schema)]).unify_dictionaries().sort_by(id_column)
-
-
-def value_or_none(value: Any, kind: pa.DataType) -> Any:
-    """A value, None where it is not of a type: it was put for a version whose attributes were of others.
-
-    >>> value_or_none("dear", pa.float64()), value_or_none(3, pa.float64())
-    (None, 3)
-    """
-    return value if column_of(value, kind) is not None else None
 
 
 def rows_of_day(samples: Samples, day: str, after_ms: int = 0) -> Samples:
@@ -173,73 +146,60 @@ def rows_of_day(samples: Samples, day: str, after_ms: int = 0) -> Samples:
     end = end_of_day(day)
     positives = samples.positives
     own = np.flatnonzero((positives.ts_ms > max(end - DAY_MS, after_ms)) & (positives.ts_ms <= end))
+    arrays = {name: getattr(positives, name)[own] for name in ("user_row", "item_row", "history", "weight", "ts_ms")}
     return replace(
         samples,
         positives=replace(
             positives,
-            user_row=positives.user_row[own],
-            item_row=positives.item_row[own],
-            history=positives.history[own],
-            weight=positives.weight[own],
-            ts_ms=positives.ts_ms[own],
+            **arrays,
             context={name: take(column, own) for name, column in positives.context.items()},
             copies=np.ones(len(own), np.int32),
-            hard={name: _bag(take(bag, own)) for name, bag in positives.hard.items()},
+            hard={name: take(bag, own) for name, bag in positives.hard.items()},
         ),
     )
 
 
-def _bag(column: object) -> Bag:
-    assert isinstance(column, Bag)
-    return column
-
-
-def check_version(old: Version, new: Version, files: Iterable[Path], untrained: float, limits: Limits) -> list[str]:
+def check_version(
+    old: Version, new: Version, files: Iterable[Path], held_out_users: float, options: GateOptions
+) -> list[str]:
     """What the gate has against a full version; one sentence each, none where it may go live.
 
     Args:
         old: what is served.
         new: what is to be.
         files: joined events of the days that were learned.
-        untrained: share of users whom nothing is trained on: their clicks of these days judge.
-        limits: of the gate.
+        held_out_users: share of users whom nothing is trained on: their clicks of these days judge.
+        options: what it must keep.
     """
-    problems = []
-    alike = alikeness(np.asarray(new.item_vectors)) - alikeness(np.asarray(old.item_vectors))
-    if alike > limits.most_alike:
-        problems.append(f"items are more alike than in {old.id}, by {alike:.3f} in the mean cosine")
-    before, after = _recalls([old, new], files, untrained, limits)
-    if before is not None and after is not None and after < before - limits.margin:
-        problems.append(f"recall@{limits.k} of the untrained users falls from {before:.4f} to {after:.4f}")
-    return problems
+    spread = check_spread(np.asarray(new.item_vectors), old, options)
+    rows = _held_out_rows([old, new], files, held_out_users, options.window)
+    if len(rows) < options.min_positives:
+        return spread
+    clicks = old.queries(old.users.positions.find(rows.column(c.USER_ID).combine_chunks())).clicks
+    lists = pa.ListArray.from_arrays(clicks.indptr.astype(np.int32), old.item_ids.take(pa.array(clicks.rows)))
+    rows = rows.append_column(HISTORY, lists)
+    recall = Recall(*(_recall(version, rows, options.k) for version in (old, new)))
+    return [*spread, *recall.problems(options)]
 
 
-def _recalls(
-    versions: Sequence[Version], files: Iterable[Path], untrained: float, limits: Limits
-) -> list[float | None]:
-    """Recall of each version on the clicks of untrained users, with the histories that the first one knows."""
-    wanted = [c.USER_ID, c.ITEM_ID, c.REQUEST_TS_MS, c.CLICK_TS_MS, c.OUTCOME]
-    tables = [pq.read_table(path, columns=wanted, partitioning=None) for path in files]
-    nothing: list[float | None] = [None] * len(versions)
-    if not tables or not untrained:
-        return nothing
+def _recall(version: Version, rows: pa.Table, k: int) -> float:
+    """Recall of a version on clicked rows with their histories."""
+    encoded = positives_of(version, rows, version.two_tower.item_tokens)
+    users = version.user_tower.encode(encoded.user)
+    return recall_among(users, encoded.item_row, np.asarray(version.item_vectors), k)
+
+
+def _held_out_rows(versions: Sequence[Version], files: Iterable[Path], held_out_users: float, count: int) -> pa.Table:
+    """The latest clicks of held-out users on items that all versions have, at most so many."""
+    names = [c.USER_ID, c.ITEM_ID, c.REQUEST_TS_MS, c.CLICK_TS_MS, c.OUTCOME]
+    tables = [pq.read_table(path, columns=names, partitioning=None) for path in files]
+    if not tables or not held_out_users:
+        return pa.table({})
     rows = pa.concat_tables(tables, promote_options="permissive")
     for name in (c.USER_ID, c.ITEM_ID):
         rows = rows.set_column(rows.schema.get_field_index(name), name, as_ids(rows.column(name), name))
-    first = versions[0]
-    kept = is_untrained(rows.column(c.USER_ID).combine_chunks(), untrained)
-    kept &= np.array([outcome == c.CLICKED for outcome in rows.column(c.OUTCOME).to_pylist()])
+    kept = is_held_out(rows.column(c.USER_ID).combine_chunks(), held_out_users)
+    kept &= pc.equal(rows.column(c.OUTCOME).cast(pa.string()), c.CLICKED).fill_null(False).to_numpy()
     for version in versions:
         kept &= version.items.find(rows.column(c.ITEM_ID).combine_chunks()) >= 0
-    rows = rows.filter(pa.array(kept))[-limits.window :] if kept.any() else rows.slice(0, 0)
-    if rows.num_rows < limits.least:
-        return nothing
-    clicks = first.queries(first.users.positions.find(rows.column(c.USER_ID).combine_chunks())).clicks
-    lists = pa.ListArray.from_arrays(clicks.indptr.astype(np.int32), first.item_ids.take(pa.array(clicks.rows)))
-    rows = rows.append_column(HISTORY, lists)
-    found: list[float | None] = []
-    for version in versions:
-        encoded = positives_of(version, rows, version.two_tower.item_tokens)
-        users = version.user_tower.encode(encoded.user)
-        found.append(recall_among(users, encoded.item_row, np.asarray(version.item_vectors), limits.k))
-    return found
+    return rows.filter(pa.array(kept))[-count:]

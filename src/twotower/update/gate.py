@@ -1,8 +1,9 @@
 """The gate: what a delta must be like to go live, and figures of how well the chain does.
 
-B positives, N items, D vector, W positives of users whom nothing is trained on.
+B positives, N items, D vector, W positives of held-out users.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,14 @@ import numpy.typing as npt
 from twotower.channels.retriever import Queries
 from twotower.features.columns import Bag
 from twotower.features.vocabulary import FIRST
-from twotower.publish.delta import Rows
+from twotower.logs.events import EntityId
+from twotower.publish.delta import Delta, Rows
 from twotower.publish.version import Version
+from twotower.schema import columns as c
+from twotower.towers.two_tower import TwoTower
+from twotower.update.bounds import ClickWindows
+from twotower.update.learner import Touched
+from twotower.update.options import GateOptions
 
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -22,42 +29,17 @@ SAMPLED = 1000
 COMPETITORS = 20_000
 """Items that the gate's recall is measured among, at most."""
 GOLDEN = 16
+"""Users whose answers are compared with the trained vectors."""
 ROUNDING = 1e-4
+"""Largest difference of two scores that counts as none."""
 SAMPLED_USERS = 64
 """Users in whose lists the gate looks for items that rise."""
 LISTED = 20
 """Items of such a list."""
 LISTED_AMONG = 200_000
 """Items that such lists are made of, at most."""
-LEAST_ACCUMULATED = 1e-6
+MIN_ACCUMULATOR = 1e-6
 """Stands for the largest accumulator of a table that was hardly trained."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a delta must keep."""
-
-    most_move: float = 10.0
-    """Largest change of a row, in lengths of a typical row."""
-    most_length: float = 50.0
-    """Longest row, in lengths of a typical row."""
-    most_alike: float = 0.2
-    """How much more alike two items may be on average than in the version: the cosine's mean."""
-    k: int = 50
-    margin: float = 0.02
-    """How much recall@k of the untrained users may fall below that of what is served."""
-    least: int = 100
-    """Positives of untrained users from which on their recall is judged."""
-    window: int = 1000
-    """Latest positives of untrained users that are judged."""
-    index_recall: float = 0.95
-    """Share of the exact answer that the served path must find."""
-    most_accumulated: float = 1e6
-    """Largest optimizer accumulator of a row, in those of the version's largest: a row beyond it hardly moves again."""
-    most_rise: float = 0.5
-    """How much the share of lists that an item is in may rise within a window, beyond what its users explain."""
-    rise_least: int = 20
-    """Positives of an item within the window from which on its rise is judged."""
 
 
 def typical_length(weights: Floats, ids: int) -> float:
@@ -71,7 +53,83 @@ def typical_length(weights: Floats, ids: int) -> float:
     return float(np.median(lengths)) if len(lengths) else 1.0
 
 
-def check_rows(name: str, moved: Rows, before: Rows, typical: float, limits: Limits) -> list[str]:
+@dataclass(frozen=True)
+class Recall:
+    """Recall of the held-out users before and after learning; None where they have too few positives."""
+
+    before: float | None
+    after: float | None
+
+    def problems(self, options: GateOptions) -> list[str]:
+        """Why it may not be so."""
+        if self.before is None or self.after is None or self.after >= self.before - options.margin:
+            return []
+        return [f"recall@{options.k} of the held-out users falls from {self.before:.4f} to {self.after:.4f}"]
+
+
+class Gate:
+    """Compares deltas with the version that they are of.
+
+    Args:
+        version: the base.
+        model: of its checkpoint, before anything was learned.
+        options: what a delta must keep.
+    """
+
+    def __init__(self, version: Version, model: TwoTower, options: GateOptions) -> None:
+        self._options = options
+        self._base = version
+        vocabularies = version.features.vocabularies
+        tables = {name: model.tables[name] for name in (c.USER_ID, c.ITEM_ID) if name in model.tables}
+        self._typical: dict[str, float] = {
+            name: typical_length(table.weights, len(vocabularies[name].values)) for name, table in tables.items()
+        }
+        self._largest: dict[str, float] = {
+            name: float(table.accumulator.max(initial=0)) for name, table in tables.items()
+        }
+
+    def check(self, delta: Delta, touched: Touched, vectors: Floats, recall: Recall) -> list[str]:
+        """What is wrong with a delta, before it is asked what would be served; one sentence each.
+
+        Args:
+            delta: what was learned.
+            touched: rows that moved, as they were.
+            vectors: (N, D) as they are now.
+            recall: of the held-out users.
+        """
+        problems: list[str] = []
+        for name, rows in delta.tables.items():
+            problems += check_rows(name, rows, touched.before_of(name, rows), self._typical[name], self._options)
+            accumulator = delta.optimizer[f"{name}.accumulator"]
+            problems += check_accumulators(name, accumulator, self._largest[name], self._options)
+        if not np.isfinite(delta.item_vectors).all():
+            problems.append("vectors of items are not finite")
+        if problems:
+            return problems
+        # Items that were put since are not compared: however alike they are, that was not learned.
+        own = vectors[: self._base.items.base]
+        return [*check_spread(own, self._base, self._options), *recall.problems(self._options)]
+
+    def risen_too_far(self, windows: ClickWindows, ts_ms: Longs, clicked_items: Iterable[EntityId]) -> list[EntityId]:
+        """The items that rose further within the windows of some times than their users explain."""
+        users, options = min(SAMPLED_USERS, len(self._base.users)), self._options
+        rises = windows.rises(clicked_items, np.unique(ts_ms).tolist(), LISTED)
+        return [
+            one
+            for one, rise in rises.items()
+            if rise.positives >= options.min_rise_positives and rise.lists / users > options.max_rise + rise.explained
+        ]
+
+
+def check_spread(vectors: Floats, base: Version, options: GateOptions) -> list[str]:
+    """Whether the vectors of items (N, D) have come nearer to each other than those of a version may."""
+    rise = mean_cosine(vectors) - mean_cosine(np.asarray(base.item_vectors))
+    if rise <= options.max_mean_cosine_rise:
+        return []
+    return [f"items are more alike than in {base.id}, by {rise:.3f} in the mean cosine"]
+
+
+def check_rows(name: str, moved: Rows, before: Rows, typical: float, options: GateOptions) -> list[str]:
     """What is wrong with the moved rows of a table; one sentence each.
 
     Args:
@@ -79,37 +137,46 @@ def check_rows(name: str, moved: Rows, before: Rows, typical: float, limits: Lim
         moved: as they are.
         before: as those of them were that the table had before.
         typical: the length of a row.
-        limits: what they must keep.
+        options: what they must keep.
     """
     if not np.isfinite(moved.values).all():
         return [f"{name}: {(~np.isfinite(moved.values).all(axis=1)).sum()} rows are not finite"]
     problems = []
     lengths = np.linalg.norm(moved.values, axis=1)
-    if len(lengths) and lengths.max() > limits.most_length * typical:
+    if len(lengths) and lengths.max() > options.max_length * typical:
         problems.append(f"{name}: a row is {lengths.max():.3g} long, a typical one {typical:.3g}")
     moves = np.linalg.norm(moved.values[np.isin(moved.rows, before.rows)] - before.values, axis=1)
-    if len(moves) and moves.max() > limits.most_move * typical:
+    if len(moves) and moves.max() > options.max_move * typical:
         problems.append(f"{name}: a row moved by {moves.max():.3g}, a typical one is {typical:.3g} long")
     return problems
 
 
-def check_accumulators(name: str, accumulator: Floats, largest: float, limits: Limits) -> list[str]:
+def check_accumulators(name: str, accumulator: Floats, largest: float, options: GateOptions) -> list[str]:
     """What is wrong with the optimizer state (n,) of the moved rows of a table; one sentence each.
 
-    >>> check_accumulators("item_id", np.array([1.0, np.inf], np.float32), 1.0, Limits())
+    >>> check_accumulators("item_id", np.array([1.0, np.inf], np.float32), 1.0, GateOptions())
     ['item_id: 1 rows have an accumulator that is not finite: they would never move again']
     """
     if len(broken := np.flatnonzero(~np.isfinite(accumulator) | (accumulator < 0))):
         return [f"{name}: {len(broken)} rows have an accumulator that is not finite: they would never move again"]
-    most = limits.most_accumulated * max(largest, LEAST_ACCUMULATED)
-    if len(accumulator) and accumulator.max() > most:
+    largest_allowed = options.max_accumulator * max(largest, MIN_ACCUMULATOR)
+    if len(accumulator) and accumulator.max() > largest_allowed:
         return [f"{name}: an accumulator is {accumulator.max():.3g}, the version's largest is {largest:.3g}"]
     return []
 
 
-def alikeness(vectors: Floats) -> float:
+def spaced(count: int, at_most: int) -> Longs:
+    """Rows of a table of `count`, evenly spaced.
+
+    >>> spaced(9, 3).tolist(), spaced(2, 3).tolist()
+    ([0, 4, 8], [0, 1])
+    """
+    return np.linspace(0, count - 1, min(at_most, count)).astype(np.int64)
+
+
+def mean_cosine(vectors: Floats) -> float:
     """Mean cosine of two items, of up to 1000 over the catalogue: 1 where all vectors have collapsed into one."""
-    some = vectors[np.linspace(0, len(vectors) - 1, min(SAMPLED, len(vectors))).astype(np.int64)]
+    some = vectors[spaced(len(vectors), SAMPLED)]
     count = len(some)
     total = float(np.square(some.sum(axis=0, dtype=np.float64)).sum())
     return (total - float(np.square(some, dtype=np.float64).sum())) / max(1, count * (count - 1))
@@ -117,9 +184,8 @@ def alikeness(vectors: Floats) -> float:
 
 def recall_among(users: Floats, targets: Longs, vectors: Floats, k: int) -> float:
     """Share of targets (W,) that are among the k nearest of their user's vector (W, D), among at most 20,000 items."""
-    spread = np.unique(np.linspace(0, len(vectors) - 1, min(COMPETITORS, len(vectors))).astype(np.int64))
     own = np.einsum("wd,wd->w", users, vectors[targets])
-    better = (users @ vectors[spread].T > own[:, None]).sum(axis=1)
+    better = (users @ vectors[spaced(len(vectors), COMPETITORS)].T > own[:, None]).sum(axis=1)
     return float((better < k).mean())
 
 
@@ -129,29 +195,30 @@ def hits(users: Floats, targets: Longs, vectors: Floats, history: Bag, k: int) -
     own = np.take_along_axis(scores, targets[:, None], axis=1)
     owner = np.repeat(np.arange(len(users)), np.diff(history.indptr))
     scores[owner, history.rows] = -np.inf
-    found: npt.NDArray[np.bool_] = (scores > own).sum(axis=1) < k
-    return found
+    hit: npt.NDArray[np.bool_] = (scores > own).sum(axis=1) < k
+    return hit
 
 
-def check_served(version: Version, vectors: Floats, limits: Limits) -> list[str]:
+def check_served(version: Version, vectors: Floats, options: GateOptions) -> list[str]:
     """Ask what would be served some golden queries, and compare with the trained vectors; one sentence a problem."""
-    rows = np.unique(np.linspace(0, len(version.users) - 1, min(GOLDEN, len(version.users))).astype(np.int64))
-    queries: Queries = version.queries(np.concatenate([rows, [-1]]))
+    queries: Queries = version.queries(np.append(spaced(len(version.users), GOLDEN), -1))
     users = version.two_tower.user_vectors(queries)
     if not np.isfinite(users).all():
         return ["golden queries: a user's vector is not finite"]
-    k = min(limits.k, int((~version.gone).sum()))
-    found = version.two_tower.retrieve(queries, k)
+    k = min(options.k, int((~version.gone).sum()))
+    answer = version.two_tower.retrieve(queries, k)
     scores = users @ vectors.T
     scores[:, version.gone] = -np.inf
     best = np.sort(scores, axis=1)[:, ::-1][:, :k]
     asked = users.any(axis=1)
-    enough = found.scores[asked] >= best[asked, -1:] - ROUNDING
-    off = np.abs(np.take_along_axis(scores, np.maximum(found.rows, 0), axis=1) - found.scores)[asked]
-    if off.size and not np.nanmax(np.where(found.rows[asked] >= 0, off, 0)) <= ROUNDING:
+    as_good = answer.scores[asked] >= best[asked, -1:] - ROUNDING
+    off = np.abs(np.take_along_axis(scores, np.maximum(answer.rows, 0), axis=1) - answer.scores)[asked]
+    if off.size and not np.nanmax(np.where(answer.rows[asked] >= 0, off, 0)) <= ROUNDING:
         return ["golden queries: what is served has other vectors than what was trained"]
-    recall = float(enough.mean()) if enough.size else 1.0
-    return [f"golden queries: the index finds {recall:.3f} of the exact answer"] if recall < limits.index_recall else []
+    recall = float(as_good.mean()) if as_good.size else 1.0
+    if recall < options.index_recall:
+        return [f"golden queries: the index finds {recall:.3f} of the exact answer"]
+    return []
 
 
 def lists_with(version: Version, vectors: Floats, rows: Longs) -> Longs:
@@ -162,11 +229,9 @@ def lists_with(version: Version, vectors: Floats, rows: Longs) -> Longs:
         vectors: (N, D) of its items.
         rows: (n,) of the catalogue.
     """
-    count = len(version.users)
-    sample = np.unique(np.linspace(0, count - 1, min(SAMPLED_USERS, count)).astype(np.int64))
-    users = version.two_tower.user_vectors(version.queries(sample))
+    users = version.two_tower.user_vectors(version.queries(spaced(len(version.users), SAMPLED_USERS)))
     users = users[users.any(axis=1)]
-    others = np.unique(np.linspace(0, len(vectors) - 1, min(LISTED_AMONG, len(vectors))).astype(np.int64))
+    others = spaced(len(vectors), LISTED_AMONG)
     listed = max(1, round(LISTED * len(others) / len(vectors)))  # of a share of the items, that share of a list
     others = others[~version.gone[others]]
     if len(others) <= listed:
@@ -186,7 +251,7 @@ def drift(recent: Longs, clicks: Longs) -> float:
     return float(np.abs(now - clicks / clicks.sum()).sum() / 2)
 
 
-def by_hour(ts_ms: Longs, found: npt.NDArray[np.bool_]) -> dict[str, list[int]]:
+def by_hour(ts_ms: Longs, hit: npt.NDArray[np.bool_]) -> dict[str, list[int]]:
     """Hits and positives by hour since 1970.
 
     >>> by_hour(np.array([3_600_000, 3_700_000]), np.array([True, False]))
@@ -194,5 +259,5 @@ def by_hour(ts_ms: Longs, found: npt.NDArray[np.bool_]) -> dict[str, list[int]]:
     """
     hours = ts_ms // 3_600_000
     return {
-        str(hour): [int(found[hours == hour].sum()), int((hours == hour).sum())] for hour in np.unique(hours).tolist()
+        str(hour): [int(hit[hours == hour].sum()), int((hours == hour).sum())] for hour in np.unique(hours).tolist()
     }

@@ -4,20 +4,20 @@ One updater at a time writes the chain of a version: it holds a lock in the chai
 waits for it, and takes over where it ended.
 """
 
-import fcntl
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from twotower.publish.delta import chain_folder
 from twotower.publish.publish import current_path
 from twotower.schema.errors import VersionError
-from twotower.update.chain import TOLD, Chain, Done, Plan
+from twotower.schema.locks import take_lock
+from twotower.update.chain import Chain, Done
+from twotower.update.learn import TOLD
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ class UpdateReport:
     version: str
     seq: int
     """The latest delta."""
-    rows: int
+    rows: int = 0
     """Of the shards, or of the days, that were learned from."""
-    watermark_ms: int | None
+    watermark_ms: int | None = None
     refused: list[int] = field(default_factory=list)
     """Deltas that the gate refused."""
     plan: object = None
@@ -49,30 +49,25 @@ class UpdateReport:
     reasons: list[str] = field(default_factory=list)
     """Why deltas were refused."""
 
+    def after(self, done: Done) -> "UpdateReport":
+        """The same with one more delta."""
+        held_back = Counter(self.held_back)
+        held_back.update(done.held_back)
+        return replace(
+            self,
+            rows=self.rows + done.rows,
+            refused=[*self.refused, *([done.seq] if done.refused else [])],
+            held_back={name: count for name, count in sorted(held_back.items()) if count},
+            set_aside=[*self.set_aside, *done.set_aside][-TOLD:],
+            reasons=[*self.reasons, *done.refused][-TOLD:],
+        )
 
-@dataclass
-class _Sum:
-    """What several deltas did."""
-
-    rows: int = 0
-    refused: list[int] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-    held_back: Counter[str] = field(default_factory=Counter)
-    set_aside: list[str] = field(default_factory=list)
-
-    def add(self, done: Done) -> None:
-        """One more."""
-        self.rows += done.rows
-        self.refused += [done.seq] if done.refused else []
-        self.reasons = [*self.reasons, *done.refused][-TOLD:]
-        self.held_back.update(done.held_back)
-        self.set_aside = [*self.set_aside, *done.set_aside][-TOLD:]
-
-    def report(self, version: str, seq: int, watermark_ms: int | None, plan: Plan | None = None) -> UpdateReport:
-        """Of all of them."""
-        held_back = {name: count for name, count in sorted(self.held_back.items()) if count}
-        told = (held_back, self.set_aside, self.reasons)
-        return UpdateReport("incremental", version, seq, self.rows, watermark_ms, self.refused, plan, *told)
+    def of(self, chain: Chain) -> "UpdateReport":
+        """The same with where a chain is now."""
+        aside = list(dict.fromkeys([*self.set_aside, *chain.unreadable]))
+        return replace(
+            self, version=chain.version.id, seq=chain.seq, watermark_ms=chain.state.watermark_ms, set_aside=aside
+        )
 
 
 def update_incremental(
@@ -83,7 +78,7 @@ def update_incremental(
     dry_run: bool = False,
     follow_s: float | None = None,
     stopped: Callable[[], bool] = lambda: False,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> UpdateReport:
     """Learn what there is for the served version, in deltas.
 
@@ -92,15 +87,15 @@ def update_incremental(
         deltas: the folder of the chains of all versions.
         open_chain: opens a version's chain.
         dry_run: say what the next delta would be made of, and write nothing.
-        follow_s: go on for ever, looking so often for more; another updater is waited for, and another served version
-            is changed to. None = up to the end of what there is.
+        follow_s: seconds between two looks for more, without end; another updater is waited for, and when another
+            version is served, its chain is learned. None = up to the end of what there is.
         stopped: ends a run that follows.
         sleep: waits.
 
     Raises:
         VersionError: no version is served, or another updater is at work.
     """
-    done_so_far = _Sum()
+    report = UpdateReport("incremental", "", 0)
     while True:
         path = current_path(versions)
         with _only_updater(deltas, path.name, dry_run) as alone:
@@ -110,20 +105,20 @@ def update_incremental(
                 with closing(open_chain(path)) as chain:
                     log.info("learning for %s from delta %d on", path.name, chain.seq + 1)
                     if dry_run:
-                        return _report(chain, _Sum(), chain.plan())
+                        plan = chain.plan()
+                        return replace(report.of(chain), plan=plan)
                     chain.tidy()
                     while not stopped() and (follow_s is None or current_path(versions) == path):
-                        done = _next(chain)
-                        if done is not None:
-                            done_so_far.add(done)
+                        if (plan := chain.plan()) is not None:
+                            report = report.after(chain.make(plan))
                         elif follow_s is None:
                             break
                         else:
                             sleep(follow_s)
                     if follow_s is None or stopped():
-                        return _report(chain, done_so_far)
+                        return report.of(chain)
         if stopped():
-            return done_so_far.report(path.name, 0, None)
+            return replace(report, version=path.name)
         sleep(follow_s or 0.0)
 
 
@@ -138,25 +133,15 @@ def catch_up(path: Path, deltas: Path, open_chain: OpenChain) -> UpdateReport:
     Raises:
         VersionError: another updater learns for it.
     """
-    summed = _Sum()
+    report = UpdateReport("incremental", path.name, 0)
     with _only_updater(deltas, path.name, False) as alone:
         if not alone:
             raise VersionError(f"another updater learns for {path.name}: stop it")
         with closing(open_chain(path)) as chain:
             chain.tidy()
-            while (done := _next(chain)) is not None:
-                summed.add(done)
-            return _report(chain, summed)
-
-
-def _next(chain: Chain) -> Done | None:
-    plan = chain.plan()
-    return None if plan is None else chain.make(plan)
-
-
-def _report(chain: Chain, done: _Sum, plan: Plan | None = None) -> UpdateReport:
-    done.set_aside = list(dict.fromkeys([*done.set_aside, *chain.unreadable]))
-    return done.report(chain.version.id, chain.seq, chain.watermark_ms, plan)
+            while (plan := chain.plan()) is not None:
+                report = report.after(chain.make(plan))
+            return report.of(chain)
 
 
 @contextmanager
@@ -167,11 +152,12 @@ def _only_updater(deltas: Path, version_id: str, dry_run: bool) -> Iterator[bool
         return
     folder = chain_folder(deltas, version_id)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
+        lock = take_lock(folder / LOCK, VersionError)
+    except VersionError:
         yield False
+        return
+    try:
+        yield True
     finally:
-        os.close(lock)
+        lock.release()

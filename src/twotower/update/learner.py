@@ -1,14 +1,14 @@
 """The incremental step: from clicked rows to new rows of the ID tables; everything else is frozen, bit for bit.
 
-Of a step only the rows of its positive pairs move: the user's and the item's own; with `negatives_move` those of its
+A step moves only the rows of its positive pairs: the user's and the item's own; with `negatives_move` those of its
 negatives, too. Histories, other features and both networks take no gradient, and the rows for missing and unknown ids
 never move.
 
-B positives of a step, C distinct items of it, K negatives, N items of the catalogue, D vector.
+B positives of a step, K negatives, N items of the catalogue, D vector.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,47 +18,24 @@ from twotower.features.columns import Bag, Column, concatenate, pointers, take
 from twotower.features.vocabulary import FIRST, UNKNOWN
 from twotower.logs.events import EntityId
 from twotower.publish.delta import Rows
-from twotower.samples.options import NegativesOptions
 from twotower.schema import columns as c
 from twotower.towers.losses import Mask, SharedNegatives, shared_loss
 from twotower.towers.two_tower import StepAssembler, TwoTower, table_of
-from twotower.train.negatives import SHARED_COUNT, Draws, EasyNegatives
-from twotower.train.options import TrainOptions
+from twotower.train.negatives import Draws, EasyNegatives
 from twotower.train.towers import configured_loss
+from twotower.update.options import ChainOptions
 from twotower.update.rows import Positives
 
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Learning:
-    """How the incremental update learns."""
-
-    tables: Sequence[str] = (c.USER_ID, c.ITEM_ID)
-    """ID tables whose rows move."""
-    train: TrainOptions = field(default_factory=TrainOptions)
-    """How the version was trained: its loss."""
-    negatives: NegativesOptions = field(default_factory=lambda: NegativesOptions(count=1024))
-    """Easy negatives, `count` a step; `in_batch` = the stream's own latest positives."""
-    batch_size: int = 256
-    """Positives of a step at most."""
-    scale: int = 4096
-    """Positives of a step of the training whose optimizer state is carried on: each counts here as much as there."""
-    rate: float = 0.05
-    negatives_move: bool = False
-    """The embeddings of the items that are negatives of a step move too."""
-    recent: int = 4096
-    """Latest positives that stand for the others of a batch."""
-    admit_after: int = 2
-    """Positives after which a new id has a row of its own."""
-    seed: int = 0
-
-
 @dataclass
 class Touched:
-    """Which rows moved, and what happened on the way."""
+    """What moved while a delta is learned."""
 
+    recent: Longs
+    """(W,) catalogue rows of the latest positives, oldest first, those of the delta included."""
     rows: dict[str, set[int]] = field(default_factory=dict)
     """By table."""
     items: set[int] = field(default_factory=set)
@@ -94,23 +71,27 @@ class Learner:
 
     Args:
         model: of the version's checkpoint; its tables are changed in place.
-        item_columns: encoded features of the catalogue (N), ids included.
+        catalogue: encoded features of the N items, ids included.
         item_vectors: (N, D) as served; changed in place.
         item_clicks: (N,) of the version, for negatives drawn by clicks.
-        learning: how it learns.
+        options: how it learns. Each positive counts as much as in a batch of `train.batch_size`, so that the scale of
+            the optimizer state still fits.
     """
 
     def __init__(
         self,
         model: TwoTower,
-        item_columns: dict[str, Column],
+        catalogue: dict[str, Column],
         item_vectors: Floats,
         item_clicks: Longs,
-        learning: Learning,
+        options: ChainOptions,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.learning = learning
-        self.vectors = item_vectors
+        self.options = options.update
+        self._train = options.train
+        self._negatives = replace(options.samples.negatives, count=options.update.negatives, shared=True)
+        self._rate = options.update.learning_rate or options.train.table_learning_rate
+        self._loss = configured_loss(options.train)
         self.learned: dict[str, dict[EntityId, int]] = {c.USER_ID: {}, c.ITEM_ID: {}}
         """By table, rows of ids that the version does not have so."""
         self.pending: dict[str, dict[EntityId, int]] = {c.USER_ID: {}, c.ITEM_ID: {}}
@@ -119,34 +100,27 @@ class Learner:
         self.next_row = {name: FIRST + len(one.values) for name, one in vocabularies.items()}
         self.recent = np.zeros(0, np.int64)
         """(W,) catalogue rows of the latest positives, oldest first."""
-        self._columns = item_columns
         self._assembler = StepAssembler(model.features, model.tables)
-        self._loss = configured_loss(learning.train)
-        self.clicks = item_clicks
-        self._prepare()
+        self.set_items(catalogue, item_vectors, item_clicks)
 
-    def _prepare(self) -> None:
-        learning = self.learning
-        self._easy = EasyNegatives(learning.negatives, self.clicks)
-        self._place = np.full(len(self.vectors), -1, np.int64)
-        self._readers = _readers_of(self.model, self._columns)
-        self._tokens = np.zeros(len(self.vectors), np.int32)
-        if c.ITEM_ID in self._columns:
-            self._tokens = _as_rows(self._columns[c.ITEM_ID])
-
-    def set_items(self, item_columns: dict[str, Column], item_vectors: Floats, item_clicks: Longs) -> None:
-        """Another catalogue: items were put or deleted."""
-        self._columns, self.vectors, self.clicks = item_columns, item_vectors, item_clicks
-        self._prepare()
+    def set_items(self, catalogue: dict[str, Column], item_vectors: Floats, item_clicks: Longs) -> None:
+        """The items to learn from now on: encoded features, vectors (N, D) and clicks (N,)."""
+        self._columns, self.vectors, self.clicks = catalogue, item_vectors, item_clicks
+        self._easy = EasyNegatives(self._negatives, item_clicks)
+        self._position = np.full(len(item_vectors), -1, np.int64)
+        self._readers = _readers_of(self.model, catalogue)
+        self._tokens = np.zeros(len(item_vectors), np.int32)
+        if c.ITEM_ID in catalogue:
+            self._tokens = _as_rows(catalogue[c.ITEM_ID])
 
     @property
     def item_tokens(self) -> npt.NDArray[np.int32]:
         """(N,) row of each item in the table of item ids."""
         return self._tokens
 
-    def admit(self, table: str, ids: Sequence[EntityId], tokens: npt.NDArray[np.int32], touched: Touched) -> None:
+    def _admit(self, table: str, ids: Sequence[EntityId], tokens: npt.NDArray[np.int32], touched: Touched) -> None:
         """Count ids (B,) without a row, and give one to those that have come often enough; changes `tokens`."""
-        if table not in self.learning.tables or table not in self.model.tables:
+        if table not in self.options.tables or table not in self.model.tables:
             return
         embedding, pending, learned = self.model.tables[table], self.pending[table], self.learned[table]
         for place in np.flatnonzero(tokens == UNKNOWN).tolist():
@@ -155,7 +129,7 @@ class Learner:
                 tokens[place] = learned[one]
                 continue
             pending[one] = pending.get(one, 0) + 1
-            if pending[one] < self.learning.admit_after:
+            if pending[one] < self.options.admit_after:
                 continue
             row = self.next_row[table]
             if row >= len(embedding.weights):
@@ -178,63 +152,68 @@ class Learner:
         self.learned[table][one] = UNKNOWN
 
     def step(self, rows: Positives, number: Sequence[int], touched: Touched) -> None:
-        """One step.
+        """Train B positives.
 
         Args:
             rows: B positives.
             number: of the step: with the seed, all that is drawn depends on it.
             touched: noted into.
         """
-        learning = self.learning
-        user_tokens = np.zeros(0, np.int32)
-        if c.USER_ID in rows.user:
-            user_tokens = _as_rows(rows.user[c.USER_ID])
-            self.admit(c.USER_ID, rows.user_ids.to_pylist(), user_tokens, touched)
-        if c.ITEM_ID in self._columns:
-            item_tokens = self._tokens[rows.item_row]
-            self.admit(c.ITEM_ID, rows.item_ids.to_pylist(), item_tokens, touched)
-            self._tokens[rows.item_row] = item_tokens
-        negatives, log_weight = self._negatives(len(rows), np.random.default_rng([learning.seed, *number]))
-        learned = np.concatenate([rows.item_row, negatives]) if learning.negatives_move else rows.item_row
+        options = self.options
+        user_tokens = self._admit_all(rows, touched)
+        generator = np.random.default_rng([options.seed, *number])
+        negatives, log_weight = self._draw(len(rows), touched.recent, generator)
+        learned = np.concatenate([rows.item_row, negatives]) if options.negatives_move else rows.item_row
         distinct, place = np.unique(learned, return_inverse=True)
         inputs = self._assembler.assemble(
             rows.user, {name: take(column, distinct) for name, column in self._columns.items()}
         )
-        moving = {(side, name) for side, name in (("user", c.USER_ID), ("item", c.ITEM_ID)) if name in learning.tables}
-        user = {name: x if ("user", name) in moving else x.detach() for name, x in inputs.user.items()}
-        item = {name: x if ("item", name) in moving else x.detach() for name, x in inputs.item.items()}
+        user, item = (
+            {name: x if name == own and name in options.tables else x.detach() for name, x in side.items()}
+            for own, side in ((c.USER_ID, inputs.user), (c.ITEM_ID, inputs.item))
+        )
         users, items = self.model.user_tower(user), self.model.item_tower(item)
         others = torch.from_numpy(self.model.as_trained(self.vectors[negatives]))
-        if learning.negatives_move:
+        if options.negatives_move:
             others = items[torch.from_numpy(place[len(rows) :])]
-        mask = self._mask(negatives, rows.item_row, rows.clicked)
         total = shared_loss(
             self._loss,
             users,
             torch.cat([others, items]),
             torch.from_numpy(len(negatives) + place[: len(rows)]),
-            SharedNegatives(log_weight, mask),
-            share=torch.from_numpy(rows.weight / np.float32(learning.scale)),
+            SharedNegatives(log_weight, self._mask(negatives, rows.item_row, rows.clicked)),
+            share=torch.from_numpy(rows.weight / np.float32(self._train.batch_size)),
             calibration=self.model.calibration,
         )
         if total.requires_grad:
             total.backward()  # type: ignore[no-untyped-call]
         pairs = {c.USER_ID: np.unique(user_tokens), c.ITEM_ID: np.unique(self._tokens[distinct])}
-        for name in learning.tables:
-            moved, its = inputs.touched.get(name), pairs[name]
+        for name in options.tables:
+            moved, own = inputs.touched.get(name), pairs[name]
             if moved is None or moved.values.grad is None:
                 continue
-            kept = np.flatnonzero(np.isin(moved.rows, its[its >= FIRST]))
-            gradient = moved.values.grad.numpy()[kept]
-            kept = kept[gradient.any(axis=1)]
+            gradient = moved.values.grad.numpy()
+            kept = np.flatnonzero(np.isin(moved.rows, own[own >= FIRST]) & gradient.any(axis=1))
             touched.note(name, moved.rows[kept], self.model.tables[name].weights)
-            self.model.tables[name].update(moved.rows[kept], moved.values.grad.numpy()[kept], learning.rate)
+            self.model.tables[name].update(moved.rows[kept], gradient[kept], self._rate)
             if name == c.ITEM_ID:
-                self.refresh(self._readers_rows(distinct, moved.rows[kept]), touched)
-        touched.loss += float(total.detach()) * learning.scale
-        self.recent = np.concatenate([self.recent, rows.item_row])[-learning.recent :]
+                self._refresh(self._readers_rows(distinct, moved.rows[kept]), touched)
+        touched.loss += float(total.detach()) * self._train.batch_size
+        touched.recent = np.concatenate([touched.recent, rows.item_row])[-options.recent :]
 
-    def refresh(self, rows: Longs, touched: Touched) -> None:
+    def _admit_all(self, rows: Positives, touched: Touched) -> npt.NDArray[np.int32]:
+        """Give rows to ids of some positives; gives the users' rows in their table."""
+        user_tokens = np.zeros(0, np.int32)
+        if c.USER_ID in rows.user:
+            user_tokens = _as_rows(rows.user[c.USER_ID])
+            self._admit(c.USER_ID, rows.user_ids.to_pylist(), user_tokens, touched)
+        if c.ITEM_ID in self._columns:
+            item_tokens = self._tokens[rows.item_row]
+            self._admit(c.ITEM_ID, rows.item_ids.to_pylist(), item_tokens, touched)
+            self._tokens[rows.item_row] = item_tokens
+        return user_tokens
+
+    def _refresh(self, rows: Longs, touched: Touched) -> None:
         """Compute the vectors of some items anew."""
         if not len(rows):
             return
@@ -245,10 +224,6 @@ class Learner:
     def user_vectors(self, rows: Positives) -> Floats:
         """Vectors (B, D) of the users of some positives."""
         return self.model.encode_users(rows.user)
-
-    def accumulators(self, table: str, rows: Rows) -> Floats:
-        """Optimizer state (n,) of some rows."""
-        return self.model.tables[table].accumulator[rows.rows]
 
     def rows_of(self, table: str, touched: Touched) -> Rows:
         """The rows of a table that moved."""
@@ -263,37 +238,35 @@ class Learner:
         parts = [order[starts[row] : starts[row + 1]] for row in rows.tolist()]
         return np.unique(np.concatenate([own[np.isin(self.item_tokens[own], rows)], *parts]))
 
-    def _negatives(self, batch: int, generator: np.random.Generator) -> tuple[Longs, Floats]:
+    def _draw(self, batch: int, recent: Longs, generator: np.random.Generator) -> tuple[Longs, Floats]:
         """Catalogue rows of distinct negatives (K,), and the log of how much each counts."""
-        size, count = len(self.recent), self.learning.negatives.count or SHARED_COUNT
-        wanted = round(self._easy.shares.in_batch * count) if size else 0
+        count, size = self.options.negatives, len(recent)
+        wanted = round(self._negatives.easy.in_batch * count) if size else 0
         drawn = self._easy.draw_shared(max(batch, count), generator)
         if wanted:
-            drawn = np.concatenate([self.recent[generator.integers(size, size=wanted)], drawn])
+            drawn = np.concatenate([recent[generator.integers(size, size=wanted)], drawn])
         if not len(drawn):
-            wanted, drawn = 0, generator.integers(len(self.vectors), size=count)
+            drawn = generator.integers(len(self.vectors), size=count)
         negatives, copies = np.unique(drawn, return_counts=True)
         given = self._easy.draws(max(batch, count))
         draws = Draws(float(wanted), given.uniform, given.clicks)
         if not draws.total:
             draws = Draws(0.0, float(count), 0.0)
         with np.errstate(divide="ignore"):
-            frequency = np.log(np.bincount(self.recent, minlength=len(self.vectors))[negatives]) - np.log(max(size, 1))
-        expected = self._easy.log_expected(negatives, frequency, draws)
-        log_weight = np.log(copies) - expected
-        if not self.learning.train.is_softmax:
+            frequency = np.log(np.bincount(recent, minlength=len(self.vectors))[negatives]) - np.log(max(size, 1))
+        log_weight = np.log(copies) - self._easy.log_expected(negatives, frequency, draws)
+        if not self._train.is_softmax:
             log_weight = log_weight + self._easy.log_target(negatives)
         return negatives, log_weight.astype(np.float32)
 
     def _mask(self, negatives: Longs, item_row: Longs, clicked: Bag) -> Mask:
         """What is no negative of a row: its own item, and what its user clicked."""
-        self._place[negatives] = np.arange(len(negatives))
+        self._position[negatives] = np.arange(len(negatives))
         both = concatenate([clicked, Bag(np.arange(len(item_row) + 1), item_row.astype(np.int32))])
-        assert isinstance(both, Bag)
         owner = np.repeat(np.arange(2 * len(item_row)), np.diff(both.indptr)) % max(len(item_row), 1)
-        place = self._place[both.rows]
-        pairs = np.unique(owner[place >= 0] * len(negatives) + place[place >= 0])
-        self._place[negatives] = -1
+        at = self._position[both.rows]
+        pairs = np.unique(owner[at >= 0] * len(negatives) + at[at >= 0])
+        self._position[negatives] = -1
         owner = pairs // len(negatives)
         return Mask(pointers(np.bincount(owner, minlength=len(item_row))), pairs % len(negatives))
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.features.columns import Bag, Column, concatenate, pointers, ranges, take
+from twotower.channels.vector_channel import latest
+from twotower.features.columns import Bag, Column, concatenate, pointers, take
 from twotower.features.feature_set import HISTORY, FeatureSet
 from twotower.features.fitted import Fitted
 from twotower.logs.events import EntityId
@@ -44,8 +45,6 @@ class Positives:
 
     def take(self, index: Longs) -> "Positives":
         """Some rows, in that order."""
-        clicked = take(self.clicked, index)
-        assert isinstance(clicked, Bag)
         return Positives(
             self.user_ids.take(pa.array(index)),
             self.item_ids.take(pa.array(index)),
@@ -53,7 +52,7 @@ class Positives:
             self.ts_ms[index],
             self.weight[index],
             {name: take(column, index) for name, column in self.user.items()},
-            clicked,
+            take(self.clicked, index),
         )
 
     @classmethod
@@ -61,8 +60,6 @@ class Positives:
         """Those of several parts, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        clicked = concatenate([part.clicked for part in parts])
-        assert isinstance(clicked, Bag)
         return cls(
             pa.concat_arrays([part.user_ids for part in parts]),
             pa.concat_arrays([part.item_ids for part in parts]),
@@ -70,7 +67,7 @@ class Positives:
             np.concatenate([part.ts_ms for part in parts]),
             np.concatenate([part.weight for part in parts]),
             {name: concatenate([part.user[name] for part in parts]) for name in parts[0].user},
-            clicked,
+            concatenate([part.clicked for part in parts]),
         )
 
 
@@ -121,13 +118,12 @@ def positives_of(version: Version, rows: pa.Table, item_tokens: npt.NDArray[np.i
         columns[feature.name] = _came_with(feature, rows, c.CONTEXT, feature.absent(rows.num_rows))
     history = _histories(version, rows, stored.clicks)
     if (reads := version.features.history) is not None:
-        last = _last(history, reads.last)
-        columns[reads.name] = Bag(last.indptr, item_tokens[last.rows])
+        columns[reads.name] = latest(history, item_tokens, reads.last)
     return Positives(
         user_ids,
         item_ids,
         version.items.find(item_ids),
-        _times(rows),
+        times_of(rows),
         _weights(rows),
         columns,
         _both(stored.clicks, history),
@@ -153,8 +149,7 @@ def _came_with(feature: Fitted, rows: pa.Table, prefix: str, otherwise: Column) 
         return otherwise
     column = rows.column(name).combine_chunks()
     there = column.is_valid().to_numpy(zero_copy_only=False)
-    both = concatenate([otherwise, feature.encode(column)])
-    return take(both, np.arange(len(there)) + len(there) * there)
+    return take(concatenate([otherwise, feature.encode(column)]), np.arange(len(there)) + len(there) * there)
 
 
 def _histories(version: Version, rows: pa.Table, stored: Bag) -> Bag:
@@ -167,10 +162,7 @@ def _histories(version: Version, rows: pa.Table, stored: Bag) -> Bag:
     found = version.items.find(lists.flatten())
     owner = np.repeat(np.arange(len(lengths)), lengths)[found >= 0]
     own = Bag(pointers(np.bincount(owner, minlength=len(lengths))), found[found >= 0].astype(np.int32))
-    both = concatenate([stored, own])
-    chosen = take(both, np.arange(len(said)) + len(said) * said)
-    assert isinstance(chosen, Bag)
-    return chosen
+    return take(concatenate([stored, own]), np.arange(len(said)) + len(said) * said)
 
 
 def _both(one: Bag, other: Bag) -> Bag:
@@ -181,13 +173,8 @@ def _both(one: Bag, other: Bag) -> Bag:
     return Bag(pointers(np.bincount(pairs // size, minlength=count)), (pairs % size).astype(np.int32))
 
 
-def _last(history: Bag, last: int) -> Bag:
-    ends = history.indptr[1:]
-    counts = np.minimum(np.diff(history.indptr), last)
-    return Bag(pointers(counts), history.rows[ranges(ends - counts, counts)])
-
-
-def _times(rows: pa.Table) -> Longs:
+def times_of(rows: pa.Table) -> Longs:
+    """Times (B,) of the clicks, or of the requests where a click has none."""
     at = pc.coalesce(rows.column(c.CLICK_TS_MS), rows.column(c.REQUEST_TS_MS))
     times: Longs = at.combine_chunks().to_numpy(zero_copy_only=False)
     return times
