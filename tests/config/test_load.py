@@ -1,5 +1,6 @@
 import copy
 import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,27 @@ def test_an_example_with_every_section_loads(tmp_path: Path) -> None:
 
 
 def test_without_a_file_there_are_the_defaults() -> None:
-    assert load(None) == Settings() == parse({})
+    assert load(None) == parse({})
+    assert replace(parse({}), models=Settings().models) == Settings()
     assert load(None, ["train.seed=7"]).train.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "networks"),
+    [
+        ({}, ("none", "none")),
+        ({"features": {"user": {"user_id": {"kind": "categorical"}}}}, ("none", "none")),
+        (
+            {"features": {"item": {"item_id": {"kind": "categorical"}, "genre": {"kind": "categorical"}}}},
+            ("dnn", "dnn"),
+        ),
+        ({"features": {"context": {"hour": {"kind": "categorical"}}}}, ("dnn", "dnn")),
+        ({"models": {"user_tower": {"layers": [8]}}}, ("dnn", "none")),
+    ],
+)
+def test_towers_of_ids_alone_have_no_network_unless_the_file_says_so(content: dict[str, Any], networks: Any) -> None:
+    models = parse(content).models
+    assert (models.user_tower.network, models.item_tower.network) == networks
 
 
 def test_a_configuration_survives_being_written_down(tmp_path: Path) -> None:
@@ -155,7 +175,7 @@ def test_a_removed_key_is_refused_with_what_to_do(key: str, remedy: str) -> None
 
 
 WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
-    ({"train": 3}, "train = 3: a section with keys is due"),
+    ({"train": 3}, "train = 3: a section with keys is expected"),
     ({"train": {"epochs": "3"}}, "train.epochs = '3': input should be a valid integer"),
     ({"train": {"epochs": True}}, "train.epochs = True: input should be a valid integer"),
     ({"train": {"epochs": 0}}, "train.epochs = 0: input should be greater than 0"),
@@ -173,7 +193,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"features": {"item": {"v": {"kind": "vector"}}}}, "features.item.v.size is missing"),
     ({"features": {"item": {"v": {}}}}, "features.item.v: kind is one of categorical, multi_categorical, numeric"),
     ({"features": {"item": {"v": {"kind": "text"}}}}, "features.item.v: kind is one of categorical"),
-    ({"features": {"item": {"v": "numeric"}}}, "features.item.v = 'numeric': a section with keys is due"),
+    ({"features": {"item": {"v": "numeric"}}}, "features.item.v = 'numeric': a section with keys is expected"),
     ({"features": {"item": {}}}, "features: features.item is empty"),
     ({"features": {"user": {}}}, "features: features.user is empty"),
     (
@@ -239,7 +259,7 @@ def test_an_override_may_add_a_feature() -> None:
         ("train..epochs=3", "write section.key=value"),
         ("train.epochs.x=3", "--set train.epochs.x=3: epochs is a value, not a section"),
         ("trian.epochs=3", "trian is no key; did you mean train?"),
-        ("train=3", "train = 3: a section with keys is due"),
+        ("train=3", "train = 3: a section with keys is expected"),
     ],
 )
 def test_an_override_of_nothing_is_refused(override: str, message: str) -> None:

@@ -44,7 +44,6 @@ from twotower.update import learn as learning_module
 from twotower.update.gate import SAMPLED_USERS, Gate, Recall, check_accumulators, lists_with, mean_cosine
 from twotower.update.incremental import _only_updater
 from twotower.update.learner import Learner, Touched
-from twotower.update.options import GateOptions
 from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
@@ -700,7 +699,7 @@ def test_rows_of_another_shape_and_wild_weights_are_left_out_and_counted(learnin
 
 
 def test_an_accumulator_without_bounds_is_refused_and_one_in_a_chain_is_repaired(learning, happen, clicks) -> None:
-    assert check_accumulators("t", np.array([1e7], np.float32), 1.0, GateOptions()) == [
+    assert check_accumulators("t", np.array([1e7], np.float32), 1.0) == [
         "t: an accumulator is 1e+07, the version's largest is 1"
     ]
     happen(learning, clicks(learning, 40))

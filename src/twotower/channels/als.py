@@ -26,6 +26,8 @@ from twotower.schema.files import read_json, write_json
 
 FACTORS = "factors.safetensors"
 SETTINGS = "als.json"
+ITERATIONS = 15
+"""Rounds in which users and items are solved for in turn."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -80,7 +82,7 @@ class ALS:
             options.factors,
             options.regularization,
             options.confidence,
-            iterations=options.iterations,
+            iterations=ITERATIONS,
             num_threads=threads,
             random_state=seed,
         )

@@ -40,8 +40,6 @@ class MindOptions:
     """A user has at most this many vectors."""
     rounds: Annotated[int, Field(gt=0), at_most(100)] = 3
     """Rounds of the routing of clicks to interests."""
-    sharpness: PositiveReal = 20.0
-    """In training, interests are weighted by a softmax of this many times their cosine to the positive."""
     epochs: Positive | None = None
     """Passes over the positives; absent = `train.epochs`."""
 
@@ -56,8 +54,6 @@ class ALSOptions:
     """A greater value keeps factors nearer to zero, for users and items alike."""
     confidence: AtLeastOne = 10.0
     """Weight of a clicked item; an item that was not clicked has 1."""
-    iterations: Positive = 15
-    """Rounds in which users and items are solved in turn."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from twotower.config.settings import Settings
 from twotower.features.options import KINDS
+from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
 
 RENAMED = {
@@ -24,14 +25,23 @@ RENAMED = {
     "update.gate.most_move": "update.gate.max_move",
     "update.gate.most_length": "update.gate.max_length",
     "update.gate.most_alike": "update.gate.max_mean_cosine_rise",
-    "update.gate.most_accumulated": "update.gate.max_accumulator",
     "update.gate.most_rise": "update.gate.max_rise",
-    "update.gate.rise_least": "update.gate.min_rise_positives",
     "stream.lateness_s": "stream.allowed_lateness_s",
     "stream.late_s": "stream.remember_s",
 }
 """Keys of earlier releases, with the names that they have now."""
 REMOVED = {
+    "samples.negatives.hard.impressed": (
+        "an impressed item is no negative of retrieval: it was good enough to be shown, and the ranker learns from it. "
+        "samples.negatives.impressed_as_negatives_for_experiments shows what it does to a model"
+    ),
+    "models.mind.sharpness": "remove it: it is always 20",
+    "models.als.iterations": "remove it: it is always 15",
+    "serve.impressed_filter": "give its items as serve.impressed_items, and remove its other keys",
+    "update.gate.most_accumulated": "remove it: it is always 1e6",
+    "update.gate.rise_least": "remove it: it is always 20",
+    "update.bounds.window_min": "remove it: it is always 60",
+    "update.gate.index_recall": "remove it: it is always 0.95",
     "serve.features": "remove it: the server keeps what it learns of users in the workspace, and there was no choice",
 }
 """Keys of earlier releases that are gone, with what to do."""
@@ -113,6 +123,7 @@ def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "
             _override(content, override)
         if is_updated and isinstance(samples := content.setdefault("samples", {}), dict):
             samples.setdefault("held_out_users", HELD_OUT_USERS)
+        _fit_towers(content)
         # As JSON, because strict types take sections from documents there, and from nothing but objects elsewhere.
         return _ADAPTER.validate_json(json.dumps(content, default=_plain), strict=True)
     except (RecursionError, UnicodeError, TypeError) as error:
@@ -122,6 +133,24 @@ def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "
             _sentence(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in error.errors()
         ]
         raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+
+
+def _fit_towers(content: dict[str, Any]) -> None:
+    """Give towers of ids and sequences alone no network, where the configuration says nothing of their networks.
+
+    Without further features there is nothing for a network to combine: it would only add noise.
+    """
+    features, models = content.get("features", {}), content.setdefault("models", {})
+    sides: list[Any] = list(features.values()) if isinstance(features, dict) else [None]
+    if not isinstance(models, dict) or not all(isinstance(side, dict) for side in sides):
+        return  # what is wrong is said when types are checked
+    if all(
+        isinstance(kind, dict) and (name in (c.USER_ID, c.ITEM_ID) or kind.get("kind") == "sequence")
+        for side in sides
+        for name, kind in side.items()
+    ):
+        for tower in ("user_tower", "item_tower"):
+            models.setdefault(tower, {"network": "none"})
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
@@ -194,7 +223,7 @@ def _sentence(location: tuple[int | str, ...], kind: str, message: str, seen: An
         case "missing":
             return f"{name} is missing"
         case "dataclass_type" | "model_attributes_type" | "dict_type":
-            return f"{name} = {shown}: a section with keys is due"
+            return f"{name} = {shown}: a section with keys is expected"
         case "union_tag_not_found" | "union_tag_invalid":
             return f"{name}: kind is one of {', '.join(KINDS)}; seen {shown}"
         case "value_error":

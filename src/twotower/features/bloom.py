@@ -102,7 +102,7 @@ class FilterShape:
         """
         if window_ms < periods:
             raise ConfigError(
-                f"a window of {window_ms} ms cannot be cut into {periods} periods: lower serve.impressed_filter.periods"
+                f"a window of {window_ms} ms cannot be cut into {periods} periods: raise serve.impressed_window_s"
             )
         each = error_rate / (periods + 1)
         count = -(-items // periods)

@@ -84,16 +84,9 @@ class HardShares:
     """Dropped by the pre-ranker."""
     rank_rejected: Share = 0.5
     """In the tail of the ranker's order."""
-    impressed: Share = 0.0
-    """Shown and not clicked: refused."""
 
     def __post_init__(self) -> None:
-        """Refuse shares whose sum is not 1, and shown items."""
-        if self.impressed:
-            raise ValueError(
-                "an impressed item is no negative of retrieval: it was good enough to be shown, and the ranker learns "
-                "from it. samples.negatives.impressed_as_negatives_for_experiments shows what it does to a model"
-            )
+        """Refuse shares whose sum is not 1."""
         _check_whole(self.pre_rank_rejected + self.rank_rejected)
 
 

@@ -1,26 +1,12 @@
 """Options of the server and of its funnel."""
 
 import itertools
-from dataclasses import field
 from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from twotower.schema.options import STRICT, Exclude, NotNegative, Positive, PositiveReal, Share, Text
-
-
-@dataclass(frozen=True, config=STRICT)
-class ImpressedFilterOptions:
-    """Bloom filters of a user's impressions beyond the latest 2000; they leave out some other items by mistake."""
-
-    items: Positive = 10_000
-    """Expected number of items shown to one user within `impressed_window_s`; with more, the error grows in
-    proportion."""
-    error_rate: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Share of other items that are left out by mistake."""
-    periods: Positive = 7
-    """Periods that the window is cut into; an impression may be left out for up to one period longer."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -37,8 +23,9 @@ class ServeOptions:
     """What a user is not offered again."""
     impressed_window_s: PositiveReal = 86400.0
     """How long an impression is left out."""
-    impressed_filter: ImpressedFilterOptions = field(default_factory=ImpressedFilterOptions)
-    """How impressions beyond the latest 2000 of a user are kept."""
+    impressed_items: Positive = 10_000
+    """Expected number of impressions of one user within `impressed_window_s`. Those beyond the latest 2000 are kept in
+    filters that leave out 1 % of other items by mistake; with more of them the error grows in proportion."""
     channel_timeout_ms: PositiveReal = 200.0
     """How long a request with several channels waits for them; one that is slower is left out of the answer."""
 

@@ -30,6 +30,8 @@ from twotower.serve.users import RecentUsers
 
 log = logging.getLogger(__name__)
 
+FILTER_PERIODS, FILTER_ERROR_RATE = 7, 0.01
+"""Periods that the window of impressions is cut into; share of other items that the filters leave out by mistake."""
 READER = "the reader of the log"
 ERASER = "the eraser of deleted users"
 ADMIN = "the admin port"
@@ -128,8 +130,8 @@ def filter_shape(serve: ServeOptions) -> FilterShape:
     Raises:
         ConfigError: periods shorter than a millisecond.
     """
-    kept = serve.impressed_filter
-    return FilterShape.of(int(1000 * serve.impressed_window_s), kept.periods, kept.items, kept.error_rate)
+    window_ms = int(1000 * serve.impressed_window_s)
+    return FilterShape.of(window_ms, FILTER_PERIODS, serve.impressed_items, FILTER_ERROR_RATE)
 
 
 def _erase(users: RecentUsers) -> None:

@@ -15,7 +15,8 @@ class TowerOptions:
 
     network: Literal["dnn", "dcn", "none"] = "dnn"
     """`dnn`: fully connected layers; `dcn`: crosses of features beside them; `none`: the features, each of width
-    `models.dimension`, are added, without layers or projection."""
+    `models.dimension`, are added, without layers or projection. A tower of which the file says nothing has `none`
+    where all features are ids and sequences."""
     layers: list[Width] = field(default_factory=lambda: [256, 128])
     """`dnn`, `dcn`: widths of the fully connected layers; empty = none."""
     crosses: Annotated[int, Field(gt=0), at_most(100)] = 2

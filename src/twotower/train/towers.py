@@ -44,6 +44,8 @@ from twotower.train.ranking import RankerReport
 log = logging.getLogger(__name__)
 
 OWN_LOSS = "own_loss"
+SHARPNESS = 20.0
+"""In training, the interests of `mind` are weighted by a softmax of this many times their cosine to the positive."""
 """Key of a checkpoint's settings: name and SHA-256 of the loss of your own that it was trained with."""
 
 
@@ -212,7 +214,7 @@ def _task(
         inputs = assembler.assemble(batch.user, batch.item)
         users, items = model.user_tower(inputs.user), model.item_tower(inputs.item)
         if channel == MIND:
-            users = label_aware(users, items[torch.from_numpy(batch.positive)], models.mind.sharpness)
+            users = label_aware(users, items[torch.from_numpy(batch.positive)], SHARPNESS)
         value = batch_loss(loss, users, items, batch, hard_share=sources.hard_share, calibration=model.calibration)
         return StepLoss(value, len(batch), inputs.touched)
 

@@ -21,6 +21,8 @@ PAIR: Final = "pair"
 USER: Final = "user"
 ITEM: Final = "item"
 RISEN: Final = "risen"
+WINDOW_MS: Final = 3_600_000
+"""Event time within which positives are counted together."""
 WINDOWS: Final = 4
 """Windows whose counts are kept: clicks of an hour may be joined after those of the next one."""
 
@@ -77,7 +79,7 @@ class ClickWindows:
 
     def __init__(self, options: BoundsOptions) -> None:
         self._options = options
-        self._window_ms = 60_000 * options.window_min
+        self._window_ms = WINDOW_MS
         self._counts: dict[int, WindowCounts] = {}
 
     def _use(self, window: int) -> WindowCounts:

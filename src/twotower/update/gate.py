@@ -38,6 +38,13 @@ LISTED = 20
 """Items of such a list."""
 LISTED_AMONG = 200_000
 """Items that such lists are made of, at most."""
+INDEX_RECALL = 0.95
+"""Share of the exact answer that what is served must find, on golden queries."""
+MAX_ACCUMULATOR = 1e6
+"""Largest optimizer accumulator of a row that moved, as a multiple of the version's largest: beyond it the row would
+hardly move again."""
+MIN_RISE_POSITIVES = 20
+"""The rise of an item is judged only once it has this many positives within a window of `update.bounds`."""
 MIN_ACCUMULATOR = 1e-6
 """Stands for the largest accumulator of a table that was hardly trained."""
 
@@ -101,7 +108,7 @@ class Gate:
         for name, rows in delta.tables.items():
             problems += check_rows(name, rows, touched.before_of(name, rows), self._typical[name], self._options)
             accumulator = delta.optimizer[f"{name}.accumulator"]
-            problems += check_accumulators(name, accumulator, self._largest[name], self._options)
+            problems += check_accumulators(name, accumulator, self._largest[name])
         if not np.isfinite(delta.item_vectors).all():
             problems.append("vectors of items are not finite")
         if problems:
@@ -117,7 +124,7 @@ class Gate:
         return [
             one
             for one, rise in rises.items()
-            if rise.positives >= options.min_rise_positives and rise.lists / users > options.max_rise + rise.explained
+            if rise.positives >= MIN_RISE_POSITIVES and rise.lists / users > options.max_rise + rise.explained
         ]
 
 
@@ -151,15 +158,15 @@ def check_rows(name: str, moved: Rows, before: Rows, typical: float, options: Ga
     return problems
 
 
-def check_accumulators(name: str, accumulator: Floats, largest: float, options: GateOptions) -> list[str]:
+def check_accumulators(name: str, accumulator: Floats, largest: float) -> list[str]:
     """What is wrong with the optimizer state (n,) of the moved rows of a table; one sentence each.
 
-    >>> check_accumulators("item_id", np.array([1.0, np.inf], np.float32), 1.0, GateOptions())
+    >>> check_accumulators("item_id", np.array([1.0, np.inf], np.float32), 1.0)
     ['item_id: 1 rows have an accumulator that is not finite: they would never move again']
     """
     if len(broken := np.flatnonzero(~np.isfinite(accumulator) | (accumulator < 0))):
         return [f"{name}: {len(broken)} rows have an accumulator that is not finite: they would never move again"]
-    largest_allowed = options.max_accumulator * max(largest, MIN_ACCUMULATOR)
+    largest_allowed = MAX_ACCUMULATOR * max(largest, MIN_ACCUMULATOR)
     if len(accumulator) and accumulator.max() > largest_allowed:
         return [f"{name}: an accumulator is {accumulator.max():.3g}, the version's largest is {largest:.3g}"]
     return []
@@ -216,7 +223,7 @@ def check_served(version: Version, vectors: Floats, options: GateOptions) -> lis
     if off.size and not np.nanmax(np.where(answer.rows[asked] >= 0, off, 0)) <= ROUNDING:
         return ["golden queries: what is served has other vectors than what was trained"]
     recall = float(as_good.mean()) if as_good.size else 1.0
-    if recall < options.index_recall:
+    if recall < INDEX_RECALL:
         return [f"golden queries: the index finds {recall:.3f} of the exact answer"]
     return []
 

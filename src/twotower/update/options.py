@@ -30,16 +30,9 @@ class GateOptions:
     """Largest length of a row, as a multiple of the length of a typical row."""
     max_mean_cosine_rise: PositiveReal = 0.2
     """Largest rise of the mean cosine of two items above that of the version: more is a collapse."""
-    index_recall: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Share of the exact answer that what is served must find, on golden queries."""
-    max_accumulator: PositiveReal = 1e6
-    """Largest optimizer accumulator of a row that moved, as a multiple of the version's largest: beyond it the row
-    would hardly move again."""
     max_rise: PositiveReal = 0.5
     """Largest rise, within a window of `update.bounds`, of the share of lists of 20 (of a fixed sample of 64 users)
     that contain an item, beyond what its users explain. The delta learns nothing of an item that rises further."""
-    min_rise_positives: Positive = 20
-    """The rise of an item is judged only once it has this many positives within that window."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -48,8 +41,6 @@ class BoundsOptions:
     are counted (`held_back`) and not trained.
     """
 
-    window_min: Positive = 60
-    """Length of a window in minutes of event time."""
     pair: Positive = 3
     """Positives of one user on one item."""
     user: Positive = 100
