@@ -58,10 +58,10 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: packages lint
-	$(BIN)/pytest -n 2 --dist worksteal -r fEsX
-	@$(MAKE) --no-print-directory lab-smoke
-	@$(MAKE) --no-print-directory wheel
+# What runs on one core runs beside something else: the tests take two.
+test: packages $(DEV)
+	@$(MAKE) --no-print-directory lint & lint=$$!; $(MAKE) --no-print-directory wheel && wait $$lint
+	$(BIN)/pytest -n 2 --dist worksteal -r fEsX --durations=20
 
 packages:
 	@missing=; for package in $(DEBIAN_PACKAGES); do \
@@ -77,22 +77,17 @@ packages:
 		echo "some tests need Debian packages that are missing; type: sudo apt-get install$$missing" >&2; \
 	fi
 
-# The wheel must stand on its own: every module imports, and the command starts, with nothing but what it declares.
+# The wheel must stand on its own: every module imports, and the command starts, with nothing but what it declares. That
+# pip finds all of it shows each set-up.
 wheel: $(DEV)
 	@rm -rf dist
 	@echo "building the sdist, and the wheel out of it" >&2
 	@$(BIN)/python -m build --quiet --no-isolation
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
-	echo "installing the wheel into a clean environment, about a minute" >&2; \
-	$(PYTHON) -m venv "$$folder/venv"; \
-	"$$folder/venv/bin/python" $(INSTALL) torch; \
-	"$$folder/venv/bin/python" $(INSTALL) dist/*.whl; \
-	"$$folder/venv/bin/python" -m pip check; \
-	cp tests/installed.py "$$folder"; \
-	cd "$$folder"; \
-	venv/bin/python installed.py; \
-	venv/bin/twotower --help >/dev/null; \
-	echo "the wheel works in a clean environment" >&2
+	$(BIN)/python tests/clean_environment.py dist/*.whl "$$folder"; \
+	"$$folder/bin/python" -I tests/installed.py; \
+	"$$folder/bin/twotower" --help >/dev/null; \
+	echo "the wheel works with what it declares" >&2
 
 # Other libraries, each in an environment of its own, to be compared with.
 peers: .peers/tfrs/.stamp .peers/torch_rechub/.stamp
@@ -110,7 +105,7 @@ peers: .peers/tfrs/.stamp .peers/torch_rechub/.stamp
 lab: $(DEV)
 	$(BIN)/twotower lab run all $(if $(wildcard $(REAL_DATA)),--data '$(REAL_DATA)') --out $(or $(OUT),lab)
 
-# All of them on tiny worlds, in a minute or two: that they run.
+# All of them on tiny worlds, in a minute or two: that they run. The tests run one of each kind.
 lab-smoke: $(DEV)
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(BIN)/twotower lab run all --smoke --jobs 2 --out "$$folder" >/dev/null
@@ -148,3 +143,5 @@ soak: $(DEV)
 	$(BIN)/python benchmarks/soak/update.py --part full --kills 200 | tee benchmarks/results/soak_full.json
 	$(BIN)/python benchmarks/soak/update.py --part line --kills 500 | tee benchmarks/results/soak_line.json
 	$(BIN)/python benchmarks/soak/promote.py --seconds 60 --promotions 10 | tee benchmarks/results/soak_promote.json
+	$(BIN)/python benchmarks/soak/spark.py --data '$(REAL_DATA)/ml-1m' | tee benchmarks/results/soak_spark.json
+	@$(MAKE) --no-print-directory lab-smoke

@@ -31,8 +31,8 @@ from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
 from twotower.publish.ranker import OnnxRanker, write_ranker
 from twotower.samples.read import Entities
-from twotower.towers.ranker import Ranker, RankerShape
-from twotower.towers.towers import Network
+from twotower.towers.options import PreRankOptions, RankOptions
+from twotower.towers.ranker import Ranker
 
 DIMENSION = 64
 CENTRES = 200
@@ -45,9 +45,9 @@ SEED = 0
 HISTORY = 30
 CHUNK = 20_000
 """Items of one call of a ranker: of a million at once, the numbers between its layers would fill the memory."""
-SHAPES = {
-    "pre_rank": RankerShape(Network("dnn", (64,)), 0.0, "mean", 16, 50),
-    "rank": RankerShape(Network("dnn", (128, 64)), 0.0, "target", 16, 50),
+RANKERS = {
+    "pre_rank": PreRankOptions(),
+    "rank": RankOptions(),
 }
 FEATURES = Features(
     user={
@@ -114,8 +114,8 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
     candidates = rng.choice(count, min(K, count), replace=False)
     with tempfile.TemporaryDirectory() as folder:
         rankers = {}
-        for name, shape in SHAPES.items():
-            write_ranker(Path(folder, name), Ranker(shape.features_of(features), shape, SEED), {})
+        for name, options in RANKERS.items():
+            write_ranker(Path(folder, name), Ranker(features, options, SEED), {})
             rankers[name] = OnnxRanker(Path(folder, name), items)
         ways: dict[str, Callable[[int], object]] = {
             "search_index": lambda at: index.search(queries[at : at + 1], K),
@@ -149,7 +149,7 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
         "nprobe": index.tuning[0].nprobe if index.tuning else None,
         "one_request": medians,
         "times_dearer": {
-            name: round(medians[f"{name}_all"]["cpu_ms"] / medians["search_index"]["cpu_ms"]) for name in SHAPES
+            name: round(medians[f"{name}_all"]["cpu_ms"] / medians["search_index"]["cpu_ms"]) for name in RANKERS
         },
     }
 

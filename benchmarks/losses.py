@@ -15,10 +15,10 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from twotower.channels.options import ModelsOptions
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
@@ -26,28 +26,21 @@ from twotower.evaluate.holdout import evaluate
 from twotower.evaluate.options import EvaluateOptions
 from twotower.pipeline.line import make_samples, offline_channel
 from twotower.pipeline.places import places
+from twotower.samples.options import EasyShares, NegativesOptions
 from twotower.samples.read import open_samples
-from twotower.towers.towers import Network
-from twotower.train.checkpoint import Shape, open_checkpoint
-from twotower.train.loop import Loss, Negatives, train
-from twotower.train.negatives import Shares
+from twotower.train.checkpoint import open_checkpoint
+from twotower.train.options import TrainOptions
+from twotower.train.towers import train
 
 CONFIG = Path(__file__).parent.parent / "examples" / "movielens_next.toml"
-LOSSES = {
-    "pointwise": Loss("pointwise"),
-    "triplet_hinge": Loss("triplet_hinge"),
-    "triplet_logistic": Loss("triplet_logistic"),
-    "sampled_softmax": Loss("sampled_softmax"),
-    "corrected_log_q": Loss("corrected_log_q"),
-    "bsl": Loss("bsl"),
-}
+LOSSES = ("pointwise", "triplet_hinge", "triplet_logistic", "sampled_softmax", "corrected_log_q", "bsl")
 NEGATIVES = {
-    "in-batch": Negatives(),
-    "in-batch, streaming q": Negatives(streaming=True),
-    "1024 uniform": Negatives(Shares(0, 1, 0), count=1024),
-    "1024 by clicks^0.75": Negatives(Shares(0, 0, 1), count=1024),
-    "half in-batch, rest both": Negatives(Shares(0.5, 0.25, 0.25)),
-    "4 of each row, uniform": Negatives(Shares(0, 1, 0), count=4, shared=False),
+    "in-batch": NegativesOptions(),
+    "in-batch, streaming q": NegativesOptions(frequency="streaming"),
+    "1024 uniform": NegativesOptions(EasyShares(0, 1, 0), count=1024),
+    "1024 by clicks^0.75": NegativesOptions(EasyShares(0, 0, 1), count=1024),
+    "half in-batch, rest both": NegativesOptions(EasyShares(0.5, 0.25, 0.25)),
+    "4 of each row, uniform": NegativesOptions(EasyShares(0, 1, 0), count=4, shared=False),
 }
 
 
@@ -79,7 +72,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "seeds": arguments.seeds,
         "epochs": arguments.epochs,
-        "losses": {name: asdict(LOSSES[name]) for name in losses},
+        "losses": losses,
         "cells": cells,
     }
     if arguments.out:
@@ -97,21 +90,11 @@ def one_cell(workspace: Path, loss: str, kind: str, arguments: argparse.Namespac
             report = train(
                 samples,
                 Path(checkpoints),
-                Shape(64, Network("dnn", (256, 128)), Network("dnn", (256, 128)), 0.0),
-                loss=LOSSES[loss],
-                negatives=NEGATIVES[kind],
-                batch_size=4096,
-                epochs=arguments.epochs,
-                seed=seed,
-                learning_rate=0.001,
-                table_learning_rate=0.05,
-                schedule="constant",
-                weight_decay=0.0,
-                id_dropout=0.1,
-                horizon=0,
-                half_life_days=None,
-                checkpoint_s=1e9,
-                threads=arguments.threads,
+                TrainOptions(
+                    loss=loss, epochs=arguments.epochs, seed=seed, checkpoint_s=1e9, threads=arguments.threads
+                ),
+                ModelsOptions(),
+                NEGATIVES[kind],
             )
             channel = offline_channel(samples, open_checkpoint(Path(report.checkpoint)))
             metrics = evaluate(samples, workspace, [channel], EvaluateOptions(k=[50], bootstrap=2))

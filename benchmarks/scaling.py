@@ -22,15 +22,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower.channels.options import ModelsOptions
 from twotower.features.options import Features
 from twotower.samples.build import build_samples
-from twotower.samples.options import SamplesOptions
+from twotower.samples.options import EasyShares, NegativesOptions, SamplesOptions
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
-from twotower.towers.towers import Network
-from twotower.train.checkpoint import Shape
-from twotower.train.loop import Loss, Negatives, train
-from twotower.train.negatives import Shares
+from twotower.towers.options import TowerOptions
+from twotower.train.options import TrainOptions
+from twotower.train.towers import train
 
 LOSSES = ("pointwise", "triplet_hinge", "triplet_logistic", "sampled_softmax", "corrected_log_q", "bsl")
 START_MS = 1_704_067_200_000
@@ -46,24 +46,13 @@ def case(rows: int, items: int, clicked: int, room: float, loss: str, count: int
         )
         samples = open_samples(Path(folder) / "samples")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        tower, shares = TowerOptions("dnn", []), EasyShares() if count is None else EasyShares(0, 1, 0)
         report = train(
             samples,
             Path(folder) / "checkpoints",
-            Shape(64, Network("dnn", ()), Network("dnn", ()), 0.0),
-            loss=Loss(loss),
-            negatives=Negatives() if count is None else Negatives(Shares(0, 1, 0), count=count, shared=not own),
-            batch_size=4096,
-            epochs=1,
-            seed=0,
-            learning_rate=0.001,
-            table_learning_rate=0.05,
-            schedule="constant",
-            weight_decay=0.0,
-            id_dropout=0.1,
-            horizon=0,
-            half_life_days=None,
-            checkpoint_s=1e9,
-            threads=2,
+            TrainOptions(loss=loss, epochs=1, checkpoint_s=1e9),
+            ModelsOptions(user_tower=tower, item_tower=tower),
+            NegativesOptions(shares, count=count, shared=not own),
         )
     return {
         "rows_per_s": round(report.rows_per_s),

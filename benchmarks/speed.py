@@ -34,8 +34,8 @@ from twotower.features.columns import Bag, ranges
 from twotower.pipeline.line import make_samples
 from twotower.pipeline.places import places
 from twotower.samples.read import Samples, open_samples
-from twotower.towers.losses import Mask, sampled_softmax, shared_loss
-from twotower.train.batches import fed_frequency
+from twotower.towers.losses import Mask, SharedNegatives, sampled_softmax, shared_loss
+from twotower.train.negatives import fed_frequency
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "examples" / "movielens_next.toml"
@@ -166,14 +166,15 @@ def loss_over_floor(repeats: int = 15) -> float:
     positive = torch.arange(BATCH)
     lists = [np.union1d(draw.integers(BATCH, size=60), [row]) for row in range(BATCH)]
     mask = Mask(np.cumsum([0, *map(len, lists)]), np.concatenate(lists))
-    log_weight, share = torch.randn(BATCH, generator=generator), torch.full((BATCH,), 1 / BATCH)
+    negatives = SharedNegatives(torch.randn(BATCH, generator=generator).numpy(), mask)
+    share = torch.full((BATCH,), 1 / BATCH)
     scores = torch.empty(BATCH, BATCH)
     form, calibration = sampled_softmax(0.07), torch.zeros(2)
     times: dict[str, list[float]] = {"loss": [], "floor": []}
     for _ in range(repeats):
         users.grad = items.grad = None
         started = time.perf_counter()
-        loss = shared_loss(form, users, items, positive, log_weight, mask, share, calibration)
+        loss = shared_loss(form, users, items, positive, negatives, share=share, calibration=calibration)
         loss.backward()  # type: ignore[no-untyped-call]
         times["loss"].append(time.perf_counter() - started)
         with torch.no_grad():

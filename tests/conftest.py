@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,36 +59,54 @@ def made_once(shared: Path) -> Callable[[str, Callable[[Path], object]], Path]:
     return made
 
 
-@contextmanager
-def exporting_once(folder: Path) -> Iterator[None]:
-    """Export a network with the same weights once: it takes seconds, and tests often publish the same checkpoint."""
-    import torch.onnx
+@pytest.fixture(scope="session")
+def exporting_once(shared: Path) -> Callable[[], AbstractContextManager[None]]:
+    """Within it all workers export a network with the same weights once, and each reads the table of operators once: an
+    export takes seconds, and tests often publish the same checkpoint.
+    """
+    operators: list[Any] = []
 
-    export = torch.onnx.export
+    @contextmanager
+    def patched() -> Iterator[None]:
+        import torch.onnx
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    def exported(module: Any, examples: Any, path: str, **options: Any) -> None:
-        torch.save((module, examples, repr(options)), buffer := io.BytesIO())
-        kept = folder / f"exported-{hashlib.sha256(buffer.getbuffer()).hexdigest()}.onnx"
-        if not kept.exists():
-            export(module, examples, path, **options)
-            shutil.copyfile(path, half := f"{kept}.{os.getpid()}")
-            Path(half).rename(kept)
-        shutil.copyfile(kept, path)
+        export, read = torch.onnx.export, ONNXRegistry.from_torchlib
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", exported)
-        yield
+        def read_once(*given: Any, **options: Any) -> ONNXRegistry:
+            if not operators:
+                operators.append(read(*given, **options))
+            return operators[0]
+
+        def exported(module: Any, examples: Any, path: str, **options: Any) -> None:
+            torch.save((module, examples, repr(options)), content := io.BytesIO())
+            kept = shared / f"exported-{hashlib.sha256(content.getbuffer()).hexdigest()}.onnx"
+            if not kept.exists():
+                export(module, examples, path, **options)
+                shutil.copyfile(path, half := f"{kept}.{os.getpid()}")
+                Path(half).rename(kept)
+            shutil.copyfile(kept, path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.onnx, "export", exported)
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(read_once))
+            yield
+
+    return patched
 
 
 @pytest.fixture
-def exported_once(shared: Path) -> Iterator[None]:
+def exported_once(exporting_once: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """For a test that publishes the same checkpoint again, or one that another test publishes."""
-    with exporting_once(shared):
+    with exporting_once():
         yield
 
 
 @pytest.fixture(scope="session")
-def world(shared: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> "Settings":
+def world(
+    made_once: Callable[[str, Callable[[Path], object]], Path],
+    exporting_once: Callable[[], AbstractContextManager[None]],
+) -> "Settings":
     """The configuration of a tiny simulated workspace, trained, published and promoted; it is only read."""
     from twotower.config import load
     from twotower.pipeline.line import run_line  # torch and Ibis take seconds to load, and most tests need neither
@@ -101,7 +119,7 @@ def world(shared: Path, made_once: Callable[[str, Callable[[Path], object]], Pat
 
     def make(folder: Path) -> None:
         simulate_workspace(folder / "workspace", WorldOptions(users=300, items=300, days=3, seed=1))
-        with exporting_once(shared):
+        with exporting_once():
             run_line(configured(folder), promoted=True)
 
     return configured(made_once("world", make))
@@ -274,6 +292,23 @@ def real_data() -> Callable[[str], Path]:
         return path
 
     return path_of
+
+
+@pytest.fixture(scope="session")
+def some_movielens(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The folder of MovieLens-1M with the ratings of its first 300 users; skips the test where the data are absent."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    def make(folder: Path) -> None:
+        for name in ("ratings", "users", "movies"):
+            table = pq.read_table(source / f"{name}.parquet")
+            rows = table if name == "movies" else table.filter(pc.field("user_id") <= 300)
+            pq.write_table(rows, folder / f"{name}.parquet")
+
+    if not (source := REAL_DATA / "ml-1m").exists():
+        pytest.skip("real data absent: no ml-1m in $TWOTOWER_DATA or ../shared/data")
+    return made_once("movielens", make)
 
 
 class NoSilentSkips:

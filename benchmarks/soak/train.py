@@ -21,14 +21,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower.channels.options import ModelsOptions
 from twotower.features.options import Features
 from twotower.samples.build import build_samples
+from twotower.samples.options import NegativesOptions
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
 from twotower.schema.files import sha256
-from twotower.towers.towers import Network
-from twotower.train.checkpoint import FINISHED, TENSORS, Shape
-from twotower.train.loop import Loss, Negatives, train
+from twotower.towers.options import TowerOptions
+from twotower.train.checkpoint import FINISHED, TENSORS
+from twotower.train.options import TrainOptions
+from twotower.train.towers import train
 
 USERS, ITEMS, CLICKS = 300, 120, 6000
 EPOCHS = 24
@@ -61,26 +64,13 @@ def make_world(folder: Path) -> None:
 
 def work(samples: Path, checkpoints: Path) -> None:
     """Train to the end, or until killed."""
-    shape = Shape(16, Network("dnn", (32,)), Network("dnn", (32,)), dropout=0.1)
-    train(
-        open_samples(samples),
-        checkpoints,
-        shape,
-        loss=Loss(temperature=0.1),
-        negatives=Negatives(),
-        batch_size=256,
-        epochs=EPOCHS,
-        seed=0,
-        learning_rate=0.001,
-        table_learning_rate=0.05,
-        schedule="constant",
-        weight_decay=0.01,
-        id_dropout=0.1,
-        horizon=0,
-        half_life_days=None,
-        checkpoint_s=CHECKPOINT_S,
+    options = TrainOptions(
+        temperature=0.1, batch_size=256, epochs=EPOCHS, weight_decay=0.01, dropout=0.1, checkpoint_s=CHECKPOINT_S,
         threads=1,
-    )
+    )  # fmt: skip
+    tower = TowerOptions("dnn", [32])
+    models = ModelsOptions(dimension=16, user_tower=tower, item_tower=tower)
+    train(open_samples(samples), checkpoints, options, models, NegativesOptions())
 
 
 def result_of(checkpoints: Path) -> str:

@@ -1,6 +1,5 @@
 """The channels that run on an engine, on real data."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,16 +17,18 @@ from twotower.samples.options import EngineOptions
 from twotower.samples.read import open_samples
 
 
-def test_movielens_gives_the_same_bytes(tmp_path: Path, real_data: Callable[[str], Path], spark: EngineOptions) -> None:
-    """Few items of each user count, so that their pairs come by the million, not by ten millions."""
-    import_dataset("movielens-1m", real_data("ml-1m"), tmp_path / "ml", ImportOptions(holdout="time:0.9", positive="4"))
+def test_some_users_of_movielens_give_the_same_bytes(
+    tmp_path: Path, some_movielens: Path, spark: EngineOptions
+) -> None:
+    """`benchmarks/soak/spark.py` does the same for all of them."""
+    import_dataset("movielens-1m", some_movielens, tmp_path / "ml", ImportOptions(holdout="time:0.9", positive="4"))
     build_samples(tmp_path / "ml", tmp_path / "samples", Features(), 8)
     samples = open_samples(tmp_path / "samples")
     items = len(samples.items)
     weight = np.random.default_rng(0).random(len(samples.positives), np.float32)
     weighed = ItemCFOptions(items=30, interest="weight", activity=1.0)
     written: dict[str, set[bytes]] = {}
-    for engine in (EngineOptions(), replace(spark, options={})):
+    for engine in (EngineOptions(), spark):
         channels: dict[str, ItemToItem] = {
             "item_cf": fit_item_cf(samples.clicks, items, ItemCFOptions(items=100), engine),
             "item_cf, weights": fit_item_cf(
@@ -39,4 +40,4 @@ def test_movielens_gives_the_same_bytes(tmp_path: Path, real_data: Callable[[str
             channel.save(tmp_path)
             written.setdefault(name, set()).add((tmp_path / FILE).read_bytes())
     assert {name: len(files) for name, files in written.items()} == dict.fromkeys(channels, 1)
-    assert min(len(file) for files in written.values() for file in files) > 1_000_000
+    assert min(len(file) for files in written.values() for file in files) > 100_000

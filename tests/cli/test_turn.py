@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from twotower.logs import Event, LocalEventLog
 from twotower.schema import columns as c
@@ -20,6 +21,7 @@ CONFIG = Path(__file__).parents[2] / "examples" / "demo.toml"
 RETRIEVED, PRE_RANKED, RANKED, LOGGED = 120, 60, 25, 10
 SMALL = [
     *("train.epochs=1", "train.batch_size=256", "models.dimension=16", "evaluate.bootstrap=50"),
+    'models.channels=["two_tower", "item_cf", "popular"]',
     *("pre_rank.calibration_share=0.3", "rank.calibration_share=0.3"),
     *("serve.port=0", "serve.admin_port=0", "samples.negatives.hard_share=0.5", f"funnel.retrieve={RETRIEVED}"),
     *(f"funnel.pre_rank={PRE_RANKED}", f"funnel.rank={RANKED}", f"funnel.logged={LOGGED}"),
@@ -48,10 +50,11 @@ def joined_events(workspace: Path) -> pa.Table:
     return pa.concat_tables(pq.read_table(path) for path in sorted(workspace.glob("events/*/joined-*.parquet")))
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_what_the_funnel_shows_and_rejects_today_is_what_the_next_version_learns(run, tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
     options = ["-c", str(CONFIG), *(x for o in (f"workspace.path={workspace}", *SMALL) for x in ("--set", o))]
-    run("simulate", "--out", workspace, "--users", 600, "--items", 300, "--days", 4, "--seed", 1)
+    run("simulate", "--out", workspace, "--users", 300, "--items", 300, "--days", 4, "--seed", 1)
     first = run("run", *options)
     before = run("samples", *options)
     with served(options) as url:

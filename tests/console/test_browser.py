@@ -33,11 +33,11 @@ pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="chromium is not i
 
 
 @pytest.fixture(scope="module")
-def url(workspace: Path, overrides: list[str]) -> Iterator[str]:
+def url(options: list[str]) -> Iterator[str]:
     """Address of a running server."""
-    settings = [part for option in (*overrides, "serve.port=0", "serve.admin_port=0") for part in ("--set", option)]
+    ports = ["--set", "serve.port=0", "--set", "serve.admin_port=0"]
     with as_file(files("twotower.cli") / "examples" / "demo.toml") as config:
-        command = [sys.executable, "-m", "twotower", "serve", "-c", str(config), *settings]
+        command = [sys.executable, "-m", "twotower", "serve", "-c", str(config), *options, *ports]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
             yield json.loads(server.stdout.readline())["url"]

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,7 @@ from twotower_lab.run import run
 
 
 @pytest.fixture(scope="session")
-def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def networks(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The folder of a smoke run of one experiment; only read."""
-    out = tmp_path_factory.mktemp("lab")
-    run(SYSTEM, "networks", out, smoke=True, command="twotower lab run networks --smoke")
-    return out
+    command = "twotower lab run networks --smoke"
+    return made_once("lab", lambda out: run(SYSTEM, "networks", out, smoke=True, command=command))

@@ -17,6 +17,8 @@ from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower.worlds.world import FIRST_DAY_MS, date_of
 from twotower_lab.feedback import entropy, feed_back, gini
 
+pytestmark = pytest.mark.usefixtures("exported_once")
+
 CHANGES = [
     'models.channels=["two_tower"]',
     "models.dimension=16",

@@ -8,6 +8,7 @@ import pytest
 
 from twotower.logs import Event, EventLogError, open_log, open_reader
 from twotower.logs.kafka import KafkaEventLog
+from twotower.logs.options import EventLogOptions
 from twotower.schema.errors import ConfigError, DataError
 
 NOW_MS = 1_700_000_000_000
@@ -40,11 +41,11 @@ def test_a_log_that_is_opened_to_read_refuses_to_write(
     kafka_servers: Callable[[str], str], topic: str, tmp_path: Path
 ) -> None:
     servers = kafka_servers(topic)
-    writer = open_log("kafka", tmp_path, servers, topic, 4, "always", 1.0)
+    writer = open_log(EventLogOptions(kind="kafka", url=servers, name=topic), tmp_path)
     [ack] = writer.append([event("a")])
-    reader = open_reader("kafka", tmp_path, servers, topic)
+    reader = open_reader(EventLogOptions(kind="kafka", url=servers, name=topic), tmp_path)
     assert [record.event.event_id for record in reader.read(ack.partition, 0, 10)] == ["a"]
-    with pytest.raises(EventLogError, match="opened to read alone"):
+    with pytest.raises(EventLogError, match="opened to read only"):
         reader.append([event("b")])
     reader.close()
     writer.close()
@@ -52,7 +53,7 @@ def test_a_log_that_is_opened_to_read_refuses_to_write(
 
 def test_a_topic_keeps_its_number_of_partitions(kafka_servers: Callable[[str], str], topic: str) -> None:
     servers = kafka_servers(topic)
-    with pytest.raises(ConfigError, match=r"has 4 partitions, 3 are asked for.*set stream\.log\.partitions = 4"):
+    with pytest.raises(ConfigError, match=r"has 4 partitions, 3 are configured.*set stream\.log\.partitions = 4"):
         KafkaEventLog(servers, topic, partitions=3)
 
 
@@ -61,7 +62,7 @@ def test_a_topic_that_is_not_there_cannot_be_read(
 ) -> None:
     servers = kafka_servers(f"{topic}-other")
     with pytest.raises(DataError, match=f"the topic {topic} of 127.* does not exist"):
-        open_reader("kafka", tmp_path, servers, topic)
+        open_reader(EventLogOptions(kind="kafka", url=servers, name=topic), tmp_path)
 
 
 def test_reading_goes_back_and_forth(kafka_servers: Callable[[str], str], topic: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from twotower.logs import Event, EventLogError, open_log, open_reader
+from twotower.logs.options import EventLogOptions
 from twotower.logs.redis import RedisEventLog
 from twotower.schema.errors import ConfigError, DataError
 
@@ -43,14 +44,14 @@ def test_logs_of_two_names_share_a_server(redis_url: str, name: str) -> None:
 
 def test_a_log_keeps_its_number_of_partitions(redis_url: str, name: str) -> None:
     RedisEventLog(redis_url, name, partitions=3).close()
-    with pytest.raises(ConfigError, match=r"has 3 partitions, 4 are asked for.*set stream\.log\.partitions = 3"):
+    with pytest.raises(ConfigError, match=r"has 3 partitions, 4 are configured.*set stream\.log\.partitions = 3"):
         RedisEventLog(redis_url, name, partitions=4)
     assert RedisEventLog(redis_url, name, partitions=None).partitions == 3
 
 
 def test_a_log_that_is_not_there_cannot_be_read(redis_url: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"the log {name} in redis://127.* does not exist"):
-        open_reader("redis", tmp_path, redis_url, name)
+        open_reader(EventLogOptions(kind="redis", url=redis_url, name=name), tmp_path)
 
 
 def test_another_format_is_refused(redis_url: str, name: str) -> None:
@@ -133,7 +134,7 @@ def test_a_server_that_cannot_be_reached_is_named_without_its_password(name: str
 @pytest.mark.parametrize(("kind", "example"), [("redis", "redis://localhost:6379/0"), ("kafka", "localhost:9092")])
 def test_an_external_log_needs_an_address(kind: str, example: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf'stream\.log\.kind = "{kind}" needs an address.*{example}'):
-        open_log(kind, tmp_path, None, "log", 4, "always", 1.0)  # type: ignore[arg-type]
+        open_log(EventLogOptions(kind=kind), tmp_path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("kind", "client"), [("redis", "redis"), ("kafka", "confluent_kafka")])
@@ -143,12 +144,12 @@ def test_a_client_that_is_not_installed_is_named(
     monkeypatch.delitem(sys.modules, f"twotower.logs.{kind}", raising=False)
     monkeypatch.setitem(sys.modules, client, None)
     with pytest.raises(ConfigError, match=rf'a client that is not installed .*pip install "twotower\[{kind}\]"'):
-        open_log(kind, tmp_path, "somewhere", "log", 4, "always", 1.0)  # type: ignore[arg-type]
+        open_log(EventLogOptions(kind=kind, url="somewhere"), tmp_path)  # type: ignore[arg-type]
 
 
 def test_an_address_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stream\.log\.url = http://localhost"):
-        open_log("redis", tmp_path, "http://localhost", "log", 4, "always", 1.0)
+        open_log(EventLogOptions(kind="redis", url="http://localhost"), tmp_path)
 
 
 def test_a_killed_server_has_what_it_acknowledged_and_a_log_goes_on_with_it(redis_server: Any, name: str) -> None:

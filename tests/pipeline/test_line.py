@@ -23,11 +23,49 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.mark.parametrize("encoder", ["attention", "transformer"])
 def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
-    encoder: str, own_world: Settings, tmp_path: Path
+    encoder: str, own_world: Settings
 ) -> None:
     changes = [
         f'features.user.history.encoder="{encoder}"',
         'models.user_tower.network="dcn"',
+        "models.rankers=[]",
+        'models.channels=["two_tower", "mind"]',
+        "train.epochs=1",
+    ]
+    settings = parse(as_dict(own_world), changes)
+    run_line(settings, promoted=True)
+    check_vectors(settings, ["two_tower", "mind"])
+    check_histories(settings)
+
+
+def check_vectors(settings: Settings, channels: list[str]) -> None:
+    """The vectors of a version are those of the trained towers."""
+    samples, version = open_samples(places(settings).samples), open_served(settings)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.arange(60))
+    for name in channels:
+        served = version.channels[name]
+        assert isinstance(served, VectorChannel)
+        trained = offline_channel(samples, latest_checkpoint(settings, name), name)
+        np.testing.assert_allclose(served.user_vectors(queries), trained.user_vectors(queries), atol=1e-5)
+    assert version.channels["mind"].user_vectors(queries).shape == (60, 4, settings.models.dimension)  # type: ignore[attr-defined]
+
+
+def check_histories(settings: Settings) -> set[str]:
+    """A user asks twice, the second time with a click that the version has not seen; gives the channels that answer."""
+    samples, version = open_samples(places(settings).samples), open_served(settings)
+    user_id = samples.users.ids[int(np.argmax(np.diff(samples.clicks.indptr)))].as_py()
+    asked = Request(20, "none", user_id)
+    now = int(version.watermark_ms or 0) + 1000
+    before = retrieve(version, asked, Recent(), range(now))
+    clicked = samples.items.ids[0].as_py()
+    after = retrieve(version, asked, Recent(clicks=((now, clicked),)), range(now))
+    assert [item.item_id for item in before.items] != [item.item_id for item in after.items]
+    assert before.failed_channels == []
+    return {name for item in before.items for name in item.channels}
+
+
+def test_a_version_answers_as_its_channels_do(own_world: Settings) -> None:
+    changes = [
         "models.rankers=[]",
         'models.channels=["two_tower", "mind", "new_items", "als", "mf", "same_category", "popular"]',
         "models.mf.epochs=2",
@@ -38,26 +76,11 @@ def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
     ]
     settings = parse(as_dict(own_world), changes)
     run_line(settings, promoted=True)
-    samples, version = open_samples(places(settings).samples), open_served(settings)
-    rows = np.arange(60)
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, rows)
-    for name in ("two_tower", "mind", "mf"):
-        served = version.channels[name]
-        assert isinstance(served, VectorChannel)
-        trained = offline_channel(samples, latest_checkpoint(settings, name), name)
-        np.testing.assert_allclose(served.user_vectors(queries), trained.user_vectors(queries), atol=1e-5)
-    assert version.channels["mind"].user_vectors(queries).shape == (60, 4, settings.models.dimension)  # type: ignore[attr-defined]
+    check_vectors(settings, ["two_tower", "mind", "mf"])
+    assert check_histories(settings) >= {"two_tower", "mind", "mf", "als", "popular"}
     assert latest_checkpoint(settings, "mf").manifest["progress"]["epoch"] == 2
-    # The same user asks twice, with and without a click that the version has not seen.
-    user_id = samples.users.ids[int(np.argmax(np.diff(samples.clicks.indptr)))].as_py()
-    asked = Request(20, "none", user_id)
-    now = int(version.watermark_ms or 0) + 1000
-    before = retrieve(version, asked, Recent(), range(now))
-    clicked = samples.items.ids[0].as_py()
-    after = retrieve(version, asked, Recent(clicks=((now, clicked),)), range(now))
-    assert [item.item_id for item in before.items] != [item.item_id for item in after.items]
-    assert before.failed_channels == []
-    assert {name for item in before.items for name in item.channels} >= {"two_tower", "mind", "mf", "als", "popular"}
+    samples, version = open_samples(places(settings).samples), open_served(settings)
+    user_id, now = samples.users.ids[0].as_py(), int(version.watermark_ms or 0) + 1000
     new = retrieve(version, Request(20, "none", user_id, channels=["new_items"]), Recent(), range(now))
     assert new.items
     found = version.items.find(pa.array([item.item_id for item in new.items]))

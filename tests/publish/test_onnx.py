@@ -14,8 +14,10 @@ from twotower.towers.towers import Tower, WithPopularity
 from twotower.towers.two_tower import PREFERENCE, tower_inputs
 
 
-@pytest.mark.parametrize("network", ["dnn", "dcn"])
-@pytest.mark.parametrize("encoder", ["mean", "attention", "transformer", "interests"])
+@pytest.mark.parametrize(
+    ("encoder", "network"),
+    [("mean", "dnn"), ("attention", "dcn"), ("transformer", "dnn"), ("interests", "dcn"), ("interests", "dnn")],
+)
 def test_an_exported_tower_gives_the_vectors_of_the_trained_one(encoder: str, network: str, tmp_path: Path) -> None:
     """For batches and histories of every length: both are free in the exported graph."""
     known = Vocabulary("item_id", pa.array(range(50)), 60)
@@ -63,3 +65,11 @@ def test_an_exported_tower_has_the_numbers_for_popularity(tmp_path: Path) -> Non
         expected = np.concatenate([left * tables["item_id"][[2, 3, 6]], more], axis=1)
         expected[2] = 0  # nothing is known of it
         np.testing.assert_allclose(OnnxTower(path, features, tables).encode(columns), expected, atol=1e-6)
+
+
+def test_a_network_is_exported_to_the_same_bytes_again(tmp_path: Path) -> None:
+    features = [Category("item_id", Vocabulary("item_id", pa.array(range(5)), 7), 4)]
+    tower = Tower(features, TowerOptions("dnn", [8]), 4)
+    for name in ("one", "other"):
+        export_tower(tower, features, tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()

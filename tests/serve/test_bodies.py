@@ -81,10 +81,10 @@ def test_bodies_are_bounded_together_until_their_requests_are_answered() -> None
     assert app._held == 6
 
 
-@pytest.mark.parametrize("depth", [bodies.MOST_DEPTH, bodies.MOST_DEPTH + 1])
+@pytest.mark.parametrize("depth", [bodies.MAX_DEPTH, bodies.MAX_DEPTH + 1])
 def test_bodies_nest_only_so_deep(depth: int) -> None:
     text = b"[" * depth + b"]" * depth
-    if depth <= bodies.MOST_DEPTH:
+    if depth <= bodies.MAX_DEPTH:
         assert read_json(text) is not None
     else:
         with pytest.raises(bodies.HTTPException, match="400"):

@@ -210,7 +210,7 @@ def test_an_id_that_is_too_long_is_refused_and_not_logged(server) -> None:
         ({"labels": ["a", 1]}, "labels = ['a', 1]"),
         ({"labels": [["a"]]}, "holds ['a']"),
         ({"labels": ["a"] * 5000}, "a list of 5000 entries"),
-        ({"labels": {"a": 1}}, "is an object"),
+        ({"labels": {"a": 1}}, "holds {'a': 1}"),
         ({"kind": ["a"]}, "kind = ['a'], where string is due"),
         ({"kind": "x" * 20_000}, "a string of 20000 bytes"),
         ({"price": "dear"}, "price = 'dear', where double is due"),

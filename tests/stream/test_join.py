@@ -14,6 +14,7 @@ import pytest
 
 from twotower.logs import Event, LocalEventLog, open_log, partition_of
 from twotower.logs.events import user_deleted
+from twotower.logs.options import EventLogOptions
 from twotower.schema.clock import day_of
 from twotower.schema.errors import DataError
 from twotower.stream import join as join_module
@@ -334,7 +335,10 @@ def test_every_kind_of_log_gives_the_same_rows(
     elif kind == "kafka":
         url = request.getfixturevalue("kafka_servers")(name)
     events = make_events(200)
-    logs = {own: open_log(own, tmp_path / own, url, name, 4, "always", 1.0) for own in dict.fromkeys(["local", kind])}
+    logs = {
+        own: open_log(EventLogOptions(kind=own, url=url, name=name), tmp_path / own)  # type: ignore[arg-type]
+        for own in dict.fromkeys(["local", kind])
+    }
     for log in logs.values():
         for begin in range(0, len(events), 50):
             log.append(events[begin : begin + 50])

@@ -323,11 +323,8 @@ def test_a_joiner_that_is_made_again_from_the_log_goes_on_as_if_nothing_had_been
                 def again(begin: int = replay.offset, end: int = record.offset) -> Iterator[Record]:
                     return (record for record in records if begin <= record.offset < end)
 
-                joiner = Joiner.resume(
-                    TYPES, SHORT, joiner._fetch, replay=replay,
-                    flushes=[offset for offset in flushes if offset > replay.offset], records=again(),
-                    end=record.offset,
-                )  # fmt: skip
+                joiner = joiner_of(records, SHORT)
+                joiner.resume(replay, [offset for offset in flushes if offset > replay.offset], again(), record.offset)
             rows += joiner.feed(record)
         rows += joiner.flush()
         counts.append(joiner.take_counts())
@@ -355,10 +352,8 @@ def test_what_is_erased_before_a_joiner_is_made_again_changes_nothing_for_others
             if number == place:
                 replay = joiner.replay(record.offset)
                 again = (one for one in later if replay.offset <= one.offset < record.offset)
-                joiner = Joiner.resume(
-                    TYPES, SHORT, joiner_of(later, SHORT)._fetch, replay=replay, flushes=flushes,
-                    records=again, end=record.offset,
-                )  # fmt: skip
+                joiner = joiner_of(later, SHORT)
+                joiner.resume(replay, flushes, again, record.offset)
             left.append((record.offset, joiner.feed(record)))
         return [*left, (records[-1].next_offset, joiner.flush())]
 

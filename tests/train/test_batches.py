@@ -261,7 +261,7 @@ def test_a_streaming_q_learns_from_the_rows_as_fed_after_it_was_used(samples: Sa
     np.testing.assert_allclose(np.exp(shared_of(first).log_weight), blind, rtol=1e-5)
     for _ in batches:
         pass
-    assert int(streaming.state()["draws"][0]) == EVENTS
+    assert int(streaming.state["draws"][0]) == EVENTS
 
 
 def test_a_history_is_the_latest_clicks_before_the_request_in_their_order(

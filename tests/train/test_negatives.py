@@ -148,7 +148,7 @@ def test_a_streaming_q_goes_on_from_what_was_kept() -> None:
         whole.observe(np.arange(3), copies)
     for copies in batches[:25]:
         first.observe(np.arange(3), copies)
-    second.restore({name: value.copy() for name, value in first.state().items()})
+    second.state = {name: value.copy() for name, value in first.state.items()}
     for copies in batches[25:]:
         second.observe(np.arange(3), copies)
     assert whole.log_q(np.arange(3)).tolist() == second.log_q(np.arange(3)).tolist()

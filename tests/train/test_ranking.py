@@ -166,7 +166,7 @@ def test_an_id_that_nobody_clicked_trains_as_missing_and_unknown_ids_are_a_share
     ids = samples.items.features["item_id"].copy()
     ids[:5] = UNKNOWN
     changed = replace(samples, items=replace(samples.items, features={**samples.items.features, "item_id": ids}))
-    batches = ImpressionBatches(changed, shown, Ranker(samples.features, OPTIONS), 0.25)
+    batches = ImpressionBatches(changed, samples.features, 0.25)
     rows = np.arange(8000)
     drawn = batches.drawn(rows, np.random.default_rng(0)).item["item_id"]
     never = shown.item_row[rows] < 5
@@ -179,7 +179,7 @@ def test_an_id_that_nobody_clicked_trains_as_missing_and_unknown_ids_are_a_share
 def test_histories_are_the_clicks_before_the_request(samples: Samples) -> None:
     shown, clicks = samples.impressions, samples.clicks
     assert shown is not None
-    batches = ImpressionBatches(samples, shown, Ranker(samples.features, OPTIONS), 0.0)
+    batches = ImpressionBatches(samples, samples.features, 0.0)
     rows = np.array([100, 5000, len(shown) - 1])
     history = batches.plain(rows).user["history"]
     assert isinstance(history, Bag)

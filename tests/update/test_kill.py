@@ -55,7 +55,7 @@ def soak(part: str, kills: int) -> dict[str, Any]:
 
 
 def test_an_updater_that_is_killed_at_random_ends_with_the_same_bytes() -> None:
-    result = soak("incremental", 20)
+    result = soak("incremental", 12)
     assert result["refused"] > 0
     assert result["left_by_kills"]["half a delta"] > 0
 
@@ -65,7 +65,7 @@ def test_full_updates_that_are_killed_at_random_end_with_the_same_bytes() -> Non
 
 
 def test_a_line_that_is_killed_at_random_learns_each_click_of_the_log_once() -> None:
-    result = soak("line", 12)
+    result = soak("line", 9)
     assert result["events"] >= result["acknowledged"] > 20
     assert result["learned"] > 20
     assert all(result[f"kills_of_the_{name}"] > 0 for name in ("writer", "joiner", "updater"))

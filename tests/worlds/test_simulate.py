@@ -242,12 +242,12 @@ def test_few_items_hold_much_of_the_clicks() -> None:
 
 
 def test_users_and_items_appear_on_later_days_and_never_earlier() -> None:
-    assert (day() >= truth().start_day[user_rows()]).all()
-    assert (day() >= truth().birth_day[item_rows()]).all()
+    assert (day() >= truth().people.start_day[user_rows()]).all()
+    assert (day() >= truth().catalogue.birth_day[item_rows()]).all()
     clicked, last = is_outcome(c.CLICKED), day() == DAYS - 1
     for rows in (user_rows(), item_rows()):
         assert set(rows[clicked & last]) - set(rows[clicked & ~last])
-    assert (column("age_days", world().items) == DAYS - 1 - truth().birth_day).all()
+    assert (column("age_days", world().items) == DAYS - 1 - truth().catalogue.birth_day).all()
 
 
 def test_features_tell_a_part_of_the_taste() -> None:
@@ -271,7 +271,7 @@ def test_knowing_the_taste_beats_popularity_by_far_on_the_last_day() -> None:
         top = np.argsort(np.where(before, -np.inf, score), axis=1)[some, :-21:-1]
         return float((np.take_along_axis(after[some], top, axis=1).sum(axis=1) / after[some].sum(axis=1)).mean())
 
-    assert recall(truth().taste @ truth().item_vector.T + truth().quality) > 2 * recall(popular)
+    assert recall(truth().people.taste @ truth().catalogue.vector.T + truth().catalogue.quality) > 2 * recall(popular)
 
 
 def test_repeated_items_of_a_row_are_found() -> None:

@@ -100,7 +100,7 @@ def test_a_request_is_clicked_alike_in_any_order_and_company() -> None:
 
 
 def test_another_seed_clicks_otherwise() -> None:
-    other = replace(world(), seed=2)
+    other = replace(world(), options=replace(world().options, seed=2))
     requests, pages = many_requests(500), random_pages(500)
     assert ((world().clicks(requests, pages) > 0) != (other.clicks(requests, pages) > 0)).sum() > 100
 

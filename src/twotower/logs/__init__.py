@@ -2,7 +2,7 @@
 
 from twotower.logs.events import Event
 from twotower.logs.local import LocalEventLog
-from twotower.logs.open import Kind, open_log, open_reader
+from twotower.logs.open import open_log, open_reader
 from twotower.logs.partition import partition_of
 from twotower.logs.protocol import Ack, EventLog, EventLogError, Record, Sync
 
@@ -11,7 +11,6 @@ __all__ = [
     "Event",
     "EventLog",
     "EventLogError",
-    "Kind",
     "LocalEventLog",
     "Record",
     "Sync",

@@ -1,6 +1,6 @@
 """Events: as they are sent and stored (`Event`), and what they say (`Event.content`).
 
-The names of an event's fields stand here alone. `check_event` is the one check that every event passes: before a log
+The names of an event's fields stand only here. `check_event` is the one check that every event passes: before a log
 stores it, and when it is read. A log stores nothing that the check refuses. What others wrote into it, such as a
 producer of its own into a Kafka topic, or an earlier release, passes the same check when it is read
 (`twotower.logs.payload`). So the size of what one event can become is bounded for everybody who reads.
@@ -26,8 +26,8 @@ from twotower.schema.limits import (
     MAX_TYPE_BYTES,
     TOO_LARGE,
     Refused,
+    check_fields_json,
     check_id,
-    check_json,
     check_names,
     check_text,
 )
@@ -242,7 +242,14 @@ class Event:
                 f"{', '.join(_REQUIRED)} are required"
             )
         body = {name: value for name, value in document.items() if name not in _NAMED}
-        return cls(*(document[name] for name in _REQUIRED), document.get(c.REQUEST_ID), body)
+        return cls(
+            document[EVENT_ID],
+            document[TYPE],
+            document[c.USER_ID],
+            document[c.TS_MS],
+            document.get(c.REQUEST_ID),
+            body,
+        )
 
     def to_json(self) -> bytes:
         """The event as one JSON object in UTF-8, which is what a log stores; `from_json` reads it back.
@@ -270,7 +277,8 @@ class Event:
             items = body.get(_ITEMS)
             if items is None and c.ITEM_ID in body:
                 items = [body[c.ITEM_ID]]
-            return kind(items, *map(body.get, _FIELDS[kind][1:]))
+            content: Content = kind(items, *map(body.get, _FIELDS[kind][1:]))
+            return content
         if self.type in (USER, ITEM):
             entity_id: Any = self.user_id if self.type == USER else body.get(c.ITEM_ID)
             if body.get(_DELETED) is True:
@@ -355,8 +363,7 @@ def check_event(event: Event, logged_ms: int) -> None:
     if isinstance(said, Click):
         _check_weight(said.weight, where)
     check_names(body, where)
-    for name, value in body.items():
-        check_json(value, f"{where}: {name}")
+    check_fields_json(body, where)
     _check_context(body.get(_CONTEXT), where)
 
 
@@ -382,9 +389,9 @@ def _check_ids(values: Any, most: int, where: str) -> None:
         raise Refused(MALFORMED, f"{where} is of type {type(values).__name__}: a list is required")
     if len(values) > most:
         raise Refused(TOO_LARGE, f"{where} has {len(values)} entries, at most {most} are allowed")
+    if set(map(type, values)) == {int} and min(values) >= -(2**63) and max(values) < 2**63:
+        return  # nearly all lists
     for value in values:
-        if type(value) is int and -(2**63) <= value < 2**63:
-            continue
         if type(value) not in (int, str):
             raise Refused(MALFORMED, f"{where} holds {shown(value)}: an id is an integer or a string")
         if value == "":

@@ -30,7 +30,7 @@ _BATCH: Final = 1000
 _WAIT_MS: Final = 50
 """How long a fetch waits at the end of a partition; reading elsewhere goes on only after it."""
 _ROOM_BYTES: Final = 1 << 10
-"""Of a message beside its content."""
+"""Bytes of a message beside its content."""
 
 
 class KafkaEventLog:
@@ -61,7 +61,7 @@ class KafkaEventLog:
         self._topic = topic
         self._clock_ms = clock_ms
         self._where = f"the topic {topic} of {servers}"
-        self._closing = threading.Event()
+        self._closed = False
         self._common: dict[str, Any] = {
             "bootstrap.servers": servers,
             "socket.timeout.ms": int(_TIMEOUT_S * 1000),
@@ -73,20 +73,18 @@ class KafkaEventLog:
             self._partitions = self._describe(partitions)
             self._extents = [_Extents(self._common) for _ in range(1 + writes)]
             self._readers = self._each(self._extents[0])
-            self._writers: list[_Writer] = []
+            self._writers: list[_PartitionWriter] = []
             if writes:
-                producer = kafka.Producer(
-                    {
-                        **self._common,
-                        "acks": "all",
-                        "enable.idempotence": True,
-                        "linger.ms": 0,
-                        "delivery.timeout.ms": int(_TIMEOUT_S * 1000),
-                    }
-                )
-                self._reports = threading.Thread(target=self._report, args=(producer,), name="kafka-log", daemon=True)
-                self._reports.start()
-                self._writers = [_Writer(producer, reader) for reader in self._each(self._extents[1])]
+                settings = {
+                    **self._common,
+                    "acks": "all",
+                    "enable.idempotence": True,
+                    "linger.ms": 0,
+                    "delivery.timeout.ms": int(_TIMEOUT_S * 1000),
+                }
+                self._writers = [
+                    _PartitionWriter(kafka.Producer(settings), reader) for reader in self._each(self._extents[1])
+                ]
                 for writer in self._writers:
                     writer.catch_up()
 
@@ -99,7 +97,7 @@ class KafkaEventLog:
         """See `EventLog`."""
         self._check_open()
         if not self._writers:
-            raise EventLogError(f"{self._where} was opened to read alone: open it to write")
+            raise EventLogError(f"{self._where} was opened to read only: open it to write")
         logged_ms = self._clock_ms()
         payloads = [payload_of(event, logged_ms) for event in events]
         places: dict[int, list[int]] = {}
@@ -142,23 +140,16 @@ class KafkaEventLog:
 
     def close(self) -> None:
         """See `EventLog`."""
-        if self._closing.is_set():
+        if self._closed:
             return
-        self._closing.set()
+        self._closed = True
         with ExitStack() as closing:
-            if self._writers:
-                closing.callback(self._reports.join)
             for extents in self._extents:
                 closing.callback(extents.close)
             for reader in self._readers:
                 closing.callback(reader.close)
             for writer in self._writers:
                 closing.callback(writer.close)
-
-    def _report(self, producer: Any) -> None:
-        """Take reports of deliveries; one thread for all that wait, so that none waits for another's."""
-        while not self._closing.is_set():
-            producer.poll(0.1)
 
     def _describe(self, partitions: int | None) -> int:
         """Make the topic, or check that what is there agrees; gives the number of its partitions."""
@@ -174,7 +165,7 @@ class KafkaEventLog:
         there = len(found.partitions)
         if partitions not in (None, there):
             raise ConfigError(
-                f"{self._where} has {there} partitions, {partitions} are asked for: adding some would move users to "
+                f"{self._where} has {there} partitions, {partitions} are configured: adding some would move users to "
                 f"others; set stream.log.partitions = {there}, or another stream.log.name"
             )
         return there
@@ -183,7 +174,7 @@ class KafkaEventLog:
         return [_Reader(self._common, extents, self._topic, number) for number in range(self._partitions)]
 
     def _check_open(self) -> None:
-        if self._closing.is_set():
+        if self._closed:
             raise EventLogError(f"{self._where} is closed")
 
     @contextmanager
@@ -268,8 +259,8 @@ class _Reader:
         self._consumer.close()
 
 
-class _Writer:
-    """Writes one partition, and knows the ids in it."""
+class _PartitionWriter:
+    """Writes one partition, and knows the ids in it. Its producer is its own, so that no writer waits for another."""
 
     def __init__(self, producer: Any, reader: _Reader) -> None:
         self._producer = producer
@@ -299,10 +290,13 @@ class _Writer:
             for one, payload in zip(digests, payloads, strict=True):
                 if one not in self._offsets:
                     fresh.setdefault(one, payload)
-            delivery = _Delivery(len(fresh))
+            failures: list[Any] = []
             for one, payload in fresh.items():
-                self._produce(number, one, payload, self._noting(one, delivery))
-            delivery.wait()
+                self._produce(number, one, payload, self._noting(one, failures))
+            if self._producer.flush(2 * _TIMEOUT_S):
+                raise TimeoutError(f"no report of a delivery within {2 * _TIMEOUT_S:g} s")
+            if failures:
+                raise kafka.KafkaException(failures[0])
             return [Ack(number, self._offsets[one], duplicate=fresh.pop(one, None) is None) for one in digests]
 
     def close(self) -> None:
@@ -318,15 +312,16 @@ class _Writer:
                 )
                 return
             except BufferError:
-                time.sleep(0.01)
+                self._producer.poll(0.01)
 
-    def _noting(self, one: bytes, delivery: "_Delivery") -> Callable[[Any, Any], None]:
+    def _noting(self, one: bytes, failures: list[Any]) -> Callable[[Any, Any], None]:
         def noted(error: Any, message: Any) -> None:
-            if error is None:
-                self._offsets[one] = message.offset()
-                if message.offset() == self._end:
-                    self._end += 1
-            delivery.note(error)
+            if error is not None:
+                failures.append(error)
+                return
+            self._offsets[one] = message.offset()
+            if message.offset() == self._end:
+                self._end += 1
 
         return noted
 
@@ -335,28 +330,3 @@ def _mark(message: Any) -> bytes:
     """The digest of a message's event: its key, except where another producer wrote it."""
     key = message.key()
     return key if key and len(key) == DIGEST_BYTES else digest_of(message.value() or b"")
-
-
-class _Delivery:
-    """Waits until so many messages are delivered, or one is not."""
-
-    def __init__(self, messages: int) -> None:
-        self._left = messages
-        self._failure: Any = None
-        self._done = threading.Event()
-        if not messages:
-            self._done.set()
-
-    def note(self, error: Any) -> None:
-        """One message was delivered, or failed; only the thread that asks for reports calls it."""
-        self._left -= 1
-        self._failure = self._failure or error
-        if self._failure or not self._left:
-            self._done.set()
-
-    def wait(self) -> None:
-        """Return when all are delivered."""
-        if not self._done.wait(2 * _TIMEOUT_S):
-            raise TimeoutError(f"no report of a delivery within {2 * _TIMEOUT_S:g} s")
-        if self._failure:
-            raise kafka.KafkaException(self._failure)

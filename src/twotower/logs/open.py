@@ -1,78 +1,57 @@
-"""The configured event log, to write or to read alone."""
+"""The configured event log, to write or to read only."""
 
 from pathlib import Path
-from typing import Literal
 
 from twotower.logs.local import LocalEventLog
-from twotower.logs.protocol import EventLog, Sync
+from twotower.logs.options import EventLogOptions
+from twotower.logs.protocol import EventLog
 from twotower.schema.errors import ConfigError
 
-Kind = Literal["local", "redis", "kafka"]
+_ADDRESSES = {"redis": "redis://localhost:6379/0", "kafka": "localhost:9092"}
+"""Examples for the addresses of external logs."""
 
 
-def open_log(
-    kind: Kind, folder: Path, url: str | None, name: str, partitions: int, sync: Sync, sync_s: float
-) -> EventLog:
+def open_log(options: EventLogOptions, folder: Path) -> EventLog:
     """An event log to write and to read.
 
     Args:
-        kind: of the log.
+        options: the options of the log.
         folder: `local`: its files.
-        url: `redis`, `kafka`: its address.
-        name: `redis`, `kafka`: of the log there.
-        partitions: fixed when the log is made.
-        sync: when an event is acknowledged; `kafka` has its own rule.
-        sync_s: `local`: seconds between flushes with `interval`.
 
     Raises:
         ConfigError: no address, a client that is not installed, another number of partitions.
         EventLogError: it cannot be opened.
     """
-    if kind == "local":
-        return LocalEventLog.open(folder, partitions, sync, sync_s)
-    if kind == "redis":
-        return _redis(url, name, partitions, sync)
-    return _kafka(url, name, partitions, writes=True)
+    if options.kind == "local":
+        return LocalEventLog.open(folder, options.partitions, options.sync, options.sync_s)
+    return _external(options, writes=True)
 
 
-def open_reader(kind: Kind, folder: Path, url: str | None, name: str) -> EventLog:
-    """The same log to read alone, while others write.
+def open_reader(options: EventLogOptions, folder: Path) -> EventLog:
+    """The same log to read only, while others write.
 
     Raises:
         ConfigError: no address, or a client that is not installed.
         DataError: there is no log.
         EventLogError: it cannot be opened.
     """
-    if kind == "local":
-        return LocalEventLog.reader(folder)
-    if kind == "redis":
-        return _redis(url, name, None, "never")
-    return _kafka(url, name, None, writes=False)
+    return LocalEventLog.reader(folder) if options.kind == "local" else _external(options, writes=False)
 
 
-def _redis(url: str | None, name: str, partitions: int | None, sync: Sync) -> EventLog:
-    try:
-        from twotower.logs.redis import RedisEventLog
-    except ModuleNotFoundError as error:
-        raise _absent("redis", error) from None
-    return RedisEventLog(_given("redis", url, "redis://localhost:6379/0"), name, partitions, sync)
-
-
-def _kafka(url: str | None, name: str, partitions: int | None, *, writes: bool) -> EventLog:
-    try:
-        from twotower.logs.kafka import KafkaEventLog
-    except ModuleNotFoundError as error:
-        raise _absent("kafka", error) from None
-    return KafkaEventLog(_given("kafka", url, "localhost:9092"), name, partitions, writes)
-
-
-def _given(kind: str, url: str | None, example: str) -> str:
-    if not url:
+def _external(options: EventLogOptions, *, writes: bool) -> EventLog:
+    kind, partitions = options.kind, options.partitions if writes else None
+    if not options.url:
+        example = _ADDRESSES[kind]
         raise ConfigError(f'stream.log.kind = "{kind}" needs an address: set stream.log.url, such as "{example}"')
-    return url
+    try:
+        if kind == "redis":
+            from twotower.logs.redis import RedisEventLog
 
+            return RedisEventLog(options.url, options.name, partitions, options.sync if writes else "never")
+        from twotower.logs.kafka import KafkaEventLog
 
-def _absent(extra: str, error: ModuleNotFoundError) -> ConfigError:
-    return ConfigError(
-        f'stream.log.kind = "{extra}" needs a client that is not installed ({error}): pip install "twotower[{extra}]"'
-    )
+        return KafkaEventLog(options.url, options.name, partitions, writes)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f'stream.log.kind = "{kind}" needs a client that is not installed ({error}): pip install "twotower[{kind}]"'
+        ) from None

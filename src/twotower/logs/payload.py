@@ -65,7 +65,7 @@ def record_of(offset: int, next_offset: int, payload: bytes | None, clock_ms: Cl
     Args:
         offset: where it stands.
         next_offset: where the next one stands.
-        payload: as stored; None is none, such as a message without a value.
+        payload: as stored; None for a message without a value.
         clock_ms: stands for the log's clock where the payload does not say it, as others and earlier releases wrote it.
 
     >>> record = record_of(0, 1, b'{"event_id": 3}')

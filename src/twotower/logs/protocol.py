@@ -63,7 +63,7 @@ class EventLog(Protocol):
         written again: its acknowledgement is a duplicate and gives the place of the first. So a caller that got an
         error or no answer sends the same events again. Ids are compared within a user: two users may use the same one.
 
-        A batch is no transaction: after an error some of its events may be in the log, none is acknowledged.
+        A batch is not a transaction: after an error some of its events may be in the log, but none is acknowledged.
 
         Returns:
             An acknowledgement for each event, in their order.
@@ -97,7 +97,7 @@ class EventLog(Protocol):
         events are erased, and a second call erases the rest.
 
         Args:
-            partition: of the log.
+            partition: a partition of the log.
             users: the first offset that is kept, by user.
 
         Returns:

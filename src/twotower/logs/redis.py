@@ -150,7 +150,7 @@ class RedisEventLog:
         """Remove the events before an offset, and their ids; gives their number.
 
         Args:
-            partition: of the log.
+            partition: a partition of the log.
             before: the first offset to keep; every consumer must have read the log up to it.
         """
         self._check_open()
@@ -247,12 +247,12 @@ class RedisEventLog:
         else:
             found = self._redis.eval(_DESCRIBE, 1, key, _FORMAT, partitions)
         if found[0] != str(_FORMAT).encode() or not (found[1] or b"").isdigit():
-            raise DataError(f"{self._where} says {found}, where format {_FORMAT} is due: another version wrote it")
+            raise DataError(f"{self._where} says {found}, where format {_FORMAT} is expected: another version wrote it")
         there = int(found[1])
         if partitions not in (None, there):
             raise ConfigError(
-                f"{self._where} has {there} partitions, {partitions} are asked for: a log keeps the number that it was "
-                f"made with; set stream.log.partitions = {there}, or another stream.log.name"
+                f"{self._where} has {there} partitions, {partitions} are configured: a log keeps the number it "
+                f"was made with; set stream.log.partitions = {there}, or another stream.log.name"
             )
         return there
 

@@ -54,7 +54,7 @@ from twotower.towers.ranker import Ranker, ranker_features
 from twotower.towers.two_tower import TwoTower
 from twotower.train.checkpoint import Checkpoint, load_model, load_ranker, open_checkpoint
 from twotower.train.models import check_towers
-from twotower.train.ranking import RankerReport, both_kinds, train_ranker
+from twotower.train.ranking import RankerReport, train_ranker, trained_impressions
 from twotower.train.towers import TrainReport, WarmStart, train
 from twotower.worlds.simulate import world_of
 from twotower.worlds.truth import evaluate_by_truth
@@ -131,7 +131,7 @@ def check_samples(settings: Settings, samples: Samples) -> None:
     for name in settings.models.rankers:
         options = _ranker_options(settings, name)
         ranker_features(samples.features, options)
-        both_kinds(samples, options.calibration_share)
+        trained_impressions(samples, options.calibration_share)
     channels = settings.models.channels
     if "popular" in channels:
         check_popular(samples, settings.models.popular)

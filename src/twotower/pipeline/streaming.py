@@ -25,8 +25,7 @@ def join_log(settings: Settings, *, follow: bool, flush: bool, share: str) -> Jo
     check_available(settings)
     where, options = places(settings), settings.stream
     types = read_types(where.workspace, settings.features.user, settings.features.context)
-    at = options.log
-    with closing(open_reader(at.kind, where.log, at.url, at.name)) as event_log, until_signals(follow) as stopped:
+    with closing(open_reader(options.log, where.log)) as event_log, until_signals(follow) as stopped:
         return join(
             event_log,
             where.shards,

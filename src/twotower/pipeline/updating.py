@@ -86,7 +86,7 @@ def event_log_of(settings: Settings) -> Iterator[EventLog | None]:
     if at.kind == "local" and not where.log.exists():
         yield None
         return
-    with closing(open_reader(at.kind, where.log, at.url, at.name)) as event_log:
+    with closing(open_reader(at, where.log)) as event_log:
         yield event_log
 
 

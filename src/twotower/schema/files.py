@@ -24,7 +24,7 @@ from twotower.schema.errors import DataError
 TEMPORARY = ".tmp-"
 MANIFEST = "manifest.json"
 MOST_JSON_BYTES: Final = 1 << 28
-"""Of a JSON document that is read at once: Python needs several times as much memory for it."""
+"""Largest JSON document that is read: Python needs several times as much memory for it."""
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 """How files are opened: one that is no file, such as a pipe that nobody writes to, must not hold the process."""
 _AT_ONCE: Final = 1 << 20
@@ -164,8 +164,8 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
     """Read a JSON document.
 
     Raises:
-        DataError: the file is missing, is not JSON, has numbers that are none (`NaN`, `1e999`), is nested too deeply,
-            or has more bytes than are allowed.
+        DataError: the file is missing, is not JSON, has numbers that are not finite (`NaN`, `1e999`), is nested too
+            deeply, or has more bytes than are allowed.
     """
     with opened_file(path) as descriptor:
         size = os.fstat(descriptor).st_size
@@ -291,7 +291,7 @@ def _open_inside(folder: Path, name: str) -> int:
     """Open a file below a folder, following no link on the way.
 
     Raises:
-        DataError: the name leads out of the folder, or is none.
+        DataError: the name leads out of the folder, or is not a file name.
     """
     parts = name.split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in parts) or not name.isprintable():

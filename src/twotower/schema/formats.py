@@ -72,12 +72,12 @@ def read_rows(path: Path, types: Mapping[str, pa.DataType], option: str) -> pa.T
 
     Args:
         path: the file.
-        types: the types that columns of text get, by name; CSV says none of its own. Only an empty field is missing.
+        types: the types that columns of text get, by name; CSV has no types. Only an empty field is missing.
         option: that names the file, for errors.
 
     Raises:
         ConfigError: another end of its name.
-        DataError: it is missing, damaged, or holds text that is none of its column's type.
+        DataError: it is missing, damaged, or holds text that is not of its column's type.
     """
     end = format_of(path, option)
     try:

@@ -4,7 +4,7 @@ They are far above what real data need, and keep one sender from filling the mem
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final
 
@@ -44,6 +44,7 @@ TOO_LARGE: Final = "too_large"
 BAD_NUMBER: Final = "bad_number"
 
 _LISTS: Final = (list, tuple)
+_CONTAINERS: Final = (*_LISTS, dict)
 _JSON: Final = {int, float, bool, type(None), str, list, tuple, dict}
 
 
@@ -107,30 +108,52 @@ def check_value(value: Any, where: str) -> None:
     for entry in values:
         if isinstance(entry, list | tuple | dict):
             raise Refused(MALFORMED, f"{where} holds {shown(entry)}, where strings, numbers or booleans are allowed")
-    _check_plain(values, where)
+    if integers := [entry for entry in values if type(entry) is int]:
+        _check_integers(integers, where)
+    if texts := [entry for entry in values if type(entry) is str]:
+        _check_texts(texts, where)
 
 
 def check_json(value: Any, where: str) -> None:
     """Refuse a value that JSON does not have, or that is too large or too deep for an event.
 
-    It looks at all values of a level at once, because nearly all lists are of one type.
+    Raises:
+        Refused: with what was seen.
+    """
+    _check_levels([value], where)
+
+
+def check_fields_json(fields: Mapping[str, Any], where: str) -> None:
+    """`check_json` of all fields of an object; the message names the field.
 
     Raises:
         Refused: with what was seen.
     """
-    level: Sequence[Any] = [value]
+    try:
+        _check_levels(list(fields.values()), where)
+    except Refused:
+        for name, value in fields.items():
+            check_json(value, f"{where}: {name}")
+        raise
+
+
+def _check_levels(level: Sequence[Any], where: str) -> None:
+    """Check values, then all that they hold, and so on: one look at a level, whose values are of few types."""
     for depth in range(MAX_DEPTH + 1):
         kinds = set(map(type, level))
         if not kinds <= _JSON:
             strange = next(value for value in level if type(value) not in _JSON)
             raise Refused(MALFORMED, f"{where} holds {shown(strange)}, which JSON does not have")
-        _check_plain(level, where)
-        if float in kinds and not all(math.isfinite(value) for value in level if type(value) is float):
+        if int in kinds:
+            _check_integers([value for value in level if type(value) is int], where)
+        if float in kinds and not all(map(math.isfinite, [value for value in level if type(value) is float])):
             raise Refused(BAD_NUMBER, f"{where} holds a number that is not finite: leave it out, or send null")
-        lists = [value for value in level if type(value) in _LISTS]
-        objects = [value for value in level if type(value) is dict]
-        if not lists and not objects:
+        if str in kinds:
+            _check_texts([value for value in level if type(value) is str], where)
+        if kinds.isdisjoint(_CONTAINERS):
             return
+        lists = [value for value in level if type(value) in _LISTS]
+        objects = [value for value in level if type(value) is dict] if dict in kinds else []
         if depth == MAX_DEPTH:
             raise Refused(TOO_LARGE, f"{where} has more than {MAX_DEPTH} lists or objects within each other")
         if (most := max(map(len, [*lists, *objects]))) > MAX_ENTRIES:
@@ -145,19 +168,17 @@ def check_names(names: Iterable[Any], where: str) -> None:
     Raises:
         Refused: with what was seen.
     """
+    where = f"{where}: the name of a field"
     for name in names:
         if type(name) is not str:
-            raise Refused(MALFORMED, f"{where}: the name of a field is {shown(name)}, where a string is expected")
-        check_text(name, MAX_ID_BYTES, f"{where}: the name of a field")
+            raise Refused(MALFORMED, f"{where} is {shown(name)}, where a string is expected")
+        check_text(name, MAX_ID_BYTES, where)
 
 
-def _check_plain(values: Iterable[Any], where: str) -> None:
-    """Refuse integers beyond int64 and strings that are too long or no text, among values of any type."""
-    if integers := [value for value in values if type(value) is int]:
-        _check_integers(integers, where)
-    for value in values:
-        if type(value) is str and (len(value) > MAX_TEXT_BYTES or not value.isascii()):
-            check_text(value, MAX_TEXT_BYTES, f"{where}: a string")
+def _check_texts(texts: Sequence[str], where: str) -> None:
+    if max(map(len, texts)) > MAX_TEXT_BYTES or not all(map(str.isascii, texts)):
+        for text in texts:
+            check_text(text, MAX_TEXT_BYTES, f"{where}: a string")
 
 
 def _check_integers(values: Sequence[int], where: str) -> None:

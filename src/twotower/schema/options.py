@@ -30,16 +30,16 @@ Positive = Annotated[int, Field(gt=0), at_most(_LARGEST)]
 Whole = Annotated[int, Field(ge=0), at_most(_LARGEST)]
 Threads = Annotated[int, Field(gt=0), at_most(1024)]
 Width = Annotated[int, Field(gt=0), at_most(16_384)]
-"""Of a layer or a vector."""
+"""Width of a layer or a vector."""
 
 
 Length = Annotated[int, Field(gt=0), at_most(1_000_000)]
-"""Of a list that is held as a whole."""
+"""Length of a list that is held as a whole."""
 
 
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False), at_most(1e12)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), at_most(1e38)]
-"""Within float32: one that is too high ends in a loss that is not finite, which says so."""
+"""A learning rate within float32: one that is too high ends in a loss that is not finite."""
 
 
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), at_most(1e12)]

@@ -193,7 +193,7 @@ def check_milliseconds(column: pa.ChunkedArray | pa.Array, where: str) -> None:
     for value in (extent["min"], extent["max"]):
         likely = None if value is None else mistaken_time(value)
         if likely:
-            raise DataError(f"{where} holds {value}, where milliseconds since 1970 are due; {likely}")
+            raise DataError(f"{where} holds {value}, where milliseconds since 1970 are expected; {likely}")
 
 
 def check_outcomes(column: pa.ChunkedArray | pa.Array, where: str) -> None:

@@ -119,7 +119,7 @@ def _busy(places: Places, holder: str) -> DataError:
 
 
 def _opened(log: EventLogOptions, places: Places) -> EventLog:
-    return open_log(log.kind, places.log, log.url, log.name, log.partitions, log.sync, log.sync_s)
+    return open_log(log, places.log)
 
 
 def filter_shape(serve: ServeOptions) -> FilterShape:

@@ -67,11 +67,11 @@ def write_day(events: Path, folder: Path, day: str, shards: Sequence[Manifest], 
 
     Args:
         events: the folder of all days.
-        folder: of all shards.
+        folder: the folder of all shards.
         day: `YYYY-MM-DD`.
         shards: all shards of the partition.
-        types: of ids and values.
-        partitions: of the log; rows of different ones never have the same `event_seq`.
+        types: the types of ids and values.
+        partitions: how many the log has; rows of different ones never have the same `event_seq`.
     """
     holding = [shard for shard in shards if day in shard.days]
     partition, end_row = holding[0].partition, 1 + max(shard.days[day].last_row for shard in holding)

@@ -33,7 +33,7 @@ _LISTS: Final = {1: BYTES_LIST, 2: FLOAT_LIST, 3: INT64_LIST}
 
 
 class _Malformed(Exception):
-    """A field is none: the numbers of messages in which this is so."""
+    """Bytes are no field: the number of the message."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _messages() -> tuple[Any, Any]:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     names = (f"twotower.example.{name}" for name in ("Example", "Features"))
-    return tuple(message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in names)  # type: ignore[return-value]
+    return tuple(message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in names)
 
 
 Example, Features = _messages()
@@ -101,7 +101,7 @@ def encode_rows(
 
     Args:
         batches: rows that left at the same event.
-        types: of ids and values.
+        types: the types of ids and values.
         numbers: of the rows in their partition; None = from 0 on.
     """
     kinds = {field.name: list_of(field.type) for field in types.schema()} | dict.fromkeys(
@@ -141,7 +141,7 @@ def _shared(request: RowRequest) -> dict[str, Any]:
 
 
 def _of_shown(request: RowRequest) -> dict[str, Any]:
-    """What the rows of shown items have: models learn from these alone."""
+    """What only the rows of shown items have: models learn from no others."""
     return {
         **{f"{c.FEATURES}{name}": value for name, value in request.features.items()},
         c.HISTORY: request.history,

@@ -74,10 +74,10 @@ class PartitionJoin:
 
     Args:
         event_log: read from where the shards end.
-        folder: of all shards.
-        partition: of the log.
-        types: of ids and values.
-        options: of the joiner.
+        folder: the folder of all shards.
+        partition: a partition of the log.
+        types: the types of ids and values.
+        options: the options of the joiner.
 
     Raises:
         Taken: another joiner has the partition.
@@ -104,19 +104,10 @@ class PartitionJoin:
             last = self.shards[-1] if self.shards else None
             self._offset = last.end if last else 0
             self._flushes = last.state.flushes if last else ()
-            if last is None:
-                self._joiner = Joiner(types, options, self._fetch)
-            else:
+            self._joiner = Joiner(types, options, self._fetch)
+            if last is not None:
                 replay = last.state.replay
-                self._joiner = Joiner.resume(
-                    types,
-                    options,
-                    self._fetch,
-                    replay=replay,
-                    flushes=self._flushes,
-                    records=self._records(replay.offset, last.end),
-                    end=last.end,
-                )
+                self._joiner.resume(replay, self._flushes, self._records(replay.offset, last.end), last.end)
         except BaseException:
             self._lock.release()
             raise
@@ -205,7 +196,7 @@ class PartitionJoin:
 
         Args:
             events: the folder of all days.
-            partitions: of the log.
+            partitions: how many the log has.
             over_ms: the event time that all partitions have reached, where it is known.
             only_over: leave out the day that event time is in.
         """
@@ -218,7 +209,7 @@ class PartitionJoin:
         return days
 
     def close(self) -> None:
-        """Let go of the partition."""
+        """Release the partition."""
         self._lock.release()
 
     @property
@@ -282,10 +273,10 @@ def join(
 
     Args:
         event_log: where events are read.
-        folder: of the shards.
+        folder: the folder of all shards.
         events: the folder of all days; None = no daily partitions.
-        types: of ids and values.
-        options: of the joiner.
+        types: the types of ids and values.
+        options: the options of the joiner.
         share: (k, n): of n joiners this is the k-th, and has every n-th partition.
         flush: close every open window at the end.
         follow: wait for more at the end of the log.

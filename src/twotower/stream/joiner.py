@@ -12,8 +12,8 @@ erased in between is missing from it, and only that: event time runs through era
 
 import heapq
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -60,7 +60,7 @@ _FLOAT32_MOST: Final = 1e38
 _RANK: Final = {outcome: rank for rank, outcome in enumerate(c.OUTCOMES)}
 
 _LEAVE, _CLOSE, _FORGET = range(3)
-"""What is due at a moment: clicks that wait for their request leave, a window closes, a request is forgotten."""
+"""What happens at a moment: clicks that wait for their request leave, a window closes, a request is forgotten."""
 
 _Key = tuple[EntityId, str]
 """A user and the id of a request."""
@@ -84,7 +84,7 @@ class JoinCounts:
     duplicates: int = 0
     """Second clicks of an item in one request, and second requests of one id."""
     unjoined: int = 0
-    """Clicks that left without a request: they name none, or one that did not come."""
+    """Clicks that left without a request: they name no request, or one that did not come."""
     before_request: int = 0
     """Clicks stamped before their request; they take its time."""
     clock_jumps: int = 0
@@ -128,7 +128,7 @@ class Joiner:
     """Joins the events of one partition.
 
     Args:
-        types: of ids and raw values.
+        types: the types of ids and raw values.
         options: the join window and how long things are waited for.
         fetch: the event at an offset of the partition.
     """
@@ -147,42 +147,26 @@ class Joiner:
         self._latest_request: tuple[Event, RowRequest] | None = None
         self._counts = JoinCounts()
 
-    @classmethod
-    def resume(
-        cls,
-        types: Types,
-        options: StreamOptions,
-        fetch: Callable[[int], Event],
-        *,
-        replay: Replay,
-        flushes: Sequence[int],
-        records: Iterator[Record],
-        end: int,
-    ) -> "Joiner":
-        """A joiner that remembers what another did that had read everything before the offset `end`.
+    def resume(self, replay: Replay, flushes: Sequence[int], records: Iterable[Record], end: int) -> None:
+        """Remember what another joiner did that had read everything before the offset `end`.
 
         Args:
-            types: those of the other.
-            options: those of the other.
-            fetch: the event at an offset of the partition.
             replay: what the other gave as its `replay` there.
             flushes: offsets before which it was flushed, ascending.
             records: the log from `replay.offset` on, up to `end`.
             end: offset up to which the other had read.
         """
-        joiner = cls(types, options, fetch)
-        joiner._clock = replay.clock
-        pending = [offset for offset in flushes if offset > replay.offset]
+        self._clock = replay.clock
+        pending = deque(offset for offset in flushes if offset > replay.offset)
         for record in records:
             while pending and pending[0] <= record.offset:
-                pending.pop(0)
-                joiner.flush()
-            joiner.feed(record)
+                pending.popleft()
+                self.flush()
+            self.feed(record)
         while pending and pending[0] <= end:
-            pending.pop(0)
-            joiner.flush()
-        joiner.take_counts()
-        return joiner
+            pending.popleft()
+            self.flush()
+        self.take_counts()
 
     @property
     def clock(self) -> Clock:
@@ -303,7 +287,7 @@ class Joiner:
             entry.logged = None
 
     def _do(self, one: tuple[int, int, int, _Key], watermark_ms: int | None, rows: list[Row]) -> None:
-        """What is due; without a watermark, whatever its time."""
+        """Do one thing whose moment has come; without a watermark, whatever its moment is."""
         due_ms, first_offset, what, key = one
         entry = self._entries.get(key)
         if entry is None or entry.first_offset != first_offset:
@@ -343,7 +327,7 @@ class Joiner:
         return entry
 
     def _moment_ms(self, event: Event) -> int:
-        """When an event happened, for what is due; never further ahead than it may move the clock."""
+        """When an event happened; never further ahead than it may move the clock."""
         if event.type == REQUEST or self._clock.request_ms is None:
             return event.ts_ms
         return min(event.ts_ms, self._clock.request_ms + self._window_ms)

@@ -13,20 +13,22 @@ positives alone, so that it does not read the others.
 
 import functools
 import itertools
+import json
 import os
 import re
 import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
 from twotower.logs import EventLog
 from twotower.logs.events import EntityId
@@ -34,7 +36,7 @@ from twotower.schema import columns as c
 from twotower.schema.clock import DAY_MS, day_of
 from twotower.schema.errors import DataError
 from twotower.schema.files import TEMPORARY, read_json, sha256, whole_file, write_json
-from twotower.stream.clock import Clock, JoinProgress
+from twotower.stream.clock import JoinProgress
 from twotower.stream.decode import decode, decode_rows
 from twotower.stream.example import encode_rows
 from twotower.stream.joiner import JoinCounts, Replay
@@ -43,11 +45,10 @@ from twotower.stream.tfrecord import Records, read_records, write_records
 
 FORMAT: Final = 3
 """2 has all rows in one file, without their numbers; 1 has the history and the features of a request in each of its
-rows. All three are read."""
+rows. All three are read; shards of 1 and 2 are merged into one that has all rows in one file too."""
 POSITIVES: Final = "positives"
 OTHERS: Final = "others"
 ALL: Final = "all"
-"""The one file of a shard of an earlier format."""
 _ENDINGS: Final = {POSITIVES: ".positives.tfrecord", OTHERS: ".others.tfrecord", ALL: ".tfrecord"}
 _MANIFEST: Final = re.compile(r"(\d{20})-(\d{20})\.json")
 _PARTITION: Final = re.compile(r"partition-(\d{4,})")
@@ -60,25 +61,43 @@ _TYPES: Final = {
 }
 _NAMES: Final = {kind: name for name, kind in _TYPES.items()}
 _LIST: Final = "list of "
-_PLAIN: Final = ("partition", "begin", "end", "first_row", "rows", "hour", "outcomes", "watermark_ms")
-"""Fields of a manifest that JSON has as they are."""
+
+Count = Annotated[int, Field(ge=0)]
+Part = Literal["positives", "others", "all"]
+"""What a file of a shard holds: clicked rows, the other rows, or, in earlier formats, all rows."""
+
+
+def _type(name: str) -> pa.DataType:
+    return pa.list_(_TYPES[name.removeprefix(_LIST)]) if name.startswith(_LIST) else _TYPES[name]
+
+
+def _name(kind: pa.DataType) -> str:
+    return f"{_LIST}{_NAMES[kind.value_type]}" if pa.types.is_list(kind) else _NAMES[kind]
+
+
+Columns = Annotated[
+    pa.Schema,
+    PlainValidator(lambda columns: pa.schema([(name, _type(kind)) for name, kind in columns])),
+    PlainSerializer(lambda schema: [[field.name, _name(field.type)] for field in schema]),
+]
+"""Columns of rows; in JSON a list of names and types."""
 
 
 @dataclass(frozen=True)
 class Day:
     """The rows of one day in a shard."""
 
-    rows: int
-    last_row: int
+    rows: Count
+    last_row: Count
     """The number of the last of them."""
 
 
 @dataclass(frozen=True)
 class DeletedUser:
-    """A user who was deleted: nothing of theirs with a smaller number is to be kept."""
+    """A user who was deleted: their rows with a smaller number are not kept."""
 
     user_id: EntityId
-    row: int
+    row: Count
 
 
 @dataclass(frozen=True)
@@ -94,8 +113,8 @@ class JoinState:
 class ShardFile:
     """A file of rows."""
 
-    rows: int
-    bytes: int
+    rows: Count
+    bytes: Count
     sha256: str
 
 
@@ -103,12 +122,12 @@ class ShardFile:
 class Manifest:
     """What is in a shard, and how far the log has been read."""
 
-    partition: int
-    begin: int
+    partition: Count
+    begin: Count
     """Offset of the log from which it was read."""
-    end: int
+    end: Count
     """Offset at which reading goes on."""
-    first_row: int
+    first_row: Count
     """Number of its first row in the partition."""
     hour: int | None
     """Hour since 1970 of the event time at its beginning; shards of one hour may be merged."""
@@ -118,15 +137,14 @@ class Manifest:
     state: JoinState
     deleted: tuple[DeletedUser, ...] = ()
     """Users who were deleted while it was read."""
-    rows: int = 0
+    rows: Count = 0
     days: Mapping[str, Day] = field(default_factory=dict)
     """By day of UTC of the request."""
-    outcomes: Mapping[str, int] = field(default_factory=dict)
+    outcomes: Mapping[str, Count] = field(default_factory=dict)
     """Rows by outcome."""
-    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    schema: Columns = field(default_factory=lambda: pa.schema([]))
     """Columns of its rows, without their numbers."""
-    files: Mapping[str, ShardFile] = field(default_factory=dict)
-    """By what they hold: `positives` and `others`, or `all`."""
+    files: Mapping[Part, ShardFile] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -142,6 +160,9 @@ class Manifest:
     def bytes(self) -> int:
         """Size of its rows on disk."""
         return sum(file.bytes for file in self.files.values())
+
+
+_MANIFESTS: Final = TypeAdapter(Manifest)
 
 
 def shard_name(begin: int, end: int) -> str:
@@ -169,8 +190,8 @@ def progress_of(folder: Path, event_log: EventLog | None) -> dict[int, JoinProgr
     """How far each partition is joined, by its number.
 
     Args:
-        folder: of all shards.
-        event_log: which they are of; None = there is none any more, so that nothing is left to be joined.
+        folder: the folder of all shards.
+        event_log: the log that was joined; None = it is gone, so that nothing is left to be joined.
     """
     numbers = set(partitions(folder)) | set(range(event_log.partitions if event_log is not None else 0))
     found = {}
@@ -186,8 +207,8 @@ def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest
     """The manifests of a partition's shards, in order, from the one that holds a row on.
 
     Args:
-        folder: of all shards.
-        partition: of the log.
+        folder: the folder of all shards.
+        partition: a partition of the log.
         first_row: shards that end before it are left out, and not even read.
 
     Raises:
@@ -226,7 +247,7 @@ class Usable:
 
 
 def usable_manifests(folder: Path, partition: int, first_row: int = 0) -> Usable:
-    """As `manifests`, but a damaged manifest hides its own rows alone: who only reads rows is not stopped by it."""
+    """As `manifests`, but a damaged manifest hides only its own rows: it does not stop readers of rows."""
     try:
         return Usable(manifests(folder, partition, first_row), [])
     except DataError:
@@ -291,37 +312,21 @@ def read_manifest(path: Path) -> Manifest:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") not in range(1, FORMAT + 1):
         raise DataError(f"{path} is no shard's manifest of a format up to {FORMAT}: another version wrote it")
-    named = _MANIFEST.fullmatch(path.name)
+    if "files" not in content:
+        content["files"] = {ALL: {name: content.get(name) for name in ("rows", "bytes", "sha256")}}
     try:
-        if "files" not in content:
-            content["files"] = {ALL: {name: content[name] for name in ("rows", "bytes", "sha256")}}
-        files = {name: ShardFile(**file) for name, file in content["files"].items() if name in _ENDINGS}
-        numbers = [content[name] for name in ("partition", "begin", "end", "first_row", "rows")]
-        sizes = [number for file in files.values() for number in (file.rows, file.bytes)]
-        if any(type(number) is not int or number < 0 for number in (*numbers, *sizes)):
-            raise TypeError(f"numbers {numbers}, sizes {sizes}")
-        if sum(file.rows for file in files.values()) != content["rows"]:
-            raise TypeError(f"{content['rows']} rows, but other ones in its files")
-        if named and numbers[1:3] != [int(named[1]), int(named[2])]:
-            raise TypeError(f"offsets {numbers[1]} to {numbers[2]}")
-        if content["watermark_ms"] is not None and type(content["watermark_ms"]) is not int:
-            raise TypeError(f"watermark {content['watermark_ms']!r}")
-        counts, state = content["counts"], content["state"]
-        return Manifest(
-            **{name: content[name] for name in _PLAIN},
-            days={day: Day(**rows) for day, rows in content["days"].items()},
-            counts=JoinCounts(**{**counts, "dropped": Counter(counts["dropped"])}),
-            state=JoinState(
-                Replay(state["replay"]["offset"], Clock(**state["replay"]["clock"])), tuple(state["flushes"])
-            ),
-            schema=pa.schema([(name, _type(kind)) for name, kind in content["schema"]]),
-            deleted=tuple(DeletedUser(**user) for user in content["deleted"]),
-            files=files,
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        manifest = _MANIFESTS.validate_json(json.dumps(content), strict=True)
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        problems = error.errors() if isinstance(error, ValidationError) else []
+        told = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems)
         raise DataError(
-            f"{path} is no whole manifest ({error!r}): it was damaged or written by something else"
+            f"{path} is no whole manifest ({told or repr(error)}): it was damaged or written by something else"
         ) from None
+    if sum(file.rows for file in manifest.files.values()) != manifest.rows:
+        raise DataError(f"{path} has {manifest.rows} rows, its files have others: it was damaged")
+    if _MANIFEST.fullmatch(path.name) and path.stem != manifest.name:
+        raise DataError(f"{path} is the manifest of {manifest.name}: it was renamed")
+    return manifest
 
 
 def read_shard(
@@ -336,8 +341,8 @@ def read_shard(
     """The rows of a shard from a number up to another, in their order, with their numbers; every checksum is checked.
 
     Args:
-        folder: of all shards.
-        manifest: of the shard.
+        folder: the folder of all shards.
+        manifest: the manifest of the shard.
         first_row: number of the first row in the partition.
         end_row: number behind the last.
         columns: that are wanted beside the numbers; None = all.
@@ -385,7 +390,7 @@ def _numbers(path: Path, sha256: str) -> npt.NDArray[np.int64]:
     """The numbers of the rows of a file, ascending.
 
     Raises:
-        DataError: a row has none, or they do not rise.
+        DataError: a row has no number, or the numbers do not rise.
     """
     column = decode(_records(path, sha256), pa.schema([(c.ROW, pa.int64())]))[c.ROW]
     numbers: npt.NDArray[np.int64] = column.to_numpy()
@@ -395,11 +400,11 @@ def _numbers(path: Path, sha256: str) -> npt.NDArray[np.int64]:
 
 
 def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int | None = None) -> pa.Table:
-    """Rows of a partition from a number on, in order; fewer than were asked for at the end.
+    """Rows of a partition from a number on, in order; fewer than `most_rows` at the end.
 
     Args:
-        folder: of all shards.
-        partition: of the log.
+        folder: the folder of all shards.
+        partition: a partition of the log.
         first_row: number of the first row.
         most_rows: that are wanted; None = all.
 
@@ -427,17 +432,18 @@ def write_shard(folder: Path, batches: Sequence[Sequence[Row]], types: Types, ma
     """Write a shard; it is there when this returns, and not before its manifest is.
 
     Args:
-        folder: of all shards.
+        folder: the folder of all shards.
         batches: rows that left at the same event, in their order.
-        types: of ids and values.
+        types: the types of ids and values.
         manifest: without what is known only when the rows are written.
 
     Returns:
         The whole manifest.
     """
-    files = {}
+    files: dict[Part, ShardFile] = {}
     rows = list(itertools.chain.from_iterable(batches))
-    for name in (POSITIVES, OTHERS):
+    parts: tuple[Part, ...] = (POSITIVES, OTHERS)
+    for name in parts:
         clicked = name == POSITIVES
         numbers = [n for n, row in enumerate(rows, manifest.first_row) if (row.outcome == c.CLICKED) == clicked]
         mine = ([row for row in batch if (row.outcome == c.CLICKED) == clicked] for batch in batches)
@@ -461,18 +467,8 @@ def write_shard(folder: Path, batches: Sequence[Sequence[Row]], types: Types, ma
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest: the commit of its shard."""
-    content = {
-        "format": 2 if ALL in manifest.files else FORMAT,
-        "kind": "shard",
-        **{name: getattr(manifest, name) for name in _PLAIN},
-        "days": {day: asdict(rows) for day, rows in manifest.days.items()},
-        "counts": {**vars(manifest.counts), "dropped": dict(sorted(manifest.counts.dropped.items()))},
-        "state": asdict(manifest.state),
-        "deleted": [asdict(user) for user in manifest.deleted],
-        "files": {name: asdict(file) for name, file in manifest.files.items()},
-        "schema": [[field.name, _name(field.type)] for field in manifest.schema],
-    }
-    write_json(partition_folder(folder, manifest.partition) / f"{manifest.name}.json", content)
+    content = {"format": FORMAT, "kind": "shard", **_MANIFESTS.dump_python(manifest, mode="json")}
+    write_json(_manifest_path(folder, manifest), content)
 
 
 def tidy(folder: Path, partition: int) -> None:
@@ -513,7 +509,7 @@ def merge(folder: Path, small: Sequence[Manifest]) -> Manifest:
         counts=total(part.counts for part in small),
         deleted=tuple(user for part in small for user in part.deleted),
     )
-    files = {}
+    files: dict[Part, ShardFile] = {}
     for name in first.files:
         path = _path(folder, manifest, name)
         with whole_file(path) as temporary, temporary.open("wb") as out:
@@ -589,11 +585,3 @@ def _covering(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
             if before < 0 or kept[before][1] <= begin:
                 kept.append((begin, end))
     return sorted(kept)
-
-
-def _name(kind: pa.DataType) -> str:
-    return f"{_LIST}{_NAMES[kind.value_type]}" if pa.types.is_list(kind) else _NAMES[kind]
-
-
-def _type(name: str) -> pa.DataType:
-    return pa.list_(_TYPES[name.removeprefix(_LIST)]) if name.startswith(_LIST) else _TYPES[name]

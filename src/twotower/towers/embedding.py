@@ -16,7 +16,7 @@ from twotower.features.vocabulary import FIRST
 
 EPSILON = 1e-10
 INITIAL_LENGTH = 0.1
-"""Of a row, about."""
+"""Norm of a new row, about."""
 
 
 @dataclass
@@ -30,10 +30,10 @@ class EmbeddingTable:
 
     @classmethod
     def new(cls, rows: int, dimension: int, generator: np.random.Generator) -> "EmbeddingTable":
-        """Rows drawn from a normal distribution, of length about a tenth: alive, and soon outgrown.
+        """A table whose rows are drawn from a normal distribution with a small norm (about 0.1).
 
-        What a row begins with is noise, which row-wise Adagrad never takes back and a cosine does not forgive. Missing
-        and unknown begin at zero, so that they say nothing where training never met them.
+        A large initial norm would add noise that row-wise Adagrad cannot undo and that the cosine keeps visible. The
+        rows for missing and unknown ids begin at zero, so that they add nothing where training never met them.
         """
         weights = generator.standard_normal((rows, dimension), dtype=np.float32) * np.float32(
             INITIAL_LENGTH / np.sqrt(dimension)
@@ -54,7 +54,7 @@ class EmbeddingTable:
         self.weights[rows] -= gradient * step[:, None]
 
     def repair(self, rows: npt.NDArray[np.int64]) -> int:
-        """Give rows whose accumulator is not finite the median of the table's others; gives how many there were.
+        """Set accumulators that are not finite to the median of the others; gives how many there were.
 
         A row with an infinite accumulator never moves again, and one with NaN becomes NaN at its next step.
 
@@ -72,25 +72,25 @@ class EmbeddingTable:
 class Compactor:
     """Finds the distinct rows among those a step touches, in time that depends on the step alone.
 
-    It keeps one number for each row of the table between steps and never clears them: an old number is recognised as
-    such because it does not point back.
+    It keeps one number for each row of the table between steps and never clears them: an old number is recognised
+    because it does not point back.
     """
 
     def __init__(self, rows: int) -> None:
-        self._place = np.zeros(rows, np.int32)
+        self._position = np.zeros(rows, np.int32)
 
     def compact(self, rows: npt.NDArray[np.integer[Any]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Distinct rows (U,) in the order of their last occurrence, and the place of each input among them (n,).
+        """Distinct rows (U,) in the order of their last occurrence, and the position of each input among them (n,).
 
-        >>> distinct, place = Compactor(9).compact(np.array([7, 3, 7], np.int32))
-        >>> distinct.tolist(), place.tolist()
+        >>> distinct, position = Compactor(9).compact(np.array([7, 3, 7], np.int32))
+        >>> distinct.tolist(), position.tolist()
         ([3, 7], [1, 0, 1])
         """
         order = np.arange(len(rows), dtype=np.int32)
-        self._place[rows] = order
-        distinct = rows[self._place[rows] == order]
-        self._place[distinct] = np.arange(len(distinct), dtype=np.int32)
-        return distinct.astype(np.int64), self._place[rows].astype(np.int64)
+        self._position[rows] = order
+        distinct = rows[self._position[rows] == order]
+        self._position[distinct] = np.arange(len(distinct), dtype=np.int32)
+        return distinct.astype(np.int64), self._position[rows].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ class Touched:
     """(U, D), a leaf."""
 
 
-def mean_of_bags(values: Tensor, place: Tensor, indptr: Tensor) -> Tensor:
+def mean_of_bags(values: Tensor, position: Tensor, indptr: Tensor) -> Tensor:
     """The mean of the rows of each bag (B, D); an empty bag is zero.
 
     Args:
         values: (U, D).
-        place: (nnz,) rows of `values`.
+        position: (nnz,) rows of `values`.
         indptr: (B + 1,) int64.
     """
-    return torch.nn.functional.embedding_bag(place, values, indptr, mode="mean", include_last_offset=True)
+    return torch.nn.functional.embedding_bag(position, values, indptr, mode="mean", include_last_offset=True)

@@ -1,23 +1,25 @@
 """Encoders of a sequence: the items that a user clicked, in their order, to one vector, or to one for each interest.
 
-Each reads rows of the item table and gives vectors as wide as they are. The mean, which knows no order, has no
-parameters and is made where the rows are gathered (`twotower.towers.embedding.mean_of_bags`).
+Each reads rows of the item table and gives vectors as wide as they are. The mean has no parameters and is computed
+where the rows are gathered (`twotower.towers.embedding.mean_of_bags`).
 
-S sequences of at most L items, padded at their ends; B rows, each the beginning of one of them; W width; H heads.
+S sequences of at most L items, padded at their ends; B rows, each the beginning of one of them; W width; H heads. All
+`forward` take `items` (S, L, W), oldest first; `length` (B,) int64, how many items of its sequence a row has; and `row`
+(B,) int64, the sequence of each row, where None = its own.
 """
 
 import torch
 from torch import Tensor, nn
 
 NEVER = -1e30
-"""Added to the score of what must not be looked at; finite, so that a row that sees nothing is no NaN."""
+"""Added to the score of an item that is masked; finite, so that a row in which all are masked is no NaN."""
 
 
 class AttentionPooling(nn.Module):
-    """A weighted mean for each of H heads, put together by a projection.
+    """A weighted mean for each of H heads, combined by a projection.
 
-    The weight of an item is a softmax over the sequence of a learned score of the item plus one of its age, so that
-    both what was clicked and how long ago decide. (A weight that depended on the candidate would be early fusion.)
+    The weight of an item is a softmax over the sequence of a learned score of the item plus one of its age. (A weight
+    that depended on the candidate would be early fusion.)
 
     Args:
         width: W.
@@ -30,19 +32,13 @@ class AttentionPooling(nn.Module):
         self.score = nn.Linear(width, heads, bias=False)
         self.age = nn.Parameter(torch.zeros(last, heads))
         self.together = nn.Linear(heads * width, width, bias=False)
-        # It begins as the mean: weights alike, and heads that add up to the rows themselves.
+        # It begins as the mean: equal weights, and heads that add up to the rows themselves.
         nn.init.zeros_(self.score.weight)
         with torch.no_grad():
             self.together.weight.copy_(torch.eye(width).repeat(1, heads) / heads)
 
     def forward(self, items: Tensor, length: Tensor, row: Tensor | None = None) -> Tensor:
-        """Vectors (B, W); zero for an empty sequence.
-
-        Args:
-            items: (S, L, W), oldest first.
-            length: (B,) int64, how many items of its sequence a row has.
-            row: (B,) int64 the sequence of each row; None = its own.
-        """
+        """Vectors (B, W); zero for an empty sequence. Arguments: see the module."""
         items = items if row is None else items[row]
         age = length[:, None] - 1 - torch.arange(items.shape[1])
         scores = self.score(items) + self.age[age.clamp(0, len(self.age) - 1)]
@@ -54,11 +50,11 @@ class AttentionPooling(nn.Module):
 
 
 class CausalTransformer(nn.Module):
-    """A small transformer that looks back alone, so that one pass gives the vector of every beginning of a sequence.
+    """A small transformer with causal attention: one pass gives the vector of every beginning of a sequence.
 
     Blocks of self-attention and a feed-forward network with the norm before each (Kang and McAuley 2018, SASRec, with
-    the norms of Xiong et al. 2020). Where an item stands enters only as its distance, a learned bias of each head
-    (Raffel et al. 2020): the vector of a history then does not depend on where its window was cut.
+    the norms of Xiong et al. 2020). Positions enter only as distances, by a learned bias of each head (Raffel et al.
+    2020), so that the vector of a history does not depend on where its window was cut.
 
     Args:
         width: W.
@@ -79,13 +75,7 @@ class CausalTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, items: Tensor, length: Tensor, row: Tensor | None = None) -> Tensor:
-        """Vectors (B, W) of beginnings of sequences; zero for an empty one.
-
-        Args:
-            items: (S, L, W), oldest first.
-            length: (B,) int64, how many items of its sequence a row has.
-            row: (B,) int64 the sequence of each row; None = its own.
-        """
+        """Vectors (B, W) of beginnings of sequences; zero for an empty one. Arguments: see the module."""
         states = items
         for block in self.blocks:
             states = block(states)
@@ -98,17 +88,17 @@ class CausalTransformer(nn.Module):
 class Interests(nn.Module):
     """K vectors of a sequence, one for each interest, by dynamic routing (MIND, Li et al. 2019, algorithm 1).
 
-    An item e_i speaks for interest j with a share w_ij, a softmax over the interests of logits b_ij; an interest is the
-    sum z_j of w_ij S e_i, squashed to |z|^2 / (1 + |z|^2) z / |z|; then b_ij grows by its product with S e_i, and so
-    on. The first logits, which the paper draws anew each time, are drawn once for each place behind the end of the
-    sequence, so that the same history has the same interests; gradients pass through the last round alone. Of a
-    sequence of n items max(1, min(K, log2 n)) interests are different, the others repeat the first.
+    An item e_i counts for interest j with a share w_ij, a softmax over the interests of logits b_ij. An interest is the
+    sum z_j of w_ij S e_i, squashed to |z|^2 / (1 + |z|^2) z / |z|; then b_ij grows by its product with S e_i, and the
+    next round begins. The paper draws the first logits anew each time; here they are drawn once for each distance from
+    the end of the sequence, so that the same history has the same interests. Gradients pass through the last round
+    alone. Of a sequence of n items max(1, min(K, log2 n)) interests are different, the others repeat the first.
 
     Args:
         width: W.
         last: the longest sequence.
         interests: K.
-        rounds: of the routing.
+        rounds: rounds of the routing.
     """
 
     first: Tensor
@@ -121,27 +111,21 @@ class Interests(nn.Module):
         self.register_buffer("first", torch.randn(last, interests))
 
     def forward(self, items: Tensor, length: Tensor, row: Tensor | None = None) -> Tensor:
-        """Vectors (B, K, W); zero for an empty sequence.
-
-        Args:
-            items: (S, L, W), oldest first.
-            length: (B,) int64, how many items of its sequence a row has.
-            row: (B,) int64 the sequence of each row; None = its own.
-        """
+        """Vectors (B, K, W); zero for an empty sequence. Arguments: see the module."""
         items = items if row is None else items[row]
-        spoken = self.matrix(items)
+        mapped = self.matrix(items)
         age = length[:, None] - 1 - torch.arange(items.shape[1])
-        there = (age >= 0)[..., None].to(items.dtype)
+        used = (age >= 0)[..., None].to(items.dtype)
         order = torch.arange(self.first.shape[1])
         distinct = torch.log2(length.clamp_min(2).to(items.dtype) + 0.5).floor().long()
         idle = (order >= distinct[:, None])[:, None, :] * NEVER
         logits = self.first[age.clamp(0, len(self.first) - 1)] + idle
-        fixed = spoken.detach()
+        fixed = mapped.detach()
         for _ in range(self.rounds - 1):
-            found = _squash((torch.softmax(logits, dim=2) * there).transpose(1, 2) @ fixed)
-            logits = logits + fixed @ found.transpose(1, 2)
-        found = _squash((torch.softmax(logits, dim=2) * there).transpose(1, 2) @ spoken)
-        repeated: Tensor = torch.where((order < distinct[:, None])[..., None], found, found[:, :1])
+            interests = _squash((torch.softmax(logits, dim=2) * used).transpose(1, 2) @ fixed)
+            logits = logits + fixed @ interests.transpose(1, 2)
+        interests = _squash((torch.softmax(logits, dim=2) * used).transpose(1, 2) @ mapped)
+        repeated: Tensor = torch.where((order < distinct[:, None])[..., None], interests, interests[:, :1])
         return repeated
 
 
@@ -154,7 +138,7 @@ def _squash(vectors: Tensor) -> Tensor:
 def unit(vectors: Tensor) -> Tensor:
     """Vectors (..., D) of length 1; zeros stay zero.
 
-    The least length is a bound, not a summand: the exporter to ONNX leaves out what it adds as too small to matter.
+    The smallest length is a bound, not a summand: the exporter to ONNX drops a summand that is so small.
     """
     square = vectors.square().sum(dim=-1, keepdim=True)
     normed: Tensor = vectors * torch.rsqrt(square.clamp_min(1e-12))

@@ -14,7 +14,7 @@ B batch, b rows of a chunk, D vector, C distinct items of a batch, K shared nega
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -263,7 +263,7 @@ def _exponentials(scores: Scores, temperature: float) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """The summed loss of some rows and its derivatives."""
+    """The summed loss of some rows, float64, and its derivatives."""
 
     loss: Tensor
     by_positive: Tensor
@@ -278,11 +278,25 @@ def _differentiate(loss: Loss, scores: Scores, share: Tensor) -> _Gradients:
     """The losses of some rows, summed with `share` (b, 1), and the derivatives of that sum by the scores."""
     leaves = [part.detach().requires_grad_() for part in (scores.positive, scores.negatives, scores.calibration)]
     with torch.enable_grad():
-        losses = loss(Scores(leaves[0], leaves[1], scores.total, leaves[2], scores.item_log_weight, scores.masked))
+        losses = loss(replace(scores, positive=leaves[0], negatives=leaves[1], calibration=leaves[2]))
     if losses.shape != share.shape:
         raise ValueError(f"the loss gave {tuple(losses.shape)} for {len(share)} rows: it gives each row one, (b, 1)")
     gradients = torch.autograd.grad(losses, leaves, share, materialize_grads=True)
     return _Gradients((share * losses.detach()).sum(dtype=torch.float64), *gradients)
+
+
+class _WithDerivatives(torch.autograd.Function):
+    """A loss (a scalar) whose derivatives are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Any:
+        _, _, _, loss, *derivatives = given
+        ctx.save_for_backward(*derivatives)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return *(derivative * grad for derivative in ctx.saved_tensors), None, None, None, None
 
 
 def shared_loss(
@@ -314,61 +328,56 @@ def shared_loss(
     Returns:
         The loss, a scalar.
     """
-    total: Tensor = _SharedLoss.apply(  # type: ignore[no-untyped-call]
-        users, items, calibration, loss, positive, negatives, share, chunk
-    )
-    return total
-
-
-class _SharedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        users: Tensor,
-        items: Tensor,
-        calibration: Tensor,
-        loss: Loss,
-        positive: Tensor,
-        negatives: SharedNegatives,
-        share: Tensor,
-        chunk: int,
-    ) -> Tensor:
-        log_weight, mask = torch.from_numpy(negatives.log_weight), negatives.mask
-        rows, columns = len(users), len(log_weight)
+    with torch.no_grad():
+        rows, log_weight, kept = len(users), torch.from_numpy(negatives.log_weight), _kept(negatives)
+        columns, totals = len(log_weight), torch.from_numpy(kept.total).to(users.dtype)[:, None]
+        masked, row_share = torch.from_numpy(kept.masked), share[:, None] * torch.from_numpy(kept.compared)[:, None]
         others, own = items[:columns], items[positive]
-        by_user, by_item = torch.empty_like(users), torch.zeros_like(items)
-        by_positive, by_calibration = torch.empty((rows, 1), dtype=users.dtype), torch.zeros_like(calibration)
         right = (users * own).sum(dim=1, keepdim=True)
+        by_user, by_item, by_calibration = (torch.zeros_like(x) for x in (users, items, calibration))
+        by_positive, value = torch.empty_like(right), torch.zeros((), dtype=torch.float64)
         scores = torch.empty((min(chunk, rows), columns), dtype=users.dtype)
-        value = torch.zeros((), dtype=torch.float64)
-        weight, counts = log_weight.double().exp().numpy(), np.diff(mask.indptr)
-        row = np.repeat(np.arange(rows), counts)
-        total = weight.sum() - np.bincount(row, weight[mask.columns], rows)
-        alone = (counts == columns) | (total <= 0)
-        # A row without negatives keeps them, and counts 0: a loss of nothing has no derivatives.
-        masked = torch.from_numpy((row * columns + mask.columns)[~alone[row]])
-        ends = pointers(np.where(alone, 0, counts))
-        totals = torch.from_numpy(np.where(alone, 1, total)).to(log_weight.dtype)[:, None]
-        share = share[:, None] * torch.from_numpy(~alone)[:, None]
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
-            part, none = users[start:stop], masked[ends[start] : ends[stop]] - start * columns
+            part, none = users[start:stop], masked[kept.indptr[start] : kept.indptr[stop]] - start * columns
             cosines = torch.mm(part, others.T, out=scores[: stop - start])
             given = Scores(right[start:stop], cosines, totals[start:stop], calibration, log_weight, none)
-            found = _differentiate(loss, given, share[start:stop])
+            found = _differentiate(loss, given, row_share[start:stop])
             value += found.loss
-            by_positive[start:stop] = found.by_positive
             by_calibration += found.by_calibration
+            by_positive[start:stop] = found.by_positive
             torch.mm(found.by_negatives, others, out=by_user[start:stop])
             by_item[:columns].addmm_(found.by_negatives.T, part)
         by_user.addcmul_(by_positive, own)
         by_item.index_add_(0, positive, by_positive * users)
-        ctx.save_for_backward(by_user, by_item, by_calibration)
-        return value.to(users.dtype)
+    result: Tensor = _WithDerivatives.apply(  # type: ignore[no-untyped-call]
+        users, items, calibration, value.to(users.dtype), by_user, by_item, by_calibration
+    )
+    return result
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return *(derivative * grad for derivative in ctx.saved_tensors), None, None, None, None, None
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is left of shared negatives in each of B rows. A row without any keeps all of them, and is to count 0."""
+
+    compared: npt.NDArray[np.bool_]
+    """(B,) the row has negatives."""
+    total: npt.NDArray[np.float64]
+    """(B,) sum of their weights."""
+    indptr: npt.NDArray[np.int64]
+    """(B + 1,) the masked ones of each row."""
+    masked: npt.NDArray[np.int64]
+    """(nnz,) positions of the masked ones in the flattened (B, K)."""
+
+
+def _kept(negatives: SharedNegatives) -> _Kept:
+    weight, mask = np.exp(negatives.log_weight.astype(np.float64)), negatives.mask
+    counts = np.diff(mask.indptr)
+    row = np.repeat(np.arange(len(counts)), counts)
+    total = weight.sum() - np.bincount(row, weight[mask.columns], len(counts))
+    some = (counts < len(weight)) & (total > 0)
+    masked = (row * len(weight) + mask.columns)[some[row]]
+    return _Kept(some, np.where(some, total, 1), pointers(np.where(some, counts, 0)), masked)
 
 
 def row_loss(
@@ -382,52 +391,29 @@ def row_loss(
     calibration: Tensor,
 ) -> Tensor:
     """Each row against negatives of its own, summed with `share`; arguments and result are those of `shared_loss`."""
-    total: Tensor = _RowLoss.apply(  # type: ignore[no-untyped-call]
-        users, items, calibration, loss, positive, negatives, share
-    )
-    return total
-
-
-class _RowLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        users: Tensor,
-        items: Tensor,
-        calibration: Tensor,
-        loss: Loss,
-        positive: Tensor,
-        negatives: RowNegatives,
-        share: Tensor,
-    ) -> Tensor:
+    with torch.no_grad():
         columns, log_weight = torch.from_numpy(negatives.columns), torch.from_numpy(negatives.log_weight)
-        rows, wide = columns.shape
-        by_user, by_item, by_calibration = (torch.zeros_like(x) for x in (users, items, calibration))
-        value = torch.zeros((), dtype=torch.float64)
+        (rows, wide), dimension = columns.shape, users.shape[1]
         totals, unused = log_weight.exp().sum(dim=1, keepdim=True), torch.isneginf(log_weight)
-        alone = totals == 0
-        totals, unused, share = totals.masked_fill(alone, 1), unused & ~alone, share[:, None] * ~alone
-        log_weight = log_weight.masked_fill(torch.isneginf(log_weight), 0)
-        chunk = max(1, ROW_FLOATS // max(1, wide * users.shape[1]))
+        log_weight, alone = log_weight.masked_fill(unused, 0), totals == 0
+        totals, unused, row_share = totals.masked_fill(alone, 1), unused & ~alone, share[:, None] * ~alone
+        by_user, by_item, by_calibration = (torch.zeros_like(x) for x in (users, items, calibration))
+        value, chunk = torch.zeros((), dtype=torch.float64), max(1, ROW_FLOATS // max(1, wide * dimension))
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
             part, places = users[start:stop], columns[start:stop].reshape(-1)
             own, others = items[positive[start:stop]], items[places].view(stop - start, wide, -1)
             cosines = torch.bmm(others, part[:, :, None]).squeeze(2)
-            right = (part * own).sum(dim=1, keepdim=True)
-            none = unused[start:stop].flatten().nonzero()[:, 0]
+            right, none = (part * own).sum(dim=1, keepdim=True), unused[start:stop].flatten().nonzero()[:, 0]
             given = Scores(right, cosines, totals[start:stop], calibration, log_weight[start:stop], none)
-            found = _differentiate(loss, given, share[start:stop])
+            found = _differentiate(loss, given, row_share[start:stop])
             value += found.loss
             by_calibration += found.by_calibration
             torch.bmm(found.by_negatives[:, None, :], others, out=by_user[start:stop, None, :])
             by_user[start:stop].addcmul_(found.by_positive, own)
             by_item.index_add_(0, positive[start:stop], found.by_positive * part)
-            by_others = found.by_negatives[:, :, None] * part[:, None, :]
-            by_item.index_add_(0, places, by_others.view(-1, users.shape[1]))
-        ctx.save_for_backward(by_user, by_item, by_calibration)
-        return value.to(users.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return *(derivative * grad for derivative in ctx.saved_tensors), None, None, None, None
+            by_item.index_add_(0, places, (found.by_negatives[:, :, None] * part[:, None, :]).view(-1, dimension))
+    result: Tensor = _WithDerivatives.apply(  # type: ignore[no-untyped-call]
+        users, items, calibration, value.to(users.dtype), by_user, by_item, by_calibration
+    )
+    return result

@@ -24,12 +24,12 @@ class TowerOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class PreRankOptions:
-    """The pre-ranker: an early-fusion network that scores all candidates, trained on what was shown, clicked or not."""
+    """The pre-ranker: an early-fusion network that scores all candidates. It is trained on impressions."""
 
     history: Literal["mean", "target"] = "mean"
-    """How it reads sequences of items: their mean; or each weighted by how it meets the candidate (DIN)."""
+    """How a sequence of items is read: `mean`, or `target`: a sum weighted by attention to the candidate (DIN)."""
     attention: Width = 16
-    """`target`: hidden units of that weight."""
+    """`target`: hidden units of the attention."""
     network: Literal["dnn", "dcn"] = "dnn"
     """`dnn`: fully connected layers; `dcn`: crosses of features beside them."""
     layers: list[Width] = field(default_factory=lambda: [64])
@@ -37,25 +37,25 @@ class PreRankOptions:
     crosses: Annotated[int, Field(gt=0), at_most(100)] = 2
     """`dcn`: how many cross layers."""
     positions: Length = 50
-    """Positions of a page that have a bias of their own; later ones share that of the last."""
+    """Positions of a page with a bias of their own; later ones share the bias of the last."""
     batch_size: Positive = 512
     """Impressions in a step."""
     epochs: Positive = 1
     """Passes over the impressions."""
     learning_rate: Rate = 0.001
-    """Of the network (Adam)."""
+    """Learning rate of the network (Adam)."""
     table_learning_rate: Rate = 0.02
-    """Of the embedding tables (row-wise Adagrad)."""
+    """Learning rate of the embedding tables (row-wise Adagrad)."""
     position_learning_rate: Rate = 0.05
-    """Of the biases of positions (Adam)."""
+    """Learning rate of the biases of positions (Adam)."""
     weight_decay: NotNegative = 0.0
-    """Of the network, decoupled."""
+    """Decoupled weight decay of the network."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of hidden units left out in training."""
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of ids replaced by the unknown id in training, and of contexts made missing."""
+    """Share of ids that training replaces by the unknown id, and of contexts that it makes missing."""
     calibration_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """The latest impressions are not trained on: log-odds are scaled to fit them."""
+    """Share of the impressions, the latest, that calibrate the log-odds and are not trained on."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -63,6 +63,6 @@ class RankOptions(PreRankOptions):
     """The ranker: the same network, larger, for what the pre-ranker keeps."""
 
     history: Literal["mean", "target"] = "target"
-    """How it reads sequences of items: their mean; or each weighted by how it meets the candidate (DIN)."""
+    """How a sequence of items is read: `mean`, or `target`: a sum weighted by attention to the candidate (DIN)."""
     layers: list[Width] = field(default_factory=lambda: [128, 64])
     """Widths of the fully connected layers; empty = none."""

@@ -160,7 +160,7 @@ def _encoder(feature: Items, dropout: float) -> nn.Module:
 
 
 def hidden_layers(width: int, network: TowerOptions | PreRankOptions, dropout: float) -> nn.Sequential:
-    """The fully connected layers of a network whose input is so wide."""
+    """The fully connected layers of a network whose input has this width."""
     layers: list[nn.Module] = []
     for narrow, wide in pairwise([width, *network.layers]):
         layers += [nn.Linear(narrow, wide), nn.ReLU(), nn.Dropout(dropout)]
@@ -168,12 +168,12 @@ def hidden_layers(width: int, network: TowerOptions | PreRankOptions, dropout: f
 
 
 def cross_layers(width: int, network: TowerOptions | PreRankOptions) -> nn.ModuleList:
-    """Its cross layers; none but of `dcn`."""
+    """The cross layers of a network; only `dcn` has some."""
     return nn.ModuleList(nn.Linear(width, width) for _ in range(network.crosses if network.network == "dcn" else 0))
 
 
 def width_behind(width: int, network: TowerOptions | PreRankOptions) -> int:
-    """How many numbers `through` gives for so many."""
+    """How many numbers `through` gives for an input of this width."""
     deep = network.layers[-1] if network.layers else 0
     return width + deep if network.network == "dcn" and network.crosses else deep or width
 

@@ -32,7 +32,7 @@ PREFERENCE = "popularity"
 
 
 class Table(Protocol):
-    """What a tower reads an embedding table by: an array (rows, D), mapped or laid over another."""
+    """An embedding table as a tower reads it: an array (rows, D), mapped or with an overlay."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -173,9 +173,9 @@ def tower_inputs(
         if table is None:
             inputs[feature.name] = np.ascontiguousarray(column, np.float32)
         elif isinstance(column, Bag) and is_encoded(feature):
-            place = padded(column)
+            position = padded(column)
             rows = np.concatenate([tables[table][column.rows], np.zeros((1, tables[table].shape[1]), np.float32)])
-            inputs[feature.name] = rows[place]
+            inputs[feature.name] = rows[position]
             inputs[feature.name + LENGTH] = np.diff(column.indptr)
         elif isinstance(column, Bag):
             inputs[feature.name] = _mean_rows(tables[table], column)
@@ -230,11 +230,12 @@ class StepAssembler:
                 asked.setdefault(table, []).append(_rows_of(column))
         touched: dict[str, Touched] = {}
         positions: dict[str, Iterator[Tensor]] = {}
-        for table, pieces in asked.items():
-            distinct, position = self._compactors[table].compact(np.concatenate(pieces))
-            values = torch.from_numpy(self._tables[table].weights[distinct]).requires_grad_()
-            touched[table] = Touched(distinct, values)
-            positions[table] = iter(torch.from_numpy(position).split([len(piece) for piece in pieces]))
+        for name, pieces in asked.items():
+            distinct, where = self._compactors[name].compact(np.concatenate(pieces))
+            values = torch.from_numpy(self._tables[name].weights[distinct]).requires_grad_()
+            touched[name] = Touched(distinct, values)
+            lengths = [len(piece) for piece in pieces]
+            positions[name] = iter(torch.split(torch.from_numpy(where), lengths))
         inputs: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for at, (feature, column) in enumerate(read):
             side, table = inputs[at >= split], table_of(feature)
@@ -251,15 +252,15 @@ class StepAssembler:
         return StepInputs(*inputs, touched)
 
 
-def _sequence(name: str, column: Column | Beginnings, values: Tensor, place: Tensor) -> dict[str, Tensor]:
+def _sequence(name: str, column: Column | Beginnings, values: Tensor, position: Tensor) -> dict[str, Tensor]:
     """An encoded sequence: rows of its items (S, L, width), lengths, and the list of each row if rows share them.
 
-    What is behind the end of a list is some row of the table: nothing looks at it.
+    Positions behind the end of a list hold some row of the table, which is masked.
     """
     lists = column.lists if isinstance(column, Beginnings) else column
     assert isinstance(lists, Bag)
     where = torch.from_numpy(np.maximum(padded(lists), 0))
-    rows = torch.nn.functional.embedding(place[where] if len(place) else torch.zeros_like(where), values)
+    rows = torch.nn.functional.embedding(position[where] if len(position) else torch.zeros_like(where), values)
     if isinstance(column, Beginnings):
         return {name: rows, name + LENGTH: torch.from_numpy(column.length), name + ROW: torch.from_numpy(column.row)}
     return {name: rows, name + LENGTH: torch.from_numpy(np.diff(lists.indptr))}

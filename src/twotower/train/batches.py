@@ -54,19 +54,11 @@ class Epoch:
     positives: Longs
     """(R,) the training rows, in the order in which they are fed."""
     clicked: npt.NDArray[np.int32]
-    """Catalogue rows of clicks, by user; a history is a stretch of its user's."""
+    """Catalogue rows of clicks, by user; a history is a part of its user's."""
     early: npt.NDArray[np.bool_] | None
     """By training row, whether it is of the half of its user's clicks that stands first; None with time."""
     cut: Longs | None
     """By user, how many clicks are missing from the first of the pieces that a transformer reads; None = no pieces."""
-
-
-@dataclass(frozen=True)
-class Stretches:
-    """Parts of an array, one for each row of a batch (B,)."""
-
-    start: Longs
-    stop: Longs
 
 
 class BatchMaker:
@@ -106,12 +98,13 @@ class BatchMaker:
             (pairs % len(samples.items)).astype(np.int32),
         )
         history = samples.features.history
+        self._last = history.last if history else 1
         self._item_tokens: Rows | None = history.vocabulary.rows(samples.items.ids) if history else None
-        self._in_time_order = options.order == "time"
-        if self._in_time_order and not samples.timed:
+        if options.order == "time" and not samples.timed:
             raise ConfigError("train.order = 'time', but the events have no time: use 'shuffled'")
-        self._in_pieces = history is not None and history.encoder == "transformer" and not self._in_time_order
-        if history is not None and history.encoder == "transformer" and not samples.timed:
+        in_order = history is not None and history.encoder == "transformer"
+        self._in_pieces = in_order and options.order != "time"
+        if in_order and not samples.timed:
             raise ConfigError(
                 "features.user.history.encoder = 'transformer' reads clicks in their order, and the events have no "
                 "time: use encoder = 'mean' or 'attention'"
@@ -142,7 +135,7 @@ class BatchMaker:
         generator = np.random.default_rng([self._options.seed, epoch, 1])
         positives, clicks = self._samples.positives, self._samples.clicks
         order = np.repeat(np.arange(len(positives)), positives.copies)
-        if self._in_time_order:
+        if self._options.order == "time":
             order = order[np.argsort(positives.ts_ms[order], kind="stable")]
             return Epoch(order, clicks.item_row, None, None)
         order = generator.permutation(order)
@@ -164,9 +157,7 @@ class BatchMaker:
         One pass over a piece then gives the histories of all of them (Kang and McAuley 2018). A piece has as many
         clicks as a history, and each epoch cuts the clicks elsewhere, so that a row meets histories of every length.
         """
-        history = self._samples.features.history
-        assert history is not None
-        cut = generator.integers(history.last, size=len(self._samples.users))
+        cut = generator.integers(self._last, size=len(self._samples.users))
         user = self._samples.positives.user_row[order].astype(np.int64)
         piece = self._piece(order, user, cut)
         _, place = np.unique(user * (1 + int(piece.max(initial=0))) + piece, return_inverse=True)
@@ -175,49 +166,49 @@ class BatchMaker:
 
     def _piece(self, rows: Longs, user_row: Longs, cut: Longs) -> Longs:
         """The piece of its user's clicks in which the history of each row (B,) ends; an empty one is in the first."""
-        history = self._samples.features.history
-        assert history is not None
         end = np.maximum(self._samples.positives.history[rows].astype(np.int64) - 1, 0)
-        piece: Longs = (end + cut[user_row]) // history.last
+        piece: Longs = (end + cut[user_row]) // self._last
         return piece
 
+    def _histories(
+        self, rows: Longs, user_row: Longs, fed: Epoch, tokens: Rows, generator: np.random.Generator
+    ) -> Bag | Beginnings:
+        """The histories of training rows (B,), as rows of the table of items."""
+        if fed.cut is not None:
+            return self._beginnings(rows, user_row, fed.cut, tokens, generator)
+        first, last = self._samples.clicks.indptr[user_row], self._samples.clicks.indptr[user_row + 1]
+        if fed.early is None:
+            length = self._samples.positives.history[rows].astype(np.int64)
+            last = first + length - self._skipped(length, generator)
+        else:
+            middle = first + (last - first) // 2
+            first, last = np.where(fed.early[rows], middle, first), np.where(fed.early[rows], last, middle)
+        count = np.minimum(last - first, self._last)
+        return Bag(pointers(count), tokens[fed.clicked[ranges(last - count, count)]])
+
     def _beginnings(
-        self, rows: Longs, user_row: Longs, cut: Longs, last: int, generator: np.random.Generator
+        self, rows: Longs, user_row: Longs, cut: Longs, tokens: Rows, generator: np.random.Generator
     ) -> Beginnings:
-        """The histories of training rows (B,) as beginnings of pieces, of catalogue rows."""
+        """The histories of training rows (B,) as beginnings of pieces."""
         piece = self._piece(rows, user_row, cut)
         pieces = 1 + int(piece.max(initial=0))
         distinct, row = np.unique(user_row * pieces + piece, return_inverse=True)
         user = distinct // pieces
-        start = np.maximum(distinct % pieces * last - cut[user], 0)
+        start = np.maximum(distinct % pieces * self._last - cut[user], 0)
         length = self._samples.positives.history[rows] - start[row]
         counts = np.zeros(len(distinct), np.int64)
         np.maximum.at(counts, row, length)
-        places = ranges(self._samples.clicks.indptr[user] + start, counts)
-        lists = Bag(pointers(counts), self._samples.clicks.item_row[places])
-        return Beginnings(lists, row, length - self._skipped(length, generator))
+        clicked = self._samples.clicks.item_row[ranges(self._samples.clicks.indptr[user] + start, counts)]
+        return Beginnings(Bag(pointers(counts), tokens[clicked]), row, length - self._skipped(length, generator))
 
     def _skipped(self, most: Longs, generator: np.random.Generator) -> Longs:
-        """How many of the latest clicks before its request a row's history (B,) leaves out; at most all but one."""
+        """How many of the latest clicks before its request a row's history (B,) leaves out; at most all but one.
+
+        So the model learns what comes later too (all-action prediction, Pancha et al. 2022).
+        """
         if not self._options.horizon:
             return np.zeros(len(most), np.int64)
         return generator.integers(np.clip(most, 1, self._options.horizon + 1))
-
-    def _histories(
-        self,
-        rows: Longs,
-        user_row: npt.NDArray[np.int32],
-        early: npt.NDArray[np.bool_] | None,
-        generator: np.random.Generator,
-    ) -> Stretches:
-        """Where the histories of training rows (B,) stand among the clicks of the epoch."""
-        indptr = self._samples.clicks.indptr
-        first, last = indptr[user_row], indptr[user_row + 1]
-        if early is None:
-            count = self._samples.positives.history[rows].astype(np.int64)
-            return Stretches(first, first + count - self._skipped(count, generator))
-        middle = first + (last - first) // 2
-        return Stretches(np.where(early[rows], middle, first), np.where(early[rows], last, middle))
 
     def _batch(self, rows: Longs, fed: Epoch, generator: np.random.Generator) -> Batch:
         """The batch of some training rows (B,)."""
@@ -311,18 +302,8 @@ class BatchMaker:
             column = take(samples.positives.context[feature.name], rows)
             user[feature.name] = some_missing(feature, column, self._options.id_dropout, generator)
         drop_ids(user, c.USER_ID, self._options.id_dropout, generator)
-        history = samples.features.history
-        if history is None or self._item_tokens is None:
-            return user
-        if fed.cut is not None:
-            begun = self._beginnings(rows, user_row.astype(np.int64), fed.cut, history.last, generator)
-            lists = Bag(begun.lists.indptr, self._item_tokens[begun.lists.rows])
-            user[history.name] = Beginnings(lists, begun.row, begun.length)
-        else:
-            stretch = self._histories(rows, user_row, fed.early, generator)
-            count = np.minimum(stretch.stop - stretch.start, history.last)
-            places = ranges(stretch.stop - count, count)
-            user[history.name] = Bag(pointers(count), self._item_tokens[fed.clicked[places]])
+        if (history := samples.features.history) is not None and self._item_tokens is not None:
+            user[history.name] = self._histories(rows, user_row.astype(np.int64), fed, self._item_tokens, generator)
         return user
 
     def _item_columns(self, distinct: Longs, generator: np.random.Generator) -> dict[str, Column | Beginnings]:

@@ -186,7 +186,7 @@ def _present_settings(manifest: dict[str, Any]) -> dict[str, Any]:
         return {"network": old["kind"], "layers": old["layers"], "crosses": old["crosses"]}
 
     if "network" in shape:
-        return {"ranker": {**shape, **network(shape["network"])}}
+        return {"ranker": shape | network(shape["network"])}
     towers = {f"{side}_tower": network(shape[side]) for side in ("user", "item")}
     models: dict[str, Any] = {"dimension": shape["dimension"], **towers}
     if shape["interests"]:
@@ -280,9 +280,9 @@ def resume(
         tensors = load_file(path / TENSORS)
         _restore_model(model, tensors)
         _restore_optimizer(model, optimizer, tensors)
-        kept = {key: value.numpy() for key, value in tensors.items() if key.startswith(FREQUENCY)}
-        if frequency is not None:
-            frequency.restore({key.removeprefix(FREQUENCY): value for key, value in kept.items()})
+        if isinstance(frequency, StreamingFrequency):
+            for name, own in frequency.state.items():
+                np.copyto(own, tensors[f"{FREQUENCY}{name}"].numpy())
         return Progress(**manifest["progress"])
     return None
 
@@ -319,8 +319,8 @@ def _tensors(model: Model, optimizer: torch.optim.Adam, frequency: Frequency | N
     for name, table in model.tables.items():
         tensors[f"table.{name}"] = torch.from_numpy(table.weights)
         tensors[f"accumulator.{name}"] = torch.from_numpy(table.accumulator)
-    for name, value in ({} if frequency is None else frequency.state()).items():
-        tensors[f"{FREQUENCY}{name}"] = torch.from_numpy(value)
+    if isinstance(frequency, StreamingFrequency):
+        tensors |= {f"{FREQUENCY}{name}": torch.from_numpy(value) for name, value in frequency.state.items()}
     return {name: value.contiguous() for name, value in sorted(tensors.items())}
 
 

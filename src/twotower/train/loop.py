@@ -58,7 +58,7 @@ class Task(Generic[ModelT, BatchT]):
     """Names the model in the log."""
     model: ModelT
     optimizer: torch.optim.AdamW
-    """Of the parameters of the model; its tables are updated beside it."""
+    """Updates the parameters of the model; the loop updates the tables."""
     rows: int
     """Training rows of an epoch."""
     batches: Callable[[int, int], Iterator[BatchT]]

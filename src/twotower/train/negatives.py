@@ -4,6 +4,7 @@ B rows of a batch, N items, n easy and H hard negatives of a row.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ class Draws:
 
     @property
     def total(self) -> float:
-        """Of all sources."""
+        """Negatives of a row from all sources."""
         return self.in_batch + self.uniform + self.clicks
 
 
@@ -171,19 +172,9 @@ class CountedFrequency:
         with np.errstate(divide="ignore"):  # an item that is never fed never comes from the batch
             self._log = np.log(frequency)
 
-    def observe(self, items: Longs, copies: Longs) -> None:
-        """Nothing is learned from a batch."""
-
     def log_q(self, items: Longs) -> Floats:
         """Log q of items (n,)."""
         return self._log[items]
-
-    def state(self) -> dict[str, npt.NDArray[np.generic]]:
-        """Nothing to keep."""
-        return {}
-
-    def restore(self, state: dict[str, npt.NDArray[np.generic]]) -> None:
-        """Nothing to take up again."""
 
 
 class StreamingFrequency:
@@ -201,11 +192,15 @@ class StreamingFrequency:
 
     def __init__(self, size: int, rate: float = 0.02) -> None:
         self._rate = rate
-        self._draws = 0
-        self._last = np.zeros(size, np.int64)
-        self._gap = np.zeros(size, np.float32)
-        self._copies = np.zeros(size, np.float32)
-        self._seen = np.zeros(size, np.int32)
+        self.state: dict[str, npt.NDArray[Any]] = {
+            "draws": np.zeros(1, np.int64),
+            "last": np.zeros(size, np.int64),
+            "gap": np.zeros(size, np.float32),
+            "copies": np.zeros(size, np.float32),
+            "seen": np.zeros(size, np.int32),
+        }
+        """What a checkpoint keeps: draws so far, and by item the draw of its last occurrence, both averages, and
+        its occurrences."""
 
     def observe(self, items: Longs, copies: Longs) -> None:
         """Take in a batch.
@@ -214,35 +209,21 @@ class StreamingFrequency:
             items: (C,) distinct catalogue rows.
             copies: (C,) how often each occurs.
         """
-        self._draws += int(copies.sum())
-        self._seen[items] += 1
-        rate = np.maximum(self._rate, 1 / self._seen[items]).astype(np.float32)
-        self._gap[items] += rate * ((self._draws - self._last[items]) - self._gap[items])
-        self._copies[items] += rate * (copies - self._copies[items])
-        self._last[items] = self._draws
+        draws, last, gap, mean_copies, seen = self.state.values()
+        draws += copies.sum()
+        seen[items] += 1
+        rate = np.maximum(self._rate, 1 / seen[items]).astype(np.float32)
+        gap[items] += rate * ((draws - last[items]) - gap[items])
+        mean_copies[items] += rate * (copies - mean_copies[items])
+        last[items] = draws
 
     def log_q(self, items: Longs) -> Floats:
         """Log q of items (n,); one that never occurred counts as occurring now."""
-        seen = self._seen[items] > 0
-        copies = np.where(seen, self._copies[items], 1).astype(np.float64)
-        gap = np.where(seen, self._gap[items].astype(np.float64), self._draws + len(self._seen))
+        draws, _, gaps, mean_copies, occurrences = self.state.values()
+        seen = occurrences[items] > 0
+        copies = np.where(seen, mean_copies[items], 1).astype(np.float64)
+        gap = np.where(seen, gaps[items].astype(np.float64), draws + len(occurrences))
         return np.log(copies) - np.log(gap)
-
-    def state(self) -> dict[str, npt.NDArray[np.generic]]:
-        """What a checkpoint keeps."""
-        return {
-            "draws": np.array([self._draws]),
-            "last": self._last,
-            "gap": self._gap,
-            "copies": self._copies,
-            "seen": self._seen,
-        }
-
-    def restore(self, state: dict[str, npt.NDArray[np.generic]]) -> None:
-        """Go on from what a checkpoint kept."""
-        self._draws = int(state["draws"][0])
-        for name, own in (("last", self._last), ("gap", self._gap), ("copies", self._copies), ("seen", self._seen)):
-            np.copyto(own, state[name])
 
 
 class HardNegatives:

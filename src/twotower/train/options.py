@@ -26,19 +26,19 @@ class TrainOptions:
     loss: Literal["pointwise", "triplet_hinge", "triplet_logistic", "sampled_softmax", "corrected_log_q", "bsl"] = (
         "sampled_softmax"
     )
-    """What is minimised."""
+    """The loss that is minimised."""
     temperature: PositiveReal = 0.07
     """Divides the cosine in a softmax: `sampled_softmax`, `corrected_log_q`, `bsl`."""
     positive_temperature: PositiveReal | None = None
     """`bsl`: divides the positive's cosine; absent = as `temperature`."""
     margin: PositiveReal = 0.4
-    """`triplet_hinge`: by how much a positive is to be nearer than a negative."""
+    """`triplet_hinge`: how much nearer than a negative a positive should be."""
     sigma: PositiveReal = 10.0
     """`triplet_logistic`: multiplies the difference of the cosines."""
     scale: AtLeastOne = 10.0
-    """`pointwise`: initial scale of the cosine; it is learned."""
+    """`pointwise`: initial scale of the cosine; the scale is learned."""
     pointwise_negatives: PositiveReal = 3.0
-    """`pointwise`: weight of all negatives of a positive over its own."""
+    """`pointwise`: weight of all negatives of a positive, where the positive weighs 1."""
     logit_adjustment: NotNegative = 0.0
     """`sampled_softmax`, `corrected_log_q`, `bsl`: how strongly popular items are preferred at serving time. Candidates
     are ordered by log P(item | user) + `logit_adjustment` x log P(item); two more numbers in all vectors carry this.
@@ -48,31 +48,31 @@ class TrainOptions:
     epochs: Positive = 10
     """Passes over the positives in the bootstrap; a full update is always one."""
     seed: Whole = 0
-    """Of the initial weights, the order of rows and whatever else is drawn."""
+    """Seed of the initial weights, the order of rows and everything else that is drawn."""
     learning_rate: Rate = 0.001
-    """Of the networks (Adam)."""
+    """Learning rate of the networks (Adam)."""
     table_learning_rate: Rate = 0.05
-    """Of the embedding tables (row-wise Adagrad)."""
+    """Learning rate of the embedding tables (row-wise Adagrad)."""
     schedule: Literal["constant", "linear"] = "constant"
     """`linear`: both rates fall to zero over the whole run."""
     weight_decay: NotNegative = 0.0
-    """Of the networks, decoupled."""
+    """Decoupled weight decay of the networks."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a tower's hidden units left out in training."""
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of ids replaced by the unknown id in training, so that new users and items get their features' vector."""
+    """Share of ids that training replaces by the unknown id, so that features alone place new users and items."""
     horizon: Whole = 0
-    """A training row's history ends up to so many clicks before its request, drawn evenly: 0 teaches what is clicked
-    next, more teaches what is clicked later too. For data with time."""
+    """A training row's history leaves out up to this many of its latest clicks, a number drawn evenly. 0 teaches what
+    is clicked next, more teaches what is clicked later too. For data with time."""
     half_life_days: PositiveReal | None = None
     """Days before the latest request after which a positive counts half; absent = age does not matter."""
     order: Literal["shuffled", "time"] = "shuffled"
-    """Of the positives of an epoch. `time`: as they were clicked, each day's last ones are learned last; for data with
-    time."""
+    """Order of the positives of an epoch. `time`: as they were clicked, so that the latest are learned last; for data
+    with time."""
     checkpoint_s: PositiveReal = 60.0
     """Seconds between checkpoints that a killed run resumes from."""
     threads: Threads = 2
-    """Threads of a step."""
+    """Threads that compute a step."""
 
     @property
     def is_softmax(self) -> bool:
@@ -95,9 +95,9 @@ class Span:
     low: Annotated[float, Field(allow_inf_nan=False)] | None = None
     high: Annotated[float, Field(allow_inf_nan=False)] | None = None
     log: bool = False
-    """Even on a logarithmic scale."""
+    """Values are drawn evenly on a logarithmic scale."""
     whole: bool = False
-    """Whole numbers alone."""
+    """Whole numbers only."""
     choices: list[Any] | None = None
 
     def __post_init__(self) -> None:
@@ -123,14 +123,14 @@ class TuneOptions:
     """What `twotower train --trials N` tries, and how it judges."""
 
     space: dict[str, Span] = field(default_factory=dict)
-    """Keys of this file, such as `"train.temperature"`, with the values that they may take; without any, the number of
-    epochs alone is chosen."""
+    """Keys of this file, such as `"train.temperature"`, with the values that they may take. Without any, only the
+    number of epochs is chosen."""
     holdout: Text | None = None
     """What of the training events is validation, for `twotower fuse` too: `time:Q`, `since:DAY`, `leave-one-out`,
     `pause:DAYS` or, without time, `random:SHARE`; absent = as the workspace's own hold-out was cut."""
     metric: Annotated[str, Field(pattern=r"^(recall|ndcg|hit)@[1-9]\d{0,5}$")] = "recall@50"
-    """What is to be greatest: `recall@K`, `ndcg@K` or `hit@K`."""
+    """The metric that is maximised: `recall@K`, `ndcg@K` or `hit@K`."""
     patience: Positive = 3
-    """A trial ends after so many epochs that were no better than its best."""
+    """Early stopping: a trial ends after this many epochs that were no better than its best."""
     seed: Whole = 0
-    """Of the search."""
+    """Seed of the search."""

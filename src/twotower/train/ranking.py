@@ -1,8 +1,8 @@
 """The training of a ranker, top to bottom: impressions in, a calibrated checkpoint out."""
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from twotower.evaluate.calibration import Platt, calibration_error, fit_platt
 from twotower.features.columns import Bag, Beginnings, Column, Rows, pointers, ranges, take
+from twotower.features.feature_set import FeatureSet
 from twotower.features.vocabulary import MISSING, UNKNOWN
 from twotower.samples.names import NO_POSITION
 from twotower.samples.read import Impressions, Samples
@@ -55,7 +56,7 @@ class RankerReport:
     rows: int
     """Impressions seen in all epochs."""
     rows_per_s: float
-    """Of this process; 0 where the run was already finished."""
+    """Speed of this process; 0 where the run was already finished."""
     loss: float
     """Mean of the last epoch."""
     calibration: Calibrated
@@ -92,14 +93,9 @@ def train_ranker(
         ConfigError: the ranker needs a feature that is not there.
     """
     started = clock()
-    shown = both_kinds(samples, options.calibration_share)
-    settings = {
-        "name": name,
-        "ranker": asdict(options),
-        "seed": train.seed,
-        "threads": train.threads,
-        "torch": torch.__version__,
-    }
+    cut = trained_impressions(samples, options.calibration_share)
+    of_train = {"seed": train.seed, "threads": train.threads}
+    settings = {"name": name, "ranker": asdict(options), "train": of_train, "torch": torch.__version__}
     run = Run(run_folder(checkpoints, samples.manifest, settings), samples, settings)
     if (done := finished(run.folder)) is not None:
         kept = done.manifest
@@ -109,18 +105,14 @@ def train_ranker(
         )  # fmt: skip
     torch.set_num_threads(train.threads)
     model = Ranker(samples.features, options, train.seed)
-    model.begin_at(float(shown.impressions.clicked[: shown.cut].mean()))
-    batches = ImpressionBatches(samples, shown.impressions, model, options.id_dropout)
-    task = _task(name, model, batches, shown.cut, options=options, seed=train.seed)
-    loop_options = TrainOptions(
-        epochs=options.epochs,
-        seed=train.seed,
-        table_learning_rate=options.table_learning_rate,
-        checkpoint_s=train.checkpoint_s,
-    )
-    trained = train_epochs(task, run, loop_options, clock=clock)
-    calibrated = _calibrate(model, batches, shown)
-    curve = model.curve()[: max(1, int(shown.impressions.position.max(initial=0)))]
+    shown = shown_in(samples)
+    model.begin_at(float(shown.clicked[:cut].mean()))
+    batches = ImpressionBatches(samples, model.features, options.id_dropout)
+    task = _task(name, model, batches, cut, options=options, seed=train.seed)
+    train = replace(train, epochs=options.epochs, table_learning_rate=options.table_learning_rate, schedule="constant")
+    trained = train_epochs(task, run, train, clock=clock)
+    calibrated = _calibrate(model, batches.parts(cut, len(shown)))
+    curve = model.curve()[: max(1, int(shown.position.max(initial=0)))]
     path = finish(task, run, trained, ranker=name, calibration=asdict(calibrated), position=curve)
     return RankerReport(
         path, trained.progress.rows, trained.rows_per_s, trained.loss, calibrated, curve, round(clock() - started, 3)
@@ -150,38 +142,20 @@ def _task(
         loss = binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.clicked))
         return StepLoss(loss, len(batch.clicked), inputs.touched)
 
-    return Task(
-        name,
-        model,
-        torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True),
-        rows,
-        epoch_batches,
-        step_loss,
-        f"lower {name}.learning_rate or {name}.table_learning_rate",
-    )
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True)
+    remedy = f"lower {name}.learning_rate or {name}.table_learning_rate"
+    return Task(name, model, optimizer, rows, epoch_batches, step_loss, remedy)
 
 
-@dataclass(frozen=True)
-class Parted:
-    """Impressions to train on, and behind them those to calibrate on."""
+def trained_impressions(samples: Samples, calibration_share: float) -> int:
+    """How many of the impressions, in the order of time, a ranker trains on; it is calibrated on the others.
 
-    impressions: Impressions
-    cut: int
-    """The first of the latter, in the order of time."""
-
-
-def both_kinds(samples: Samples, calibration_share: float) -> Parted:
-    """Part the impressions between two requests, and see that both parts can teach something.
+    No request is divided.
 
     Raises:
-        DataError: there are no impressions, or none of both kinds in a part.
+        DataError: there are no impressions, or a part has not both clicked ones and others.
     """
-    shown = samples.impressions
-    if shown is None:
-        raise DataError(
-            f"{samples.path} has no impressions, which rankers learn from: set models.rankers and build them again "
-            "with `twotower samples`"
-        )
+    shown = shown_in(samples)
     begins = shown.ts_ms[min(len(shown) - 1, int(len(shown) * (1 - calibration_share)))]
     cut = int(np.searchsorted(shown.ts_ms, begins, side="left"))
     for part, what in ((shown.clicked[:cut], "train on"), (shown.clicked[cut:], "calibrate on")):
@@ -191,7 +165,21 @@ def both_kinds(samples: Samples, calibration_share: float) -> Parted:
                 f"{len(part)} impressions to {what}, {clicks} of them clicked: a ranker needs some of both kinds. "
                 "Choose more days, or another calibration_share"
             )
-    return Parted(shown, cut)
+    return cut
+
+
+def shown_in(samples: Samples) -> Impressions:
+    """The impressions of samples.
+
+    Raises:
+        DataError: there are none.
+    """
+    if samples.impressions is None:
+        raise DataError(
+            f"{samples.path} has no impressions, which rankers learn from: set models.rankers and build them again "
+            "with `twotower samples`"
+        )
+    return samples.impressions
 
 
 @dataclass(frozen=True)
@@ -207,25 +195,23 @@ class ImpressionBatch:
 class ImpressionBatches:
     """Gathers impressions: their users and contexts, what was clicked before, their items.
 
-    An id that no training row clicked has no row in the tables, and each of its impressions here is one without a
-    click. To train the unknown id by them would teach that strangers never click and that new items are never clicked.
-    So they are trained as missing ones, which no request has, and the unknown id by a share of all ids alone.
+    An id that no training row clicked has no row in the tables, and none of its impressions here has a click. If they
+    trained the unknown id, it would learn that unknown users never click and that new items are never clicked. So they
+    train the row for missing ids, which no request has, and the unknown id is trained by a share of all ids.
 
     Args:
-        samples: they are of.
-        impressions: the rows.
-        model: that reads them.
+        samples: with impressions.
+        features: the features of the ranker.
         id_dropout: share of ids replaced by the unknown one, and of contexts made missing.
     """
 
-    def __init__(self, samples: Samples, impressions: Impressions, model: Ranker, id_dropout: float) -> None:
+    def __init__(self, samples: Samples, features: FeatureSet, id_dropout: float) -> None:
         self._samples = samples
-        self._shown = impressions
-        self._features = model.features
+        self._shown = shown_in(samples)
+        self._features = features
         self._id_dropout = id_dropout
-        history = model.features.history
-        self._tokens: Rows | None = history.vocabulary.rows(samples.items.ids) if history else None
-        self._has_positions = bool((impressions.position != NO_POSITION).any())
+        self._tokens: Rows | None = features.history.vocabulary.rows(samples.items.ids) if features.history else None
+        self._has_positions = bool((self._shown.position != NO_POSITION).any())
 
     def drawn(self, rows: Longs, generator: np.random.Generator) -> ImpressionBatch:
         """Impressions (B,) to train on, some of their ids unknown and some of their contexts missing."""
@@ -241,7 +227,7 @@ class ImpressionBatches:
         return batch
 
     def plain(self, rows: Longs) -> ImpressionBatch:
-        """Impressions (B,) as a server would meet them, but for their positions."""
+        """Impressions (B,) as a server reads them, except for their positions."""
         samples, shown = self._samples, self._shown
         user_row = shown.user_row[rows]
         user: Side = {f.name: take(samples.users.features[f.name], user_row) for f in self._features.user_columns}
@@ -257,16 +243,16 @@ class ImpressionBatches:
         return ImpressionBatch(user, item, position, shown.clicked[rows].astype(np.float32))
 
     def parts(self, first: int, last: int) -> Iterator[ImpressionBatch]:
-        """Impressions first..last - 1 in their order, as a server would meet them."""
+        """Impressions first..last - 1 in their order, as a server reads them."""
         for start in range(first, last, SCORED):
             yield self.plain(np.arange(start, min(start + SCORED, last)))
 
 
-def _calibrate(model: Ranker, batches: ImpressionBatches, shown: Parted) -> Calibrated:
-    """Fit the scaling of log-odds, where items were shown, to the impressions that were kept apart; in place."""
+def _calibrate(model: Ranker, batches: Iterable[ImpressionBatch]) -> Calibrated:
+    """Fit the scaling of log-odds at the positions of the impressions to impressions that were kept apart; in place."""
     found = [
         (model.score(batch.user, batch.item, batch.position.astype(np.int32)), batch.clicked)  # type: ignore[arg-type]
-        for batch in batches.parts(shown.cut, len(shown.impressions))
+        for batch in batches
     ]
     logits, clicked = (np.concatenate(part).astype(np.float64) for part in zip(*found, strict=True))
     platt = fit_platt(logits, clicked)

@@ -111,11 +111,11 @@ def train(
     """
     started = clock()
     options = _channel_options(options, models, channel, warm is not None)
+    described = ("dimension", "user_tower", "item_tower", *([MIND] if channel == MIND else []))
     settings = {
         "channel": channel,
         "train": {name: value for name, value in asdict(options).items() if name != "checkpoint_s"},
-        "models": {name: asdict(models)[name] for name in ("dimension", "user_tower", "item_tower")}
-        | ({MIND: asdict(models.mind)} if channel == MIND else {}),
+        "models": {name: value for name, value in asdict(models).items() if name in described},
         "negatives": asdict(negatives),
         "torch": torch.__version__,
         **({} if loss is None else {OWN_LOSS: _described(loss)}),
@@ -199,14 +199,8 @@ def _task(
     loss: Loss,
 ) -> Task[TwoTower, Batch]:
     """The towers of a channel, their batches, and the loss of a batch."""
-    model = new_towers(
-        samples.features,
-        models,
-        channel,
-        seed=options.seed,
-        dropout=options.dropout,
-        adjusted=options.logit_adjustment > 0,
-    )
+    adjusted = options.logit_adjustment > 0
+    model = new_towers(samples.features, models, channel, seed=options.seed, dropout=options.dropout, adjusted=adjusted)
     model.calibrate(options.scale)
     samples = replace(samples, features=model.features)
     sources = negative_sources(negatives, samples)
@@ -221,19 +215,14 @@ def _task(
         value = batch_loss(loss, users, items, batch, hard_share=sources.hard_share, calibration=model.calibration)
         return StepLoss(value, len(batch), inputs.touched)
 
-    return Task(
-        channel,
-        model,
-        torch.optim.AdamW(
-            model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True
-        ),
-        batches.rows,
-        batches.epoch,
-        step_loss,
-        f"lower train.learning_rate = {options.learning_rate} or train.table_learning_rate = "
-        f"{options.table_learning_rate}, or raise train.temperature = {options.temperature}",
-        sources.frequency,
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True
     )
+    remedy = (
+        f"lower train.learning_rate = {options.learning_rate} or train.table_learning_rate = "
+        f"{options.table_learning_rate}, or raise train.temperature = {options.temperature}"
+    )
+    return Task(channel, model, optimizer, batches.rows, batches.epoch, step_loss, remedy, sources.frequency)
 
 
 def _preferences(samples: Samples, options: TrainOptions) -> npt.NDArray[np.float64]:

@@ -4,9 +4,7 @@ One updater at a time writes the chain of a version: it holds a lock in the chai
 waits for it, and takes over where it ended.
 """
 
-import fcntl
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ from pathlib import Path
 from twotower.publish.delta import chain_folder
 from twotower.publish.publish import current_path
 from twotower.schema.errors import VersionError
+from twotower.schema.locks import take_lock
 from twotower.update.chain import TOLD, Chain, Done
 
 log = logging.getLogger(__name__)
@@ -152,11 +151,12 @@ def _only_updater(deltas: Path, version_id: str, dry_run: bool) -> Iterator[bool
         return
     folder = chain_folder(deltas, version_id)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
+        lock = take_lock(folder / LOCK, VersionError)
+    except VersionError:
         yield False
+        return
+    try:
+        yield True
     finally:
-        os.close(lock)
+        lock.release()
