@@ -46,7 +46,7 @@ $(BASE):
 $(DEV): $(BASE)
 	@echo "set-up: the tools of development into .venv" >&2
 	@touch .venv/.installing
-	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,dev,kafka,redis,spark,swing,tune]'
+	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,dev,kafka,lab,plots,redis,spark,swing,tune]'
 	@rm .venv/.installing
 	@touch $@
 
@@ -120,16 +120,10 @@ bench: $(DEV) peers
 	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
 	$(BIN)/python benchmarks/deltas.py --out benchmarks/results/deltas.json
 	$(BIN)/python benchmarks/quality.py --data '$(REAL_DATA)' --out benchmarks/results/quality.json
-	$(BIN)/python benchmarks/context.py --data '$(REAL_DATA)' --out benchmarks/results/context.json
-	$(BIN)/python benchmarks/losses.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/losses.json
 	$(BIN)/python benchmarks/speed.py --data '$(REAL_DATA)/ml-1m' --out benchmarks/results/speed.json
 	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/scaling.json
-	$(BIN)/python benchmarks/hard.py --users 2500 --items 2000 --days 7 --out benchmarks/results/hard.json
-	$(BIN)/python benchmarks/variants.py --data '$(REAL_DATA)' --out benchmarks/results/variants.json
-	$(BIN)/python benchmarks/mind.py --data '$(REAL_DATA)' --out benchmarks/results/mind.json
 	$(BIN)/python benchmarks/fusion.py --data '$(REAL_DATA)' --out benchmarks/results/fusion.json
 	$(BIN)/python benchmarks/early_fusion.py --out benchmarks/results/early_fusion.json
-	$(BIN)/python benchmarks/ranking.py --data '$(REAL_DATA)' --out benchmarks/results/ranking.json
 	$(BIN)/python benchmarks/neighbours.py --data '$(REAL_DATA)' --out benchmarks/results/neighbours.json
 	$(BIN)/python benchmarks/world.py --data '$(REAL_DATA)' --out benchmarks/results/world.json
 

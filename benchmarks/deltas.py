@@ -14,13 +14,10 @@ behind the folded one as there can be. Times are medians, by the clock and by th
 the 10th and the 90th percentile. Prints one JSON line.
 """
 
-import argparse
 import json
 import os
-import platform
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common import arguments_of, finish, note
 from twotower.config import Settings, load
 from twotower.features.vocabulary import FIRST
 from twotower.logs import Event, LocalEventLog
@@ -254,7 +252,7 @@ def measure_opening(settings: Settings, count: int, repeats: int, every: int) ->
                       "server": server.figures(), "updater": updater.figures(),
                       **({"written_ms": round(written.clock[0]), "written_and_removed_ms": round(removed.clock[0])}
                          if folded else {})})  # fmt: skip
-        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+        note(json.dumps(found[-1]))
     return found
 
 
@@ -279,10 +277,7 @@ def fold_at(settings: Settings, last: int, every: int, written: Times) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="a small world, few and short chains")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, "a small world, few and short chains").parse_args()
     smoke = arguments.smoke
     sizes = {10: 4, 100: 3} if smoke else {10: 41, 100: 31, 1000: 13, 4096: 9}
     chains = {0: 2, 39: 2} if smoke else {0: 5, 999: 5, 9_999: 3}
@@ -300,18 +295,15 @@ def main() -> None:
                 if turn < sizes[one.clicks]:
                     one.next()
         deltas = [one.figures() for one in learned]
-    result = {
-        "benchmark": "deltas",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "load_average_before": round(load_before, 1),
-        "world": dict(zip(("users", "items", "days"), world, strict=True)),
-        "fold_every": every,
-        "deltas": deltas,
-        "opening": opening,
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(
+        arguments,
+        "deltas",
+        load_average_before=round(load_before, 1),
+        world=dict(zip(("users", "items", "days"), world, strict=True)),
+        fold_every=every,
+        deltas=deltas,
+        opening=opening,
+    )
 
 
 if __name__ == "__main__":

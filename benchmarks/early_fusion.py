@@ -9,11 +9,6 @@ id, an age and thirty clicks. Rounds are interleaved, and times are those of the
 wall's. Progress goes to stderr, one JSON line to stdout.
 """
 
-import argparse
-import json
-import os
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from common import arguments_of, finish, note
 from twotower.features.columns import Bag
 from twotower.features.feature_set import FeatureSet, encode_request, encode_table, fit
 from twotower.features.options import Categorical, Features, MultiCategorical, Numeric, Sequence
@@ -102,12 +98,12 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
     """Medians of every way to answer one request over `count` items."""
     rng = np.random.default_rng(SEED)
     features, items = catalogue(count, rng)
-    print(f"{count} items encoded", file=sys.stderr, flush=True)
+    note(f"{count} items encoded")
     centres = rng.standard_normal((CENTRES, DIMENSION), np.float32)
     vectors, tuning, queries = (clustered(centres, size, rng) for size in (count, 500, QUERIES))
     exact = ExactIndex.build(np.arange(count), vectors)
     index = FaissIndex.build(np.arange(count), vectors, SEED, flat_below=0).tune(tuning, [K], RECALL, exact)
-    print("index built and tuned", file=sys.stderr, flush=True)
+    note("index built and tuned")
     user = encode_request(features.user_columns, {"user_id": 7, "age": 33}, "features")
     clicks = Bag(np.array([0, HISTORY]), rng.integers(count, size=HISTORY).astype(np.int32))
     every = [np.arange(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
@@ -131,7 +127,7 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
                 if at == 0:
                     way(0)  # brings the mapped pages in
                 times[name].append(timed(lambda way=way, at=at: way(at)))  # type: ignore[misc]
-            print(f"round {at + 1} of {rounds}", file=sys.stderr, flush=True)
+            note(f"round {at + 1} of {rounds}")
     truth, found = exact.search(queries, K).rows, index.search(queries, K).rows
     recall = float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(truth, found, strict=True)]))
     medians = {
@@ -155,23 +151,15 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes: shows that it runs, measures nothing")
-    parser.add_argument("--out", type=Path, help="also write the result to this file")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, "small sizes").parse_args()
     count, rounds = (5_000, 2) if arguments.smoke else (1_000_000, 5)
-    result = {
-        "benchmark": "early fusion over a whole catalogue",
-        "smoke": arguments.smoke,
-        "machine": {"cpus": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version()},
-        "dimension": DIMENSION,
-        "seed": SEED,
+    finish(
+        arguments,
+        "early fusion over a whole catalogue",
+        dimension=DIMENSION,
+        seed=SEED,
         **measure(count, rounds),
-    }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    )
 
 
 if __name__ == "__main__":

@@ -10,18 +10,16 @@ seconds (`cpu_s`, Python's and Java's) tell more than those of the clock. With `
 sizes and jobs stays. Progress goes to stderr, one JSON line to stdout.
 """
 
-import argparse
 import hashlib
 import json
-import os
-import platform
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common import arguments_of, finish, make_catalogue, note, run
 
 DAYS = 10
 FIRST_MS = 1_704_067_200_000
@@ -44,26 +42,20 @@ def generate(workspace: Path, events: int, users: int, items: int) -> None:
     import pyarrow.parquet as pq
 
     rng = np.random.default_rng(SEED)
-    workspace.mkdir(parents=True)
-    people = {"user_id": np.arange(users) * 7 + 1, "age": rng.integers(12, 80, users)}
-    things = {"item_id": np.arange(items) * 3 + 1, "category": rng.integers(0, 50, items)}
-    pq.write_table(pa.table(people), workspace / "users.parquet")
-    pq.write_table(pa.table(things), workspace / "items.parquet")
-    chances = 1 / np.arange(1, items + 1)
-    edges = np.cumsum(chances / chances.sum())
+    user_id, item_id, draw_items = make_catalogue(workspace, rng, users, items)
     for day in range(DAYS):
         requests = events // DAYS // len(OUTCOMES)
         at = FIRST_MS + day * DAY_MS + np.sort(rng.integers(0, DAY_MS, requests))
         user = np.where(rng.random(requests) < CRAWLER, 0, rng.integers(0, users, requests))
         count = requests * len(OUTCOMES)
-        item = np.minimum(np.searchsorted(edges, rng.random(count)), items - 1)
+        item = draw_items(count)
         clicked = np.tile([outcome == "clicked" for outcome in OUTCOMES], requests)
         request = np.repeat(at, len(OUTCOMES))
         table = pa.table(
             {
                 "event_seq": np.arange(day * count, (day + 1) * count),
-                "user_id": people["user_id"][np.repeat(user, len(OUTCOMES))],
-                "item_id": things["item_id"][item],
+                "user_id": user_id[np.repeat(user, len(OUTCOMES))],
+                "item_id": item_id[item],
                 "request_ts_ms": request,
                 "click_ts_ms": pa.array(request + rng.integers(1, 600_000, count), mask=~clicked),
                 "outcome": np.tile(OUTCOMES, requests),
@@ -74,7 +66,7 @@ def generate(workspace: Path, events: int, users: int, items: int) -> None:
         folder = workspace / "events" / f"date=2024-01-{day + 1:02}"
         folder.mkdir(parents=True)
         pq.write_table(table.take(rng.permutation(count)), folder / "part-0.parquet", compression="zstd")
-    print(f"{events} events written", file=sys.stderr)
+    note(f"{events} events written")
 
 
 def run_job(workspace: Path, job: str, name: str) -> dict[str, Any]:
@@ -87,7 +79,7 @@ def run_job(workspace: Path, job: str, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=workspace) as scratch, open_engine(engine, Path(scratch)):
         # A Spark that runs is used by the job, so that its start is measured here.
         started = time.perf_counter() - start
-        digest = {"samples": run_samples, "item_cf": run_item_cf, "swing": run_swing}[job](workspace, engine)
+        digest = run_samples(workspace, engine) if job == "samples" else run_neighbours(workspace, engine, job)
         seconds = time.perf_counter() - start
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
@@ -119,34 +111,17 @@ def run_samples(workspace: Path, engine: Any) -> str:
     return hashlib.sha256(json.dumps(open_samples(folder).manifest, sort_keys=True).encode()).hexdigest()
 
 
-def run_item_cf(workspace: Path, engine: Any) -> str:
-    """Fit ItemCF to the samples; the hash of its file."""
+def run_neighbours(workspace: Path, engine: Any, job: str) -> str:
+    """Fit ItemCF or Swing to the samples; the hash of its file."""
     from twotower.channels.item_cf import fit_item_cf
-    from twotower.samples.read import open_samples
-
-    samples = open_samples(workspace / "samples-duckdb")
-    folder = workspace / f"item_cf-{engine.name}"
-    folder.mkdir()
-    fit_item_cf(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
-    return hashlib.sha256((folder / "neighbours.arrow").read_bytes()).hexdigest()
-
-
-def run_swing(workspace: Path, engine: Any) -> str:
-    """Fit Swing to the samples; the hash of its file."""
     from twotower.channels.swing import fit_swing
     from twotower.samples.read import open_samples
 
-    samples = open_samples(workspace / "samples-duckdb")
-    folder = workspace / f"swing-{engine.name}"
+    samples, fit = open_samples(workspace / "samples-duckdb"), {"item_cf": fit_item_cf, "swing": fit_swing}[job]
+    folder = workspace / f"{job}-{engine.name}"
     folder.mkdir()
-    fit_swing(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
+    fit(samples.clicks, len(samples.items), engine=engine, scratch=workspace).save(folder)
     return hashlib.sha256((folder / "neighbours.arrow").read_bytes()).hexdigest()
-
-
-def child(*arguments: object) -> str:
-    """Run this file again with a hidden command; its stdout."""
-    command = [sys.executable, __file__, *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def main() -> None:
@@ -156,11 +131,9 @@ def main() -> None:
     if sys.argv[1:2] == ["job"]:
         print(json.dumps(run_job(Path(sys.argv[2]), *sys.argv[3:5])))
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a small log: shows that it runs, measures nothing")
+    parser = arguments_of(__doc__, "a small log")
     parser.add_argument("--events", type=int, nargs="+", default=[1_000_000, 3_000_000, 10_000_000, 20_000_000])
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--out", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     sizes, users, items = ([20_000], 400, 200) if arguments.smoke else (arguments.events, 200_000, 100_000)
     rows = []
@@ -171,34 +144,29 @@ def main() -> None:
     for events in sizes:
         with tempfile.TemporaryDirectory() as folder:
             workspace = Path(folder, "workspace")
-            child("generate", workspace, events, users, items)
+            run([sys.executable, __file__, "generate", workspace, events, users, items])
             if "samples" not in arguments.jobs:
-                child("job", workspace, "samples", "duckdb")
+                run([sys.executable, __file__, "job", workspace, "samples", "duckdb"])
             for job in arguments.jobs:
                 for engine in ENGINES:
-                    rows.append({"events": events, **json.loads(child("job", workspace, job, engine))})
-                    print(json.dumps(rows[-1]), file=sys.stderr)
+                    rows.append({"events": events, **run([sys.executable, __file__, "job", workspace, job, engine])})
+                    note(json.dumps(rows[-1]))
     rows.sort(key=lambda row: (JOBS.index(row["job"]), row["events"], row["engine"]))
-    result = {
-        "benchmark": "engines",
-        "smoke": arguments.smoke,
-        "machine": {"cpus": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version()},
-        "users": users,
-        "items": items,
-        "days": DAYS,
-        "seed": SEED,
-        "memory_gb": MEMORY_GB,
-        "threads": THREADS,
-        "same": all(
+    finish(
+        arguments,
+        "engines",
+        users=users,
+        items=items,
+        days=DAYS,
+        seed=SEED,
+        memory_gb=MEMORY_GB,
+        threads=THREADS,
+        same=all(
             len({row["sha256"] for row in rows if (row["events"], row["job"]) == key}) == 1
             for key in {(row["events"], row["job"]) for row in rows}
         ),
-        "rows": rows,
-    }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -10,28 +10,24 @@ the first list that holds the item, and from the answer to its second click (`up
 that sees a trained embedding. Users and items of the load are such as have an embedding. Prints one JSON line.
 """
 
-import argparse
-import http.client
 import itertools
 import json
 import os
-import platform
 import random
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import pyarrow as pa
 
+from common import arguments_of, finish, note, options, process, server
 from twotower.config import load
 from twotower.features.vocabulary import FIRST
 from twotower.pipeline.line import open_served, run_line
@@ -59,17 +55,12 @@ class Client:
     """
 
     def __init__(self, url: str) -> None:
-        address = urlsplit(url)
-        self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+        self._client = httpx.Client(base_url=url, timeout=60)
 
     def ask(self, method: str, path: str, body: Any) -> Any:
         """The answer of the server."""
-        self._connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
-        response = self._connection.getresponse()
-        content = response.read()
-        if response.status >= 300:
-            raise RuntimeError(f"{response.status}: {content[:300]!r}")
-        return json.loads(content) if content else None
+        response = self._client.request(method, path, json=body).raise_for_status()
+        return response.json() if response.content else None
 
 
 @dataclass
@@ -168,16 +159,6 @@ def probe_items(url: str, name: str, every_s: float, users: list[Any], like: lis
         time.sleep(every_s)
 
 
-@contextmanager
-def process(*command: str) -> Iterator[subprocess.Popen[str]]:
-    """A command of the program, ended by a signal."""
-    with subprocess.Popen([sys.executable, "-m", "twotower", *command], stdout=subprocess.PIPE, text=True) as running:
-        try:
-            yield running
-        finally:
-            running.terminate()
-
-
 def measure(rate: float, seconds: float, scratch: Path) -> dict[str, Any]:
     """Everything at one rate, on a workspace of its own."""
     workspace = scratch / f"at-{rate:g}"
@@ -199,13 +180,11 @@ def measure(rate: float, seconds: float, scratch: Path) -> dict[str, Any]:
     probes, strangers, loaded, seen = users[:200], users[200:300], users[300:], Seen()
     names = ("category", "author", "tags", "price")
     like = version.catalogue.select(names).slice(0, NEW_ITEMS).to_pylist()
-    options = ["-c", str(CONFIG), *(part for change in changes for part in ("--set", change))]
+    given = options(CONFIG.name, changes)
     with ExitStack() as opened:
-        server = opened.enter_context(process("serve", *options))
-        assert server.stdout is not None
-        url = json.loads(server.stdout.readline())["url"]
-        opened.enter_context(process("join", "--follow", *options))
-        opened.enter_context(process("update", "incremental", "--follow", *options))
+        url = opened.enter_context(server(*given))
+        opened.enter_context(process("join", "--follow", *given))
+        opened.enter_context(process("update", "incremental", "--follow", *given))
         time.sleep(min(SETTLE_S, seconds))
         until = time.monotonic() + seconds
         threads = [
@@ -270,28 +249,23 @@ def figures(seconds: list[float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__, "five seconds at one rate")
     parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 1000.0])
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="five seconds at one rate")
     arguments = parser.parse_args()
     rates, seconds = ([50.0], 5.0) if arguments.smoke else (arguments.rates, arguments.seconds)
     with tempfile.TemporaryDirectory() as scratch:
         runs = []
         for rate in rates:
             runs.append({"rate": rate, **measure(rate, seconds, Path(scratch))})
-            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    result = {
-        "benchmark": "freshness",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "seconds": seconds,
-        "load_average_before": round(os.getloadavg()[0], 1),
-        "runs": runs,
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+            note(json.dumps(runs[-1]))
+    finish(
+        arguments,
+        "freshness",
+        seconds=seconds,
+        load_average_before=round(os.getloadavg()[0], 1),
+        runs=runs,
+    )
 
 
 if __name__ == "__main__":

@@ -13,16 +13,13 @@ reports of all cases (Markdown) and plots (SVG).
 
 import argparse
 import json
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from common import arguments_of, finish, note, options, twotower
 
 
 @dataclass(frozen=True)
@@ -72,24 +69,18 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser = arguments_of(__doc__, "KuaiRand alone, one epoch, few users to choose on", data=True)
     parser.add_argument("--case", action="append", choices=list(CASES), help="absent = all")
     parser.add_argument("--work", type=Path, help="keeps the workspaces; absent = a temporary folder")
     parser.add_argument("--set", action="append", default=[], dest="changed")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="KuaiRand alone, one epoch, few users to choose on")
     arguments = parser.parse_args()
     names = ["kuairand"] if arguments.smoke else arguments.case or list(CASES)
     with tempfile.TemporaryDirectory() as scratch:
-        result = {
-            "benchmark": "fused lists against the best single channel",
-            "machine": f"{platform.machine()}, Python {platform.python_version()}",
-            "cases": {name: one_case(name, arguments.work or Path(scratch), arguments) for name in names},
-        }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+        finish(
+            arguments,
+            "fused lists against the best single channel",
+            cases={name: one_case(name, arguments.work or Path(scratch), arguments) for name in names},
+        )
 
 
 def one_case(name: str, work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -101,14 +92,14 @@ def one_case(name: str, work: Path, arguments: argparse.Namespace) -> dict[str, 
         twotower("import", *source, "--out", str(workspace))
     changed = [*case.changes, f"workspace.path={workspace}", f"evaluate.channels_k={list(case.ks)}", *arguments.changed]
     changed += ["train.epochs=1", "fusion.users=200", "evaluate.bootstrap=50"] if arguments.smoke else []
-    options = ["-c", str(EXAMPLES / case.config), *(part for change in changed for part in ("--set", change))]
+    given = options(case.config, changed)
     if not (workspace / "samples").exists():
-        twotower("samples", *options)
-    twotower("train", *options)
+        twotower("samples", *given)
+    twotower("train", *given)
     if not (workspace / "fusion.json").exists():
-        twotower("fuse", *options)
+        twotower("fuse", *given)
     chosen = json.loads((workspace / "fusion.json").read_text(encoding="utf-8"))
-    report = twotower("evaluate", *options, "--channels")
+    report = twotower("evaluate", *given, "--channels")
     if arguments.out:
         for file in map(Path, report["files"]):
             if file.suffix != ".json":
@@ -121,16 +112,8 @@ def one_case(name: str, work: Path, arguments: argparse.Namespace) -> dict[str, 
         **{key: report[key] for key in ("users", "pairs", "recall", "best", "unique", "overlap", "cold")},
         "gain_is_above_zero": {k: best["difference"]["ci95"][0] > 0 for k, best in report["best"].items()},
     }
-    print(name, json.dumps({key: found[key] for key in ("fusion", "recall", "best")}), file=sys.stderr, flush=True)
+    note(name, json.dumps({key: found[key] for key in ("fusion", "recall", "best")}))
     return found
-
-
-def twotower(*arguments: str) -> dict[str, Any]:
-    """Run a command and give its JSON line."""
-    command = [sys.executable, "-m", "twotower", *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    parsed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return parsed
 
 
 if __name__ == "__main__":

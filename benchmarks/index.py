@@ -8,11 +8,7 @@ by an attribute that goes with the vectors (the gaussian), either by one query (
 Progress goes to stderr, one JSON line to stdout.
 """
 
-import argparse
 import json
-import os
-import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common import arguments_of, finish, note
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
 from twotower.index.protocol import Exclusions, VectorIndex
@@ -74,7 +71,7 @@ def measure(count: int, queries: int) -> list[dict[str, Any]]:
     start = time.perf_counter()
     tuned = built.tune(tuning, KS, RECALL, exact)
     tune_s = time.perf_counter() - start
-    print(f"{count} vectors: built in {build_s:.1f} s, tuned in {tune_s:.1f} s", file=sys.stderr)
+    note(f"{count} vectors: built in {build_s:.1f} s, tuned in {tune_s:.1f} s")
     with tempfile.TemporaryDirectory() as folder:
         tuned.save(Path(folder, "index"))
         start = time.perf_counter()
@@ -114,7 +111,7 @@ def measure_filters(count: int, queries: int) -> list[dict[str, Any]]:
     exact = ExactIndex.build(rows, vectors)
     start = time.perf_counter()
     index = FaissIndex.build(rows, vectors, SEED, flat_below=0).tune(tuning, KS, RECALL, exact)
-    print(f"{count} vectors: built and tuned in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    note(f"{count} vectors: built and tuned in {time.perf_counter() - start:.1f} s")
     entries = []
     for kind in ("chance", "attribute"):
         for share in SHARES:
@@ -134,33 +131,25 @@ def measure_filters(count: int, queries: int) -> list[dict[str, Any]]:
             entry["exclude"] = latencies_ms(index, held_out, k, exclude)
             entry["without"] = latencies_ms(view, held_out, k)
             entry["exact_without"] = latencies_ms(exact_view, held_out, k)
-            print(json.dumps(entry), file=sys.stderr)
+            note(json.dumps(entry))
             entries.append(entry)
     return entries
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="small sizes: shows that it runs, measures nothing")
-    parser.add_argument("--out", type=Path, help="also write the result to this file")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, "small sizes").parse_args()
     sizes, queries = ((5_000,), 20) if arguments.smoke else ((100_000, 1_000_000), 200)
-    result = {
-        "benchmark": "index",
-        "smoke": arguments.smoke,
-        "machine": {"cpus": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version()},
-        "dimension": DIMENSION,
-        "centres": CENTRES,
-        "target_recall": RECALL,
-        "queries": queries,
-        "seed": SEED,
-        "results": [entry for size in sizes for entry in measure(size, queries)],
-        "filtered": measure_filters(sizes[0] * 2, queries),
-    }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(
+        arguments,
+        "index",
+        dimension=DIMENSION,
+        centres=CENTRES,
+        target_recall=RECALL,
+        queries=queries,
+        seed=SEED,
+        results=[entry for size in sizes for entry in measure(size, queries)],
+        filtered=measure_filters(sizes[0] * 2, queries),
+    )
 
 
 if __name__ == "__main__":

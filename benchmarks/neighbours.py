@@ -9,13 +9,9 @@ recall of the held-out positives is that of `evaluate`, without what users click
 is compiled before the clock starts. Prints one JSON line.
 """
 
-import argparse
 import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from common import arguments_of, finish, note, run
 from twotower.channels.item_cf import fit_item_cf
 from twotower.channels.swing import fit_swing
 from twotower.config import load
@@ -59,25 +56,19 @@ def main() -> None:
     if sys.argv[1:2] == ["run"]:
         print(json.dumps(one_run(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "True")))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser = arguments_of(__doc__, "one round of MovieLens", data=True)
     parser.add_argument("--case", action="append", choices=list(CASES), help="absent = all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="one round of MovieLens")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.case, arguments.rounds = ["movielens"], 1
-    result = {
-        "benchmark": "item-to-item neighbours",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "threads": THREADS,
-        "implicit_neighbours": NEIGHBOURS,
-        "cases": {name: one_case(name, arguments.data, arguments.rounds) for name in arguments.case or CASES},
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(
+        arguments,
+        "item-to-item neighbours",
+        threads=THREADS,
+        implicit_neighbours=NEIGHBOURS,
+        cases={name: one_case(name, arguments.data, arguments.rounds) for name in arguments.case or CASES},
+    )
 
 
 def one_case(name: str, data: Path, rounds: int) -> dict[str, Any]:
@@ -93,10 +84,8 @@ def one_case(name: str, data: Path, rounds: int) -> dict[str, Any]:
         clicks = len(open_samples(workspace / "samples").clicks.item_row)
         for turn in range(rounds):
             for method in METHODS:
-                command = [sys.executable, __file__, "run", method, str(workspace), str(k), str(turn == 0)]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                runs[method].append(json.loads(done.stdout.splitlines()[-1]))
-                print(name, method, runs[method][-1], file=sys.stderr, flush=True)
+                runs[method].append(run([sys.executable, __file__, "run", method, workspace, k, turn == 0]))
+                note(name, method, runs[method][-1])
     return {
         "clicks": clicks,
         "methods": {

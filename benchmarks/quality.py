@@ -13,9 +13,7 @@ difference of the median seed to EASE. Prints one JSON line.
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,9 +24,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from common import arguments_of, finish, note, options, over_runs, run, twotower
 from twotower.evaluate.metrics import difference
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from twotower_lab.ease import weights
 
 
 @dataclass(frozen=True)
@@ -75,24 +73,18 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser = arguments_of(__doc__, "one seed, one epoch", data=True)
     parser.add_argument("--case", action="append", choices=list(CASES), help="absent = all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--judge", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="changed")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="one seed, one epoch")
     arguments = parser.parse_args()
-    result = {
-        "benchmark": "quality on public data sets",
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "judged_by": "script" if arguments.judge else "this program",
-        "cases": {name: one_case(CASES[name], arguments) for name in arguments.case or CASES},
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(
+        arguments,
+        "quality on public data sets",
+        judged_by="script" if arguments.judge else "this program",
+        cases={name: one_case(CASES[name], arguments) for name in arguments.case or CASES},
+    )
 
 
 def one_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -110,14 +102,14 @@ def one_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
             "changed": arguments.changed,
             "seconds": [run["seconds"] for run in runs],
             "rows_per_s": [run["rows_per_s"] for run in runs],
-            **{name: summary([run["figures"][name] for run in runs]) for name in runs[0]["figures"]},
+            **{name: over_runs([run["figures"][name] for run in runs]) for name in runs[0]["figures"]},
             **{name: runs[0][name] for name in ("popular", "item_cf", "cold")},
         }
         if case.ease is not None:
             found["ease"] = beside_ease(workspace, case, workspace / f"recommendations-{middle}.parquet")
         for hours in case.hours:
             found[f"popular_last_{hours}_h"] = {metric: popular_lately(workspace, hours, case.k)}
-    print(json.dumps(found), file=sys.stderr, flush=True)
+    note(json.dumps(found))
     return found
 
 
@@ -125,21 +117,21 @@ def one_seed(case: Case, workspace: Path, seed: int, arguments: argparse.Namespa
     """Train, evaluate, publish and recommend with one seed."""
     changed = [f"workspace.path={workspace}", *arguments.changed, f"train.seed={seed}"]
     changed += ["train.epochs=1", "evaluate.bootstrap=10"] if arguments.smoke else []
-    options = ["-c", str(EXAMPLES / case.config), *(part for change in changed for part in ("--set", change))]
+    given = options(case.config, changed)
     started = time.monotonic()
     if seed == 0:
-        twotower("samples", *options)
-    trained = twotower("train", *options)
+        twotower("samples", *given)
+    trained = twotower("train", *given)
     seconds = time.monotonic() - started
-    metrics = twotower("evaluate", *options)
-    twotower("publish", *options)
+    metrics = twotower("evaluate", *given)
+    twotower("publish", *given)
     out, holdout = workspace / f"recommendations-{seed}.parquet", workspace / "holdout.parquet"
-    twotower("retrieve", *options, "--users", str(workspace / case.asked), "--k", "200", "--out", str(out))
+    twotower("retrieve", *given, "--users", str(workspace / case.asked), "--k", "200", "--out", str(out))
     names = [f"{metric}@{k}" for k in sorted({case.k, 10, 20, 50, 200}) for metric in ("recall", "ndcg")]
     if arguments.judge:
         train = str(workspace / "train_positives.parquet")
         ks = ",".join(str(k) for k in sorted({case.k, 10, 20, 50, 200}))
-        judged = run([str(arguments.judge), str(out), str(holdout), "--train", train, "--k", ks])
+        judged = run([sys.executable, arguments.judge, out, holdout, "--train", train, "--k", ks])
         figures = {name: judged[name] for name in names}
     else:
         figures = {name: metrics[name]["value"] for name in names}
@@ -179,14 +171,11 @@ def beside_ease(workspace: Path, case: Case, recommendations: Path) -> dict[str,
     items, item = np.unique(train["item_id"].to_numpy(), return_inverse=True)
     clicked = np.zeros((len(users), len(items)), np.float32)
     clicked[user, item] = 1
-    inverse = np.linalg.inv(clicked.T @ clicked + case.ease * np.eye(len(items), dtype=np.float32))
-    weights = inverse / -np.diag(inverse)
-    np.fill_diagonal(weights, 0)
     judged = np.unique(np.searchsorted(users, holdout["user_id"].to_numpy()))
     truth = np.zeros((len(users), len(items)), bool)
     held = [np.searchsorted(of, holdout[name].to_numpy()) for of, name in ((users, "user_id"), (items, "item_id"))]
     truth[held[0], held[1]] = True
-    scores = clicked[judged] @ weights
+    scores = clicked[judged] @ weights(clicked, case.ease)
     scores[clicked[judged] > 0] = -np.inf
     best = np.argpartition(-scores, case.k, axis=1)[:, : case.k]
     counts = truth[judged].sum(axis=1)
@@ -203,23 +192,6 @@ def beside_ease(workspace: Path, case: Case, recommendations: Path) -> dict[str,
         f"recall@{case.k}": round(float(theirs.mean()), 5),
         "ours_minus_ease": {"value": round(gain.value, 5), "ci95": [round(bound, 5) for bound in gain.ci95 or ()]},
     }
-
-
-def summary(values: list[float]) -> dict[str, Any]:
-    """Median and range of the seeds."""
-    return {"median": statistics.median(values), "range": [min(values), max(values)]}
-
-
-def twotower(*arguments: str) -> dict[str, Any]:
-    """Run a command and give its JSON line."""
-    return run(["-m", "twotower", *arguments])
-
-
-def run(arguments: list[str]) -> dict[str, Any]:
-    """Run Python with arguments and give the last line of its output, parsed."""
-    done = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True)
-    parsed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return parsed
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ of the process, interpreter, engine and mapped files included. Users are drawn e
 is a click, the hardest case, since each becomes a training row. Progress goes to stderr, one JSON line to stdout.
 """
 
-import argparse
 import json
-import os
-import platform
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common import arguments_of, finish, make_catalogue, note, run
 
 DAYS = 10
 FIRST_MS = 1_704_067_200_000
@@ -34,24 +32,18 @@ def generate(workspace: Path, events: int, users: int, items: int) -> None:
     import pyarrow.parquet as pq
 
     rng = np.random.default_rng(SEED)
-    workspace.mkdir(parents=True)
-    people = {"user_id": np.arange(users) * 7 + 1, "age": rng.integers(12, 80, users)}
-    things = {"item_id": np.arange(items) * 3 + 1, "category": rng.integers(0, 50, items)}
-    pq.write_table(pa.table(people), workspace / "users.parquet")
-    pq.write_table(pa.table(things), workspace / "items.parquet")
-    chances = 1 / np.arange(1, items + 1)
-    edges = np.cumsum(chances / chances.sum())
+    user_id, item_id, draw_items = make_catalogue(workspace, rng, users, items)
     for day in range(DAYS):
         first, last = events * day // DAYS, events * (day + 1) // DAYS
         count = last - first
         request = FIRST_MS + day * DAY_MS + np.sort(rng.integers(0, DAY_MS, count))
-        item = np.minimum(np.searchsorted(edges, rng.random(count)), items - 1)
+        item = draw_items(count)
         table = pa.table(
             {
                 "event_seq": np.arange(first, last),
                 "request_id": pa.nulls(count, pa.string()),
-                "user_id": people["user_id"][rng.integers(0, users, count)],
-                "item_id": things["item_id"][item],
+                "user_id": user_id[rng.integers(0, users, count)],
+                "item_id": item_id[item],
                 "request_ts_ms": request,
                 "click_ts_ms": request + rng.integers(1, 600_000, count),
                 "outcome": pa.repeat("clicked", count),
@@ -63,7 +55,7 @@ def generate(workspace: Path, events: int, users: int, items: int) -> None:
         folder = workspace / "events" / f"date=2024-01-{day + 1:02}"
         folder.mkdir(parents=True)
         pq.write_table(table.take(rng.permutation(count)), folder / "part-0.parquet", compression="zstd")
-        print(f"day {day + 1} of {DAYS} written", file=sys.stderr)
+        note(f"day {day + 1} of {DAYS} written")
 
 
 def build(workspace: Path) -> dict[str, Any]:
@@ -99,12 +91,6 @@ def build(workspace: Path) -> dict[str, Any]:
     }
 
 
-def child(*arguments: object) -> str:
-    """Run this file again with a hidden command; its stdout."""
-    command = [sys.executable, __file__, *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 def main() -> None:
     if sys.argv[1:2] == ["generate"]:
         generate(Path(sys.argv[2]), *map(int, sys.argv[3:6]))
@@ -112,33 +98,26 @@ def main() -> None:
     if sys.argv[1:2] == ["build"]:
         print(json.dumps(build(Path(sys.argv[2]))))
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a small log: shows that it runs, measures nothing")
+    parser = arguments_of(__doc__, "a small log")
     parser.add_argument("--events", type=int, default=10_000_000)
-    parser.add_argument("--out", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     events, users, items = (20_000, 400, 200) if arguments.smoke else (arguments.events, 200_000, 100_000)
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder, "workspace")
-        child("generate", workspace, events, users, items)
-        measured = json.loads(child("build", workspace))
-    result = {
-        "benchmark": "samples",
-        "smoke": arguments.smoke,
-        "machine": {"cpus": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version()},
-        "events": events,
-        "users": users,
-        "items": items,
-        "days": DAYS,
-        "seed": SEED,
-        "memory_gb": MEMORY_GB,
-        "threads": THREADS,
+        run([sys.executable, __file__, "generate", workspace, events, users, items])
+        measured = run([sys.executable, __file__, "build", workspace])
+    finish(
+        arguments,
+        "samples",
+        events=events,
+        users=users,
+        items=items,
+        days=DAYS,
+        seed=SEED,
+        memory_gb=MEMORY_GB,
+        threads=THREADS,
         **measured,
-    }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    )
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ is that case's. Prints one JSON line; beside the file of `--out` come plots (SVG
 
 import argparse
 import json
-import os
-import platform
 import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common import arguments_of, finish, note
+from common import run as run_program
 from twotower.channels.options import ModelsOptions
+from twotower.evaluate.plots import figure, svg
 from twotower.features.options import Features
 from twotower.samples.build import build_samples
 from twotower.samples.options import EasyShares, NegativesOptions, SamplesOptions
@@ -87,43 +87,28 @@ def run(**given: Any) -> dict[str, Any]:
     """One case in a process of its own."""
     options = {"items": 4000, "clicked": 4000, "room": 0.1, "loss": "sampled_softmax", "count": None, "own": False}
     asked = {**options, **given}
-    command = [sys.executable, __file__, "--case", json.dumps(asked)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result = {**given, **json.loads(done.stdout.splitlines()[-1])}
-    print(result, file=sys.stderr, flush=True)
+    result = {**given, **run_program([sys.executable, __file__, "--case", json.dumps(asked)])}
+    note(result)
     return result
 
 
 def plot(path: Path, title: str, points: list[tuple[float, float]], x: str, y: str) -> None:
-    """Points and the line through the origin and the last of them, as SVG."""
-    right, top = max(p[0] for p in points) * 1.05, max(p[1] for p in points) * 1.1
-    places = [(60 + 520 * a / right, 330 - 280 * b / top) for a, b in points]
-    circles = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4"/>' for a, b in places)
-    marks = circles + "".join(
-        f'<text x="{a:.1f}" y="{b - 10:.1f}" text-anchor="middle">{p[1]:g}</text>'
-        for (a, b), p in zip(places, points, strict=True)
-    )
-    labels = "".join(
-        f'<text x="{a:.1f}" y="350" text-anchor="middle">{p[0]:g}</text>'
-        for (a, _), p in zip(places, points, strict=True)
-    )
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-    path.write_text(
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 390" font-family="sans-serif" font-size="13">'
-        '<rect width="600" height="390" fill="white"/><path d="M60 40V330H590" fill="none" stroke="gray"/>'
-        f'<text x="300" y="24" text-anchor="middle" font-size="16">{title}</text>'
-        f'<text x="325" y="376" text-anchor="middle">{x}</text><text x="12" y="50">{y}</text>'
-        f'<polyline points="{line}" fill="none" stroke="steelblue" stroke-width="2"/>'
-        f'<g fill="black">{marks}{labels}</g></svg>\n',
-        encoding="utf-8",
-    )
+    """Points and the line between them, as SVG."""
+    with figure(6, 4) as drawn:
+        axes = drawn.subplots()
+        axes.plot(*zip(*points, strict=True), marker="o")
+        for point in points:
+            axes.annotate(f"{point[1]:g}", point, (0, 6), textcoords="offset points", ha="center")
+        axes.set_title(title)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.set_ylim(bottom=0)
+        path.write_text(svg(drawn, title) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__, "small cases")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="small cases: shows that it runs, measures nothing")
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(case(**json.loads(arguments.case))))
@@ -143,23 +128,21 @@ def main() -> None:
     items = [
         run(rows=500_000 // part, items=count // part, clicked=count // part) for count in (10_000, 200_000, 2_000_000)
     ]
-    result = {
-        "benchmark": "growth of training",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "table_of_1m_over_4k": round(float(np.median(large) / np.median(small)), 3),
-        "table_epoch_s": {"4k": small, "1m": large},
-        "negatives": negatives,
-        "rows": rows,
-        "items": items,
-    }
+    finish(
+        arguments,
+        "growth of training",
+        table_of_1m_over_4k=round(float(np.median(large) / np.median(small)), 3),
+        table_epoch_s={"4k": small, "1m": large},
+        negatives=negatives,
+        rows=rows,
+        items=items,
+    )
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        for name, found, unit in (("rows", rows, 1e6), ("items", items, 1e6)):
-            for figure, label in (("epoch_s", "seconds of an epoch"), ("peak_rss_gb", "peak memory, GB")):
-                points = [(one[name] / unit, one[figure]) for one in found]
-                svg = arguments.out.with_name(f"{arguments.out.stem}_{name}_{figure}.svg")
-                plot(svg, f"{label} by {name}", points, f"million {name}", label)
-    print(json.dumps(result))
+        for name, found in (("rows", rows), ("items", items)):
+            for measure, label in (("epoch_s", "seconds of an epoch"), ("peak_rss_gb", "peak memory, GB")):
+                points = [(one[name] / 1e6, one[measure]) for one in found]
+                path = arguments.out.with_name(f"{arguments.out.stem}_{name}_{measure}.svg")
+                plot(path, f"{label} by {name}", points, f"million {name}", label)
 
 
 if __name__ == "__main__":

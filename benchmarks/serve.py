@@ -5,18 +5,14 @@
 A server process answers for random known users: candidates, fused and from the two towers alone, at k = 100 and 500;
 pages of 10 through the whole funnel, each with its record in the log. At 50 requests a second, where a latency counts
 from the moment that the request was due, and over connections that ask again as soon as they are answered (a closed
-loop). The clients are threads of this process and compete with the server for the same cores. Without
-`--workspace` a simulated world is made. Each case is a line of JSON on stderr; the last line on stdout holds them all.
+loop). The clients are threads of this process and compete with the server for the same cores: they use the lightest
+client there is, because httpx costs as much as some of these answers. Without `--workspace` a simulated world is made.
+Each case is a line of JSON on stderr; the last line on stdout holds them all.
 """
 
-import argparse
 import http.client
 import json
-import os
-import platform
 import random
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +23,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from common import arguments_of, finish, note, options, server
 from twotower.config import load
 from twotower.pipeline.line import open_served, run_line
 from twotower.worlds.options import WorldOptions
@@ -117,35 +114,19 @@ def bench(workspace: Path, seconds: float, connections: tuple[int, ...]) -> dict
     overrides = [f"workspace.path={json.dumps(str(workspace))}", "serve.port=0"]
     version = open_served(load(CONFIG, overrides))
     users = version.users.ids.to_pylist()
-    arguments = [part for option in overrides for part in ("--set", option)]
-    command = [sys.executable, "-m", "twotower", "serve", "-c", str(CONFIG), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        assert server.stdout is not None
-        try:
-            url = json.loads(server.stdout.readline())["url"]
-            cases = []
-            asked = [("retrieve", channels, k) for channels in CHANNELS for k in KS] + [("recommend", "fused", PAGE)]
-            for route, channels, k in asked:
-                for count, rate in [(RATE_CONNECTIONS, RATE), *((count, None) for count in connections)]:
-                    cases.append(measure(url, route, users, channels, k, count, seconds, rate))
-                    print(json.dumps(cases[-1]), file=sys.stderr, flush=True)
-        finally:
-            server.terminate()
-    return {
-        "items": len(version.item_ids),
-        "users": len(users),
-        "seconds_each": seconds,
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "cases": cases,
-    }
+    cases = []
+    with server(*options(CONFIG.name, overrides)) as url:
+        asked = [("retrieve", channels, k) for channels in CHANNELS for k in KS] + [("recommend", "fused", PAGE)]
+        for route, channels, k in asked:
+            for count, rate in [(RATE_CONNECTIONS, RATE), *((count, None) for count in connections)]:
+                cases.append(measure(url, route, users, channels, k, count, seconds, rate))
+                note(json.dumps(cases[-1]))
+    return {"items": len(version.item_ids), "users": len(users), "seconds_each": seconds, "cases": cases}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__, "two seconds a case, on a tiny world")
     parser.add_argument("--workspace", type=Path)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="a second in all, on a tiny world")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         workspace = arguments.workspace
@@ -157,12 +138,8 @@ def main() -> None:
             )
             overrides = [f"workspace.path={json.dumps(str(workspace))}", f"train.epochs={epochs}"]
             run_line(load(CONFIG, overrides), promoted=True)
-        result = bench(workspace, 0.5 if arguments.smoke else 5.0, (1,) if arguments.smoke else CONNECTIONS)
-    line = json.dumps(result)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(line + "\n")
-    print(line)
+        result = bench(workspace, 2.0 if arguments.smoke else 5.0, (1,) if arguments.smoke else CONNECTIONS)
+    finish(arguments, "serve", **result)
 
 
 if __name__ == "__main__":

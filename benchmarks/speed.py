@@ -12,21 +12,16 @@ In the same run, the time of the loss (forward and backward) over that of its th
 Prints one JSON line.
 """
 
-import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from common import arguments_of, finish, note, options, run, twotower
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
@@ -50,11 +45,8 @@ FEATURES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser = arguments_of(__doc__, "one round, without other libraries", data=True)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="one round, without other libraries")
     arguments = parser.parse_args()
     peers = {} if arguments.smoke else {"tfrs": run_tfrs, "torch_rechub": run_torch_rechub}
     if missing := [name for name in peers if not (PEERS / name / "bin" / "python").exists()]:
@@ -73,22 +65,19 @@ def main() -> None:
             for name, run_peer in peers.items():
                 rates[name].append(run_peer(rows))
             ratios.append(loss_over_floor())
-            print({name: round(found[-1]) for name, found in rates.items()}, ratios[-1], file=sys.stderr, flush=True)
+            note({name: round(found[-1]) for name, found in rates.items()}, ratios[-1])
     medians = {name: statistics.median(found) for name, found in rates.items()}
-    result = {
-        "benchmark": "training speed, movielens-1m, all features, history 50, D 64, batch 4096",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "threads": THREADS,
-        "positives_per_s": {
+    finish(
+        arguments,
+        "training speed, movielens-1m, all features, history 50, D 64, batch 4096",
+        threads=THREADS,
+        positives_per_s={
             name: {"median": round(medians[name]), "rounds": [round(rate) for rate in found]}
             for name, found in rates.items()
         },
-        "times_faster_than": {name: round(medians["twotower"] / medians[name], 2) for name in peers},
-        "loss_over_its_matrix_products": {"median": statistics.median(ratios), "rounds": ratios},
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+        times_faster_than={name: round(medians["twotower"] / medians[name], 2) for name in peers},
+        loss_over_its_matrix_products={"median": statistics.median(ratios), "rounds": ratios},
+    )
 
 
 def export(samples: Samples, path: Path) -> None:
@@ -122,38 +111,23 @@ def export(samples: Samples, path: Path) -> None:
 
 def run_twotower(workspace: Path, turn: int) -> float:
     """Positives a second of `twotower train`, two epochs, the first one included."""
-    options = {"workspace.path": workspace, "train.epochs": 2, "train.seed": turn, "train.threads": THREADS}
-    changed = [*FEATURES, *(f"{key}={value}" for key, value in options.items())]
-    overrides = [part for change in changed for part in ("--set", change)]
-    return float(child([sys.executable, "-m", "twotower", "train", "-c", str(CONFIG), *overrides])["rows_per_s"])
+    changed = [f"workspace.path={workspace}", "train.epochs=2", f"train.seed={turn}", f"train.threads={THREADS}"]
+    return float(twotower("train", *options(CONFIG.name, [*FEATURES, *changed]))["rows_per_s"])
 
 
 def run_tfrs(rows: Path) -> float:
     """Positives a second of TensorFlow Recommenders, the second epoch."""
     program = ROOT / "benchmarks" / "peers" / "tfrs_train.py"
-    found = child(
-        [str(PEERS / "tfrs" / "bin" / "python"), str(program), str(rows), "--threads", str(THREADS)],
-        {"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"},
-    )
+    quiet = {"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": str(THREADS)}
+    found = run([PEERS / "tfrs" / "bin" / "python", program, rows, "--threads", THREADS], {**os.environ, **quiet})
     return float(found["rows"] / statistics.median(found["epoch_s"]))
 
 
 def run_torch_rechub(rows: Path) -> float:
     """Positives a second of torch-rechub, a part of an epoch."""
     program = ROOT / "benchmarks" / "peers" / "torch_rechub_train.py"
-    python = str(PEERS / "torch_rechub" / "bin" / "python")
-    found = child([python, str(program), str(rows), "--threads", str(THREADS)])
+    found = run([PEERS / "torch_rechub" / "bin" / "python", program, rows, "--threads", THREADS])
     return float(found["rows"] / statistics.median(found["epoch_s"]))
-
-
-def child(command: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run a program and give the last line of its output, parsed."""
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={**os.environ, **(environment or {}), "OMP_NUM_THREADS": str(THREADS)},
-    )  # fmt: skip
-    parsed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return parsed
 
 
 def loss_over_floor(repeats: int = 15) -> float:

@@ -10,16 +10,12 @@ clock and (", processor") by this process's own processor time, which a busy mac
 what a server does; all passes are in the file. The last line on stdout is the whole report.
 """
 
-import argparse
-import json
 import os
-import platform
 import random
 import shutil
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -34,6 +30,7 @@ import confluent_kafka
 import pyarrow as pa
 import redis
 
+from common import arguments_of, finish
 from twotower.logs import Event, EventLog, LocalEventLog
 from twotower.logs.kafka import KafkaEventLog
 from twotower.logs.redis import RedisEventLog
@@ -212,7 +209,7 @@ def measure(size: int, rows: int, passes: int, folder: Path) -> dict[str, list[f
         rates = count / (time.perf_counter() - started), count / (time.process_time() - worked)
         found.setdefault(name, []).append(rates[0])
         found.setdefault(f"{name}{PROCESSOR}", []).append(rates[1])
-        print(f"{name}: {rates[0]:.0f}/s, {rates[1]:.0f}/s of processor time", file=sys.stderr)
+        note(f"{name}: {rates[0]:.0f}/s, {rates[1]:.0f}/s of processor time")
 
     made = some_rows(rows // 30)
     with ExitStack() as opened:
@@ -252,33 +249,25 @@ def measure(size: int, rows: int, passes: int, folder: Path) -> dict[str, list[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__, "few events, one pass")
     parser.add_argument("--events", type=int, default=20_000)
     parser.add_argument("--rows", type=int, default=60_000)
     parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument(
-        "--smoke", action="store_true", help="few events, one pass: shows that it runs, measures nothing"
-    )
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     size, rows, passes = (600, 600, 1) if arguments.smoke else (arguments.events, arguments.rows, arguments.passes)
     pa.set_cpu_count(1)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(size, rows, passes, Path(folder))
-    report = {
-        "smoke": arguments.smoke,
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "events": size,
-        "rows": rows,
-        "passes": passes,
-        "bytes_an_event": round(statistics.mean(len(event.to_json()) for event in some_events(300, 0))),
-        "per_s": {name: round(statistics.median(values)) for name, values in found.items()},
-        "each": {name: [round(value) for value in values] for name, values in found.items()},
-    }
-    text = json.dumps(report)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(text)
+    finish(
+        arguments,
+        "stream",
+        events=size,
+        rows=rows,
+        passes=passes,
+        bytes_an_event=round(statistics.mean(len(event.to_json()) for event in some_events(300, 0))),
+        per_s={name: round(statistics.median(values)) for name, values in found.items()},
+        each={name: [round(value) for value in values] for name, values in found.items()},
+    )
 
 
 if __name__ == "__main__":

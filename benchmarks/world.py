@@ -7,16 +7,11 @@ data sets' own folders (`kuairand`, `globo`; one that is absent is left out). A 
 given. Writes the figures as JSON, and a plot (SVG) and a table (Markdown) beside it; prints one JSON line.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +20,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common import arguments_of, finish, note
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
 from twotower.datasets.tables import codes
 from twotower.datasets.workspace import open_workspace
+from twotower.evaluate.plots import figure, svg
 from twotower.schema import columns as c
 from twotower.schema.clock import DAY_MS
 from twotower.worlds.natures import NATURES
@@ -219,96 +216,58 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 COLOURS = {"kuairand": "#ee6677", "globo": "#4477aa", "default": "#228833"}
-WIDTH, HEIGHT, LEFT, TOP = 900, 320, 60, 50
 
 
 def plot(figures: Mapping[str, Mapping[str, Any]]) -> str:
     """Concentration of clicks and volume by hour, a line a log, worlds dashed, as SVG."""
-    panels = [
-        _panel(
-            "share of the clicks on the most clicked items (share of the clicked items, log scale)",
-            {name: of["top_shares"] for name, of in figures.items()},
-            [f"{share:.1%}".replace(".0%", "%") for share in SHARES],
-            1.0,
-            0,
-        ),
-        _panel(
-            "share of the shown (clicks on Globo) by hour, UTC",
-            {name: of["hours"] for name, of in figures.items()},
-            [str(hour) for hour in range(24)],
-            0.12,
-            HEIGHT + 2 * TOP,
-        ),
-    ]
-    height = 2 * (HEIGHT + 2 * TOP) + 30
-    legend = "".join(
-        f'<path d="M{LEFT + 165 * place} {height - 16}h28" {_stroke(name)}/>'
-        f'<text x="{LEFT + 34 + 165 * place}" y="{height - 12}">{escape(name)}</text>'
-        for place, name in enumerate(figures)
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
-        f'font-size="13"><rect width="{WIDTH}" height="{height}" fill="white"/>{"".join(panels)}{legend}</svg>\n'
-    )
-
-
-def _panel(title: str, lines: Mapping[str, Sequence[float]], labels: Sequence[str], most: float, top: int) -> str:
-    def y(value: float) -> float:
-        return top + TOP + HEIGHT * (1 - value / most)
-
-    step = (WIDTH - LEFT - 40) / (len(labels) - 1)
-    parts = [f'<text x="{LEFT}" y="{top + 28}" font-size="15">{escape(title)}</text>']
-    for value in np.linspace(0.0, most, 7 if most < 1 else 6):
-        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - 20}" stroke="#dddddd"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.0%}</text>')
-    for place, label in enumerate(labels):
-        x = LEFT + 10 + step * place
-        parts.append(
-            f'<text x="{x:.1f}" y="{top + TOP + HEIGHT + 18}" text-anchor="middle" font-size="11">{label}</text>'
-        )
-    for name, values in lines.items():
-        points = " ".join(f"{LEFT + 10 + step * place:.1f},{y(value):.1f}" for place, value in enumerate(values))
-        parts.append(f'<polyline points="{points}" fill="none" {_stroke(name)}/>')
-    return "".join(parts)
-
-
-def _stroke(name: str) -> str:
-    of = name.rsplit(maxsplit=1)[-1].lower()
-    dashed = ' stroke-dasharray="6 4"' if name.startswith("world") else ""
-    return f'stroke="{COLOURS[of]}" stroke-width="2"{dashed}'
+    with figure(9, 7) as drawn:
+        shares, hours = drawn.subplots(2, 1)
+        shares.set_title("share of the clicks on the most clicked items (share of the clicked items, log scale)")
+        shares.set_xscale("log")
+        shares.set_xticks(SHARES, [f"{share:.1%}".replace(".0%", "%") for share in SHARES])
+        shares.minorticks_off()
+        shares.set_ylim(0, 1)
+        hours.set_title("share of the shown (clicks on Globo) by hour, UTC")
+        hours.set_xticks(range(24))
+        hours.set_ylim(0, 0.12)
+        for name, of in figures.items():
+            look = {"color": COLOURS[name.split()[-1].lower()], "ls": "--" if name.startswith("world") else "-"}
+            shares.plot(SHARES, of["top_shares"], label=name, **look)
+            hours.plot(of["hours"], **look)
+        for axes in (shares, hours):
+            axes.yaxis.set_major_formatter("{x:.0%}")
+        drawn.legend(loc="outside lower center", ncols=5)
+        return svg(drawn, "The simulated world beside real logs") + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__, "one small world of each nature")
     parser.add_argument("--data", type=Path, help="folder that holds kuairand/ and globo/")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="the JSON file; .svg and .md are written beside it")
-    parser.add_argument("--smoke", action="store_true", help="one small world of each nature")
     arguments = parser.parse_args()
     started, figures = time.monotonic(), {}
     with tempfile.TemporaryDirectory() as folder:
         for name, words in (("kuairand", "KuaiRand"), ("globo", "Globo")):
             if arguments.data is not None and (arguments.data / name).is_dir():
                 figures[words] = real(name, arguments.data, Path(folder))
-                print(words, figures[words], file=sys.stderr, flush=True)
+                note(words, figures[words])
     for nature in NATURES:
         users, items = (2000, 400) if arguments.smoke else SIZES[nature]
         seeds = range(1 if arguments.smoke else arguments.seeds)
         figures[f"world {nature}"] = simulated(WorldOptions(users, items, DAYS, like=nature), seeds)
-        print(nature, figures[f"world {nature}"], file=sys.stderr, flush=True)
-    result = {
-        "benchmark": "the simulated world beside real logs",
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "seeds": arguments.seeds,
-        "days": DAYS,
-        "seconds": round(time.monotonic() - started),
-        "logs": figures,
-    }
+        note(nature, figures[f"world {nature}"])
+    seconds = round(time.monotonic() - started)
+    finish(
+        arguments,
+        "the simulated world beside real logs",
+        seeds=arguments.seeds,
+        days=DAYS,
+        seconds=seconds,
+        logs=figures,
+    )
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         arguments.out.with_suffix(".svg").write_text(plot(figures), encoding="utf-8")
         arguments.out.with_suffix(".md").write_text(table(figures), encoding="utf-8")
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ def violations(stage: str, code: str) -> list[str]:
     for line, module in sorted(imported(ast.parse(code))):
         if module.startswith("."):
             found.append(f"{line}: {module} is relative")
+        elif module.split(".")[0] == "twotower_lab" and stage != "cli":
+            found.append(f"{line}: {stage} imports {module}: only the command line knows the lab")
         elif module.split(".")[0] == "twotower" and module.split(".")[1:2] and module.split(".")[1] not in allowed:
             found.append(f"{line}: {stage} imports {module}, which is not on its left")
     return found
@@ -47,6 +49,7 @@ def violations(stage: str, code: str) -> list[str]:
         ("def f():\n    import twotower.cli.main", ["2: index imports twotower.cli.main, which is not on its left"]),
         ("from twotower import serve", ["1: index imports twotower.serve, which is not on its left"]),
         ("from .exact import ExactIndex", ["1: .exact is relative"]),
+        ("import twotower_lab.run", ["1: index imports twotower_lab.run: only the command line knows the lab"]),
         ("from twotower.utils import f", ["1: index imports twotower.utils, which is not on its left"]),
     ],
 )

@@ -9,23 +9,19 @@ a request was due, so that waiting behind a slow one is part of them. The last l
 """
 
 import argparse
-import http.client
 import itertools
 import json
-import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import pyarrow as pa
 
@@ -42,6 +38,7 @@ from twotower.publish.version import open_version, read_manifest
 from twotower.samples.columns_file import write_table
 from twotower.schema import columns as c
 from twotower.schema.files import MANIFEST, folder_listing
+from twotower.schema.machine import machine
 from twotower.serve.request import Request, retrieve
 from twotower.serve.users import Recent
 from twotower.worlds.options import WorldOptions
@@ -98,29 +95,25 @@ def variant(versions: Path, number: int) -> str:
 
 def load_server(url: str, users: list[Any], rate: float, enough: threading.Event, seen: Seen) -> list[threading.Thread]:
     """Threads that send requests when they are due, each over one connection, until there are enough."""
-    address, started = urlsplit(url), time.monotonic() + 0.1
+    started = time.monotonic() + 0.1
 
     def work(number: int) -> None:
         generator = random.Random(number)
-        with closing(http.client.HTTPConnection(address.hostname, address.port, timeout=10)) as connection:
+        with httpx.Client(base_url=url, timeout=10) as client:
             for turn in itertools.takewhile(lambda _: not enough.is_set(), itertools.count()):
                 due = started + (turn * CONNECTIONS + number) / rate
                 time.sleep(max(0.0, due - time.monotonic()))
                 user_id = generator.choice(users)
-                body = json.dumps({"user_id": user_id, "k": K})
                 try:
-                    connection.request("POST", "/v1/retrieve", body, {"Content-Type": "application/json"})
-                    response = connection.getresponse()
-                    content = response.read()
-                except (OSError, http.client.HTTPException) as error:
+                    response = client.post("/v1/retrieve", json={"user_id": user_id, "k": K})
+                except httpx.TransportError as error:
                     seen.failures.append(repr(error))
-                    connection.close()
                     continue
                 seen.latencies_ms.append(1000 * (time.monotonic() - due))
-                if response.status != 200:
-                    seen.failures.append(f"{response.status}: {content[:200]!r}")
+                if response.status_code != 200:
+                    seen.failures.append(f"{response.status_code}: {response.text[:200]}")
                 else:
-                    seen.answers.append((user_id, json.loads(content)))
+                    seen.answers.append((user_id, response.json()))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(CONNECTIONS)]
     for thread in threads:
@@ -186,8 +179,7 @@ def soak(settings: Settings, seconds: float, promotions: int, rate: float) -> di
         "items": len(known.item_ids),
         "rate_per_s": rate,
         "seconds": seconds,
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
+        "machine": machine(),
     }
 
 

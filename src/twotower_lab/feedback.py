@@ -1,12 +1,13 @@
 """The closed loop in one process: serve from the published version, the world clicks, learn from it, publish, again.
 
-The first log comes from the simulation's own recommender; from the day after it everything is shown by this system, and
-after a few days it has learned from nothing else. Arms differ in what keeps it from showing ever the same.
+The first log comes from the simulation's own recommender. From the day after it this system shows everything, and after
+a few days it has learned from nothing else. Arms differ in what keeps it from showing the same items again and again.
 
 Dimensions: R requests of a day, P places of a page, N items alive, U users, K candidates.
 """
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -15,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy import stats
 
 from twotower.config.settings import Settings
 from twotower.datasets.workspace import EVENTS, open_workspace
 from twotower.evaluate.metrics import score_lists
 from twotower.features.columns import Bag, pointers
+from twotower.pipeline.line import make_samples, open_served, publish_version, train_model
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.clock import DAY_MS
@@ -34,7 +37,6 @@ from twotower.worlds.truth import page_clicks, true_recall
 from twotower.worlds.visit import Clicks, Visited, visit
 from twotower.worlds.world import NOTHING, SCENES, Requests, World, date_of
 from twotower_lab.score import K
-from twotower_lab.system import System
 
 log = logging.getLogger(__name__)
 
@@ -43,21 +45,21 @@ Ints = npt.NDArray[np.int64]
 
 PAGE: Final = 8
 EDGE_DAYS: Final = 3
-"""At the beginning and at the end, that are compared."""
+"""Days at the beginning and at the end that are compared."""
 JUDGED: Final = 400
-"""Users of a day by whom recall is measured, at most."""
+"""Recall of a day is measured on at most this many of its users."""
 SEQUENCE: Final = 10**9
-"""Between the event numbers of two days of the loop: more than a day has."""
+"""Distance between the event numbers of two days of the loop: more than a day has."""
 
 
 @dataclass
-class Site:
-    """A recommender as the users of a world see it: the served version, and what it heard of them since."""
+class LoopSite:
+    """A recommender as the users of a world see it: the served version, and their clicks and impressions since."""
 
     world: World
     funnel: FunnelOptions
     window_ms: int
-    """For so long an impression is left out."""
+    """How long an impression is left out."""
     version: Version
     clicks: dict[int, list[tuple[int, ItemId]]] = field(default_factory=dict)
     shown: dict[int, list[tuple[int, ItemId]]] = field(default_factory=dict)
@@ -87,7 +89,7 @@ class Site:
         return pages
 
     def tell(self, clicks: Clicks) -> None:
-        """Hear of clicks."""
+        """Take clicks in."""
         items = self.world.item_ids(clicks.item).to_pylist()
         for user, item, ts_ms in zip(clicks.user.tolist(), items, clicks.ts_ms.tolist(), strict=True):
             self.clicks.setdefault(user, []).append((ts_ms, item))
@@ -101,13 +103,12 @@ class Site:
             self.shown[user] = [one for one in shown if one[0] >= since_ms]
 
 
-def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, Floats], dict[str, Any]]:
-    """Serve a simulated workspace day after day from its held-out day on; the workspace grows by what happens.
+def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[str, Any]]:
+    """Serve a simulated workspace day after day from its held-out day on; its log grows by what happens.
 
     Args:
-        system: what serves and learns.
         settings: of the arm.
-        days: so many.
+        days: how many.
 
     Returns:
         Measures of the last days, and how much each grew since the first ones, a single number each (see `measure`);
@@ -125,14 +126,14 @@ def feed_back(system: System, settings: Settings, days: int) -> tuple[dict[str, 
     assert world is not None
     window_ms = round(1000 * settings.serve.impressed_window_s)
     schema = open_workspace(workspace).events().schema
-    site: Site | None = None
+    site: LoopSite | None = None
     series: dict[str, list[float]] = {}
     for day in range(first, first + days):
         add_arrivals(workspace, world, day)
-        version = _morning(system, settings)
+        version = _morning(settings)
         begin_ms = int(world.requests(day).ts_ms[0]) // DAY_MS * DAY_MS
         if site is None:
-            site = Site(world, settings.funnel, window_ms, version)
+            site = LoopSite(world, settings.funnel, window_ms, version)
         site.next_day(version, begin_ms)
         visited = visit(world, day, site.answer, site.tell)
         events = _like(visited.events(world, day * SEQUENCE), schema)
@@ -159,22 +160,22 @@ def _like(events: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _morning(system: System, settings: Settings) -> Version:
+def _morning(settings: Settings) -> Version:
     """Learn from everything up to yesterday; the version that is served today."""
-    system.make_samples(settings)
-    system.train(settings)
-    system.publish(settings)
-    return system.served(settings)
+    make_samples(settings)
+    train_model(settings)
+    publish_version(settings, promoted=True)
+    return open_served(settings)
 
 
 def measure(world: World, day: int, visited: Visited, version: Version) -> dict[str, float]:
     """What a day was like.
 
     Returns:
-        Of exposure: `gini`, `entropy` (1 = even), `top 1 %` (share of the most shown hundredth of the items alive),
-        `coverage` (share of them that was shown). Of the pages: `page_clicks` to be expected, mean `utility` of what
-        was shown. Of the version's two towers for users who clicked that day: `recall@50` of what they clicked, and
-        `true_recall@50` of what they like best.
+        About impressions by item: `gini`, `entropy` (1 = even), `top 1 %` (share of the most shown hundredth of the
+        available items), `coverage` (share of them that was shown). About pages: the expected `page_clicks`, and the
+        mean `utility` of the shown items. About the two towers, for users who clicked that day: `recall@50` of what
+        they clicked, and `true_recall@50` of what they like best.
     """
     alive = world.alive(day)
     shown = visited.pages[visited.pages != NOTHING]
@@ -213,8 +214,7 @@ def entropy(exposure: Floats) -> float:
     >>> entropy(np.array([2.0, 2.0])), entropy(np.array([0.0, 3.0]))
     (1.0, 0.0)
     """
-    share = exposure[exposure > 0] / exposure.sum()
-    return abs(float(-(share * np.log(share)).sum() / np.log(len(exposure))))
+    return float(stats.entropy(exposure)) / math.log(len(exposure))
 
 
 def _recalls(world: World, clicks: Clicks, version: Version) -> dict[str, float]:

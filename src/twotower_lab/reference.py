@@ -1,11 +1,16 @@
 """The claims as a page of the documentation has them, made from the experiments, so that it says nothing else."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from typing import Final
 
-from twotower_lab.experiments import DATA, EXPERIMENTS, Claim, LogData, WorldData
+from jinja2 import Environment
+
+from twotower_lab.experiments import DATA, EVERYWHERE, EXPERIMENTS, Arm, Claim, Experiment, LogData, WorldData
 
 BEGIN, END = "<!-- claims: generated -->", "<!-- claims: end -->"
 """Around the list in `docs/lab.md`."""
+TEMPLATE: Final = "claims.md"
 
 
 def reference() -> str:
@@ -13,63 +18,32 @@ def reference() -> str:
 
     After a change, put what `python -m twotower_lab.reference` prints between the marks of `docs/lab.md`.
     """
-    return "\n".join([BEGIN, "", *_data(), *_claims(), END, ""])
+    template = Environment().from_string((files("twotower_lab") / TEMPLATE).read_text(encoding="utf-8"))
+    text = template.render(
+        data=DATA, everywhere=EVERYWHERE, experiments=EXPERIMENTS, ticked=_ticked, measures=_measures, words=_words
+    )
+    return f"{BEGIN}\n\n{text.rstrip()}\n\n{END}\n"
 
 
-def _data() -> Iterator[str]:
-    yield "| data | what it is | seeds |"
-    yield "|---|---|---|"
-    for name, data in DATA.items():
-        if isinstance(data, WorldData):
-            what = f"a simulated world: {data.users:,} users, {data.items:,} items, {data.days} days"
-        else:
-            part = f"held out `{data.holdout}`" if data.holdout else "nothing held out"
-            part += f", until `{data.until}`" if data.until else ""
-            what = f"`{data.dataset}` from `{data.folder}/`, {part}, positive `{data.positive}`"
-        changed = "".join(f", `{change}`" for change in data.changes)
-        yield f"| `{name}` | {what}; `{data.config}`{changed} | {data.seeds} |"
-    yield ""
+def _ticked(words: Sequence[str], between: str = " ") -> str:
+    return between.join(f"`{word}`" for word in words)
 
 
-def _claims() -> Iterator[str]:
-    for name, experiment in EXPERIMENTS.items():
-        yield f"### `{name}`"
-        yield ""
-        yield f"{experiment.question} {experiment.why} On {_listed(experiment.data)}."
-        yield ""
-        yield "| claim | better | than | measure |"
-        yield "|---|---|---|---|"
-        for claim in experiment.claims:
-            than = "; ".join(claim.than) or "zero"
-            yield f"| {claim.text} | {claim.better} | {than} | {_measure(claim, experiment.data)} |"
-        yield ""
-        yield "| arm | changes |"
-        yield "|---|---|"
-        if experiment.base:
-            yield f"| every arm | {_changes(experiment.base)} |"
-        for arm, what in experiment.arms.items():
-            only = f" (on {_listed(what.on)} alone)" if what.on else ""
-            words = [_changes(what.changes), str(what.way).replace("`", "")]
-            yield f"| {arm}{only} | {'; '.join(word for word in words if word) or 'as configured'} |"
-        yield ""
-
-
-def _measure(claim: Claim, data: tuple[str, ...]) -> str:
+def _measures(claim: Claim, experiment: Experiment) -> str:
     """What a claim is judged by, on a world and on a log."""
-    words = []
-    if any(isinstance(DATA[name], WorldData) for name in data):
-        words.append(f"`{claim.true}`")
-    if claim.logged and any(isinstance(DATA[name], LogData) for name in data):
-        words.append(f"on a log `{claim.logged}`")
-    return ", ".join(words) + (" (less is better)" if claim.lower else "")
+    kinds = [type(DATA[name]) for name in experiment.data]
+    world, log = WorldData in kinds, LogData in kinds and claim.logged
+    return ", ".join([*([f"`{claim.true}`"] if world else []), *([f"on a log `{claim.logged}`"] if log else [])])
 
 
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _changes(changes: tuple[str, ...]) -> str:
-    return " ".join(f"`{change}`" for change in changes)
+def _words(arm: Arm) -> Iterator[str]:
+    """An arm's changes, its channel and its way, as far as they are not the usual ones."""
+    if arm.changes:
+        yield _ticked(arm.changes)
+    if arm.channel != Arm().channel:
+        yield f"channel `{arm.channel}`"
+    if str(arm.way):
+        yield str(arm.way).replace("`", "")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.channels.item_cf import fit_item_cf
+from twotower.channels.item_to_item import ItemToItem
+from twotower.channels.popular import Popular
 from twotower.channels.retriever import Queries
 from twotower.config.settings import Settings
 from twotower.datasets.tables import end_of_day
@@ -30,6 +32,11 @@ from twotower.features.columns import Bag, pointers, ranges
 from twotower.features.feature_set import HISTORY
 from twotower.features.vocabulary import FIRST
 from twotower.index.protocol import Exclusions
+from twotower.pipeline.full import update_full
+from twotower.pipeline.line import make_samples, publish_version, train_model
+from twotower.pipeline.places import places
+from twotower.pipeline.updating import open_chain
+from twotower.publish.publish import current_path
 from twotower.samples.read import Clicks
 from twotower.schema import columns as c
 from twotower.schema.clock import DAY_MS
@@ -43,7 +50,6 @@ from twotower.update.learn import Plan
 from twotower.worlds.truth import true_recall
 from twotower.worlds.world import FIRST_DAY_MS, NOTHING, World
 from twotower_lab.experiments import Way
-from twotower_lab.system import System
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +60,15 @@ Bools = npt.NDArray[np.bool_]
 K: Final = 20
 HOUR_MS: Final = 3_600_000
 LEAST: Final = 20
-"""Clicks that an hour must have to count."""
+"""An hour with fewer clicks does not count."""
 LOGGED: Final = 50
-"""Clicks that a request logs with it, at most."""
+"""A request logs at most this many clicks of its user."""
 LATER: Final = "later"
 """Folder of the events of the days to come."""
 STREAM: Final = "stream"
 """Folder of their shards."""
 JUDGED: Final = 40
-"""Users of an hour by whose truth a world is judged, at most."""
+"""In a world, at most this many users of an hour are judged by their truth."""
 AT_ONCE: Final = 1024
 EDGE_DAYS: Final = 10
 """Days at the beginning and at the end of a long time that are compared."""
@@ -82,9 +88,9 @@ class Later:
     before: pa.Table
     """Clicks of the days before, the columns that both have."""
     judged: Bools
-    """A first click of this user on this item: clicks on what was clicked before are no test."""
+    """(B,) whether it is this user's first click on this item; others are no test."""
     born_ms: Longs
-    """(N,) when each item is there from: in a log from the hour of its first click."""
+    """(N,) when each item begins: in a real log at the hour of its first click."""
     item_ids: pa.Array
     """(N,) of the workspace."""
     days: list[str]
@@ -126,8 +132,8 @@ def set_aside(workspace: Path, days: int, world: World | None) -> Later:
 
     Args:
         workspace: of a log.
-        days: so many.
-        world: in which it was simulated: there every item is born at its time; elsewhere when it is first clicked.
+        days: how many.
+        world: in which it was simulated; None = a real log, whose items begin at their first click.
 
     Raises:
         DataError: there are no more days than these.
@@ -208,21 +214,20 @@ def write_hours(folder: Path, later: Later, types: Types) -> None:
         write_shard(folder, [rows], types, manifest)
 
 
-def first_model(system: System, settings: Settings, workspace: Path, later: Later) -> None:
+def first_model(settings: Settings, workspace: Path, later: Later) -> None:
     """Train and publish on the first days, and write the shards of the others aside."""
     write_hours(workspace / STREAM, later, read_types(workspace, settings.features.user, settings.features.context))
-    system.make_samples(settings)
-    system.train(settings)
-    system.publish(settings)
+    make_samples(settings)
+    train_model(settings)
+    publish_version(settings, promoted=True)
 
 
 def replay(
-    system: System, settings: Settings, way: Way, later: Later, world: World | None = None
+    settings: Settings, way: Way, later: Later, world: World | None = None
 ) -> tuple[dict[str, Floats], dict[str, Any]]:
     """Replay the days from the first model on.
 
     Args:
-        system: what serves and learns.
         settings: of the arm; its workspace has the first model and is changed.
         way: how it goes on.
         later: what is clicked.
@@ -230,11 +235,11 @@ def replay(
 
     Returns:
         By measure the hours with enough clicks (H,): `recall@20` of first clicks of a user on an item, and of a world
-        `true_recall@20`. Of a long time also single numbers, see `_edges`. And facts of the arm.
+        `true_recall@20`; for many days also single numbers, see `_edges`. And facts of the arm.
     """
     workspace = Path(settings.workspace.path)
     score = _Score(np.zeros(len(later.ts_ms), np.bool_))
-    asks = _Crowd(way.crowd, later) if way.crowd else _Model(system, settings, later, world, score)
+    asks = _Crowd(way.crowd, later) if way.crowd else _Model(settings, later, world, score)
     for number in range(24 * len(later.days)):
         hour_ms = later.begin_ms + number * HOUR_MS
         if number and number % 24 == 0 and way.nightly != "no":
@@ -262,8 +267,7 @@ def replay(
 class _Model:
     """A model that goes on, as its chain of deltas has it."""
 
-    def __init__(self, system: System, settings: Settings, later: Later, world: World | None, score: _Score) -> None:
-        self._system = system
+    def __init__(self, settings: Settings, later: Later, world: World | None, score: _Score) -> None:
         self._settings = settings
         self._later = later
         self._world = world
@@ -276,7 +280,7 @@ class _Model:
         self._open()
 
     def _open(self) -> None:
-        self._chain = self._system.open_chain(self._settings)
+        self._chain = open_chain(self._settings, current_path(places(self._settings).versions), None)
         self._row = self._later.rows_of(self._chain.state.laid.item_ids)
         """(N,) of the chain, rows of the workspace's items as they were at first; -1 = none of them."""
         if self._world is not None:
@@ -343,11 +347,11 @@ class _Model:
         (workspace / LATER / f"{c.DATE}={day}").rename(workspace / EVENTS / f"{c.DATE}={day}")
         started, before = time.process_time(), self._hot()
         if nightly == "full":
-            self._system.update_full(self._settings)
+            update_full(self._settings, dry_run=False)
         else:
-            self._system.make_samples(self._settings)
-            self._system.train(self._settings)
-            self._system.publish(self._settings)
+            make_samples(self._settings)
+            train_model(self._settings)
+            publish_version(self._settings, promoted=True)
         self._nights_s.append(time.process_time() - started)
         self._open()
         self._at = self._later.between(0, self._later.begin_ms + DAY_MS * (1 + self._later.days.index(day)))[0]
@@ -402,37 +406,27 @@ class _Crowd:
         part = begin + np.flatnonzero(self._later.judged[begin:end])
         first, last = np.searchsorted(self._ts_ms, [now_ms - HOUR_MS, now_ms])
         if first < last and len(part):
-            asks = self._popular if self._name == "popular" else self._item_cf
-            found[part - begin] = asks(part, slice(int(first), int(last)))
+            counts = np.bincount(self._item[first:last], minlength=len(self._later.item_ids))
+            channel = (
+                Popular.of_counts(counts) if self._name == "popular" else self._item_cf(slice(int(first), int(last)))
+            )
+            clicked = self._histories(part)
+            queries = Queries({}, clicked, Exclusions(clicked.indptr, clicked.rows.astype(np.int64)))
+            wanted = self._later.item[part]
+            rows = channel.retrieve(queries, K).rows
+            found[part - begin] = (rows == wanted[:, None]).any(axis=1) & (counts[wanted] > 0)
         return found
 
     def _histories(self, part: Longs) -> Bag:
         counts = self._starts[part + 1] - self._starts[part]
         return Bag(pointers(counts), self._clicked[ranges(self._starts[part], counts)].astype(np.int32))
 
-    def _popular(self, part: Longs, hour: slice) -> Bools:
-        counts = np.bincount(self._item[hour], minlength=len(self._later.item_ids))
-        rank = np.empty(len(counts), np.int64)
-        rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
-        history = self._histories(part)
-        owner = np.repeat(np.arange(len(part)), np.diff(history.indptr))
-        pairs = np.unique(owner * len(counts) + history.rows)
-        own, above = rank[self._later.item[part]], pairs // len(counts)
-        left_out = np.bincount(above[rank[pairs % len(counts)] < own[above]], minlength=len(part))
-        found: Bools = (own - left_out < K) & (counts[self._later.item[part]] > 0)
-        return found
-
-    def _item_cf(self, part: Longs, hour: slice) -> Bools:
+    def _item_cf(self, hour: slice) -> ItemToItem:
         user, item, ts_ms = self._user[hour], self._item[hour], self._ts_ms[hour]
         order = np.lexsort((ts_ms, user))
         counts = np.bincount(np.unique(user, return_inverse=True)[1])
         clicks = Clicks(pointers(counts), item[order].astype(np.int32), ts_ms[order])
-        channel = fit_item_cf(clicks, len(self._later.item_ids))
-        history = self._histories(part)
-        queries = Queries({}, history, Exclusions(history.indptr, history.rows.astype(np.int64)))
-        rows = channel.retrieve(queries, K).rows
-        found: Bools = (rows == self._later.item[part][:, None]).any(axis=1)
-        return found
+        return fit_item_cf(clicks, len(self._later.item_ids))
 
 
 def _reveal(workspace: Path, begin: int, end: int) -> None:

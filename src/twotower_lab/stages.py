@@ -11,16 +11,18 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from twotower.evaluate.holdout import Truth
 from twotower.index.exact import ExactIndex
 from twotower.index.protocol import PADDING
 from twotower.publish.version import PRE_RANK, TWO_TOWER, Version
 from twotower.serve.funnel import rank
+from twotower.serve.options import FunnelOptions
 from twotower_lab.score import K
 
 Ints = npt.NDArray[np.int64]
 
 TIMES: Final = 3
-"""A cost is the median of so many."""
+"""A cost is the median of this many."""
 AT_ONCE: Final = 20_000
 """Candidates that a ranker scores in one call."""
 
@@ -32,39 +34,35 @@ class Stages:
     version: Version
     rankers: Sequence[str]
     """Those of the version that are asked: `pre_rank`, `rank`, both or none."""
-    retrieve: int
-    """Candidates of the two towers; at least N = all items, so that the rankers decide alone."""
-    pre_rank: int
-    """Of them so many go on to the ranker where there is a pre-ranker."""
-    cosine: float
-    """What the two towers' cosine counts in the order of the rankers."""
+    funnel: FunnelOptions
+    """With `retrieve` of at least N, the rankers decide alone."""
 
     @property
     def _served(self) -> Version:
         asked: Mapping[str, Any] = {name: self.version.rankers[name] for name in self.rankers}
         return replace(self.version, rankers=asked)
 
-    def lists(self, users: Ints) -> Ints:
-        """The first K (B, K) of each user by row, without what they clicked."""
+    def lists(self, truth: Truth) -> Ints:
+        """The first K (B, K) for the users of a truth, without what they clicked."""
         version, clicks = self._served, self.version.clicks
-        found = np.full((len(users), K), PADDING)
-        for place, user in enumerate(users.tolist()):
+        lists = np.full((len(truth.user_rows), K), PADDING)
+        for place, user in enumerate(truth.user_rows.tolist()):
             queries = version.queries(np.array([user]), exclude=(clicks.indptr, clicks.item_row))
-            wanted = max(K, min(self.retrieve, len(version.item_ids)))
+            wanted = max(K, min(self.funnel.retrieve, len(version.item_ids)))
             rows = version.two_tower.retrieve(queries, wanted).rows[0]
             rows = rows[rows != PADDING]
-            ranked = rank(version, queries, rows, self._kept(len(rows)), self.cosine)
+            ranked = rank(version, queries, rows, self._kept(len(rows)), self.funnel.cosine)
             best = ranked.rows[ranked.order[:K]]
-            found[place, : len(best)] = best
-        return found
+            lists[place, : len(best)] = best
+        return lists
 
     def _kept(self, candidates: int) -> int:
-        return self.pre_rank if PRE_RANK in self.rankers else candidates
+        return self.funnel.pre_rank if PRE_RANK in self.rankers else candidates
 
     def cost_ms(self, items: int) -> float:
-        """Processor time of one answer over a catalogue of so many items: this one's again and again.
+        """Processor time of one answer over a catalogue of this size, made of this one's items again and again.
 
-        The two towers search it exactly, every vector: an approximate index would be faster by far.
+        The two towers search every vector exactly: an approximate index would be faster by far.
         """
         version, clicks = self._served, self.version.clicks
         copies = np.arange(items) % len(version.item_ids)
@@ -72,14 +70,14 @@ class Stages:
         many = version.two_tower.over(TWO_TOWER, ExactIndex.build(np.arange(items), vectors[copies]))
         user = int(np.argmax(np.diff(clicks.indptr)))
         queries = version.queries(np.array([user]))
-        taken = []
-        for _ in range(TIMES if self.retrieve < items else 1):
+        times_ms = []
+        for _ in range(TIMES if self.funnel.retrieve < items else 1):
             started = time.process_time()
             rows = copies
-            if self.retrieve < items:
-                rows = copies[many.retrieve(queries, self.retrieve).rows[0]]
+            if self.funnel.retrieve < items:
+                rows = copies[many.retrieve(queries, self.funnel.retrieve).rows[0]]
             kept = self._kept(len(rows))
             for begin in range(0, len(rows), AT_ONCE):
-                rank(version, queries, rows[begin : begin + AT_ONCE], kept, self.cosine)
-            taken.append(1000 * (time.process_time() - started))
-        return round(float(np.median(taken)), 3)
+                rank(version, queries, rows[begin : begin + AT_ONCE], kept, self.funnel.cosine)
+            times_ms.append(1000 * (time.process_time() - started))
+        return round(float(np.median(times_ms)), 3)

@@ -7,18 +7,12 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-
-from twotower.schema.errors import ConfigError
+from scipy import stats
 
 Floats = npt.NDArray[np.float64]
 
-NORMAL: Final = 1.959964
-STUDENT: Final = (
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
-)
-"""97.5 % quantiles of Student's t by degrees of freedom from 1."""
-MOST_SEEDS: Final = len(STUDENT) + 1
+UPPER: Final = 0.975
+"""The quantile at the upper end of an interval of 95 %."""
 
 HOLDS, DOES_NOT, DEPENDS, OPEN = "holds", "does not", "depends", "not asked"
 LIES, BLIND, SEES_MORE, AGREES = "lies", "is blind", "sees more", "agrees"
@@ -51,13 +45,13 @@ class Interval:
         return int(self.low > 0) - int(self.high < 0)
 
     def flipped(self) -> "Interval":
-        """Of the negative."""
+        """The interval of the negative."""
         return Interval(-self.value, -self.high, -self.low, self.seeds, self.users)
 
     def document(self) -> dict[str, Any]:
         """As it stands in reports."""
         numbers = {name: getattr(self, name) for name in ("value", "low", "high")}
-        rounded = {name: round(one, 6) if math.isfinite(one) else None for name, one in numbers.items()}
+        rounded = {name: round(number, 6) if math.isfinite(number) else None for name, number in numbers.items()}
         return {**rounded, "seeds": self.seeds, "users": self.users}
 
     @classmethod
@@ -78,32 +72,19 @@ def interval(by_seed: Sequence[Floats], *, same_users: bool) -> Interval:
         by_seed: (B,) of each seed.
         same_users: the users of all seeds are the same, in the same order.
 
-    Raises:
-        ConfigError: more seeds than there are quantiles for.
-
     >>> interval([np.array([1.0, 3.0]), np.array([2.0, 2.0])], same_users=False).value
     2.0
     """
     seeds = len(by_seed)
-    if seeds > MOST_SEEDS:
-        raise ConfigError(f"seeds={seeds}: intervals are made of at most {MOST_SEEDS}")
     means = np.array([values.mean() for values in by_seed])
     value = float(means.mean())
-    halves = []
-    if seeds > 1:
-        halves.append(STUDENT[seeds - 2] * float(means.std(ddof=1)) / math.sqrt(seeds))
-    if same_users:
-        by_user = np.mean(by_seed, axis=0)
-        users = len(by_user)
-        if users > 1:
-            halves.append(NORMAL * math.sqrt(float(by_user.var(ddof=1)) / users))
-    else:
-        users = sum(len(values) for values in by_seed)
-        if min(len(values) for values in by_seed) > 1:
-            error = sum(float(values.var(ddof=1)) / len(values) for values in by_seed) / seeds**2
-            halves.append(NORMAL * math.sqrt(error))
-    half = max(halves, default=math.inf)
-    return Interval(value, value - half, value + half, seeds, users)
+    halves = [stats.t.ppf(UPPER, seeds - 1) * stats.sem(means)] if seeds > 1 else []
+    samples = [np.mean(by_seed, axis=0)] if same_users else by_seed
+    if min(len(values) for values in samples) > 1:
+        error = math.sqrt(sum(stats.sem(values) ** 2 for values in samples)) / len(samples)
+        halves.append(stats.norm.ppf(UPPER) * error)
+    half = float(max(halves, default=math.inf))
+    return Interval(value, value - half, value + half, seeds, sum(len(values) for values in samples))
 
 
 def verdict(signs: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from twotower.cli.main import app
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 
 
-LAB = {"lab list", "lab run"}
+LAB = {"lab list", "lab run", "lab report"}
 
 
 def commands() -> dict[str, list[str]]:

@@ -1,10 +1,13 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
+from twotower.cli import main
 from twotower_lab.experiments import EXPERIMENTS
 
 
@@ -44,3 +47,17 @@ def test_a_run_that_is_interrupted_ends_at_once_and_keeps_what_it_has(run, tmp_p
     before = kept[0].stat().st_mtime_ns
     run("lab", "run", "losses", "--smoke", "--jobs", "1", "--out", tmp_path)
     assert kept[0].stat().st_mtime_ns == before
+
+
+def test_without_its_libraries_the_lab_says_what_to_install(run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(main, "find_spec", lambda name: None if name == "scipy" else find_spec(name))
+    run("lab", "run", "networks", "--smoke", "--out", tmp_path, code=2)
+    assert "the lab needs scipy: pip install 'twotower[lab]'" in run.err
+
+
+def test_the_report_of_a_folder_is_written_without_a_run(run, tmp_path: Path) -> None:
+    committed = Path(__file__).parents[2] / "benchmarks" / "results" / "lab"
+    for name in ("index", "shown"):
+        shutil.copytree(committed / name, tmp_path / name)
+    told = run("lab", "report", "--out", tmp_path)
+    assert told == {"report": str(tmp_path / "report.html"), "experiments": ["shown", "index"]}

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -42,8 +42,8 @@ def served(options: list[str]) -> Iterator[str]:
 
 
 def logged_events(folder: Path) -> list[Event]:
-    log = LocalEventLog.reader(folder)
-    return [one.event for partition in range(log.partitions) for one in log.read(partition, 0, 100_000)]
+    with closing(LocalEventLog.reader(folder)) as log:
+        return [one.event for partition in range(log.partitions) for one in log.read(partition, 0, 100_000)]
 
 
 def joined_events(workspace: Path) -> pa.Table:

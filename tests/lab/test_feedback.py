@@ -5,7 +5,6 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from twotower.cli.lab import SYSTEM
 from twotower.config import load
 from twotower.datasets.workspace import open_workspace
 from twotower.samples.read import open_samples
@@ -16,6 +15,7 @@ from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower.worlds.world import FIRST_DAY_MS, date_of
 from twotower_lab.feedback import entropy, feed_back, gini
+from twotower_lab.trials import EXAMPLES
 
 pytestmark = pytest.mark.usefixtures("exported_once")
 
@@ -50,9 +50,9 @@ def test_entropy_is_one_of_an_even_exposure_alone() -> None:
 def test_the_loop_serves_learns_and_serves_again(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
     simulate_workspace(workspace, WorldOptions(users=200, items=150, days=3, seed=4))
-    settings = load(SYSTEM.examples / "demo.toml", [f"workspace.path={workspace}", *CHANGES])
+    settings = load(EXAMPLES / "demo.toml", [f"workspace.path={workspace}", *CHANGES])
     before = open_workspace(workspace).events()
-    values, facts = feed_back(SYSTEM, settings, days=2)
+    values, facts = feed_back(settings, days=2)
     after = open_workspace(workspace)
     assert after.dates()[-2:] == [str(date_of(2)), str(date_of(3))]
     events = after.events()
@@ -84,4 +84,4 @@ def test_the_loop_serves_learns_and_serves_again(tmp_path: Path) -> None:
 
 def test_only_a_world_can_be_served_again(tmp_path: Path, odd_world) -> None:
     with pytest.raises(DataError, match="holds no simulated world"):
-        feed_back(SYSTEM, odd_world, days=1)
+        feed_back(odd_world, days=1)

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from twotower.cli.lab import SYSTEM
 from twotower_lab.experiments import EXPERIMENTS
 from twotower_lab.run import REPORT, results, run
 
-ONE_OF_EACH = ("late_and_early", "channels", "index", "feedback", "updates")
+ONE_OF_EACH = ("late_and_early", "index", "ranking", "feedback", "updates")
 """Beside `networks`, which the tests of this folder share."""
 
 
@@ -19,7 +18,7 @@ def test_there_is_one_of_each_kind() -> None:
 @pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_an_experiment_runs_to_its_verdicts(name: str, tmp_path: Path) -> None:
-    run(SYSTEM, name, tmp_path, smoke=True)
+    run([name], tmp_path, smoke=True)
     claims = results(tmp_path)[name]["claims"]
     assert len(claims) == len(EXPERIMENTS[name].claims) > 0
     assert all(claim["verdict"] for claim in claims)

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.cli.lab import SYSTEM
 from twotower.config import Settings, load
 from twotower.datasets.workspace import open_workspace
 from twotower.pipeline.line import LATEST
@@ -23,6 +22,7 @@ from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace, world_of
 from twotower_lab.experiments import Way
 from twotower_lab.replay import HOUR_MS, LOGGED, Later, first_model, replay, set_aside
+from twotower_lab.trials import EXAMPLES
 
 pytestmark = pytest.mark.usefixtures("exported_once")
 
@@ -38,9 +38,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Later]:
     workspace = tmp_path_factory.mktemp("replay") / "workspace"
     simulate_workspace(workspace, WorldOptions(users=250, items=150, days=5, seed=3))
     later = set_aside(workspace, 2, world_of(workspace))
-    first_model(
-        SYSTEM, load(SYSTEM.examples / "demo.toml", [f"workspace.path={workspace}", *CHANGES]), workspace, later
-    )
+    first_model(load(EXAMPLES / "demo.toml", [f"workspace.path={workspace}", *CHANGES]), workspace, later)
     return workspace, later
 
 
@@ -50,7 +48,7 @@ def arm(begun: tuple[Path, Later], tmp_path: Path) -> Callable[..., Settings]:
 
     def configured(*changes: str) -> Settings:
         copied = shutil.copytree(begun[0], tmp_path / "arm", copy_function=os.link)
-        return load(SYSTEM.examples / "demo.toml", [f"workspace.path={copied}", *CHANGES, *changes])
+        return load(EXAMPLES / "demo.toml", [f"workspace.path={copied}", *CHANGES, *changes])
 
     return configured
 
@@ -77,13 +75,13 @@ def test_a_frozen_model_makes_nothing_and_deltas_come_as_often_as_they_are_to(be
     _, later = begun
     settings = arm()
     world = world_of(Path(settings.workspace.path))
-    frozen, facts = replay(SYSTEM, settings, Way(), later, world)
+    frozen, facts = replay(settings, Way(), later, world)
     deltas = places(settings).deltas
     assert facts["deltas"] == 0
     assert not deltas.exists() or not list(deltas.rglob("manifest.json"))
     shutil.rmtree(settings.workspace.path)
     settings = arm("update.negatives_move=true")
-    learned, facts = replay(SYSTEM, settings, Way(every_min=360), later, world)
+    learned, facts = replay(settings, Way(every_min=360), later, world)
     [version] = list_versions(places(settings).versions)
     assert facts["deltas"] == last_seq(places(settings).deltas, version.id) == 8
     assert facts["refused"] == 0
@@ -98,7 +96,7 @@ def test_a_frozen_model_makes_nothing_and_deltas_come_as_often_as_they_are_to(be
 def test_every_night_makes_a_version_of_the_day_before(begun, arm) -> None:
     _, later = begun
     settings = arm()
-    _, facts = replay(SYSTEM, settings, Way("full", 720), later)
+    _, facts = replay(settings, Way("full", 720), later)
     where = places(settings)
     versions = list_versions(where.versions)
     assert [day["day"] for day in read_json(where.checkpoints / LATEST)["full"]] == later.days[:1]
@@ -110,7 +108,7 @@ def test_every_night_makes_a_version_of_the_day_before(begun, arm) -> None:
 
 def test_the_favourites_of_the_hour_before_are_counted(begun, arm) -> None:
     _, later = begun
-    values, facts = replay(SYSTEM, arm(), Way(crowd="popular"), later)
+    values, facts = replay(arm(), Way(crowd="popular"), later)
     clicks = [
         *zip(later.before["at"].to_pylist(), later.rows_of(later.before[c.ITEM_ID].combine_chunks()), strict=True)
     ]
@@ -131,7 +129,7 @@ def test_the_favourites_of_the_hour_before_are_counted(begun, arm) -> None:
 
 
 def test_the_neighbours_of_the_hour_before_find_something(begun, arm) -> None:
-    values, _ = replay(SYSTEM, arm(), Way(crowd="item_cf"), replace(begun[1]))
+    values, _ = replay(arm(), Way(crowd="item_cf"), replace(begun[1]))
     assert 0 < values["recall@20"].mean() < 1
 
 

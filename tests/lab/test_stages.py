@@ -4,11 +4,24 @@ import numpy as np
 import pytest
 
 from twotower.config import Settings
+from twotower.evaluate.holdout import Truth
+from twotower.features.columns import Bag
 from twotower.pipeline.line import open_served
 from twotower.publish.version import Version
+from twotower.serve.options import FunnelOptions
 from twotower_lab.stages import Stages
 
-EVERYTHING = 10**6
+
+def funnel(retrieve: int, pre_rank: int) -> FunnelOptions:
+    return FunnelOptions(retrieve=retrieve, pre_rank=pre_rank, rank=pre_rank, page=1, cosine=0)
+
+
+EVERYTHING = funnel(10**6, 10)
+
+
+def truth(users: Any) -> Truth:
+    """Users with nothing held out: only who asks matters."""
+    return Truth(np.asarray(users), Bag(np.zeros(len(users) + 1, np.int64), np.zeros(0, np.int32)))
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +36,7 @@ def asked(version: Version, user: int) -> Any:
 
 def test_a_ranker_over_everything_orders_the_whole_catalogue_but_what_was_clicked(version: Version) -> None:
     users = np.flatnonzero(np.diff(version.clicks.indptr))[:3]
-    found = Stages(version, ["rank"], EVERYTHING, 10, 0.0).lists(users)
+    found = Stages(version, ["rank"], EVERYTHING).lists(truth(users))
     for user, listed in zip(users.tolist(), found, strict=True):
         queries = asked(version, user)
         scores = version.rankers["rank"].score(queries.features, queries.clicks, np.arange(len(version.item_ids)))
@@ -33,7 +46,7 @@ def test_a_ranker_over_everything_orders_the_whole_catalogue_but_what_was_clicke
 
 def test_without_rankers_it_is_the_two_towers_list(version: Version) -> None:
     users = np.flatnonzero(np.diff(version.clicks.indptr))[:3]
-    found = Stages(version, [], 100, 100, 0.0).lists(users)
+    found = Stages(version, [], funnel(100, 100)).lists(truth(users))
     for user, listed in zip(users.tolist(), found, strict=True):
         assert listed.tolist() == version.two_tower.retrieve(asked(version, user), 50).rows[0].tolist()
 
@@ -43,11 +56,11 @@ def test_behind_a_pre_ranker_only_what_it_keeps_is_ranked(version: Version) -> N
     queries = asked(version, user)
     retrieved = version.two_tower.retrieve(queries, 100).rows[0]
     kept = retrieved[np.argsort(-version.rankers["pre_rank"].score(queries.features, queries.clicks, retrieved))[:20]]
-    found = Stages(version, ["pre_rank", "rank"], 100, 20, 0.0).lists(np.array([user]))[0]
+    found = Stages(version, ["pre_rank", "rank"], funnel(100, 20)).lists(truth([user]))[0]
     assert set(found[:20]) == set(kept)
     assert set(found) <= set(retrieved)
 
 
 def test_a_ranker_over_many_items_costs_more_than_behind_two_towers(version: Version) -> None:
-    alone = Stages(version, ["rank"], EVERYTHING, 10, 0.0).cost_ms(20_000)
-    assert alone > 3 * Stages(version, ["rank"], 200, 200, 0.0).cost_ms(20_000) > 0
+    alone = Stages(version, ["rank"], EVERYTHING).cost_ms(20_000)
+    assert alone > 3 * Stages(version, ["rank"], funnel(200, 200)).cost_ms(20_000) > 0

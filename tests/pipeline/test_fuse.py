@@ -8,6 +8,7 @@ import pytest
 from twotower.channels.retriever import Candidates, Queries, Retriever
 from twotower.config import Settings
 from twotower.config.load import as_dict, parse
+from twotower.pipeline import line
 from twotower.pipeline.fuse import fuse
 from twotower.pipeline.line import evaluate_channels_of, fusion_of, open_served, publish_version
 from twotower.samples.read import Samples
@@ -25,7 +26,9 @@ def options(settings: Settings, *more: str) -> list[str]:
     return ["-c", str(text), *more]
 
 
-def test_weights_chosen_on_validation_are_published_and_every_way_to_ask_agrees(run, own_world: Settings) -> None:
+def test_weights_chosen_on_validation_are_published_and_every_way_to_ask_agrees(
+    run, own_world: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace = Path(own_world.workspace.path)
     kept = (workspace / "holdout.parquet").rename(workspace / "kept.parquet")  # nobody may look at it
     config = options(own_world)
@@ -43,7 +46,13 @@ def test_weights_chosen_on_validation_are_published_and_every_way_to_ask_agrees(
     kept.rename(workspace / "holdout.parquet")
     run("samples", *config)
     run("train", *config)
+    with monkeypatch.context() as without:
+        without.setattr(line, "can_plot", lambda: False)
+        files = run("evaluate", *config, "--channels")["files"]
+    assert [Path(file).suffix for file in files] == [".json", ".md"]
+    assert "pip install 'twotower[plots]'" in run.err
     report = run("evaluate", *config, "--channels")
+    assert [Path(file).suffix for file in report["files"]] == [".json", ".md", ".svg"]
     assert report["fusion"] == {
         **{name: stored[name] for name in ("weights", "constants", "depth")}, "reserved": {},
     }  # fmt: skip

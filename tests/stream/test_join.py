@@ -36,9 +36,9 @@ def run(tmp_path: Path, types: Types) -> Callable[..., JoinReport]:
         names = {field.name for field in dataclasses.fields(OPTIONS)}
         own = dataclasses.replace(OPTIONS, **{name: options.pop(name) for name in names & options.keys()})
         given: dict[str, object] = {"flush": True, **options}
-        event_log = LocalEventLog.reader(log_folder)
         folder = tmp_path / out
-        return join(event_log, folder / "shards", folder / "events", types, own, **given)  # type: ignore[arg-type]
+        with closing(LocalEventLog.reader(log_folder)) as event_log:
+            return join(event_log, folder / "shards", folder / "events", types, own, **given)  # type: ignore[arg-type]
 
     return ran
 
@@ -249,11 +249,13 @@ def test_joiners_share_partitions_and_none_takes_anothers(run, make_log, make_ev
     first, second = run(log, "two", share=(1, 2)), run(log, "two", share=(2, 2))
     assert first.rows > 0 < second.rows
     assert rows_of(tmp_path / "two") == rows_of(tmp_path / "one")
-    held = join_module.PartitionJoin(LocalEventLog.reader(log), tmp_path / "two" / "shards", 1, types, OPTIONS)
+    reader = LocalEventLog.reader(log)
+    held = join_module.PartitionJoin(reader, tmp_path / "two" / "shards", 1, types, OPTIONS)
     run(log, "two", share=(1, 2))
     with pytest.raises(Taken, match="another joiner has"):
         run(log, "two")
     held.close()
+    reader.close()
     run(log, "two")
 
 

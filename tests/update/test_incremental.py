@@ -650,11 +650,12 @@ def test_a_damaged_shard_is_set_aside_and_the_others_are_learned(learning, happe
     for seed in range(3):
         happen(learning, clicks(learning, 20, seed=seed))
     [partition] = [path for path in places(learning).shards.iterdir() if any(path.glob("*.tfrecord"))][:1]
-    damaged = sorted(path for path in partition.glob("*.tfrecord") if path.stat().st_size)[0]
+    damaged = sorted(path for path in partition.glob("*.positives.tfrecord") if path.stat().st_size)[0]
     content = damaged.read_bytes()
-    lost = json.loads(damaged.with_suffix(".json").read_text())["rows"]
+    manifest = damaged.with_name(f"{damaged.name.split('.')[0]}.json")
+    lost = json.loads(manifest.read_text())["rows"]
     if damage == "manifest":
-        damaged.with_suffix(".json").write_text("{")
+        manifest.write_text("{")
         read_manifest.cache_clear()  # as in a new process
     elif damage == "gone":
         damaged.unlink()

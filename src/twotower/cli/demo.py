@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from twotower.config.load import load
 from twotower.config.settings import Settings
@@ -160,14 +161,16 @@ def _checked(config: Path, settings: Settings, overrides: list[str]) -> dict[str
         TwotowerError: the server does not start, or the click changes nothing or is not learned.
     """
     options = [f"workspace.path={json.dumps(str(places(settings).workspace))}", *overrides, "serve.port=0"]
-    with _process(["serve"], config, options, subprocess.PIPE) as server:
+    with ExitStack() as opened:
+        server = opened.enter_context(_process(["serve"], config, options, subprocess.PIPE))
         assert server.stdout is not None
         line = server.stdout.readline()
         if not line:
             raise TwotowerError(f"the server ended with code {server.wait()} before it was ready")
         url = json.loads(line)["url"]
-        user_id = _get(f"{url}/console/users?n=1")["users"][0]
-        before = _post(f"{url}/v1/retrieve", {"user_id": user_id, "k": SHOWN})
+        ask = opened.enter_context(_asked(url))
+        user_id = ask("GET", "/console/users?n=1")["users"][0]
+        before = ask("POST", "/v1/retrieve", {"user_id": user_id, "k": SHOWN})
         clicked = before["items"][0]["item_id"]
         now_ms = time.time_ns() // 1_000_000
         click = {
@@ -177,8 +180,8 @@ def _checked(config: Path, settings: Settings, overrides: list[str]) -> dict[str
             "item_id": clicked,
             "ts_ms": now_ms,
         }
-        accepted = _post(f"{url}/v1/events", {"events": [click]})
-        after = _post(f"{url}/v1/retrieve", {"user_id": user_id, "k": SHOWN})
+        accepted = ask("POST", "/v1/events", {"events": [click]})
+        after = ask("POST", "/v1/retrieve", {"user_id": user_id, "k": SHOWN})
         if clicked in [item["item_id"] for item in after["items"]] or before["items"] == after["items"]:
             raise TwotowerError(f"the click on {clicked!r} did not change the next answer of user {user_id!r}")
         with _learning(config, options):
@@ -187,17 +190,20 @@ def _checked(config: Path, settings: Settings, overrides: list[str]) -> dict[str
                 if time.monotonic() > deadline:
                     raise TwotowerError(f"the click on {clicked!r} was not learned within {PATIENCE_S:g} s")
                 time.sleep(0.1)
-                learned = _post(f"{url}/v1/retrieve", {"user_id": user_id, "k": SHOWN})
+                learned = ask("POST", "/v1/retrieve", {"user_id": user_id, "k": SHOWN})
         asked = {"url": url, "user_id": user_id, "before": before, "clicked": clicked}
         return {**asked, **accepted, "after": after, "learned": learned}
 
 
-def _get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=10) as response:
-        return json.load(response)
+@contextmanager
+def _asked(url: str) -> Iterator[Callable[..., Any]]:
+    """What asks a server over one connection, and gives its answer."""
+    with httpx.Client(base_url=url, timeout=10) as client:
 
+        def ask(method: str, path: str, document: Any = None) -> Any:
+            try:
+                return client.request(method, path, json=document).raise_for_status().json()
+            except httpx.HTTPError as error:
+                raise TwotowerError(f"{url}{path}: {error}") from None
 
-def _post(url: str, document: Any) -> Any:
-    request = urllib.request.Request(url, json.dumps(document).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as response:
-        return json.load(response)
+        yield ask

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,7 @@ def command() -> Iterator[None]:
     """Set up logging, and turn our errors into a sentence on stderr and an exit code."""
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it would tell of every request
     try:
         yield
     except TwotowerError as error:
@@ -359,15 +361,13 @@ def demo(
 @lab_app.command("list")
 def lab_list() -> None:
     """All experiments, with their arms and claims."""
-    from twotower_lab.run import listed
-
     with command():
-        answer({"experiments": listed()})
+        answer({"experiments": _lab().listed()})
 
 
 @lab_app.command("run")
 def lab_run(
-    name: Annotated[str, typer.Argument(help="An experiment, or all.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Experiments, or all.")],
     out: Annotated[Path, typer.Option(help="Folder of results; what it holds of other experiments stays.")],
     seeds: Annotated[int | None, typer.Option(help="Seeds of each data set; absent = its own number.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny worlds, one seed: to see that everything runs.")] = False,
@@ -377,10 +377,28 @@ def lab_run(
     jobs: Annotated[int, typer.Option(help="Processes beside each other.")] = os.cpu_count() or 1,
 ) -> None:
     """Run experiments; an interrupted run goes on where it was."""
-    from twotower.cli.lab import run_lab
-
     with command():
-        answer(run_lab(name, out, seeds, smoke, data, jobs))
+        answer(_lab().run(names, out, seeds=seeds, smoke=smoke, data=data, jobs=jobs))
+
+
+@lab_app.command("report")
+def lab_report(out: Annotated[Path, typer.Option(help="Folder of results.")]) -> None:
+    """Write the page of all results that a folder holds, without running anything."""
+    with command():
+        answer(_lab().write_report(out))
+
+
+def _lab() -> Any:
+    """The lab, whose libraries are an extra.
+
+    Raises:
+        ConfigError: they are not installed.
+    """
+    if missing := [name for name in ("jinja2", "matplotlib", "scipy") if find_spec(name) is None]:
+        raise ConfigError(f"the lab needs {' and '.join(missing)}: pip install 'twotower[lab]'")
+    from twotower_lab import run
+
+    return run
 
 
 def main() -> None:

@@ -1,14 +1,12 @@
 """`visit`: the users of a workspace's simulated world meet a running server for a day, over HTTP."""
 
-import json
 import logging
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 
@@ -53,10 +51,10 @@ class UnreachableError(TwotowerError):
 
 
 @dataclass
-class Site:
+class ServerSite:
     """A running server as the world's users see it."""
 
-    url: str
+    server: httpx.Client
     world: World
     page: int
     """Items asked for."""
@@ -124,7 +122,7 @@ class Site:
         positions = [int(item[c.POSITION]) for item in items]
         if sorted(positions) != list(range(1, len(items) + 1)) or len(items) > self.page:
             raise DataError(
-                f"{self.url} answered {len(items)} items at positions {positions} where at most {self.page} are due"
+                f"the server answered {len(items)} items at positions {positions}, and at most {self.page} are expected"
             )
         rows = self.world.item_rows(pa.array([item[c.ITEM_ID] for item in items]))
         self.unknown_items += int((rows == NOTHING).sum())
@@ -132,16 +130,14 @@ class Site:
         return page
 
     def _send(self, method: str, path: str, document: Any) -> Any:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(document).encode(), {"Content-Type": "application/json"}, method=method
-        )
+        url = str(self.server.base_url).rstrip("/")
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            raise UnreachableError(f"{self.url}{path} answered {error.code}: {error.read(500).decode()}") from None
-        except (urllib.error.URLError, TimeoutError) as error:
-            raise UnreachableError(f"nothing answers at {self.url} ({error}): start `twotower serve`") from None
+            response = self.server.request(method, path, json=document)
+        except httpx.TransportError as error:
+            raise UnreachableError(f"nothing answers at {url} ({error}): start `twotower serve`") from None
+        if response.is_error:
+            raise UnreachableError(f"{response.url} answered {response.status_code}: {response.text[:500]}")
+        return response.json()
 
 
 def visit_server(
@@ -173,11 +169,12 @@ def visit_server(
     arrivals = add_arrivals(workspace, world, day)
     features = [name for name in settings.features.user if name in world.users(0).column_names and name != c.USER_ID]
     context = [name for name in settings.features.context if name in ("hour", "scene")]
-    site = Site(url.rstrip("/"), world, page, features, context)
     born = world.items(day).slice(world.items(max(day - 1, world.options.days - 1)).num_rows)
-    if put:
-        site.put(born)
-    visited = visit(world, day, site.answer, site.tell, requests=requests, window_ms=1)
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as server:
+        site = ServerSite(server, world, page, features, context)
+        if put:
+            site.put(born)
+        visited = visit(world, day, site.answer, site.tell, requests=requests, window_ms=1)
     return VisitReport(
         day=day,
         date=str(date_of(day)),

@@ -25,6 +25,7 @@ from twotower.datasets.workspace import HOLDOUT, HOLDOUT_IMPRESSIONS
 from twotower.evaluate import page
 from twotower.evaluate.channels import evaluate_channels
 from twotower.evaluate.holdout import evaluate
+from twotower.evaluate.plots import can_plot
 from twotower.evaluate.ranking import evaluate_ranker, kept_of_top, read_shown, some_users
 from twotower.fusion.fuse import Fusion
 from twotower.index.exact import ExactIndex
@@ -280,7 +281,9 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
 
 
 def evaluate_channels_of(settings: Settings, own: OwnChannels | None = None) -> dict[str, Any]:
-    """What each channel and the fused list find of the hold-out; JSON, Markdown and a plot are kept.
+    """What each channel and the fused list find of the hold-out.
+
+    JSON and Markdown are kept beside the checkpoint, and a plot where the extra `plots` is installed.
 
     Args:
         settings: the configuration.
@@ -304,10 +307,15 @@ def evaluate_channels_of(settings: Settings, own: OwnChannels | None = None) -> 
     report["fusion"] = asdict(fusion)
     folder = latest_checkpoint(settings).path.parent
     write_json(folder / f"{CHANNELS}.json", report)
-    for suffix, text in (("md", page.markdown(report)), ("svg", page.plot(report))):
+    texts = {"md": page.markdown(report)}
+    if can_plot():
+        texts["svg"] = page.plot(report)
+    else:
+        log.warning("no plot: it needs matplotlib, pip install 'twotower[plots]'")
+    for suffix, text in texts.items():
         with whole_file(folder / f"{CHANNELS}.{suffix}") as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return {**report, "files": [str(folder / f"{CHANNELS}.{suffix}") for suffix in ("json", "md", "svg")]}
+    return {**report, "files": [str(folder / f"{CHANNELS}.{suffix}") for suffix in ("json", *texts)]}
 
 
 def offline_channel(samples: Samples, checkpoint: Checkpoint, name: str = TWO_TOWER) -> VectorChannel:

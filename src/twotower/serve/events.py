@@ -7,16 +7,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from twotower.logs import Event
-from twotower.logs.events import (
-    CATALOGUE,
-    Click,
-    Content,
-    EntityDeleted,
-    EntityPut,
-    Impression,
-    LoggedRequest,
-    check_event,
-)
+from twotower.logs.events import CATALOGUE, ITEM, USER, Click, Content, Impression, LoggedRequest, check_event
 from twotower.publish.version import Version
 from twotower.schema.errors import DataError, shown
 from twotower.schema.tables import is_id
@@ -58,14 +49,13 @@ def _checked(document: dict[str, Any], where: str, version: Version, now_ms: int
     """
     try:
         event = Event.from_json(document)
-        said = event.content
-        if isinstance(said, EntityPut | EntityDeleted) or event.user_id == CATALOGUE:
+        if event.type in (USER, ITEM) or event.user_id == CATALOGUE:
             raise DataError(f"type {shown(event.type)} is the server's own: PUT or DELETE /v1/items/ID or /v1/users/ID")
         check_event(event, now_ms)
         known = version.users.ids.type
         if not is_id(event.user_id, known):
             raise DataError(f"user_id {shown(event.user_id)}, but the ids of users are {known}")
-        _check_items(said, event.type, version)
+        _check_items(event.content, event.type, version)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     return event

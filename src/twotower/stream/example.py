@@ -6,6 +6,7 @@ one without values. `decode.py` reads them back as columns.
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
+from operator import attrgetter
 from typing import Any, Final
 
 import pyarrow as pa
@@ -36,6 +37,7 @@ _OWN: Final = (
     c.PROPENSITY,
 )
 """Columns that are attributes of a `Row` under the same name."""
+_own: Final = attrgetter(*_OWN)
 
 
 def _messages() -> tuple[Any, Any]:
@@ -115,7 +117,7 @@ def encode_rows(
         for place, row in enumerate(rows):
             if row.request is not request:
                 request, shared, first_shown = row.request, _bytes(_shared(row.request), kinds), None
-            own = {name: getattr(row, name) for name in _OWN}
+            own = dict(zip(_OWN, _own(row), strict=True))
             own[c.ROW] = next(number)
             content = shared
             if row.outcome in (c.IMPRESSED, c.CLICKED):
@@ -151,20 +153,22 @@ def _of_shown(request: RowRequest) -> dict[str, Any]:
 def _bytes(values: dict[str, Any], kinds: dict[str, str]) -> bytes:
     """Features of those values that are not null, ordered by name."""
     message = Features()
+    feature = message.feature
     for name, value in values.items():
         if value is None:
             continue
         kind = kinds[name]
-        many = value if isinstance(value, list | tuple) else (value,)
-        values_of = getattr(message.feature[name], kind)
-        if not many:
+        if isinstance(value, list | tuple):
+            many = [text.encode() for text in value] if kind == BYTES_LIST else value
+            values_of = getattr(feature[name], kind)
             values_of.SetInParent()  # an empty list is another thing than no feature
+            values_of.value.extend(map(int, many) if kind == INT64_LIST else many)
         elif kind == BYTES_LIST:
-            values_of.value.extend([text.encode() for text in many])
+            feature[name].bytes_list.value.append(value.encode())
         elif kind == INT64_LIST:
-            values_of.value.extend(map(int, many))  # protobuf takes no booleans for integers
+            feature[name].int64_list.value.append(int(value))  # protobuf takes no booleans for integers
         else:
-            values_of.value.extend(many)
+            feature[name].float_list.value.append(value)
     content: bytes = message.SerializeToString(deterministic=True)
     return content
 

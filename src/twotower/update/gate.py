@@ -81,10 +81,12 @@ class Gate:
         self._base = version
         vocabularies = version.features.vocabularies
         tables = {name: model.tables[name] for name in (c.USER_ID, c.ITEM_ID) if name in model.tables}
-        self._typical = {
+        self._typical: dict[str, float] = {
             name: typical_length(table.weights, len(vocabularies[name].values)) for name, table in tables.items()
         }
-        self._largest = {name: float(table.accumulator.max(initial=0)) for name, table in tables.items()}
+        self._largest: dict[str, float] = {
+            name: float(table.accumulator.max(initial=0)) for name, table in tables.items()
+        }
 
     def check(self, delta: Delta, touched: Touched, vectors: Floats, recall: Recall) -> list[str]:
         """What is wrong with a delta, before it is asked what would be served; one sentence each.

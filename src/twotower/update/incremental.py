@@ -16,7 +16,8 @@ from twotower.publish.delta import chain_folder
 from twotower.publish.publish import current_path
 from twotower.schema.errors import VersionError
 from twotower.schema.locks import take_lock
-from twotower.update.chain import TOLD, Chain, Done
+from twotower.update.chain import Chain, Done
+from twotower.update.learn import TOLD
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def update_incremental(
     dry_run: bool = False,
     follow_s: float | None = None,
     stopped: Callable[[], bool] = lambda: False,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> UpdateReport:
     """Learn what there is for the served version, in deltas.
 

@@ -139,7 +139,7 @@ def _lesson(state: ChainState, given: Input, without: frozenset[EntityId]) -> _L
     rows = np.unique(positives.item_row)
     listed = lists_with(state.laid, learner.vectors, rows) if len(rows) else rows
     judged = _judge(state, positives)
-    vectors = learner.user_vectors(out) if len(out) else []
+    vectors = list(learner.user_vectors(out)) if len(out) else []
     witnesses = [Witness(*one) for one in zip(out.item_ids.to_pylist(), vectors, strict=True)]
     before = _recall(state, witnesses)
     for step, start in enumerate(range(0, len(positives), options.update.batch_size)):
