@@ -30,7 +30,7 @@ from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
 from twotower.evaluate.holdout import ranked, read_truth
 from twotower.evaluate.metrics import score_lists
-from twotower.pipeline.line import make_samples
+from twotower.pipeline.line import build_samples
 from twotower.pipeline.places import places
 from twotower.samples.options import EngineOptions
 from twotower.samples.read import Clicks, Samples, open_samples
@@ -80,7 +80,7 @@ def one_case(name: str, data: Path, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder) / "workspace"
         import_dataset(dataset, data / source, workspace, options)
-        make_samples(load(CONFIG, [f"workspace.path={workspace}"]))
+        build_samples(load(CONFIG, [f"workspace.path={workspace}"]))
         clicks = len(open_samples(workspace / "samples").clicks.item_row)
         for turn in range(rounds):
             for method in METHODS:

@@ -26,7 +26,7 @@ from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
 from twotower.features.columns import Bag, ranges
-from twotower.pipeline.line import make_samples
+from twotower.pipeline.line import build_samples
 from twotower.pipeline.places import places
 from twotower.samples.read import Samples, open_samples
 from twotower.towers.losses import Mask, SharedNegatives, sampled_softmax, shared_loss
@@ -57,7 +57,7 @@ def main() -> None:
         settings = load(CONFIG, [f"workspace.path={folder}/workspace", *FEATURES])
         workspace = places(settings).workspace
         import_dataset("movielens-1m", arguments.data, workspace, ImportOptions(holdout="time:0.9", positive="4"))
-        make_samples(settings)
+        build_samples(settings)
         rows = Path(folder) / "rows.npz"
         export(open_samples(workspace / "samples"), rows)
         for turn in range(1 if arguments.smoke else arguments.rounds):

@@ -23,7 +23,7 @@ from pathlib import Path
 import forks
 
 from twotower.config import Settings, parse
-from twotower.pipeline.line import make_samples, publish_version, train_model
+from twotower.pipeline.line import build_samples, publish_version, train_model
 from twotower.pipeline.places import places
 from twotower.publish.publish import current, list_versions, verify
 from twotower.schema.files import TEMPORARY
@@ -78,7 +78,7 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, int | float]:
 
     def prepare() -> None:
         simulate_workspace(workspace, WorldOptions(users=100, items=100, days=2, seed=0))
-        make_samples(settings)
+        build_samples(settings)
         train_model(settings)
         publish_version(settings, promoted=True)  # the later ones follow a version, and take other steps
 

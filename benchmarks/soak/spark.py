@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from twotower.channels import item_cf, swing
-from twotower.channels.item_cf import ItemCF
-from twotower.channels.item_to_item import FILE
-from twotower.channels.swing import Swing
+from twotower.channels.item_cf import fit_item_cf
+from twotower.channels.item_to_item import FILE, ItemToItem
+from twotower.channels.options import ItemCFOptions, SwingOptions
+from twotower.channels.swing import fit_swing
 from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
-from twotower.pipeline.line import make_samples
+from twotower.pipeline.line import build_samples
 from twotower.samples.options import EngineOptions
 from twotower.samples.read import open_samples
 
@@ -38,7 +38,7 @@ def compare_samples(workspace: Path, folder: Path) -> int:
     """Build the samples on both engines; gives the bytes of one of them."""
     settings = load(CONFIG, [f"workspace.path={json.dumps(str(workspace))}"])
     for engine in ENGINES:
-        make_samples(replace(settings, engine=engine))
+        build_samples(replace(settings, engine=engine))
         (workspace / "samples").rename(folder / engine.name)
     duckdb, spark = (files_of(folder / engine.name) for engine in ENGINES)
     assert duckdb.keys() == spark.keys()
@@ -52,14 +52,14 @@ def compare_channels(samples_folder: Path, folder: Path) -> int:
     samples = open_samples(samples_folder)
     items = len(samples.items)
     weight = np.random.default_rng(0).random(len(samples.positives), np.float32)
-    weighed = item_cf.Options(items=30, interest="weight", activity=1.0)
+    weighed = ItemCFOptions(items=30, interest="weight", activity=1.0)
     positives = replace(samples.positives, weight=weight)
     written: dict[str, set[bytes]] = {}
     for engine in ENGINES:
-        channels: dict[str, ItemCF | Swing] = {
-            "item_cf": ItemCF.fit(samples.clicks, items, item_cf.Options(items=100), engine),
-            "item_cf, weights": ItemCF.fit(samples.clicks, items, weighed, engine, positives=positives),
-            "swing": Swing.fit(samples.clicks, items, swing.Options(items=100, users=200), engine),
+        channels: dict[str, ItemToItem] = {
+            "item_cf": fit_item_cf(samples.clicks, items, ItemCFOptions(items=100), engine),
+            "item_cf, weights": fit_item_cf(samples.clicks, items, weighed, engine, positives=positives),
+            "swing": fit_swing(samples.clicks, items, SwingOptions(items=100, users=200), engine),
         }
         for name, channel in channels.items():
             channel.save(folder)

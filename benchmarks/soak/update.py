@@ -45,6 +45,7 @@ from typing import Any
 
 import forks
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from forks import Work
 
@@ -69,7 +70,6 @@ from twotower.serve.snapshots import Snapshots
 from twotower.stream.shards import manifests, partitions, read_rows
 from twotower.update.chain import PLAN, QUARANTINE
 from twotower.update.incremental import LOCK
-from twotower.update.rows import clicked
 from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
 
@@ -580,7 +580,7 @@ def check_learned(settings: Settings) -> Counter[Click]:
             assert end >= at[partition], f"delta {delta.seq} goes back in partition {partition}"
             part = read_rows(where.shards, partition, at[partition], end - at[partition])
             rows, at[partition] = rows + part.num_rows, end
-            own = clicked(part).select([c.USER_ID, c.ITEM_ID, c.CLICK_TS_MS])
+            own = part.filter(pc.field(c.OUTCOME) == c.CLICKED).select([c.USER_ID, c.ITEM_ID, c.CLICK_TS_MS])
             clicks += zip(*(column.to_pylist() for column in own.columns), strict=True)
         out = is_held_out(pa.array([user for user, _, _ in clicks], pa.int64()), settings.samples.held_out_users)
         trained = [click for click, untrained in zip(clicks, out.tolist(), strict=True) if not untrained]

@@ -15,21 +15,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from twotower.channels.retriever import Candidates, Queries, Retriever
     from twotower.config.load import load
     from twotower.config.settings import Settings
     from twotower.pipeline.data import import_tables, simulate
+    from twotower.pipeline.fuse import fuse as choose_fusion
+    from twotower.pipeline.line import build_samples as build_samples
+    from twotower.pipeline.line import evaluate_channels_of as evaluate_channels
     from twotower.pipeline.line import evaluate_model, publish_version, train_model
-    from twotower.pipeline.line import make_samples as build_samples
     from twotower.pipeline.line import run_line as run
     from twotower.pipeline.serving import serve as run_server
     from twotower.pipeline.versions import PublishedVersion, Recommendations, Vectors, open_version
+    from twotower.samples.read import Samples
+    from twotower.towers.losses import Scores
 
 __all__ = [
+    "Candidates",
     "PublishedVersion",
+    "Queries",
     "Recommendations",
+    "Retriever",
+    "Samples",
+    "Scores",
     "Settings",
     "Vectors",
     "build_samples",
+    "choose_fusion",
+    "evaluate_channels",
     "evaluate_model",
     "import_tables",
     "load",
@@ -42,11 +54,18 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Candidates": "channels.retriever.Candidates",
     "PublishedVersion": "pipeline.versions.PublishedVersion",
+    "Queries": "channels.retriever.Queries",
     "Recommendations": "pipeline.versions.Recommendations",
+    "Retriever": "channels.retriever.Retriever",
+    "Samples": "samples.read.Samples",
+    "Scores": "towers.losses.Scores",
     "Settings": "config.settings.Settings",
     "Vectors": "pipeline.versions.Vectors",
-    "build_samples": "pipeline.line.make_samples",
+    "build_samples": "pipeline.line.build_samples",
+    "choose_fusion": "pipeline.fuse.fuse",
+    "evaluate_channels": "pipeline.line.evaluate_channels_of",
     "evaluate_model": "pipeline.line.evaluate_model",
     "import_tables": "pipeline.data.import_tables",
     "load": "config.load.load",

@@ -22,7 +22,7 @@ from twotower.config.settings import Settings
 from twotower.datasets.workspace import EVENTS, open_workspace
 from twotower.evaluate.metrics import score_lists
 from twotower.features.columns import Bag, pointers
-from twotower.pipeline.line import make_samples, open_served, publish_version, train_model
+from twotower.pipeline.line import build_samples, open_served, publish_version, train_model
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.clock import DAY_MS
@@ -162,7 +162,7 @@ def _like(events: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _morning(settings: Settings) -> Version:
     """Learn from everything up to yesterday; the version that is served today."""
-    make_samples(settings)
+    build_samples(settings)
     train_model(settings)
     publish_version(settings, promoted=True)
     return open_served(settings)

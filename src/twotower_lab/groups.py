@@ -22,6 +22,7 @@ from twotower.samples.read import Samples
 from twotower.schema import columns as c
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 RARE: Final = 0.5
@@ -41,6 +42,15 @@ class Group:
     truth: Truth
     wanted: Bools | None = None
     """(N,) the items that are looked for; None = all of them."""
+    part_of: str | None = None
+    """The name of a group before it whose requests include these, so that nobody is asked again."""
+    places: Ints | None = None
+    """Which requests of that group these are."""
+
+    def part(self, name: str, chosen: Bools) -> "Group":
+        """Some of the requests, by a mask (B,)."""
+        places = np.flatnonzero(chosen)
+        return Group(name, some_users(self.truth, places), part_of=self.name, places=places)
 
 
 def main_groups(samples: Samples, workspace: Path, context: bool) -> Iterator[Group]:
@@ -81,13 +91,14 @@ def _clicks_on(truth: Truth, wanted: Bools) -> Truth | None:
     return Truth(truth.user_rows[users], items, some_users(truth, users).context)
 
 
-def thirds(samples: Samples, warm: Truth) -> Iterator[Group]:
+def thirds(samples: Samples, warm: Group) -> Iterator[Group]:
     """The users by thirds: by their number of clicks, and by how far these spread."""
-    counts = np.diff(samples.clicks.indptr)[warm.user_rows]
-    for name, value in (("clicks", counts.astype(np.float64)), ("spread", spread(samples)[warm.user_rows])):
+    users = warm.truth.user_rows
+    counts = np.diff(samples.clicks.indptr)[users]
+    for name, value in (("clicks", counts.astype(np.float64)), ("spread", spread(samples)[users])):
         third = np.digitize(value, np.quantile(value, [1 / 3, 2 / 3]), right=True)
         for place, word in enumerate(("least", "middle", "most")):
-            yield Group(f"{word} {name} ", some_users(warm, np.flatnonzero(third == place)))
+            yield warm.part(f"{word} {name} ", third == place)
 
 
 def spread(samples: Samples) -> Floats:
@@ -106,20 +117,22 @@ def spread(samples: Samples) -> Floats:
     return 1 - np.sqrt(squares)
 
 
-def scenes(samples: Samples, workspace: Path, warm: Truth, context: bool) -> Iterator[Group]:
+def scenes(samples: Samples, workspace: Path, warm: Group, context: bool) -> Iterator[Group]:
     """Users who come to another scene than most first; each user and scene; each scene with enough of these requests.
 
     A user is asked once for each scene in which they have a held-out click, as in their first impression there, and
     judged by the clicks there.
     """
-    table = pq.read_table(workspace / HOLDOUT_IMPRESSIONS).sort_by(c.REQUEST_TS_MS)
+    table = pq.read_table(workspace / HOLDOUT_IMPRESSIONS)
+    table = table.take(pa.array(np.argsort(table[c.REQUEST_TS_MS].to_numpy(), kind="stable")))
     user = samples.users.positions.find(table[c.USER_ID].combine_chunks())
     item = samples.items.positions.find(table[c.ITEM_ID].combine_chunks())
     scene, size = table[SCENE].to_numpy(), len(samples.items)
     users, at = np.unique(user, return_index=True)
-    first = scene[at[np.searchsorted(users, warm.user_rows)]]
-    yield Group("elsewhere ", some_users(warm, np.flatnonzero(first != np.bincount(first).argmax())))
-    judged = np.repeat(warm.user_rows, np.diff(warm.items.indptr)) * size + warm.items.rows
+    truth = warm.truth
+    first = scene[at[np.searchsorted(users, truth.user_rows)]]
+    yield warm.part("elsewhere ", first != np.bincount(first).argmax())
+    judged = np.repeat(truth.user_rows, np.diff(truth.items.indptr)) * size + truth.items.rows
     clicked = pc.equal(table[c.OUTCOME], c.CLICKED).to_numpy() & np.isin(user * size + item, judged)
     count = int(scene.max()) + 1
     asked, at = np.unique(user * count + scene, return_index=True)
@@ -129,8 +142,8 @@ def scenes(samples: Samples, workspace: Path, warm: Truth, context: bool) -> Ite
     features = samples.features.context if context else ()
     told = {feature.name: feature.encode(rows[feature.name].combine_chunks()) for feature in features}
     items = Bag(pointers(np.bincount(owner)), (pairs % size).astype(np.int32))
-    each = Truth(requests // count, items, told)
-    yield Group("each scene ", each)
+    each = Group("each scene ", Truth(requests // count, items, told))
+    yield each
     for number, requests_there in zip(*np.unique(requests % count, return_counts=True), strict=True):
         if requests_there >= LEAST_REQUESTS:
-            yield Group(f"scene {number} ", some_users(each, np.flatnonzero(requests % count == number)))
+            yield each.part(f"scene {number} ", requests % count == number)

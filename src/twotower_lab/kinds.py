@@ -25,9 +25,9 @@ from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
 from twotower.index.protocol import PADDING
 from twotower.pipeline.line import (
+    build_samples,
     evaluate_rankers,
     fusion_of,
-    make_samples,
     offline_channels,
     open_served,
     publish_version,
@@ -104,7 +104,7 @@ class Trial:
         made = trained = None
         for name, configured in self.settings.items():
             if made != (made := fixed_by_samples(configured)):
-                make_samples(configured)
+                build_samples(configured)
             if trained != (trained := fixed_by_training(configured)):
                 started = time.process_time()
                 report = train_model(configured)
@@ -117,7 +117,7 @@ class Trial:
 
     def index(self) -> Iterator[Result]:
         """One model, and an index of each arm over its vectors."""
-        make_samples(self._first)
+        build_samples(self._first)
         train_model(self._first)
         publish_version(self._first, promoted=True)
         samples, version, judge = self._samples(), open_served(self._first), self._judge(self._first)
@@ -146,7 +146,7 @@ class Trial:
     def fusion(self) -> Iterator[Result]:
         """One version with two towers and rankers; arms differ in how many items reach which ranker."""
         configured = max(self.settings.values(), key=lambda settings: len(settings.models.rankers))
-        make_samples(configured)
+        build_samples(configured)
         train_model(configured)
         publish_version(configured, promoted=True)
         samples, version = self._samples(), open_served(configured)
@@ -161,7 +161,7 @@ class Trial:
     def ranking(self) -> Iterator[Result]:
         """One pair of rankers, and what orders impressions without a network."""
         settings = self._first
-        make_samples(settings)
+        build_samples(settings)
         report, samples = train_model(settings), self._samples()
         figures = evaluate_rankers(settings, samples)
         shown = read_shown(self.workspace / HOLDOUT_IMPRESSIONS, samples)

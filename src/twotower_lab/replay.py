@@ -33,7 +33,7 @@ from twotower.features.feature_set import HISTORY
 from twotower.features.vocabulary import FIRST
 from twotower.index.protocol import Exclusions
 from twotower.pipeline.full import update_full
-from twotower.pipeline.line import make_samples, publish_version, train_model
+from twotower.pipeline.line import build_samples, publish_version, train_model
 from twotower.pipeline.places import places
 from twotower.pipeline.updating import open_chain
 from twotower.publish.publish import current_path
@@ -217,7 +217,7 @@ def write_hours(folder: Path, later: Later, types: Types) -> None:
 def first_model(settings: Settings, workspace: Path, later: Later) -> None:
     """Train and publish on the first days, and write the shards of the others aside."""
     write_hours(workspace / STREAM, later, read_types(workspace, settings.features.user, settings.features.context))
-    make_samples(settings)
+    build_samples(settings)
     train_model(settings)
     publish_version(settings, promoted=True)
 
@@ -349,7 +349,7 @@ class _Model:
         if nightly == "full":
             update_full(self._settings, dry_run=False)
         else:
-            make_samples(self._settings)
+            build_samples(self._settings)
             train_model(self._settings)
             publish_version(self._settings, promoted=True)
         self._nights_s.append(time.process_time() - started)

@@ -62,9 +62,9 @@ class Judge:
         yield warm
         yield from every
         if "thirds" in self.kinds:
-            yield from thirds(samples, warm.truth)
+            yield from thirds(samples, warm)
         if "scenes" in self.kinds:
-            yield from scenes(samples, self.workspace, warm.truth, self.context)
+            yield from scenes(samples, self.workspace, warm, self.context)
 
     def score(self, samples: Samples, lists: Lists) -> dict[str, Floats]:
         """All measures by user: those of arms on the same workspace are of the same users, in the same order.
@@ -78,8 +78,10 @@ class Judge:
             also of the other groups, as `rare recall@50`.
         """
         values: dict[str, Floats] = {}
+        asked: dict[str, Ints] = {}
         for group in self.groups(samples):
-            found = lists(group.truth)
+            found = lists(group.truth) if group.part_of is None else asked[group.part_of][group.places]
+            asked[group.name] = found
             logged = score_lists(found, group.truth.items, samples.item_positives, sorted({FEW, *self.ks})).values
             values |= {f"{group.name}recall@{k}": logged[f"recall@{k}"] for k in self.ks}
             if not group.name:

@@ -14,7 +14,7 @@ from twotower.features.columns import Bag, pointers
 from twotower.features.vocabulary import Positions
 from twotower.samples.read import Clicks
 from twotower_lab import groups
-from twotower_lab.groups import scenes, spread, thirds
+from twotower_lab.groups import Group, scenes, spread, thirds
 
 
 class Known:
@@ -55,7 +55,10 @@ def test_the_spread_is_one_minus_the_length_of_the_mean_of_unit_vectors() -> Non
 
 def test_thirds_divide_the_users_by_their_clicks() -> None:
     clicks = [[0] * count for count in (1, 2, 3, 4, 5, 6)]
-    found = {group.name: group.truth.user_rows.tolist() for group in thirds(samples(clicks, 2), held_out([[1]] * 6))}
+    found = {
+        group.name: group.truth.user_rows.tolist()
+        for group in thirds(samples(clicks, 2), Group("", held_out([[1]] * 6)))
+    }
     assert found["least clicks "] == [0, 1]
     assert found["middle clicks "] == [2, 3]
     assert found["most clicks "] == [4, 5]
@@ -72,7 +75,7 @@ def test_a_user_is_asked_once_in_each_scene_where_they_click(tmp_path: Path, mon
     table = {"user_id": user, "item_id": item, "tab": scene, "outcome": outcome, "request_ts_ms": range(len(rows))}
     pq.write_table(pa.table(table).take([6, 5, 4, 3, 2, 1, 0]), tmp_path / "holdout_impressions.parquet")
     monkeypatch.setattr(groups, "LEAST_REQUESTS", 2)
-    warm = held_out([[1, 2, 3], [1], [2]])
+    warm = Group("", held_out([[1, 2, 3], [1], [2]]))
     found = {group.name: group.truth for group in scenes(samples([[]] * 3, 4), tmp_path, warm, context=True)}
     assert list(found) == ["elsewhere ", "each scene ", "scene 1 "]
     assert found["elsewhere "].user_rows.tolist() == [1]  # the first request of the others is in scene 1

@@ -6,7 +6,7 @@ import pytest
 
 from twotower.config import load
 from twotower.evaluate.holdout import Truth, read_truth
-from twotower.pipeline.line import make_samples
+from twotower.pipeline.line import build_samples
 from twotower.samples.read import open_samples
 from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace, world_of
@@ -19,7 +19,7 @@ from twotower_lab.trials import EXAMPLES
 def test_the_best_lists_of_the_truth_find_everything_that_is_wanted(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
     simulate_workspace(workspace, WorldOptions(users=200, items=150, days=3, seed=5))
-    make_samples(load(EXAMPLES / "demo.toml", [f"workspace.path={workspace}"]))
+    build_samples(load(EXAMPLES / "demo.toml", [f"workspace.path={workspace}"]))
     samples, world = open_samples(workspace / "samples"), world_of(workspace)
     assert world is not None
     item = world.item_rows(samples.items.ids)
@@ -57,7 +57,7 @@ def test_the_best_lists_of_the_truth_find_everything_that_is_wanted(tmp_path: Pa
 def test_lists_of_held_out_clicks_have_all_recall_of_the_log_and_no_truth_is_needed(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
     simulate_workspace(workspace, WorldOptions(users=150, items=120, days=3, seed=6))
-    make_samples(load(EXAMPLES / "demo.toml", [f"workspace.path={workspace}"]))
+    build_samples(load(EXAMPLES / "demo.toml", [f"workspace.path={workspace}"]))
     samples = open_samples(workspace / "samples")
     truth = read_truth(workspace / "holdout.parquet", samples)
     lists = np.full((len(samples.users), 50), NOTHING)

@@ -41,7 +41,7 @@ def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
 def check_vectors(settings: Settings, channels: list[str]) -> None:
     """The vectors of a version are those of the trained towers."""
     samples, version = open_samples(places(settings).samples), open_served(settings)
-    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.arange(60), {}, None)
+    queries = queries_of_users(samples.features, samples.users, samples.clicks, np.arange(60))
     for name in channels:
         served = version.channels[name]
         assert isinstance(served, VectorChannel)

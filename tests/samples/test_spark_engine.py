@@ -18,7 +18,7 @@ from twotower.config import load
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
 from twotower.features.options import Categorical, Feature, Features, MultiCategorical, Numeric, Vector
-from twotower.pipeline.line import make_samples
+from twotower.pipeline import line as stages
 from twotower.samples.build import build_samples
 from twotower.samples.duckdb_engine import BATCH_ROWS
 from twotower.samples.engine import Engine, open_engine
@@ -157,7 +157,7 @@ def test_the_configured_engine_gives_the_same_bytes_of_a_simulated_world(tmp_pat
     simulate_workspace(tmp_path / "world", WorldOptions(users=150, items=200, days=2, seed=3))
     for engine in (DUCKDB, spark):
         settings = load(EXAMPLES / "demo.toml", [f"workspace.path={tmp_path / 'world'}"])
-        make_samples(replace(settings, engine=engine))
+        stages.build_samples(replace(settings, engine=engine))
         (tmp_path / "world" / "samples").rename(tmp_path / engine.name)
     assert open_samples(tmp_path / "spark").manifest["with_hard"] > 0.5
     assert_same(tmp_path / "duckdb", tmp_path / "spark")
@@ -195,7 +195,7 @@ def test_some_users_of_movielens_give_the_same_bytes(
     import_dataset("movielens-1m", some_movielens, tmp_path / "ml", ImportOptions(holdout="time:0.9", positive="4"))
     settings = load(EXAMPLES / "movielens.toml", [f"workspace.path={tmp_path / 'ml'}"])
     for engine in (DUCKDB, spark):
-        make_samples(replace(settings, engine=engine))
+        stages.build_samples(replace(settings, engine=engine))
         (tmp_path / "ml" / "samples").rename(tmp_path / engine.name)
     assert_same(tmp_path / "duckdb", tmp_path / "spark")
 

@@ -11,7 +11,7 @@ import pytest
 from twotower.config import Settings
 from twotower.datasets.workspace import open_workspace
 from twotower.logs import Event, LocalEventLog
-from twotower.pipeline.line import make_samples
+from twotower.pipeline.line import build_samples
 from twotower.pipeline.streaming import join_log
 from twotower.schema.errors import ConfigError
 from twotower.stream.days import joined_path
@@ -54,14 +54,14 @@ def test_samples_read_what_was_served_together_with_what_was_imported(own_world:
     workspace = Path(own_world.workspace.path)
     users = open_workspace(workspace).users()["user_id"].to_pylist()
     items = open_workspace(workspace).items()["item_id"].to_pylist()
-    before = make_samples(own_world)
+    before = build_samples(own_world)
     imported = {path: path.read_bytes() for path in (workspace / "events").rglob("*.parquet")}
     served = [{"user": users[n % 50], "items": items[n % 40 : n % 40 + 10]} for n in range(100)]
     serve_a_day(served)
     report = join_log(own_world, follow=False, flush=True, share="1/1")
     assert (report.rows, report.outcomes) == (1000, {"clicked": 100, "rank_rejected": 900})
     assert {path: path.read_bytes() for path in imported} == imported
-    after = make_samples(own_world)
+    after = build_samples(own_world)
     assert after.events == before.events + 1000
     assert after.positives == before.positives + 100
     assert after.dropped == before.dropped
@@ -76,11 +76,11 @@ def test_users_and_items_that_the_tables_do_not_have_are_counted_by_samples(own_
     workspace = Path(own_world.workspace.path)
     items = open_workspace(workspace).items()["item_id"].to_pylist()
     user = open_workspace(workspace).users()["user_id"][0].as_py()
-    before = make_samples(own_world).dropped
+    before = build_samples(own_world).dropped
     serve_a_day([{"user": 10**9, "items": items[:3]}, {"user": user, "items": ["a new item", *items[:2]]}])
     report = join_log(own_world, follow=False, flush=True, share="1/1")
     assert report.rows == 6
-    dropped = make_samples(own_world).dropped
+    dropped = build_samples(own_world).dropped
     assert dropped.get("unknown_user", 0) - before.get("unknown_user", 0) == 3
     assert dropped.get("unknown_item", 0) - before.get("unknown_item", 0) == 1
 

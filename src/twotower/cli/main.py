@@ -132,9 +132,9 @@ def simulate(
 @app.command()
 def samples(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Build positives, histories, counts and encoded features from a workspace."""
-    from twotower.pipeline.line import make_samples
+    from twotower.pipeline.line import build_samples
 
-    stage(lambda settings: asdict(make_samples(settings)), config, overrides)
+    stage(lambda settings: asdict(build_samples(settings)), config, overrides)
 
 
 @app.command()

@@ -103,7 +103,7 @@ def evaluate_channels(
 
 
 @dataclass(frozen=True)
-class Found:
+class ListHits:
     """Which held-out pairs are in which list."""
 
     items: Bag
@@ -202,7 +202,7 @@ class Found:
 
 def find(
     samples: Samples, channels: Mapping[str, Retriever], fuse: Fuse, truth: Truth, *, ks: Sequence[int], depth: int
-) -> Found:
+) -> ListHits:
     """Request the lists of all channels, a batch of users at a time, and look up the held-out pairs in them."""
     size, names = len(samples.items), [*channels, FUSED]
     hits: dict[str, list[npt.NDArray[np.bool_]]] = {name: [] for name in names}
@@ -236,7 +236,7 @@ def find(
         log.info("%d of %d users", start + len(users), len(truth.user_rows))
     joined = {name: np.concatenate(parts, axis=1) for name, parts in hits.items()}
     union = np.logical_or.reduce([joined[name] for name in channels])
-    return Found(truth.items, ks, {**joined, UNION: union}, both, places)
+    return ListHits(truth.items, ks, {**joined, UNION: union}, both, places)
 
 
 def _first(found: Candidates, k: int) -> Candidates:

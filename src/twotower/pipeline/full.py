@@ -11,7 +11,7 @@ from twotower.config.settings import Settings
 from twotower.datasets.places import Places
 from twotower.datasets.tables import end_of_day
 from twotower.features.feature_set import load as load_features
-from twotower.pipeline.line import LATEST, make_samples, publish_version, train_from, train_ranker_from
+from twotower.pipeline.line import LATEST, build_samples, publish_version, train_from, train_ranker_from
 from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.updating import check_held_out, entities_of, event_log_of, open_chain
@@ -155,7 +155,7 @@ def _learn_day(settings: Settings, chain: _FullChain, day: str) -> UpdateReport:
     files = sorted((where.events / f"{c.DATE}={day}").glob("*.parquet"))
     fold(where.workspace, entities_of(settings), files)
     features = load_features(previous[TWO_TOWER].path)
-    make_samples(until, PreviousFeatures(features, settings.update.evict_after_days))
+    build_samples(until, PreviousFeatures(features, settings.update.evict_after_days))
     samples, served = open_samples(where.samples), current_path(where.versions)
     own = rows_of_day(samples, day, chain.reached.learned_ms(day))
     seq, rows = last_seq(where.deltas, served.name), len(own.positives)

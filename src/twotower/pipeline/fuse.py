@@ -23,7 +23,7 @@ from twotower.config.settings import Settings
 from twotower.evaluate.holdout import Truth, candidates, held_out
 from twotower.features.columns import Bag, pointers, take
 from twotower.fusion.choose import choose
-from twotower.pipeline.line import FUSION, make_samples, offline_channels, train_model
+from twotower.pipeline.line import FUSION, build_samples, offline_channels, train_model
 from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.pipeline.tune import identity, validation_workspace, with_values
@@ -132,7 +132,7 @@ def samples_of(settings: Settings) -> None:
     """
     where = places(settings)
     if not where.samples.exists():
-        make_samples(settings)
+        build_samples(settings)
     held_out(where.workspace, open_samples(where.samples), settings.evaluate.context)
 
 

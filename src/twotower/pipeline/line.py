@@ -1,7 +1,4 @@
-"""The stages in their order, each called with plain arguments out of the configuration.
-
-This is the only module that knows both: no stage sees the configuration.
-"""
+"""The stages in their order, as a configuration describes them; each takes its own sections of it."""
 
 import json
 import logging
@@ -43,7 +40,8 @@ from twotower.publish.version import (
     item_tokens,
     open_version,
 )
-from twotower.samples.build import MADE_WITH, SamplesReport, build_samples
+from twotower.samples import build
+from twotower.samples.build import MADE_WITH, SamplesReport
 from twotower.samples.fitting import PreviousFeatures
 from twotower.samples.read import Samples, open_samples
 from twotower.schema.clock import now_ms
@@ -71,11 +69,11 @@ FUSION = "fusion.json"
 """In a workspace: how `twotower fuse` chose to fuse."""
 
 
-def make_samples(settings: Settings, previous: PreviousFeatures | None = None) -> SamplesReport:
-    """Samples out of the workspace; `previous` as in `build_samples`."""
+def build_samples(settings: Settings, previous: PreviousFeatures | None = None) -> SamplesReport:
+    """Samples out of the workspace; `previous` as in `samples.build`."""
     check_ready(settings)
     where = places(settings)
-    return build_samples(
+    return build.build_samples(
         where.workspace,
         where.samples,
         settings.features,
@@ -386,7 +384,7 @@ def fusion_of(settings: Settings, names: Iterable[str] | None = None) -> Fusion:
 
 
 def publish_version(
-    settings: Settings, *, promoted: bool, checkpoints: Mapping[str, str] | None = None
+    settings: Settings, *, promoted: bool = True, checkpoints: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """A version out of the latest checkpoints, or of given ones by channel and ranker; promoted or not.
 
@@ -428,12 +426,12 @@ def publish_version(
     return {"version": version, "path": str(where.versions / version), "metrics": metrics}
 
 
-def run_line(settings: Settings, *, promoted: bool) -> dict[str, Any]:
+def run_line(settings: Settings, *, promoted: bool = True) -> dict[str, Any]:
     """Samples, training, evaluation (where there is a hold-out) and publishing in one go."""
     holdout = (places(settings).workspace / HOLDOUT).exists()
     check_ready(settings, trained=True, evaluated=holdout)
     fusion_of(settings)
-    report = make_samples(settings)
+    report = build_samples(settings)
     log.info("samples: %s", json.dumps(asdict(report)))
     trained = train_model(settings)
     log.info("trained: %s", json.dumps(asdict(trained)))

@@ -18,7 +18,7 @@ from twotower.config.load import as_dict, parse
 from twotower.config.settings import Settings
 from twotower.datasets.validation import hold_out_validation
 from twotower.evaluate.holdout import held_out, judge
-from twotower.pipeline.line import channel_of, make_samples, train_from, train_model
+from twotower.pipeline.line import build_samples, channel_of, train_from, train_model
 from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
 from twotower.samples.read import Samples, open_samples
@@ -107,7 +107,7 @@ def tune(settings: Settings, trials: int) -> TuneReport:
     best = {**rows[0]["settings"], "train.epochs": rows[0][EPOCHS]}
     log.info("best: %s", json.dumps(best))
     final = with_values(settings, best)
-    make_samples(final)
+    build_samples(final)
     trained: TrainReport = train_model(final, asked=settings)
     return TuneReport(
         **asdict(trained), trials=len(rows), metric=settings.tune.metric, value=rows[0]["value"], best=best,
@@ -239,7 +239,7 @@ def _samples_for(settings: Settings) -> Samples:
     mark = where.workspace / "samples_of.json"
     if not mark.exists() or read_json(mark) != wanted:
         mark.unlink(missing_ok=True)
-        make_samples(settings)
+        build_samples(settings)
         write_json(mark, wanted)
     return open_samples(where.samples)
 

@@ -11,7 +11,7 @@ from twotower.schema import columns as c
 from twotower.schema.errors import cut
 from twotower.serve.channels import ask_in_turn
 from twotower.serve.filters import passing
-from twotower.serve.funnel import Longs, Ranked, Scores, good_enough, rank, wanted
+from twotower.serve.funnel import Longs, Ranked, RankerScores, good_enough, rank, wanted
 from twotower.serve.options import FunnelOptions
 from twotower.serve.request import Request, candidates_of, find_items, impressed_rows, queries_of
 from twotower.serve.users import ItemId, Recent, UserId
@@ -130,7 +130,7 @@ def _standing(lists: Candidates, row: int) -> Standing:
     return Standing(int(places[0]) + 1, float(lists.scores[0][places[0]])) if len(places) else Standing()
 
 
-def _standing_by(scores: Scores | None, places: Longs) -> Standing | None:
+def _standing_by(scores: RankerScores | None, places: Longs) -> Standing | None:
     """Where a candidate stands by a ranker; None without the ranker."""
     if scores is None:
         return None

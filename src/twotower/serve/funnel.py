@@ -60,7 +60,7 @@ class Page:
 
 
 @dataclass(frozen=True)
-class Scores:
+class RankerScores:
     """The candidates of a request by one ranker; NaN where the ranker did not see a candidate."""
 
     probability: Floats
@@ -79,9 +79,9 @@ class Ranked:
     """(n,) places, best first: what the pre-ranker kept in the ranker's order, then the others in the pre-ranker's."""
     kept: int
     """How many the pre-ranker kept."""
-    pre_rank: Scores | None
+    pre_rank: RankerScores | None
     """None without a pre-ranker."""
-    rank: Scores | None
+    rank: RankerScores | None
     """None without a ranker."""
 
 
@@ -257,7 +257,9 @@ def rank(version: Version, queries: Queries, rows: Longs, kept: int, cosine: flo
     return Ranked(rows, order, kept, pre_ranked, ranked)
 
 
-def _scores(version: Version, name: str, queries: Queries, rows: Longs, near: Floats, places: Longs) -> Scores | None:
+def _scores(
+    version: Version, name: str, queries: Queries, rows: Longs, near: Floats, places: Longs
+) -> RankerScores | None:
     """The candidates at some places by a ranker; None where the version does not have it."""
     if name not in version.rankers:
         return None
@@ -265,7 +267,7 @@ def _scores(version: Version, name: str, queries: Queries, rows: Longs, near: Fl
     probability[places] = version.rankers[name].score(queries.features, queries.clicks, rows[places])
     inner = np.clip(probability[places].astype(np.float64), MIN_PROBABILITY, 1 - MIN_PROBABILITY)
     key[places] = np.log(inner) - np.log1p(-inner) + near[places]
-    return Scores(probability, key)
+    return RankerScores(probability, key)
 
 
 def _with_score(version: Version, queries: Queries, ranked: Ranked, place: int) -> Ranked:

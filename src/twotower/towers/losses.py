@@ -7,7 +7,7 @@ Autograd differentiates it, so that a loss of your own is its formula and nothin
 ...     gap = torch.relu(scores.negatives - scores.positive + 0.3)
 ...     return (scores.weight * gap**2).sum(dim=1, keepdim=True) / scores.total
 
-The losses below give their derivatives themselves, in the memory of the scores (`_by_hand`), which is faster.
+The losses below give their derivatives themselves, in the memory of the scores (`DerivedLoss`), which is faster.
 `shared_loss` compares every row with one set of negatives (three matrix products), `row_loss` each row with its own.
 
 B batch, b rows of a chunk, D vector, C distinct items of a batch, K shared negatives, H negatives of one row.
@@ -89,10 +89,6 @@ class Scores:
         return self.log_weight.exp()
 
 
-Loss = Callable[[Scores], Tensor]
-"""From the scores of b rows to the loss of each, (b, 1)."""
-
-
 @dataclass(frozen=True)
 class Derived:
     """Losses of rows with their derivatives; those by the negatives stand where their cosines were."""
@@ -107,34 +103,18 @@ class Derived:
     """(b, 2) derivatives by the calibration; None = it is not used."""
 
 
-class _ByHand(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> Any:
-        _, ctx.negatives, _, derive, scores = given
-        ctx.negatives.view(-1).index_fill_(0, scores.masked, -torch.inf)
-        ctx.derived = derive(scores)
-        return ctx.derived.loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        derived = ctx.derived
-        by_calibration = None if derived.by_calibration is None else (grad * derived.by_calibration).sum(dim=0)
-        return grad * derived.by_positive, ctx.negatives.mul_(grad * derived.scale), by_calibration, None, None
-
-
-def _by_hand(derive: Callable[[Scores], Derived]) -> Loss:
-    """The loss of a function that gives derivatives too, and overwrites the cosines of the negatives by them.
+@dataclass(frozen=True)
+class DerivedLoss:
+    """A loss that gives its derivatives itself, in place of the cosines of the negatives.
 
     It finds minus infinity where an item is no negative.
     """
 
-    def loss(scores: Scores) -> Tensor:
-        losses: Tensor = _ByHand.apply(  # type: ignore[no-untyped-call]
-            scores.positive, scores.negatives, scores.calibration, derive, scores
-        )
-        return losses
+    derive: Callable[[Scores], Derived]
 
-    return loss
+
+Loss = Callable[[Scores], Tensor] | DerivedLoss
+"""From the scores of b rows to the loss of each, (b, 1)."""
 
 
 def sampled_softmax(temperature: float) -> Loss:
@@ -154,7 +134,7 @@ def sampled_softmax(temperature: float) -> Loss:
         by_positive = -mass / (normaliser * temperature)
         return Derived(loss, by_positive, torch.exp(top - top_of_all) / (normaliser * temperature))
 
-    return _by_hand(derive)
+    return DerivedLoss(derive)
 
 
 def corrected_log_q(temperature: float) -> Loss:
@@ -174,7 +154,7 @@ def corrected_log_q(temperature: float) -> Loss:
         unsure = torch.sigmoid(behind)
         return Derived(unsure * behind, -unsure / temperature, unsure / (safe * temperature))
 
-    return _by_hand(derive)
+    return DerivedLoss(derive)
 
 
 def bsl(temperature: float, positive_temperature: float) -> Loss:
@@ -192,7 +172,7 @@ def bsl(temperature: float, positive_temperature: float) -> Loss:
         by_positive = torch.full_like(loss, -1 / positive_temperature)
         return Derived(loss, by_positive, 1 / (safe * positive_temperature))
 
-    return _by_hand(derive)
+    return DerivedLoss(derive)
 
 
 def triplet_hinge(margin: float) -> Loss:
@@ -205,7 +185,7 @@ def triplet_hinge(margin: float) -> Loss:
         torch.mul((wrong > 0).to(wrong.dtype), weight, out=wrong)
         return Derived(loss, -wrong.sum(dim=1, keepdim=True) * scale, scale)
 
-    return _by_hand(derive)
+    return DerivedLoss(derive)
 
 
 def triplet_logistic(sigma: float) -> Loss:
@@ -216,7 +196,7 @@ def triplet_logistic(sigma: float) -> Loss:
         loss = _softplus(wrong.sub_(scores.positive).mul_(sigma), scores.item_log_weight.exp()) * scale
         return Derived(loss, -wrong.sum(dim=1, keepdim=True) * (scale * sigma), scale * sigma)
 
-    return _by_hand(derive)
+    return DerivedLoss(derive)
 
 
 def pointwise(negatives: float) -> Loss:
@@ -238,7 +218,7 @@ def pointwise(negatives: float) -> Loss:
         by_scale = a * (cosines.mul_(wrong).sum(dim=1, keepdim=True) * scale - missed * scores.positive)
         return Derived(loss, -missed * a, scale * a, torch.cat([by_scale, by_bias], dim=1))
 
-    return _by_hand(derive)
+    return DerivedLoss(derive)
 
 
 def _softplus(wrong: Tensor, weight: Tensor) -> Tensor:
@@ -276,6 +256,14 @@ class _Gradients:
 
 def _differentiate(loss: Loss, scores: Scores, share: Tensor) -> _Gradients:
     """The losses of some rows, summed with `share` (b, 1), and the derivatives of that sum by the scores."""
+    if isinstance(loss, DerivedLoss):
+        scores.negatives.view(-1).index_fill_(0, scores.masked, -torch.inf)
+        found = loss.derive(scores)
+        by_negatives, by_calibration = scores.negatives.mul_(share * found.scale), torch.zeros_like(scores.calibration)
+        if found.by_calibration is not None:
+            by_calibration = (share * found.by_calibration).sum(dim=0)
+        value = (share * found.loss).sum(dtype=torch.float64)
+        return _Gradients(value, share * found.by_positive, by_negatives, by_calibration)
     leaves = [part.detach().requires_grad_() for part in (scores.positive, scores.negatives, scores.calibration)]
     with torch.enable_grad():
         losses = loss(replace(scores, positive=leaves[0], negatives=leaves[1], calibration=leaves[2]))

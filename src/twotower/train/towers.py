@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -166,7 +167,7 @@ def check_loss(checkpoint: Checkpoint, loss: Loss | None) -> None:
         )
 
 
-def _described(loss: Loss) -> dict[str, str]:
+def _described(loss: Any) -> dict[str, str]:
     """Name and SHA-256 of a loss of your own, which tell its runs from those of others."""
     try:
         name, source = f"{loss.__module__}.{loss.__qualname__}", inspect.getsource(loss)

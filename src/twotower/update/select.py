@@ -94,8 +94,8 @@ def select(
     held_out = positives.take(np.flatnonzero((why == "") & out))
     counts.update(positives=len(trained), held_out=len(held_out))
     if len(positives):
-        counts["without_user_row"] = _unknown(positives.user.get(c.USER_ID))
-        counts["without_item_row"] = _unknown(state.learner.item_tokens[positives.item_row])
+        counts["without_user_row"] = _unknown(trained.user.get(c.USER_ID))
+        counts["without_item_row"] = _unknown(state.learner.item_tokens[trained.item_row])
     return Selection(trained, held_out, dict(counts), max(times, default=None), held_back, problems)
 
 
