@@ -128,13 +128,12 @@ def draw_items(
     of_tags = (culture.tag[category[:, None], order] * has_tag[:, :, None]).sum(axis=1) / has_tag.sum(axis=1)[:, None]
     shared_tag = rng.integers(0, len(culture.shared_tag), count)
 
-    noise = unit(rng.standard_normal((count, DIMENSION)))
     vector = unit(
         culture.category[category]
         + 0.5 * of_tags
         + 0.2 * culture.shared_tag[shared_tag]
         + 0.5 * culture.author[author]
-        + 0.4 * noise
+        + 0.4 * unit(rng.standard_normal((count, DIMENSION)))
     )
     log_price = 0.8 * rng.standard_normal(count)
     price = np.round(np.exp(log_price + culture.price_level[category]), 2)
