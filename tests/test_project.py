@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections import Counter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -77,3 +78,13 @@ def test_every_dependency_is_pinned_to_a_version_that_the_public_index_has():
     assert len(pins) == len(lines)
     extras = [requirement for extra in PROJECT["optional-dependencies"].values() for requirement in extra]
     assert declared(PROJECT["dependencies"] + extras) <= {canonical(name) for name in pins}
+
+
+def test_no_class_name_stands_twice():
+    names = Counter(
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert not [name for name, count in names.items() if count > 1]

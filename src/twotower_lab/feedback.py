@@ -34,7 +34,7 @@ from twotower.serve.request import Request, impressed_window
 from twotower.serve.users import ItemId, Recent
 from twotower.worlds.simulate import add_arrivals, world_of
 from twotower.worlds.truth import page_clicks, true_recall
-from twotower.worlds.visit import Clicks, Visited, visit
+from twotower.worlds.visit import VisitClicks, Visited, visit
 from twotower.worlds.world import NOTHING, SCENES, Requests, World, date_of
 from twotower_lab.score import K
 
@@ -88,7 +88,7 @@ class LoopSite:
             pages[place, : len(items)] = self.world.item_rows(pa.array(items, self.version.item_ids.type))
         return pages
 
-    def tell(self, clicks: Clicks) -> None:
+    def tell(self, clicks: VisitClicks) -> None:
         """Take clicks in."""
         items = self.world.item_ids(clicks.item).to_pylist()
         for user, item, ts_ms in zip(clicks.user.tolist(), items, clicks.ts_ms.tolist(), strict=True):
@@ -217,7 +217,7 @@ def entropy(exposure: Floats) -> float:
     return float(stats.entropy(exposure)) / math.log(len(exposure))
 
 
-def _recalls(world: World, clicks: Clicks, version: Version) -> dict[str, float]:
+def _recalls(world: World, clicks: VisitClicks, version: Version) -> dict[str, float]:
     """Recall of the version's two towers against the day's clicks, and against what the same users like best."""
     user, at = np.unique(clicks.user, return_index=True)
     first_ms = clicks.ts_ms[at]

@@ -10,7 +10,7 @@ from twotower.schema.clock import DAY_MS, HOUR_MS
 from twotower.schema.errors import ConfigError
 from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate
-from twotower.worlds.visit import MINUTE_MS, Clicks, some, visit
+from twotower.worlds.visit import MINUTE_MS, VisitClicks, some, visit
 from twotower.worlds.world import FIRST_DAY_MS, NOTHING, Requests, World, make_world
 
 DAY = 3
@@ -45,7 +45,7 @@ def test_the_windows_in_which_requests_are_asked_change_nothing_of_what_is_click
 @pytest.mark.parametrize("window_ms", [1, MINUTE_MS, HOUR_MS])
 def test_a_recommender_hears_of_every_click_once_and_never_early(window_ms: int) -> None:
     now_ms = 0
-    heard: list[Clicks] = []
+    heard: list[VisitClicks] = []
 
     def answer(requests: Requests) -> np.ndarray:
         nonlocal now_ms

@@ -16,7 +16,7 @@ from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError, TwotowerError
 from twotower.worlds.arrays import Ints
 from twotower.worlds.simulate import add_arrivals, world_of
-from twotower.worlds.visit import Clicks, visit
+from twotower.worlds.visit import VisitClicks, visit
 from twotower.worlds.world import NOTHING, SCENES, Requests, World, date_of
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class ServerSite:
                 log.info("%d requests", len(self.request_ids))
         return pages
 
-    def tell(self, clicks: Clicks) -> None:
+    def tell(self, clicks: VisitClicks) -> None:
         """Post clicks as events."""
         user_id, item_id = self.world.user_ids(clicks.user).to_pylist(), self.world.item_ids(clicks.item).to_pylist()
         events = [

@@ -48,7 +48,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundFiles:
     """The files of a table."""
 
     files: tuple[SourceFile, ...]
@@ -94,7 +94,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None) -> Read:
     return read_tables(find_files(path), columns)
 
 
-def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*") -> Found:
+def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*") -> FoundFiles:
     """A file itself, or the files below a folder in the order of their names.
 
     Args:
@@ -114,7 +114,7 @@ def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*") -
             raise DataError(f"{path} is neither a file nor a folder")
         if not _is_read(path):
             raise DataError(f"{path} ends in none of {kinds} (text also with {packed}): write one of these")
-        return Found((SourceFile(path),))
+        return FoundFiles((SourceFile(path),))
     left_out = {other.resolve() for other in without}
     files, not_read = [], []
     for file in sorted(_files_below(path, left_out)):
@@ -127,10 +127,10 @@ def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*") -
     if not files:
         other = f"; there is {not_read[0].name}" if not_read else ""
         raise DataError(f"{path} has no file {pattern} that ends in one of {kinds} (text also with {packed}){other}")
-    return Found(tuple(files), tuple(not_read))
+    return FoundFiles(tuple(files), tuple(not_read))
 
 
-def read_tables(found: Found, columns: Mapping[str, str] | None = None) -> Read:
+def read_tables(found: FoundFiles, columns: Mapping[str, str] | None = None) -> Read:
     """The rows of several files with the same columns.
 
     Text has no types of its own: it gets those that all its values have, in all files together, or where some of the
@@ -198,7 +198,7 @@ def read_lines(path: Path, columns: Mapping[str, pa.DataType]) -> Read:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _ReadFile:
     """A file that was read."""
 
     path: Path
@@ -250,7 +250,7 @@ def _folder_columns(folders: Sequence[str]) -> dict[str, str | None]:
     return {unquote(name): None if value in (NULL_FOLDER, "") else unquote(value) for name, _, value in pairs if name}
 
 
-def _read_file(file: SourceFile, columns: Mapping[str, str] | None) -> _Part:
+def _read_file(file: SourceFile, columns: Mapping[str, str] | None) -> _ReadFile:
     path = file.path
     if path.suffix.lower() in PARQUET:
         names, read = _read_parquet(path, columns, file.folders)
@@ -271,7 +271,7 @@ def _read_file(file: SourceFile, columns: Mapping[str, str] | None) -> _Part:
     if columns is not None:
         require_columns(pa.schema([(name, pa.null()) for name in names]), columns, str(path))
         read = {name: read[name] for name in columns}
-    return _Part(path, names, read, frozenset(untyped))
+    return _ReadFile(path, names, read, frozenset(untyped))
 
 
 def _read_parquet(
@@ -334,7 +334,7 @@ def _check_folder(name: str, value: str | None, column: pa.ChunkedArray, path: P
         )
 
 
-def _together(parts: Sequence[tuple[_Part, pa.ChunkedArray]], name: str, to: str) -> tuple[pa.ChunkedArray, bool]:
+def _together(parts: Sequence[tuple[_ReadFile, pa.ChunkedArray]], name: str, to: str) -> tuple[pa.ChunkedArray, bool]:
     """A column of all files, and whether none of them says its type."""
     typed = [column for part, column in parts if name not in part.untyped]
     kind = _KINDS.get(to, "any")

@@ -94,7 +94,7 @@ class Compactor:
 
 
 @dataclass(frozen=True)
-class Touched:
+class TouchedRows:
     """The rows of one table that a step touches, as a dense matrix that takes a gradient."""
 
     rows: npt.NDArray[np.int64]

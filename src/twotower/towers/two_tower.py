@@ -20,7 +20,7 @@ from twotower.features.feature_set import FeatureSet
 from twotower.features.fitted import Bucket, Categories, Category, Fitted, Items
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError
-from twotower.towers.embedding import Compactor, EmbeddingTable, Touched, mean_of_bags
+from twotower.towers.embedding import Compactor, EmbeddingTable, TouchedRows, mean_of_bags
 from twotower.towers.options import TowerOptions
 from twotower.towers.towers import LENGTH, POPULARITY, ROW, Tower, WithPopularity, is_encoded
 
@@ -202,7 +202,7 @@ class StepInputs:
 
     user: dict[str, Tensor]
     item: dict[str, Tensor]
-    touched: dict[str, Touched]
+    touched: dict[str, TouchedRows]
 
 
 class StepAssembler:
@@ -228,12 +228,12 @@ class StepAssembler:
         for feature, column in read:
             if (table := table_of(feature)) is not None:
                 asked.setdefault(table, []).append(_rows_of(column))
-        touched: dict[str, Touched] = {}
+        touched: dict[str, TouchedRows] = {}
         positions: dict[str, Iterator[Tensor]] = {}
         for name, pieces in asked.items():
             distinct, where = self._compactors[name].compact(np.concatenate(pieces))
             values = torch.from_numpy(self._tables[name].weights[distinct]).requires_grad_()
-            touched[name] = Touched(distinct, values)
+            touched[name] = TouchedRows(distinct, values)
             lengths = [len(piece) for piece in pieces]
             positions[name] = iter(torch.split(torch.from_numpy(where), lengths))
         inputs: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower.samples.read import Samples
 from twotower.schema.errors import DataError
-from twotower.towers.embedding import Touched
+from twotower.towers.embedding import TouchedRows
 from twotower.train.checkpoint import (
     FINISHED,
     Frequency,
@@ -46,7 +46,7 @@ class StepLoss:
     """A scalar with a gradient."""
     rows: int
     """Training rows of the batch."""
-    touched: dict[str, Touched]
+    touched: dict[str, TouchedRows]
     """By embedding table, the rows that take a gradient."""
 
 

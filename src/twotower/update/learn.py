@@ -15,7 +15,7 @@ from twotower.schema.errors import shown
 from twotower.update.entities import LoggedEntities
 from twotower.update.gate import Gate, Recall, by_hour, check_served, drift, hits, lists_with, recall_among, spaced
 from twotower.update.learner import Touched
-from twotower.update.rows import Positives
+from twotower.update.rows import StreamPositives
 from twotower.update.select import Selection, select
 from twotower.update.state import ChainState, Witness, pending_changes, window_of
 
@@ -121,7 +121,7 @@ class _Lesson:
     pending: Mapping[str, Mapping[EntityId, int]]
     """By table, positives of ids without a row, before."""
     witnesses: list[Witness]
-    """Positives of held-out users."""
+    """StreamPositives of held-out users."""
     judged: dict[str, list[int]]
     """Test-then-train recall."""
     recall: Recall
@@ -220,7 +220,7 @@ def _recall(state: ChainState, witnesses: Sequence[Witness]) -> float | None:
     return round(recall_among(users, rows[there], state.learner.vectors, options.k), 6)
 
 
-def _judge(state: ChainState, positives: Positives) -> dict[str, list[int]]:
+def _judge(state: ChainState, positives: StreamPositives) -> dict[str, list[int]]:
     """Test, then train: which of the positives to come would have been found, by hour."""
     if not len(positives):
         return {}

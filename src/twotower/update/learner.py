@@ -24,7 +24,7 @@ from twotower.towers.two_tower import StepAssembler, TwoTower, table_of
 from twotower.train.negatives import Draws, EasyNegatives
 from twotower.train.towers import configured_loss
 from twotower.update.options import ChainOptions
-from twotower.update.rows import Positives
+from twotower.update.rows import StreamPositives
 
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -151,7 +151,7 @@ class Learner:
         embedding.accumulator[row] = 0
         self.learned[table][one] = UNKNOWN
 
-    def step(self, rows: Positives, number: Sequence[int], touched: Touched) -> None:
+    def step(self, rows: StreamPositives, number: Sequence[int], touched: Touched) -> None:
         """Train B positives.
 
         Args:
@@ -201,7 +201,7 @@ class Learner:
         touched.loss += float(total.detach()) * self._train.batch_size
         touched.recent = np.concatenate([touched.recent, rows.item_row])[-options.recent :]
 
-    def _admit_all(self, rows: Positives, touched: Touched) -> npt.NDArray[np.int32]:
+    def _admit_all(self, rows: StreamPositives, touched: Touched) -> npt.NDArray[np.int32]:
         """Give rows to ids of some positives; gives the users' rows in their table."""
         user_tokens = np.zeros(0, np.int32)
         if c.USER_ID in rows.user:
@@ -221,7 +221,7 @@ class Learner:
         self.vectors[rows] = self.model.encode_items(columns)
         touched.items.update(rows.tolist())
 
-    def user_vectors(self, rows: Positives) -> Floats:
+    def user_vectors(self, rows: StreamPositives) -> Floats:
         """Vectors (B, D) of the users of some positives."""
         return self.model.encode_users(rows.user)
 

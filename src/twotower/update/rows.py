@@ -25,7 +25,7 @@ Longs = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Positives:
+class StreamPositives:
     """Clicked rows of the shards, in their order."""
 
     user_ids: pa.Array
@@ -43,9 +43,9 @@ class Positives:
     def __len__(self) -> int:
         return len(self.item_row)
 
-    def take(self, index: Longs) -> "Positives":
+    def take(self, index: Longs) -> "StreamPositives":
         """Some rows, in that order."""
-        return Positives(
+        return StreamPositives(
             self.user_ids.take(pa.array(index)),
             self.item_ids.take(pa.array(index)),
             self.item_row[index],
@@ -56,7 +56,7 @@ class Positives:
         )
 
     @classmethod
-    def together(cls, parts: Sequence["Positives"]) -> "Positives":
+    def together(cls, parts: Sequence["StreamPositives"]) -> "StreamPositives":
         """Those of several parts, one after the other."""
         if len(parts) == 1:
             return parts[0]
@@ -99,7 +99,7 @@ def usable(rows: pa.Table, version: Version) -> npt.NDArray[np.bool_]:
     return kept
 
 
-def positives_of(version: Version, rows: pa.Table, item_tokens: npt.NDArray[np.int32]) -> Positives:
+def positives_of(version: Version, rows: pa.Table, item_tokens: npt.NDArray[np.int32]) -> StreamPositives:
     """Clicked rows, encoded for a version with what was put since.
 
     Args:
@@ -119,7 +119,7 @@ def positives_of(version: Version, rows: pa.Table, item_tokens: npt.NDArray[np.i
     history = _histories(version, rows, stored.clicks)
     if (reads := version.features.history) is not None:
         columns[reads.name] = latest(history, item_tokens, reads.last)
-    return Positives(
+    return StreamPositives(
         user_ids,
         item_ids,
         version.items.find(item_ids),

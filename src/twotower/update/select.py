@@ -22,7 +22,7 @@ from twotower.logs.events import EntityId
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.update.bounds import ITEM, PAIR, RISEN, USER
-from twotower.update.rows import Positives, times_of, usable
+from twotower.update.rows import StreamPositives, times_of, usable
 from twotower.update.state import ChainState
 
 log = logging.getLogger(__name__)
@@ -35,14 +35,14 @@ Longs = npt.NDArray[np.int64]
 class Selection:
     """What becomes of joined rows."""
 
-    trained: Positives
-    held_out: Positives
-    """Positives of held-out users: they judge, and nothing is trained on them."""
+    trained: StreamPositives
+    held_out: StreamPositives
+    """StreamPositives of held-out users: they judge, and nothing is trained on them."""
     counts: dict[str, int]
     latest_ms: int | None
     """The latest time of a positive, left out or not."""
     held_back: dict[str, int]
-    """Positives that are not trained, by the bound that they are beyond."""
+    """StreamPositives that are not trained, by the bound that they are beyond."""
     problems: list[str]
     """Why shards could not be used."""
 
@@ -51,7 +51,7 @@ class Selection:
 class _Part:
     """The positives of one shard, of held-out users and of others."""
 
-    positives: Positives
+    positives: StreamPositives
     counts: dict[str, int]
     times: list[int]
 
@@ -82,7 +82,7 @@ def select(
         parts.append(part.positives)
         times += part.times
         counts.update(part.counts)
-    positives = Positives.together(parts)
+    positives = StreamPositives.together(parts)
     users, items = positives.user_ids.to_pylist(), positives.item_ids.to_pylist()
     why = state.windows.admit(users, items, positives.ts_ms.tolist())
     why[np.array([one in risen for one in items], np.bool_)] = RISEN

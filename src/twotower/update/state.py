@@ -31,7 +31,7 @@ from twotower.update.bounds import ClickWindows
 from twotower.update.entities import LoggedEntities, Named, split
 from twotower.update.learner import Learner, Touched
 from twotower.update.options import ChainOptions
-from twotower.update.rows import Positives, positives_of, tokens_of
+from twotower.update.rows import StreamPositives, positives_of, tokens_of
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class ChainState:
         """Type of the ids of a table."""
         return (self.version.item_ids if table == c.ITEM_ID else self.version.users.ids).type
 
-    def encode(self, rows: pa.Table) -> Positives:
+    def encode(self, rows: pa.Table) -> StreamPositives:
         """Clicked rows of items that there are, as the state sees them before anything is learned from them."""
         tokens = self.learner.item_tokens if self.items_have_ids else self.laid.two_tower.item_tokens
         encoded = positives_of(self.laid, rows, tokens)

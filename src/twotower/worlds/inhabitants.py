@@ -50,7 +50,7 @@ class Culture:
 
 
 @dataclass(frozen=True)
-class Items:
+class DrawnItems:
     """Items as they are drawn, by row."""
 
     table: pa.Table
@@ -66,7 +66,7 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Users:
+class DrawnUsers:
     """Users as they are drawn, by row."""
 
     table: pa.Table
@@ -100,7 +100,9 @@ def draw_culture(items: int, rng: np.random.Generator) -> Culture:
     )
 
 
-def draw_items(first_row: int, birth_day: Ints, culture: Culture, nature: Nature, rng: np.random.Generator) -> Items:
+def draw_items(
+    first_row: int, birth_day: Ints, culture: Culture, nature: Nature, rng: np.random.Generator
+) -> DrawnItems:
     """Items born on the given days; the first ones of a world are one of each category and old.
 
     Args:
@@ -126,13 +128,12 @@ def draw_items(first_row: int, birth_day: Ints, culture: Culture, nature: Nature
     of_tags = (culture.tag[category[:, None], order] * has_tag[:, :, None]).sum(axis=1) / has_tag.sum(axis=1)[:, None]
     shared_tag = rng.integers(0, len(culture.shared_tag), count)
 
-    noise = unit(rng.standard_normal((count, DIMENSION)))
     vector = unit(
         culture.category[category]
         + 0.5 * of_tags
         + 0.2 * culture.shared_tag[shared_tag]
         + 0.5 * culture.author[author]
-        + 0.4 * noise
+        + 0.4 * unit(rng.standard_normal((count, DIMENSION)))
     )
     log_price = 0.8 * rng.standard_normal(count)
     price = np.round(np.exp(log_price + culture.price_level[category]), 2)
@@ -147,7 +148,7 @@ def draw_items(first_row: int, birth_day: Ints, culture: Culture, nature: Nature
             "price": pa.array(price, pa.float64(), mask=rng.random(count) < 0.06),
         }
     )
-    return Items(table, vector, quality, category, birth_day)
+    return DrawnItems(table, vector, quality, category, birth_day)
 
 
 def _titles(category: Ints, rng: np.random.Generator) -> list[str]:
@@ -169,7 +170,9 @@ def _tags(names: npt.NDArray[np.str_], own: Ints, shared: Ints) -> list[str]:
     ]
 
 
-def draw_users(first_row: int, start_day: Ints, culture: Culture, nature: Nature, rng: np.random.Generator) -> Users:
+def draw_users(
+    first_row: int, start_day: Ints, culture: Culture, nature: Nature, rng: np.random.Generator
+) -> DrawnUsers:
     """Users who may come from the given days on; their age, gender and city tell a part of their taste.
 
     Args:
@@ -207,7 +210,7 @@ def draw_users(first_row: int, start_day: Ints, culture: Culture, nature: Nature
             "device": strings(words.DEVICES, device),
         }
     )
-    return Users(table, TASTE_NORM * taste, TASTE_NORM * turn, start_day, activity, device)
+    return DrawnUsers(table, TASTE_NORM * taste, TASTE_NORM * turn, start_day, activity, device)
 
 
 def unit(vectors: Floats) -> Floats:

@@ -27,7 +27,7 @@ _CHOICE: Final = 200
 
 
 @dataclass(frozen=True)
-class Clicks:
+class VisitClicks:
     """Clicks in the order of time."""
 
     request: Ints
@@ -47,7 +47,7 @@ class Clicks:
 
 Answer = Callable[[Requests], Ints]
 """Gives a page for each request, (R, P) rows of items from the first position on, -1 = nothing."""
-Tell = Callable[[Clicks], None]
+Tell = Callable[[VisitClicks], None]
 """Hears of clicks."""
 
 
@@ -67,7 +67,7 @@ class Visited:
         return int((self.pages != NOTHING).sum())
 
     @property
-    def clicks(self) -> Clicks:
+    def clicks(self) -> VisitClicks:
         """What was clicked, in the order of time."""
         return _clicks(self.requests, self.pages, self.delays)
 
@@ -166,20 +166,20 @@ def some(requests: Requests, count: int, seed: int) -> Requests:
     return requests.take(np.sort(order[:count]))
 
 
-def _clicks(requests: Requests, pages: Ints, delays: Ints) -> Clicks:
+def _clicks(requests: Requests, pages: Ints, delays: Ints) -> VisitClicks:
     request, place = np.nonzero(delays)
     ts_ms = requests.ts_ms[request] + delays[request, place]
     order = np.lexsort((place, requests.number[request], ts_ms))
     request, place = request[order], place[order]
-    return Clicks(requests.number[request], requests.user[request], pages[request, place], place + 1, ts_ms[order])
+    return VisitClicks(requests.number[request], requests.user[request], pages[request, place], place + 1, ts_ms[order])
 
 
-def _merged(first: Clicks, second: Clicks) -> Clicks:
+def _merged(first: VisitClicks, second: VisitClicks) -> VisitClicks:
     both = joined([first, second])
     return taken(both, np.argsort(both.ts_ms, kind="stable"))
 
 
-def _told(pending: Clicks, before_ms: int, tell: Tell) -> Clicks:
+def _told(pending: VisitClicks, before_ms: int, tell: Tell) -> VisitClicks:
     """Tell of the clicks before a time; gives the others."""
     count = int(np.searchsorted(pending.ts_ms, before_ms))
     if count:

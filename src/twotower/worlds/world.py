@@ -23,7 +23,7 @@ from twotower.schema import columns as c
 from twotower.schema.clock import DAY_MS, HOUR_MS
 from twotower.schema.errors import ConfigError
 from twotower.worlds.arrays import Bools, Floats, Ints, joined, taken
-from twotower.worlds.inhabitants import NAMES, Culture, Items, Users, draw_culture, draw_items, draw_users
+from twotower.worlds.inhabitants import NAMES, Culture, DrawnItems, DrawnUsers, draw_culture, draw_items, draw_users
 from twotower.worlds.natures import Nature
 from twotower.worlds.options import WorldOptions
 
@@ -126,8 +126,8 @@ class Preferences:
     """The truth of a world, which no log tells: who likes what, and when."""
 
     options: WorldOptions
-    people: Users
-    catalogue: Items
+    people: DrawnUsers
+    catalogue: DrawnItems
     centre: Floats
     """(C, D) of the categories, each of norm 1."""
     mood_edges: Floats
@@ -376,7 +376,7 @@ def click_chance(utility: Floats, position: Ints, nature: Nature) -> Floats:
     return chance
 
 
-def _catalogue(options: WorldOptions, horizon: int, culture: Culture) -> Items:
+def _catalogue(options: WorldOptions, horizon: int, culture: Culture) -> DrawnItems:
     nature, rng, count = options.nature, rng_of(options.seed, _ITEMS), options.items
     share = _share(nature.new_items_a_day, options.days)
     old = -1 - rng.exponential(nature.past_days, count).astype(np.int64)
@@ -387,7 +387,7 @@ def _catalogue(options: WorldOptions, horizon: int, culture: Culture) -> Items:
     return joined(parts)
 
 
-def _people(options: WorldOptions, horizon: int, culture: Culture) -> Users:
+def _people(options: WorldOptions, horizon: int, culture: Culture) -> DrawnUsers:
     nature, rng, count = options.nature, rng_of(options.seed, _USERS), options.users
     share = _share(nature.new_users_a_day, options.days)
     start_day = np.where(rng.random(count) < share, rng.integers(0, options.days, count), 0)
