@@ -39,7 +39,7 @@ from twotower.pipeline.updating import open_chain
 from twotower.publish.publish import current_path
 from twotower.samples.read import Clicks
 from twotower.schema import columns as c
-from twotower.schema.clock import DAY_MS
+from twotower.schema.clock import DAY_MS, HOUR_MS
 from twotower.schema.errors import DataError
 from twotower.stream.clock import Clock
 from twotower.stream.joiner import JoinCounts
@@ -58,7 +58,6 @@ Longs = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 K: Final = 20
-HOUR_MS: Final = 3_600_000
 LEAST: Final = 20
 """An hour with fewer clicks does not count."""
 LOGGED: Final = 50

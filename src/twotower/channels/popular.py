@@ -15,11 +15,11 @@ from twotower.features.fitted import Bucket, Category
 from twotower.index.protocol import PADDING
 from twotower.samples.columns_file import map_columns, write_table
 from twotower.samples.read import Samples
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import ConfigError
 
 FILE = "popular.arrow"
 _SEGMENT, _PRIOR = b"segment", b"prior"
-DAY_MS = 86_400_000
 
 
 class Popular:

@@ -35,6 +35,7 @@ REMOVED = {
         "an impressed item is no negative of retrieval: it was good enough to be shown, and the ranker learns from it. "
         "samples.negatives.impressed_as_negatives_for_experiments shows what it does to a model"
     ),
+    "serve.fusion": "remove it: channels are always fused by their ranks; [fusion] has the weights",
     "models.mind.sharpness": "remove it: it is always 20",
     "models.als.iterations": "remove it: it is always 15",
     "serve.impressed_filter": "give its items as serve.impressed_items, and remove its other keys",

@@ -1,5 +1,6 @@
 """`serve`: the server of `twotower.serve` with the page of `twotower.console`, out of a configuration."""
 
+import logging
 import os
 from collections.abc import Callable
 
@@ -12,8 +13,20 @@ from twotower.serve.run import Address, run_server
 TOKEN = "TWOTOWER_ADMIN_TOKEN"
 
 
-def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
-    """Serve the promoted version of a workspace until a signal ends it."""
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings, ready: Callable[[Address], None] | None = None) -> None:
+    """Serve the promoted version of a workspace until a signal ends it.
+
+    Args:
+        settings: the configuration.
+        ready: called with the addresses when requests are answered; None = they are logged.
+
+    Raises:
+        VersionError: there is no version to serve.
+        ConfigError: a port is taken.
+    """
     check_available(settings)
     run_server(
         places(settings),
@@ -22,5 +35,5 @@ def serve(settings: Settings, ready: Callable[[Address], None]) -> None:
         settings.funnel,
         admin_token=os.environ.get(TOKEN) or None,
         extend=add_page,
-        ready=ready,
+        ready=ready or (lambda address: log.info("serving %s at %s", address.version, address.url)),
     )

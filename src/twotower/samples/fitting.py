@@ -17,8 +17,8 @@ from twotower.samples.names import CONTEXT, FEATURE, ITEM_ROW, USER_ROW
 from twotower.samples.rows import LearnedRows
 from twotower.samples.sampling import turned
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 
-_DAY_MS = 86_400_000
 _FITTED_NUMBERS = 1_000_000
 """About this many positives are enough for the mean or the quantiles of a number."""
 
@@ -58,9 +58,7 @@ def fit_features(
     """
     latest = rows.fed
     if previous is not None and previous.evict_after_days is not None and known.counts.watermark_ms is not None:
-        latest = latest.filter(
-            latest[c.REQUEST_TS_MS] > known.counts.watermark_ms - previous.evict_after_days * _DAY_MS
-        )
+        latest = latest.filter(latest[c.REQUEST_TS_MS] > known.counts.watermark_ms - previous.evict_after_days * DAY_MS)
     users, items = (pa.array(np.flatnonzero(known.tally(latest, row))) for row in (USER_ROW, ITEM_ROW))
     trained = {c.USER_ID: known.users.take(users), c.ITEM_ID: known.items.take(items)}
     if previous is None:

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from twotower.schema.clock import HOUR_MS
 from twotower.serve.snapshots import Snapshots
-
-HOUR_MS = 3_600_000
 
 
 @dataclass(frozen=True)

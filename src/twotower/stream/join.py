@@ -12,7 +12,7 @@ from typing import Final
 
 from twotower.logs import Event, EventLog, Record
 from twotower.logs.events import USER, EntityDeleted
-from twotower.schema.clock import day_of
+from twotower.schema.clock import HOUR_MS, day_of
 from twotower.schema.errors import DataError, TwotowerError
 from twotower.schema.locks import take_lock
 from twotower.schema.tables import is_id
@@ -36,7 +36,6 @@ from twotower.stream.shards import (
 
 log = logging.getLogger(__name__)
 
-HOUR_MS: Final = 3_600_000
 _BATCH: Final = 1000
 _SHARD_ROWS: Final = 200_000
 """A shard ends once it has this many rows, however few events they are of."""

@@ -15,6 +15,7 @@ from twotower.features.fitted import Fitted
 from twotower.features.vocabulary import UNKNOWN
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
+from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import MAX_TRAINING_WEIGHT
 from twotower.towers.embedding import Compactor
@@ -353,7 +354,7 @@ def freshness(samples: Samples, half_life_days: float) -> Reals:
         raise ConfigError(
             "train.half_life_days weighs positives by their age, and the events have no time: leave it out"
         )
-    days = (samples.positives.ts_ms.max(initial=0) - samples.positives.ts_ms) / 86_400_000
+    days = (samples.positives.ts_ms.max(initial=0) - samples.positives.ts_ms) / DAY_MS
     fresh: Reals = np.exp2(-days / half_life_days).astype(np.float32)
     return fresh
 

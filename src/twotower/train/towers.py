@@ -44,9 +44,9 @@ from twotower.train.ranking import RankerReport
 log = logging.getLogger(__name__)
 
 OWN_LOSS = "own_loss"
+"""Key of a checkpoint's settings: name and SHA-256 of the loss of your own that it was trained with."""
 SHARPNESS = 20.0
 """In training, the interests of `mind` are weighted by a softmax of this many times their cosine to the positive."""
-"""Key of a checkpoint's settings: name and SHA-256 of the loss of your own that it was trained with."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class UpdateReport:
     """Of the shards, or of the days, that were learned from."""
     watermark_ms: int | None = None
     refused: list[int] = field(default_factory=list)
-    """Deltas that the gate refused."""
+    """Deltas that the gate refused; of a full update, positions in the list of days."""
     plan: object = None
     """With `--dry-run`: what would be done."""
     held_back: dict[str, int] = field(default_factory=dict)
