@@ -88,3 +88,19 @@ def test_no_class_name_stands_twice():
         if isinstance(node, ast.ClassDef)
     )
     assert not [name for name, count in names.items() if count > 1]
+
+
+def test_lines_of_documentation_are_at_most_120_characters():
+    found, fenced = [], False
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("benchmarks/notes/*.md"),
+    ]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            fenced ^= line.startswith("```")
+            prose = not fenced and not line.lstrip().startswith("|") and not line.startswith("    ")
+            if prose and len(line) > 120:
+                found.append(f"{path.relative_to(ROOT)}:{number}: {len(line)} characters")
+    assert not found, "\n".join(found)

@@ -1,5 +1,6 @@
 """The claims as a page of the documentation has them, made from the experiments, so that it says nothing else."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Final
@@ -22,7 +23,8 @@ def reference() -> str:
     text = template.render(
         data=DATA, everywhere=EVERYWHERE, experiments=EXPERIMENTS, ticked=_ticked, measures=_measures, words=_words
     )
-    return f"{BEGIN}\n\n{text.rstrip()}\n\n{END}\n"
+    lines = (line if line.startswith("|") else textwrap.fill(line, 120) for line in text.rstrip().splitlines())
+    return "\n".join([BEGIN, "", *lines, "", END, ""])
 
 
 def _ticked(words: Sequence[str], between: str = " ") -> str:
