@@ -237,12 +237,12 @@ WRONG: list[tuple[Fitted, Any, str]] = [
     (Category("code", fit_vocabulary("code", pa.array([7])), 4), 2**64 - 1, "does not fit int64"),
     (Category("code", fit_vocabulary("code", pa.array([7])), 4), {"a": 1}, "holds {'a': 1}, where"),
     (Category("city", fit_vocabulary("city", pa.array(["a"])), 4), "\ud800", "half a surrogate pair"),
-    (Number("price", False, 0, 1), "12", "price is of type string, where numbers are due"),
-    (Categories("tags", fit_vocabulary("tags", pa.array(["a"])), 4, None), "a", "where a list is due"),
+    (Number("price", False, 0, 1), "12", "price is of type string, where numbers are expected"),
+    (Categories("tags", fit_vocabulary("tags", pa.array(["a"])), 4, None), "a", "where a list is expected"),
     (Categories("tags", fit_vocabulary("tags", pa.array(["a"])), 4, "|"), 3, "has a separator but is of type int64"),
     (Categories("tags", fit_vocabulary("tags", pa.array(["a"])), 4, "|"), ["a", 3], "no value of one type"),
-    (PrecomputedVector("face", 2), [1.0, 2.0, 3.0], "a vector of 3 numbers where 2 are due"),
-    (PrecomputedVector("face", 2), ["a", "b"], "where numbers are due"),
+    (PrecomputedVector("face", 2), [1.0, 2.0, 3.0], "a vector of 3 numbers where 2 are expected"),
+    (PrecomputedVector("face", 2), ["a", "b"], "where numbers are expected"),
 ]
 
 

@@ -43,5 +43,5 @@ def test_availability_that_is_no_boolean_is_refused(own_world: Settings) -> None
     path = Path(own_world.workspace.path) / "items.parquet"
     items = pq.read_table(path)
     pq.write_table(items.append_column("available", pa.array([1] * items.num_rows)), path)
-    with pytest.raises(DataError, match="available is of type int64, where booleans are due"):
+    with pytest.raises(DataError, match="available is of type int64, where booleans are expected"):
         publish_version(own_world, promoted=True)

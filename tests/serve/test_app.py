@@ -294,7 +294,7 @@ def test_filters_that_fit_no_attribute_are_refused(odd_server, filters: dict, me
         ({"features": {"height": None}}, "features: height is no feature of this model"),
         ({"features": {"user_id": 5}}, "features: user_id is no feature"),
         ({"features": {"history": []}}, "features: history is no feature"),
-        ({"features": {"age": "old"}}, "age is of type string, where numbers are due"),
+        ({"features": {"age": "old"}}, "age is of type string, where numbers are expected"),
         ({"features": {"gender": 1}}, "type int64 where string is known"),
         ({"features": {"gender": {"a": 1}}}, "gender"),
         ({"context": {"weather": "rain"}}, "context: weather is no feature of this model; its features are hour"),

@@ -141,7 +141,7 @@ def samples(config: ConfigFile = None, overrides: Overrides = None) -> None:
 def train(
     config: ConfigFile = None,
     overrides: Overrides = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Choose settings by so many trials first.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Choose settings by this many trials first.")] = None,
 ) -> None:
     """Train the two towers; a killed run goes on from its last checkpoint."""
     from twotower.pipeline.line import train_model

@@ -152,7 +152,7 @@ def visit_server(
         settings: of the workspace that the server serves.
         url: of the server.
         day: from 0; it may lie after the simulated log.
-        requests: so many requests only; None = all of the day.
+        requests: this many requests only; None = all of the day.
         page: items that a user is shown.
         put: put the items that appear on that day to the server before anybody asks.
 

@@ -175,7 +175,7 @@ class PrecomputedVector:
         lengths: npt.NDArray[np.int64] = np.diff(lists.offsets.to_numpy(zero_copy_only=True)).astype(np.int64)
         wrong = lengths[(lengths != self.size) & (lengths != 0)]
         if len(wrong):
-            raise DataError(f"{self.name} holds a vector of {wrong[0]} numbers where {self.size} are due")
+            raise DataError(f"{self.name} holds a vector of {wrong[0]} numbers where {self.size} are expected")
         encoded = np.zeros((len(lists), self.size + 1), np.float32)
         there = lengths == self.size
         with np.errstate(over="ignore"):
@@ -218,7 +218,7 @@ def split(column: pa.Array, separator: str | None, where: str) -> pa.Array:
         return pa.ListArray.from_arrays(_offsets(lists), values)
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise DataError(
-            f"{where} is of type {kind}, where a list is due"
+            f"{where} is of type {kind}, where a list is expected"
             + (": give a separator" if pa.types.is_string(kind) else "")
         )
     if pa.types.is_fixed_size_list(kind):
@@ -252,7 +252,7 @@ def as_numbers(column: pa.Array, where: str) -> npt.NDArray[np.float64]:
         or pa.types.is_boolean(kind)
         or pa.types.is_null(kind)
     ):
-        raise DataError(f"{where} is of type {kind}, where numbers are due")
+        raise DataError(f"{where} is of type {kind}, where numbers are expected")
     numbers: npt.NDArray[np.float64] = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     return numbers
 

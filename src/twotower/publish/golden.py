@@ -33,7 +33,7 @@ def replay(version: Version) -> list[str]:
     """Ask the golden queries again; one sentence for each answer that is not as recorded, none where all agree."""
     recorded, answers = read_json(version.path / GOLDEN)["queries"], list(_answers(version))
     if len(answers) != len(recorded):
-        return [f"{len(recorded)} golden queries are recorded, {len(answers)} are due"]
+        return [f"{len(recorded)} golden queries are recorded, {len(answers)} are expected"]
     problems = []
     for expected, answer in zip(recorded, answers, strict=True):
         if (sentence := _difference(expected, answer)) is not None:

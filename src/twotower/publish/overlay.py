@@ -659,7 +659,7 @@ def check_item(base: Version, features: Mapping[str, Any]) -> None:
         check_value(value, f"features: {name}")
         kind = base.attributes.schema.field(name).type
         if column_of(value, kind) is None:
-            raise DataError(f"features: {name} = {shown(value)}, where {plain_type(kind)} is due")
+            raise DataError(f"features: {name} = {shown(value)}, where {plain_type(kind)} is expected")
     own = [feature for feature in base.features.item if feature.name != c.ITEM_ID]
     given = [feature.name for feature in own if feature.name in features]
     encode_request(own, {name: features[name] for name in given}, "features")

@@ -1,7 +1,7 @@
 """The chain of deltas of one version: its state as it is opened, the plan of the next delta, and its commit.
 
 What a delta is made of, rows of shards and events of the log, is written down before it is made (`next.json`), so that
-a killed run makes the same delta again. All that is behind every so many deltas is folded into one, so that a chain is
+a killed run makes the same delta again. After a number of deltas, all of them are folded into one, so that a chain is
 opened fast however long it is.
 """
 

@@ -53,7 +53,7 @@ def due_days(
         events: joined events, a folder a day.
         shards: joined samples.
         learned: the last day of the full chain.
-        watermark_ms: where the chain began, which may be in the middle of that day: then its rest is due. None = it
+        watermark_ms: where the chain began, which may be in the middle of that day: then the rest of the day is to be learned. None = it
             learned the whole day.
         event_log: which the shards are of, if there is one.
         idle_ms: how far a partition without new events may be behind the others.
@@ -190,7 +190,7 @@ def _recall(version: Version, rows: pa.Table, k: int) -> float:
 
 
 def _held_out_rows(versions: Sequence[Version], files: Iterable[Path], held_out_users: float, count: int) -> pa.Table:
-    """The latest clicks of held-out users on items that all versions have, at most so many."""
+    """The latest clicks of held-out users on items that all versions have, at most this many."""
     names = [c.USER_ID, c.ITEM_ID, c.REQUEST_TS_MS, c.CLICK_TS_MS, c.OUTCOME]
     tables = [pq.read_table(path, columns=names, partitioning=None) for path in files]
     if not tables or not held_out_users:
