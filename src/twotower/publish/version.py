@@ -399,8 +399,8 @@ def unavailable(catalogue: pa.Table | pa.RecordBatch) -> Mask:
     column = catalogue.column(c.AVAILABLE)
     if not pa.types.is_boolean(column.type):
         raise DataError(
-            f"items.parquet: {c.AVAILABLE} is of type {column.type}, where booleans are expected: an item that is false is "
-            "never retrieved. Cast it, or give the column another name"
+            f"items.parquet: {c.AVAILABLE} is of type {column.type}, where booleans are expected: an item that is "
+            "false is never retrieved. Cast it, or give the column another name"
         )
     gone: Mask = ~column.fill_null(True).to_numpy(zero_copy_only=False)
     return gone

@@ -53,8 +53,8 @@ def due_days(
         events: joined events, a folder a day.
         shards: joined samples.
         learned: the last day of the full chain.
-        watermark_ms: where the chain began, which may be in the middle of that day: then the rest of the day is to be learned. None = it
-            learned the whole day.
+        watermark_ms: where the chain began, which may be in the middle of that day: then the rest of the day is to be
+            learned. None = it learned the whole day.
         event_log: which the shards are of, if there is one.
         idle_ms: how far a partition without new events may be behind the others.
     """
