@@ -341,9 +341,12 @@ def incremental(folder: Path, kills: int, seed: int) -> dict[str, object]:
 
 
 def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
-    """Kill so many full updates; counts of what happened."""
+    """Kill this many full updates; counts of what happened."""
     draw, world = random.Random(seed), make_world(folder, later_days=1)
-    update, train = replace(world.settings.update, rows=50, fold_every=2), replace(world.settings.train, batch_size=32)
+    update, train = (
+        replace(world.settings.update, rows_per_delta=50, fold_every=2),
+        replace(world.settings.train, batch_size=32),
+    )
     prepared = replace(world.settings, update=update, train=train)
     world = replace(world, settings=prepared)
     clicks = some_clicks(world, draw, "c", 120, world.begin_ms, 2 * DAY_MS // 120)
@@ -438,7 +441,7 @@ def line(folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Kill so many writers, joiners and updaters of lines; counts of what happened."""
     draw, world = random.Random(seed), make_world(folder, later_days=0)
     lenient = replace(world.settings.update.gate, max_move=1e6, max_length=1e6, max_mean_cosine_rise=2.0, margin=1.0)
-    update = replace(world.settings.update, rows=200, batch_size=64, gate=lenient, fold_every=0)
+    update = replace(world.settings.update, rows_per_delta=200, batch_size=64, gate=lenient, fold_every=0)
     world = replace(world, settings=replace(world.settings, update=update))
     totals: Counter[str] = Counter()
     for first in range(0, kills, KILLS_A_LINE):

@@ -18,7 +18,8 @@ def options(settings: Settings, *more: str) -> list[str]:
         "[features.user]\nuser_id = { kind = 'categorical' }\nhistory = { kind = 'sequence' }\n"
         f"[workspace]\npath = {json.dumps(settings.workspace.path)}\n"
         "[models]\ndimension = 8\n"
-        "[train]\nepochs = 6\nbatch_size = 256\n[tune]\nmetric = 'recall@20'\npatience = 1\n"
+        "[train]\nepochs = 6\nbatch_size = 256\n[samples]\nheld_out_users = 0.01\n"
+        "[tune]\nmetric = 'recall@20'\npatience = 1\n"
         "[tune.space]\n'train.temperature' = { low = 0.05, high = 0.5, log = true }\n"
         "'models.user_tower.layers' = { choices = [[], [16]] }\n"
     )
@@ -91,7 +92,7 @@ def test_without_optuna_it_says_what_to_install(run, own_world: Settings, monkey
 
 
 def test_a_trial_that_fails_is_in_the_table_and_the_others_go_on(run, own_world: Settings, tmp_path: Path) -> None:
-    more = ["--set", "train.table_learning_rate=0.05"]
+    more = ["--set", "train.table_learning_rate=0.05", "--set", 'models.item_tower.network="dnn"']
     config = options(own_world, *more)
     text = Path(config[1])
     text.write_text(text.read_text() + "'train.learning_rate' = { choices = [1e30, 1e31] }\n")

@@ -20,8 +20,10 @@ def version(world: Settings) -> PublishedVersion:
 
 @pytest.mark.parametrize("channel", ["fused", "two_tower", "popular"])
 def test_lists_are_those_of_the_command(version, world, channel, tmp_path):
-    retrieve_file(open_served(world), places(world).workspace, "all", 5, tmp_path / "o.parquet", channel, "clicked")
-    assert version.retrieve(k=5, channel=channel).to_arrow().equals(pq.read_table(tmp_path / "o.parquet"))
+    out = tmp_path / "o.parquet"
+    workspace = places(world).workspace
+    retrieve_file(open_served(world), workspace, "all", out, k=5, channel=channel, exclude="clicked")
+    assert version.retrieve(k=5, channel=channel).to_arrow().equals(pq.read_table(out))
 
 
 def test_users_are_ids_or_a_table_with_their_context(version):

@@ -182,6 +182,7 @@ def test_the_report_counts_every_event_once(world: World) -> None:
             c.CLICKED: {"unknown_user": 2, "unknown_item": 1, "null_id": 1, "positive": 2},
         },
         deciles={"before": [1, 1, *[0] * 8], "after": [1, 1, *[0] * 8]},
+        held_out={"users": 0, "clicks": 0},
         dropped={"null_id": 1, "unknown_item": 1, "unknown_user": 2},
         watermark_ms=START_MS + 8,
         last_day="2024-01-01",

@@ -26,6 +26,7 @@ from twotower.samples.options import ColdOptions, EngineOptions, HotOptions, Neg
 from twotower.samples.read import open_samples
 from twotower.samples.spark_engine import find_java, open_spark
 from twotower.schema import columns as c
+from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 from twotower.worlds.options import WorldOptions
 from twotower.worlds.simulate import simulate_workspace
@@ -45,10 +46,12 @@ def assert_same(one: Path, other: Path) -> None:
         assert path.read_bytes() == (other / path.name).read_bytes(), path.name
 
 
-def build_with_both(workspace: Path, spark: EngineOptions, features: Features, **options: Any) -> None:
+def build_with_both(
+    workspace: Path, spark: EngineOptions, features: Features, clock_ms: ClockMs = now_ms, **options: Any
+) -> None:
     for engine in (DUCKDB, spark):
         section = SamplesOptions(**{"held_out_users": 0.0, **options})
-        build_samples(workspace, workspace / engine.name, features, 8, section, engine=engine)
+        build_samples(workspace, workspace / engine.name, features, 8, section, engine=engine, clock_ms=clock_ms)
     assert_same(workspace / DUCKDB.name, workspace / spark.name)
 
 

@@ -504,7 +504,7 @@ def test_similar_items_come_from_every_channel_that_can_say(server) -> None:
     assert list(answer["channels"]) == ["two_tower", "item_cf"]
     two_tower, item_cf = answer["channels"].values()
     assert two_tower == [{key: item[key] for key in ("item_id", "score")} for item in answer["items"]]
-    table = server.version.channels["item_cf"]._lists._neighbours
+    table = server.version.channels["item_cf"]._nearest.lists
     nearest = table.rows[table.indptr[row] : table.indptr[row + 1]]
     assert [one["item_id"] for one in item_cf] == server.version.item_ids.take(nearest[:4]).to_pylist()
     assert all(one["item_id"] != item_id for one in two_tower + item_cf)

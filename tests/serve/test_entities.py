@@ -212,7 +212,7 @@ def test_an_id_that_is_too_long_is_refused_and_not_logged(server) -> None:
         ({"labels": ["a"] * 5000}, "a list of 5000 entries"),
         ({"labels": {"a": 1}}, "holds {'a': 1}"),
         ({"kind": ["a"]}, "kind = ['a'], where string is expected"),
-        ({"kind": "x" * 20_000}, "a string of 20000 bytes"),
+        ({"kind": "x" * 20_000}, "has 20000 bytes"),
         ({"price": "dear"}, "price = 'dear', where double is expected"),
         ({"fresh": 1}, "fresh = 1, where bool is expected"),
         ({"added": 10**18}, "added = 1000000000000000000, where timestamp"),

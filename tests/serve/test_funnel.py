@@ -263,7 +263,7 @@ def test_the_user_tower_runs_once_for_a_request(version: Version) -> None:
         calls.append(columns)
         return version.user_tower.encode(columns)
 
-    towers = towers.newer(towers.item_tokens, towers.index, towers.item_vectors, counted)
+    towers = replace(towers, encode_users=counted)
     channels = {**version.channels, "two_tower": towers, "new_items": towers.over("new_items", towers.index)}
     counting, side_by_side = replace(version, channels=channels), SideBySide(20.0)
     options = replace(SIZES, cosine=2.0, explore_share=1.0)

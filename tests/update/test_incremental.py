@@ -713,7 +713,7 @@ def test_an_accumulator_without_bounds_is_refused_and_one_in_a_chain_is_repaired
     manifest["files"] = folder_listing(folder)
     write_json(folder / "manifest.json", {**manifest, "digest": digest(manifest)})
     chain = open_chain(learning, open_served(learning).path, None)
-    assert chain.repaired == 1
+    assert chain.state.repaired == 1
     assert all(np.isfinite(table.accumulator).all() for table in chain.state.learner.model.tables.values())
 
 
