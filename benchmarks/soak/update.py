@@ -54,14 +54,14 @@ from twotower.datasets.places import Places
 from twotower.features.bloom import is_held_out
 from twotower.logs import Event, LocalEventLog
 from twotower.logs.events import item_deleted, item_event, user_deleted
-from twotower.pipeline.full import FULL, update_full
+from twotower.pipeline.full import FULL, FULL_LOCK, update_full
 from twotower.pipeline.line import LATEST, run_line
 from twotower.pipeline.places import places
 from twotower.pipeline.streaming import join_log
 from twotower.pipeline.updating import learn
 from twotower.publish.delta import FOLDED, Delta, base_digest, delta_folder, last_seq, read_delta
 from twotower.publish.manifest import DIGEST
-from twotower.publish.publish import CURRENT, current_path, list_versions, verify
+from twotower.publish.publish import CURRENT, PROMOTING, current_path, list_versions, verify
 from twotower.publish.version import read_manifest
 from twotower.schema import columns as c
 from twotower.schema.clock import DAY_MS
@@ -223,7 +223,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (PLAN, LOCK)
+        if path.is_file() and path.name not in (PLAN, LOCK, FULL_LOCK, PROMOTING)
     }
 
 
@@ -577,17 +577,18 @@ def check_learned(settings: Settings) -> Counter[Click]:
     at = dict.fromkeys(partitions(where.shards), 0)
     for delta in deltas_of(where, current_path(where.versions).name):
         assert "refused" not in delta.report, delta.report["refused"]
-        rows, clicks = 0, list[Click]()
+        clicks = list[Click]()
         for partition in sorted(at):
             end = delta.offsets["shards"].get(str(partition), at[partition])
             assert end >= at[partition], f"delta {delta.seq} goes back in partition {partition}"
             part = read_rows(where.shards, partition, at[partition], end - at[partition])
-            rows, at[partition] = rows + part.num_rows, end
+            at[partition] = end
             own = part.filter(pc.field(c.OUTCOME) == c.CLICKED).select([c.USER_ID, c.ITEM_ID, c.CLICK_TS_MS])
             clicks += zip(*(column.to_pylist() for column in own.columns), strict=True)
         out = is_held_out(pa.array([user for user, _, _ in clicks], pa.int64()), settings.samples.held_out_users)
         trained = [click for click, untrained in zip(clicks, out.tolist(), strict=True) if not untrained]
-        assert delta.report["rows"] == rows, f"delta {delta.seq} has read {delta.report['rows']} rows of {rows}"
+        read = delta.report["rows"]
+        assert read == len(clicks), f"delta {delta.seq} has read {read} clicked rows of {len(clicks)}"
         assert delta.state["recent"] == [item for _, item, _ in trained], f"delta {delta.seq} has other positives"
         learned.update(trained)
     for partition, end in at.items():
