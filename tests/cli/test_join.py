@@ -39,7 +39,8 @@ def test_what_was_shown_and_clicked_at_a_server_becomes_samples(
     )
     try:
         url = json.loads(server.stdout.readline())["url"]  # type: ignore[union-attr]
-        users = pq.read_table(workspace / "users.parquet")["user_id"].to_pylist()[:12]
+        asking = 12 if kind == "local" else 4  # an append to the Kafka of the tests takes more than a second
+        users = pq.read_table(workspace / "users.parquet")["user_id"].to_pylist()[:asking]
         clicks = {}
         with httpx.Client(base_url=url, timeout=30) as client:
             for user in users:
@@ -54,14 +55,15 @@ def test_what_was_shown_and_clicked_at_a_server_becomes_samples(
                 for _ in range(2):  # a retry
                     client.post("/v1/events", json={"events": [click]}).raise_for_status()
         followed = run("join", *options)
-        assert followed["outcomes"] == {"clicked": 12}
+        assert followed["outcomes"] == {"clicked": asking}
         flushed = run("join", *options, "--flush")
-        assert flushed["outcomes"]["impressed"] == 12 * 4
+        assert flushed["outcomes"]["impressed"] == asking * 4
     finally:
         server.send_signal(signal.SIGTERM)
         server.communicate(timeout=30)
     shards = workspace / "shards"
-    rows = pa.concat_tables([read_rows(shards, partition) for partition in partitions(shards)]).to_pylist()
+    parts = [read_rows(shards, partition) for partition in partitions(shards)]
+    rows = pa.concat_tables(parts, promote_options="default").to_pylist()
     clicked = {(row["user_id"], row["request_id"]): row for row in rows if row["outcome"] == "clicked"}
     assert {key: row["item_id"] for key, row in clicked.items()} == clicks
     for row in clicked.values():
@@ -72,7 +74,7 @@ def test_what_was_shown_and_clicked_at_a_server_becomes_samples(
         assert row["channel"]
     before = run("samples", *options)
     assert before["dropped"] == {}
-    assert before["outcomes"]["clicked"] >= 12
+    assert before["outcomes"]["clicked"] >= asking
 
 
 def test_a_joiner_that_follows_ends_well_on_a_signal(own_world: Settings) -> None:
