@@ -111,6 +111,8 @@ class DerivedLoss:
     """
 
     derive: Callable[[Scores], Derived]
+    averages: bool = True
+    """It uses the sum of the weights of a row's negatives (`Scores.total`), which costs a step of its own."""
 
 
 Loss = Callable[[Scores], Tensor] | DerivedLoss
@@ -134,7 +136,7 @@ def sampled_softmax(temperature: float) -> Loss:
         by_positive = -mass / (normaliser * temperature)
         return Derived(loss, by_positive, torch.exp(top - top_of_all) / (normaliser * temperature))
 
-    return DerivedLoss(derive)
+    return DerivedLoss(derive, averages=False)
 
 
 def corrected_log_q(temperature: float) -> Loss:
@@ -154,7 +156,7 @@ def corrected_log_q(temperature: float) -> Loss:
         unsure = torch.sigmoid(behind)
         return Derived(unsure * behind, -unsure / temperature, unsure / (safe * temperature))
 
-    return DerivedLoss(derive)
+    return DerivedLoss(derive, averages=False)
 
 
 def bsl(temperature: float, positive_temperature: float) -> Loss:
@@ -172,7 +174,7 @@ def bsl(temperature: float, positive_temperature: float) -> Loss:
         by_positive = torch.full_like(loss, -1 / positive_temperature)
         return Derived(loss, by_positive, 1 / (safe * positive_temperature))
 
-    return DerivedLoss(derive)
+    return DerivedLoss(derive, averages=False)
 
 
 def triplet_hinge(margin: float) -> Loss:
@@ -317,7 +319,7 @@ def shared_loss(
         The loss, a scalar.
     """
     with torch.no_grad():
-        rows, log_weight, kept = len(users), torch.from_numpy(negatives.log_weight), _kept(negatives)
+        rows, log_weight, kept = len(users), torch.from_numpy(negatives.log_weight), _kept(negatives, _averages(loss))
         columns, totals = len(log_weight), torch.from_numpy(kept.total).to(users.dtype)[:, None]
         masked, row_share = torch.from_numpy(kept.masked), share[:, None] * torch.from_numpy(kept.compared)[:, None]
         others, own = items[:columns], items[positive]
@@ -344,6 +346,10 @@ def shared_loss(
     return result
 
 
+def _averages(loss: Loss) -> bool:
+    return loss.averages if isinstance(loss, DerivedLoss) else True
+
+
 @dataclass(frozen=True)
 class _Kept:
     """What is left of shared negatives in each of B rows. A row without any keeps all of them, and is to count 0."""
@@ -351,21 +357,27 @@ class _Kept:
     compared: npt.NDArray[np.bool_]
     """(B,) the row has negatives."""
     total: npt.NDArray[np.float64]
-    """(B,) sum of their weights."""
+    """(B,) sum of their weights; 1 where the loss does not use it."""
     indptr: npt.NDArray[np.int64]
     """(B + 1,) the masked ones of each row."""
     masked: npt.NDArray[np.int64]
     """(nnz,) positions of the masked ones in the flattened (B, K)."""
 
 
-def _kept(negatives: SharedNegatives) -> _Kept:
-    weight, mask = np.exp(negatives.log_weight.astype(np.float64)), negatives.mask
+def _kept(negatives: SharedNegatives, averages: bool) -> _Kept:
+    mask, columns = negatives.mask, len(negatives.log_weight)
     counts = np.diff(mask.indptr)
-    row = np.repeat(np.arange(len(counts)), counts)
-    total = weight.sum() - np.bincount(row, weight[mask.columns], len(counts))
-    some = (counts < len(weight)) & (total > 0)
-    masked = (row * len(weight) + mask.columns)[some[row]]
-    return _Kept(some, np.where(some, total, 1), pointers(np.where(some, counts, 0)), masked)
+    masked = np.repeat(np.arange(len(counts)) * columns, counts) + mask.columns
+    some, total = counts < columns, np.ones(len(counts))
+    if averages:
+        weight = np.exp(negatives.log_weight.astype(np.float64))
+        row = np.repeat(np.arange(len(counts)), counts)
+        total = weight.sum() - np.bincount(row, weight[mask.columns], len(counts))
+        some &= total > 0
+        total = np.where(some, total, 1)
+    if some.all():
+        return _Kept(some, total, mask.indptr, masked)
+    return _Kept(some, total, pointers(np.where(some, counts, 0)), masked[np.repeat(some, counts)])
 
 
 def row_loss(
