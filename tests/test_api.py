@@ -58,6 +58,8 @@ def test_a_configuration_is_a_file_or_a_dict_with_overrides_of_both_forms(tmp_pa
     content = {"train": {"epochs": 3}}
     assert tt.load(content, {"train.seed": 7, "models.dimension": 8}).models.dimension == 8
     assert content == {"train": {"epochs": 3}}
+    for overrides in (["update.seed=1"], {"update.seed": 1}):  # only the file's own section holds users out
+        assert tt.load(content, overrides).samples.held_out_users == 0
     with pytest.raises(ConfigError, match=r"train.epoch is no key; did you mean epochs\?"):
         tt.load({"train": {"epoch": 3}})
     with pytest.raises(ConfigError, match=r"train.epochs.x: epochs is a value, not a section"):

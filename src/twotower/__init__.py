@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from twotower.config.settings import Settings
     from twotower.pipeline.data import import_tables, simulate
     from twotower.pipeline.fuse import fuse as choose_fusion
-    from twotower.pipeline.line import build_samples as build_samples
+    from twotower.pipeline.line import build_samples, evaluate_model, publish_version, train_model
     from twotower.pipeline.line import evaluate_channels_of as evaluate_channels
-    from twotower.pipeline.line import evaluate_model, publish_version, train_model
     from twotower.pipeline.line import run_line as run
     from twotower.pipeline.serving import serve as run_server
     from twotower.pipeline.versions import PublishedVersion, Recommendations, Vectors, open_version

@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from twotower.pipeline.line import (
 )
 from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
+from twotower.pipeline.recorded import as_made, check_same, fixed_by_training
 from twotower.publish.version import read_manifest
 from twotower.samples.read import open_samples
 from twotower.schema.errors import ConfigError, DataError
@@ -138,3 +140,19 @@ def test_samples_and_checkpoints_say_what_they_were_made_with(world: Settings) -
     noted = json.loads((places(world).checkpoints / LATEST).read_text())
     assert noted["configuration"]["models"]["dimension"] == 16
     assert open_samples(places(world).samples).manifest["configuration"]["models"] == {"dimension": 16}
+
+
+def test_what_an_earlier_release_recorded_is_compared_by_the_keys_of_today():
+    settings = parse(
+        {"models": {"channels": ["two_tower", "mind"]}, "features": {"user": {"history": {"kind": "sequence"}}}}
+    )
+    wanted = fixed_by_training(settings)
+    made = deepcopy(wanted)
+    made["samples"]["negatives"]["hard"]["impressed"] = 0.0
+    made["models"]["mind"]["sharpness"] = 20.0
+    made["train"]["popularity"] = made["train"].pop("logit_adjustment")
+    check_same(made, wanted, "checkpoints are", "train again")
+    assert as_made(settings, made) == settings
+    made["models"]["mind"]["sharpness"] = 5.0
+    with pytest.raises(ConfigError, match=r"models.mind.sharpness is 5.0 there and absent in the configuration"):
+        check_same(made, wanted, "checkpoints are", "train again")

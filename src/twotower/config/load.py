@@ -46,6 +46,8 @@ REMOVED = {
     "serve.features": "remove it: the server keeps what it learns of users in the workspace, and there was no choice",
 }
 """Keys of earlier releases that are gone, with what to do."""
+CONSTANTS: Mapping[str, float] = {"samples.negatives.hard.impressed": 0.0, "models.mind.sharpness": 20.0}
+"""Removed keys that samples and checkpoints of earlier releases record, with the values that they always have now."""
 
 HELD_OUT_USERS = 0.01
 """Share of users who are held out of training where a configuration has an `[update]` section."""
@@ -76,10 +78,6 @@ def load(
     'clicks'
     """
     content, where = _content(configuration)
-    if isinstance(overrides, Mapping):
-        for key, value in overrides.items():
-            _place(content, key.split("."), value, key)
-        overrides = ()
     if workspace is not None:
         _place(content, ["workspace", "path"], str(workspace), "workspace")
     return parse(content, overrides, where)
@@ -102,8 +100,10 @@ def _content(configuration: str | Path | Mapping[str, Any] | None) -> tuple[dict
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
-def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "configuration") -> Settings:
-    """Check a parsed configuration and its overrides; `content` itself stays as it is.
+def parse(
+    content: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any] = (), where: str = "configuration"
+) -> Settings:
+    """Check a parsed configuration and its overrides, as of `load`; `content` itself stays as it is.
 
     Types are strict, as TOML has them: `"3"` and `true` are no integers. A day may be a TOML date or a string.
     A configuration with an `[update]` section holds out users for the gate of the updates, unless it says otherwise.
@@ -120,8 +120,12 @@ def parse(content: dict[str, Any], overrides: Iterable[str] = (), where: str = "
     try:
         content = copy.deepcopy(content)
         is_updated = "update" in content
-        for override in overrides:
-            _override(content, override)
+        if isinstance(overrides, Mapping):
+            for key, value in overrides.items():
+                _place(content, key.split("."), value, key)
+        else:
+            for override in overrides:
+                _override(content, override)
         if is_updated and isinstance(samples := content.setdefault("samples", {}), dict):
             samples.setdefault("held_out_users", HELD_OUT_USERS)
         _fit_towers(content)
@@ -161,24 +165,27 @@ def as_dict(settings: Settings) -> dict[str, Any]:
 
 
 def with_present_names(document: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that an earlier release recorded, under the names that its keys have now.
+    """A configuration that an earlier release recorded, with the keys that there are now.
+
+    A removed key stays where its value was another than the constant that took its place: it tells what was made.
 
     >>> with_present_names({"train": {"popularity": 0.4, "epochs": 2}})
     {'train': {'epochs': 2, 'logit_adjustment': 0.4}}
+    >>> with_present_names({"models": {"mind": {"sharpness": 20.0, "interests": 4}}})
+    {'models': {'mind': {'interests': 4}}}
     """
     document = copy.deepcopy(document)
-    for old, new in RENAMED.items():
+    for old in (*RENAMED, *CONSTANTS):
         *sections, key = old.split(".")
         section: Any = document
         for name in sections:
             section = section.get(name, {})
-        if key in section:
-            value = section.pop(key)
-            *sections, key = new.split(".")
-            section = document
-            for name in sections:
-                section = section.setdefault(name, {})
-            section[key] = value
+        if key not in section:
+            continue
+        if old in RENAMED:
+            _place(document, RENAMED[old].split("."), section.pop(key), old)
+        elif section[key] == CONSTANTS[old]:
+            del section[key]
     return document
 
 
