@@ -266,6 +266,24 @@ def _redis(folder: Path) -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="session")
+def pgvector_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a PostgreSQL server with pgvector for all tests of this process."""
+    from twotower.cli.databases import database
+
+    with database("pgvector", tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def milvus_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Milvus server for all tests of this process."""
+    from twotower.cli.databases import database
+
+    with database("milvus", tmp_path_factory.mktemp("milvus")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
 def kafka_servers() -> Callable[[str], str]:
     """Makes a topic of four partitions at librdkafka's own brokers, in this process; gives their addresses."""
     import confluent_kafka
@@ -340,8 +358,14 @@ def refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests on Spark first: then one worker runs them all, and one Java runs."""
-    items.sort(key=lambda item: "spark" not in getattr(item, "fixturenames", ()) and "[spark]" not in item.name)
+    """Put the tests on Spark and on Milvus first, at both ends of what is shared out: then one worker runs all of a
+    kind, and one server of it runs.
+    """
+
+    def needs(item: pytest.Item, what: str) -> bool:
+        return any(name.startswith(what) for name in getattr(item, "fixturenames", ())) or f"[{what}" in item.name
+
+    items.sort(key=lambda item: (not needs(item, "spark"), needs(item, "milvus")))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twotower.index.checks import INDEX_JSON
+from twotower.index.database import Collection, DatabaseIndex, VectorDatabase
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
-from twotower.index.options import IndexOptions
+from twotower.index.options import ADDRESSES, IndexOptions
 from twotower.index.overlaid import BASE, OverlaidIndex
 from twotower.index.protocol import VectorIndex
 from twotower.schema.errors import ConfigError
@@ -24,6 +26,7 @@ def build_index(
     *,
     ks: Sequence[int],
     seed: int,
+    collection: str | None = None,
 ) -> VectorIndex:
     """The configured index, tuned on sample queries where it is approximate.
 
@@ -34,11 +37,18 @@ def build_index(
         queries: (Q, D) float32 of held-out users.
         ks: numbers of neighbours that will be requested.
         seed: of k-means.
+        collection: name in the vector database; an embedded index has none.
 
     Raises:
-        ConfigError: no k where it matters.
+        ConfigError: no k where it matters; a client that is not installed.
         DataError: rows, vectors or queries that cannot be indexed.
+        UnavailableError: the database does not answer, or refuses.
     """
+    if options.url is not None:
+        if collection is None:
+            raise ConfigError(f'index.kind = "{options.kind}" is of published versions: use "faiss" or "exact" here')
+        at = Collection(options.kind, options.url, collection)
+        return DatabaseIndex.build(at, connect, rows, vectors).tune(queries, ks, options.recall)
     exact = ExactIndex.build(rows, vectors)
     if options.kind == "exact":
         return exact
@@ -56,6 +66,28 @@ def load_index(folder: Path) -> VectorIndex:
     kind = description.get("kind") if isinstance(description, dict) else None
     if kind == "overlaid":
         return OverlaidIndex.load(folder, load_index(folder / BASE))
+    if kind in ADDRESSES:
+        return DatabaseIndex.load(folder, kind, connect)
     if kind not in ("exact", "faiss"):
-        raise ConfigError(f"there is no index of kind {kind!r}: exact or faiss")
+        raise ConfigError(f"there is no index of kind {kind!r}: exact, faiss, {', '.join(ADDRESSES)}")
     return ExactIndex.load(folder) if kind == "exact" else FaissIndex.load(folder)
+
+
+def connect(kind: str, url: str) -> VectorDatabase:
+    """The vector database of a kind at an address; a process has one connection to each.
+
+    Raises:
+        ConfigError: its client is not installed.
+    """
+    try:
+        if kind == "milvus":
+            from twotower.index.milvus import connect as connect_milvus
+
+            return connect_milvus(url)
+        from twotower.index.pgvector import connect as connect_pgvector
+
+        return connect_pgvector(url)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f'index.kind = "{kind}" needs a client that is not installed ({error}): pip install "twotower[{kind}]"'
+        ) from None

@@ -73,6 +73,30 @@ class ExactIndex:
         vectors = map_array(folder / VECTORS, (said["count"], said["dimension"]), np.float32)
         return cls(map_rows(folder, said["count"]), vectors, float(said["longest"]), np.empty(0, np.int64))
 
+    def __len__(self) -> int:
+        """Vectors, hidden ones included."""
+        return len(self._rows)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(N,) rows, rising."""
+        return self._rows
+
+    @property
+    def dimension(self) -> int:
+        """Length of the vectors."""
+        return int(self._vectors.shape[1])
+
+    def among(self, positions: NDArray[np.int64]) -> Self:
+        """The same index of some vectors alone, by their positions (n,), which rise."""
+        return type(self)(self._rows[positions], self._vectors[positions], self._longest, np.empty(0, np.int64))
+
+    def scored(self, query: NDArray[np.float32], positions: NDArray[np.int64]) -> Neighbours:
+        """Some vectors by their positions (n,), as neighbours of a query (D,), with the scores that a search gives."""
+        scores = (self._vectors[positions] * query).sum(axis=1)
+        order = np.lexsort((positions, -scores))
+        return Neighbours(self._rows[positions[order]][None], scores[order][None])
+
     def count(self) -> int:  # noqa: D102
         return len(self._rows) - len(self._hidden)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from twotower.fusion.fuse import Fusion
 from twotower.index.build import build_index
 from twotower.index.options import IndexOptions
 from twotower.index.protocol import VectorIndex
+from twotower.publish.collections import check_collections, collections_in, collections_of
 from twotower.publish.golden import replay, write_golden
 from twotower.publish.manifest import write_manifest
 from twotower.publish.onnx import OnnxTower, export_tower
@@ -53,7 +53,7 @@ from twotower.samples.names import ITEMS_FILE
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms
-from twotower.schema.errors import DataError, VersionError
+from twotower.schema.errors import DataError, UnavailableError, VersionError
 from twotower.schema.files import MANIFEST, TEMPORARY, check_listing, folder_listing, whole_file, whole_folder
 from twotower.schema.locks import locked
 from twotower.schema.tables import check_entities
@@ -74,8 +74,8 @@ ones."""
 ROUNDING = 1e-5
 """Largest difference between a number of a trained tower's vector and of the exported one's."""
 
-Tune = Callable[[npt.NDArray[np.int64], Floats, Floats], VectorIndex]
-"""Builds an index of vectors (N, D) of some rows (N,), tuned on queries (Q, D)."""
+Tune = Callable[[str, npt.NDArray[np.int64], Floats, Floats], VectorIndex]
+"""Builds the index of a channel: of vectors (N, D) of some rows (N,), tuned on queries (Q, D)."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,15 @@ def publish(
     moment = datetime.fromtimestamp(created_ms / 1000, UTC)
     tensors = parts.checkpoints[TWO_TOWER].tensors_sha256
     version_id = f"{moment:%Y%m%dT%H%M%S}{created_ms % 1000:03d}-{tensors[:8]}"
-    with _one_publisher(versions), whole_folder(_new_path(versions, version_id)) as folder:
-        tune = partial(build_index, index, ks=list(ks), seed=seed)
+    with (
+        _one_publisher(versions),
+        collections_of(versions, version_id, index) as name_of,
+        whole_folder(_new_path(versions, version_id)) as folder,
+    ):
+
+        def tune(channel: str, rows: npt.NDArray[np.int64], vectors: Floats, queries: Floats) -> VectorIndex:
+            return build_index(index, rows, vectors, queries, ks=list(ks), seed=seed, collection=name_of(channel))
+
         _write_parts(folder, parts, models, tune)
         write_table(folder / CATALOGUE, catalogue)
         manifest = {
@@ -155,6 +162,7 @@ def publish(
             "last_day": samples.manifest["last_day"],
             "fusion": asdict(parts.fusion),
             "checkpoint_sha256": tensors,
+            "collections": collections_in(folder),
             **recorded,
         }
         write_manifest(folder, {**manifest, "files": {}})
@@ -218,11 +226,11 @@ def _write_trained(folder: Path, checkpoint: Checkpoint, samples: Samples, tune:
     users = _user_columns(features, samples, _some_queries(samples))
     _check_export(folder, model, samples, users, vectors)
     queries = model.encode_users(users).reshape(-1, vectors.shape[1])
-    tune(np.arange(len(vectors)), vectors, queries).save(folder / "index")
+    tune(folder.name, np.arange(len(vectors)), vectors, queries).save(folder / "index")
     if folder.name == TWO_TOWER and NEW_ITEMS in models.channels:
         new = np.flatnonzero(samples.item_positives <= models.new_items.most_clicks)
         folder.with_name(NEW_ITEMS).mkdir()
-        tune(new, vectors[new], queries).save(folder.with_name(NEW_ITEMS) / "index")
+        tune(NEW_ITEMS, new, vectors[new], queries).save(folder.with_name(NEW_ITEMS) / "index")
 
 
 def _write_counted(folder: Path, channel: Counted, samples: Samples, tune: Tune) -> None:
@@ -230,7 +238,7 @@ def _write_counted(folder: Path, channel: Counted, samples: Samples, tune: Tune)
     folder.mkdir()
     if isinstance(channel, ALS):
         queries = channel.user_vectors(_some_queries(samples).clicks)
-        channel = channel.with_index(tune(*channel.found, queries[queries.any(axis=1)]))
+        channel = channel.with_index(tune(folder.name, *channel.found, queries[queries.any(axis=1)]))
     channel.save(folder)
 
 
@@ -377,8 +385,9 @@ def verify(path: Path) -> list[str]:
     try:
         if problems := check_listing(path, read_manifest(path)["files"]):
             return problems
+        check_collections(path)
         return replay(open_version(path, check_hashes=False))
-    except (DataError, VersionError) as error:
+    except (DataError, VersionError, UnavailableError) as error:
         return [str(error)]
     except MemoryError:
         raise

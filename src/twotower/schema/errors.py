@@ -17,6 +17,10 @@ class VersionError(TwotowerError):
     """A published version is missing, damaged or not of this format."""
 
 
+class UnavailableError(TwotowerError):
+    """A system that the configuration names does not answer, or refuses; the message names it, without secrets."""
+
+
 MOST_SHOWN = 200
 """Characters of somebody's input that a message repeats."""
 

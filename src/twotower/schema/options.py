@@ -2,6 +2,7 @@
 
 import datetime
 from typing import Annotated, Final, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -46,6 +47,16 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), at_most(1e12)]
 AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False), at_most(1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, AfterValidator(_text)]
+
+
+def _address(value: str) -> str:
+    """Refuse an address that holds a password: configurations are recorded in versions and shown in messages."""
+    if urlsplit(value).password is not None:
+        raise ValueError("an address holds no password: set it in the environment, as the documentation of this key says")
+    return value
+
+
+Address = Annotated[Text, AfterValidator(_address)]
 Exclude = Literal["clicked", "impressed", "none"]
 """Which items a user is not offered again; impressed ones include clicked ones."""
 EXCLUDE: Final = get_args(Exclude)

@@ -1,0 +1,211 @@
+"""PostgreSQL with the extension pgvector as a vector database; the only file that imports its clients.
+
+B queries, D vector, N vectors.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import psycopg
+import psycopg_pool
+from numpy.typing import NDArray
+from pgvector import Vector
+from pgvector.psycopg import register_vector
+from psycopg import sql
+
+from twotower.index.checks import RowVectors
+from twotower.schema.errors import UnavailableError
+from twotower.schema.secrets import secret
+
+T = TypeVar("T")
+
+OLDEST: Final = (0, 8, 4)
+"""The oldest usable pgvector: indexes of earlier ones may be damaged by inserts."""
+SEARCH_S: Final = 2.0
+"""A search that takes longer fails."""
+CONNECT_S: Final = 2.0
+CONNECTIONS: Final = 16
+"""Connections of a process, at most."""
+FOUND_AT_ONCE: Final = 1 << 17
+"""Neighbours fetched together, over all queries of a call."""
+BUILD_MEMORY_MB: Final = 1024
+"""Memory that PostgreSQL may use to build an index."""
+
+
+class PgvectorDatabase:
+    """Tables `(id bigint, vector vector(D))` in PostgreSQL, with an index of lists (`ivfflat`).
+
+    `ivfflat`, not `hnsw`: retrieval needs hundreds or thousands of neighbours, where `hnsw` stops at 1000 per scan and
+    its recall falls. Implements `VectorDatabase`.
+
+    Args:
+        url: `postgresql://HOST:PORT/DATABASE`, with parameters of libpq such as `sslmode=verify-full`. User and password
+            come from `TWOTOWER_INDEX_USER` and `TWOTOWER_INDEX_PASSWORD`, or from what libpq itself reads.
+    """
+
+    most = 20_000
+
+    def __init__(self, url: str) -> None:
+        self._where = f"PostgreSQL at {url}"
+        self._arguments: dict[str, Any] = {
+            name: value
+            for name, value in (
+                ("user", secret("TWOTOWER_INDEX_USER")),
+                ("password", secret("TWOTOWER_INDEX_PASSWORD")),
+            )
+            if value is not None
+        }
+        self._url = url
+        self._checked = False
+        self._pool = psycopg_pool.ConnectionPool(
+            url,
+            kwargs={**self._arguments, "autocommit": True, "connect_timeout": max(1, round(CONNECT_S))},
+            configure=self._configure,
+            min_size=0,
+            max_size=CONNECTIONS,
+            timeout=CONNECT_S,
+            reconnect_timeout=CONNECT_S,
+            open=True,
+        )
+
+    def create(self, name: str, vectors: RowVectors, lists: int) -> None:
+        """See `VectorDatabase.create`."""
+        table, dimension = sql.Identifier(name), vectors.vectors.shape[1]
+        with self._refusals(), psycopg.connect(self._url, **self._arguments) as connection:  # one transaction
+            self._prepare(connection)
+            connection.execute(
+                sql.SQL("CREATE TABLE {} (id bigint NOT NULL, vector vector({}) STORAGE plain NOT NULL)").format(
+                    table, sql.Literal(dimension)
+                )
+            )
+            copy = sql.SQL("COPY {} (id, vector) FROM STDIN WITH (FORMAT binary)").format(table)
+            with connection.cursor().copy(copy) as rows:
+                rows.set_types(["int8", "vector"])
+                for row, vector in zip(vectors.rows.tolist(), vectors.vectors, strict=True):
+                    rows.write_row((row, vector))
+            if lists:
+                memory = sql.Literal(f"{BUILD_MEMORY_MB}MB")
+                connection.execute(sql.SQL("SET LOCAL maintenance_work_mem = {}").format(memory))
+                connection.execute(
+                    sql.SQL("CREATE INDEX ON {} USING ivfflat (vector vector_ip_ops) WITH (lists = {})").format(
+                        table, sql.Literal(lists)
+                    )
+                )
+            connection.commit()
+            connection.autocommit = True
+            connection.execute(sql.SQL("VACUUM ANALYZE {}").format(table))
+
+    def has(self, name: str) -> bool:
+        """See `VectorDatabase.has`."""
+        return bool(self._rows("SELECT to_regclass(%s) IS NOT NULL", name)[0][0])
+
+    def count(self, name: str) -> int:
+        """See `VectorDatabase.count`."""
+        if not self.has(name):
+            return -1
+        return int(self._rows(sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(name)))[0][0])
+
+    def nearest(self, name: str, queries: NDArray[np.float32], n: int, probes: int) -> NDArray[np.int64]:
+        """See `VectorDatabase.nearest`."""
+        found = np.full((len(queries), n), -1, np.int64)
+        step = max(1, FOUND_AT_ONCE // n)
+        for start in range(0, len(queries), step):
+            part = slice(start, start + step)
+            self._again_if_broken(lambda part=part: self._nearest(name, queries[part], probes, found[part]))
+        return found
+
+    def _nearest(self, name: str, queries: NDArray[np.float32], probes: int, found: NDArray[np.int64]) -> None:
+        query = _query(name)
+        with self._pool.connection() as connection, connection.pipeline():
+            connection.execute(f"SET ivfflat.probes = {max(1, probes)}")
+            cursors = [connection.execute(query, (Vector(vector), found.shape[1]), binary=True) for vector in queries]
+            for b, cursor in enumerate(cursors):
+                rows = np.fromiter((row for (row,) in cursor), np.int64)
+                found[b, : len(rows)] = rows
+
+    def _rows(self, query: Any, *arguments: object) -> list[Any]:
+        def fetched() -> list[Any]:
+            with self._pool.connection() as connection:
+                return connection.execute(query, arguments).fetchall()
+
+        return self._again_if_broken(fetched)
+
+    def _again_if_broken(self, read: Callable[[], T]) -> T:
+        """Read; once more if it fails, because the connection may be from before a restart of the server."""
+        with self._refusals():
+            try:
+                return read()
+            except psycopg.OperationalError as error:
+                if isinstance(error, psycopg_pool.PoolTimeout):
+                    raise
+                self._pool.check()
+                return read()
+
+    def read(self, name: str) -> RowVectors:
+        """See `VectorDatabase.read`."""
+        with self._refusals(), self._pool.connection() as connection:
+            connection.execute("SET statement_timeout = 0")
+            query = sql.SQL("SELECT id, vector FROM {} ORDER BY id").format(sql.Identifier(name))
+            rows, vectors = [], []
+            with connection.transaction(), connection.cursor(name="content", binary=True) as cursor:
+                cursor.itersize = 10_000
+                for row, vector in cursor.execute(query):
+                    rows.append(row)
+                    vectors.append(vector.to_numpy())
+            self._configure(connection)
+        return RowVectors(np.array(rows, np.int64), np.array(vectors, np.float32))
+
+    def names(self, prefix: str) -> list[str]:
+        """See `VectorDatabase.names`."""
+        query = """
+            SELECT tablename FROM pg_tables WHERE starts_with(tablename, %s) AND schemaname = current_schema ORDER BY 1
+        """
+        return [name for (name,) in self._rows(query, prefix)]
+
+    def drop(self, name: str) -> None:
+        """See `VectorDatabase.drop`."""
+        with self._refusals(), self._pool.connection() as connection:
+            connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(name)))
+
+    def _configure(self, connection: Any) -> None:
+        """Prepare a connection of the pool."""
+        register_vector(connection)
+        connection.execute(f"SET statement_timeout = {round(1000 * SEARCH_S)}")
+        connection.execute("SET enable_seqscan = off")  # where there is an index, it is used
+
+    def _prepare(self, connection: Any) -> None:
+        """Make sure of the extension, and that it is new enough.
+
+        Raises:
+            UnavailableError: it is missing, and may not be made, or too old.
+        """
+        connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        (version,) = connection.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'").fetchone()
+        if tuple(int(part) for part in version.split(".")) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            raise UnavailableError(
+                f"{self._where} has pgvector {version}, whose indexes inserts can damage: {oldest} or newer is needed"
+            )
+        register_vector(connection)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Give what the server or the connection refuses as our own error."""
+        try:
+            yield
+        except psycopg.Error as error:
+            raise UnavailableError(f"{self._where}: {str(error).strip() or type(error).__name__}") from error
+
+
+@functools.cache
+def _query(name: str) -> sql.Composed:
+    return sql.SQL("SELECT id FROM {} ORDER BY vector <#> %s LIMIT %s").format(sql.Identifier(name))
+
+
+@functools.cache
+def connect(url: str) -> PgvectorDatabase:
+    """The database at an address; one for a process."""
+    return PgvectorDatabase(url)

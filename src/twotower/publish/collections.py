@@ -1,0 +1,108 @@
+"""The collections of a vector database that versions name: how they are called, checked and dropped.
+
+A collection belongs to one channel of one version, and never changes. Servers search it by this name, so that a
+promotion switches towers and vectors together. The name begins with that of the versions' folder, a random number kept
+in it: several workspaces can share a database, and each drops only its own.
+"""
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from twotower.index.build import connect
+from twotower.index.checks import INDEX_JSON
+from twotower.index.database import Collection, check_content, check_there
+from twotower.index.options import ADDRESSES, IndexOptions
+from twotower.publish.version import read_manifest
+from twotower.schema.errors import TwotowerError
+from twotower.schema.files import MANIFEST, read_json, whole_file
+
+log = logging.getLogger(__name__)
+
+HOME: Final = ".collections"
+"""File of the versions' folder that holds the beginning of the names of its collections."""
+
+
+@contextmanager
+def collections_of(versions: Path, version_id: str, index: IndexOptions) -> Iterator[Callable[[str], str | None]]:
+    """Names the collections of a version that is being published, and drops them if that fails.
+
+    Gives a function from the name of a channel to that of its collection, None where the index is embedded.
+    """
+    if index.url is None:
+        yield lambda _: None
+        return
+    prefix = f"{_home(versions)}_{version_id.replace('-', '_').lower()}_"
+    try:
+        yield lambda channel: prefix + channel
+    except BaseException:
+        try:
+            database = connect(index.kind, index.url)
+            for name in database.names(prefix):
+                database.drop(name)
+        except TwotowerError as error:
+            log.warning("what was loaded into the vector database stays until `twotower prune`: %s", error)
+        raise
+
+
+def collections_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """By channel: kind, address and name of its collection, its number of vectors and their checksum."""
+    found = {}
+    for path in sorted(folder.glob(f"channels/*/index/{INDEX_JSON}")):
+        said = read_json(path)
+        if said["kind"] in ADDRESSES:
+            found[path.parent.parent.name] = {key: said[key] for key in ("kind", "url", "name", "count", "sha256")}
+    return found
+
+
+def check_collections(path: Path, *, content: bool = True) -> None:
+    """Refuse a version whose collections are not as they were written.
+
+    Args:
+        path: of the version.
+        content: read every vector; False = only their number is compared.
+
+    Raises:
+        UnavailableError: the database does not answer.
+        VersionError: a collection is missing, or was changed.
+    """
+    for said in read_manifest(path).get("collections", {}).values():
+        collection, count = Collection(said["kind"], said["url"], said["name"]), said["count"]
+        if content:
+            check_content(collection, count, said["sha256"], connect)
+        else:
+            check_there(collection, count, connect)
+
+
+def prune_collections(versions: Path, index: IndexOptions) -> list[str]:
+    """Drop the collections of this folder that no version names; gives their names.
+
+    Raises:
+        UnavailableError: the database does not answer.
+        VersionError: a version cannot be read, so that it is not known what it names.
+    """
+    home = versions / HOME
+    if index.url is None or not home.exists():
+        return []
+    named = {
+        said["name"]
+        for path in versions.glob(f"[!.]*/{MANIFEST}")
+        for said in read_manifest(path.parent).get("collections", {}).values()
+    }
+    database = connect(index.kind, index.url)
+    dropped = [name for name in database.names(f"{_home(versions)}_") if name not in named]
+    for name in dropped:
+        database.drop(name)
+    return dropped
+
+
+def _home(versions: Path) -> str:
+    """How the names of all collections of a folder of versions begin."""
+    path = versions / HOME
+    if not path.exists():
+        with whole_file(path) as temporary:
+            temporary.write_text(f"twotower_{secrets.token_hex(4)}\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
