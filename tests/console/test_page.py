@@ -16,6 +16,7 @@ from twotower.logs import LocalEventLog
 from twotower.publish.catalogue import Attributes, ItemKeys
 from twotower.publish.version import Version
 from twotower.serve.app import make_app
+from twotower.serve.databases import DatabaseWatch
 from twotower.serve.options import ServeOptions
 from twotower.serve.parts import ServerParts
 from twotower.serve.snapshots import Snapshots
@@ -57,7 +58,8 @@ def client(snapshots: Snapshots, tmp_path: Path) -> Iterator[Client]:
     log = LocalEventLog.open(tmp_path / "log", 1)
     store = LmdbFeatureStore(tmp_path / "store")
     users = RecentUsers(log, store)
-    parts = ServerParts(snapshots, log, users, ServeOptions(exclude="clicked", channel_timeout_ms=60_000))
+    options = ServeOptions(exclude="clicked", channel_timeout_ms=60_000)
+    parts = ServerParts(snapshots, log, users, DatabaseWatch(snapshots), options)
     app = make_app(parts)
     add_page(app, parts)
     yield Client(app)

@@ -31,10 +31,9 @@ def test_a_large_catalogue_is_tuned() -> None:
     assert all(entry.recall >= 0.95 and entry.nprobe < 566 for entry in index.tuning)
 
 
-@pytest.mark.parametrize("kind", ["milvus", "pgvector", "hnsw"])
-def test_kinds_that_this_release_does_not_have_are_refused(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "kind": kind}))
-    with pytest.raises(ConfigError, match=f"no index of kind '{kind}': exact or faiss"):
+def test_kinds_that_this_release_does_not_have_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "kind": "hnsw"}))
+    with pytest.raises(ConfigError, match="no index of kind 'hnsw': exact, faiss, milvus or pgvector"):
         load_index(tmp_path)
 
 

@@ -11,6 +11,7 @@ from twotower.index.build import load_index
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
 from twotower.index.protocol import Exclusions
+from twotower.index.tuning import probes_for
 from twotower.schema.errors import ConfigError, DataError
 
 N, D = 6000, 16
@@ -136,7 +137,7 @@ def test_fewer_lists_than_all_are_probed_where_half_is_filtered(filtered: tuple[
     half = index.without(np.arange(0, 30_000, 2))
     scan = half._scan(20)
     assert scan is not None
-    assert index._tuned_probes(20) * 30_000 / index._lists <= scan < half.count() / 2
+    assert probes_for(index.tuning, 20, index._lists) * 30_000 / index._lists <= scan < half.count() / 2
     assert index.without(np.arange(200))._scan(20) is None
     assert index.without(np.arange(0, 30_000 - 300))._scan(20) == 300
 

@@ -15,6 +15,7 @@ from twotower.logs import LocalEventLog
 from twotower.pipeline.places import places
 from twotower.publish.version import Version
 from twotower.serve.app import make_app
+from twotower.serve.databases import DatabaseWatch
 from twotower.serve.health import Health
 from twotower.serve.metrics import Metrics
 from twotower.serve.options import FunnelOptions, ServeOptions
@@ -104,7 +105,9 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
             where = places(settings)
             snapshots = Snapshots(where.versions, metrics.switched, where.deltas, lambda: users.entities)
             options = ServeOptions(channel_timeout_ms=channel_timeout_ms)
-            parts = ServerParts(snapshots, log, users, options, FUNNEL, metrics, health, clock_ms=lambda: server.now_ms)
+            parts = ServerParts(
+                snapshots, log, users, DatabaseWatch(snapshots), options, FUNNEL, metrics, health, lambda: server.now_ms
+            )
             server = Server(Http(make_app(parts)), snapshots, log, users, store, health)
             return server
 

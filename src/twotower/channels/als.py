@@ -1,4 +1,4 @@
-"""Implicit ALS: matrix factorisation that counts every item that a user did not click, a little (Hu et al. 2008).
+"""Implicit ALS: matrix factorisation in which items that a user did not click count a little (Hu et al. 2008).
 
 The factors come from the library `implicit`. A user's vector is computed from their clicks at request time, so that a
 click counts at once and a new user needs no training. N items, F factors, B users.
@@ -41,7 +41,7 @@ class ALS:
     Args:
         factors: (N, F) of the items; zero for an item that nobody clicked.
         options: what they were made with.
-        index: of the filled-up vectors (N, F + 1), by catalogue row.
+        index: of these unit vectors, by catalogue row; None = an exact one is built.
     """
 
     name = "als"
@@ -56,14 +56,7 @@ class ALS:
 
     @classmethod
     def fit(cls, clicks: Clicks, items: int, options: ALSOptions, *, threads: int, seed: int) -> Self:
-        """Factorise all users' distinct clicks.
-
-        Args:
-            clicks: every user's clicks.
-            items: N, size of the catalogue.
-            options: of the factorisation.
-            threads: of the library.
-            seed: of the first factors.
+        """Factorise all users' distinct clicks on N items; the seed is that of the first factors.
 
         Raises:
             ConfigError: the library is not installed.
@@ -119,9 +112,9 @@ class ALS:
         return rows, np.concatenate([scaled, rest[:, None]], axis=1)
 
     def user_vectors(self, clicks: Bag) -> Floats:
-        """Queries (B, F + 1) of users from the catalogue rows that they clicked (eq. 4 of the paper); zero without any.
+        """Queries (B, F + 1) from the catalogue rows that users clicked (eq. 4 of the paper); zero without clicks.
 
-        Their product with an item's vector is the preference that the model predicts, about 1 for what was clicked.
+        The product with an item's vector is the predicted preference, about 1 for a clicked item.
         """
         found = np.zeros((len(clicks), self._factors.shape[1] + 1), np.float32)
         for user in range(len(clicks)):
@@ -137,12 +130,12 @@ class ALS:
         return nearest(self.index, self.user_vectors(queries.clicks), k, queries.exclude)
 
     def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
-        """See `SimilarItems.similar`: by the cosine of the factors, whose length is an item's popularity."""
+        """See `SimilarItems.similar`: by the cosine of the factors, because their length is an item's popularity."""
         return nearest(self._alike, _unit(self._factors[rows]), k, Exclusions.each(rows))
 
     @cached_property
     def _alike(self) -> ExactIndex:
-        """Index of the factors at unit length, built at the first request."""
+        """Index of the factors at unit length, built for the first request."""
         rows = np.flatnonzero(self._factors.any(axis=1))
         return ExactIndex.build(rows, _unit(self._factors[rows]))
 

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from twotower.index.checks import (
     FORMAT,
     INDEX_JSON,
-    RowVectors,
     check_search,
     checked_build,
     excluded_positions,
@@ -34,6 +33,9 @@ from twotower.index.protocol import Exclusions, Neighbours
 from twotower.index.tuning import Tuned, fewest_probes, good_enough, probes_for
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import whole_folder, write_json
+
+Longs = NDArray[np.int64]
+Floats = NDArray[np.float32]
 
 FLAT_BELOW: Final = 20_000
 """Collections smaller than this are scanned by the database: there is nothing to tune."""
@@ -62,8 +64,8 @@ class VectorDatabase(Protocol):
     most: int
     """Neighbours of one query, at most."""
 
-    def create(self, name: str, vectors: RowVectors, lists: int) -> None:
-        """Make a collection of vectors and its index of so many lists (0 = none: it is scanned).
+    def create(self, name: str, rows: Longs, vectors: Floats, lists: int) -> None:
+        """Make a collection of vectors (N, D) under rows (N,), and its index of some lists; 0 = it is scanned.
 
         When it returns, every search finds every vector. If it fails, the collection is dropped again.
         """
@@ -77,7 +79,7 @@ class VectorDatabase(Protocol):
         """Vectors of a collection, -1 if there is none of that name."""
         ...
 
-    def nearest(self, name: str, queries: NDArray[np.float32], n: int, probes: int) -> NDArray[np.int64]:
+    def nearest(self, name: str, queries: Floats, n: int, probes: int) -> Longs:
         """Rows (B, n) of the n vectors with the largest inner products, in any order, padded with -1.
 
         Args:
@@ -88,8 +90,8 @@ class VectorDatabase(Protocol):
         """
         ...
 
-    def read(self, name: str) -> RowVectors:
-        """The whole content of a collection, by row."""
+    def read(self, name: str) -> tuple[Longs, Floats]:
+        """The whole content of a collection: rows (N,), rising, and vectors (N, D)."""
         ...
 
     def names(self, prefix: str) -> list[str]:
@@ -130,7 +132,7 @@ class DatabaseIndex:
         exact: ExactIndex,
         digest: str,
         tuning: tuple[Tuned, ...] = (),
-        hidden: NDArray[np.int64] = _NONE,
+        hidden: Longs = _NONE,
     ) -> None:
         """Use `build` or `load`: the vectors, their checksum, hidden positions rising."""
         self.collection = collection
@@ -141,21 +143,23 @@ class DatabaseIndex:
         self._hidden = hidden
 
     @classmethod
-    def build(
-        cls, collection: Collection, connect: Connect, rows: NDArray[np.int64], vectors: NDArray[np.float32]
-    ) -> Self:
+    def build(cls, collection: Collection, connect: Connect, rows: Longs, vectors: Floats) -> Self:
         """Load vectors (N, D) of rows (N,) into a new collection; none is made for N = 0.
 
         Raises:
             DataError: other shapes or types, duplicate or negative rows, values that are not finite.
             UnavailableError: the database does not answer, or refuses.
+            VersionError: there is a collection of that name.
         """
-        ordered = checked_build(rows, vectors)
+        rows, vectors = checked_build(rows, vectors)
         if len(rows):
-            connect(collection.kind, collection.url).create(collection.name, ordered, lists_of(len(rows)))
-        return cls(collection, connect, ExactIndex.build(ordered.rows, ordered.vectors), digest_of(ordered))
+            database = connect(collection.kind, collection.url)
+            if database.has(collection.name):
+                raise VersionError(f"{collection.name} exists in {collection.url}, and a collection is never replaced")
+            database.create(collection.name, rows, vectors, lists_of(len(rows)))
+        return cls(collection, connect, ExactIndex.build(rows, vectors), digest_of(rows, vectors))
 
-    def tune(self, queries: NDArray[np.float32], ks: Sequence[int], recall: float) -> Self:
+    def tune(self, queries: Floats, ks: Sequence[int], recall: float) -> Self:
         """The same index, probing for each k the fewest lists that reach a recall on sample queries (Q, D).
 
         Raises:
@@ -173,9 +177,7 @@ class DatabaseIndex:
         tuning = tuple(self._tuned(sample, k, recall, good_enough(best[:, k - 1])) for k in depths)
         return type(self)(self.collection, self._connect, self._exact, self.digest, tuning, self._hidden)
 
-    def _tuned(
-        self, sample: NDArray[np.float32], k: int, target: float, enough: NDArray[np.floating[Any]]
-    ) -> Tuned:
+    def _tuned(self, sample: Floats, k: int, target: float, enough: NDArray[np.floating[Any]]) -> Tuned:
         database, name = self._database, self.collection.name
 
         def recall_at(probes: int) -> float:
@@ -197,14 +199,18 @@ class DatabaseIndex:
     def _database(self) -> VectorDatabase:
         return self._connect(self.collection.kind, self.collection.url)
 
+    @property
+    def rows(self) -> Longs:  # noqa: D102
+        return self._exact.rows
+
     def count(self) -> int:  # noqa: D102
         return len(self._exact) - len(self._hidden)
 
-    def without(self, rows: NDArray[np.int64]) -> Self:  # noqa: D102
+    def without(self, rows: Longs) -> Self:  # noqa: D102
         hidden = hidden_with(self._hidden, rows, self._exact.rows)
         return type(self)(self.collection, self._connect, self._exact, self.digest, self.tuning, hidden)
 
-    def search(self, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
+    def search(self, queries: Floats, k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
         check_search(queries, k, exclude, self._exact.dimension)
         found = Neighbours.none(len(queries), k)
         excluded = excluded_positions(exclude, len(queries), self._exact.rows, self._hidden)
@@ -224,8 +230,8 @@ class DatabaseIndex:
     def _search_to(
         self,
         depth: int,
-        which: NDArray[np.int64],
-        queries: NDArray[np.float32],
+        which: Longs,
+        queries: Floats,
         excluded: Exclusions,
         found: Neighbours,
     ) -> None:
@@ -234,8 +240,7 @@ class DatabaseIndex:
         while database is not None and len(which) and depth <= database.most:
             nearest = database.nearest(self.collection.name, queries[which], depth, self._probes(depth))
             answered = [
-                self._answer(b, rows, queries, excluded, found)
-                for b, rows in zip(which.tolist(), nearest, strict=True)
+                self._answer(b, rows, queries, excluded, found) for b, rows in zip(which.tolist(), nearest, strict=True)
             ]
             which, depth = which[~np.array(answered)], DEEPER * depth
         for b in which.tolist():
@@ -248,8 +253,8 @@ class DatabaseIndex:
     def _answer(
         self,
         b: int,
-        rows: NDArray[np.int64],
-        queries: NDArray[np.float32],
+        rows: Longs,
+        queries: Floats,
         excluded: Exclusions,
         found: Neighbours,
     ) -> bool:
@@ -291,9 +296,7 @@ class DatabaseIndex:
         Raises:
             DataError: files are missing or not what `index.json` says.
         """
-        said = read_description(
-            folder, kind, {"url": str, "name": str, "count": int, "sha256": str, "tuning": list}
-        )
+        said = read_description(folder, kind, {"url": str, "name": str, "count": int, "sha256": str, "tuning": list})
         exact = ExactIndex.load(folder / EXACT)
         if len(exact) != said["count"]:
             raise DataError(f"{folder / EXACT} holds {len(exact)} vectors where {INDEX_JSON} says {said['count']}")
@@ -325,7 +328,7 @@ def check_content(collection: Collection, count: int, digest: str, connect: Conn
         UnavailableError: the database does not answer.
     """
     check_there(collection, count, connect)
-    if count and (seen := digest_of(connect(collection.kind, collection.url).read(collection.name))) != digest:
+    if count and (seen := digest_of(*connect(collection.kind, collection.url).read(collection.name))) != digest:
         raise VersionError(
             f"{collection.name} in {collection.url} has the checksum {seen[:12]}, where {digest[:12]} was written: its "
             "vectors were changed. Publish again"
@@ -341,12 +344,12 @@ def lists_of(count: int) -> int:
     return 0 if count < FLAT_BELOW else int(4 * math.sqrt(count))
 
 
-def digest_of(vectors: RowVectors) -> str:
-    """SHA-256 over rows and vectors in the order of rows, in hexadecimal."""
-    digest = hashlib.sha256(vectors.rows.astype("<i8").tobytes())
-    digest.update(vectors.vectors.astype("<f4").tobytes())
+def digest_of(rows: Longs, vectors: Floats) -> str:
+    """SHA-256 of rows (N,) and vectors (N, D), in hexadecimal."""
+    digest = hashlib.sha256(rows.astype("<i8").tobytes())
+    digest.update(vectors.astype("<f4").tobytes())
     return digest.hexdigest()
 
 
-def _of(excluded: Exclusions, b: int) -> NDArray[np.int64]:
+def _of(excluded: Exclusions, b: int) -> Longs:
     return excluded.rows[excluded.indptr[b] : excluded.indptr[b + 1]]

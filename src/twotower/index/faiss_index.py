@@ -29,6 +29,7 @@ from twotower.index.checks import (
     read_description,
 )
 from twotower.index.protocol import PADDING, Exclusions, Neighbours, VectorIndex
+from twotower.index.tuning import Tuned, fewest_probes, good_enough, probes_for
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import opened_file, whole_folder, write_json
 
@@ -59,27 +60,6 @@ STEP: Final = 1.4
 """By which the number of scanned vectors grows until the recall is reached."""
 RANKED_AT_ONCE: Final = 1 << 22
 """Lists ranked together, over all queries of a call."""
-ROUNDING: Final = 1e-6
-"""How much lower than the k-th exact score a score may be, relative to 1, and still count as found."""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """How many lists to probe for k neighbours, as measured when the index was built.
-
-    Attributes:
-        k: requested neighbours.
-        nprobe: lists probed for them, the fewest that reach the required recall.
-        recall: share of the exact neighbours found on the tuning queries; neighbours tied with the k-th are as good.
-        latency_ms: median time of one query alone.
-        queries: number of tuning queries.
-    """
-
-    k: int
-    nprobe: int
-    recall: float
-    latency_ms: float
-    queries: int
 
 
 @dataclass(frozen=True)
@@ -121,15 +101,10 @@ class FaissIndex:
         thinned: tuple[Thinned, ...] = (),
         list_of: NDArray[np.int32] | None = None,
     ) -> None:
-        """Use `build` or `load`.
+        """Use `build` or `load`: an index of FAISS over N positions, rows (N,) rising, hidden positions rising.
 
-        Args:
-            index: of FAISS, over N positions.
-            rows: (N,) rising.
-            hidden: positions, rising.
-            tuning: by rising k.
-            thinned: by rising share.
-            list_of: (N,) the list of each position, as `_list_of_each` gives it; None = read from the index.
+        `tuning` is ordered by k, `thinned` by share; `list_of` (N,) is the list of each position, None = read from the
+        index.
         """
         self._index = index
         self._rows = rows
@@ -146,17 +121,13 @@ class FaissIndex:
     ) -> Self:
         """An index of vectors (N, D) float32 under rows (N,) int64, N = 0 included.
 
-        Args:
-            rows: (N,) int64.
-            vectors: (N, D) float32.
-            seed: of the sample and the first centres of k-means.
-            flat_below: fewer vectors than this are scanned, with no lists.
+        The seed is that of k-means; fewer vectors than `flat_below` are scanned, with no lists.
 
         Raises:
             DataError: other shapes or types, duplicate or negative rows, values that are not finite.
         """
-        ordered = checked_build(rows, vectors)
-        count, dimension = ordered.vectors.shape
+        rows, vectors = checked_build(rows, vectors)
+        count, dimension = vectors.shape
         index: Any = faiss.IndexFlatIP(dimension)
         if count >= max(flat_below, 1):
             lists = min(count, round(4 * count**0.5))
@@ -164,16 +135,16 @@ class FaissIndex:
             index.cp.seed = seed
             index.cp.min_points_per_centroid = 1
             index.cp.max_points_per_centroid = TRAINED_ON
-            index.train(ordered.vectors)
-        index.add(ordered.vectors)
-        return cls(index, ordered.rows, np.empty(0, np.int64), ())
+            index.train(vectors)
+        index.add(vectors)
+        return cls(index, rows, np.empty(0, np.int64), ())
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Map a saved index into memory.
 
-        A file cut short, or of another index, is refused; flipped bits inside vectors are found only by the hash in a
-        version's manifest, to be checked before.
+        A file that is cut short, or of another index, is refused. Flipped bits inside vectors are found only by the
+        hash in a version's manifest, which is checked before.
 
         Raises:
             DataError: files are missing, or not what `index.json` says.
@@ -205,6 +176,10 @@ class FaissIndex:
         if not _is_whole(index):
             raise DataError(f"{path} is no whole index: rebuild it from the item vectors")
         return cls(index, map_rows(folder, count), np.empty(0, np.int64), tuning, thinned=thinned)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:  # noqa: D102
+        return self._rows
 
     def count(self) -> int:  # noqa: D102
         return len(self._rows) - len(self._hidden)
@@ -242,7 +217,7 @@ class FaissIndex:
     def _search_alone(
         self, queries: NDArray[np.float32], members: NDArray[np.int64], exclude: Exclusions, found: Neighbours
     ) -> Exclusions:
-        """Answer the queries of `members` (n,), each from a view of its own; gives the exclusions of the others."""
+        """Answer the queries of `members` (n,), each from its own view; gives the exclusions of the other queries."""
         parts = [exclude.rows[exclude.indptr[b] : exclude.indptr[b + 1]] for b in range(len(queries))]
         for b in members:
             alone = self.without(parts[b]).search(queries[b : b + 1], found.rows.shape[1])
@@ -258,7 +233,7 @@ class FaissIndex:
         excluded: Exclusions,
         found: Neighbours,
     ) -> None:
-        """Answer the queries of `members` (n,) by fetching equally many; those left short are probed again, wider."""
+        """Answer the queries of `members` (n,), fetching equally many; lists that are short are probed again, wider."""
         k = found.rows.shape[1]
         nprobe = self._probes(fetch)
         scan = self._scan(fetch)
@@ -287,10 +262,10 @@ class FaissIndex:
             nprobe = min(4 * nprobe, self._lists) if scan is None else self._lists
 
     def _scan(self, fetch: int) -> float | None:
-        """How many vectors to scan for `fetch` neighbours, hidden ones not counted; None where so few are hidden that
-        the number of lists says it.
+        """How many vectors that are not hidden to scan for `fetch` neighbours; None where so few are hidden that the
+        number of lists says it.
 
-        All of them, which is exact, where more is hidden than any share tuned for, or most would be scanned anyway.
+        It is all of them, which is exact, where more is hidden than any tuned share, or most would be scanned anyway.
         """
         share = len(self._hidden) / len(self._rows)
         if share <= SPARSE or not self._lists:
@@ -300,7 +275,7 @@ class FaissIndex:
         return self._scan_by(max(below[-1:] + above[:1]) if above else np.inf, fetch)
 
     def _scan_by(self, factor: float, fetch: int) -> float:
-        scan = factor * self._tuned_probes(fetch) * len(self._rows) / self._lists
+        scan = factor * probes_for(self.tuning, fetch, self._lists) * len(self._rows) / self._lists
         return scan if scan < self.count() / 2 else float(self.count())
 
     def _search_thinned(
@@ -349,21 +324,8 @@ class FaissIndex:
         return shown - np.bincount(self._list_of[self._hidden], minlength=self._lists)
 
     def _probes(self, fetch: int) -> int:
-        """Lists to probe for `fetch` neighbours.
-
-        Hidden rows thin the lists out, as if more neighbours were requested. The nearest tuned k from that number up
-        says how many; beyond all of them the largest is scaled in proportion.
-        """
-        return self._tuned_probes(fetch * len(self._rows) / self.count())
-
-    def _tuned_probes(self, depth: float) -> int:
-        if not self.tuning:
-            return self._lists
-        for tuned in self.tuning:
-            if tuned.k >= depth:
-                return tuned.nprobe
-        largest = self.tuning[-1]
-        return min(self._lists, int(np.ceil(largest.nprobe * depth / largest.k)))
+        """Lists to probe for `fetch` neighbours: hidden rows thin the lists out, as if more were requested."""
+        return probes_for(self.tuning, fetch * len(self._rows) / self.count(), self._lists)
 
     def _parameters(self, nprobe: int) -> Any:
         if self._lists:
@@ -380,15 +342,15 @@ class FaissIndex:
     ) -> Self:
         """The same index, probing for each k the fewest lists that reach a recall on sample queries.
 
-        The number is doubled until the recall is reached and then halved into. Where that takes nearly all lists the
-        recall stored is 1 and the search is as good as exact. A Flat index is exact and comes back as it is.
+        The number is doubled until the recall is reached, then found by bisection. A Flat index is exact and comes back
+        as it is.
 
         Args:
             queries: (Q, D) float32 of users that the model was not trained on; at most `TUNING_QUERIES` are used.
             ks: numbers of neighbours that will be requested.
             recall: share of the exact neighbours to be found, above 0 and at most 1.
             oracle: exact index of the same vectors.
-            clock: seconds that rise, for `latency_ms`.
+            clock: seconds, for `latency_ms`.
 
         Raises:
             ConfigError: no k, or a recall that cannot be.
@@ -426,29 +388,19 @@ class FaissIndex:
         clock: Callable[[], float],
     ) -> Tuned:
         """The fewest probes that find enough scores not below the exact k-th ones, `last` (Q,)."""
-        enough = _enough(last)
+        enough = good_enough(last)
 
         def recall_at(nprobe: int) -> float:
             scores, _ = self._index.search(sample, k, params=faiss.SearchParametersIVF(nprobe=nprobe))
             return float((scores >= enough).mean())
 
-        low, high, reached = 0, 1, recall_at(1)
-        while reached < target and high < self._lists:
-            low, high = high, min(2 * high, self._lists)
-            reached = recall_at(high)
-        while high - low > 1:
-            middle = (low + high) // 2
-            recall = recall_at(middle)
-            if recall >= target:
-                high, reached = middle, recall
-            else:
-                low = middle
+        nprobe, reached = fewest_probes(recall_at, target, self._lists)
         seconds = []
         for query in sample[:TIMED_QUERIES, None]:
             start = clock()
-            self._index.search(query, k, params=faiss.SearchParametersIVF(nprobe=high))
+            self._index.search(query, k, params=faiss.SearchParametersIVF(nprobe=nprobe))
             seconds.append(clock() - start)
-        return Tuned(k, high, reached, 1000 * float(np.median(seconds)), len(sample))
+        return Tuned(k, nprobe, reached, 1000 * float(np.median(seconds)), len(sample))
 
     def _thinned(
         self, sample: NDArray[np.float32], ks: Sequence[int], target: float, oracle: VectorIndex, share: float
@@ -468,7 +420,9 @@ class FaissIndex:
     def _by_chance(
         self, sample: NDArray[np.float32], oracle: VectorIndex, share: float, rng: np.random.Generator
     ) -> Callable[[int, float], tuple[float, bool]]:
-        """With rows hidden by chance: recall for k and a factor, and whether all of the others were scanned."""
+        """Rows hidden by chance: a function of k and a factor that gives the recall, and whether all others were
+        scanned.
+        """
         out = np.flatnonzero(rng.random(len(self._rows)) < share)
         view = self._view(out, self.tuning)
         best = oracle.without(self._rows[out]).search(sample, self.tuning[-1].k).scores
@@ -476,16 +430,16 @@ class FaissIndex:
         def recall_at(k: int, factor: float) -> tuple[float, bool]:
             scan = view._scan_by(factor, k)
             scores, _ = view._search_thinned(sample, k, scan)
-            return float((scores >= _enough(best[:, k - 1])).mean()), scan >= view.count()
+            return float((scores >= good_enough(best[:, k - 1])).mean()), scan >= view.count()
 
         return recall_at
 
     def _by_attribute(
         self, sample: NDArray[np.float32], share: float, rng: np.random.Generator
     ) -> Callable[[int, float], tuple[float, bool]]:
-        """The same for an attribute that goes with the vectors, such as a category.
+        """The same for rows hidden by an attribute that goes with the vectors, such as a category.
 
-        The space is cut into cells of lists, and each query does without its own cell and a share of the others. So its
+        The lists are grouped into cells, and each query does without its own cell and a share of the others. So its
         neighbours are far away, where the order of the lists says less.
         """
         centres = self._index.quantizer.reconstruct_n(0, self._lists)
@@ -499,10 +453,10 @@ class FaissIndex:
         best, found = self._search_lists(sample, self.tuning[-1].k, np.where(shown, lists, -1), near)
 
         def recall_at(k: int, factor: float) -> tuple[float, bool]:
-            scan = factor * self._tuned_probes(k) * len(self._rows) / self._lists
+            scan = factor * probes_for(self.tuning, k, self._lists) * len(self._rows) / self._lists
             scores, _ = self._search_lists(sample, k, np.where((shown > 0) & (before < scan), lists, -1), near)
             enough_left = found[:, k - 1] >= 0
-            recalls = scores[enough_left] >= _enough(best[enough_left, k - 1])
+            recalls = scores[enough_left] >= good_enough(best[enough_left, k - 1])
             return float(recalls.mean()) if recalls.size else 1.0, scan >= len(self._rows)
 
         return recall_at
@@ -527,13 +481,8 @@ class FaissIndex:
         pass
 
 
-def _enough(last: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
-    """(Q, 1) the lowest scores that count as found, of exact k-th ones (Q,)."""
-    return np.expand_dims(last - ROUNDING * np.maximum(1, np.abs(last)), 1)
-
-
 def _is_whole(index: Any) -> bool:
-    """An index that was read has the vectors that it says: FAISS itself does not look."""
+    """Whether an index that was read holds the vectors that it says: FAISS itself does not check."""
     if isinstance(index, faiss.IndexIVFFlat):
         lists, quantizer = index.invlists, faiss.downcast_index(index.quantizer)
         if (lists.nlist, lists.code_size, quantizer.d) != (index.nlist, 4 * index.d, index.d):

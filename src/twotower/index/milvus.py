@@ -8,13 +8,12 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 from pymilvus import DataType, MilvusClient, MilvusException
 
-from twotower.index.checks import RowVectors
+from twotower.index.database import Floats, Longs
 from twotower.schema.errors import UnavailableError
 from twotower.schema.secrets import secret
 
@@ -48,25 +47,25 @@ class MilvusDatabase:
         self._client: MilvusClient | None = None
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it raises
 
-    def create(self, name: str, vectors: RowVectors, lists: int) -> None:
+    def create(self, name: str, rows: Longs, vectors: Floats, lists: int) -> None:
         """See `VectorDatabase.create`."""
         with self._refusals():
             client = self._connected()
             schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
             schema.add_field(ID, DataType.INT64, is_primary=True)
-            schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=vectors.vectors.shape[1])
+            schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=vectors.shape[1])
             client.create_collection(name, schema=schema, consistency_level="Strong")
             try:
-                self._fill(client, name, vectors, lists)
+                self._fill(client, name, rows, vectors, lists)
             except BaseException:
                 client.drop_collection(name)
                 raise
 
-    def _fill(self, client: MilvusClient, name: str, vectors: RowVectors, lists: int) -> None:
-        for start in range(0, len(vectors.rows), AT_ONCE):
+    def _fill(self, client: MilvusClient, name: str, rows: Longs, vectors: Floats, lists: int) -> None:
+        for start in range(0, len(rows), AT_ONCE):
             part = slice(start, start + AT_ONCE)
-            rows = zip(vectors.rows[part].tolist(), vectors.vectors[part], strict=True)
-            client.insert(name, [{ID: row, VECTOR: vector} for row, vector in rows], timeout=LOAD_S)
+            pairs = zip(rows[part].tolist(), vectors[part], strict=True)
+            client.insert(name, [{ID: row, VECTOR: vector} for row, vector in pairs], timeout=LOAD_S)
         if lists:  # an index is built of what was flushed; a small collection is scanned wherever it is
             client.flush(name, timeout=LOAD_S)
         index = client.prepare_index_params()
@@ -75,9 +74,9 @@ class MilvusDatabase:
         client.create_index(name, index, timeout=LOAD_S)
         client.load_collection(name, timeout=LOAD_S)
         until = time.monotonic() + LOAD_S
-        while (count := self.count(name)) != len(vectors.rows):
-            if count > len(vectors.rows) or time.monotonic() > until:
-                raise UnavailableError(f"{self._where} shows {count} of the {len(vectors.rows)} vectors of {name}")
+        while (count := self.count(name)) != len(rows):
+            if count > len(rows) or time.monotonic() > until:
+                raise UnavailableError(f"{self._where} shows {count} of the {len(rows)} vectors of {name}")
             time.sleep(0.1)
 
     def has(self, name: str) -> bool:
@@ -95,7 +94,7 @@ class MilvusDatabase:
             )
         return int(counted[0]["count(*)"])
 
-    def nearest(self, name: str, queries: NDArray[np.float32], n: int, probes: int) -> NDArray[np.int64]:
+    def nearest(self, name: str, queries: Floats, n: int, probes: int) -> Longs:
         """See `VectorDatabase.nearest`."""
         found = np.full((len(queries), n), -1, np.int64)
         step = max(1, FOUND_AT_ONCE // n)
@@ -116,7 +115,7 @@ class MilvusDatabase:
                     found[b, : len(answer)] = answer.ids
         return found
 
-    def read(self, name: str) -> RowVectors:
+    def read(self, name: str) -> tuple[Longs, Floats]:
         """See `VectorDatabase.read`."""
         rows: list[int] = []
         vectors: list[list[float]] = []
@@ -128,7 +127,7 @@ class MilvusDatabase:
             content.close()
         ids = np.array(rows, np.int64)
         order = np.argsort(ids)
-        return RowVectors(ids[order], np.array(vectors, np.float32)[order])
+        return ids[order], np.array(vectors, np.float32)[order]
 
     def names(self, prefix: str) -> list[str]:
         """See `VectorDatabase.names`."""

@@ -16,8 +16,8 @@ class IndexOptions:
     """The index of item vectors."""
 
     kind: Literal["exact", "faiss", "milvus", "pgvector"] = "faiss"
-    """`exact` scans every vector; `faiss` scans small catalogues and probes lists of large ones; `milvus` and `pgvector`
-    are databases that every version is loaded into."""
+    """`exact` scans every vector; `faiss` scans small catalogues and probes lists of large ones; `milvus` and
+    `pgvector` are databases that every version is loaded into."""
     recall: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Share of the exact answer that the index must find; its probes are tuned to it when a version is published."""
     url: Address | None = None

@@ -6,17 +6,17 @@ B queries, D vector, N vectors.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import numpy as np
 import psycopg
 import psycopg_pool
-from numpy.typing import NDArray
 from pgvector import Vector
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from twotower.index.checks import RowVectors
+from twotower.index.database import Floats, Longs
 from twotower.schema.errors import UnavailableError
 from twotower.schema.secrets import secret
 
@@ -42,8 +42,8 @@ class PgvectorDatabase:
     its recall falls. Implements `VectorDatabase`.
 
     Args:
-        url: `postgresql://HOST:PORT/DATABASE`, with parameters of libpq such as `sslmode=verify-full`. User and password
-            come from `TWOTOWER_INDEX_USER` and `TWOTOWER_INDEX_PASSWORD`, or from what libpq itself reads.
+        url: `postgresql://HOST:PORT/DATABASE`, with parameters of libpq such as `sslmode=verify-full`. User and
+            password come from `TWOTOWER_INDEX_USER` and `TWOTOWER_INDEX_PASSWORD`, or from what libpq itself reads.
     """
 
     most = 20_000
@@ -71,9 +71,9 @@ class PgvectorDatabase:
             open=True,
         )
 
-    def create(self, name: str, vectors: RowVectors, lists: int) -> None:
+    def create(self, name: str, rows: Longs, vectors: Floats, lists: int) -> None:
         """See `VectorDatabase.create`."""
-        table, dimension = sql.Identifier(name), vectors.vectors.shape[1]
+        table, dimension = sql.Identifier(name), vectors.shape[1]
         with self._refusals(), psycopg.connect(self._url, **self._arguments) as connection:  # one transaction
             self._prepare(connection)
             connection.execute(
@@ -82,10 +82,10 @@ class PgvectorDatabase:
                 )
             )
             copy = sql.SQL("COPY {} (id, vector) FROM STDIN WITH (FORMAT binary)").format(table)
-            with connection.cursor().copy(copy) as rows:
-                rows.set_types(["int8", "vector"])
-                for row, vector in zip(vectors.rows.tolist(), vectors.vectors, strict=True):
-                    rows.write_row((row, vector))
+            with connection.cursor().copy(copy) as into:
+                into.set_types(["int8", "vector"])
+                for row, vector in zip(rows.tolist(), vectors, strict=True):
+                    into.write_row((row, vector))
             if lists:
                 memory = sql.Literal(f"{BUILD_MEMORY_MB}MB")
                 connection.execute(sql.SQL("SET LOCAL maintenance_work_mem = {}").format(memory))
@@ -108,16 +108,16 @@ class PgvectorDatabase:
             return -1
         return int(self._rows(sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(name)))[0][0])
 
-    def nearest(self, name: str, queries: NDArray[np.float32], n: int, probes: int) -> NDArray[np.int64]:
+    def nearest(self, name: str, queries: Floats, n: int, probes: int) -> Longs:
         """See `VectorDatabase.nearest`."""
         found = np.full((len(queries), n), -1, np.int64)
         step = max(1, FOUND_AT_ONCE // n)
         for start in range(0, len(queries), step):
             part = slice(start, start + step)
-            self._again_if_broken(lambda part=part: self._nearest(name, queries[part], probes, found[part]))
+            self._again_if_broken(partial(self._nearest, name, queries[part], probes, found[part]))
         return found
 
-    def _nearest(self, name: str, queries: NDArray[np.float32], probes: int, found: NDArray[np.int64]) -> None:
+    def _nearest(self, name: str, queries: Floats, probes: int, found: Longs) -> None:
         query = _query(name)
         with self._pool.connection() as connection, connection.pipeline():
             connection.execute(f"SET ivfflat.probes = {max(1, probes)}")
@@ -127,11 +127,12 @@ class PgvectorDatabase:
                 found[b, : len(rows)] = rows
 
     def _rows(self, query: Any, *arguments: object) -> list[Any]:
-        def fetched() -> list[Any]:
+        def fetch() -> list[Any]:
             with self._pool.connection() as connection:
-                return connection.execute(query, arguments).fetchall()
+                rows: list[Any] = connection.execute(query, arguments).fetchall()
+                return rows
 
-        return self._again_if_broken(fetched)
+        return self._again_if_broken(fetch)
 
     def _again_if_broken(self, read: Callable[[], T]) -> T:
         """Read; once more if it fails, because the connection may be from before a restart of the server."""
@@ -144,19 +145,20 @@ class PgvectorDatabase:
                 self._pool.check()
                 return read()
 
-    def read(self, name: str) -> RowVectors:
+    def read(self, name: str) -> tuple[Longs, Floats]:
         """See `VectorDatabase.read`."""
         with self._refusals(), self._pool.connection() as connection:
             connection.execute("SET statement_timeout = 0")
             query = sql.SQL("SELECT id, vector FROM {} ORDER BY id").format(sql.Identifier(name))
-            rows, vectors = [], []
+            rows: list[int] = []
+            vectors: list[Floats] = []
             with connection.transaction(), connection.cursor(name="content", binary=True) as cursor:
                 cursor.itersize = 10_000
                 for row, vector in cursor.execute(query):
                     rows.append(row)
                     vectors.append(vector.to_numpy())
             self._configure(connection)
-        return RowVectors(np.array(rows, np.int64), np.array(vectors, np.float32))
+        return np.array(rows, np.int64), np.array(vectors, np.float32)
 
     def names(self, prefix: str) -> list[str]:
         """See `VectorDatabase.names`."""

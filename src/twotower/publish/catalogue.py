@@ -2,13 +2,13 @@
 
 Putting an item costs the same whether ten or ten thousand were put before. So nothing here is copied as a whole:
 
-- A list that only grows is shared by all snapshots, and each snapshot knows its own length. What lies behind that
-  length belongs to later snapshots and is not read.
+- A list that only grows is shared by all snapshots, and each snapshot knows its own length. Entries behind that length
+  belong to later snapshots.
 - What may also change is kept in pieces, each far smaller than the one below it. A new piece is laid on top and merged
   with those that are not much larger. So each entry is copied a few times in all, and a look-up goes through few
   pieces. No piece is ever changed.
 
-Both can be read without a lock while one writer adds: a reader never sees a place that is written again.
+Both can be read without a lock while one writer adds: no reader sees an entry that is written again.
 
 N items of the version, A items put since.
 """
@@ -164,7 +164,7 @@ class ItemKeys:
         return [next(ids) if row < self.base else self._added[row - self.base] for row in rows.tolist()]
 
     def find(self, ids: pa.Array) -> Longs:
-        """The row of each id (n,), -1 where it is null, not in the catalogue, or deleted."""
+        """The row of each id (n,), -1 for null, an unknown id, or a deleted item."""
         found = Positions(self._base).find(ids)
         if self._rows:
             for place, item_id in enumerate(ids.to_pylist()):
@@ -175,7 +175,7 @@ class ItemKeys:
 
     @cached_property
     def hashes(self) -> Hashes:
-        """(N + A,) hashes of the ids, which filters of shown items are asked with."""
+        """(N + A,) hashes of the ids, for look-ups in the filters of shown items."""
         return np.concatenate([self._base_hashes, hash_ids(pa.array(self._added[:], self.kind))])
 
     @cached_property
@@ -300,14 +300,14 @@ class Attributes:
         return np.unique(np.concatenate([np.zeros(0, np.int64), *(piece.rows for piece in self._put)]))
 
 
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of a dictionary; any other type as it is."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
 def put_row(schema: pa.Schema, row: int, values: Mapping[str, Any]) -> PutRows:
     """The attributes of one item as they were put; a value of another type is null."""
-    plain = pa.schema(
-        [
-            (attribute.name, attribute.type.value_type if pa.types.is_dictionary(attribute.type) else attribute.type)
-            for attribute in schema
-        ]
-    )
+    plain = pa.schema([(attribute.name, plain_type(attribute.type)) for attribute in schema])
     columns = []
     for attribute in plain:
         column = column_of(values.get(attribute.name), attribute.type)
@@ -317,12 +317,12 @@ def put_row(schema: pa.Schema, row: int, values: Mapping[str, Any]) -> PutRows:
 
 @dataclass
 class SetAside:
-    """Changes of users and items in the log that this version cannot use. They are counted, and logged once each."""
+    """Changes of users and items in the log that this version cannot use: counted, and logged once each."""
 
     count: dict[str, int] = field(default_factory=dict)
     """Entities by kind."""
     told: dict[tuple[str, EntityId], str] = field(default_factory=dict)
-    """The reason, by kind and id, of the first ones."""
+    """Reasons by kind and id, of the first entities."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, kind: str, entity_id: EntityId, reason: str) -> None:
@@ -333,6 +333,4 @@ class SetAside:
             self.count[kind] = self.count.get(kind, 0) + 1
             if len(self.told) < _MAX_TOLD:
                 self.told[kind, entity_id] = cut(reason)
-        log.warning(
-            "what the log says of %s %s cannot be used and is set aside: %s", kind, shown(entity_id), cut(reason)
-        )
+        log.warning("the change of %s %s cannot be used and is set aside: %s", kind, shown(entity_id), cut(reason))

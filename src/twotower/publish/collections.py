@@ -7,7 +7,7 @@ in it: several workspaces can share a database, and each drops only its own.
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -75,6 +75,15 @@ def check_collections(path: Path, *, content: bool = True) -> None:
             check_content(collection, count, said["sha256"], connect)
         else:
             check_there(collection, count, connect)
+
+
+def collections_of_version(manifest: Mapping[str, Any]) -> dict[str, Collection]:
+    """By channel, the collections that a manifest names and that are not empty."""
+    return {
+        channel: Collection(said["kind"], said["url"], said["name"])
+        for channel, said in manifest.get("collections", {}).items()
+        if said["count"]
+    }
 
 
 def prune_collections(versions: Path, index: IndexOptions) -> list[str]:

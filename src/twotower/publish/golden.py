@@ -1,8 +1,7 @@
-"""Golden queries: a few users with their answers, stored in a version and replayed before anyone serves from it.
+"""Golden queries: a few users with their answers, stored in a version and replayed before it is served.
 
-Every channel answers for itself, and so does every ranker, about items spread over the catalogue. The fused list is
-left out: it follows from theirs, and near ties, which another processor may round the other way, change its scores by
-whole ranks.
+Every channel answers, and so does every ranker, about items spread over the catalogue. The fused list is left out: it
+follows from these, and near ties, which another processor may round the other way, change its scores by whole ranks.
 """
 
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ def write_golden(version: Version, folder: Path) -> None:
 
 
 def replay(version: Version) -> list[str]:
-    """Ask the golden queries again; one sentence for each answer that is not as recorded, none where all agree."""
+    """Ask the golden queries again; gives a sentence for each answer that is not as recorded."""
     recorded, answers = read_json(version.path / GOLDEN)["queries"], list(_answers(version))
     if len(answers) != len(recorded):
         return [f"{len(recorded)} golden queries are recorded, {len(answers)} are expected"]
@@ -43,7 +42,7 @@ def replay(version: Version) -> list[str]:
 
 
 def _difference(expected: dict[str, Any], answer: dict[str, Any]) -> str | None:
-    """What is not as recorded, None where all is; items whose scores are as good as tied may change places."""
+    """What is not as recorded, or None; items whose scores are nearly tied may change places."""
     old, new = np.array(expected["scores"]), np.array(answer["scores"])
     if len(old) != len(new):
         return f"{len(new)} items, {len(old)} are recorded"

@@ -51,8 +51,8 @@ Text = Annotated[str, AfterValidator(_text)]
 
 def _address(value: str) -> str:
     """Refuse an address that holds a password: configurations are recorded in versions and shown in messages."""
-    if urlsplit(value).password is not None:
-        raise ValueError("an address holds no password: set it in the environment, as the documentation of this key says")
+    if urlsplit(value).password:
+        raise ValueError("an address holds no password: set it in the environment, see the description of this key")
     return value
 
 

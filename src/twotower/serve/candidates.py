@@ -37,7 +37,7 @@ AT_ONCE = max(1, min(2, (os.cpu_count() or 1) // 2))
 
 
 class FilterBody(Body):
-    """What an attribute of an item may be: a list of the values that it may have is short for `allow`."""
+    """What an attribute of an item may be; a list of values is short for `allow`."""
 
     allow: list[Any] | None = Field(None, description="The item has one of these; absent = anything.")
     deny: list[Any] = Field(default_factory=list, description="The item has none of these.")
@@ -51,7 +51,7 @@ Filtered = Annotated[FilterBody, BeforeValidator(_allowed, json_schema_input_typ
 
 
 class UserBody(Body):
-    """Who asks, and what may be answered."""
+    """The user, and what may be answered."""
 
     user_id: Id | None = Field(
         None, description="Absent for someone of whom nothing is known; a page is not logged then."
@@ -173,7 +173,7 @@ def add_candidates(app: FastAPI, parts: ServerParts) -> None:
 
 
 def _logged(parts: ServerParts, served: Served) -> tuple[Page, bool]:
-    """The page to answer with, and whether its record is in the log: a request that is sent again gets its old page."""
+    """The page, and whether its record is in the log; a request that is sent again gets the page of its record."""
     if served.record is None:
         return served.page, False
     try:

@@ -45,7 +45,7 @@ def _checked(document: dict[str, Any], where: str, version: Version, now_ms: int
     """An event that this server can use.
 
     Raises:
-        DataError: the log would refuse it; its ids are of another type; a click of nothing.
+        DataError: the log would refuse it; its ids are of another type; it is a click without an item.
     """
     try:
         event = Event.from_json(document)

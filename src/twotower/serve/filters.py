@@ -36,7 +36,7 @@ class Filter:
 def passing(version: Version, attribute: str, wanted: Filter) -> Mask:
     """(N,) the items that a filter lets pass.
 
-    An attribute of several values, which is a list or what a feature splits at its separator, has each of them.
+    An item with several values of an attribute (a list, or what a feature splits at its separator) has each of them.
 
     Raises:
         DataError: no such attribute, or values of another type.
@@ -84,7 +84,7 @@ def _check_comparable(column: pa.Array, attribute: str) -> None:
 
 
 def _several(version: Version, attribute: str, column: pa.Array) -> pa.Array | None:
-    """The values of an attribute that has several, as lists; None where it has one."""
+    """The values of an attribute as lists, where items may have several; otherwise None."""
     for feature in version.features.item:
         if isinstance(feature, Categories) and feature.name == attribute:
             return split(column, feature.separator, attribute)

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.logs.events import ITEM, USER
+from twotower.serve.databases import DatabaseWatch
 from twotower.serve.health import Health
 from twotower.serve.monitors import monitors
 from twotower.serve.snapshots import Snapshots
@@ -38,6 +39,9 @@ class Metrics:
             "Channels left out of an answer: error, late (over serve.channel_timeout_ms), busy (with a late call).",
             "channel",
             "reason",
+        )
+        self.unavailable = gauge(
+            "channel_unavailable", "1 for a channel whose vector database does not answer.", "channel"
         )
         self.funnel = counter("funnel_items", "Candidates of recommend by the stage that they reached.", "outcome")
         self.unlogged = counter("unlogged_requests", "Pages whose record could not be logged.")
@@ -72,7 +76,7 @@ class Metrics:
             "Distance of the latest positives from the version's clicks: 0 = alike, 1 = nothing in common.",
         )
 
-    def page(self, snapshots: Snapshots, health: Health, now_ms: int) -> bytes:
+    def page(self, snapshots: Snapshots, health: Health, databases: DatabaseWatch, now_ms: int) -> bytes:
         """All of it as Prometheus reads it."""
         self.refused.set(snapshots.refused is not None)
         self.delta_seq.set(snapshots.version.delta_seq)
@@ -80,6 +84,9 @@ class Metrics:
         self.failing.clear()
         for name in health.problems():
             self.failing.labels(name).set(1)
+        self.unavailable.clear()
+        for channel in databases.problems:
+            self.unavailable.labels(channel).set(1)
         for kind in (USER, ITEM):
             self.set_aside.labels(kind).set(snapshots.set_aside.get(kind, 0))
         self._set_monitors(snapshots, now_ms)

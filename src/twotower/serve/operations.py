@@ -41,12 +41,19 @@ def add_operations(app: FastAPI, parts: ServerParts) -> None:
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        """A version is served, and every background thread does its work."""
-        if problems := health.problems():
-            return problem(503, ". ".join(problems.values()))
-        return json_response({"ok": True, "version": snapshots.version.id})
+        """A version is served, some channel can be searched, and every background thread does its work.
+
+        Channels whose vector database does not answer are named. They do not make a server unready: they would take
+        out all servers at once, and the other channels answer.
+        """
+        problems, away = health.problems(), parts.databases.problems
+        if problems or parts.databases.nothing_left:
+            return problem(503, ". ".join([*problems.values(), *dict.fromkeys(away.values())]))
+        return json_response({"ok": True, "version": snapshots.version.id, "unavailable_channels": dict(away)})
 
     @app.get("/metrics")
     async def get_metrics() -> Response:
         """Counters and gauges for Prometheus."""
-        return Response(parts.metrics.page(snapshots, health, parts.clock_ms()), media_type=CONTENT_TYPE_LATEST)
+        return Response(
+            parts.metrics.page(snapshots, health, parts.databases, parts.clock_ms()), media_type=CONTENT_TYPE_LATEST
+        )

@@ -26,6 +26,9 @@ class ServeOptions:
     impressed_items: Positive = 10_000
     """Expected number of impressions of one user within `impressed_window_s`. Those beyond the latest 2000 are kept in
     filters that leave out 1 % of other items by mistake; with more of them the error grows in proportion."""
+    start_without_index: bool = False
+    """Start, and take up versions, although their vector database does not answer: its channels are left out of answers
+    until it does."""
     channel_timeout_ms: PositiveReal = 200.0
     """How long a request with several channels waits for them; one that is slower is left out of the answer."""
 
