@@ -94,7 +94,8 @@ def test_rows_that_the_database_makes_up_are_passed_over() -> None:
 def test_probes_are_tuned_for_each_k_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "FLAT_BELOW", 1000)
     memory = Memory()
-    tuned = over(memory, 2000).tune(unit_vectors(300, seed=2), [10, 100], 0.99)
+    index = over(memory, 2000)
+    tuned = index.tune(unit_vectors(300, seed=2), [10, 100], 0.99)
     assert memory.lists == 178
     assert [(entry.k, entry.nprobe, entry.recall) for entry in tuned.tuning] == [(10, 44, 1.0), (100, 44, 1.0)]
     tuned.save(tmp_path / "index")
@@ -104,7 +105,7 @@ def test_probes_are_tuned_for_each_k_and_kept(tmp_path: Path, monkeypatch: pytes
     again.search(unit_vectors(1), 10)
     assert memory.asked == [(10, 44)]
     with pytest.raises(DataError, match="no queries to tune the index on"):
-        over(memory, 2000).tune(unit_vectors(0), [10], 0.99)
+        index.tune(unit_vectors(0), [10], 0.99)
 
 
 def test_a_collection_that_is_missing_short_or_changed_is_found_out() -> None:

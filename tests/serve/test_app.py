@@ -537,7 +537,11 @@ def test_a_user_with_a_string_id_is_served_and_an_integer_is_refused(odd_server)
 
 def test_health_version_and_metrics(server) -> None:
     assert server.http.get("/healthz").json() == {"ok": True}
-    assert server.http.get("/readyz").json() == {"ok": True, "version": server.version.id}
+    assert server.http.get("/readyz").json() == {
+        "ok": True,
+        "version": server.version.id,
+        "unavailable_channels": {},
+    }
     assert server.http.get("/v1/version").json() == {
         "version": server.version.id,
         "delta_seq": 0,

@@ -53,7 +53,7 @@ def _postgres(folder: Path) -> Iterator[str]:
     except ModuleNotFoundError:
         raise _not_installed("PostgreSQL") from None
     try:
-        yield f"postgresql:///postgres?host={folder}&user=postgres"
+        yield server.get_uri().replace(":@", "@")  # there is no password
     finally:
         server.cleanup()
 

@@ -4,16 +4,17 @@ The last line on stdout is one JSON object; progress goes to stderr. Exit code 0
 imports its stages when it runs: torch, Ibis and ONNX Runtime take seconds to load, and `--help` should not.
 """
 
+import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import orjson
 import typer
@@ -39,6 +40,8 @@ app.add_typer(update_app, name="update")
 
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Configuration (TOML); absent = the defaults.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+IndexKind = Literal["milvus", "pgvector"]
 Promote = Annotated[bool, typer.Option("--promote/--no-promote", help="Serve the version at once.")]
 
 
@@ -280,6 +283,27 @@ def versions_rollback(
 
 
 @app.command()
+def prune(
+    keep: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also remove versions: all but this many, the served one and its parent."),
+    ] = None,
+    dry_run: DryRun = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Drop the collections of a vector database that no version names; with --keep, remove old versions first."""
+    from twotower.pipeline.places import places
+    from twotower.publish.prune import prune as prune_versions
+
+    def pruned(settings: Settings) -> dict[str, Any]:
+        where = places(settings)
+        return asdict(prune_versions(where.versions, where.deltas, settings.index, keep, dry_run=dry_run))
+
+    stage(pruned, config, overrides)
+
+
+@app.command()
 def serve(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Serve the promoted version over HTTP; the JSON line comes when it is ready."""
     from twotower.pipeline.serving import serve as serve_settings
@@ -320,9 +344,6 @@ def join(
     stage(lambda settings: asdict(join_log(settings, follow=follow, flush=flush, share=share)), config, overrides)
 
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-
-
 @update_app.command("incremental")
 def update_incremental(
     config: ConfigFile = None,
@@ -349,13 +370,21 @@ def demo(
     data: Annotated[Path | None, typer.Option(help="Folder of a public data set; absent = a simulated world.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the workspace.")] = Path("demo"),
     check: Annotated[bool, typer.Option("--check", help="Ask, click, ask again, and end.")] = False,
+    index: Annotated[
+        IndexKind | None, typer.Option(help="Keep item vectors in a database, which is started here.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """The whole line on a simulated world, ending in a running server and a page."""
+    from twotower.cli.databases import database
     from twotower.cli.demo import demo as run_demo
 
-    with command():
-        run_demo(data, out, overrides or [], check, answer)
+    with command(), ExitStack() as started:
+        options = overrides or []
+        if index is not None:
+            url = started.enter_context(database(index, out / index))
+            options = [f'index.kind="{index}"', f"index.url={json.dumps(url)}", *options]
+        run_demo(data, out, options, check, answer)
 
 
 @lab_app.command("list")

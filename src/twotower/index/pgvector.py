@@ -4,6 +4,7 @@ B queries, D vector, N vectors.
 """
 
 import functools
+import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +12,6 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 import psycopg
-import psycopg_pool
 from pgvector import Vector
 from pgvector.psycopg import register_vector
 from psycopg import sql
@@ -27,8 +27,8 @@ OLDEST: Final = (0, 8, 4)
 SEARCH_S: Final = 2.0
 """A search that takes longer fails."""
 CONNECT_S: Final = 2.0
-CONNECTIONS: Final = 16
-"""Connections of a process, at most."""
+IDLE: Final = 8
+"""Connections that wait for the next search, at most. (The pools of psycopg tell a failed connection as a time-out.)"""
 FOUND_AT_ONCE: Final = 1 << 17
 """Neighbours fetched together, over all queries of a call."""
 BUILD_MEMORY_MB: Final = 1024
@@ -50,31 +50,13 @@ class PgvectorDatabase:
 
     def __init__(self, url: str) -> None:
         self._where = f"PostgreSQL at {url}"
-        self._arguments: dict[str, Any] = {
-            name: value
-            for name, value in (
-                ("user", secret("TWOTOWER_INDEX_USER")),
-                ("password", secret("TWOTOWER_INDEX_PASSWORD")),
-            )
-            if value is not None
-        }
         self._url = url
-        self._checked = False
-        self._pool = psycopg_pool.ConnectionPool(
-            url,
-            kwargs={**self._arguments, "autocommit": True, "connect_timeout": max(1, round(CONNECT_S))},
-            configure=self._configure,
-            min_size=0,
-            max_size=CONNECTIONS,
-            timeout=CONNECT_S,
-            reconnect_timeout=CONNECT_S,
-            open=True,
-        )
+        self._idle: queue.LifoQueue[psycopg.Connection] = queue.LifoQueue(IDLE)
 
     def create(self, name: str, rows: Longs, vectors: Floats, lists: int) -> None:
         """See `VectorDatabase.create`."""
         table, dimension = sql.Identifier(name), vectors.shape[1]
-        with self._refusals(), psycopg.connect(self._url, **self._arguments) as connection:  # one transaction
+        with self._refusals(), self._opened() as connection:  # one transaction
             self._prepare(connection)
             connection.execute(
                 sql.SQL("CREATE TABLE {} (id bigint NOT NULL, vector vector({}) STORAGE plain NOT NULL)").format(
@@ -114,50 +96,30 @@ class PgvectorDatabase:
         step = max(1, FOUND_AT_ONCE // n)
         for start in range(0, len(queries), step):
             part = slice(start, start + step)
-            self._again_if_broken(partial(self._nearest, name, queries[part], probes, found[part]))
+            self._search(partial(self._nearest, name, queries[part], probes, found[part]))
         return found
 
-    def _nearest(self, name: str, queries: Floats, probes: int, found: Longs) -> None:
+    def _nearest(self, name: str, queries: Floats, probes: int, found: Longs, connection: psycopg.Connection) -> None:
         query = _query(name)
-        with self._pool.connection() as connection, connection.pipeline():
+        with connection.pipeline():
             connection.execute(f"SET ivfflat.probes = {max(1, probes)}")
             cursors = [connection.execute(query, (Vector(vector), found.shape[1]), binary=True) for vector in queries]
             for b, cursor in enumerate(cursors):
                 rows = np.fromiter((row for (row,) in cursor), np.int64)
                 found[b, : len(rows)] = rows
 
-    def _rows(self, query: Any, *arguments: object) -> list[Any]:
-        def fetch() -> list[Any]:
-            with self._pool.connection() as connection:
-                rows: list[Any] = connection.execute(query, arguments).fetchall()
-                return rows
-
-        return self._again_if_broken(fetch)
-
-    def _again_if_broken(self, read: Callable[[], T]) -> T:
-        """Read; once more if it fails, because the connection may be from before a restart of the server."""
-        with self._refusals():
-            try:
-                return read()
-            except psycopg.OperationalError as error:
-                if isinstance(error, psycopg_pool.PoolTimeout):
-                    raise
-                self._pool.check()
-                return read()
-
     def read(self, name: str) -> tuple[Longs, Floats]:
         """See `VectorDatabase.read`."""
-        with self._refusals(), self._pool.connection() as connection:
-            connection.execute("SET statement_timeout = 0")
-            query = sql.SQL("SELECT id, vector FROM {} ORDER BY id").format(sql.Identifier(name))
-            rows: list[int] = []
-            vectors: list[Floats] = []
-            with connection.transaction(), connection.cursor(name="content", binary=True) as cursor:
+        query = sql.SQL("SELECT id, vector FROM {} ORDER BY id").format(sql.Identifier(name))
+        rows: list[int] = []
+        vectors: list[Floats] = []
+        with self._refusals(), self._opened() as connection:
+            register_vector(connection)
+            with connection.cursor(name="content", binary=True) as cursor:
                 cursor.itersize = 10_000
                 for row, vector in cursor.execute(query):
                     rows.append(row)
                     vectors.append(vector.to_numpy())
-            self._configure(connection)
         return np.array(rows, np.int64), np.array(vectors, np.float32)
 
     def names(self, prefix: str) -> list[str]:
@@ -169,12 +131,59 @@ class PgvectorDatabase:
 
     def drop(self, name: str) -> None:
         """See `VectorDatabase.drop`."""
-        with self._refusals(), self._pool.connection() as connection:
+        with self._refusals(), self._opened() as connection:
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(name)))
 
-    def _configure(self, connection: Any) -> None:
-        """Prepare a connection of the pool."""
-        register_vector(connection)
+    def _rows(self, query: Any, *arguments: object) -> list[Any]:
+        def fetch(connection: psycopg.Connection) -> list[Any]:
+            rows: list[Any] = connection.execute(query, arguments).fetchall()
+            return rows
+
+        return self._search(fetch)
+
+    def _search(self, read: Callable[[psycopg.Connection], T]) -> T:
+        """Read from an idle connection or a new one.
+
+        One that was idle may be from before a restart of the server. A read does no harm twice, so it is tried again.
+        """
+        with self._refusals():
+            while True:
+                try:
+                    connection, fresh = self._idle.get_nowait(), False
+                except queue.Empty:
+                    connection, fresh = self._opened(autocommit=True), True
+                    self._set_up(connection)
+                try:
+                    answer = read(connection)
+                except psycopg.OperationalError:
+                    connection.close()
+                    if fresh:
+                        raise
+                    continue
+                except BaseException:
+                    connection.close()
+                    raise
+                try:
+                    self._idle.put_nowait(connection)
+                except queue.Full:
+                    connection.close()
+                return answer
+
+    def _opened(self, autocommit: bool = False) -> psycopg.Connection:
+        user, password = secret("TWOTOWER_INDEX_USER"), secret("TWOTOWER_INDEX_PASSWORD")
+        given = {"user": user, "password": password}
+        return psycopg.connect(
+            self._url,
+            autocommit=autocommit,
+            connect_timeout=round(CONNECT_S),
+            tcp_user_timeout=round(1000 * SEARCH_S),
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        )
+
+    def _set_up(self, connection: psycopg.Connection) -> None:
+        """Prepare a connection for searches."""
+        if connection.execute("SELECT to_regtype('vector') IS NOT NULL").fetchone() == (True,):
+            register_vector(connection)
         connection.execute(f"SET statement_timeout = {round(1000 * SEARCH_S)}")
         connection.execute("SET enable_seqscan = off")  # where there is an index, it is used
 
@@ -192,6 +201,8 @@ class PgvectorDatabase:
                 f"{self._where} has pgvector {version}, whose indexes inserts can damage: {oldest} or newer is needed"
             )
         register_vector(connection)
+        while not self._idle.empty():  # they may be from before the extension was made
+            self._idle.get_nowait().close()
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ in it: several workspaces can share a database, and each drops only its own.
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -86,8 +86,16 @@ def collections_of_version(manifest: Mapping[str, Any]) -> dict[str, Collection]
     }
 
 
-def prune_collections(versions: Path, index: IndexOptions) -> list[str]:
+def prune_collections(
+    versions: Path, index: IndexOptions, removed: Sequence[str] = (), *, dry_run: bool = False
+) -> list[str]:
     """Drop the collections of this folder that no version names; gives their names.
+
+    Args:
+        versions: the folder of all versions.
+        index: the options of the index.
+        removed: ids of versions that do not count, because they are to be removed.
+        dry_run: only give the names.
 
     Raises:
         UnavailableError: the database does not answer.
@@ -99,11 +107,13 @@ def prune_collections(versions: Path, index: IndexOptions) -> list[str]:
     named = {
         said["name"]
         for path in versions.glob(f"[!.]*/{MANIFEST}")
+        if path.parent.name not in removed
         for said in read_manifest(path.parent).get("collections", {}).values()
     }
     database = connect(index.kind, index.url)
     dropped = [name for name in database.names(f"{_home(versions)}_") if name not in named]
-    for name in dropped:
+    for name in dropped if not dry_run else ():
+        log.info("dropping %s", name)
         database.drop(name)
     return dropped
 

@@ -135,7 +135,7 @@ def publish(
     tensors = parts.checkpoints[TWO_TOWER].tensors_sha256
     version_id = f"{moment:%Y%m%dT%H%M%S}{created_ms % 1000:03d}-{tensors[:8]}"
     path = versions / version_id
-    with _one_publisher(versions), collections_of(versions, version_id, index) as name_of, whole_folder(path) as folder:
+    with one_publisher(versions), collections_of(versions, version_id, index) as name_of, whole_folder(path) as folder:
         if path.exists():
             raise VersionError(f"{path} exists, and a version is never replaced: publish again")
 
@@ -297,7 +297,7 @@ def _check_rounding(exported: str, differences: Floats) -> None:
 
 
 @contextmanager
-def _one_publisher(versions: Path) -> Iterator[None]:
+def one_publisher(versions: Path) -> Iterator[None]:
     """Keep a second publisher out, and remove the remains of a killed one."""
     versions.mkdir(parents=True, exist_ok=True)
     with locked(

@@ -1,12 +1,16 @@
 """Which channels of the served version cannot be searched, because their vector database does not answer."""
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 from twotower.index.build import connect
 from twotower.publish.collections import collections_of_version
 from twotower.schema.errors import TwotowerError
 from twotower.serve.snapshots import Snapshots
+
+PATIENCE_S = 5.0
+"""A look that takes longer says that nothing answers."""
 
 log = logging.getLogger(__name__)
 
@@ -18,22 +22,32 @@ class DatabaseWatch:
     which must tell the truth without traffic too.
     """
 
-    def __init__(self, snapshots: Snapshots) -> None:
+    def __init__(self, snapshots: Snapshots, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._snapshots = snapshots
+        self._clock_s = clock_s
+        self._began_s: float | None = None
+        """When the look began that has not ended."""
         self._problems: dict[str, str] = {}
 
     @property
     def problems(self) -> Mapping[str, str]:
         """By channel, why it cannot be searched; empty where all can."""
-        return self._problems
+        began_s = self._began_s
+        if began_s is None or self._clock_s() - began_s < PATIENCE_S:
+            return self._problems
+        return {
+            channel: f"{collection.url} gives no answer"
+            for channel, collection in collections_of_version(self._snapshots.version.manifest).items()
+        }
 
     @property
     def nothing_left(self) -> bool:
         """Whether no channel can be searched."""
-        return len(self._problems) == len(self._snapshots.version.channels)
+        return len(self.problems) == len(self._snapshots.version.channels)
 
     def look(self) -> None:
         """Ask the database for each collection of the served version."""
+        self._began_s = self._clock_s()
         problems: dict[str, str] = {}
         for channel, collection in collections_of_version(self._snapshots.version.manifest).items():
             try:
@@ -46,4 +60,4 @@ class DatabaseWatch:
                 log.error("channel %s cannot be searched: %s", channel, problems[channel])
             for channel in sorted(self._problems.keys() - problems.keys()):
                 log.warning("channel %s can be searched again", channel)
-        self._problems = problems
+        self._problems, self._began_s = problems, None
