@@ -32,7 +32,7 @@ from twotower.logs.payload import erased_payload, payload_of, record_of, user_of
 from twotower.logs.protocol import Ack, EventLogError, Record, Sync, check_range
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import sync_file, sync_folder
+from twotower.schema.files import sync_path
 
 CHECKPOINT_PAGES = 1000
 """Length of the write-ahead log at which it is copied into the database."""
@@ -166,7 +166,7 @@ class LocalEventLog:
             records.append(record_of(row.offset, row.offset + 1, row.payload))
         if records and records[-1].next_offset > self._on_disk[partition]:
             with _refusals(f"{self._folder} cannot be flushed"), suppress(FileNotFoundError):  # copied, so on disk
-                sync_file(self._folder / _WAL)
+                sync_path(self._folder / _WAL)
             self._on_disk[partition] = records[-1].next_offset
         return records
 
@@ -266,8 +266,8 @@ class _Writer:
                 self._wal = os.open(folder / _WAL, os.O_RDWR)
                 opened.callback(os.close, self._wal)
                 os.fsync(self._wal)  # a retry of what a killed writer wrote is acknowledged as a duplicate
-                sync_folder(folder)
-                sync_folder(folder.parent)
+                sync_path(folder)
+                sync_path(folder.parent)
             self._opened = opened.pop_all()
         self._on_disk = list(self._ends)
         self.flusher = Thread(target=self._flush_every, args=(sync_s,), name="event-log-flush", daemon=True)
