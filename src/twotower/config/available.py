@@ -13,10 +13,7 @@ def check_available(settings: Settings) -> None:
     Raises:
         ConfigError: every such key, with what to do.
     """
-    problems = []
-    for side, features in (("user", settings.features.user), ("item", settings.features.item)):
-        if not features:
-            problems.append(f"features.{side} is empty: a tower needs a feature")
+    problems = [] if settings.features.user else ["features.user is empty: a tower needs a feature"]
     for name, feature in settings.features.user.items():
         if (
             isinstance(feature, Sequence)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from twotower.datasets.text_file import COMPRESSIONS, Kind, read_text, read_type, word_among_numbers
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
-from twotower.schema.tables import check_distinct, is_text, require_columns, value_type
+from twotower.schema.tables import check_distinct, is_text, require_columns, undictionaried
 
 PARQUET: Final = (".parquet", ".pq", ".parq")
 TEXT: Final = (".csv", ".tsv", ".txt")
@@ -277,7 +277,7 @@ def _read_parquet(path: Path, columns: Mapping[str, str] | None) -> tuple[dict[s
 
 def _decoded(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """A column without dictionaries and with one type of text; bytes that are no text are a `DataError`."""
-    column = column.cast(value_type(column.type))
+    column = undictionaried(column)
     kind = column.type
     if is_text(kind):
         return column.cast(pa.string())

@@ -116,6 +116,11 @@ def value_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
+def undictionaried(column: Any) -> Any:
+    """A dictionary column as its values; any other as it is."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
 def as_ids(column: pa.ChunkedArray | pa.Array, where: str) -> pa.ChunkedArray:
     """An id column as int64 or string, the two types an id has inside the system.
 
@@ -127,7 +132,7 @@ def as_ids(column: pa.ChunkedArray | pa.Array, where: str) -> pa.ChunkedArray:
     """
     if isinstance(column, pa.Array):
         column = pa.chunked_array([column])
-    column = column.cast(value_type(column.type))
+    column = undictionaried(column)
     if column.null_count:
         raise DataError(
             f"{where} has {column.null_count} null ids of {len(column)}: drop these rows or give them an id"
