@@ -103,11 +103,10 @@ def build_samples(
         features: the configured features.
         dimension: width of the id embeddings.
         options: which events become training rows.
-        engine: what runs the job, with its memory and threads; every engine gives the same files.
-        impressions: also write what was shown, clicked or not: what rankers learn from.
+        engine: what runs the job; every engine gives the same files.
+        impressions: also write impressions, which rankers learn from.
         previous: fitted features to go on with; None = all are fitted anew.
-        clock_ms: milliseconds since 1970. Events that are later are left out and counted, so that the same events give
-            more rows by a later clock.
+        clock_ms: milliseconds since 1970; later events are left out and counted.
 
     Raises:
         DataError: a table is missing, empty or not of its schema; no positive is left.
@@ -121,12 +120,12 @@ def build_samples(
             rows = learned_rows(known, options)
             fitted = fit_features(known, rows, features, previous, dimension=dimension, room=options.vocabulary_room)
             _write_entities(known, folder, rows, fitted.features)
-            fed = _write_positives(known, folder, rows, fitted.features, options)
+            fed, rejected = _write_positives(known, folder, rows, fitted.features, options)
             write_clicks(known, folder / CLICKS_FILE, rows.clicks)
             if impressions:
                 shown = impressions_of(known, rows.clicks)
                 write_impressions(known, folder / IMPRESSIONS_FILE, shown, fitted.features.context)
-            report = _report(out, known, rows, fitted, fed, impressions=impressions)
+            report = _report(out, known, rows, fitted, fed, rejected, impressions=impressions)
         shutil.rmtree(folder / "spill", ignore_errors=True)
         described = {key: value for key, value in asdict(report).items() if key != "path"}
         made = {MADE_WITH: made_with(features, options, dimension), "files": folder_listing(folder)}
@@ -156,18 +155,10 @@ def _write_entities(known: KnownEvents, folder: Path, rows: LearnedRows, feature
     save(features, folder)
 
 
-@dataclass(frozen=True)
-class _Fed:
-    """The training rows as they are written."""
-
-    table: Any
-    rejected: Rejected
-
-
 def _write_positives(
     known: KnownEvents, folder: Path, rows: LearnedRows, features: FeatureSet, options: SamplesOptions
-) -> _Fed:
-    """Write the training rows and their hard negatives."""
+) -> tuple[Any, Rejected]:
+    """Write the training rows and their hard negatives; gives the tables of both."""
     copies = expected_copies(rows.item_positives, options.hot, options.cold)
     positives = with_copies(known.engine, with_history(known, rows.fed, rows.clicks), copies, options.seed)
     rejected = find_rejected(known, rows.fed, options)
@@ -176,17 +167,24 @@ def _write_positives(
     for source in rejected.sources:
         items = known.engine.batches(rejected.of(positives, source))
         write_columns(folder / f"{HARD}{source}.arrow", pa.schema({ITEM_ROW: pa.int32()}), items)
-    return _Fed(positives, rejected)
+    return positives, rejected
 
 
 def _report(
-    out: Path, known: KnownEvents, rows: LearnedRows, fitted: FittedFeatures, fed: _Fed, *, impressions: bool
+    out: Path,
+    known: KnownEvents,
+    rows: LearnedRows,
+    fitted: FittedFeatures,
+    fed: Any,
+    rejected: Rejected,
+    *,
+    impressions: bool,
 ) -> SamplesReport:
-    counts = (fed.table[f"{HARD}{source}"] > 0 for source in fed.rejected.sources)
-    some: Any = functools.reduce(operator.or_, counts, fed.table[ITEM_ROW] < 0)
-    total = known.engine.fetch(fed.table.aggregate(rows=_.count(), hard=some.cast("int64").sum())).to_pylist()[0]
+    counts = (fed[f"{HARD}{source}"] > 0 for source in rejected.sources)
+    some: Any = functools.reduce(operator.or_, counts, fed[ITEM_ROW] < 0)
+    [total] = known.engine.fetch(fed.aggregate(rows=_.count(), hard=some.cast("int64").sum())).to_pylist()
     clicked = int(rows.item_positives.sum())
-    per_item = known.tally(fed.table, ITEM_ROW, COPIES)
+    per_item = known.tally(fed, ITEM_ROW, COPIES)
     return SamplesReport(
         path=str(out),
         events=known.counts.events,
@@ -196,7 +194,7 @@ def _report(
         items=fitted.items,
         rows_fed=int(per_item.sum()),
         with_hard=round(int(total["hard"]) / int(total["rows"]), 4),
-        used=_used(known, rows, int(total["rows"]) - clicked, fed.rejected.used, impressions=impressions),
+        used=_used(known, rows, int(total["rows"]) - clicked, rejected.used, impressions=impressions),
         deciles={
             "before": by_decile(rows.item_positives, rows.item_positives),
             "after": by_decile(rows.item_positives, per_item),

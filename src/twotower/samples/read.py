@@ -145,7 +145,7 @@ def open_samples(folder: Path) -> Samples:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("kind") != "samples" or manifest.get("format") != FORMAT:
         raise DataError(f"{folder} holds no samples of format {FORMAT}: build them again with `twotower samples`")
-    items, impressions = map_columns(folder / ITEMS_FILE), folder / IMPRESSIONS_FILE
+    impressions = folder / IMPRESSIONS_FILE
     return Samples(
         path=folder,
         manifest=manifest,
@@ -154,42 +154,35 @@ def open_samples(folder: Path) -> Samples:
         users=open_users(folder),
         items=open_items(folder),
         clicks=open_clicks(folder),
-        item_positives=_numpy(items, POSITIVES),
+        item_positives=_numpy(map_columns(folder / ITEMS_FILE), POSITIVES),
         impressions=_impressions(impressions) if impressions.exists() else None,
     )
 
 
 def _positives(folder: Path) -> Positives:
     rows = map_columns(folder / POSITIVES_FILE)
-    hard = [name for name in rows.schema.names if name.startswith(HARD)]
-    return Positives(
-        user_row=_numpy(rows, USER_ROW),
-        item_row=_numpy(rows, ITEM_ROW),
-        history=_numpy(rows, HISTORY_COUNT),
-        weight=_numpy(rows, c.WEIGHT),
-        ts_ms=_numpy(rows, c.TS_MS),
-        context=_prefixed(rows, CONTEXT),
-        copies=_numpy(rows, COPIES),
-        hard={
-            name.removeprefix(HARD): Bag(
-                pointers(_numpy(rows, name)), _numpy(map_columns(folder / f"{name}.arrow"), ITEM_ROW)
-            )
-            for name in hard
-        },
-    )
+    hard = {}
+    for name in rows.schema.names:
+        if name.startswith(HARD):
+            items = _numpy(map_columns(folder / f"{name}.arrow"), ITEM_ROW)
+            hard[name.removeprefix(HARD)] = Bag(pointers(_numpy(rows, name)), items)
+    return Positives(**_shared(rows), weight=_numpy(rows, c.WEIGHT), copies=_numpy(rows, COPIES), hard=hard)
 
 
 def _impressions(path: Path) -> Impressions:
     rows = map_columns(path)
-    return Impressions(
-        user_row=_numpy(rows, USER_ROW),
-        item_row=_numpy(rows, ITEM_ROW),
-        history=_numpy(rows, HISTORY_COUNT),
-        clicked=_numpy(rows, LABEL),
-        position=_numpy(rows, c.POSITION),
-        ts_ms=_numpy(rows, c.TS_MS),
-        context=_prefixed(rows, CONTEXT),
-    )
+    return Impressions(**_shared(rows), clicked=_numpy(rows, LABEL), position=_numpy(rows, c.POSITION))
+
+
+def _shared(rows: pa.RecordBatch) -> dict[str, Any]:
+    """The fields that positives and impressions both have."""
+    return {
+        "user_row": _numpy(rows, USER_ROW),
+        "item_row": _numpy(rows, ITEM_ROW),
+        "history": _numpy(rows, HISTORY_COUNT),
+        "ts_ms": _numpy(rows, c.TS_MS),
+        "context": _prefixed(rows, CONTEXT),
+    }
 
 
 def open_users(folder: Path) -> Entities:

@@ -23,7 +23,8 @@ LATEST_MS = 4_102_444_800_000
 MAX_WEIGHT = 1000.0
 """Largest weight of a click: squares of far larger ones overflow the optimizer's accumulators."""
 MAX_TRAINING_WEIGHT = 1e9
-"""Largest weight of a positive in training, where weights of a batch sum to one: such as milliseconds watched."""
+"""Largest weight of a positive in training, such as eleven days in milliseconds. Weights of a batch sum to one, and a
+larger one would leave nothing of the others in float32."""
 
 
 def joined_events(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:

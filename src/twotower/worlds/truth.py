@@ -1,6 +1,6 @@
-"""How good lists are by a simulated world's truth, beside what its log says of them.
+"""How good lists are by a simulated world's truth, beside the judgement by its log.
 
-A log knows of an item only if it was shown: a list of what users would like and were never shown scores nothing there.
+A log knows of an item only if it was shown, so a list of good items that were never shown scores nothing there.
 
 B users, K candidates of a list, P places of a page.
 """
