@@ -23,9 +23,6 @@ from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.options import calendar_day
 from twotower.schema.tables import holdout as holdout_schema
 
-IN_TEST: Final = "in_test"
-"""Dropped from training: events that the test file names."""
-
 Mask = npt.NDArray[np.bool_]
 
 
@@ -154,7 +151,7 @@ def split_given(tables: Tables) -> Split:
     held = np.zeros(tables.events.num_rows, np.bool_)
     held[named[c.EVENT_SEQ].to_numpy()] = True
     dropped = Dropped()
-    dropped.drop(tables.events, pa.array(held), IN_TEST)
+    dropped.drop(tables.events, pa.array(held), "in_test")
     return _divide(tables, held, tables.test, dropped)
 
 
@@ -180,8 +177,7 @@ def _at_or_after_quantile(tables: Tables, rule: HoldoutRule) -> Mask:
     ts_ms = _times(tables, f"--holdout time:{rule.value}")
     # the time of an event, the least with at least this share of the events at or before it
     threshold = np.quantile(ts_ms, rule.value, method="inverted_cdf")
-    held: Mask = ts_ms >= threshold
-    return held
+    return ts_ms >= threshold
 
 
 def _since(tables: Tables, rule: HoldoutRule) -> Mask:
@@ -200,8 +196,7 @@ def _from_last_positive(tables: Tables, _: HoldoutRule) -> Mask:
     last = np.full(user.max() + 1, len(user))
     # events are in the order of time, those of one time in that of a hash: the last assignment stays
     last[user[positive]] = place[positive]
-    held: Mask = place >= last[user]
-    return held
+    return place >= last[user]
 
 
 def _after_pause(tables: Tables, rule: HoldoutRule) -> Mask:
@@ -218,8 +213,7 @@ def _after_pause(tables: Tables, rule: HoldoutRule) -> Mask:
     chosen = (before >= BEFORE_PAUSE) & (counts[who] - before >= AFTER_PAUSE)
     since = np.full(len(counts), np.iinfo(np.int64).max)
     since[who[chosen]] = ts_ms[order[ends[first[chosen]]]]
-    held: Mask = ts_ms >= since[user]
-    return held
+    return ts_ms >= since[user]
 
 
 def _drawn(tables: Tables, rule: HoldoutRule) -> Mask:

@@ -60,15 +60,8 @@ KNOWN_TYPES: Final = {
 RESERVED: Final = frozenset({c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS})
 """Columns of `events/` that are computed here."""
 
-# Why rows are dropped.
-NULL_ID: Final = "null_id"
-NULL_TIME: Final = "null_time"
-FUTURE_TIME: Final = "future_time"
-BAD_RATING: Final = "bad_rating"
-UNKNOWN_USER: Final = "unknown_user"
-UNKNOWN_ITEM: Final = "unknown_item"
+# Reasons of dropped rows that more than one place names.
 DUPLICATE_EVENT: Final = "duplicate_event"
-AFTER_UNTIL: Final = "after_until"
 HELD_OUT_NOT_POSITIVE: Final = "held_out_not_positive"
 
 TIE: Final = "twotower:tie"
@@ -444,7 +437,7 @@ def _usable(table: pa.Table, source: Source, where: str, now_ms: int, dropped: D
     if nested:
         raise DataError(f"{where}: column {nested[0]} is a list or a struct; events take single values only")
     table = plain(table, where)
-    table = dropped.drop(table, pc.or_(_no_id(table[c.USER_ID]), _no_id(table[c.ITEM_ID])), NULL_ID)
+    table = dropped.drop(table, pc.or_(_no_id(table[c.USER_ID]), _no_id(table[c.ITEM_ID])), "null_id")
     _refuse_empty(table, where, dropped)
     for name in (c.USER_ID, c.ITEM_ID):
         table = replaced(table, name, as_ids(table[name], f"{where}, column {name}"))
@@ -477,7 +470,7 @@ def _with_times(table: pa.Table, day: str | None, where: str, now_ms: int, dropp
             f"{where}, column {c.TS_MS} is of type {column.type}, such as {first_shown(column)}: write integer "
             f"milliseconds since 1970 (UTC), or give --time-column {c.TS_MS}"
         )
-    table = dropped.drop(table, pc.is_null(column), NULL_TIME)
+    table = dropped.drop(table, pc.is_null(column), "null_time")
     times = table[c.TS_MS]
     beyond = pc.greater(times, now_ms)
     wrong = pc.unique(times.filter(pc.or_(beyond, pc.less(times, EARLIEST_MS))))
@@ -494,7 +487,7 @@ def _with_times(table: pa.Table, day: str | None, where: str, now_ms: int, dropp
             f"{where}: all {len(beyond)} times are later than now, {now} by the clock of this machine; the first is "
             f"{pc.min(times).as_py()}: mend the clock, or the column {c.TS_MS}"
         )
-    return dropped.drop(table, beyond, FUTURE_TIME)
+    return dropped.drop(table, beyond, "future_time")
 
 
 def _as_known(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.ChunkedArray:
@@ -537,7 +530,7 @@ def _with_weight(table: pa.Table, minimum: float | None, where: str, dropped: Dr
         raise DataError(f"{where}: the weight or rating is of type {kind}, such as {shown}; expected a number")
     table = replaced(table, c.WEIGHT, table[c.WEIGHT].cast(pa.float32(), safe=False))
     finite = pc.fill_null(pc.is_finite(table[c.WEIGHT]), False)
-    return dropped.drop(table, pc.invert(finite), BAD_RATING)
+    return dropped.drop(table, pc.invert(finite), "bad_rating")
 
 
 def _with_outcome(table: pa.Table, minimum: float | None, where: str) -> pa.Table:
@@ -559,7 +552,7 @@ def _until(rows: pa.Table, until: datetime.date, source: Source, dropped: Droppe
         raise DataError(
             f"--until {until}: all {len(late)} events of {source.name} are later; the first is of {days.min()}"
         )
-    return dropped.drop(rows, pa.array(late), AFTER_UNTIL)
+    return dropped.drop(rows, pa.array(late), "after_until")
 
 
 def _entities(table: pa.Table | None, name: str, given: Sequence[pa.Table], where: str) -> pa.Table:
@@ -577,7 +570,7 @@ def _entities(table: pa.Table | None, name: str, given: Sequence[pa.Table], wher
 
 def _known(rows: pa.Table, users: pa.Table, items: pa.Table, where: str, dropped: Dropped) -> pa.Table:
     """The rows whose user and item have a row of their own."""
-    for name, table, reason in ((c.USER_ID, users, UNKNOWN_USER), (c.ITEM_ID, items, UNKNOWN_ITEM)):
+    for name, table, reason in ((c.USER_ID, users, "unknown_user"), (c.ITEM_ID, items, "unknown_item")):
         _same_type([rows.schema.field(name).type, table.schema.field(name).type], name, f"{where} and its own table")
         known = pc.is_in(rows[name], value_set=table[name].combine_chunks())
         rows = dropped.drop(rows, pc.invert(known), reason)

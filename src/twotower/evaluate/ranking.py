@@ -137,8 +137,7 @@ def evaluate_ranker(samples: Samples, shown: Shown, model: Ranker, resamples: in
 def bias_of(model: Ranker, position: npt.NDArray[np.int32]) -> Reals:
     """What positions (R,) add to the log-odds."""
     curve = np.array([float(model.position[0].detach()), *model.curve()])
-    biases: Reals = curve[np.minimum(position, len(curve) - 1)]
-    return biases
+    return curve[np.minimum(position, len(curve) - 1)]
 
 
 def user_auc(scores: Reals, shown: Shown, resamples: int, seed: int) -> dict[str, Any]:
@@ -249,8 +248,7 @@ def _ordered(samples: Samples, model: Ranker, queries: Queries, place: int, cand
     assert isinstance(clicks, Bag)
     columns = {name: take(column, one) for name, column in queries.features.items()}
     items = {name: take(column, candidates) for name, column in samples.items.features.items()}
-    order: Longs = np.argsort(-model.score(with_history(samples, model, columns, clicks), items), kind="stable")
-    return order
+    return np.argsort(-model.score(with_history(samples, model, columns, clicks), items), kind="stable")
 
 
 def some_users(user_rows: Longs, most: int) -> Longs:

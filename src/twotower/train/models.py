@@ -11,11 +11,7 @@ _NO_NETWORK = TowerOptions("none", layers=[])
 
 
 def channel_features(features: FeatureSet, models: ModelsOptions, channel: str) -> FeatureSet:
-    """What the towers of a channel read: ids only for `mf`; for `mind` the history as several interests.
-
-    Raises:
-        ConfigError: the channel needs a feature that is not there.
-    """
+    """What the towers of a channel read: ids only for `mf`; for `mind` the history as several interests."""
     if channel == MF:
         return features.of_ids()
     return features.with_interests(models.mind.interests, models.mind.rounds) if channel == MIND else features

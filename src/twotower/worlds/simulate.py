@@ -398,5 +398,4 @@ def _some(mask: Bools, count: int, rng: np.random.Generator) -> Bools:
     key = np.where(mask, rng.random(mask.shape), np.inf)
     chosen = np.zeros_like(mask)
     np.put_along_axis(chosen, np.argsort(key, axis=1, kind="stable")[:, :count], True, axis=1)
-    some: Bools = chosen & mask
-    return some
+    return chosen & mask

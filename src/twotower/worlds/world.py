@@ -138,8 +138,7 @@ class Preferences:
     def taste_at(self, user: Ints, ts_ms: Ints | int) -> Floats:
         """What a user likes in the long run, (..., D): the taste of the first day, turned by `DRIFT_A_WEEK`."""
         angle = DRIFT_A_WEEK / 7 * (np.asarray(ts_ms) - FIRST_DAY_MS)[..., None] / DAY_MS
-        taste: Floats = np.cos(angle) * self.people.taste[user] + np.sin(angle) * self.people.turn[user]
-        return taste
+        return np.cos(angle) * self.people.taste[user] + np.sin(angle) * self.people.turn[user]
 
     def mood_at(self, user: Ints, ts_ms: Ints | int) -> Ints:
         """The category that a user is in the mood for (...,), anew every `MOOD_HOURS`, at times of the user's own."""
@@ -155,15 +154,13 @@ class Preferences:
         place = (np.asarray(ts_ms) - FIRST_DAY_MS) / (TREND_HOURS * HOUR_MS)
         knot = np.floor(place).astype(np.int64)
         angle = np.pi / 2 * (place - knot)
-        trend: Floats = np.cos(angle) * self.trend[knot, category] + np.sin(angle) * self.trend[knot + 1, category]
-        return trend
+        return np.cos(angle) * self.trend[knot, category] + np.sin(angle) * self.trend[knot + 1, category]
 
     def freshness_at(self, item: Ints, ts_ms: Ints | int) -> Floats:
         """What an item's age adds (...,): half of it is gone after every half-life."""
         age_days = (np.asarray(ts_ms) - FIRST_DAY_MS) / DAY_MS - self.catalogue.birth_day[item]
         nature = self.options.nature
-        fresh: Floats = nature.freshness * np.exp2(-age_days / nature.half_life_days)
-        return fresh
+        return nature.freshness * np.exp2(-age_days / nature.half_life_days)
 
     def utility(self, user: Ints, item: Ints, ts_ms: Ints, scene: Ints) -> Floats:
         """The log-odds of a click, but for a constant: (taste + own mood) . item + quality + moods + freshness + scene.
@@ -258,8 +255,7 @@ class World:
         hit = uniform(self.options.seed, _CLICK, number, pages) < self.chances(requests, pages)
         thinking = -10_000.0 * np.log1p(-uniform(self.options.seed, _DELAY, number, pages))
         delay = 2_000 + 1_500 * (1 + np.arange(pages.shape[1])) + thinking.astype(np.int64)
-        clicks: Ints = np.where(hit, delay, 0)
-        return clicks
+        return np.where(hit, delay, 0)
 
     def top(self, user: Ints, ts_ms: Ints, n: int, clicked: Bools | None = None) -> Ints:
         """The n available items that each user (B,) likes best at a given time (B,), (B, n), best first.
@@ -353,8 +349,7 @@ def click_chance(utility: Floats, position: Ints, nature: Nature) -> Floats:
     looked at is clicked by its utility, or by accident. Utilities and positions (from 1) broadcast.
     """
     by_liking = 1.0 / (1.0 + np.exp(-nature.click_bias - utility))
-    chance: Floats = (ACCIDENTS + (1.0 - ACCIDENTS) * by_liking) * np.asarray(position) ** -POSITION_EXPONENT
-    return chance
+    return (ACCIDENTS + (1.0 - ACCIDENTS) * by_liking) * np.asarray(position) ** -POSITION_EXPONENT
 
 
 def _catalogue(options: WorldOptions, horizon: int, culture: Culture) -> DrawnItems:
