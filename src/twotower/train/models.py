@@ -21,7 +21,7 @@ def check_towers(features: FeatureSet, models: ModelsOptions, channel: str) -> N
     """Refuse features out of which no towers of a channel can be made.
 
     Raises:
-        ConfigError: the channel needs a feature that is not there; a tower without a network cannot add its features.
+        ConfigError: a tower without a network cannot add its features.
     """
     read = channel_features(features, models, channel)
     if channel != MF:
@@ -38,11 +38,7 @@ def new_towers(
     dropout: float = 0.0,
     adjusted: bool = False,
 ) -> TwoTower:
-    """Untrained towers of a channel; see `TwoTower`.
-
-    Raises:
-        ConfigError: the channel needs a feature that is not there.
-    """
+    """Untrained towers of a channel; see `TwoTower`."""
     read = channel_features(features, models, channel)
     if channel == MF:
         return TwoTower(read, models.dimension, _NO_NETWORK, _NO_NETWORK, seed=seed, adjusted=adjusted)
