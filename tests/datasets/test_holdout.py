@@ -212,11 +212,6 @@ def test_a_split_does_not_depend_on_the_order_of_rows():
         )
 
 
-def test_split_given_needs_a_test():
-    with pytest.raises(ValueError, match="no test"):
-        split_given(replace(tables([(1, 1, 0, 1), (1, 2, 1, 1)]), test=None))
-
-
 def test_what_was_shown_in_the_held_out_period_is_kept_for_rankers():
     whole = tables([(1, 1, 0, 1), (1, 2, 1, 0), (1, 1, 2, 1), (1, 3, 3, 0), (2, 3, 4, 0)])
     got = split(whole, HoldoutRule("time", 0.6))

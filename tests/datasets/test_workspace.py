@@ -163,7 +163,7 @@ def test_what_a_killed_import_leaves_is_no_workspace_and_no_obstacle(tmp_path):
 
 
 def test_events_out_of_order_are_a_defect(tmp_path):
-    with pytest.raises(ValueError, match="order of time"):
+    with pytest.raises(AssertionError, match="order of time"):
         workspace._write_events(tables().events.take(pa.array([4, 0])), tmp_path)
 
 

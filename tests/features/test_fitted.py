@@ -258,4 +258,4 @@ def test_a_name_that_is_no_feature_is_refused_with_those_that_are() -> None:
 
 
 def test_raw_columns_have_the_type_of_their_values() -> None:
-    assert raw_column(Number("x", False, 0, 1), [True]).type == pa.bool_()
+    assert raw_column(Number("x", False, 0, 1), True).type == pa.bool_()

@@ -576,7 +576,7 @@ def test_the_last_days_are_counted_back_from_the_last(world: World, build: Build
 
 
 def test_two_beginnings_are_refused(world: World, build: Build) -> None:
-    with pytest.raises(ConfigError, match="both choose a beginning: give one"):
+    with pytest.raises(ValueError, match="both choose a beginning: give one"):
         build(world(USERS, ITEMS, days()), first_day="2024-01-03", days=1)
 
 

@@ -2,7 +2,14 @@ from typing import Any
 
 import pytest
 
-from twotower.schema.limits import MAX_ENTRIES, MAX_FEATURE_ENTRIES, MAX_TEXT_BYTES, Refused, check_json, check_value
+from twotower.schema.limits import (
+    MAX_ENTRIES,
+    MAX_FEATURE_ENTRIES,
+    MAX_TEXT_BYTES,
+    Refused,
+    check_fields_json,
+    check_value,
+)
 
 LONG = "é" * (MAX_TEXT_BYTES // 2)
 
@@ -27,7 +34,7 @@ def test_other_values_are_refused_with_a_reason(value: Any, reason: str) -> None
 
 @pytest.mark.parametrize("value", [None, [[[[1, "a"]]]], {"a": {"b": [True, 2.5]}}, [0] * MAX_ENTRIES, (1, "x")])
 def test_json_up_to_four_lists_or_objects_deep_is_taken(value: Any) -> None:
-    check_json(value, "field")
+    check_fields_json({"field": value}, "event")
 
 
 @pytest.mark.parametrize(
@@ -41,5 +48,5 @@ def test_json_up_to_four_lists_or_objects_deep_is_taken(value: Any) -> None:
 )  # fmt: skip
 def test_other_json_is_refused_with_a_reason(value: Any, reason: str) -> None:
     with pytest.raises(Refused, match="field") as refused:
-        check_json(value, "field")
+        check_fields_json({"field": value}, "event")
     assert refused.value.reason == reason

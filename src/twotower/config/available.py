@@ -13,21 +13,21 @@ def check_available(settings: Settings) -> None:
     Raises:
         ConfigError: every such key, with what to do.
     """
-    problems = []
-    for side, features in (("user", settings.features.user), ("item", settings.features.item)):
-        if not features:
-            problems.append(f"features.{side} is empty: a tower needs a feature")
+    problems = [] if settings.features.user else ["features.user is empty: a tower needs a feature"]
+    dimension = settings.models.dimension
     for name, feature in settings.features.user.items():
-        if (
-            isinstance(feature, Sequence)
-            and feature.encoder == "transformer"
-            and settings.models.dimension % feature.heads
-        ):
+        if isinstance(feature, Sequence) and feature.encoder == "transformer" and dimension % feature.heads:
             problems.append(
-                f"features.user.{name}.heads = {feature.heads} does not divide models.dimension = "
-                f"{settings.models.dimension}: a transformer's heads share the width of an item"
+                f"features.user.{name}.heads = {feature.heads} does not divide models.dimension = {dimension}: "
+                "a transformer's heads share the width of an item"
             )
-    problems += [*_of_channels(settings), *_of_options(settings)]
+    problems += _of_channels(settings)
+    negatives = settings.samples.negatives
+    if negatives.frequency == "streaming" and not negatives.easy.in_batch:
+        problems.append(
+            'samples.negatives.frequency = "streaming" estimates q of in-batch negatives, and easy.in_batch = 0: '
+            'use frequency = "counts"'
+        )
     if "two_tower" not in settings.models.channels:
         problems.append("models.channels must name two_tower")
     if problems:
@@ -61,9 +61,8 @@ def _of_channels(settings: Settings) -> Iterator[str]:
         yield "train.logit_adjustment is known by item: add item_id to features.item, or set it to 0"
     popular, attributes = models.popular, models.same_category.attributes
     if "popular" in models.channels:
-        if popular.segment is not None and not _has_values(
-            (features.user | features.context).get(popular.segment), several=False
-        ):
+        segments = features.user | features.context
+        if popular.segment is not None and not _has_values(segments.get(popular.segment), several=False):
             yield (
                 f"models.popular.segment = {popular.segment!r} is no categorical or bucketed feature of users or "
                 "context"
@@ -83,18 +82,3 @@ def _has_values(feature: Feature | None, several: bool) -> bool:
     if isinstance(feature, Numeric):
         return feature.transform == "buckets"
     return isinstance(feature, Categorical) or (several and isinstance(feature, MultiCategorical))
-
-
-def _of_options(settings: Settings) -> Iterator[str]:
-    """Options of training that exclude each other."""
-    negatives = settings.samples.negatives
-    if negatives.frequency == "streaming" and not negatives.easy.in_batch:
-        yield (
-            'samples.negatives.frequency = "streaming" estimates q of in-batch negatives, and easy.in_batch = 0: '
-            'use frequency = "counts"'
-        )
-    if settings.samples.days is not None and settings.samples.first_day is not None:
-        yield (
-            f"samples.first_day = {settings.samples.first_day} and samples.days = {settings.samples.days} both choose "
-            "a beginning: give one"
-        )

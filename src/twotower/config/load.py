@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from twotower.config.settings import Settings
 from twotower.features.options import KINDS
 from twotower.schema import columns as c
-from twotower.schema.errors import ConfigError
+from twotower.schema.errors import ConfigError, cut
 
 RENAMED = {
     "train.popularity": "train.logit_adjustment",
@@ -210,11 +210,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _place(content: dict[str, Any], names: list[str], value: Any, where: str) -> None:
-    """Put a value where a dotted key stands.
-
-    Raises:
-        ConfigError: a part of the key is a value, not a section.
-    """
+    """Put a value where a dotted key stands; a part of the key that is a value, not a section, is a `ConfigError`."""
     for name in names[:-1]:
         content = content.setdefault(name, {})
         if not isinstance(content, dict):
@@ -223,8 +219,10 @@ def _place(content: dict[str, Any], names: list[str], value: Any, where: str) ->
 
 
 def _sentence(location: tuple[int | str, ...], kind: str, message: str, seen: Any) -> str:
-    shown = repr(seen) if len(repr(seen)) <= _SHOWN else f"{repr(seen)[:_SHOWN]}..."
-    name = ".".join(str(part) for part in _without_kind(location))
+    shown = cut(repr(seen), _SHOWN)
+    # between a feature and its key stands the feature's kind, which the file has elsewhere
+    written = (*location[:3], *location[4:]) if location[:1] == ("features",) else location
+    name = ".".join(map(str, written))
     match kind:
         case "unexpected_keyword_argument":
             return f"{name[:_SHOWN]} is no key; " + _hint(name, _keys_beside(location))
@@ -247,11 +245,6 @@ def _hint(name: str, known: list[str]) -> str:
         return f"it is gone since an earlier release; {REMOVED[name]}"
     near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
     return f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(known) or 'none'}"
-
-
-def _without_kind(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A location as it is written in the file: that of a feature's key has the feature's kind in between."""
-    return (*location[:3], *location[4:]) if location[:1] == ("features",) else location
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:

@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
@@ -52,9 +52,11 @@ def reference() -> str:
         pages.append(f"## `[{name}]`\n\n{_doc(section)}\n")
         if section is Features:
             pages.append(_FEATURES)
-        pages.append(_table(list(_rows(section, ""))))
+        pages.append(_table(_rows(section, "")))
         if section is Features:
-            pages += [f'### `kind = "{kind}"`\n\n{_doc(cls)}\n\n{_kind_table(cls)}' for kind, cls in KINDS.items()]
+            pages += [
+                f'### `kind = "{kind}"`\n\n{_doc(cls)}\n\n{_table(_rows(cls, ""))}' for kind, cls in KINDS.items()
+            ]
     return "\n".join(pages).rstrip() + "\n"
 
 
@@ -67,7 +69,8 @@ def _rows(section: Any, prefix: str) -> Iterator[_Row]:
         if dataclasses.is_dataclass(hints[name]):
             yield from _rows(hints[name], f"{prefix}{name}.")
         else:
-            yield (f"`{prefix}{name}`", _type(hints[name]), _default(info), _one_line(_description(section, name)))
+            said = re.sub(r"\s+", " ", _description(section, name)).strip().replace("|", "\\|")
+            yield (f"`{prefix}{name}`", _type(hints[name]), _default(info), said)
 
 
 def _description(section: Any, name: str) -> str:
@@ -83,22 +86,13 @@ def _fields(section: Any) -> dict[str, FieldInfo]:
     return found
 
 
-def _kind_table(kind: Any) -> str:
-    rows = list(_rows(kind, ""))
-    return _table(rows) if rows else ""
-
-
-def _table(rows: list[_Row]) -> str:
+def _table(rows: Iterable[_Row]) -> str:
     lines = ["| key | value | default | what it does |", "|---|---|---|---|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def _doc(section: Any) -> str:
     return inspect.cleandoc(section.__doc__ or "")
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
 
 
 def _type(hint: Any) -> str:
@@ -123,7 +117,8 @@ def _type(hint: Any) -> str:
 
 
 def _limits(info: FieldInfo) -> str:
-    found = {key: value for rule in info.metadata for key, value in _rule(rule).items()}
+    keys = ("gt", "ge", "lt", "le", "min_length")
+    found = {key: getattr(rule, key) for rule in info.metadata for key in keys if hasattr(rule, key)}
     if {"ge", "le"} <= found.keys():
         return f", {found['ge']} to {found['le']}"
     signs = {"gt": " > ", "ge": " ≥ ", "lt": " and < ", "le": " and ≤ "}
@@ -131,17 +126,11 @@ def _limits(info: FieldInfo) -> str:
     return limits + (", not empty" if found.get("min_length") else "")
 
 
-def _rule(rule: Any) -> dict[str, Any]:
-    return {key: getattr(rule, key) for key in ("gt", "ge", "lt", "le", "min_length") if hasattr(rule, key)}
-
-
 def _default(info: FieldInfo) -> str:
-    value = info.get_default(call_default_factory=True, validated_data={})
     if info.is_required():
         return "must be given"
-    if value is None:
-        return "absent"
-    return f"`{_toml(value)}`"
+    value = info.get_default(call_default_factory=True, validated_data={})
+    return "absent" if value is None else f"`{_toml(value)}`"
 
 
 def _toml(value: Any) -> str:

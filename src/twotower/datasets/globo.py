@@ -1,6 +1,6 @@
 """Globo (G1 news): clicks with session, device, region and referrer; articles live for hours.
 
-A hold-out has no contexts. What the first click of a user tells of them stays true later, and is kept as features.
+A hold-out has no contexts, so what a user's first click tells of them is kept as features.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ def read_globo(src: Path, _: ImportOptions) -> Source:
     """Read a folder with `clicks_*.parquet`, or the original `clicks_hour_*.csv`; or one such file.
 
     Every row is a click; `request_id` is the session, `hour` that of UTC. Articles have ids only; people have the
-    device, system, country and region of their first click, which no later click can change.
+    device, system, country and region of their first click.
 
     Raises:
         DataError: files or columns are missing, or are not of their form.
@@ -62,8 +62,6 @@ def _users(clicks: pa.Table) -> pa.Table:
     """The device, system, country and region of each user's first click; of those at one time, the lowest codes."""
     clicks = clicks.select([c.USER_ID, c.TS_MS, *_OF_USERS]).filter(pc.is_valid(clicks[c.USER_ID]))
     clicks = clicks.sort_by([(name, "ascending") for name in (c.USER_ID, c.TS_MS, *_OF_USERS)])
-    user = clicks[c.USER_ID].to_numpy()
-    first = np.ones(len(user), np.bool_)
-    first[1:] = user[1:] != user[:-1]
-    users = clicks.filter(pa.array(first)).drop_columns([c.TS_MS])
+    _, first = np.unique(clicks[c.USER_ID].to_numpy(), return_index=True)
+    users = clicks.take(pa.array(first)).drop_columns([c.TS_MS])
     return users.rename_columns([c.USER_ID, *(FIRST + name for name in _OF_USERS)])

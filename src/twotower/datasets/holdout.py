@@ -2,12 +2,11 @@
 
 Everything from the held-out period leaves the training events, not only its positives: an impression after the last
 click tells of that click. Held-out positives of a user and an item that training knows are the test; the others are
-kept apart with their reason. A pair that the user already clicked in training stays in the test: whether to leave out
-what was clicked is decided when recommending.
+kept apart with their reason. A pair that the user already clicked in training stays in the test: retrieval decides
+whether clicked items are left out.
 """
 
 import datetime
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -21,10 +20,8 @@ from twotower.datasets.tables import HELD_OUT_NOT_POSITIVE, Dropped, Tables, cal
 from twotower.schema import columns as c
 from twotower.schema.clock import DAY_MS
 from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.options import calendar_day
 from twotower.schema.tables import holdout as holdout_schema
-
-IN_TEST: Final = "in_test"
-"""Dropped from training: events that the test file names."""
 
 Mask = npt.NDArray[np.bool_]
 
@@ -37,8 +34,8 @@ class HoldoutRule:
     - `since`: the events of a day and of all later ones.
     - `leave-one-out`: the last positive of each user, and what the user did after it; of several at one time a hash
       chooses.
-    - `pause`: what users did after their first pause of some days between two positives. Only users with at least
-      `BEFORE_PAUSE` positives before it and `AFTER_PAUSE` after it count: people who came back, at whatever time.
+    - `pause`: what users did after their first pause of some days between two positives, of users with at least
+      `BEFORE_PAUSE` positives before it and `AFTER_PAUSE` after it.
     - `random`: a share of each user's positives, drawn evenly: only for events without time.
     """
 
@@ -82,11 +79,9 @@ def parse_day(text: str, option: str) -> datetime.date:
         ConfigError: another form, or no such day.
     """
     try:
-        if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
-            return datetime.date.fromisoformat(text)
+        return datetime.date.fromisoformat(calendar_day(text))
     except ValueError:
-        pass
-    raise ConfigError(f"{option}: {text!r} is no day: write it as YYYY-MM-DD")
+        raise ConfigError(f"{option}: {text!r} is no day: write it as YYYY-MM-DD") from None
 
 
 def parse_holdout(text: str) -> HoldoutRule:
@@ -128,24 +123,18 @@ def split(tables: Tables, rule: HoldoutRule) -> Split:
         DataError: nothing is held out, or no positive is left to learn from.
     """
     held = _HELD[rule.kind](tables, rule)
-    positive = _positive(tables)
+    positive, held_out = _positive(tables), tables.events.filter(pa.array(held))
     dropped = Dropped()
     dropped.drop(tables.events, pa.array(held & ~positive), HELD_OUT_NOT_POSITIVE)
     divided = _divide(tables, held, _as_holdout(tables.events.filter(pa.array(held & positive))), dropped)
-    return replace(divided, holdout_impressions=_impressions(tables.events.filter(pa.array(held))))
-
-
-def _impressions(held: pa.Table) -> pa.Table | None:
-    """What was shown among the held-out events, as it stands in the log; None where nothing was shown in vain."""
-    outcome = held[c.OUTCOME]
-    if not pc.any(pc.equal(outcome, c.IMPRESSED)).as_py():
-        return None
-    shown = pc.is_in(outcome, value_set=pa.array([c.IMPRESSED, c.CLICKED]))
-    return held.filter(shown).drop_columns([c.EVENT_SEQ])
+    if not pc.any(pc.equal(held_out[c.OUTCOME], c.IMPRESSED)).as_py():
+        return divided
+    impressions = held_out.filter(pc.is_in(held_out[c.OUTCOME], value_set=pa.array([c.IMPRESSED, c.CLICKED])))
+    return replace(divided, holdout_impressions=impressions.drop_columns([c.EVENT_SEQ]))
 
 
 def split_given(tables: Tables) -> Split:
-    """Hold out the positives of `tables.test`.
+    """Hold out the positives of `tables.test`, which is given.
 
     Events that the test names are no training events: those of the same user and item, and, where both have times,
     of the same time.
@@ -153,8 +142,7 @@ def split_given(tables: Tables) -> Split:
     Raises:
         DataError: no positive is left to learn from.
     """
-    if tables.test is None:
-        raise ValueError("there is no test")
+    assert tables.test is not None
     keys = {c.USER_ID: c.USER_ID, c.ITEM_ID: c.ITEM_ID}
     if not (tables.test[c.TS_MS].null_count or tables.events[c.REQUEST_TS_MS].null_count):
         keys[c.REQUEST_TS_MS] = c.TS_MS
@@ -163,7 +151,7 @@ def split_given(tables: Tables) -> Split:
     held = np.zeros(tables.events.num_rows, np.bool_)
     held[named[c.EVENT_SEQ].to_numpy()] = True
     dropped = Dropped()
-    dropped.drop(tables.events, pa.array(held), IN_TEST)
+    dropped.drop(tables.events, pa.array(held), "in_test")
     return _divide(tables, held, tables.test, dropped)
 
 
@@ -189,8 +177,7 @@ def _at_or_after_quantile(tables: Tables, rule: HoldoutRule) -> Mask:
     ts_ms = _times(tables, f"--holdout time:{rule.value}")
     # the time of an event, the least with at least this share of the events at or before it
     threshold = np.quantile(ts_ms, rule.value, method="inverted_cdf")
-    held: Mask = ts_ms >= threshold
-    return held
+    return ts_ms >= threshold
 
 
 def _since(tables: Tables, rule: HoldoutRule) -> Mask:
@@ -209,8 +196,7 @@ def _from_last_positive(tables: Tables, _: HoldoutRule) -> Mask:
     last = np.full(user.max() + 1, len(user))
     # events are in the order of time, those of one time in that of a hash: the last assignment stays
     last[user[positive]] = place[positive]
-    held: Mask = place >= last[user]
-    return held
+    return place >= last[user]
 
 
 def _after_pause(tables: Tables, rule: HoldoutRule) -> Mask:
@@ -227,8 +213,7 @@ def _after_pause(tables: Tables, rule: HoldoutRule) -> Mask:
     chosen = (before >= BEFORE_PAUSE) & (counts[who] - before >= AFTER_PAUSE)
     since = np.full(len(counts), np.iinfo(np.int64).max)
     since[who[chosen]] = ts_ms[order[ends[first[chosen]]]]
-    held: Mask = ts_ms >= since[user]
-    return held
+    return ts_ms >= since[user]
 
 
 def _drawn(tables: Tables, rule: HoldoutRule) -> Mask:

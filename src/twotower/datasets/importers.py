@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from twotower.datasets import globo, interactions, kuairand, movielens
 from twotower.datasets.holdout import parse_day, parse_holdout, split, split_given
-from twotower.datasets.options import IN_MILLISECONDS, EventTime, ImportOptions
+from twotower.datasets.options import IN_MILLISECONDS, ImportOptions
 from twotower.datasets.tables import Source, assemble
 from twotower.datasets.workspace import ImportReport, check_vacant, write_workspace
 from twotower.schema.clock import ClockMs, now_ms
@@ -24,14 +24,7 @@ _WITHOUT_RATINGS: Final = (kuairand.NAME, globo.NAME)
 
 
 def import_dataset(name: str, src: Path, out: Path, options: ImportOptions, clock_ms: ClockMs = now_ms) -> ImportReport:
-    """Make a workspace of a data set.
-
-    Args:
-        name: one of `DATASETS`.
-        src: its folder or file.
-        out: the workspace, a folder that is empty or absent.
-        options: what is imported and held out.
-        clock_ms: milliseconds since 1970; later events are dropped.
+    """Make a workspace of the folder or file of a data set; `out` is empty or absent. Events after now are dropped.
 
     Raises:
         ConfigError: an option that is unknown, of a wrong form, or not for this data set; something stands at `out`.
@@ -71,11 +64,7 @@ def _check(name: str, options: ImportOptions) -> None:
 
 def _arguments(src: Path, options: ImportOptions) -> dict[str, Any]:
     """How the workspace was made, as JSON values for its manifest."""
-    given = {"src": src, **vars(options), "event_time": _said(options.event_time)}
+    time = options.event_time
+    said = f"{time.column} ({time.unit})" if time.column is not None else "absent" if time.absent else None
+    given = {"src": src, **vars(options), "event_time": said}
     return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-
-
-def _said(event_time: EventTime) -> str | None:
-    if event_time.column is not None:
-        return f"{event_time.column} ({event_time.unit})"
-    return "absent" if event_time.absent else None

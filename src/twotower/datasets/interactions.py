@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.datasets.options import EventTime, ImportOptions
-from twotower.datasets.sources import RATING, Read, find_files, read_table, read_tables
-from twotower.datasets.tables import Source, parse_positive
+from twotower.datasets.sources import RATING, Read, find_files, read_table, read_tables, renamed
+from twotower.datasets.tables import Source, first_shown, parse_positive, replaced
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import mistaken_time
@@ -20,31 +20,9 @@ NAME: Final = "interactions"
 UNITS: Final = {"s": 1000, "ms": 1, "us": 1 / 1000, "ns": 1 / 1_000_000}
 """Milliseconds in each."""
 
-_TIMES: Final = frozenset(
-    (
-        "time",
-        "timestamp",
-        "date",
-        "datetime",
-        "ts",
-        "when",
-        "day",
-        "created",
-        "created_at",
-        "event_time",
-        "event_timestamp",
-        "event_ts",
-        "event_date",
-        "click_time",
-        "click_timestamp",
-        "click_ts",
-        "clicked_at",
-        "unix_time",
-        "unixtime",
-        "epoch",
-        "time_ms",
-        "timestamp_ms",
-    )
+_TIMES: Final = re.compile(
+    r"((event|click)_)?(time|timestamp|ts)|(event_)?date|datetime|when|day|created(_at)?|clicked_at|unix_?time|epoch|"
+    r"(time|timestamp)_ms"
 )
 """Names of times, whatever the values are."""
 _LIKE_TIME: Final = re.compile(r"(^|_)(time|timestamp|date|datetime|ts|epoch)(_|$)|_(at|on|day)$")
@@ -58,8 +36,7 @@ def read_interactions(src: Path, options: ImportOptions) -> Source:
     and `test` may lie in the folder of the interactions.
 
     Raises:
-        ConfigError: `positive` is a number, but the rows say their outcome themselves; there is no such column
-            of times.
+        ConfigError: `positive` is a number, but the rows have outcomes; there is no such column of times.
         DataError: a file is missing or damaged, or a column looks like a time that nobody named.
     """
     minimum = parse_positive(options.positive)
@@ -76,9 +53,7 @@ def read_interactions(src: Path, options: ImportOptions) -> Source:
             tables[name] = read_table(path)
     return Source(
         name=NAME,
-        events=read.rows,
-        users=tables["users"].rows if "users" in tables else None,
-        items=tables["items"].rows if "items" in tables else None,
+        **{name: table.rows for name, table in tables.items()},
         minimum=minimum,
         requests_have_rows=c.REQUEST_ID in read.rows.column_names,
         columns={name: one.columns for name, one in tables.items()},
@@ -121,7 +96,7 @@ def with_weight(read: Read, where: str) -> Read:
         return read
     if c.WEIGHT in read.rows.column_names:
         raise DataError(f"{where} has both {RATING} and {c.WEIGHT}, which are one thing here: keep one")
-    return _renamed(read, RATING, c.WEIGHT)
+    return renamed(read, RATING, c.WEIGHT)
 
 
 def with_time(read: Read, event_time: EventTime, where: str) -> Read:
@@ -146,8 +121,7 @@ def with_time(read: Read, event_time: EventTime, where: str) -> Read:
             return read
         times = _milliseconds(read.rows[column], event_time.unit, f"{where}, column {column}")
         _check_unit(read.rows[column], times, event_time.unit, f"{where}, column {column}")
-        place = names.index(column)
-        return _renamed(replace(read, rows=read.rows.set_column(place, column, times)), column, c.TS_MS)
+        return renamed(replace(read, rows=replaced(read.rows, column, times)), column, c.TS_MS)
     if event_time.column is not None:
         raise ConfigError(f"--time-column {column}: {where} has no such column; it has {', '.join(names)}")
     likely = [name for name in names if _looks_like_time(name, read.rows[name])]
@@ -158,11 +132,6 @@ def with_time(read: Read, event_time: EventTime, where: str) -> Read:
             "have none"
         )
     return read
-
-
-def _renamed(read: Read, name: str, to: str) -> Read:
-    columns = tuple(replace(one, to=to) if one.to == name else one for one in read.columns)
-    return replace(read, rows=read.rows.rename_columns({name: to}), columns=columns)
 
 
 def _milliseconds(column: pa.ChunkedArray, unit: str, where: str) -> pa.ChunkedArray:
@@ -181,12 +150,14 @@ def _milliseconds(column: pa.ChunkedArray, unit: str, where: str) -> pa.ChunkedA
             return pc.floor(pc.multiply(column.cast(pa.float64()), float(UNITS[unit]))).cast(pa.int64())
     except pa.ArrowInvalid as error:
         raise DataError(f"{where} holds a time that is none in --time-unit {unit}: {error}") from None
-    shown = "" if column.null_count == len(column) else f", such as {str(pc.drop_null(column)[0].as_py())[:80]!r}"
-    raise DataError(f"{where} is of type {kind}{shown}: a time is a number, or text like 2025-01-31T12:00:00")
+    raise DataError(
+        f"{where} is of type {kind}, such as {first_shown(column)}: a time is a number, or text like "
+        "2025-01-31T12:00:00"
+    )
 
 
 def _check_unit(column: pa.ChunkedArray, times: pa.ChunkedArray, unit: str, where: str) -> None:
-    """Refuse a unit in which most numbers are no time of a log, if they are one in another."""
+    """Refuse a unit in which most numbers are no time of a log, where another unit makes them one."""
     middle = _median(times)
     if middle is None or mistaken_time(middle) is None:
         return
@@ -207,7 +178,7 @@ def _looks_like_time(name: str, column: pa.ChunkedArray) -> bool:
         return True
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").replace(" ", "_")
     number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
-    if words in _TIMES and not (words == "day" and number):
+    if _TIMES.fullmatch(words) and not (words == "day" and number):
         return True
     middle = _median(column) if number and _LIKE_TIME.search(words) else None
     return middle is not None and (mistaken_time(middle) is None or "looks like" in str(mistaken_time(middle)))

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from twotower.datasets.options import ImportOptions
 from twotower.datasets.sources import read_lines, read_table
-from twotower.datasets.tables import Source, parse_positive
+from twotower.datasets.tables import Source, parse_positive, replaced
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 
@@ -41,8 +41,8 @@ def read_movielens(src: Path, options: ImportOptions) -> Source:
     """
     minimum = parse_positive(options.positive)
     if (src / "ratings.parquet").exists():
-        ratings = read_table(src / "ratings.parquet")
-        finer = {USER_SEQ: USER_SEQ} if USER_SEQ in ratings.rows.column_names else {}
+        stored = read_table(src / "ratings.parquet").rows.column_names
+        finer = {USER_SEQ: USER_SEQ} if USER_SEQ in stored else {}
         ratings = read_table(src / "ratings.parquet", _RATINGS | finer)
         users = read_table(src / "users.parquet", {name: name for name in _USERS})
         films = read_table(src / "movies.parquet", _FILMS)
@@ -55,14 +55,12 @@ def read_movielens(src: Path, options: ImportOptions) -> Source:
         films = replace(films, rows=films.rows.append_column(YEAR, year.cast(pa.int64())))
     else:
         raise DataError(f"{src} has neither ratings.parquet nor ratings.dat: unpack MovieLens-1M and give its folder")
-    rows = ratings.rows
-    place = rows.schema.get_field_index(c.TS_MS)
-    if not pa.types.is_integer(rows.schema.field(place).type):
-        raise DataError(f"{src}: the timestamps are of type {rows.schema.field(place).type}, not whole seconds")
-    ts_ms = pc.multiply(rows[c.TS_MS].cast(pa.int64()), 1000)
+    rows, seconds = ratings.rows, ratings.rows[c.TS_MS]
+    if not pa.types.is_integer(seconds.type):
+        raise DataError(f"{src}: the timestamps are of type {seconds.type}, not whole seconds")
     return Source(
         name=NAME,
-        events=rows.set_column(place, c.TS_MS, ts_ms),
+        events=replaced(rows, c.TS_MS, pc.multiply(seconds.cast(pa.int64()), 1000)),
         users=users.rows,
         items=films.rows,
         minimum=minimum,

@@ -6,7 +6,7 @@ A folder is read as Spark and DuckDB read one: folders that are named `column=va
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from twotower.datasets.text_file import COMPRESSIONS, Kind, read_text, read_type, word_among_numbers
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
-from twotower.schema.tables import require_columns
+from twotower.schema.tables import check_distinct, is_text, require_columns, undictionaried
 
 PARQUET: Final = (".parquet", ".pq", ".parq")
 TEXT: Final = (".csv", ".tsv", ".txt")
@@ -69,7 +69,7 @@ class SourceColumn:
     to: str | None
     """Its name in the rows that were read; None = left out."""
     note: str = ""
-    """Why it is left out, or is of that type."""
+    """Why it is left out, or has this type."""
 
 
 @dataclass(frozen=True)
@@ -82,25 +82,15 @@ class Read:
 
 
 def read_table(path: Path, columns: Mapping[str, str] | None = None) -> Read:
-    """The rows of a file, or of all files below a folder.
-
-    Args:
-        path: a file or a folder.
-        columns: columns to read, with the names that they get; absent = all under their own names.
-
-    Raises:
-        DataError: nothing there, a damaged file, a missing column, or files that do not go together.
-    """
+    """The rows of a file, or of all files below a folder; errors and columns are those of `read_tables`."""
     return read_tables(find_files(path), columns)
 
 
 def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*") -> FoundFiles:
     """A file itself, or the files below a folder in the order of their names.
 
-    Args:
-        path: a file or a folder.
-        without: files, or folders with all below them, to leave out.
-        pattern: that names below a folder match; files of other names are another table's.
+    Left out are the files and folders of `without`, and files whose name does not match `pattern`: those are another
+    table's.
 
     Raises:
         DataError: nothing there, or a file of a kind that is not read.
@@ -131,14 +121,9 @@ def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*") -
 
 
 def read_tables(found: FoundFiles, columns: Mapping[str, str] | None = None) -> Read:
-    """The rows of several files with the same columns.
+    """The rows of several files with the same columns: some, with the names that they get, or all under their own.
 
-    Text has no types of its own: it gets those that all its values have, in all files together, or where some of the
-    files are Parquet those of these.
-
-    Args:
-        found: the files.
-        columns: columns to read, with the names that they get; absent = all under their own names.
+    Text has no types of its own. It gets the type of the Parquet files among them, else one that all its values have.
 
     Raises:
         DataError: a damaged file, a missing column, or columns or types that do not go together.
@@ -167,12 +152,15 @@ def read_tables(found: FoundFiles, columns: Mapping[str, str] | None = None) -> 
     return Read(pa.table(arrays, schema=pa.schema(fields)), tuple(seen), found.not_read)
 
 
-def read_lines(path: Path, columns: Mapping[str, pa.DataType]) -> Read:
-    """A file of GroupLens: Latin-1, no heading, values parted by `::`.
+def renamed(read: Read, name: str, to: str) -> Read:
+    """The rows with another name of a column, if they have it."""
+    columns = tuple(replace(column, to=to) if column.to == name else column for column in read.columns)
+    names = [to if other == name else other for other in read.rows.column_names]
+    return replace(read, rows=read.rows.rename_columns(names), columns=columns)
 
-    Args:
-        path: the file.
-        columns: names and types of its columns in their order.
+
+def read_lines(path: Path, columns: Mapping[str, pa.DataType]) -> Read:
+    """A file of GroupLens: Latin-1, no heading, values separated by `::`; `columns` are names and types in order.
 
     Raises:
         DataError: the file is missing, or a line is not of this form.
@@ -211,15 +199,13 @@ class _ReadFile:
 
 
 def _is_read(path: Path) -> bool:
-    name = path
     if path.suffix.lower() in COMPRESSIONS:
-        name = path.with_suffix("")
-        return name.suffix.lower() in (*TEXT, "")
-    return name.suffix.lower() in (*PARQUET, *TEXT)
+        return path.with_suffix("").suffix.lower() in (*TEXT, "")
+    return path.suffix.lower() in (*PARQUET, *TEXT)
 
 
 def _files_below(folder: Path, left_out: Collection[Path]) -> Iterator[Path]:
-    """Files below a folder that are not hidden; a link to a folder that it stands in is not followed."""
+    """Files below a folder that are not hidden; a link to a folder above it is not followed."""
     entered = {folder.resolve()}
     for root, folders, names in os.walk(folder, followlinks=True):
         kept = []
@@ -253,7 +239,7 @@ def _folder_columns(folders: Sequence[str]) -> dict[str, str | None]:
 def _read_file(file: SourceFile, columns: Mapping[str, str] | None) -> _ReadFile:
     path = file.path
     if path.suffix.lower() in PARQUET:
-        names, read = _read_parquet(path, columns, file.folders)
+        names, read = _read_parquet(path, columns)
         untyped: set[str] = set()
     else:
         read = read_text(path)
@@ -261,37 +247,27 @@ def _read_file(file: SourceFile, columns: Mapping[str, str] | None) -> _ReadFile
         untyped = set(read)
     rows = len(next(iter(read.values()))) if read else 0
     for name, value in file.folders.items():
-        if name in names:
-            if name in read:
-                _check_folder(name, value, read[name], path)
-            continue
-        names = {**names, name: "folder"}
-        read = {**read, name: pa.chunked_array([pa.repeat(pa.scalar(value, pa.string()), rows)])}
-        untyped.add(name)
+        if name in read:
+            _check_folder(name, value, read[name], path)
+        elif name not in names:
+            names[name] = "folder"
+            read[name] = pa.chunked_array([pa.repeat(pa.scalar(value, pa.string()), rows)])
+            untyped.add(name)
     if columns is not None:
         require_columns(pa.schema([(name, pa.null()) for name in names]), columns, str(path))
         read = {name: read[name] for name in columns}
     return _ReadFile(path, names, read, frozenset(untyped))
 
 
-def _read_parquet(
-    path: Path, columns: Mapping[str, str] | None, folders: Mapping[str, str | None]
-) -> tuple[dict[str, str], dict[str, pa.ChunkedArray]]:
+def _read_parquet(path: Path, columns: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, pa.ChunkedArray]]:
     """The types of all columns, and the values of those that are wanted, as plain strings and without dictionaries."""
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
-            if repeated:
-                count = schema.names.count(repeated[0])
-                raise DataError(f"{path} has the column {repeated[0]} {count} times: give each its own name")
-            if columns is not None:
-                require_columns(
-                    pa.schema([(name, pa.null()) for name in dict.fromkeys([*schema.names, *folders])]),
-                    columns,
-                    str(path),
-                )
-            table = file.read(None if columns is None else [name for name in columns if name in schema.names])
+            check_distinct(schema.names, str(path))
+            # without a wanted column, one other tells the number of rows
+            wanted = schema.names if columns is None else [name for name in columns if name in schema.names]
+            table = file.read(wanted or schema.names[:1])
             table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read, it is cut, damaged or no Parquet: {error}") from None
@@ -300,17 +276,10 @@ def _read_parquet(
 
 
 def _decoded(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """A column without dictionaries and with one type of text.
-
-    Raises:
-        DataError: bytes that are no text.
-    """
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    """A column without dictionaries and with one type of text; bytes that are no text are a `DataError`."""
+    column = undictionaried(column)
     kind = column.type
-    if pa.types.is_string(kind):
-        return column
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    if is_text(kind):
         return column.cast(pa.string())
     if pa.types.is_fixed_size_binary(kind) or kind in (pa.binary(), pa.large_binary(), pa.binary_view()):
         try:
@@ -337,32 +306,23 @@ def _check_folder(name: str, value: str | None, column: pa.ChunkedArray, path: P
 def _together(parts: Sequence[tuple[_ReadFile, pa.ChunkedArray]], name: str, to: str) -> tuple[pa.ChunkedArray, bool]:
     """A column of all files, and whether none of them says its type."""
     typed = [column for part, column in parts if name not in part.untyped]
-    kind = _KINDS.get(to, "any")
     texts = [column for part, column in parts if name in part.untyped]
-    says = {column.type for column in typed if not pa.types.is_null(column.type)}
-    if texts:
-        text = pa.chunked_array([chunk for column in texts for chunk in column.chunks], pa.string())
-        as_read = text if says == {pa.string()} else read_type(text, kind)
-        places = iter(_split(as_read, [len(column) for column in texts]))
-        columns = [next(places) if name in part.untyped else column for part, column in parts]
-    else:
-        columns = typed
+    types = {column.type for column in typed if not pa.types.is_null(column.type)}
+    text = pa.chunked_array([chunk for column in texts for chunk in column.chunks], pa.string())
+    if texts and types != {pa.string()}:
+        text = read_type(text, _KINDS.get(to, "any"))
+    columns, begin = [], 0
+    for part, column in parts:
+        columns.append(text.slice(begin, len(column)) if name in part.untyped else column)
+        begin += len(column) if name in part.untyped else 0
     try:
-        one = pa.concat_tables(
-            [pa.table([column], names=[name]) for column in columns], promote_options="permissive"
-        ).column(0)
+        tables = [pa.table([column], names=[name]) for column in columns]
+        together = pa.concat_tables(tables, promote_options="permissive").column(0)
     except pa.ArrowException:
-        types = {str(column.type): part.path for (part, _), column in zip(parts, columns, strict=True)}
-        seen = " and ".join(f"{kind} in {path}" for kind, path in sorted(types.items()))
+        paths = {str(column.type): part.path for (part, _), column in zip(parts, columns, strict=True)}
+        seen = " and ".join(f"{kind} in {path}" for kind, path in sorted(paths.items()))
         raise DataError(f"the files hold different types in column {name}, {seen}: write one type") from None
-    return one, not says and bool(texts)
-
-
-def _split(column: pa.ChunkedArray, lengths: Sequence[int]) -> Iterator[pa.ChunkedArray]:
-    begin = 0
-    for length in lengths:
-        yield column.slice(begin, length)
-        begin += length
+    return together, not types and bool(texts)
 
 
 def _note(column: pa.ChunkedArray, untyped: bool, to: str) -> str:

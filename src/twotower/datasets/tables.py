@@ -1,7 +1,7 @@
 """From what an importer read to the tables of a workspace: every check and every count of dropped rows, in one place.
 
 An importer only names columns: it gives a `Source`, and `assemble` makes `Tables` of it. The result does not depend on
-the order of rows or files, because events are put in an order in which only equal rows are equal.
+the order of rows or files, because only equal rows tie in the order of events.
 """
 
 import datetime
@@ -24,11 +24,16 @@ from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.tables import (
     EARLIEST_MS,
     as_ids,
+    check_distinct,
     check_entities,
     check_outcomes,
+    is_list,
+    is_number,
+    is_text,
     joined_events,
     mistaken_time,
     require_columns,
+    value_type,
 )
 from twotower.schema.tables import holdout as holdout_schema
 
@@ -55,19 +60,12 @@ KNOWN_TYPES: Final = {
 RESERVED: Final = frozenset({c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS})
 """Columns of `events/` that are computed here."""
 
-# Why rows are dropped.
-NULL_ID: Final = "null_id"
-NULL_TIME: Final = "null_time"
-FUTURE_TIME: Final = "future_time"
-BAD_RATING: Final = "bad_rating"
-UNKNOWN_USER: Final = "unknown_user"
-UNKNOWN_ITEM: Final = "unknown_item"
+# Reasons of dropped rows that more than one place names.
 DUPLICATE_EVENT: Final = "duplicate_event"
-AFTER_UNTIL: Final = "after_until"
 HELD_OUT_NOT_POSITIVE: Final = "held_out_not_positive"
 
 TIE: Final = "twotower:tie"
-"""A column of a while: a hash that orders a user's events of one time."""
+"""A temporary column: a hash that orders a user's events of one time."""
 EXAMPLE_COLUMNS: Final = 12
 EXAMPLE_CHARACTERS: Final = 80
 
@@ -135,13 +133,12 @@ class Dropped:
 
 
 def example_of(rows: pa.Table) -> dict[str, Any]:
-    """One of some rows, the first by user, item and what else there is, as values of JSON: the same in any order."""
+    """The first row by user, item and all other columns, as values of JSON: the same in any order of the rows."""
     scalar = [name for name in rows.column_names if not pa.types.is_nested(rows.schema.field(name).type)]
     first = [name for name in (c.USER_ID, c.ITEM_ID, c.TS_MS, c.REQUEST_TS_MS) if name in scalar]
-    keys = [*first, *(name for name in sorted(scalar) if name not in first and not name.startswith(TIE))]
+    keys = [*first, *(name for name in sorted(scalar) if name not in first and name != TIE)]
     row = rows.take(pc.sort_indices(rows, sort_keys=[(name, "ascending") for name in keys])[:1])
-    values = {name: row[name][0].as_py() for name in keys[:EXAMPLE_COLUMNS]}
-    return {name: _as_json(value) for name, value in values.items()}
+    return {name: _as_json(row[name][0].as_py()) for name in keys[:EXAMPLE_COLUMNS]}
 
 
 def _as_json(value: object) -> Any:
@@ -206,9 +203,7 @@ def plain(table: pa.Table, where: str) -> pa.Table:
     Raises:
         DataError: an integer that does not fit int64, or two columns of one name.
     """
-    repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
-    if repeated:
-        raise DataError(f"{where} has more than one column {', '.join(repeated)}")
+    check_distinct(table.column_names, where)
     columns, fields = [], []
     for entry in table.schema:
         kind = _plain_type(entry.type)
@@ -217,17 +212,18 @@ def plain(table: pa.Table, where: str) -> pa.Table:
         except pa.ArrowInvalid as error:
             what = f"{where}, column {entry.name}, holds a value that does not fit {kind} ({error})"
             raise DataError(f"{what}: write it as a string") from None
-        missing = pc.is_nan(column) if pa.types.is_floating(kind) else None
-        columns.append(column if missing is None else pc.if_else(missing, pa.scalar(None, kind), column))
-        fields.append(pa.field(entry.name, kind, metadata=entry.metadata))
+        if pa.types.is_floating(kind):
+            column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
+        columns.append(column)
+        fields.append(entry.with_type(kind))
     return pa.table(columns, schema=pa.schema(fields))
 
 
 def check_codes(table: pa.Table, names: Sequence[str], where: str, text: bool = False) -> None:
-    """Refuse columns that hold something else than integers, or where that is fine text.
+    """Refuse columns of other values than integers, or with `text` than integers and text.
 
     Raises:
-        DataError: another type, but that of a column without any value.
+        DataError: a column of another type that has a value.
     """
     for name in names:
         kind = table.schema.field(name).type
@@ -237,13 +233,12 @@ def check_codes(table: pa.Table, names: Sequence[str], where: str, text: bool = 
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_dictionary(kind):
-        return _plain_type(kind.value_type)
+    kind = value_type(kind)
     if pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0):
         return pa.int64()
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return pa.float64()
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    if is_text(kind):
         return pa.string()
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return pa.list_(_plain_type(kind.value_type))
@@ -252,28 +247,21 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 def _representable(kind: pa.DataType) -> bool:
     """A feature or a context can have this type: a scalar that is no duration or time of day, or a list of such."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    kind = value_type(kind)
+    if is_list(kind):
         return not pa.types.is_nested(kind.value_type) and _representable(kind.value_type)
-    if pa.types.is_dictionary(kind):
-        return _representable(kind.value_type)
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_decimal(kind):
-        return True
     if pa.types.is_time(kind) or pa.types.is_duration(kind) or pa.types.is_interval(kind):
         return False
-    return bool(pa.types.is_primitive(kind) or pa.types.is_null(kind) or pa.types.is_string(kind))
+    return bool(is_text(kind) or pa.types.is_decimal(kind) or pa.types.is_primitive(kind) or pa.types.is_null(kind))
 
 
 def assemble(source: Source, until: datetime.date | None = None, clock_ms: ClockMs = now_ms) -> Tables:
     """Check what an importer found and bring it into the common form.
 
     Rows of events that cannot be used are dropped and counted; anything wrong with a whole column, with the users or
-    with the items is an error, because it would make every row wrong. A row later than the clock is dropped: what is
-    latest decides which days are learned, and one wrong time must not.
-
-    Args:
-        source: what an importer found.
-        until: the last day to keep; later events are dropped before users and items are collected from them.
-        clock_ms: milliseconds since 1970.
+    with the items is an error, because it would make every row wrong. A row later than the clock is dropped, because
+    the latest event decides which days are learned. So are events after the day `until`, before users and items are
+    collected from the events.
 
     Raises:
         ConfigError: `until` for events without a time.
@@ -282,7 +270,7 @@ def assemble(source: Source, until: datetime.date | None = None, clock_ms: Clock
             no event or no positive is left.
     """
     dropped, now_ms, where = Dropped(), clock_ms(), f"{source.name} events"
-    given_source = source
+    original = source
     source, left_out = _without_unusable_columns(_with_agreed_ids(source))
     rows = _usable(source.events, source, where, now_ms, dropped)
     if until is not None:
@@ -314,15 +302,13 @@ def assemble(source: Source, until: datetime.date | None = None, clock_ms: Clock
         dropped=dict(sorted(dropped.counts.items())),
         examples=dict(sorted(dropped.examples.items())),
         instants=instants,
-        columns=_columns_report(given_source, source, left_out),
+        columns=_columns_report(original, source, left_out),
         not_read=source.not_read,
     )
 
 
 def _by_time(rows: pa.Table, requests_have_rows: bool) -> tuple[pa.Table, pa.ChunkedArray | None]:
-    """Rows in the order of time, with times that rise within each user, and the times of the source; None if it has
-    none.
-    """
+    """Rows by time, with times that rise within each user, and the times of the source, if it has any."""
     if c.TS_MS not in rows.column_names:
         return rows, None
     ts_ms = _rising(rows, requests_have_rows)
@@ -333,8 +319,7 @@ def _by_time(rows: pa.Table, requests_have_rows: bool) -> tuple[pa.Table, pa.Chu
 def _with_agreed_ids(source: Source) -> Source:
     """The source with ids of one type in all tables where that loses nothing: ids of text files have no type.
 
-    Integers that were read from text are written like that text, so they are text again where another table has other
-    ids (`007`). What a typed file says stays.
+    Integers that were read from text become that text again where another table has ids such as `007`.
     """
     tables = {name: getattr(source, name) for name in ("events", "users", "items", "test")}
     for column in (c.USER_ID, c.ITEM_ID):
@@ -361,15 +346,15 @@ def _without_unusable_columns(source: Source) -> tuple[Source, dict[tuple[str, s
     left_out: dict[tuple[str, str], str] = {}
     kept = {}
     for name in ("events", "users", "items"):
-        table = getattr(source, name)
+        table, is_events = getattr(source, name), name == "events"
         if table is None:
             continue
+        taken = (*SOURCE_COLUMNS, *source.order, source.day) if is_events else (c.USER_ID, c.ITEM_ID)
         for entry in table.schema:
-            taken = name == "events" and entry.name in (*SOURCE_COLUMNS, *source.order, source.day)
-            nested = name == "events" and pa.types.is_nested(entry.type)
-            if not _representable(entry.type) and not taken and not nested and entry.name not in (c.USER_ID, c.ITEM_ID):
+            refused_later = entry.name in taken or (is_events and pa.types.is_nested(entry.type))
+            if not refused_later and not _representable(entry.type):
                 left_out[name, entry.name] = f"left out: no feature is of type {entry.type}"
-        if name == "events" and c.DATE in table.column_names:
+        if is_events and c.DATE in table.column_names:
             left_out[name, c.DATE] = "left out: the workspace has the day of UTC under this name; rename it to keep it"
         kept[name] = table.drop_columns([column for of, column in left_out if of == name])
     return replace(source, **kept), left_out
@@ -424,12 +409,7 @@ def number(events: pa.Table) -> pa.Table:
 
 
 def calendar_days(ts_ms: pa.ChunkedArray, days: pa.ChunkedArray | None) -> npt.NDArray[np.datetime64]:
-    """(N,) the day of each event: that of the source's own calendar, or else of UTC.
-
-    Args:
-        ts_ms: (N,) milliseconds, none null.
-        days: (N,) date32, or absent.
-    """
+    """(N,) the day of each event: that of the source's own calendar (date32), or else the day of UTC of its time."""
     if days is not None:
         return np.asarray(days.to_numpy(), "datetime64[D]")
     return np.asarray(ts_ms.to_numpy() // DAY_MS, "datetime64[D]")
@@ -457,7 +437,7 @@ def _usable(table: pa.Table, source: Source, where: str, now_ms: int, dropped: D
     if nested:
         raise DataError(f"{where}: column {nested[0]} is a list or a struct; events take single values only")
     table = plain(table, where)
-    table = dropped.drop(table, pc.or_(_no_id(table[c.USER_ID]), _no_id(table[c.ITEM_ID])), NULL_ID)
+    table = dropped.drop(table, pc.or_(_no_id(table[c.USER_ID]), _no_id(table[c.ITEM_ID])), "null_id")
     _refuse_empty(table, where, dropped)
     for name in (c.USER_ID, c.ITEM_ID):
         table = replaced(table, name, as_ids(table[name], f"{where}, column {name}"))
@@ -487,10 +467,10 @@ def _with_times(table: pa.Table, day: str | None, where: str, now_ms: int, dropp
     column = table[c.TS_MS]
     if not pa.types.is_integer(column.type):
         raise DataError(
-            f"{where}, column {c.TS_MS} is of type {column.type}, such as {_first_shown(column)}: write integer "
+            f"{where}, column {c.TS_MS} is of type {column.type}, such as {first_shown(column)}: write integer "
             f"milliseconds since 1970 (UTC), or give --time-column {c.TS_MS}"
         )
-    table = dropped.drop(table, pc.is_null(column), NULL_TIME)
+    table = dropped.drop(table, pc.is_null(column), "null_time")
     times = table[c.TS_MS]
     beyond = pc.greater(times, now_ms)
     wrong = pc.unique(times.filter(pc.or_(beyond, pc.less(times, EARLIEST_MS))))
@@ -499,26 +479,20 @@ def _with_times(table: pa.Table, day: str | None, where: str, now_ms: int, dropp
         if value < EARLIEST_MS or "looks like" in str(likely):
             raise DataError(f"{where}, column {c.TS_MS} holds {value}, expected milliseconds since 1970; {likely}")
     if day is not None and day in table.column_names:
-        # a calendar is at most 14 hours ahead of UTC
-        tomorrow = datetime.date(1970, 1, 1) + datetime.timedelta(days=now_ms // DAY_MS + 1)
-        beyond = pc.or_(beyond, pc.fill_null(pc.greater(table[day], pa.scalar(tomorrow, pa.date32())), False))
+        tomorrow = pa.scalar(now_ms // DAY_MS + 1, pa.int32()).cast(pa.date32())  # no calendar is a day ahead of UTC
+        beyond = pc.or_(beyond, pc.fill_null(pc.greater(table[day], tomorrow), False))
     if len(beyond) and pc.all(beyond).as_py():
         now = datetime.datetime.fromtimestamp(now_ms / 1000, datetime.UTC).isoformat(timespec="seconds")
         raise DataError(
             f"{where}: all {len(beyond)} times are later than now, {now} by the clock of this machine; the first is "
             f"{pc.min(times).as_py()}: mend the clock, or the column {c.TS_MS}"
         )
-    return dropped.drop(table, beyond, FUTURE_TIME)
+    return dropped.drop(table, beyond, "future_time")
 
 
 def _as_known(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.ChunkedArray:
-    """A column that later stages read, in their type.
-
-    Raises:
-        DataError: it holds something else.
-    """
-    number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)
-    if number if not pa.types.is_string(kind) else not pa.types.is_nested(column.type):
+    """A column that later stages read, in their type; any other content is a `DataError`."""
+    if is_text(kind) or is_number(column.type):
         try:
             return column.cast(kind, safe=not pa.types.is_floating(kind))
         except pa.ArrowException:
@@ -527,12 +501,12 @@ def _as_known(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.Chun
         return pa.chunked_array([pa.nulls(len(column), kind)])
     expected = {pa.int32(): "whole numbers", pa.float32(): "numbers"}.get(kind, "text")
     raise DataError(
-        f"{where} is of type {column.type}, such as {_first_shown(column)}, expected {expected}: mend it, or rename it "
+        f"{where} is of type {column.type}, such as {first_shown(column)}, expected {expected}: mend it, or rename it "
         "if it is something else"
     )
 
 
-def _first_shown(column: pa.ChunkedArray) -> str:
+def first_shown(column: pa.ChunkedArray) -> str:
     """The first value, short enough for a sentence."""
     values = pc.drop_null(column)
     return repr(str(values[0].as_py())[:EXAMPLE_CHARACTERS]) if len(values) else "none"
@@ -551,12 +525,12 @@ def _with_weight(table: pa.Table, minimum: float | None, where: str, dropped: Dr
             raise DataError(f"{where} has no rating to compare with --positive {minimum:g}: use `--positive all`")
         return table.append_column(c.WEIGHT, pa.nulls(table.num_rows, pa.float32()))
     kind = table.schema.field(c.WEIGHT).type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
-        shown = _first_shown(table[c.WEIGHT])
+    if not is_number(kind):
+        shown = first_shown(table[c.WEIGHT])
         raise DataError(f"{where}: the weight or rating is of type {kind}, such as {shown}; expected a number")
     table = replaced(table, c.WEIGHT, table[c.WEIGHT].cast(pa.float32(), safe=False))
     finite = pc.fill_null(pc.is_finite(table[c.WEIGHT]), False)
-    return dropped.drop(table, pc.invert(finite), BAD_RATING)
+    return dropped.drop(table, pc.invert(finite), "bad_rating")
 
 
 def _with_outcome(table: pa.Table, minimum: float | None, where: str) -> pa.Table:
@@ -564,7 +538,7 @@ def _with_outcome(table: pa.Table, minimum: float | None, where: str) -> pa.Tabl
         check_outcomes(table[c.OUTCOME], f"{where}, column {c.OUTCOME}")
         return table
     if minimum is None:
-        return table.append_column(c.OUTCOME, pa.array([c.CLICKED]).take(pa.array(np.zeros(table.num_rows, np.int64))))
+        return table.append_column(c.OUTCOME, pa.repeat(c.CLICKED, table.num_rows))
     enough = pc.greater_equal(table[c.WEIGHT], pa.scalar(minimum, pa.float32()))
     return table.append_column(c.OUTCOME, pc.if_else(enough, c.CLICKED, c.IMPRESSED))
 
@@ -578,7 +552,7 @@ def _until(rows: pa.Table, until: datetime.date, source: Source, dropped: Droppe
         raise DataError(
             f"--until {until}: all {len(late)} events of {source.name} are later; the first is of {days.min()}"
         )
-    return dropped.drop(rows, pa.array(late), AFTER_UNTIL)
+    return dropped.drop(rows, pa.array(late), "after_until")
 
 
 def _entities(table: pa.Table | None, name: str, given: Sequence[pa.Table], where: str) -> pa.Table:
@@ -596,7 +570,7 @@ def _entities(table: pa.Table | None, name: str, given: Sequence[pa.Table], wher
 
 def _known(rows: pa.Table, users: pa.Table, items: pa.Table, where: str, dropped: Dropped) -> pa.Table:
     """The rows whose user and item have a row of their own."""
-    for name, table, reason in ((c.USER_ID, users, UNKNOWN_USER), (c.ITEM_ID, items, UNKNOWN_ITEM)):
+    for name, table, reason in ((c.USER_ID, users, "unknown_user"), (c.ITEM_ID, items, "unknown_item")):
         _same_type([rows.schema.field(name).type, table.schema.field(name).type], name, f"{where} and its own table")
         known = pc.is_in(rows[name], value_set=table[name].combine_chunks())
         rows = dropped.drop(rows, pc.invert(known), reason)
@@ -611,9 +585,9 @@ def _same_type(types: Sequence[pa.DataType], name: str, where: str) -> None:
 def _ordered(rows: pa.Table, source: Source, where: str, dropped: Dropped) -> pa.Table:
     """Rows by user, then time, then the source's finer order, then a hash, then everything else; equal rows are one.
 
-    The hash is of user and item: an order by ids would make the newest item of a catalogue the last one of every tie.
-    Rows of a request stand beside each other. Without a time a user and an item are one interaction: a row that is a
-    click stays, of several the one of most weight.
+    The hash is of user and item: an order by ids would make the newest item the last one of every tie. Rows of a
+    request stand together. Without a time a user and an item are one interaction: a click stays before other rows, and
+    the one of most weight before other clicks.
     """
     require_columns(rows, source.order, where)
     timed = c.TS_MS in rows.column_names
@@ -638,7 +612,7 @@ def _ordered(rows: pa.Table, source: Source, where: str, dropped: Dropped) -> pa
 
 
 def tie_hash(user_id: pa.ChunkedArray, item_id: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """A number (N,) for each pair of ids, which depends on nothing else and is in no order of ids."""
+    """A number (N,) for each pair of ids, which depends on nothing else and follows no order of ids."""
     value = mixed(_numbers(user_id)) + _numbers(item_id)
     return (mixed(value) >> np.uint64(1)).astype(np.int64)
 
@@ -657,17 +631,11 @@ def _numbers(ids: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
 
 
 def _rising(rows: pa.Table, requests_have_rows: bool) -> npt.NDArray[np.int64]:
-    """Request times that rise strictly within a user, in milliseconds: a time that does not is the one before plus 1.
+    """Request times (N,) that rise strictly within a user, in milliseconds: a time that does not is moved.
 
     That is t'[k] = max(t[k], t'[k-1] + 1), so t'[k] - k is the running maximum of t[k] - k within a user; it is taken
-    over ranks, where the number of the user can be added without overflow.
-
-    Args:
-        rows: N events by user and time.
-        requests_have_rows: events with the same user, time and request id count as one.
-
-    Returns:
-        (N,) times in the order of `rows`.
+    over ranks, where the number of the user can be added without overflow. Rows are by user and time. With
+    `requests_have_rows`, those of one user, time and request id count as one event.
     """
     user, ts_ms = codes(rows[c.USER_ID]), rows[c.TS_MS].to_numpy()
     if not len(user):
@@ -693,7 +661,7 @@ def _joined(rows: pa.Table, source: Source) -> pa.Table:
     clicked = pc.equal(rows[c.OUTCOME], c.CLICKED)
     schema = joined_events(rows.schema.field(c.USER_ID).type, rows.schema.field(c.ITEM_ID).type)
     columns = {
-        c.EVENT_SEQ: pa.array(np.arange(size, dtype=np.int64)),
+        c.EVENT_SEQ: np.arange(size),
         c.REQUEST_ID: request_id.cast(pa.string()),
         c.USER_ID: rows[c.USER_ID],
         c.ITEM_ID: rows[c.ITEM_ID],
@@ -702,9 +670,9 @@ def _joined(rows: pa.Table, source: Source) -> pa.Table:
         c.OUTCOME: rows[c.OUTCOME],
         c.WEIGHT: rows[c.WEIGHT],
     }
-    table = pa.table([columns[name] for name in schema.names], schema=schema)
+    table = pa.table(columns, schema=schema)
     for name in rows.column_names:
-        if name not in SOURCE_COLUMNS and name not in source.order and name != source.day:
+        if name not in (*SOURCE_COLUMNS, *source.order, source.day):
             table = table.append_column(name, rows[name])
     return table
 

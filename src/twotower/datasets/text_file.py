@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from twotower.schema.errors import DataError
+from twotower.schema.tables import check_distinct
 
 COMPRESSIONS: Final = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
@@ -30,13 +31,8 @@ _DELIMITERS: Final = (",", "\t", ";", "|")
 _ENCODINGS: Final = ("gb18030", "shift_jis", "euc_kr", "windows-1251", "windows-1252")
 """Encodings that spreadsheets write, to be named where a file is not UTF-8; the last ones fit nearly every file."""
 _NO_NUMBER: Final = r"[^0-9eE+\-. ]|^\s*[+]|^\s*-?0[0-9]|^\s*-?[0-9]{16,}\s*$"
-"""Text that Arrow would read as a number, but that another number would be written like as well."""
+"""Text that Arrow would read as a number, but that is not how this number is written."""
 _BOOLEANS: Final = ("true", "false", "True", "False", "TRUE", "FALSE")
-
-
-def compression_of(path: Path) -> str | None:
-    """How a file is packed, by the ending of its name."""
-    return COMPRESSIONS.get(path.suffix.lower())
 
 
 def read_text(path: Path) -> dict[str, pa.ChunkedArray]:
@@ -51,13 +47,10 @@ def read_text(path: Path) -> dict[str, pa.ChunkedArray]:
             that is never closed, a name that is there twice, or a damaged packed file; the message names the line.
     """
     data = _bytes_of(path)
-    names, body = _heading(data, path)
-    repeated = sorted({name for name in names if name and names.count(name) > 1})
-    if repeated:
-        raise DataError(f"{path} has the column {repeated[0]} {names.count(repeated[0])} times: give each its own name")
     delimiter = _delimiter(data, path)
-    columns = _parse(memoryview(data)[body:], names, delimiter, path, data)
-    return dict(zip(names, columns, strict=True))
+    names, begin = _heading(data, delimiter, path)
+    check_distinct([name for name in names if name], str(path))
+    return dict(zip(names, _parse(data, begin, names, delimiter, path), strict=True))
 
 
 def read_type(column: pa.ChunkedArray, kind: Kind = "any") -> pa.ChunkedArray:
@@ -112,7 +105,7 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | None:
 def _bytes_of(path: Path) -> bytes:
     """The file in UTF-8, unpacked, without a byte order mark."""
     try:
-        with pa.input_stream(str(path), compression=compression_of(path)) as stream:
+        with pa.input_stream(str(path), compression=COMPRESSIONS.get(path.suffix.lower())) as stream:
             data: bytes = stream.read()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read, it is cut or damaged: {error}") from None
@@ -136,7 +129,7 @@ def _bytes_of(path: Path) -> bytes:
 
 
 def _check_utf8(data: bytes, path: Path) -> None:
-    """Refuse another encoding, and say which one it may be."""
+    """Refuse another encoding, and say which one it may be; blocks keep the memory of a large file small."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for begin in range(0, len(data), _BLOCK_BYTES):
@@ -156,15 +149,13 @@ def _check_utf8(data: bytes, path: Path) -> None:
         ) from None
 
 
-def _heading(data: bytes, path: Path) -> tuple[list[str], int]:
+def _heading(data: bytes, delimiter: str, path: Path) -> tuple[list[str], int]:
     """The names of the columns, and where the lines after them begin."""
-    delimiter = _delimiter(data, path)
-    lines = _lines(data)
     consumed = 0
 
     def decoded() -> Iterator[str]:
         nonlocal consumed
-        for line in lines:
+        for line in _lines(data):
             consumed += len(line)
             yield line.decode()
 
@@ -178,10 +169,8 @@ def _heading(data: bytes, path: Path) -> tuple[list[str], int]:
 
 
 def _lines(data: bytes) -> Iterator[bytes]:
-    """Lines with their ends, one after the other: line feed, carriage return, or both."""
-    for line in re.finditer(rb"[^\r\n]*(?:\r\n|\n|\r|$)", data):
-        if line.group():
-            yield line.group()
+    """Lines with their ends: line feed, carriage return, or both."""
+    return (line.group() for line in re.finditer(rb"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+$", data))
 
 
 def _delimiter(data: bytes, path: Path) -> str:
@@ -191,11 +180,11 @@ def _delimiter(data: bytes, path: Path) -> str:
     return next((delimiter for delimiter in _DELIMITERS if delimiter in first), ",")
 
 
-def _parse(body: memoryview, names: list[str], delimiter: str, path: Path, data: bytes) -> list[pa.ChunkedArray]:
-    """Every column as text.
+def _parse(data: bytes, begin: int, names: list[str], delimiter: str, path: Path) -> list[pa.ChunkedArray]:
+    """Every column as text, of the lines from `begin` on.
 
-    A last line with more columns than any file has shows that no quote is open at the end: Arrow would take an open one
-    for a value that holds all the lines after it.
+    Arrow would take a quote that is never closed for a value that holds all lines after it. So a line of too many
+    columns is put at the end: if Arrow reports this line, no quote was open.
     """
     last = delimiter * (len(names) + 1)
     closed = False
@@ -209,7 +198,7 @@ def _parse(body: memoryview, names: list[str], delimiter: str, path: Path, data:
         ragged.append(row)
         return "error"
 
-    text = b"".join([body, b"\n", last.encode(), b"\n"])
+    text = b"".join([memoryview(data)[begin:], b"\n", last.encode(), b"\n"])
     options = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=judge)
     try:
         columns = _read_csv(text, len(names), options)
@@ -229,18 +218,15 @@ def _read_csv(text: bytes, count: int, options: pa_csv.ParseOptions) -> list[pa.
     types = pa_csv.ConvertOptions(
         column_types=dict.fromkeys(keys, pa.string()), null_values=[""], strings_can_be_null=True
     )
-
-    def read(block_bytes: int) -> pa.Table:
-        # one thread: with more, a command that ends soon after has been seen to abort at its exit
-        blocks = pa_csv.ReadOptions(column_names=keys, block_size=block_bytes, use_threads=False)
-        return pa_csv.read_csv(pa.BufferReader(text), blocks, options, types)
-
+    # one thread: with more, a command that ends soon after has been seen to abort at its exit
+    blocks = pa_csv.ReadOptions(column_names=keys, block_size=_BLOCK_BYTES, use_threads=False)
     try:
-        table = read(_BLOCK_BYTES)
+        table = pa_csv.read_csv(pa.BufferReader(text), blocks, options, types)
     except pa.ArrowInvalid as error:
-        if "straddl" not in str(error):
+        if "straddl" not in str(error):  # a value that is larger than a block
             raise
-        table = read(_LARGEST_BLOCK)
+        blocks.block_size = _LARGEST_BLOCK
+        table = pa_csv.read_csv(pa.BufferReader(text), blocks, options, types)
     columns: list[pa.ChunkedArray] = table.columns
     return columns
 
@@ -254,7 +240,7 @@ def _fits(data: bytes, encoding: str) -> bool:
 
 
 def _ragged(row: pa_csv.InvalidRow, data: bytes, names: list[str], delimiter: str, path: Path) -> DataError:
-    """A line with too many or too few values; it is looked for again, because Arrow reads blocks beside each other."""
+    """The error for a line of too many or too few values; Arrow does not tell its number, so it is looked for again."""
     where, count, text = "a line", row.actual_columns, row.text
     reader = csv.reader(io.StringIO(data.decode("utf-8", "replace"), newline=""), delimiter=delimiter)
     try:

@@ -13,7 +13,7 @@ from twotower.datasets.holdout import parse_holdout, split
 from twotower.datasets.tables import Tables
 from twotower.datasets.workspace import HOLDOUT, MANIFEST, ImportReport, Workspace, open_workspace, write_workspace
 from twotower.schema import columns as c
-from twotower.schema.clock import DAY_MS, ClockMs, now_ms, until_now
+from twotower.schema.clock import ClockMs, day_of, now_ms, until_now
 from twotower.schema.files import read_json
 
 UNTIMED = "random:0.1"
@@ -26,15 +26,16 @@ def hold_out_validation(
     rule: str | None = None,
     clock_ms: ClockMs = now_ms,
 ) -> ImportReport:
-    """Make a workspace out of the training events of another, part of them held out.
+    """Make a workspace `out` (empty or absent) out of the training events of another, part of them held out.
+
+    The hold-out of the first workspace is read only for its length in days, which no event after now decides.
 
     Args:
-        workspace: the workspace; its own hold-out is not read, but for the length of a period.
-        out: the new one, a folder that is empty or absent.
+        workspace: the first workspace.
+        out: the new one.
         rule: as of `import --holdout`; None = the rule of the workspace's own hold-out, applied once more: the same
-            quantile, as many days, or the last positive. Without one, or without such a rule, `time:0.9`, and
-            `random:0.1` for events without time.
-        clock_ms: milliseconds since 1970; a held-out event that is later does not say how long the hold-out is.
+            quantile, as many days, or the last positive; else `time:0.9`, or `random:0.1` for events without time.
+        clock_ms: milliseconds since 1970.
 
     Raises:
         ConfigError: a rule that is unknown or needs a time that the events do not have; something stands at `out`.
@@ -64,5 +65,5 @@ def _rule_again(whole: Workspace, manifest: dict[str, Any], events: pa.Table, no
     latest_ms = pc.max(held.filter(pc.less_equal(held, now_ms))).as_py()
     if latest_ms is None:
         return TIMED
-    last_day = datetime.date(1970, 1, 1) + datetime.timedelta(days=latest_ms // DAY_MS)
+    last_day = datetime.date.fromisoformat(day_of(latest_ms))
     return f"since:{parsed.day - (last_day - parsed.day) - datetime.timedelta(days=1)}"

@@ -3,7 +3,6 @@
 It is there as a whole or not at all: an import writes beside its place under a temporary name and renames last.
 """
 
-import datetime
 import itertools
 import json
 from collections import Counter
@@ -20,9 +19,10 @@ import pyarrow.parquet as pq
 from twotower.datasets.holdout import Split
 from twotower.datasets.tables import Tables
 from twotower.schema import columns as c
-from twotower.schema.clock import DAY_MS
+from twotower.schema.clock import DAY_MS, day_of
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import parquet_files, whole_folder, write_json
+from twotower.schema.tables import read_parquet
 
 FORMAT: Final = 1
 MANIFEST: Final = "workspace.json"
@@ -33,6 +33,8 @@ HOLDOUT: Final = "holdout.parquet"
 HOLDOUT_COLD: Final = "holdout_cold.parquet"
 HOLDOUT_IMPRESSIONS: Final = "holdout_impressions.parquet"
 TRAIN_POSITIVES: Final = "train_positives.parquet"
+_HELD_OUT_TABLES: Final = ("holdout", "holdout_cold", "train_positives")
+"""Tables of a `Split` that have a file of their name, and a number in the report."""
 MOVED_TIMES: Final = "moved_times.parquet"
 """`event_seq`, `ts_ms` of events whose time was moved because the user had another one then: the time in the source."""
 
@@ -67,11 +69,11 @@ class Workspace:
 
     def users(self) -> pa.Table:
         """`user_id` and features, by id."""
-        return _read(self.path / USERS)
+        return read_parquet(self.path / USERS)
 
     def items(self) -> pa.Table:
         """`item_id` and features, by id."""
-        return _read(self.path / ITEMS)
+        return read_parquet(self.path / ITEMS)
 
     def dates(self) -> list[str]:
         """The partitions of `events/`: days of UTC in their order, or `unknown`.
@@ -95,7 +97,9 @@ class Workspace:
             raise DataError(f"{self.path} has events of {self.dates()[0]} to {self.dates()[-1]}, none in the range")
         files = [file for day in days for file in parquet_files(self.path / EVENTS / f"{c.DATE}={day}")]
         try:
-            return pa.concat_tables([_read(file) for file in files], promote_options="permissive").sort_by(c.EVENT_SEQ)
+            return pa.concat_tables([read_parquet(file) for file in files], promote_options="permissive").sort_by(
+                c.EVENT_SEQ
+            )
         except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
             raise DataError(f"{self.path / EVENTS}: a column has another type in some files: {error}") from None
 
@@ -104,21 +108,21 @@ class Workspace:
         ts_ms = events[c.REQUEST_TS_MS]
         if not (self.path / MOVED_TIMES).exists():
             return ts_ms
-        moved = _read(self.path / MOVED_TIMES)
+        moved = read_parquet(self.path / MOVED_TIMES)
         place = pc.index_in(events[c.EVENT_SEQ], value_set=moved[c.EVENT_SEQ].combine_chunks())
         return pc.coalesce(moved[c.TS_MS].take(place), ts_ms)
 
     def holdout(self) -> pa.Table:
         """Held-out positives of users and items that have a training positive."""
-        return _read(self.path / HOLDOUT)
+        return read_parquet(self.path / HOLDOUT)
 
     def holdout_cold(self) -> pa.Table:
         """The other held-out positives, with their reason."""
-        return _read(self.path / HOLDOUT_COLD)
+        return read_parquet(self.path / HOLDOUT_COLD)
 
     def train_positives(self) -> pa.Table:
         """Every training positive."""
-        return _read(self.path / TRAIN_POSITIVES)
+        return read_parquet(self.path / TRAIN_POSITIVES)
 
 
 def open_workspace(path: Path) -> Workspace:
@@ -155,49 +159,42 @@ def write_workspace(
 ) -> ImportReport:
     """Write the tables, and the hold-out if there is one, into a folder that is empty or absent.
 
-    Args:
-        path: the workspace.
-        tables: of the whole data set; with `split`, its training events are written in place of theirs.
-        split: what is held out.
-        arguments: how the tables were made, JSON values, kept in the manifest.
+    With a `split`, its training events are written in place of those of `tables`. The manifest keeps the `arguments`
+    with which the tables were made, JSON values.
 
     Raises:
         ConfigError: something stands at `path`.
     """
     path = path.resolve()
     check_vacant(path)
-    events = tables.events if split is None else split.events
+    training = tables if split is None else split
+    held_out = {} if split is None else {name: getattr(split, name) for name in _HELD_OUT_TABLES}
     dropped = Counter(tables.dropped) + Counter({} if split is None else split.dropped)
-    examples = {**({} if split is None else split.examples), **tables.examples}
     report = ImportReport(
         workspace=str(path),
         users=tables.users.num_rows,
         items=tables.items.num_rows,
-        events=events.num_rows,
-        holdout=0 if split is None else split.holdout.num_rows,
-        holdout_cold=0 if split is None else split.holdout_cold.num_rows,
-        train_positives=0 if split is None else split.train_positives.num_rows,
+        events=training.events.num_rows,
+        **{name: held_out[name].num_rows if held_out else 0 for name in _HELD_OUT_TABLES},
         dropped=dict(sorted(dropped.items())),
-        examples={reason: dict(row) for reason, row in sorted(examples.items())},
+        examples={reason: dict(row) for reason, row in sorted({**training.examples, **tables.examples}.items())},
         columns=[asdict(column) for column in tables.columns],
         not_read=list(tables.not_read),
     )
     with whole_folder(path) as folder:
         _write(tables.users, folder / USERS)
         _write(tables.items, folder / ITEMS)
-        _write_events(events, folder / EVENTS)
-        _write_moved_times(events, tables.instants if split is None else split.instants, folder / MOVED_TIMES)
-        if split is not None:
-            _write(split.holdout, folder / HOLDOUT)
-            _write(split.holdout_cold, folder / HOLDOUT_COLD)
-            _write(split.train_positives, folder / TRAIN_POSITIVES)
-            if split.holdout_impressions is not None:
-                _write(split.holdout_impressions, folder / HOLDOUT_IMPRESSIONS)
+        _write_events(training.events, folder / EVENTS)
+        _write_moved_times(training.events, training.instants, folder / MOVED_TIMES)
+        for name, table in held_out.items():
+            _write(table, folder / f"{name}.parquet")
+        if split is not None and split.holdout_impressions is not None:
+            _write(split.holdout_impressions, folder / HOLDOUT_IMPRESSIONS)
         counts = {name: value for name, value in vars(report).items() if isinstance(value, int)}
         manifest = {"format": FORMAT, "source": tables.source, "arguments": dict(arguments or {}), "counts": counts}
         found = {name: getattr(report, name) for name in ("dropped", "examples", "columns", "not_read")}
         write_json(folder / MANIFEST, manifest | found)
-        check_vacant(path)  # it was written for a while: someone else may have come first
+        check_vacant(path)  # writing took a while: another process may have been first
     return report
 
 
@@ -206,13 +203,11 @@ def _write_events(events: pa.Table, folder: Path) -> None:
     if events[c.REQUEST_TS_MS].null_count == events.num_rows:
         _write(events, folder / f"{c.DATE}={c.UNKNOWN_DATE}" / "part-0.parquet")
         return
-    day = events[c.REQUEST_TS_MS].to_numpy() // DAY_MS
-    if (np.diff(day) < 0).any():
-        raise ValueError("events are not in the order of time")
-    edges = [0, *(np.flatnonzero(np.diff(day)) + 1).tolist(), len(day)]
-    for begin, end in itertools.pairwise(edges):
-        date = datetime.date(1970, 1, 1) + datetime.timedelta(days=int(day[begin]))
-        _write(events.slice(begin, end - begin), folder / f"{c.DATE}={date}" / "part-0.parquet")
+    ts_ms = events[c.REQUEST_TS_MS].to_numpy()
+    changes = np.diff(ts_ms // DAY_MS)
+    assert (changes >= 0).all(), "events are not in the order of time"
+    for begin, end in itertools.pairwise([0, *(np.flatnonzero(changes) + 1).tolist(), len(ts_ms)]):
+        _write(events.slice(begin, end - begin), folder / f"{c.DATE}={day_of(int(ts_ms[begin]))}" / "part-0.parquet")
 
 
 def _write_moved_times(events: pa.Table, instants: pa.ChunkedArray | None, path: Path) -> None:
@@ -228,19 +223,13 @@ def _write_moved_times(events: pa.Table, instants: pa.ChunkedArray | None, path:
 def as_text(report: ImportReport) -> str:
     """What an import found, as lines for a terminal: every column and what became of it, and what was dropped."""
     rows = [("table", "column", "type", "missing", "became")]
-    for one in report.columns:
-        became = one["became"] + (f" ({one['note']})" if one["note"] else "")
-        missing = "" if one["missing"] is None else str(one["missing"])
-        rows.append((one["table"], one["column"] or "(no name)", one["type"], missing, became))
-    widths = [max(len(row[place]) for row in rows) for place in range(4)]
-    lines = []
-    if len(rows) > 1:
-        lines = [
-            "  ".join([*(f"{value:{width}}" for value, width in zip(row, widths, strict=False)), row[4]])
-            for row in rows
-        ]
-    for name in report.not_read:
-        lines.append(f"not read: {name}")
+    for column in report.columns:
+        became = column["became"] + (f" ({column['note']})" if column["note"] else "")
+        missing = "" if column["missing"] is None else str(column["missing"])
+        rows.append((column["table"], column["column"] or "(no name)", column["type"], missing, became))
+    widths = [*(max(map(len, column)) for column in zip(*rows, strict=True)), 0]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] if len(rows) > 1 else []
+    lines += [f"not read: {name}" for name in report.not_read]
     for reason, count in report.dropped.items():
         example = json.dumps(report.examples.get(reason, {}), ensure_ascii=False)
         lines.append(f"dropped: {reason} {count}, such as {example}")
@@ -250,14 +239,3 @@ def as_text(report: ImportReport) -> str:
 def _write(table: pa.Table, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, compression="zstd")
-
-
-def _read(path: Path) -> pa.Table:
-    if not path.exists():
-        raise DataError(f"{path} does not exist")
-    try:
-        return pq.ParquetFile(path).read()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{path} is no readable Parquet ({error}): it was damaged or written by something else"
-        ) from None

@@ -33,8 +33,7 @@ class Platt:
 
 def sigmoid(logits: Floats) -> Floats:
     """Probabilities from log-odds, without overflow."""
-    probabilities: Floats = np.exp(-np.logaddexp(0, -logits))
-    return probabilities
+    return np.exp(-np.logaddexp(0, -logits))
 
 
 def fit_platt(logits: Floats, clicked: Floats) -> Platt:

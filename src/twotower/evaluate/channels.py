@@ -21,7 +21,6 @@ from twotower.evaluate.holdout import (
     candidates,
     carried,
     cold_truths,
-    figure,
     first_requests,
     read_truth,
 )
@@ -130,9 +129,11 @@ class ListHits:
 
     def recall(self, resamples: int, seed: int) -> dict[str, Any]:
         """Recall of every list, with intervals."""
-        values = {(name, k): self._per_user(hit[at]) for name, hit in self.hits.items() for at, k in enumerate(self.ks)}
-        figures = summarise(PerUser({f"{name}@{k}": one for (name, k), one in values.items()}, {}, {}), resamples, seed)
-        return {name: {str(k): figure(figures[f"{name}@{k}"]) for k in self.ks} for name in self.hits}
+        values = {
+            f"{name}@{k}": self._per_user(hit[at]) for name, hit in self.hits.items() for at, k in enumerate(self.ks)
+        }
+        figures = summarise(PerUser(values), resamples, seed)
+        return {name: {str(k): figures[f"{name}@{k}"].report() for k in self.ks} for name in self.hits}
 
     def best(self, resamples: int, seed: int) -> dict[str, Any]:
         """The best single channel at each cut-off, and how much better the fused list is."""
@@ -140,28 +141,22 @@ class ListHits:
         for at, k in enumerate(self.ks):
             recalls = {name: self._per_user(hit[at]) for name, hit in self.singles.items()}
             name = max(recalls, key=lambda one: recalls[one].mean())
-            fused = self._per_user(self.hits[FUSED][at])
-            result[str(k)] = {
-                "channel": name,
-                "difference": figure(difference(fused, recalls[name], resamples, seed)),
-            }
+            gain = difference(self._per_user(self.hits[FUSED][at]), recalls[name], resamples, seed)
+            result[str(k)] = {"channel": name, "difference": gain.report()}
         return result
 
     def unique(self, resamples: int, seed: int) -> dict[str, Any]:
         """The pairs that each channel finds and no other does."""
-        result: dict[str, Any] = {}
+        result: dict[str, Any] = {name: {} for name in self.singles}
         for name, hit in self.singles.items():
-            others = [other for one, other in self.singles.items() if one != name]
+            others = [other for other_name, other in self.singles.items() if other_name != name]
             rest = np.logical_or.reduce(others) if others else np.zeros_like(hit)
-            result[name] = {
-                str(k): {
+            for at, k in enumerate(self.ks):
+                with_it, without = self._per_user(hit[at] | rest[at]), self._per_user(rest[at])
+                result[name][str(k)] = {
                     "share": round(float((hit[at] & ~rest[at]).mean()), 5),
-                    "loss": figure(
-                        difference(self._per_user(hit[at] | rest[at]), self._per_user(rest[at]), resamples, seed)
-                    ),
+                    "loss": difference(with_it, without, resamples, seed).report(),
                 }
-                for at, k in enumerate(self.ks)
-            }
         return result
 
     def overlap(self) -> dict[str, Any]:
@@ -178,11 +173,7 @@ class ListHits:
         }
 
     def deciles(self, item_positives: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Recall over pairs in ten groups from rare to popular items; ties stay together, so groups differ in size.
-
-        Args:
-            item_positives: (N,) training positives of each item.
-        """
+        """Recall over pairs in ten groups by training positives (N,) of the item; ties stay together."""
         positives = item_positives[self.items.rows]
         rank = np.searchsorted(np.sort(positives), positives, side="left")
         group = rank * DECILES // max(1, len(positives))

@@ -19,9 +19,10 @@ from twotower.channels.queries import queries_of_users
 from twotower.channels.retriever import Candidates, Queries, Retriever
 from twotower.datasets.workspace import HOLDOUT, HOLDOUT_COLD, HOLDOUT_IMPRESSIONS
 from twotower.evaluate.held_out import read_held_out
-from twotower.evaluate.metrics import Figure, PerUser, difference, score_lists, summarise
+from twotower.evaluate.metrics import PerUser, difference, score_lists, summarise
 from twotower.evaluate.options import EvaluateOptions
 from twotower.features.columns import Bag, Column, concatenate, pointers, take
+from twotower.features.feature_set import encode_table
 from twotower.features.vocabulary import Positions
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
@@ -74,10 +75,10 @@ def evaluate(
         seed: of the resampling.
 
     Returns:
-        The referee's names, each `{"value", "ci95"}`; `users`; `dropped`: rows of the hold-out that are left out, by
-        reason; `context`: the `features` that requests carry and the
-        `users` whose first request is known; each baseline's figures under its name, recall also as `difference` of
-        the judged channel to it; `cold`: the same by reason.
+        Metrics by name, each `{"value", "ci95"}`; `users`; `dropped`: rows of the hold-out that are left out, by
+        reason; `context`: the `features` that requests carry and the `users` whose first request is known; each
+        baseline's figures under its name, recall also as `difference` of the judged channel to it; `cold`: the same
+        by reason.
 
     Raises:
         DataError: there is no hold-out, or none of its users and items are known.
@@ -88,7 +89,7 @@ def evaluate(
     scores = {channel.name: _score(samples, channel, warm, options.k) for channel in channels}
 
     def figures(per_user: PerUser) -> dict[str, Any]:
-        return {name: figure(one) for name, one in summarise(per_user, options.bootstrap, seed).items()}
+        return {name: figure.report() for name, figure in summarise(per_user, options.bootstrap, seed).items()}
 
     result: dict[str, Any] = {
         "users": len(warm.user_rows),
@@ -101,7 +102,7 @@ def evaluate(
         theirs = figures(scores[baseline.name])
         for k in options.k:
             ours, other = (scores[name].values[f"recall@{k}"] for name in (judged.name, baseline.name))
-            theirs[f"recall@{k}"]["difference"] = figure(difference(ours, other, options.bootstrap, seed))
+            theirs[f"recall@{k}"]["difference"] = difference(ours, other, options.bootstrap, seed).report()
         result[baseline.name] = theirs
     result["cold"] = {
         reason: {
@@ -129,12 +130,7 @@ def read_truth(path: Path, samples: Samples) -> Truth:
 
 
 def check_truth(path: Path, users: pa.ChunkedArray, items: pa.ChunkedArray) -> None:
-    """Refuse a hold-out that judges nothing, before anything is trained.
-
-    Args:
-        path: the held-out positives.
-        users: the ids of all users, ascending.
-        items: those of all items.
+    """Refuse a hold-out that judges nothing, before anything is trained; ids of users and items ascend.
 
     Raises:
         DataError: the file is missing, or no row is of a known user and item.
@@ -155,12 +151,7 @@ def _read_truth(path: Path, users: Positions, items: Positions) -> Truth:
 def first_requests(path: Path, samples: Samples) -> FirstRequests | None:
     """The context of each user's first impression in the held-out period, clicked or not.
 
-    A request's context is known when it is asked. Which of a user's requests ends in a click is known only later: the
-    context of a held-out click would tell of it, that of the first impression does not.
-
-    Args:
-        path: the held-out impressions.
-        samples: with the fitted features of contexts.
+    It is not the context of a held-out click, which would tell which of a user's requests ends in a click.
 
     Returns:
         None where there are no features of contexts, or no held-out impressions; the latter is logged.
@@ -181,20 +172,11 @@ def first_requests(path: Path, samples: Samples) -> FirstRequests | None:
     order = np.lexsort((table.column(c.REQUEST_TS_MS).fill_null(0).to_numpy(), user))
     users, place = np.unique(user[order], return_index=True)
     users, chosen = users[users >= 0], order[place[users >= 0]]
-    known = np.zeros(len(samples.users), np.bool_)
-    known[users] = True
-    row = np.full(len(known), len(chosen))
+    row = np.full(len(samples.users), len(chosen))
     row[users] = np.arange(len(chosen))
-    values = table.take(pa.array(chosen))
-    return FirstRequests(
-        {
-            feature.name: take(
-                concatenate([feature.encode(values.column(feature.name).combine_chunks()), feature.absent(1)]), row
-            )
-            for feature in features
-        },
-        known,
-    )
+    encoded = encode_table(features, table.take(pa.array(chosen)))
+    context = {f.name: take(concatenate([encoded[f.name], f.absent(1)]), row) for f in features}
+    return FirstRequests(context, row < len(chosen))
 
 
 def asked_first(truth: Truth, first: FirstRequests | None) -> Truth:
@@ -265,14 +247,9 @@ def ranked(
     k: int,
     context: Mapping[str, Column] | None = None,
 ) -> npt.NDArray[np.int64]:
-    """The k best items (B, k) of each user by one channel, without what they clicked.
+    """The k best items (B, k) of each user (B,) by one channel, without what they clicked in training.
 
-    Args:
-        samples: what the channel was trained on.
-        channel: that is asked.
-        user_rows: (B,) whose.
-        k: items of each.
-        context: of the requests, encoded (B rows); none = they carry none.
+    `context` is that of the requests, encoded (B rows); without it they carry none.
     """
     return candidates(samples, channel, user_rows, k, context).rows
 
@@ -299,9 +276,3 @@ def stored_queries(
     """Queries of users (B,) of the samples, who are not offered what they clicked in training."""
     clicks = samples.clicks
     return queries_of_users(samples.features, samples.users, clicks, user_rows, context=context, exclude=clicks.items)
-
-
-def figure(one: Figure) -> dict[str, Any]:
-    """A figure as it stands in reports, `{"value", "ci95"}`."""
-    ci95 = None if one.ci95 is None else [round(bound, 5) for bound in one.ci95]
-    return {"value": round(one.value, 5), "ci95": ci95}

@@ -4,7 +4,8 @@ B users, K the longest cut-off, N items. Every user with held-out positives coun
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,11 @@ class Figure:
     value: float
     ci95: tuple[float, float] | None
 
+    def report(self) -> dict[str, Any]:
+        """The figure as JSON values, rounded: `{"value", "ci95"}`."""
+        ci95 = None if self.ci95 is None else [round(bound, 5) for bound in self.ci95]
+        return {"value": round(self.value, 5), "ci95": ci95}
+
 
 @dataclass(frozen=True)
 class PerUser:
@@ -29,9 +35,9 @@ class PerUser:
 
     values: dict[str, Floats]
     """(B,) by name, such as `recall@50`."""
-    weights: dict[str, Floats]
-    """(B,) of the metrics whose mean is not over users alike: the popularity percentile counts every listed item."""
-    whole: dict[str, float]
+    weights: dict[str, Floats] = field(default_factory=dict)
+    """(B,) of metrics whose mean does not weight users equally: the popularity percentile counts every listed item."""
+    whole: dict[str, float] = field(default_factory=dict)
     """Metrics of all lists together: coverage."""
 
 
@@ -42,7 +48,7 @@ def score_lists(
 
     recall@k = hits / number of held-out items; ndcg@k has the ideal list cut at k; hit@k = 1 if there is any hit;
     coverage@k = share of the items with a training positive that any list holds; pop_pct@k = mean over all listed
-    places of the share of items with a training positive that have at most as many as the listed one.
+    items of the share of items with a training positive that have at most as many as the listed one.
 
     Args:
         rows: (B, K) ranked items, -1 where a list has ended.
@@ -69,8 +75,7 @@ def score_lists(
         values[f"ndcg@{k}"] = (hit[:, :k] * discount[:k]).sum(axis=1) / ideal[np.minimum(counts, min(k, rows.shape[1]))]
         values[f"hit@{k}"] = (hits > 0).astype(np.float64)
         shown = np.unique(rows[:, :k][listed[:, :k]])
-        # Others are not among those it is a share of: new items, and items that only histories know (of users whom
-        # nothing is trained on, or before the first day), which counted channels list too.
+        # Counted channels also list items without a training positive (new ones, and those that only histories know).
         whole[f"coverage@{k}"] = (item_positives[shown] > 0).sum() / max(1, len(known))
         length = listed[:, :k].sum(axis=1)
         mean = (percentile[np.maximum(rows[:, :k], 0)] * listed[:, :k]).sum(axis=1) / np.maximum(length, 1)
@@ -89,7 +94,7 @@ def summarise(per_user: PerUser, resamples: int, seed: int) -> dict[str, Figure]
 
 
 def difference(ours: Floats, theirs: Floats, resamples: int, seed: int) -> Figure:
-    """Mean paired difference over users (B,) with its interval: the comparison to trust, both having seen the same."""
+    """Mean paired difference over users (B,) with its interval; it is narrower than those of the two means."""
     return _bootstrap((ours - theirs)[:, None], np.ones((len(ours), 1)), resamples, seed)[0]
 
 

@@ -18,9 +18,10 @@ from twotower.channels.retriever import Queries
 from twotower.channels.vector_channel import latest
 from twotower.evaluate.calibration import auc, auc_within, calibration_error, log_loss, reliability, sigmoid
 from twotower.evaluate.held_out import read_held_out
-from twotower.evaluate.holdout import figure, stored_queries
+from twotower.evaluate.holdout import stored_queries
 from twotower.evaluate.metrics import PerUser, summarise
 from twotower.features.columns import Bag, Column, pointers, ranges, take
+from twotower.features.feature_set import encode_table
 from twotower.samples.read import Clicks, Samples
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -68,10 +69,10 @@ def read_shown(path: Path, samples: Samples) -> Shown:
     context = samples.features.context
     table = read_held_out(path, [*SHOWN, *(f.name for f in context)]).rows
     item = samples.items.positions.find(as_ids(table.column(c.ITEM_ID), path.name).combine_chunks())
-    if (known := item >= 0).any():
-        table, item = table.filter(pa.array(known)), item[known]
-    else:
+    known = item >= 0
+    if not known.any():
         raise DataError(f"{path} has {len(item)} rows, none of them of an item of the samples")
+    table, item = table.filter(pa.array(known)), item[known]
     position = np.zeros(table.num_rows, np.int32)
     if c.POSITION in table.column_names:
         position = table.column(c.POSITION).fill_null(0).to_numpy()
@@ -85,7 +86,7 @@ def read_shown(path: Path, samples: Samples) -> Shown:
         clicked.astype(np.float64),
         position if position.any() else np.full(len(position), FIRST_POSITION, np.int32),
         table.column(c.REQUEST_TS_MS).to_numpy(),
-        {f.name: f.encode(table.column(f.name).combine_chunks()) for f in context},
+        encode_table(context, table),
         _joined(samples.clicks, user[by_known], item[by_known], click_ts_ms[by_known]),
     )
 
@@ -105,14 +106,7 @@ def evaluate_ranker(samples: Samples, shown: Shown, model: Ranker, resamples: in
 
     Order (AUC) is judged without positions, as candidates are scored; probabilities (log loss, calibration) at the
     positions where the items were shown. Histories are the clicks before the request, those of the held-out period
-    included, as a server knows them.
-
-    Args:
-        samples: what it was trained on.
-        shown: held-out impressions.
-        model: calibrated.
-        resamples: of users, behind each interval.
-        seed: of the resampling.
+    included, as a server knows them. The model is calibrated.
 
     Returns:
         `impressions`, `clicked` (share), `users` (with both kinds), `auc`, `position_auc` (of pairs at the same place:
@@ -143,8 +137,7 @@ def evaluate_ranker(samples: Samples, shown: Shown, model: Ranker, resamples: in
 def bias_of(model: Ranker, position: npt.NDArray[np.int32]) -> Reals:
     """What positions (R,) add to the log-odds."""
     curve = np.array([float(model.position[0].detach()), *model.curve()])
-    biases: Reals = curve[np.minimum(position, len(curve) - 1)]
-    return biases
+    return curve[np.minimum(position, len(curve) - 1)]
 
 
 def user_auc(scores: Reals, shown: Shown, resamples: int, seed: int) -> dict[str, Any]:
@@ -162,7 +155,7 @@ def user_auc(scores: Reals, shown: Shown, resamples: int, seed: int) -> dict[str
     )
     if not len(each):
         return {"users": 0, "user_auc": None}
-    return {"users": len(each), "user_auc": figure(summarise(PerUser({"auc": each}, {}, {}), resamples, seed)["auc"])}
+    return {"users": len(each), "user_auc": summarise(PerUser({"auc": each}), resamples, seed)["auc"].report()}
 
 
 def score_shown(samples: Samples, shown: Shown, model: Ranker) -> Reals:
@@ -215,25 +208,13 @@ def kept_of_top(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """How many of the ranker's best candidates are among those that the pre-ranker keeps for it.
+    """The share of the ranker's `top` best candidates that are among the `kept` ones of the pre-ranker.
 
-    The ranker scores all candidates, which it never does when serving: its best candidates that it does not get to see
-    are the price of the pre-ranker. The first of the fused list are the baseline that a pre-ranker must beat.
-
-    Args:
-        samples: what they were trained on.
-        user_rows: (B,) whose candidates.
-        retrieve: finds candidates.
-        pre_rank: the pre-ranker.
-        rank: the ranker.
-        retrieved: n, candidates of a user.
-        kept: how many the pre-ranker keeps.
-        top: of the ranker.
-        resamples: of users, behind each interval.
-        seed: of the resampling.
+    Here the ranker scores all candidates (`retrieved` of each user, (B,)), which it never does when serving. The first
+    ones of the fused list are the baseline that a pre-ranker must beat.
 
     Returns:
-        `users`, `retrieved` (mean), `kept`, `top`, `share` and `share_fused`, each with its interval.
+        `users`, `retrieved` (mean), `kept`, `top`, `share` and `share_fused`, the latter two with intervals.
     """
     shares: list[tuple[float, float]] = []
     sizes = []
@@ -250,13 +231,13 @@ def kept_of_top(
     if not sizes:
         return {"users": 0, "retrieved": retrieved, "kept": kept, "top": top, "share": None, "share_fused": None}
     values = dict(zip(("share", "share_fused"), np.array(shares).T, strict=True))
-    figures = summarise(PerUser(values, {}, {}), resamples, seed)
+    figures = summarise(PerUser(values), resamples, seed)
     return {
         "users": len(sizes),
         "retrieved": round(float(np.mean(sizes)), 1),
         "kept": kept,
         "top": top,
-        **{name: figure(one) for name, one in figures.items()},
+        **{name: figure.report() for name, figure in figures.items()},
     }
 
 
@@ -267,8 +248,7 @@ def _ordered(samples: Samples, model: Ranker, queries: Queries, place: int, cand
     assert isinstance(clicks, Bag)
     columns = {name: take(column, one) for name, column in queries.features.items()}
     items = {name: take(column, candidates) for name, column in samples.items.features.items()}
-    order: Longs = np.argsort(-model.score(with_history(samples, model, columns, clicks), items), kind="stable")
-    return order
+    return np.argsort(-model.score(with_history(samples, model, columns, clicks), items), kind="stable")
 
 
 def some_users(user_rows: Longs, most: int) -> Longs:

@@ -1,7 +1,7 @@
 """What a user was shown over days or weeks, in a few kilobytes: a Bloom filter for each period.
 
 A Bloom filter (Bloom 1970) contains everything that was added, and by mistake a small share of everything else. Nothing
-can be removed from it, so the window is cut into periods with a filter each, and the oldest filter is dropped.
+can be removed from it, so each period of the window has a filter, and the oldest one is dropped.
 """
 
 import struct
@@ -20,7 +20,7 @@ Hashes = npt.NDArray[np.uint64]
 MAX_OVER: Final = 4
 """A user who is shown more than expected gets more filters, up to this many times as many."""
 _MIN_BITS: Final = 4096
-"""Two hashes that agree on the first place and on the step agree on all places: in smaller filters that is not rare."""
+"""Hashes that agree on the first place and on the step agree on all places, which is not rare in smaller filters."""
 _AT_ONCE: Final = 1 << 16
 """Ids that are hashed together."""
 _PARTS: Final = 10_000
@@ -38,15 +38,14 @@ def hash_ids(ids: pa.Array) -> Hashes:
         return np.concatenate([hash_ids(ids.slice(start, _AT_ONCE)) for start in range(0, len(ids), _AT_ONCE)])
     if ids.type == pa.int64():
         return mixed(ids.to_numpy(zero_copy_only=False).astype(np.uint64))
+    if not len(ids):
+        return np.zeros(0, np.uint64)
     offsets = np.frombuffer(ids.buffers()[1], np.int32)[ids.offset : ids.offset + len(ids) + 1].astype(np.int64)
-    lengths = np.diff(offsets)
-    content = np.frombuffer(ids.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]] if len(ids) else np.zeros(0)
-    place = np.arange(len(content)) - np.repeat(offsets[:-1] - offsets[:1], lengths)
-    powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _PRIME))
-    sums = np.concatenate(
-        [np.zeros(1, np.uint64), np.cumsum((content.astype(np.uint64) + np.uint64(1)) * powers[place])]
-    )
-    starts = offsets - offsets[:1]
+    content = np.frombuffer(ids.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]].astype(np.uint64)
+    starts, lengths = offsets - offsets[0], np.diff(offsets)
+    place = np.arange(len(content)) - np.repeat(starts[:-1], lengths)
+    powers = np.cumprod(np.full(int(lengths.max()) + 1, _PRIME))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum((content + np.uint64(1)) * powers[place])])
     return mixed(sums[starts[1:]] - sums[starts[:-1]])  # a polynomial of each id's bytes, modulo 2^64
 
 
@@ -82,17 +81,12 @@ class FilterShape:
 
     @classmethod
     def of(cls, window_ms: int, periods: int, items: int, error_rate: float) -> Self:
-        """Filters for a window.
+        """Filters for a window that is cut into periods.
 
         With n items in m bits and h hashes, a filter contains (1 - exp(-h n / m))^h of other items by mistake;
         m = -n ln p / ln(2)^2 and h = log2(1 / p) keep that at p. The window's filters are asked together, so each has
-        its share of the error.
-
-        Args:
-            window_ms: how long an item counts as shown.
-            periods: that the window is cut into.
-            items: expected number of items shown to one user within the window.
-            error_rate: share of other items that count as shown by mistake, once this many were.
+        its share of the error. `items` is the number of items expected to be shown to one user within the window;
+        `error_rate` is the share of other items that then count as shown by mistake.
 
         Raises:
             ConfigError: periods shorter than a millisecond.
@@ -190,10 +184,5 @@ class Seen:
     @classmethod
     def decode(cls, shape: FilterShape, value: bytes) -> Self:
         """From the bytes of `encode`, with the same shape."""
-        size = _HEAD.size + shape.bits // 8
-        parts = [value[start : start + size] for start in range(0, len(value), size)]
-        filters = []
-        for part in parts:
-            period, count = _HEAD.unpack(part[: _HEAD.size])
-            filters.append(_Filter(period, count, part[_HEAD.size :]))
-        return cls(shape, tuple(filters))
+        stored = struct.Struct(f"{_HEAD.format}{shape.bits // 8}s")
+        return cls(shape, tuple(_Filter(*parts) for parts in stored.iter_unpack(value)))

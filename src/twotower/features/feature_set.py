@@ -64,48 +64,27 @@ class FeatureSet:
         return tuple(f for f in self.user if not (isinstance(f, Items) and f.from_clicks))
 
     def of_ids(self) -> "FeatureSet":
-        """The ids of users and of items alone, as matrix factorisation reads them.
-
-        Raises:
-            ConfigError: an id is no feature.
-        """
+        """The ids of users and of items alone, as matrix factorisation reads them."""
         user = tuple(f for f in self.user if f.name == c.USER_ID)
         item = tuple(f for f in self.item if f.name == c.ITEM_ID)
-        if not user or not item:
-            raise ConfigError(
-                "the channel mf multiplies ids: add user_id to features.user and item_id to features.item, or leave mf "
-                "out of models.channels"
-            )
         return FeatureSet(user, item, ())
 
     def with_interests(self, count: int, rounds: int) -> "FeatureSet":
-        """The same, but that the click history becomes `count` interests by as many rounds of routing.
-
-        Raises:
-            ConfigError: there is no click history.
-        """
+        """The same features, but the click history becomes `count` interests by this many rounds of routing."""
         history = self.history
-        if history is None:
-            raise ConfigError(
-                'the channel mind finds the interests of a click history: add history = { kind = "sequence" } to '
-                "features.user, or leave mind out of models.channels"
-            )
+        assert history is not None
         routed = replace(history, encoder=INTERESTS, heads=count, blocks=rounds)
         return replace(self, user=tuple(routed if f is history else f for f in self.user))
 
     @property
     def tables(self) -> dict[str, TableShape]:
         """The embedding tables that the features read, by name."""
-        found: dict[str, TableShape] = {}
+        tables: dict[str, TableShape] = {}
         for feature in (*self.user, *self.item, *self.context):
-            if isinstance(feature, Category | Categories | Items):
-                table = TableShape(feature.vocabulary.table, feature.vocabulary.capacity, feature.dimension)
-            elif isinstance(feature, Bucket):
-                table = TableShape(feature.table, feature.capacity, feature.dimension)
-            else:
-                continue
-            found[table.name] = table
-        return dict(sorted(found.items()))
+            if isinstance(feature, Category | Categories | Items | Bucket):
+                table = feature if isinstance(feature, Bucket) else feature.vocabulary
+                tables[table.table] = TableShape(table.table, table.capacity, feature.dimension)
+        return dict(sorted(tables.items()))
 
     @property
     def vocabularies(self) -> dict[str, Vocabulary]:
@@ -128,14 +107,14 @@ def fit(
 ) -> FeatureSet:
     """Fit every feature to the users, items and contexts of the training positives.
 
-    Ids and values that only others have stay unknown: their embedding would never be trained.
+    Ids and values that only other rows have stay unknown: their embedding would never be trained.
 
     Args:
         features: the configured features.
-        users: rows of users with a training positive.
-        items: rows of items with a training positive.
-        context: for each declared context column, its values among the training positives; of a category its distinct
-            values are enough, of a number a fair sample.
+        users: users with a training positive.
+        items: items with a training positive.
+        context: values of each context column among the training positives; distinct ones are enough for a category,
+            a fair sample for a number.
         dimension: width of the id embeddings, the widest of all.
         room: spare rows of the id tables, as a share of the known ids.
 
@@ -251,7 +230,7 @@ def _fit_shared(sides: Iterable[_Side], dimension: int) -> dict[str, SharedTable
 
 
 def fit_numeric(name: str, table: str, kind: Numeric, column: pa.Array, dimension: int) -> Number | Bucket:
-    """Mean and deviation, or quantiles, of the finite values of a column, in whatever order they come.
+    """Mean and deviation, or quantiles, of the finite values of a column; their order does not matter.
 
     Raises:
         DataError: no numbers, or so great that they have no deviation in float64.
@@ -287,12 +266,8 @@ def width(values: int, most: int) -> int:
 def extended(features: FeatureSet, known: Mapping[str, pa.Array], room: float) -> FeatureSet:
     """The same features with other ids, for the full update, which continues yesterday's training.
 
-    Everything else stays as it was fitted, because the networks were trained on it.
-
-    Args:
-        features: yesterday's.
-        known: for `user_id` and `item_id`, the ids that get a row.
-        room: spare rows of the id tables, as a share of the known ids.
+    Everything else stays as it was fitted, because the networks were trained on it. `known` holds the ids of `user_id`
+    and `item_id` that get a row; `room` is the number of spare rows, as a share of these.
     """
     tables = {table: fit_vocabulary(table, ids, room) for table, ids in known.items()}
 
@@ -326,7 +301,7 @@ def encode_request(features: Iterable[Fitted], values: Mapping[str, Any], where:
     return {
         feature.name: feature.absent(1)
         if values.get(feature.name) is None
-        else feature.encode(raw_column(feature, [values[feature.name]]))
+        else feature.encode(raw_column(feature, values[feature.name]))
         for feature in features
     }
 

@@ -1,8 +1,7 @@
 """The kinds of features, fitted to training data, each with one way from raw values to model inputs.
 
-Training encodes whole tables, the server one request; both call `encode` here, and a value gives the same bytes on
-either way. A value that was not seen in training has a meaning (the unknown row, the missing flag) and never fails;
-only a value of another type is refused.
+Training encodes whole tables, the server one request; both call `encode` here, so a value gives the same bytes. A
+value that was not seen in training becomes the unknown row or the missing flag; only another type is refused.
 """
 
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 from twotower.features.columns import Bag, Numbers, Rows, pointers
 from twotower.features.vocabulary import FIRST, MISSING, Vocabulary, as_values
 from twotower.schema.errors import DataError, shown
+from twotower.schema.tables import is_list, is_number, is_text, undictionaried
 
 INTERESTS = "interests"
 """The encoder that gives a vector for each interest: the channel `mind` reads the click history with it."""
@@ -205,22 +205,20 @@ def split(column: pa.Array, separator: str | None, where: str) -> pa.Array:
     >>> split(pa.array(["a| b", "", None]), "|", "tags").to_pylist()
     [['a', 'b'], [None], []]
     """
-    column = plain(column)
+    column = undictionaried(column)
     kind = column.type
     if pa.types.is_null(kind):
         return pa.array([[]] * len(column), pa.list_(pa.int64()))
     if separator is not None:
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not is_text(kind):
             raise DataError(f"{where} has a separator but is of type {kind}: leave the separator out for lists")
         lists = pc.split_pattern(column.cast(pa.string()), separator)
         values = pc.utf8_trim_whitespace(lists.flatten())
         values = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
         return pa.ListArray.from_arrays(_offsets(lists), values)
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise DataError(
-            f"{where} is of type {kind}, where a list is expected"
-            + (": give a separator" if pa.types.is_string(kind) else "")
-        )
+    if not is_list(kind):
+        hint = ": give a separator" if pa.types.is_string(kind) else ""
+        raise DataError(f"{where} is of type {kind}, where a list is expected{hint}")
     if pa.types.is_fixed_size_list(kind):
         column = column.cast(pa.list_(kind.value_type))
     return pa.ListArray.from_arrays(_offsets(column), column.flatten()) if column.null_count else column
@@ -232,26 +230,15 @@ def _offsets(lists: pa.Array) -> npt.NDArray[np.int32]:
     return pointers(lengths).astype(np.int32)
 
 
-def plain(column: pa.Array) -> pa.Array:
-    """A dictionary column as its values; any other as it is."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-
-
 def as_numbers(column: pa.Array, where: str) -> npt.NDArray[np.float64]:
     """Numbers (N,) float64, NaN where a value is null.
 
     Raises:
         DataError: the column holds no numbers.
     """
-    column = plain(column)
+    column = undictionaried(column)
     kind = column.type
-    if not (
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_decimal(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_null(kind)
-    ):
+    if not (is_number(kind) or pa.types.is_decimal(kind) or pa.types.is_boolean(kind)):
         raise DataError(f"{where} is of type {kind}, where numbers are expected")
     numbers: npt.NDArray[np.float64] = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     return numbers
@@ -266,19 +253,15 @@ def damp(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.sign(values) * np.log1p(np.abs(values))
 
 
-def raw_column(fitted: Fitted, values: list[Any]) -> pa.Array:
-    """Values of a request as the Arrow column that `encode` takes, of the type that the values have.
+def raw_column(fitted: Fitted, value: Any) -> pa.Array:
+    """A value of a request as the Arrow column (1,) that `encode` takes.
 
     Raises:
-        DataError: values of mixed types, or that no column can hold.
+        DataError: a list of mixed types, or a value that no column can hold.
     """
     try:
-        if isinstance(fitted, Categories) and fitted.separator is not None:
-            separator = fitted.separator
-            values = [
-                separator.join(part for part in value if part is not None) if isinstance(value, list) else value
-                for value in values
-            ]
-        return pa.array(values)
+        if isinstance(fitted, Categories) and fitted.separator is not None and isinstance(value, list):
+            value = fitted.separator.join(part for part in value if part is not None)
+        return pa.array([value])
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError, OverflowError, UnicodeError):
-        raise DataError(f"{fitted.name}: {shown(values[:2])} is no value of one type that a column can hold") from None
+        raise DataError(f"{fitted.name}: {shown([value])} is no value of one type that a column can hold") from None

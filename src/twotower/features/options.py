@@ -106,11 +106,7 @@ class Features:
     """Columns of `events/`, and keys of a request's `context`; they enter the user tower."""
 
     def __post_init__(self) -> None:
-        """Refuse what no pair of towers could be built from.
-
-        Raises:
-            ValueError: a tower without features, a name on both sides of the user tower, a context that is the target.
-        """
+        """Refuse a tower without features, a name on both sides of the user tower, and a context that is the target."""
         if not self.item:
             raise ValueError("features.item is empty: the item tower needs a feature, such as item_id")
         if not self.user and not self.context:
@@ -119,19 +115,16 @@ class Features:
             raise ValueError(f"{both[0]} is in features.user and in features.context: rename the column in one of them")
         if labels := sorted(self.context.keys() & set(LABELS)):
             raise ValueError(f"features.context.{labels[0]} is what the model is to find, no request knows it")
-        if problems := [
-            *_unusable({"user": self.user, "context": self.context}),
-            *_unusable({"item": self.item}),
-        ]:
+        user_tower = {"user": self.user, "context": self.context}
+        if problems := [*_unusable(user_tower), *_unusable({"item": self.item})]:
             raise ValueError("; ".join(problems))
 
 
 def _unusable(sides: Mapping[str, Mapping[str, Feature]]) -> list[str]:
     """What is wrong with the names of the features of one tower, by side of the configuration.
 
-    Columns have prefixes inside, so that no other name is one of ours. Two places have none: in daily partitions the
-    context stands beside the columns of joined events, and in a tower the length of a sequence stands beside it. Upper
-    and lower case are one to the engines.
+    Most internal columns have prefixes that keep names apart. Two places have none: daily partitions hold the context
+    beside the columns of joined events, and a tower the length of a sequence beside it. Engines ignore case.
     """
     problems = []
     kinds = {f"features.{side}.{name}": (side, name, kind) for side, of in sides.items() for name, kind in of.items()}

@@ -36,38 +36,26 @@ class FeatureStore(Protocol):
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, None where there is none."""
-        ...
 
     def write(self, changes: Mapping[bytes, bytes | None]) -> None:
-        """Set or, with None, delete keys: all of them or, after a crash, none. A later `get` sees the change.
-
-        Args:
-            changes: values by key, of 1 to 511 bytes.
-        """
-        ...
+        """Set or, with None, delete keys of 1 to 511 bytes: all or, after a crash, none. A later `get` sees it."""
 
     def scan(self, prefix: bytes) -> dict[bytes, bytes]:
         """The values of all keys that begin with a prefix."""
-        ...
 
     def clear(self) -> None:
         """Delete every key."""
-        ...
 
     def close(self) -> None:
         """Close files and connections; a second call does nothing."""
-        ...
 
 
 class LmdbFeatureStore:
-    """The embedded store: an LMDB file, read without locks or copies.
+    """The embedded store: an LMDB file in a folder, read without locks or copies.
 
-    A killed process loses nothing; after a power cut the latest changes may be gone, but never torn. Its content can be
-    built again from the event log. So a damaged store is renamed, and an empty one takes its place. LMDB trusts its
-    file: a damaged one would end the process that reads it. So another process reads all of it first.
-
-    Args:
-        folder: its folder, made if absent.
+    A killed process loses nothing; after a power cut the latest changes may be gone, but never torn. A damaged store is
+    renamed, and an empty one takes its place, because its content can be built again from the event log. LMDB trusts
+    its file, and a damaged one would end the process that reads it. So another process reads all of it first.
 
     Raises:
         FeatureStoreError: the folder holds something else, or the disk refuses.

@@ -6,7 +6,6 @@ does not depend on the order in which values were seen. After them a table may h
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.schema.errors import DataError, shown
+from twotower.schema.tables import is_text, undictionaried
 
 MISSING = 0
 UNKNOWN = 1
@@ -39,10 +39,9 @@ def as_values(column: pa.ChunkedArray | pa.Array, where: str) -> pa.Array:
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
+    column = undictionaried(column)
     kind = column.type
-    if pa.types.is_dictionary(kind):
-        return as_values(column.cast(kind.value_type), where)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if is_text(kind):
         return column.cast(pa.string())
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
         try:
@@ -94,23 +93,11 @@ class Positions:
         return np.where(hit, found.to_numpy(zero_copy_only=False), -1).astype(np.int64)
 
     def _find_string(self, value: str | None) -> int:
+        """A binary search: UTF-8 bytes and code points have the same order."""
         if value is None:
             return -1
-        position = bisect_left(_Strings(self.values), value)
+        position = bisect_left(range(len(self.values)), value, key=lambda place: self.values[place].as_py())
         return position if position < len(self.values) and self.values[position].as_py() == value else -1
-
-
-class _Strings:
-    """Arrow strings as a sequence that `bisect` can search: UTF-8 bytes and code points have the same order."""
-
-    def __init__(self, values: pa.Array) -> None:
-        self._values = values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, position: int) -> Any:
-        return self._values[position].as_py()
 
 
 @dataclass(frozen=True)

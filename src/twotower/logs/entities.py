@@ -1,6 +1,6 @@
-"""What is known of users and items that are put or deleted while a system runs: what their events say, in order.
+"""What is known of users and items that are put or deleted while a system runs.
 
-These events go through the log, so that every server, the joiner and the updater see them in one order.
+Their events go through the log, so that every server, the joiner and the updater see them in one order.
 """
 
 from __future__ import annotations
@@ -21,25 +21,18 @@ class Entity:
     available: bool | None = None
     """Whether an item may be retrieved; None = as the tables say."""
     deleted: bool = False
-    """It is gone. What is put later under its id is another one: `fresh`."""
+    """It is gone. What is put later under its id is another entity: `fresh`."""
     fresh: bool = False
-    """It was deleted and put again: what the tables have under its id is not meant."""
+    """It was deleted and put again: what the tables have under its id belongs to an earlier entity."""
     deleted_ms: int | None = None
-    """When one of this id was deleted last: what happened before is not about this one; None = it never was, or an
-    older release noted it."""
+    """When this id was deleted last: what happened before is not about this entity. None = never, or an older release
+    noted it."""
     began: int = 0
-    """Place in the log of the event that began this one: the first after there was none. Items get their rows in the
-    order of these places."""
+    """Place in the log of the first event of this entity. Items get their rows in the order of these places."""
 
 
 def after(before: Entity | None, said: EntityPut | EntityDeleted, ts_ms: int, place: int = 0) -> Entity:
-    """What is known of an entity after one more of its events.
-
-    Args:
-        before: what was known; None = nothing.
-        said: the event's content.
-        ts_ms: time of the event.
-        place: offset of the event in its partition of the log.
+    """What is known of an entity after one more of its events; `place` is the event's offset in the log.
 
     >>> put = EntityPut("user", 7, {"age": 3}, None)
     >>> gone = after(after(None, put, 1_700_000_000_000), EntityDeleted("user", 7), 1_700_000_000_001)

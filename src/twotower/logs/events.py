@@ -1,9 +1,8 @@
 """Events: as they are sent and stored (`Event`), and what they say (`Event.content`).
 
-The names of an event's fields stand only here. `check_event` is the one check that every event passes: before a log
-stores it, and when it is read. A log stores nothing that the check refuses. What others wrote into it, such as a
-producer of its own into a Kafka topic, or an earlier release, passes the same check when it is read
-(`twotower.logs.payload`). So the size of what one event can become is bounded for everybody who reads.
+The names of an event's fields stand only here. Every event passes `check_event` before a log stores it, and again when
+it is read (`twotower.logs.payload`), because an earlier release or another producer may have written it. So the size
+of what one event can become is bounded for every reader.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ ERASED: Final = "erased"
 """Type of the events that a log gives in the place of those that were erased."""
 UNUSABLE: Final = "unusable"
 """Type of the events that a log gives in the place of those that fail the check."""
-
 CATALOGUE: Final = "@catalogue"
 """The user of the events of items, so that they stand in one partition, in one order."""
 NOBODY: Final = "@erased"
@@ -69,10 +67,9 @@ _ITEMS, _CONTEXT, _FEATURES, _DELETED, _WAS = "items", "context", "features", "d
 
 @dataclass(frozen=True, slots=True)
 class Click:
-    """Items that a user clicked, and what was known when they were shown.
+    """Items that a user clicked (None = it names none), and what was known when they were shown.
 
-    A click or an impression names `item_id` or a list of `items`; None = it names neither. The other values stand here
-    as they were sent: a reader compares them with the types of its workspace.
+    The other values stand here as they were sent: a reader compares them with the types of its workspace.
     """
 
     items: Sequence[EntityId] | None = None
@@ -98,10 +95,7 @@ class Impression:
 
 @dataclass(frozen=True, slots=True)
 class LoggedRequest:
-    """A request with what became of its candidates: lists with one value for each of its items, but for the last ones.
-
-    What `Click` says of values that a reader compares holds here too.
-    """
+    """A request with what became of its candidates: up to `propensities`, lists with a value for each of its items."""
 
     items: Sequence[EntityId] | None = None
     outcomes: Sequence[str] | None = None
@@ -184,34 +178,38 @@ _FIELDS: Final = {kind: tuple(one.name for one in fields(kind)) for kind in _WIT
 class Event:
     """A raw event as a client or a server sent it, checked when it is made.
 
-    Args:
-        event_id: names the event; a retry carries the same id and the same user.
-        type: `request`, `impression`, `click`, or any other word.
-        user_id: int64 or string; 1 and "1" are different users.
-        ts_ms: when it happened, milliseconds since 1970.
-        request_id: the request that it belongs to, if any.
-        body: its further JSON fields, such as items and context.
-
     Raises:
         DataError: a field of another type, an empty id, a time that is not in milliseconds, a body that names one of
-            the fields above.
+            the other fields.
     """
 
     event_id: str
+    """Names the event; a retry carries the same id and the same user."""
     type: str
+    """`request`, `impression`, `click`, or any other word."""
     user_id: EntityId
     ts_ms: int
+    """When it happened, milliseconds since 1970."""
     request_id: str | None = None
     body: Mapping[str, Any] = field(default_factory=dict)
+    """Its further JSON fields, such as items and context."""
 
     def __post_init__(self) -> None:
-        _require_text(self.event_id, EVENT_ID, "an event")
+        _require(self.event_id, str, "a string", EVENT_ID, "an event")
         where = f"event {shown(self.event_id)}"
-        _require_text(self.type, TYPE, where)
+        _require(self.type, str, "a string", TYPE, where)
         if self.request_id is not None:
-            _require_text(self.request_id, c.REQUEST_ID, where)
-        _require_user(self.user_id, where)
-        _require_time(self.ts_ms, where)
+            _require(self.request_id, str, "a string", c.REQUEST_ID, where)
+        _require(self.user_id, (int, str), "an integer or a string", c.USER_ID, where)
+        if isinstance(self.user_id, int) and not -(2**63) <= self.user_id < 2**63:
+            raise DataError(
+                f"{where} has {c.USER_ID}={shown(self.user_id)}, which does not fit int64: send it as a string"
+            )
+        _require(self.ts_ms, int, "an integer of milliseconds", c.TS_MS, where)
+        if likely := mistaken_time(self.ts_ms):
+            raise DataError(
+                f"{where} has {c.TS_MS}={shown(self.ts_ms)}, where milliseconds since 1970 are expected; {likely}"
+            )
         if not isinstance(self.body, Mapping):
             raise DataError(
                 f"{where} has a body of type {type(self.body).__name__}: a mapping of JSON fields is expected"
@@ -303,7 +301,7 @@ class Event:
 def item_event(
     event_id: str, ts_ms: int, item_id: EntityId, features: Mapping[str, Any] | None, available: bool | None
 ) -> Event:
-    """An item is put: with features, they replace all that it had; without, only its availability is said."""
+    """An item is put: given features replace all that it had; without them, only its availability changes."""
     body: dict[str, Any] = {c.ITEM_ID: item_id, _FEATURES: None if features is None else dict(features)}
     if available is not None:
         body[c.AVAILABLE] = available
@@ -328,9 +326,7 @@ def user_deleted(event_id: str, ts_ms: int, user_id: EntityId) -> Event:
 def check_event(event: Event, logged_ms: int) -> None:
     """Refuse an event that no reader could use, or that would cost each of them too much.
 
-    Args:
-        event: its own fields have the right types, as `Event` checks them.
-        logged_ms: the log's clock when it stored the event, milliseconds since 1970.
+    `logged_ms` is the log's clock when it stored the event, milliseconds since 1970.
 
     Raises:
         Refused: a time beyond the clock, an id, text or list that is too large, a number that is not finite, or items
@@ -368,11 +364,7 @@ def check_event(event: Event, logged_ms: int) -> None:
 
 
 def check_time(ts_ms: int, logged_ms: int, where: str) -> None:
-    """Refuse a time that lies ahead of a clock by more than `ALLOWED_SKEW_MS`.
-
-    Raises:
-        Refused: it does.
-    """
+    """Refuse (`Refused`) a time that lies ahead of a clock by more than `ALLOWED_SKEW_MS`."""
     if ts_ms > logged_ms + ALLOWED_SKEW_MS:
         raise Refused(
             BEYOND_CLOCK,
@@ -382,7 +374,7 @@ def check_time(ts_ms: int, logged_ms: int, where: str) -> None:
 
 
 def _check_ids(values: Any, most: int, where: str) -> None:
-    """Ids are integers of 64 bits or short strings, and not empty."""
+    """Refuse a list of ids that is too long, or an id that is no integer of 64 bits and no short string."""
     if values is None:
         return
     if not isinstance(values, list):
@@ -427,26 +419,10 @@ def _check_context(context: Any, where: str) -> None:
         raise Refused(TOO_LARGE, f"{where}: context takes {size} bytes, at most {MAX_CONTEXT_BYTES} are allowed")
 
 
-def _require_text(value: object, name: str, where: str) -> None:
-    if not isinstance(value, str):
-        raise DataError(f"{where} has {name}={shown(value)} of type {type(value).__name__}: a string is expected")
-    if not value:
+def _require(value: object, kinds: type | tuple[type, ...], expected: str, name: str, where: str) -> None:
+    """Refuse a field of another type, or an empty one."""
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        kind = type(value).__name__
+        raise DataError(f"{where} has {name}={shown(value)} of type {kind}: {expected} is expected")
+    if value == "":
         raise DataError(f"{where} has an empty {name}")
-
-
-def _require_user(user_id: object, where: str) -> None:
-    if isinstance(user_id, bool) or not isinstance(user_id, int | str):
-        kind = type(user_id).__name__
-        raise DataError(f"{where} has {c.USER_ID}={shown(user_id)} of type {kind}: an integer or a string is expected")
-    if user_id == "":
-        raise DataError(f"{where} has an empty {c.USER_ID}")
-    if isinstance(user_id, int) and not -(2**63) <= user_id < 2**63:
-        raise DataError(f"{where} has {c.USER_ID}={shown(user_id)}, which does not fit int64: send it as a string")
-
-
-def _require_time(ts_ms: object, where: str) -> None:
-    if isinstance(ts_ms, bool) or not isinstance(ts_ms, int):
-        kind = type(ts_ms).__name__
-        raise DataError(f"{where} has {c.TS_MS}={shown(ts_ms)} of type {kind}: an integer of milliseconds is expected")
-    if likely := mistaken_time(ts_ms):
-        raise DataError(f"{where} has {c.TS_MS}={shown(ts_ms)}, where milliseconds since 1970 are expected; {likely}")

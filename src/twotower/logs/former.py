@@ -1,6 +1,6 @@
 """Logs of format 1, files of earlier releases: `LocalEventLog.open` copies their events into its database.
 
-An event's offset is then the byte before the end of its former record, so that every offset that a consumer keeps still
+An event's offset becomes the byte before the end of its former record, so every offset that a consumer keeps still
 leads to the same next event.
 """
 

@@ -1,8 +1,8 @@
-"""An event log in a Kafka topic. Only this file imports the client.
+"""An event log in a Kafka topic.
 
-An offset is Kafka's own. Kafka itself does not know the ids of events: a writer reads each partition once when it is
-opened, keeps the digests of the ids, and before it writes reads what others have written since. So a retry is
-recognised on every server, unless two servers write the same event in the same instant.
+An offset is Kafka's own. Kafka does not know the ids of events. So a writer reads each partition when it is opened,
+keeps the digests of the ids, and before it writes reads what others have written since. A retry is then recognised on
+every server, unless two servers write the same event in the same instant.
 """
 
 import logging
@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Final
 
 import confluent_kafka as kafka
@@ -17,9 +18,9 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from twotower.logs.events import Event
-from twotower.logs.partition import DIGEST_BYTES, digest, partition_of
+from twotower.logs.partition import DIGEST_BYTES, by_partition, digest
 from twotower.logs.payload import digest_of, payload_of, record_of
-from twotower.logs.protocol import MAX_PAYLOAD_BYTES, Ack, EventLogError, Record, check_range
+from twotower.logs.protocol import Ack, EventLogError, Record, check_kept, check_range
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 
@@ -29,8 +30,8 @@ _TIMEOUT_S: Final = 10.0
 _BATCH: Final = 1000
 _WAIT_MS: Final = 50
 """How long a fetch waits at the end of a partition; reading elsewhere goes on only after it."""
-_ROOM_BYTES: Final = 1 << 10
-"""Bytes of a message beside its content."""
+_MESSAGE_BYTES: Final = (16 << 20) + (1 << 10)
+"""The largest message."""
 
 
 class KafkaEventLog:
@@ -65,7 +66,7 @@ class KafkaEventLog:
         self._common: dict[str, Any] = {
             "bootstrap.servers": servers,
             "socket.timeout.ms": int(_TIMEOUT_S * 1000),
-            "message.max.bytes": MAX_PAYLOAD_BYTES + _ROOM_BYTES,
+            "message.max.bytes": _MESSAGE_BYTES,
             "log_level": 3,
             "logger": _LOGGER,
         }
@@ -100,11 +101,8 @@ class KafkaEventLog:
             raise EventLogError(f"{self._where} was opened to read only: open it to write")
         logged_ms = self._clock_ms()
         payloads = [payload_of(event, logged_ms) for event in events]
-        places: dict[int, list[int]] = {}
-        for place, event in enumerate(events):
-            places.setdefault(partition_of(event.user_id, self._partitions), []).append(place)
         acks: dict[int, Ack] = {}
-        for number, mine in places.items():
+        for number, mine in by_partition(events, self._partitions).items():
             digests = [digest(events[place].event_id, events[place].user_id) for place in mine]
             with self._refusals("cannot take the events, send them again"):
                 written = self._writers[number].write(digests, [payloads[place] for place in mine])
@@ -118,14 +116,10 @@ class KafkaEventLog:
         reader = self._readers[partition]
         with self._refusals("cannot be read"):
             first, end = reader.extent()
-            if offset > end:
-                raise DataError(f"offset {offset} lies behind the end of {self._where}, {end}: it is not of this log")
-            if 0 < offset < first:
-                raise DataError(f"{self._where} keeps events from offset {first} on, not from {offset}: begin at 0")
-            return [
-                record_of(message.offset(), message.offset() + 1, message.value())
-                for message in reader.read(max(offset, first), min(end, max(offset, first) + limit))
-            ]
+            check_kept(offset, first, end, self._where)
+            begin = max(offset, first)
+            messages = reader.read(begin, min(end, begin + limit))
+        return [record_of(message.offset(), message.offset() + 1, message.value()) for message in messages]
 
     def ends(self) -> list[int]:
         """See `EventLog`."""
@@ -143,13 +137,10 @@ class KafkaEventLog:
         if self._closed:
             return
         self._closed = True
+        connections: list[Any] = [*self._extents, *self._readers, *self._writers]
         with ExitStack() as closing:
-            for extents in self._extents:
-                closing.callback(extents.close)
-            for reader in self._readers:
-                closing.callback(reader.close)
-            for writer in self._writers:
-                closing.callback(writer.close)
+            for connection in connections:
+                closing.callback(connection.close)
 
     def _describe(self, partitions: int | None) -> int:
         """Make the topic, or check that what is there agrees; gives the number of its partitions."""
@@ -158,7 +149,7 @@ class KafkaEventLog:
         if found is None:
             if partitions is None:
                 raise DataError(f"{self._where} does not exist: a server makes it, or the first writer")
-            settings = {"max.message.bytes": str(MAX_PAYLOAD_BYTES + _ROOM_BYTES), "cleanup.policy": "delete"}
+            settings = {"max.message.bytes": str(_MESSAGE_BYTES), "cleanup.policy": "delete"}
             new = NewTopic(self._topic, num_partitions=partitions, config=settings)
             admin.create_topics([new], operation_timeout=_TIMEOUT_S)[self._topic].result(timeout=_TIMEOUT_S)
             return partitions
@@ -196,14 +187,14 @@ def _consumer(common: dict[str, Any]) -> Any:
             "enable.auto.offset.store": False,
             "auto.offset.reset": "error",
             "fetch.wait.max.ms": _WAIT_MS,
-            "fetch.message.max.bytes": MAX_PAYLOAD_BYTES + _ROOM_BYTES,
+            "fetch.message.max.bytes": _MESSAGE_BYTES,
         },
         logger=common["logger"],
     )
 
 
 class _Extents:
-    """Asks how far partitions reach, one thread at a time: of two that ask one client, the second may wait for ever."""
+    """Asks how far partitions reach, one thread at a time: of two threads on one client, the second may never end."""
 
     def __init__(self, common: dict[str, Any]) -> None:
         self._consumer = _consumer(common)
@@ -216,12 +207,12 @@ class _Extents:
         return first, end
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._consumer.close()
 
 
 class _Reader:
-    """Reads one partition. Where it ends is asked on another connection: on its own a waiting fetch comes first."""
+    """Reads one partition. Another connection asks where it ends, because on this one a waiting fetch comes first."""
 
     def __init__(self, common: dict[str, Any], extents: "_Extents", topic: str, partition: int) -> None:
         self.place = kafka.TopicPartition(topic, partition)
@@ -255,12 +246,12 @@ class _Reader:
         return messages
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._consumer.close()
 
 
 class _PartitionWriter:
-    """Writes one partition, and knows the ids in it. Its producer is its own, so that no writer waits for another."""
+    """Writes one partition, and knows the ids in it. It has its own producer, so that no writer waits for another."""
 
     def __init__(self, producer: Any, reader: _Reader) -> None:
         self._producer = producer
@@ -287,20 +278,20 @@ class _PartitionWriter:
         with self._lock:
             self.catch_up()
             fresh: dict[bytes, bytes] = {}
-            for one, payload in zip(digests, payloads, strict=True):
-                if one not in self._offsets:
-                    fresh.setdefault(one, payload)
+            for key, payload in zip(digests, payloads, strict=True):
+                if key not in self._offsets:
+                    fresh.setdefault(key, payload)
             failures: list[Any] = []
-            for one, payload in fresh.items():
-                self._produce(number, one, payload, self._noting(one, failures))
+            for key, payload in fresh.items():
+                self._produce(number, key, payload, partial(self._delivered, key, failures))
             if self._producer.flush(2 * _TIMEOUT_S):
                 raise TimeoutError(f"no report of a delivery within {2 * _TIMEOUT_S:g} s")
             if failures:
                 raise kafka.KafkaException(failures[0])
-            return [Ack(number, self._offsets[one], duplicate=fresh.pop(one, None) is None) for one in digests]
+            return [Ack(number, self._offsets[key], duplicate=fresh.pop(key, None) is None) for key in digests]
 
     def close(self) -> None:
-        """Let go of the connection; everything acknowledged is written."""
+        """Close the connection; everything acknowledged is written."""
         self._reader.close()
 
     def _produce(self, number: int, key: bytes, payload: bytes, delivered: Callable[[Any, Any], None]) -> None:
@@ -314,16 +305,13 @@ class _PartitionWriter:
             except BufferError:
                 self._producer.poll(0.01)
 
-    def _noting(self, one: bytes, failures: list[Any]) -> Callable[[Any, Any], None]:
-        def noted(error: Any, message: Any) -> None:
-            if error is not None:
-                failures.append(error)
-                return
-            self._offsets[one] = message.offset()
-            if message.offset() == self._end:
-                self._end += 1
-
-        return noted
+    def _delivered(self, key: bytes, failures: list[Any], error: Any, message: Any) -> None:
+        if error is not None:
+            failures.append(error)
+            return
+        self._offsets[key] = message.offset()
+        if message.offset() == self._end:
+            self._end += 1
 
 
 def _mark(message: Any) -> bytes:

@@ -29,10 +29,10 @@ from twotower.logs.events import Event
 from twotower.logs.former import former_partitions, former_records, remove_former
 from twotower.logs.partition import digest, partition_of
 from twotower.logs.payload import erased_payload, payload_of, record_of, user_of
-from twotower.logs.protocol import Ack, EventLogError, Record, Sync, check_range
+from twotower.logs.protocol import Ack, EventLogError, Record, Sync, check_kept, check_range
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import sync_file, sync_folder
+from twotower.schema.files import sync_path
 
 CHECKPOINT_PAGES = 1000
 """Length of the write-ahead log at which it is copied into the database."""
@@ -91,9 +91,9 @@ class LocalEventLog:
         Args:
             folder: holds the log alone, on a local disk.
             partitions: fixed when the log is made.
-            sync: when an event is acknowledged: `always` once it is flushed to disk, in one flush for all the threads
-                that wait; `interval` once it is written, with a flush every `sync_s` seconds; `never` once it is
-                written. All three survive a killed process; in a power cut only `always` keeps what is acknowledged.
+            sync: when an event is acknowledged: `always` once it is flushed to disk, in one flush for all waiting
+                threads; `interval` once it is written, with a flush every `sync_s` seconds; `never` once it is written.
+                All three survive a killed process; in a power cut only `always` keeps what is acknowledged.
             sync_s: seconds between flushes with `interval`.
             clock_ms: the log's clock.
 
@@ -135,16 +135,11 @@ class LocalEventLog:
     def append(self, events: Sequence[Event]) -> list[Ack]:
         """See `EventLog`."""
         writer, logged_ms = self._writable(), self._clock_ms()
-        return writer.append(
-            [
-                (
-                    partition_of(event.user_id, self._partitions),
-                    digest(event.event_id, event.user_id),
-                    payload_of(event, logged_ms),
-                )
-                for event in events
-            ]
-        )
+        rows = []
+        for event in events:
+            mark, payload = digest(event.event_id, event.user_id), payload_of(event, logged_ms)
+            rows.append((partition_of(event.user_id, self._partitions), mark, payload))
+        return writer.append(rows)
 
     def read(self, partition: int, offset: int, limit: int) -> list[Record]:
         """See `EventLog`."""
@@ -153,7 +148,8 @@ class LocalEventLog:
         with self._reading, _refusals(f"{self._folder} cannot be read"):
             rows = _select(self._database, partition, offset, limit)
             if offset and not (rows and rows[0].offset == offset):
-                self._check_kept(partition, offset)
+                where = f"partition {partition} of {self._folder}"
+                check_kept(offset, *_bounds(self._database, partition), where)
         if rows and not rows[0].is_whole:
             raise DataError(
                 f"{self._folder / _FILE} is damaged at offset {rows[0].offset} of partition {partition}: "
@@ -166,7 +162,7 @@ class LocalEventLog:
             records.append(record_of(row.offset, row.offset + 1, row.payload))
         if records and records[-1].next_offset > self._on_disk[partition]:
             with _refusals(f"{self._folder} cannot be flushed"), suppress(FileNotFoundError):  # copied, so on disk
-                sync_file(self._folder / _WAL)
+                sync_path(self._folder / _WAL)
             self._on_disk[partition] = records[-1].next_offset
         return records
 
@@ -198,10 +194,7 @@ class LocalEventLog:
         return number
 
     def forget(self, partition: int, before: int) -> None:
-        """Remove the events before an offset, and their ids, once every consumer has read them.
-
-        The last event of a partition always stays, so that offsets go on from it.
-        """
+        """Remove the events before an offset, which every consumer has read; the last event of a partition stays."""
         writer = self._writable()
         check_range(partition, self._partitions, before, 1)
         writer.forget(partition, before)
@@ -226,23 +219,13 @@ class LocalEventLog:
         if self._closed.is_set():
             raise EventLogError(f"{self._folder} is closed")
 
-    def _check_kept(self, partition: int, offset: int) -> None:
-        first, end = _bounds(self._database, partition)
-        if offset > end:
-            raise DataError(
-                f"offset {offset} lies behind the end of partition {partition} of {self._folder}, {end}: "
-                "it is not of this log"
-            )
-        if offset < first:
-            raise DataError(f"{self._folder} keeps events from offset {first} on, not from {offset}: begin at 0")
-
 
 class _Writer:
-    """The writing end of a log.
+    """Writes a log.
 
     Threads write one at a time, and so do processes, by a lock on a file: no process copies the write-ahead log into
     the database while another one writes. Threads flush outside the lock: the first that needs its events on disk
-    flushes for all that have written by then, while others write on and share the next flush.
+    flushes for all that have written by then, while others go on writing and share the next flush.
     """
 
     def __init__(self, folder: Path, partitions: int, sync: Sync, sync_s: float):
@@ -266,8 +249,8 @@ class _Writer:
                 self._wal = os.open(folder / _WAL, os.O_RDWR)
                 opened.callback(os.close, self._wal)
                 os.fsync(self._wal)  # a retry of what a killed writer wrote is acknowledged as a duplicate
-                sync_folder(folder)
-                sync_folder(folder.parent)
+                sync_path(folder)
+                sync_path(folder.parent)
             self._opened = opened.pop_all()
         self._on_disk = list(self._ends)
         self.flusher = Thread(target=self._flush_every, args=(sync_s,), name="event-log-flush", daemon=True)
@@ -432,13 +415,9 @@ def _make(folder: Path, database: sqlite3.Connection, partitions: int) -> None:
                     f"CREATE TABLE {table} (offset INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, "
                     "checksum INTEGER NOT NULL, payload BLOB NOT NULL)"
                 )
-                database.executemany(
-                    f"INSERT INTO {table} VALUES (?, ?, ?, ?)",
-                    (
-                        (at, mark, _checksum(at, mark, payload), payload)
-                        for at, mark, payload in former_records(folder, partition)
-                    ),
-                )
+                for at, mark, payload in former_records(folder, partition):
+                    row = (at, mark, _checksum(at, mark, payload), payload)
+                    database.execute(f"INSERT INTO {table} VALUES (?, ?, ?, ?)", row)
             database.execute(f"PRAGMA user_version = {_FORMAT}")
     if former_partitions(folder):
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -12,11 +12,7 @@ _ADDRESSES = {"redis": "redis://localhost:6379/0", "kafka": "localhost:9092"}
 
 
 def open_log(options: EventLogOptions, folder: Path) -> EventLog:
-    """An event log to write and to read.
-
-    Args:
-        options: the options of the log.
-        folder: `local`: its files.
+    """An event log to write and to read; `folder` is for the files of a `local` one.
 
     Raises:
         ConfigError: no address, a client that is not installed, another number of partitions.

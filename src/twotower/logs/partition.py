@@ -1,9 +1,12 @@
 """Which partition a user's events go to, and how an event is told from others there: the same on every machine."""
 
 import struct
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import google_crc32c
+
+from twotower.logs.events import Event
 
 DIGEST_BYTES = 16
 
@@ -24,6 +27,14 @@ def partition_of(user_id: int | str, partitions: int) -> int:
     [0, 1, 2, 2]
     """
     return int(google_crc32c.value(user_key(user_id))) % partitions
+
+
+def by_partition(events: Sequence[Event], partitions: int) -> dict[int, list[int]]:
+    """Places of events in a sequence, by the partition that they belong to."""
+    places: dict[int, list[int]] = {}
+    for place, event in enumerate(events):
+        places.setdefault(partition_of(event.user_id, partitions), []).append(place)
+    return places
 
 
 def digest(event_id: str, user_id: int | str) -> bytes:

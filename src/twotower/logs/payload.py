@@ -1,12 +1,11 @@
 """What a log stores of an event, and what it gives back: the same for every log.
 
-The payload of an event is its JSON object with the field `logged_ms`, the log's clock when it was stored: the clock of
-the process that appended it. In the place of an erased event stands a stub of its type, its times and its digest
-(`erased_payload`): nobody can tell from it whose event it was, offsets stay where they are, a retry is still a
-duplicate, and event time runs through it as before.
+The payload of an event is its JSON object with the field `logged_ms`: the clock of the process that appended it. An
+erased event leaves a stub of its type, its times and its digest (`erased_payload`): it does not tell whose event it
+was, but offsets and event time stay as they are, and a retry is still a duplicate.
 
 A payload that is no event, or one that fails the check, is read as an event of the type `unusable`, with its reason. It
-keeps its offset, counts as an event of nobody, and stops no reader.
+keeps its offset, belongs to no user, and stops no reader.
 """
 
 import struct
@@ -60,13 +59,9 @@ def payload_of(event: Event, logged_ms: int) -> bytes:
 
 
 def record_of(offset: int, next_offset: int, payload: bytes | None, clock_ms: ClockMs = now_ms) -> Record:
-    """The record of a stored payload: its event, an `erased` or an `unusable` one.
+    """The record of a stored payload (None = a message without a value): its event, an `erased` or an `unusable` one.
 
-    Args:
-        offset: where it stands.
-        next_offset: where the next one stands.
-        payload: as stored; None for a message without a value.
-        clock_ms: stands for the log's clock where the payload does not say it, as others and earlier releases wrote it.
+    `clock_ms` stands for the log's clock where a payload of an earlier release or another program does not have it.
 
     >>> record = record_of(0, 1, b'{"event_id": 3}')
     >>> record.event.type, record.event.body["reason"]
@@ -77,19 +72,18 @@ def record_of(offset: int, next_offset: int, payload: bytes | None, clock_ms: Cl
     try:
         if is_erased(payload):
             event, said_ms = _stub(payload)
-            logged_ms = clock_ms() if said_ms is None else said_ms
+            logged_ms = _usable(said_ms) or clock_ms()
             check_time(event.ts_ms, logged_ms, "an erased event")
         else:
             document = _document(payload)
-            said_ms = _logged_ms(document)
-            logged_ms = clock_ms() if said_ms is None else said_ms
+            logged_ms = _usable(document.pop(LOGGED_MS, None)) or clock_ms()
             event = Event.from_json(document)
             check_event(event, logged_ms)
             if event.ts_ms > logged_ms:  # by a clock that is a little ahead: nothing happened after it was logged
                 event = replace(event, ts_ms=logged_ms)
     except DataError as error:
         reason = error.reason if isinstance(error, Refused) else MALFORMED
-        logged_ms = clock_ms() if logged_ms is None else logged_ms
+        logged_ms = logged_ms or clock_ms()
         body = asdict(Unusable(reason, str(error)))
         event = Event(digest_of(payload).hex(), UNUSABLE, NOBODY, logged_ms, body=body)
     return Record(offset, next_offset, event, logged_ms)
@@ -114,7 +108,7 @@ def is_erased(payload: bytes) -> bool:
 
 
 def digest_of(payload: bytes) -> bytes:
-    """The digest of the event, 16 bytes, which an erased one keeps; of a payload that is no event, one of its bytes."""
+    """The digest of the event, 16 bytes, which an erased one keeps; or of the bytes of a payload that is no event."""
     try:
         if is_erased(payload):
             mark: bytes = _HEADS[payload[0]].unpack_from(payload)[3]
@@ -126,7 +120,7 @@ def digest_of(payload: bytes) -> bytes:
 
 
 def mark_of(event: Event) -> str:
-    """The same of an event that was read, in hexadecimal digits: equal before and after it is erased."""
+    """The digest of an event that was read, in hexadecimal digits: equal before and after it is erased."""
     return event.event_id if event.user_id == NOBODY else digest(event.event_id, event.user_id).hex()
 
 
@@ -153,9 +147,8 @@ def _document(payload: bytes) -> dict[str, Any]:
     return document
 
 
-def _logged_ms(document: dict[str, Any]) -> int | None:
-    """The log's clock of a document; the field is no part of the event."""
-    logged_ms = document.pop(LOGGED_MS, None)
+def _usable(logged_ms: Any) -> int | None:
+    """The log's clock as a payload has it; None where it is no time of a log."""
     return logged_ms if type(logged_ms) is int and EARLIEST_MS <= logged_ms <= LATEST_MS else None
 
 
@@ -164,7 +157,6 @@ def _stub(payload: bytes) -> tuple[Event, int | None]:
     try:
         _, ts_ms, length, mark, *logged_ms = head.unpack_from(payload)
         was = Erased(payload[head.size : head.size + length].decode())
-        event = Event(mark.hex(), ERASED, NOBODY, ts_ms, body=asdict(was))
-        return event, _logged_ms({LOGGED_MS: logged_ms[0]} if logged_ms else {})
+        return Event(mark.hex(), ERASED, NOBODY, ts_ms, body=asdict(was)), logged_ms[0] if logged_ms else None
     except (struct.error, UnicodeDecodeError) as error:
         raise Refused(MALFORMED, f"it is no stub of an erased event: {error}") from None

@@ -6,17 +6,13 @@ for each partition and finds there, days later, the same events in the same orde
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Literal, Protocol
 
 from twotower.logs.events import Event
-from twotower.schema.errors import TwotowerError
+from twotower.schema.errors import DataError, TwotowerError
 
 Sync = Literal["always", "interval", "never"]
 """When an event is acknowledged: on disk, before the next flush of a clock, or once it is written."""
-
-MAX_PAYLOAD_BYTES: Final = 16 << 20
-"""The largest event, as JSON. In a file a length beyond it is damage, so that no reader waits for gigabytes that never
-come."""
 
 
 class EventLogError(TwotowerError):
@@ -47,8 +43,8 @@ class EventLog(Protocol):
     """An append-only log of events, in partitions by user.
 
     - All events of a user are in one partition (`partition_of`), in the order in which they were appended.
-    - An offset is an integer that rises within a partition and is opaque otherwise: use 0 for the earliest event that
-      is kept, and what the log itself gave. What stands at an offset never changes, but that it may be erased.
+    - An offset is an integer that rises within a partition and is opaque otherwise: use 0 for the earliest kept event,
+      and offsets that the log itself gave. The event at an offset never changes, but it may be erased.
     - Every method may be called from several threads.
     """
 
@@ -59,14 +55,10 @@ class EventLog(Protocol):
     def append(self, events: Sequence[Event]) -> list[Ack]:
         """Write events; returns when they are on disk by the log's own policy.
 
-        An event whose id the same user's partition already holds, from an earlier call or earlier in this one, is not
-        written again: its acknowledgement is a duplicate and gives the place of the first. So a caller that got an
-        error or no answer sends the same events again. Ids are compared within a user: two users may use the same one.
-
-        A batch is not a transaction: after an error some of its events may be in the log, but none is acknowledged.
-
-        Returns:
-            An acknowledgement for each event, in their order.
+        An event whose id the log already holds of the same user is not written again: its acknowledgement, of which
+        there is one for each event in order, is a duplicate and gives the place of the first. So a caller that got an
+        error or no answer sends the same events again. A batch is not a transaction: after an error some of its events
+        may be in the log, but none is acknowledged.
 
         Raises:
             DataError: an event fails `twotower.logs.events.check_event` or cannot be written as JSON; nothing of the
@@ -77,8 +69,8 @@ class EventLog(Protocol):
     def read(self, partition: int, offset: int, limit: int) -> list[Record]:
         """Up to `limit` events of a partition from an offset on, in order; empty at the end of the log.
 
-        What was read is on disk: an offset that a reader keeps outlives a power cut. In the place of what is no event,
-        or fails the check, stands an event of the type `unusable` (`twotower.logs.payload`).
+        What was read is on disk, so an offset that a reader keeps outlives a power cut. A payload that is no event, or
+        fails the check, is an event of the type `unusable` (`twotower.logs.payload`).
 
         Raises:
             ValueError: no such partition, a negative offset, or a limit below 1.
@@ -87,14 +79,14 @@ class EventLog(Protocol):
         """
 
     def ends(self) -> list[int]:
-        """For each partition the offset at which the next event will stand: where to read only what is to come."""
+        """For each partition the offset of the next event that will be appended."""
 
     def erase(self, partition: int, users: Mapping[int | str, int]) -> int | None:
         """Erase what a partition holds of users before an offset each, such as that of the event that deletes them.
 
-        In the place of each of their events stands one of the type `erased` (`twotower.logs.payload`), which keeps only
-        the event's type and time: offsets hold, and a retry is a duplicate still. Killed at any moment, some of the
-        events are erased, and a second call erases the rest.
+        Each of their events becomes one of the type `erased` (`twotower.logs.payload`), which keeps only the event's
+        type and time: offsets hold, and a retry is still a duplicate. If the process is killed, a second call erases
+        the rest.
 
         Args:
             partition: a partition of the log.
@@ -114,12 +106,16 @@ class EventLog(Protocol):
 
 
 def check_range(partition: int, partitions: int, offset: int, limit: int) -> None:
-    """Refuse what cannot be read.
-
-    Raises:
-        ValueError: no such partition, a negative offset, or a limit below 1.
-    """
+    """Refuse (`ValueError`) a partition that does not exist, a negative offset, or a limit below 1."""
     if not 0 <= partition < partitions:
         raise ValueError(f"partition={partition}, but the log has {partitions}")
     if offset < 0 or limit < 1:
         raise ValueError(f"offset={offset}, limit={limit}: an offset is at least 0, a limit at least 1")
+
+
+def check_kept(offset: int, first: int, end: int, where: str) -> None:
+    """Refuse (`DataError`) an offset behind the end of a partition, or before the first event that it keeps."""
+    if offset > end:
+        raise DataError(f"offset {offset} lies behind the end of {where}, {end}: it is not of this log")
+    if 0 < offset < first:
+        raise DataError(f"{where} keeps events from offset {first} on, not from {offset}: begin at 0")

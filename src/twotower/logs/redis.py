@@ -17,9 +17,9 @@ from typing import Any, Final
 import redis
 
 from twotower.logs.events import Event
-from twotower.logs.partition import digest, partition_of
+from twotower.logs.partition import by_partition, digest
 from twotower.logs.payload import digest_of, erased_payload, payload_of, record_of, user_of
-from twotower.logs.protocol import Ack, EventLogError, Record, Sync, check_range
+from twotower.logs.protocol import Ack, EventLogError, Record, Sync, check_kept, check_range
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
 
@@ -112,22 +112,15 @@ class RedisEventLog:
     def append(self, events: Sequence[Event]) -> list[Ack]:
         """See `EventLog`."""
         self._check_open()
-        arguments: dict[int, list[bytes]] = {}
-        places: dict[int, list[int]] = {}
         logged_ms = self._clock_ms()
-        for place, event in enumerate(events):
-            payload = payload_of(event, logged_ms)
-            number = partition_of(event.user_id, self._partitions)
-            arguments.setdefault(number, []).extend((digest(event.event_id, event.user_id), payload))
-            places.setdefault(number, []).append(place)
+        rows = [(digest(event.event_id, event.user_id), payload_of(event, logged_ms)) for event in events]
         acks: dict[int, Ack] = {}
-        for number, mine in places.items():
+        for number, mine in by_partition(events, self._partitions).items():
+            arguments = [argument for place in mine for argument in rows[place]]
             with self._refusals("cannot take the events, send them again"):
-                offsets = self._append(keys=[self._events(number), self._ids(number)], args=arguments[number])
-            acks.update(
-                (place, Ack(number, abs(offset), duplicate=offset < 0))
-                for place, offset in zip(mine, offsets, strict=True)
-            )
+                offsets = self._append(keys=[self._events(number), self._ids(number)], args=arguments)
+            for place, offset in zip(mine, offsets, strict=True):
+                acks[place] = Ack(number, abs(offset), duplicate=offset < 0)
         return [acks[place] for place in range(len(events))]
 
     def read(self, partition: int, offset: int, limit: int) -> list[Record]:
@@ -147,12 +140,7 @@ class RedisEventLog:
             return [self._last(number) + 1 for number in range(self._partitions)]
 
     def forget(self, partition: int, before: int) -> int:
-        """Remove the events before an offset, and their ids; gives their number.
-
-        Args:
-            partition: a partition of the log.
-            before: the first offset to keep; every consumer must have read the log up to it.
-        """
+        """Remove the events before an offset, which every consumer has read, and their ids; gives their number."""
         self._check_open()
         check_range(partition, self._partitions, before, 1)
         forgotten = 0
@@ -211,25 +199,15 @@ class RedisEventLog:
             pipeline.xrange(self._events(partition), min=_id(offset), count=limit)
             pipeline.zrangebyscore(self._erased(partition), offset, "+inf", start=0, num=limit)
             entries, stubs = pipeline.execute()
-        found = {_offset(entry): fields.get(_EVENT, b"") for entry, fields in entries}
-        found.update(map(_stub, stubs))
-        return dict(sorted(found.items())[:limit])
+        payloads = {_offset(entry): fields.get(_EVENT, b"") for entry, fields in entries} | dict(map(_stub, stubs))
+        return dict(sorted(payloads.items())[:limit])
 
     def _check_gap(self, partition: int, offset: int, limit: int) -> dict[int, bytes]:
-        """What stands from an offset on, where a moment ago nothing did: the end, or no offset at which to read.
-
-        Raises:
-            DataError: the offset lies behind the end, or what was there is no longer kept.
-        """
+        """What stands from an offset on, where nothing did before; a `DataError` where it is no offset to read at."""
         end = self._last(partition) + 1  # before the rest: others write
-        found = self._payloads(partition, offset, limit)
-        first = next(iter(found), None)
-        if offset > end:
-            raise DataError(f"offset {offset} lies behind the end of {self._where}, {end}: it is not of this log")
-        if offset not in (first, end):
-            kept = end if first is None else first
-            raise DataError(f"{self._where} keeps events from offset {kept} on, not from {offset}: begin at 0")
-        return found
+        payloads = self._payloads(partition, offset, limit)
+        check_kept(offset, next(iter(payloads), end), end, self._where)
+        return payloads
 
     def _last(self, partition: int) -> int:
         """The offset of the latest event that ever was in a partition, 0 without one."""
@@ -293,11 +271,7 @@ def _id(offset: int) -> str:
 
 
 def _offset(entry: bytes) -> int:
-    """The offset of an entry.
-
-    Raises:
-        DataError: the entry has an id that another program gave it, so that nothing can be appended behind it.
-    """
+    """The offset of an entry; an id of another program is a `DataError`, because nothing can be appended behind it."""
     time, _, offset = entry.partition(b"-")
     if time != b"0":
         raise DataError(

@@ -18,26 +18,13 @@ from pydantic import TypeAdapter
 
 from twotower.features.feature_set import FeatureSet, save
 from twotower.features.options import Features
+from twotower.samples import names as n
 from twotower.samples.columns_file import write_columns, write_table
 from twotower.samples.engine import open_engine
 from twotower.samples.events import choose_days
 from twotower.samples.fitting import FittedFeatures, PreviousFeatures, encoded_entities, fit_features
 from twotower.samples.hard import Rejected, find_rejected
 from twotower.samples.known import KnownEvents, read_known
-from twotower.samples.names import (
-    CLICKS,
-    CLICKS_FILE,
-    COPIES,
-    FORMAT,
-    HARD,
-    IMPRESSIONS_FILE,
-    ITEM_ROW,
-    ITEMS_FILE,
-    POSITIVES,
-    POSITIVES_FILE,
-    USER_ROW,
-    USERS_FILE,
-)
 from twotower.samples.options import EngineOptions, SamplesOptions
 from twotower.samples.rows import LearnedRows, impressions_of, learned_rows, with_history
 from twotower.samples.sampling import by_decile, expected_copies, with_copies
@@ -103,11 +90,10 @@ def build_samples(
         features: the configured features.
         dimension: width of the id embeddings.
         options: which events become training rows.
-        engine: what runs the job, with its memory and threads; every engine gives the same files.
-        impressions: also write what was shown, clicked or not: what rankers learn from.
+        engine: what runs the job; every engine gives the same files.
+        impressions: also write impressions, which rankers learn from.
         previous: fitted features to go on with; None = all are fitted anew.
-        clock_ms: milliseconds since 1970. Events that are later are left out and counted, so that the same events give
-            more rows by a later clock.
+        clock_ms: milliseconds since 1970; later events are left out and counted.
 
     Raises:
         DataError: a table is missing, empty or not of its schema; no positive is left.
@@ -121,16 +107,16 @@ def build_samples(
             rows = learned_rows(known, options)
             fitted = fit_features(known, rows, features, previous, dimension=dimension, room=options.vocabulary_room)
             _write_entities(known, folder, rows, fitted.features)
-            fed = _write_positives(known, folder, rows, fitted.features, options)
-            write_clicks(known, folder / CLICKS_FILE, rows.clicks)
+            fed, rejected = _write_positives(known, folder, rows, fitted.features, options)
+            write_clicks(known, folder / n.CLICKS_FILE, rows.clicks)
             if impressions:
                 shown = impressions_of(known, rows.clicks)
-                write_impressions(known, folder / IMPRESSIONS_FILE, shown, fitted.features.context)
-            report = _report(out, known, rows, fitted, fed, impressions=impressions)
+                write_impressions(known, folder / n.IMPRESSIONS_FILE, shown, fitted.features.context)
+            report = _report(out, known, rows, fitted, fed, rejected, impressions=impressions)
         shutil.rmtree(folder / "spill", ignore_errors=True)
         described = {key: value for key, value in asdict(report).items() if key != "path"}
         made = {MADE_WITH: made_with(features, options, dimension), "files": folder_listing(folder)}
-        write_json(folder / MANIFEST, {"format": FORMAT, "kind": "samples", **described, **made})
+        write_json(folder / MANIFEST, {"format": n.FORMAT, "kind": "samples", **described, **made})
     return report
 
 
@@ -149,44 +135,43 @@ def made_with(features: Features, options: SamplesOptions, dimension: int) -> di
 
 
 def _write_entities(known: KnownEvents, folder: Path, rows: LearnedRows, features: FeatureSet) -> None:
-    clicks = {CLICKS: known.tally(rows.clicks, USER_ROW)}
-    write_table(folder / USERS_FILE, encoded_entities(features.user_columns, known.users, c.USER_ID, clicks))
-    positives = {POSITIVES: rows.item_positives}
-    write_table(folder / ITEMS_FILE, encoded_entities(features.item, known.items, c.ITEM_ID, positives))
+    clicks = {n.CLICKS: known.tally(rows.clicks, n.USER_ROW)}
+    write_table(folder / n.USERS_FILE, encoded_entities(features.user_columns, known.users, c.USER_ID, clicks))
+    positives = {n.POSITIVES: rows.item_positives}
+    write_table(folder / n.ITEMS_FILE, encoded_entities(features.item, known.items, c.ITEM_ID, positives))
     save(features, folder)
-
-
-@dataclass(frozen=True)
-class _Fed:
-    """The training rows as they are written."""
-
-    table: Any
-    rejected: Rejected
 
 
 def _write_positives(
     known: KnownEvents, folder: Path, rows: LearnedRows, features: FeatureSet, options: SamplesOptions
-) -> _Fed:
-    """Write the training rows and their hard negatives."""
+) -> tuple[Any, Rejected]:
+    """Write the training rows and their hard negatives; gives the tables of both."""
     copies = expected_copies(rows.item_positives, options.hot, options.cold)
     positives = with_copies(known.engine, with_history(known, rows.fed, rows.clicks), copies, options.seed)
     rejected = find_rejected(known, rows.fed, options)
     positives = known.engine.keep("positives", rejected.count(positives))
-    write_positives(known, folder / POSITIVES_FILE, positives, features.context, rejected.sources)
+    write_positives(known, folder / n.POSITIVES_FILE, positives, features.context, rejected.sources)
     for source in rejected.sources:
         items = known.engine.batches(rejected.of(positives, source))
-        write_columns(folder / f"{HARD}{source}.arrow", pa.schema({ITEM_ROW: pa.int32()}), items)
-    return _Fed(positives, rejected)
+        write_columns(folder / f"{n.HARD}{source}.arrow", pa.schema({n.ITEM_ROW: pa.int32()}), items)
+    return positives, rejected
 
 
 def _report(
-    out: Path, known: KnownEvents, rows: LearnedRows, fitted: FittedFeatures, fed: _Fed, *, impressions: bool
+    out: Path,
+    known: KnownEvents,
+    rows: LearnedRows,
+    fitted: FittedFeatures,
+    fed: Any,
+    rejected: Rejected,
+    *,
+    impressions: bool,
 ) -> SamplesReport:
-    counts = (fed.table[f"{HARD}{source}"] > 0 for source in fed.rejected.sources)
-    some: Any = functools.reduce(operator.or_, counts, fed.table[ITEM_ROW] < 0)
-    total = known.engine.fetch(fed.table.aggregate(rows=_.count(), hard=some.cast("int64").sum())).to_pylist()[0]
+    counts = (fed[f"{n.HARD}{source}"] > 0 for source in rejected.sources)
+    some: Any = functools.reduce(operator.or_, counts, fed[n.ITEM_ROW] < 0)
+    [total] = known.engine.fetch(fed.aggregate(rows=_.count(), hard=some.cast("int64").sum())).to_pylist()
     clicked = int(rows.item_positives.sum())
-    per_item = known.tally(fed.table, ITEM_ROW, COPIES)
+    per_item = known.tally(fed, n.ITEM_ROW, n.COPIES)
     return SamplesReport(
         path=str(out),
         events=known.counts.events,
@@ -196,7 +181,7 @@ def _report(
         items=fitted.items,
         rows_fed=int(per_item.sum()),
         with_hard=round(int(total["hard"]) / int(total["rows"]), 4),
-        used=_used(known, rows, int(total["rows"]) - clicked, fed.rejected.used, impressions=impressions),
+        used=_used(known, rows, int(total["rows"]) - clicked, rejected.used, impressions=impressions),
         deciles={
             "before": by_decile(rows.item_positives, rows.item_positives),
             "after": by_decile(rows.item_positives, per_item),

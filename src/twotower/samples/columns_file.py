@@ -1,7 +1,7 @@
 """Arrow files of one record batch, written as a stream and read by mapping them into memory.
 
-A single batch makes every column one contiguous array, so that a slice of it costs nothing; writing it as a stream
-keeps the memory of a job free of the size of the log.
+In a single batch every column is one contiguous array, so that a slice of it costs nothing. Because it is written as a
+stream, the memory of a job does not grow with the log.
 """
 
 import tempfile

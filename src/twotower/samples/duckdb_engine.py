@@ -20,7 +20,6 @@ BATCH_ROWS = 1 << 17
 
 _PYTHON_GB = 0.75
 """Memory of the process beside the engine: the interpreter, its libraries, one batch in flight and mapped files."""
-_FILE = "events_file"
 
 
 class DuckDB:
@@ -31,16 +30,13 @@ class DuckDB:
         self._threads = threads
 
     def read_days(self, partitions: Mapping[str, Sequence[Path]], stored: StoredEvents) -> Any:
-        """The events of some days, with the column `date`, the day of their folder.
+        """The events of some days, whose files lie in folders `date=DAY`, with this `date`.
 
-        Args:
-            partitions: the Parquet files of each day, each in a folder `date=DAY`.
-            stored: the columns to read, their types, and the names that they get; a column that a file lacks is null
-                there.
+        The columns of `stored` get its names and types; a column that a file lacks is null there.
         """
         # Not the engine's own partition columns: those also take any key=value folder above the workspace for one.
         paths = [glob.escape(str(path.resolve())) for path in itertools.chain(*partitions.values())]
-        file, taken = _FILE, {name.casefold() for name in stored.taken}
+        file, taken = "events_file", {name.casefold() for name in stored.taken}
         while file in taken:
             file += "_"
         events = self._backend.read_parquet(
@@ -69,13 +65,10 @@ class DuckDB:
         yield from query.to_pyarrow_batches(chunk_size=BATCH_ROWS)
 
     def spread(self, work: Callable[[int], pa.RecordBatch], parts: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """The batches of `work(0)` to `work(parts - 1)` in this order, for what SQL does badly; some work at a time.
+        """The batches of `work(0)` to `work(parts - 1)` in this order, several computed at a time: for work beyond SQL.
 
-        Args:
-            work: gives one part; a function of a module, or a `functools.partial` of one, that reads what it needs from
-                files, because it may run in another process or on another machine.
-            parts: how many there are.
-            schema: of the batches.
+        `work` is a function of a module, or a `functools.partial` of one, and reads its input from files, because it
+        may run in another process or on another machine.
         """
         with ThreadPoolExecutor(self._threads) as pool:
             yield from (batch.cast(schema) for batch in pool.map(work, range(parts)))

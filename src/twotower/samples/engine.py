@@ -21,9 +21,7 @@ Engine = DuckDB | Spark
 def open_engine(options: EngineOptions, scratch: Path) -> Iterator[Engine]:
     """Open the configured engine.
 
-    Args:
-        options: which, and how large.
-        scratch: where it keeps what does not fit in memory, unless the options name a folder; removed by the caller.
+    What does not fit in memory goes to the folder of the options, or else to `scratch`, which the caller removes.
 
     Raises:
         ConfigError: pyspark or Java is not installed for Spark; the configured scratch is no folder.

@@ -1,7 +1,7 @@
 """Opens the events of a workspace: their days, their files, their columns.
 
-A workspace may be written by another job. So columns of another type are refused here, as are two columns whose names
-an engine does not tell apart, and the columns get names of their own, which no name in the files can collide with.
+Another job may have written the workspace. So columns of another type are refused, and two columns whose names an
+engine does not tell apart. All columns get new names, with which no name in the files can collide.
 """
 
 import datetime
@@ -19,7 +19,7 @@ from twotower.samples.options import SamplesOptions
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import parquet_files
-from twotower.schema.tables import require_columns
+from twotower.schema.tables import is_text, require_columns, value_type
 
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _INTEGERS = (c.EVENT_SEQ, c.REQUEST_TS_MS, c.CLICK_TS_MS)
@@ -62,14 +62,10 @@ def choose_days(folder: Path, options: SamplesOptions, today: str) -> Days:
         ConfigError: the options choose by time where there is none, contradict each other, or choose no day.
     """
     stored = partitions(folder)
-    first, last, timed = options.first_day, options.last_day, c.UNKNOWN_DATE not in stored
-    if options.days is not None and first:
-        raise ConfigError(
-            f"samples.first_day = {first} and samples.days = {options.days} both choose a beginning: give one"
-        )
-    if options.days is not None and not timed:
+    first, last = options.first_day, options.last_day
+    if c.UNKNOWN_DATE in stored and options.days is not None:
         raise ConfigError("samples.days chooses by time, but the events have none: leave it out")
-    if (first or last) and not timed:
+    if c.UNKNOWN_DATE in stored and (first or last):
         raise ConfigError(NO_TIME)
     latest = max((day for day in stored if day <= min(last or today, today)), default=max(stored))
     if options.days is not None:
@@ -88,7 +84,7 @@ def choose_days(folder: Path, options: SamplesOptions, today: str) -> Days:
 
 @dataclass(frozen=True)
 class StoredEvents:
-    """The columns of events that a job reads, under names that do not depend on those in the files."""
+    """The columns of events that a job reads, with their names in the job and in the files."""
 
     schema: pa.Schema
     """Names and types of the job. A context column is named `context.NAME`, the weight `weighed_by`."""
@@ -109,7 +105,7 @@ def stored_events(
 ) -> StoredEvents:
     """The columns to read and the type of each over all files; a context column may be absent from some, not from all.
 
-    Ids must be of the type that `users` and `items` have. With `positions`, these are read and must be numbers.
+    Ids have the type of `users` and `items`. With `positions`, these are read and must be numbers.
 
     Raises:
         DataError: a file is unreadable, a column is missing, not of the type of joined events, or present twice.
@@ -160,11 +156,7 @@ def _schema(path: Path, needed: Sequence[str]) -> pa.Schema:
 
 
 def _check_types(types: pa.Schema, weight: str | None, positions: bool) -> None:
-    """Refuse a column of joined events that is of another type.
-
-    Raises:
-        DataError: with the column, its type and the expected one.
-    """
+    """Refuse a column of joined events that is of another type."""
     kinds = {name: types.field(name).type for name in types.names}
     for name in _INTEGERS:
         if not (pa.types.is_integer(kinds[name]) or pa.types.is_null(kinds[name])):
@@ -185,11 +177,7 @@ def _check_types(types: pa.Schema, weight: str | None, positions: bool) -> None:
 
 
 def _refuse_alike(stored: Sequence[str], read: Collection[str], where: Path) -> None:
-    """Refuse a column that is read and has the name of another but for upper and lower case.
-
-    Raises:
-        DataError: there is one. Engines do not tell such names apart.
-    """
+    """Refuse a column that is read, if another name differs only in case: engines do not tell such names apart."""
     for name in sorted(read):
         alike = [other for other in stored if other.casefold() == name.casefold()]
         if len(alike) > 1:
@@ -201,9 +189,7 @@ def _refuse_alike(stored: Sequence[str], read: Collection[str], where: Path) -> 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
     """The type of what a file holds, however it is written."""
-    if pa.types.is_dictionary(kind):
-        return _plain(kind.value_type)
-    return pa.string() if pa.types.is_large_string(kind) else kind
+    return pa.string() if is_text(value_type(kind)) else value_type(kind)
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -52,10 +52,7 @@ def fit_features(
     dimension: int,
     room: float,
 ) -> FittedFeatures:
-    """Fit the configured features to the users, items and contexts of the training rows, or give `previous` new ids.
-
-    `room` is the number of spare rows of the id tables, as a share of the known ids.
-    """
+    """Fit the configured features to the users, items and contexts of the training rows, or give `previous` new ids."""
     latest = rows.fed
     if previous is not None and previous.evict_after_days is not None and known.counts.watermark_ms is not None:
         latest = latest.filter(latest[c.REQUEST_TS_MS] > known.counts.watermark_ms - previous.evict_after_days * DAY_MS)
@@ -80,12 +77,9 @@ def _context_values(known: KnownEvents, rows: LearnedRows, features: Features) -
     values = {}
     for name, kind in features.context.items():
         column = f"{CONTEXT}{name}"
-        if isinstance(kind, Numeric):
-            query = some.select(column)
-        elif isinstance(kind, Vector):
+        query = some.select(column) if isinstance(kind, Numeric) else fed.select(column).distinct()
+        if isinstance(kind, Vector):
             query = fed.select(column).limit(0)
-        else:
-            query = fed.select(column).distinct()
         values[name] = as_stored(known.context[column], known.engine.fetch(query).column(column))
     return values
 

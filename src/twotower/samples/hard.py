@@ -72,7 +72,7 @@ def hard_sources(known: KnownEvents, impressed: bool) -> list[str]:
 def find_rejected(known: KnownEvents, positives: Any, options: SamplesOptions) -> Rejected:
     """Decide for every rejected row whether it is a hard negative.
 
-    An item that its user was shown or clicked anywhere in the days is none: it was good enough there. Of each source of
+    An item that its user was shown or clicked anywhere in the days is not: it was good enough there. Of each source of
     a request, at most `hard_most` are kept, chosen by a hash.
     """
     sources = hard_sources(known, options.negatives.impressed_as_negatives_for_experiments)

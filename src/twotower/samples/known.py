@@ -11,7 +11,6 @@ from typing import Any
 import ibis
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from ibis import _
 
 from twotower.features.options import Features
@@ -22,13 +21,17 @@ from twotower.samples.options import SamplesOptions
 from twotower.schema import columns as c
 from twotower.schema.clock import BEYOND_NOW
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.tables import check_entities, check_milliseconds, check_outcomes
+from twotower.schema.tables import (
+    MAX_TRAINING_WEIGHT,
+    check_entities,
+    check_milliseconds,
+    check_outcomes,
+    read_parquet,
+)
 
 log = logging.getLogger(__name__)
 
 _LAST_POSITION = 2**31 - 1
-_LARGEST_WEIGHT = 1e9
-"""Eleven days in milliseconds; a larger weight would leave nothing of the others in float32."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,15 @@ def read_known(
 ) -> KnownEvents:
     """Read users, items and the events of some days of a workspace; with `impressions`, positions too, for rankers.
 
-    Events that are later than `now`, in milliseconds since 1970, are left out and counted.
+    Events later than `now` (milliseconds since 1970) are left out and counted.
 
     Raises:
         DataError: a table is missing, empty or not of its schema.
         ConfigError: a configured column does not exist; options that take a time or impressions where there are none.
     """
-    users = check_entities(_read(workspace / "users.parquet"), c.USER_ID, "users.parquet")
-    items = check_entities(_read(workspace / "items.parquet"), c.ITEM_ID, "items.parquet")
+    missing = ": import or simulate a workspace first"
+    users = check_entities(read_parquet(workspace / "users.parquet", missing), c.USER_ID, "users.parquet")
+    items = check_entities(read_parquet(workspace / "items.parquet", missing), c.ITEM_ID, "items.parquet")
     if items.num_rows < 2:
         raise DataError("items.parquet has one item: there is nothing to choose from")
     stored = stored_events(
@@ -107,15 +111,6 @@ def read_known(
     kept = kept.inner_join(user_rows, c.USER_ID).inner_join(item_rows, c.ITEM_ID)
     context = {f"{CONTEXT}{name}": stored.schema.field(f"{CONTEXT}{name}").type for name in features.context}
     return KnownEvents(engine, kept, users, items, counts, days, context)
-
-
-def _read(path: Path) -> pa.Table:
-    try:
-        return pq.ParquetFile(path).read()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: import or simulate a workspace first") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no readable Parquet file: {error}") from None
 
 
 def _numbered(entities: pa.Table, id_column: str, row: str) -> pa.Table:
@@ -149,8 +144,8 @@ def _wrong(columns: tuple[str, ...], weight: str | None, positions: bool) -> dic
             wrong[said] = _[c.POSITION].notnull() & ~usable.fill_null(False)
     if weight:
         number = _[WEIGHED_BY].cast("float64")
-        usable = (number >= 0) & (number <= _LARGEST_WEIGHT)
-        said = f"clicked rows have no {weight} that is a finite number from 0 to {_LARGEST_WEIGHT:g}"
+        usable = (number >= 0) & (number <= MAX_TRAINING_WEIGHT)
+        said = f"clicked rows have no {weight} that is a finite number from 0 to {MAX_TRAINING_WEIGHT:g}"
         wrong[said] = clicked & ~usable.fill_null(False)
     return wrong
 
@@ -162,29 +157,24 @@ def _count(engine: Engine, joined: Any, wrong: Mapping[str, Any], now: int) -> E
         DataError: something is not as it must be, with how many rows are so.
     """
     request, click = _[c.REQUEST_TS_MS], _[c.CLICK_TS_MS]
-    grouped = engine.fetch(
-        joined.mutate(
-            left_out=ibis.cases(
-                (_beyond(now), BEYOND_NOW),
-                (_[c.USER_ID].isnull() | _[c.ITEM_ID].isnull(), "null_id"),
-                (_[USER_ROW].isnull(), "unknown_user"),
-                (_[ITEM_ROW].isnull(), "unknown_item"),
-                else_="",
-            ),
-            no_time=request.isnull(),
-        )
-        .group_by([c.OUTCOME, "left_out", "no_time"])
-        .aggregate(
-            rows=_.count(),
-            first_request=request.min(),
-            last_request=request.max(),
-            first_click=click.min(),
-            last_click=click.max(),
-            **{said: (condition & ~_beyond(now)).cast("int64").sum() for said, condition in wrong.items()},
-        )
+    left_out = ibis.cases(
+        (_beyond(now), BEYOND_NOW),
+        (_[c.USER_ID].isnull() | _[c.ITEM_ID].isnull(), "null_id"),
+        (_[USER_ROW].isnull(), "unknown_user"),
+        (_[ITEM_ROW].isnull(), "unknown_item"),
+        else_="",
     )
-    rows = grouped.to_pylist()
-    _check_groups(grouped, rows, now)
+    groups = joined.mutate(left_out=left_out, no_time=request.isnull()).group_by([c.OUTCOME, "left_out", "no_time"])
+    counted = groups.aggregate(
+        rows=_.count(),
+        first_request=request.min(),
+        last_request=request.max(),
+        first_click=click.min(),
+        last_click=click.max(),
+        **{said: (condition & ~_beyond(now)).cast("int64").sum() for said, condition in wrong.items()},
+    )
+    rows = engine.fetch(counted).to_pylist()
+    _check_groups(rows, now)
     for said in wrong:
         if count := sum(int(row[said] or 0) for row in rows):
             raise DataError(f"events: {count} {said}: mend them or leave them out")
@@ -210,11 +200,11 @@ def _event_counts(rows: list[dict[str, Any]]) -> EventCounts:
     )
 
 
-def _check_groups(grouped: pa.Table, rows: list[dict[str, Any]], now: int) -> None:
-    """Refuse events that are none, of unknown outcomes, of times that cannot be, or only some of which have a time."""
+def _check_groups(rows: list[dict[str, Any]], now: int) -> None:
+    """Refuse no events, unknown outcomes, impossible times, and events of which only some have a time."""
     if not rows:
         raise DataError("events/ has no rows in the chosen days")
-    check_outcomes(grouped.column(c.OUTCOME), "events, column outcome")
+    check_outcomes(pa.array([row[c.OUTCOME] for row in rows], pa.string()), "events, column outcome")
     for name, kind in ((c.REQUEST_TS_MS, "request"), (c.CLICK_TS_MS, "click")):
         ends = [row[f"{end}_{kind}"] for row in rows for end in ("first", "last")]
         check_milliseconds(pa.array(ends, pa.int64()).drop_null(), f"events, column {name}")
@@ -230,11 +220,7 @@ def _check_groups(grouped: pa.Table, rows: list[dict[str, Any]], now: int) -> No
 
 
 def _check_times(counts: EventCounts, options: SamplesOptions, impressions: bool, *, by_day: bool) -> None:
-    """Refuse what cannot be done without time, and rankers where the log does not say what was shown and not clicked.
-
-    Raises:
-        ConfigError: days, weak positives or rankers are wanted of events without time, or rankers without impressions.
-    """
+    """Refuse days, weak positives and rankers for events without time, and rankers for a log without impressions."""
     timed = counts.watermark_ms is not None
     if not timed and by_day:
         raise ConfigError(NO_TIME)

@@ -149,3 +149,10 @@ class SamplesOptions:
     """Spare rows of an id table for future ids, as a share of the known ids."""
     negatives: NegativesOptions = field(default_factory=NegativesOptions)
     """Negatives: the items that a positive is compared with."""
+
+    def __post_init__(self) -> None:
+        """Refuse two beginnings."""
+        if self.days is not None and self.first_day is not None:
+            raise ValueError(
+                f"samples.first_day = {self.first_day} and samples.days = {self.days} both choose a beginning: give one"
+            )

@@ -11,26 +11,8 @@ import pyarrow as pa
 from twotower.features.columns import Bag, Column, from_arrow, pointers
 from twotower.features.feature_set import FeatureSet, load
 from twotower.features.vocabulary import Positions
+from twotower.samples import names as n
 from twotower.samples.columns_file import map_columns
-from twotower.samples.names import (
-    CLICKS,
-    CLICKS_FILE,
-    CONTEXT,
-    COPIES,
-    FEATURE,
-    FORMAT,
-    HARD,
-    HISTORY_COUNT,
-    IMPRESSIONS_FILE,
-    ITEM_ROW,
-    ITEMS_FILE,
-    LABEL,
-    NO_HISTORY,
-    POSITIVES,
-    POSITIVES_FILE,
-    USER_ROW,
-    USERS_FILE,
-)
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.files import MANIFEST, read_json
@@ -133,7 +115,7 @@ class Samples:
     @property
     def timed(self) -> bool:
         """The data have a time, so that histories are what came before the request."""
-        return len(self.positives) == 0 or int(self.positives.history[0]) != NO_HISTORY
+        return len(self.positives) == 0 or int(self.positives.history[0]) != n.NO_HISTORY
 
 
 def open_samples(folder: Path) -> Samples:
@@ -143,9 +125,9 @@ def open_samples(folder: Path) -> Samples:
         DataError: the folder is missing, incomplete or of another format.
     """
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("kind") != "samples" or manifest.get("format") != FORMAT:
-        raise DataError(f"{folder} holds no samples of format {FORMAT}: build them again with `twotower samples`")
-    items, impressions = map_columns(folder / ITEMS_FILE), folder / IMPRESSIONS_FILE
+    if not isinstance(manifest, dict) or manifest.get("kind") != "samples" or manifest.get("format") != n.FORMAT:
+        raise DataError(f"{folder} holds no samples of format {n.FORMAT}: build them again with `twotower samples`")
+    impressions = folder / n.IMPRESSIONS_FILE
     return Samples(
         path=folder,
         manifest=manifest,
@@ -154,60 +136,53 @@ def open_samples(folder: Path) -> Samples:
         users=open_users(folder),
         items=open_items(folder),
         clicks=open_clicks(folder),
-        item_positives=_numpy(items, POSITIVES),
+        item_positives=_numpy(map_columns(folder / n.ITEMS_FILE), n.POSITIVES),
         impressions=_impressions(impressions) if impressions.exists() else None,
     )
 
 
 def _positives(folder: Path) -> Positives:
-    rows = map_columns(folder / POSITIVES_FILE)
-    hard = [name for name in rows.schema.names if name.startswith(HARD)]
-    return Positives(
-        user_row=_numpy(rows, USER_ROW),
-        item_row=_numpy(rows, ITEM_ROW),
-        history=_numpy(rows, HISTORY_COUNT),
-        weight=_numpy(rows, c.WEIGHT),
-        ts_ms=_numpy(rows, c.TS_MS),
-        context=_prefixed(rows, CONTEXT),
-        copies=_numpy(rows, COPIES),
-        hard={
-            name.removeprefix(HARD): Bag(
-                pointers(_numpy(rows, name)), _numpy(map_columns(folder / f"{name}.arrow"), ITEM_ROW)
-            )
-            for name in hard
-        },
-    )
+    rows = map_columns(folder / n.POSITIVES_FILE)
+    hard = {}
+    for name in rows.schema.names:
+        if name.startswith(n.HARD):
+            items = _numpy(map_columns(folder / f"{name}.arrow"), n.ITEM_ROW)
+            hard[name.removeprefix(n.HARD)] = Bag(pointers(_numpy(rows, name)), items)
+    return Positives(**_shared(rows), weight=_numpy(rows, c.WEIGHT), copies=_numpy(rows, n.COPIES), hard=hard)
 
 
 def _impressions(path: Path) -> Impressions:
     rows = map_columns(path)
-    return Impressions(
-        user_row=_numpy(rows, USER_ROW),
-        item_row=_numpy(rows, ITEM_ROW),
-        history=_numpy(rows, HISTORY_COUNT),
-        clicked=_numpy(rows, LABEL),
-        position=_numpy(rows, c.POSITION),
-        ts_ms=_numpy(rows, c.TS_MS),
-        context=_prefixed(rows, CONTEXT),
-    )
+    return Impressions(**_shared(rows), clicked=_numpy(rows, n.LABEL), position=_numpy(rows, c.POSITION))
+
+
+def _shared(rows: pa.RecordBatch) -> dict[str, Any]:
+    """The fields that positives and impressions both have."""
+    return {
+        "user_row": _numpy(rows, n.USER_ROW),
+        "item_row": _numpy(rows, n.ITEM_ROW),
+        "history": _numpy(rows, n.HISTORY_COUNT),
+        "ts_ms": _numpy(rows, c.TS_MS),
+        "context": _prefixed(rows, n.CONTEXT),
+    }
 
 
 def open_users(folder: Path) -> Entities:
     """The users of a samples folder or of a version."""
-    users = map_columns(folder / USERS_FILE)
-    return Entities(users.column(c.USER_ID), _prefixed(users, FEATURE))
+    users = map_columns(folder / n.USERS_FILE)
+    return Entities(users.column(c.USER_ID), _prefixed(users, n.FEATURE))
 
 
 def open_items(folder: Path) -> Entities:
     """The items of a samples folder or of the rankers of a version."""
-    items = map_columns(folder / ITEMS_FILE)
-    return Entities(items.column(c.ITEM_ID), _prefixed(items, FEATURE))
+    items = map_columns(folder / n.ITEMS_FILE)
+    return Entities(items.column(c.ITEM_ID), _prefixed(items, n.FEATURE))
 
 
 def open_clicks(folder: Path) -> Clicks:
     """The users' clicks of a samples folder or of a version."""
-    users, clicks = map_columns(folder / USERS_FILE), map_columns(folder / CLICKS_FILE)
-    return Clicks(pointers(_numpy(users, CLICKS)), _numpy(clicks, ITEM_ROW), _numpy(clicks, c.TS_MS))
+    users, clicks = map_columns(folder / n.USERS_FILE), map_columns(folder / n.CLICKS_FILE)
+    return Clicks(pointers(_numpy(users, n.CLICKS)), _numpy(clicks, n.ITEM_ROW), _numpy(clicks, c.TS_MS))
 
 
 def _numpy(batch: pa.RecordBatch, name: str) -> Any:

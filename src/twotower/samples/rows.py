@@ -1,4 +1,4 @@
-"""The rows that are learned from: clicks, positives with their histories, impressions."""
+"""The rows for training: clicks, positives with their histories, impressions."""
 
 import logging
 from dataclasses import dataclass
@@ -92,9 +92,9 @@ def _of_outcome(known: KnownEvents, outcome: str, weight: str | float) -> Any:
 
 
 def _check_distinct(known: KnownEvents, clicks: Any) -> None:
-    """Refuse a click that is there twice: the usual slip is a file that was copied or written again."""
+    """Refuse a click that is there twice: the usual mistake is a file that was copied or written again."""
     repeated = clicks.group_by([USER_ROW, ITEM_ROW, c.EVENT_SEQ]).aggregate(rows=_.count()).filter(_.rows > 1)
-    found = known.engine.fetch(repeated.aggregate(clicks=_.count(), least=_[c.EVENT_SEQ].min())).to_pylist()[0]
+    [found] = known.engine.fetch(repeated.aggregate(clicks=_.count(), least=_[c.EVENT_SEQ].min())).to_pylist()
     if found["clicks"]:
         raise DataError(
             f"events: {found['clicks']} clicks are there more than once, by user, item and {c.EVENT_SEQ}, such as "

@@ -33,14 +33,9 @@ def turned(value: Any) -> Any:
 
 
 def expected_copies(clicks: npt.NDArray[np.int64], hot: HotOptions, cold: ColdOptions) -> npt.NDArray[np.float64]:
-    """How often a click of each item is fed (N,), in expectation.
+    """How often a click of each item is fed (N,), in expectation, by the clicks (N,) of each item.
 
     `word2vec` is the rule of that program's code, `sqrt` the one of the paper (Mikolov et al. 2013, eq. 5).
-
-    Args:
-        clicks: (N,) of each item.
-        hot: down-sampling.
-        cold: over-sampling.
     """
     clicked = clicks > 0
     ratio = clicks / max(1e-12, clicks[clicked].mean() if clicked.any() else 1)

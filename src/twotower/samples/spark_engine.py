@@ -36,7 +36,6 @@ _LEAST_HEAP_GB = 0.6
 """Spark refuses to start with less than half a gigabyte."""
 _PARTITIONS_A_THREAD = 8
 """Parts of a shuffle on this machine; Spark joins small ones again."""
-_FILE = "events_file"
 
 
 class Spark:
@@ -136,9 +135,7 @@ class Spark:
 def open_spark(engine: EngineOptions, scratch: Path) -> Iterator[Spark]:
     """A session with its own name space; a Spark that already runs in this process is used and left running.
 
-    Args:
-        engine: the master, threads and memory; its further options override ours.
-        scratch: folder for intermediate results, which all machines of a cluster must see.
+    All machines of a cluster must see the folder `scratch`, which holds intermediate results.
 
     Raises:
         ConfigError: pyspark or Java is missing, or Spark does not start.
@@ -196,18 +193,16 @@ def _pyspark() -> Any:
 
 
 def find_java(home: str | None, folders: Path = JAVA_FOLDERS) -> Path:
-    """The folder of a Java that Spark runs on: `home`, the one on the path, or the first of the usual folder.
-
-    Args:
-        home: `JAVA_HOME`; if it is set, no other is looked for.
-        folders: where installed ones stand.
+    """The folder of a Java that Spark runs on: `home` if it is set, or else the one on the path, or one of `folders`.
 
     Raises:
         ConfigError: there is none, with what was found instead.
     """
-    on_path = shutil.which("java")
-    candidates = [Path(home)] if home else [Path(on_path).resolve().parents[1]] if on_path else []
-    if not home:
+    if home:
+        candidates = [Path(home)]
+    else:
+        on_path = shutil.which("java")
+        candidates = [Path(on_path).resolve().parents[1]] if on_path else []
         candidates += sorted(folder for folder in folders.glob("*") if (folder / "bin" / "java").exists())
     seen = {}
     for folder in candidates:

@@ -1,7 +1,7 @@
 """The clock, and the events that lie beyond it.
 
-One event of a time to come would rule everything that is counted back from the latest one: windows, half-lives,
-watermarks, cuts. So such events are left out wherever the events of a workspace are read, and counted.
+Windows, half-lives, watermarks and cuts are counted back from the latest event, so one event in the future would move
+all of them. Such events are left out wherever the events of a workspace are read, and counted.
 """
 
 import datetime
@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -39,18 +40,13 @@ def day_of(ts_ms: int) -> str:
 
 
 def until_now(table: pa.Table, times: Sequence[str], now: int, where: str) -> tuple[pa.Table, int]:
-    """The rows of which no time is later than now, and how many others there were, which a warning tells.
+    """The events of which no time is later than now, and the number of the others, which a warning tells.
 
-    Args:
-        table: any events.
-        times: its columns of integer milliseconds since 1970; one that it lacks does not count, nor does a null.
-        now: milliseconds since 1970.
-        where: what the table is, for the warning.
+    `times` are columns of integer milliseconds since 1970; absent columns and nulls do not count.
     """
-    beyond = pa.chunked_array([pa.array([False] * table.num_rows, pa.bool_())])
-    for name in times:
-        if name in table.column_names and not pa.types.is_null(table.schema.field(name).type):
-            beyond = pc.or_(beyond, pc.fill_null(pc.greater(table.column(name), now), False))
+    beyond = pa.array(np.zeros(table.num_rows, np.bool_))
+    for name in set(times).intersection(table.column_names):
+        beyond = pc.or_(beyond, pc.fill_null(pc.greater(table[name].cast(pa.int64()), now), False))
     left_out = pc.sum(beyond).as_py() or 0
     if not left_out:
         return table, 0

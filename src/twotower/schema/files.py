@@ -30,17 +30,8 @@ _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _AT_ONCE: Final = 1 << 20
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's own entries, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Flush a written file to disk."""
+def sync_path(path: Path) -> None:
+    """Flush a file to disk, or a folder's own entries, so that a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,9 +47,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
-        sync_file(temporary)
+        sync_path(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -67,9 +58,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; on success it becomes `path`, replacing what stood there, else it is removed.
 
-    Replacing takes two renames (folders cannot be exchanged portably): a reader that opens files in that instant finds
-    the folder absent, never mixed. Folders that are read while they are replaced (versions) have names of their own and
-    are never replaced.
+    Replacing takes two renames (folders cannot be exchanged portably): a reader in that instant finds the folder
+    absent, never mixed. Folders that are read while the system runs (versions) are never replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY}{path.name}"
@@ -79,14 +69,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for root, _, names in os.walk(temporary):
-            for name in names:
-                sync_file(Path(root, name))
-            sync_folder(Path(root))
+            for name in (*names, "."):
+                sync_path(Path(root, name))
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync_path(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -128,8 +117,8 @@ def opened_file(path: Path) -> Iterator[int]:
 def map_file(path: Path) -> mmap.mmap | bytes:
     """The bytes of a file, mapped into memory and read-only.
 
-    The file must stay as it is while it is mapped: a process that reads behind the end of a file that was cut in place
-    is ended by the system (SIGBUS), which no program can mend. Files that are replaced by a rename do no harm.
+    The file must not be cut while it is mapped: the system ends a process that reads behind the end of a file (SIGBUS).
+    Files that are replaced by a rename do no harm.
 
     Raises:
         DataError: as of `opened_file`.
@@ -174,17 +163,13 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
         try:
             with open(descriptor, "rb", closefd=False) as file:
                 text = file.read(most_bytes + 1).decode("utf-8")
-            return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+            return json.loads(text, parse_constant=_finite, parse_float=_finite)
         except RecursionError:
             raise DataError(f"{path} is nested too deeply: it was not written by this") from None
         except (ValueError, OSError) as error:
             raise DataError(
                 f"{path} is not readable JSON ({error}): it was damaged or written by something else"
             ) from None
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number")
 
 
 def _finite(text: str) -> float:
@@ -239,8 +224,7 @@ def folder_listing(folder: Path) -> dict[str, dict[str, Any]]:
 def check_listing(folder: Path, listing: Any) -> list[str]:
     """Compare a folder with the listing of its manifest; one sentence for each listed file that is not as it was.
 
-    Only regular files inside the folder are opened, links are not followed, and opening never waits. Files beyond the
-    listing are not looked at.
+    Only regular files inside the folder are opened, and no links are followed. Files that are not listed are ignored.
     """
     if not isinstance(listing, dict):
         return [f"the manifest lists its files as {type(listing).__name__}, where an object is expected"]
@@ -288,11 +272,7 @@ def _sha256_of(descriptor: int, size: int) -> str:
 
 
 def _open_inside(folder: Path, name: str) -> int:
-    """Open a file below a folder, following no link on the way.
-
-    Raises:
-        DataError: the name leads out of the folder, or is not a file name.
-    """
+    """Open a file below a folder, following no link on the way; a name that leads out of it is a `DataError`."""
     parts = name.split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in parts) or not name.isprintable():
         raise DataError(f"{name!r} is no name of a file inside the folder")

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import TEMPORARY, whole_file
+from twotower.schema.tables import check_distinct
 
 PARQUET, CSV, JSON_LINES = ".parquet", ".csv", ".jsonl"
 FORMATS = (PARQUET, CSV, JSON_LINES)
@@ -38,7 +39,7 @@ def check_writable(path: Path, option: str) -> None:
     """Refuse a file that cannot be written, before there is anything to write.
 
     Raises:
-        ConfigError: another end of its name; a folder stands there, or a file where a folder has to be; no permission.
+        ConfigError: another end of its name; a folder has this name; a parent is a file; no permission.
     """
     format_of(path, option)
     try:
@@ -68,12 +69,9 @@ def write_rows(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], N
 
 
 def read_rows(path: Path, types: Mapping[str, pa.DataType], option: str) -> pa.Table:
-    """The rows of a file.
+    """The rows of a file that an option names.
 
-    Args:
-        path: the file.
-        types: the types that columns of text get, by name; CSV has no types. Only an empty field is missing.
-        option: that names the file, for errors.
+    CSV has no types: its columns get those of `types`, or else are text. Only an empty field is missing.
 
     Raises:
         ConfigError: another end of its name.
@@ -90,8 +88,7 @@ def read_rows(path: Path, types: Mapping[str, pa.DataType], option: str) -> pa.T
     except (OSError, pa.ArrowException, UnicodeError, ValueError, csv.Error) as error:
         told = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"{option} {path} cannot be read: {told}") from None
-    if repeated := sorted({name for name in table.column_names if table.column_names.count(name) > 1}):
-        raise DataError(f"{option} {path} has the column {repeated[0]} more than once: give each its own name")
+    check_distinct(table.column_names, f"{option} {path}")
     return table
 
 

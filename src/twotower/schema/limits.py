@@ -44,7 +44,6 @@ TOO_LARGE: Final = "too_large"
 BAD_NUMBER: Final = "bad_number"
 
 _LISTS: Final = (list, tuple)
-_CONTAINERS: Final = (*_LISTS, dict)
 _JSON: Final = {int, float, bool, type(None), str, list, tuple, dict}
 
 
@@ -91,8 +90,7 @@ def check_text(text: str, most: int, where: str) -> None:
 def check_value(value: Any, where: str) -> None:
     """Refuse a value of a feature that is larger than any real one, or no plain value.
 
-    None, booleans, numbers, strings and lists of these pass; whether the type is that of the feature is for the feature
-    to say.
+    None, booleans, numbers, strings and lists of these pass; the feature itself checks the type.
 
     Raises:
         Refused: with what was seen.
@@ -114,17 +112,8 @@ def check_value(value: Any, where: str) -> None:
         _check_texts(texts, where)
 
 
-def check_json(value: Any, where: str) -> None:
-    """Refuse a value that JSON does not have, or that is too large or too deep for an event.
-
-    Raises:
-        Refused: with what was seen.
-    """
-    _check_levels([value], where)
-
-
 def check_fields_json(fields: Mapping[str, Any], where: str) -> None:
-    """`check_json` of all fields of an object; the message names the field.
+    """Refuse a field whose value JSON does not have, or that is too large or too deep for an event.
 
     Raises:
         Refused: with what was seen.
@@ -133,12 +122,12 @@ def check_fields_json(fields: Mapping[str, Any], where: str) -> None:
         _check_levels(list(fields.values()), where)
     except Refused:
         for name, value in fields.items():
-            check_json(value, f"{where}: {name}")
+            _check_levels([value], f"{where}: {name}")
         raise
 
 
 def _check_levels(level: Sequence[Any], where: str) -> None:
-    """Check values, then all that they hold, and so on: one look at a level, whose values are of few types."""
+    """Check values, then all that they hold, and so on, a level at a time."""
     for depth in range(MAX_DEPTH + 1):
         kinds = set(map(type, level))
         if not kinds <= _JSON:
@@ -150,7 +139,7 @@ def _check_levels(level: Sequence[Any], where: str) -> None:
             raise Refused(BAD_NUMBER, f"{where} holds a number that is not finite: leave it out, or send null")
         if str in kinds:
             _check_texts([value for value in level if type(value) is str], where)
-        if kinds.isdisjoint(_CONTAINERS):
+        if kinds.isdisjoint((*_LISTS, dict)):
             return
         lists = [value for value in level if type(value) in _LISTS]
         objects = [value for value in level if type(value) is dict] if dict in kinds else []

@@ -14,15 +14,11 @@ Busy = Callable[[str], TwotowerError]
 
 
 def take_lock(path: Path, busy: Busy, *, wait: bool = False) -> FileLock:
-    """Lock a file until `release` of what this gives, from whichever thread, or until the process ends.
-
-    Args:
-        path: the file; it is made, and stays.
-        busy: makes the error where another process, or another caller in this one, holds the lock.
-        wait: wait for the holder instead.
+    """Lock a file, which is made and stays, until `release` of what this gives or until the process ends.
 
     Raises:
-        TwotowerError: what `busy` gives.
+        TwotowerError: what `busy` gives, where another process, or another caller in this one, holds the lock; with
+            `wait`, this waits instead.
     """
     lock = FileLock(path, timeout=-1 if wait else 0, thread_local=False)
     try:
@@ -44,7 +40,7 @@ def locked(path: Path, busy: Busy, *, wait: bool = False) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str:
-    """The holder of a lock in words, with its process id where it has noted one."""
+    """The holder of a lock in words, with its process id where it wrote one."""
     try:
         noted = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeError):

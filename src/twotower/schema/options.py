@@ -32,17 +32,11 @@ Whole = Annotated[int, Field(ge=0), at_most(_LARGEST)]
 Threads = Annotated[int, Field(gt=0), at_most(1024)]
 Width = Annotated[int, Field(gt=0), at_most(16_384)]
 """Width of a layer or a vector."""
-
-
 Length = Annotated[int, Field(gt=0), at_most(1_000_000)]
 """Length of a list that is held as a whole."""
-
-
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False), at_most(1e12)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), at_most(1e38)]
 """A learning rate within float32: one that is too high ends in a loss that is not finite."""
-
-
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), at_most(1e12)]
 AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False), at_most(1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -62,7 +56,12 @@ Exclude = Literal["clicked", "impressed", "none"]
 EXCLUDE: Final = get_args(Exclude)
 
 
-def _calendar_day(day: str) -> str:
+def calendar_day(day: str) -> str:
+    """A day as it is written in this system.
+
+    Raises:
+        ValueError: another form, or no such day.
+    """
     try:
         if datetime.date.fromisoformat(day).isoformat() == day:
             return day
@@ -71,4 +70,4 @@ def _calendar_day(day: str) -> str:
     raise ValueError("a day is written YYYY-MM-DD, such as 2024-01-31")
 
 
-Day = Annotated[str, AfterValidator(_calendar_day)]
+Day = Annotated[str, AfterValidator(calendar_day)]

@@ -4,12 +4,14 @@ A workspace is a folder with `users.parquet`, `items.parquet` and `events/date=Y
 string at this border and become dense rows inside.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
@@ -21,7 +23,8 @@ LATEST_MS = 4_102_444_800_000
 MAX_WEIGHT = 1000.0
 """Largest weight of a click: squares of far larger ones overflow the optimizer's accumulators."""
 MAX_TRAINING_WEIGHT = 1e9
-"""Largest weight of a positive in training, where weights of a batch sum to one: such as milliseconds watched."""
+"""Largest weight of a positive in training, such as eleven days in milliseconds. Weights of a batch sum to one, and a
+larger one would leave nothing of the others in float32."""
 
 
 def joined_events(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
@@ -65,9 +68,58 @@ def require_columns(table: pa.Table | pa.Schema, names: Iterable[str], where: st
         DataError: columns are missing; the message lists them and what was there.
     """
     schema = table if isinstance(table, pa.Schema) else table.schema
-    missing = [name for name in names if name not in schema.names]
-    if missing:
+    if missing := [name for name in names if name not in schema.names]:
         raise DataError(f"{where} has no column {', '.join(missing)}; it has {', '.join(schema.names) or 'none'}")
+
+
+def check_distinct(names: Sequence[str], where: str) -> None:
+    """Refuse a table with two columns of one name.
+
+    Raises:
+        DataError: with the name.
+    """
+    if len(set(names)) < len(names):
+        name = next(name for name in sorted(names) if names.count(name) > 1)
+        raise DataError(f"{where} has the column {name} {names.count(name)} times: give each its own name")
+
+
+def read_parquet(path: Path, missing: str = "") -> pa.Table:
+    """The rows of a Parquet file; `missing` ends the error where there is none.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        return pq.ParquetFile(path).read()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist{missing}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no readable Parquet file: {error}") from None
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """A type of Arrow holds text, however it is stored."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """A type of Arrow holds lists, of one length or of any."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """A type of Arrow holds integers, floats, or nothing at all."""
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
+
+
+def value_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of a column; a dictionary is a way to store them."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def undictionaried(column: Any) -> Any:
+    """A dictionary column as its values; any other as it is."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 def as_ids(column: pa.ChunkedArray | pa.Array, where: str) -> pa.ChunkedArray:
@@ -81,8 +133,7 @@ def as_ids(column: pa.ChunkedArray | pa.Array, where: str) -> pa.ChunkedArray:
     """
     if isinstance(column, pa.Array):
         column = pa.chunked_array([column])
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    column = undictionaried(column)
     if column.null_count:
         raise DataError(
             f"{where} has {column.null_count} null ids of {len(column)}: drop these rows or give them an id"
@@ -92,7 +143,7 @@ def as_ids(column: pa.ChunkedArray | pa.Array, where: str) -> pa.ChunkedArray:
             return column.cast(pa.int64())
         except pa.ArrowInvalid as error:
             raise DataError(f"{where} holds integers that do not fit int64 ({error}): write them as strings") from None
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    if is_text(column.type):
         return column.cast(pa.string())
     raise DataError(f"{where} is of type {column.type}: an id is an integer or a string, convert it first")
 
@@ -116,19 +167,19 @@ def column_of(value: Any, kind: pa.DataType) -> pa.Array | None:
     >>> column_of(["rain"], pa.list_(pa.string())).to_pylist(), column_of("rain", pa.list_(pa.string()))
     ([['rain']], None)
     """
-    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    is_list = pa.types.is_list(plain) or pa.types.is_large_list(plain) or pa.types.is_fixed_size_list(plain)
-    if value is not None and isinstance(value, list | tuple) != is_list:
+    plain = value_type(kind)
+    several = is_list(plain)
+    if value is not None and isinstance(value, list | tuple) != several:
         return None
-    numbers = plain.value_type if is_list else plain
-    if not all(_is_of(one, numbers) for one in (value if isinstance(value, list | tuple) else [value])):
+    entry_type = plain.value_type if several else plain
+    if not all(_is_of(entry, entry_type) for entry in (value if isinstance(value, list | tuple) else [value])):
         return None
     try:
         column = pa.array([value], plain).cast(kind)
         column.to_pylist()  # a time that Python cannot show would fail in every answer
-        if pa.types.is_floating(numbers):
-            found = (column.flatten() if is_list else column).fill_null(0).to_numpy(zero_copy_only=False)
-            if not np.isfinite(np.asarray(found, np.float64)).all():
+        if pa.types.is_floating(entry_type):
+            numbers = (column.flatten() if several else column).fill_null(0).to_numpy(zero_copy_only=False)
+            if not np.isfinite(np.asarray(numbers, np.float64)).all():
                 return None
     except (pa.ArrowException, TypeError, OverflowError, UnicodeError, ValueError):
         return None
@@ -152,10 +203,9 @@ def check_entities(table: pa.Table, id_column: str, where: str) -> pa.Table:
     require_columns(table, [id_column], where)
     if not table.num_rows:
         raise DataError(f"{where} has no rows")
-    ids = as_ids(table.column(id_column), f"{where}, column {id_column}")
-    table = table.set_column(table.schema.get_field_index(id_column), id_column, ids)
-    table = table.sort_by(id_column)
-    ordered = table.column(id_column).combine_chunks()
+    ids = as_ids(table[id_column], f"{where}, column {id_column}")
+    table = table.set_column(table.schema.get_field_index(id_column), id_column, ids).sort_by(id_column)
+    ordered = table[id_column].combine_chunks()
     repeated = pc.equal(ordered.slice(1), ordered.slice(0, len(ordered) - 1))
     if pc.any(repeated).as_py():
         examples = pc.unique(ordered.slice(1).filter(repeated)).to_pylist()
@@ -167,8 +217,6 @@ def check_entities(table: pa.Table, id_column: str, where: str) -> pa.Table:
 
 def mistaken_time(ts_ms: int, latest_ms: int = LATEST_MS) -> str | None:
     """What a number seems to be that is no time in milliseconds from 1980 to a latest one; None if it is one.
-
-    Another unit is named only where it gives such a time: milliseconds of 1975 are no seconds.
 
     >>> mistaken_time(1_700_000_000), mistaken_time(157_766_400_000)
     ('it looks like seconds: multiply by 1000', 'it lies outside 1980 to 2100')
@@ -202,7 +250,6 @@ def check_outcomes(column: pa.ChunkedArray | pa.Array, where: str) -> None:
     Raises:
         DataError: unknown values or nulls, listed.
     """
-    seen = pc.unique(column).to_pylist()
-    unknown = [value for value in seen if value not in c.OUTCOMES]
+    unknown = [value for value in pc.unique(column).to_pylist() if value not in c.OUTCOMES]
     if unknown:
         raise DataError(f"{where} holds {unknown[:3]}; an outcome is one of {', '.join(c.OUTCOMES)}")

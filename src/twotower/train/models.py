@@ -11,11 +11,7 @@ _NO_NETWORK = TowerOptions("none", layers=[])
 
 
 def channel_features(features: FeatureSet, models: ModelsOptions, channel: str) -> FeatureSet:
-    """What the towers of a channel read: ids only for `mf`; for `mind` the history as several interests.
-
-    Raises:
-        ConfigError: the channel needs a feature that is not there.
-    """
+    """What the towers of a channel read: ids only for `mf`; for `mind` the history as several interests."""
     if channel == MF:
         return features.of_ids()
     return features.with_interests(models.mind.interests, models.mind.rounds) if channel == MIND else features
@@ -25,7 +21,7 @@ def check_towers(features: FeatureSet, models: ModelsOptions, channel: str) -> N
     """Refuse features out of which no towers of a channel can be made.
 
     Raises:
-        ConfigError: the channel needs a feature that is not there; a tower without a network cannot add its features.
+        ConfigError: a tower without a network cannot add its features.
     """
     read = channel_features(features, models, channel)
     if channel != MF:
@@ -42,11 +38,7 @@ def new_towers(
     dropout: float = 0.0,
     adjusted: bool = False,
 ) -> TwoTower:
-    """Untrained towers of a channel; see `TwoTower`.
-
-    Raises:
-        ConfigError: the channel needs a feature that is not there.
-    """
+    """Untrained towers of a channel; see `TwoTower`."""
     read = channel_features(features, models, channel)
     if channel == MF:
         return TwoTower(read, models.dimension, _NO_NETWORK, _NO_NETWORK, seed=seed, adjusted=adjusted)

@@ -103,14 +103,9 @@ def draw_culture(items: int, rng: np.random.Generator) -> Culture:
 def draw_items(
     first_row: int, birth_day: Ints, culture: Culture, nature: Nature, rng: np.random.Generator
 ) -> DrawnItems:
-    """Items born on the given days; the first ones of a world are one of each category and old.
+    """Items born on the given days (N,), whose ids count up from `first_row`.
 
-    Args:
-        first_row: number of items before these; it makes their ids.
-        birth_day: (N,)
-        culture: of the world.
-        nature: of the world.
-        rng: used for these items only.
+    The first items of a world are old, one of each category. The generator is used for these items only.
     """
     count, many = len(birth_day), len(NAMES)
     category = rng.choice(many, count, p=zipf(many, 0.5))
@@ -173,14 +168,9 @@ def _tags(names: npt.NDArray[np.str_], own: Ints, shared: Ints) -> list[str]:
 def draw_users(
     first_row: int, start_day: Ints, culture: Culture, nature: Nature, rng: np.random.Generator
 ) -> DrawnUsers:
-    """Users who may come from the given days on; their age, gender and city tell a part of their taste.
+    """Users who may come from the given days (U,) on, whose ids count up from `first_row`.
 
-    Args:
-        first_row: number of users before these; it makes their ids.
-        start_day: (U,)
-        culture: of the world.
-        nature: of the world.
-        rng: used for these users only.
+    Their age, gender and city tell a part of their taste. The generator is used for these users only.
     """
     count = len(start_day)
     age = np.clip(np.round(rng.normal(36.0, 13.0, count)), 16, 80).astype(np.int64)

@@ -1,9 +1,8 @@
 """A simulated log: the world of `world` met by a recommender of its own.
 
 That recommender has the whole funnel: sources of candidates, a pre-ranker that sees the truth through much noise, a
-ranker that sees it through less, a page of a few positions. So its log has all five outcomes, and what a retriever
-could have known at best is known too. The same seed gives the same rows to the byte; nothing is multiplied by a library
-that splits its sums among threads.
+ranker that sees it through less, a page of a few positions. So its log has all five outcomes, and the best possible
+retrieval is known. The same seed gives the same bytes: no sum is split among threads.
 
 Dimensions: U users, N items, C categories, R requests of one step, K candidates of a request.
 """
@@ -29,6 +28,7 @@ from twotower.worlds.arrays import Bools, Floats, Ints, joined
 from twotower.worlds.inhabitants import NAMES, strings, zipf
 from twotower.worlds.options import WorldOptions
 from twotower.worlds.world import (
+    CONTEXT,
     FIRST_DAY_MS,
     NOTHING,
     SCENES,
@@ -149,12 +149,7 @@ def simulate(options: WorldOptions) -> Simulation:
 
 
 def simulate_workspace(path: Path, options: WorldOptions, clock_ms: ClockMs = now_ms) -> ImportReport:
-    """Simulate a world and write it as a workspace whose last day is held out.
-
-    Args:
-        path: the workspace, a folder that is empty or absent.
-        options: of the world; at least 2 days, because the last one is held out.
-        clock_ms: what every stage takes for now: the world has to end before it.
+    """Simulate a world and write it as a workspace, a folder that is empty or absent, whose last day is held out.
 
     Raises:
         ConfigError: fewer days, a world that ends later than now, nobody made a request, or something stands at `path`.
@@ -177,9 +172,7 @@ def simulate_workspace(path: Path, options: WorldOptions, clock_ms: ClockMs = no
 def world_of(workspace: Path, horizon: int | None = None) -> World | None:
     """The world that a workspace was simulated in, made again; None where it holds other data.
 
-    Args:
-        workspace: the workspace.
-        horizon: how many days can be asked about; at least those of the log and of what came into its tables later.
+    It knows at least the days of the log and of what came into the tables later, and those before a given `horizon`.
 
     Raises:
         DataError: it was simulated by a release with other worlds.
@@ -194,14 +187,9 @@ def world_of(workspace: Path, horizon: int | None = None) -> World | None:
 
 
 def add_arrivals(workspace: Path, world: World, day: int) -> Arrivals:
-    """Write everyone and everything there by the end of a day into the tables of a workspace, if they are not.
+    """Write all users and items that are there by the end of a day (from 0) into the tables of a workspace.
 
-    Ages become those of that day. What was changed by hand in these tables is as the world has it again.
-
-    Args:
-        workspace: simulated in this world.
-        world: with a horizon beyond the day.
-        day: from 0.
+    Ages become those of that day. Other changes of these tables are lost.
     """
     manifest = read_json(workspace / MANIFEST)
     before = max(manifest.get(HORIZON, 0), world.options.days)
@@ -211,11 +199,10 @@ def add_arrivals(workspace: Path, world: World, day: int) -> Arrivals:
         with whole_file(workspace / name) as temporary:
             pq.write_table(table, temporary, compression="zstd")
     write_json(workspace / MANIFEST, {**manifest, HORIZON: day + 1})
-    came = [
+    return Arrivals(
         world.users(day).num_rows - world.users(before - 1).num_rows,
         world.items(day).num_rows - world.items(before - 1).num_rows,
-    ]
-    return Arrivals(*came)
+    )
 
 
 def _run_funnel(requests: Requests, world: World, days: int) -> _Rows:
@@ -367,10 +354,8 @@ def _event_table(requests: Requests, rows: _Rows, user_id: pa.ChunkedArray, item
     score = np.round(rows.score[order], 4).astype(np.float32)
     ts_ms = requests.ts_ms[request]
     request_id = pa.array([f"r{number:08d}" for number in range(len(requests.ts_ms))], pa.string())
-    schema = joined_events(user_id.type, item_id.type)
-    for name, kind in ((c.POSITION, pa.int32()), (c.SCORE, pa.float32()), (c.CHANNEL, pa.string())):
-        schema = schema.append(pa.field(name, kind))
-    schema = schema.append(pa.field("hour", pa.int64())).append(pa.field("scene", pa.string()))
+    further = {c.POSITION: pa.int32(), c.SCORE: pa.float32(), c.CHANNEL: pa.string(), **CONTEXT}
+    schema = pa.schema([*joined_events(user_id.type, item_id.type), *pa.schema(further)])
     return pa.table(
         {
             c.EVENT_SEQ: np.arange(len(order)),
@@ -413,5 +398,4 @@ def _some(mask: Bools, count: int, rng: np.random.Generator) -> Bools:
     key = np.where(mask, rng.random(mask.shape), np.inf)
     chosen = np.zeros_like(mask)
     np.put_along_axis(chosen, np.argsort(key, axis=1, kind="stable")[:, :count], True, axis=1)
-    some: Bools = chosen & mask
-    return some
+    return chosen & mask

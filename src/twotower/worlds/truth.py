@@ -1,6 +1,6 @@
-"""How good lists are by a simulated world's truth, beside what its log says of them.
+"""How good lists are by a simulated world's truth, beside the judgement by its log.
 
-A log knows of an item only if it was shown: a list of what users would like and were never shown scores nothing there.
+A log knows of an item only if it was shown, so a list of good items that were never shown scores nothing there.
 
 B users, K candidates of a list, P places of a page.
 """
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from twotower.channels.retriever import Retriever
 from twotower.evaluate.held_out import read_held_out
-from twotower.evaluate.holdout import figure, held_out, ranked
+from twotower.evaluate.holdout import held_out, ranked
 from twotower.evaluate.metrics import PerUser, difference, summarise
 from twotower.evaluate.options import EvaluateOptions
 from twotower.samples.read import Samples
@@ -40,15 +40,7 @@ def evaluate_by_truth(
 ) -> dict[str, Any]:
     """True recall and expected clicks of channels, for the users of the hold-out when they first click in it.
 
-    The lists are those of `evaluate`, whose recall against logged clicks stands beside this.
-
-    Args:
-        samples: what the channels were trained on.
-        workspace: with `holdout.parquet`.
-        world: in which it was simulated.
-        channels: the judged one first, then baselines.
-        options: cut-offs, resamples and whether requests carry a context, as in `evaluate`.
-        seed: of the resampling.
+    Lists and arguments are those of `evaluate`; the workspace was simulated in this world.
 
     Returns:
         By channel, and for `best`, the best possible lists: `true_recall@k` and `page_clicks`, each
@@ -73,13 +65,12 @@ def evaluate_by_truth(
     report: dict[str, Any] = {"users": len(user), "wanted": WANTED, "page": PAGE}
     judged = channels[0].name
     for name, of in values.items():
-        report[name] = {
-            metric: figure(one) for metric, one in summarise(PerUser(of, {}, {}), options.bootstrap, seed).items()
-        }
+        figures = summarise(PerUser(of), options.bootstrap, seed)
+        report[name] = {metric: figure.report() for metric, figure in figures.items()}
         if name not in (judged, BEST):
             for metric, theirs in of.items():
                 between = difference(values[judged][metric], theirs, options.bootstrap, seed)
-                report[name][metric]["difference"] = figure(between)
+                report[name][metric]["difference"] = between.report()
     return report
 
 
@@ -112,7 +103,7 @@ def true_recall(
 ) -> dict[str, Floats]:
     """`true_recall@k` of each user: the share of the n items that they like best then which are among the first k.
 
-    Those are the n of greatest utility among the items alive at that time which the user has not clicked.
+    Those are the n of greatest utility among the items available at that time which the user has not clicked.
 
     Args:
         world: with a horizon beyond these times.
@@ -120,8 +111,8 @@ def true_recall(
         ts_ms: (B,) milliseconds since 1970.
         lists: (B, K) rows of the world's items, best first, -1 = the list has ended.
         ks: cut-offs, at most K.
-        n: how many items are wanted.
-        clicked: (U, N) items that are not wanted again; absent = none.
+        n: as above.
+        clicked: (U, N) items that are left out; absent = none.
     """
     wanted = world.top(user, ts_ms, n, clicked)
     size = len(world.truth.catalogue.birth_day)
@@ -132,12 +123,6 @@ def true_recall(
 
 
 def page_clicks(world: World, requests: Requests, pages: Ints) -> Floats:
-    """The clicks to expect on each page (R,); no chance is left in it but that of who asks when.
-
-    Args:
-        world: with a horizon beyond these requests.
-        requests: R of them.
-        pages: (R, P) rows of the world's items from the first position on, -1 = nothing.
-    """
+    """The expected number of clicks on each page (R,), for pages of items (R, P), -1 = nothing."""
     expected: Floats = world.chances(requests, pages).sum(axis=1)
     return expected

@@ -1,6 +1,6 @@
-"""A day of a world spent with a recommender: it is asked, its pages are seen, and it is told of the clicks.
+"""A day of a world with a recommender, as a closed loop: it answers requests, and is told of the clicks on its pages.
 
-This is the closed loop without its transport: `answer` may be a model in this process or a server across a network.
+`answer` may be a model in this process or a server across a network.
 
 Dimensions: R requests, P places of a page, n clicks.
 """
@@ -19,7 +19,7 @@ from twotower.schema.errors import ConfigError
 from twotower.schema.tables import joined_events
 from twotower.worlds.arrays import Ints, joined, taken
 from twotower.worlds.inhabitants import strings
-from twotower.worlds.world import FIRST_DAY_MS, NOTHING, SCENES, Requests, World, uniform
+from twotower.worlds.world import CONTEXT, FIRST_DAY_MS, NOTHING, SCENES, Requests, World, uniform
 
 MINUTE_MS: Final = 60_000
 _CHOICE: Final = 200
@@ -72,18 +72,12 @@ class Visited:
         return _clicks(self.requests, self.pages, self.delays)
 
     def events(self, world: World, first_seq: int = 0) -> pa.Table:
-        """Joined events of all that was shown, then `position` and the context `hour`, `scene`, as `simulate` has them.
-
-        Args:
-            world: in which it happened.
-            first_seq: the first `event_seq`.
-        """
+        """Joined events of all impressions, then `position` and the context `hour`, `scene`, as `simulate` has them."""
         request, place = np.nonzero(self.pages != NOTHING)
         user_id, item_id = world.user_ids(self.requests.user[request]), world.item_ids(self.pages[request, place])
         delay, ts_ms = self.delays[request, place], self.requests.ts_ms[request]
-        schema = joined_events(user_id.type, item_id.type)
-        for name, kind in ((c.POSITION, pa.int32()), ("hour", pa.int64()), ("scene", pa.string())):
-            schema = schema.append(pa.field(name, kind))
+        further = pa.schema({c.POSITION: pa.int32(), **CONTEXT})
+        schema = pa.schema([*joined_events(user_id.type, item_id.type), *further])
         return pa.table(
             {
                 c.EVENT_SEQ: np.arange(first_seq, first_seq + len(request)),
@@ -115,14 +109,14 @@ def visit(
 ) -> Visited:
     """Let the users of a day meet a recommender, in the order of time.
 
-    Requests are asked window by window. Before each window the recommender hears of the clicks before its beginning,
-    after the last one of all others: what it knows is late by at most a window, and never early.
+    Requests are answered window by window. Before each window `tell` gets the clicks before its beginning, and after
+    the last window all others: what a recommender knows is late by at most a window, and never early.
 
     Args:
         world: with a horizon beyond the day.
         day: from 0; it may lie after the first log.
         answer: gives the pages, always of the same number of places.
-        tell: hears of the clicks; absent = nobody does.
+        tell: gets the clicks; absent = they are not told.
         requests: this many requests only (see `some`); absent = all.
         window_ms: length of a window; 1 = every request by itself.
     """
@@ -150,12 +144,7 @@ def visit(
 def some(requests: Requests, count: int, seed: int) -> Requests:
     """The requests of some users, drawn evenly, as many as make `count`, in the order of time; all if there are fewer.
 
-    Users are drawn rather than requests, so that sessions stay whole; the last user's may be cut.
-
-    Args:
-        requests: of a day.
-        count: at least 1.
-        seed: of the world.
+    Users are drawn rather than requests, so that sessions stay whole; those of the last user may be cut.
 
     Raises:
         ConfigError: a count below 1.

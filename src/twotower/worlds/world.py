@@ -1,9 +1,9 @@
 """A simulated world of which the truth is known: who likes what and when, who comes, and what is clicked on a page.
 
-Any recommender can meet it: `simulate` does with one of its own, `visit` with whatever answers. What happens is a
-function of the seed and of what it happens to (a mood of the user and the time, a click of the request, its item and
-its position), never of the order of calls. So two recommenders meet the same day, and a request that both answer alike
-is clicked alike. A world made for more days is the same on the days that it shares with one made for fewer.
+`simulate` meets it with a recommender of its own, `visit` with any other. What happens is a function of the seed and of
+what it happens to (a mood: the user and the time; a click: the request, its item and its position), never of the order
+of calls. So two recommenders meet the same day, and the same page is clicked in the same way. A world made for more
+days is the same on the days that it shares with one made for fewer.
 
 Dimensions: U users, N items, C categories, D the hidden vectors, R requests, P places of a page.
 """
@@ -53,6 +53,8 @@ ACCIDENTS: Final = 0.01
 """Chance of a click on the first place whatever stands there."""
 POSITION_EXPONENT: Final = 0.3
 
+CONTEXT: Final = {"hour": pa.int64(), "scene": pa.string()}
+"""The context of a request in logs, with its types."""
 SCENES: Final = ("home", "detail", "search")
 SCENES_OF_DEVICE: Final = ((0.7, 0.22, 0.08), (0.75, 0.18, 0.07), (0.5, 0.28, 0.22), (0.9, 0.08, 0.02))
 
@@ -79,11 +81,7 @@ def rng_of(seed: int, part: int, day: int = 0) -> np.random.Generator:
 
 
 def uniform(seed: int, *keys: Ints | int) -> Floats:
-    """Uniform numbers in [0, 1) that are a function of their keys (Steele et al. 2014, the finaliser of SplitMix64).
-
-    Args:
-        seed: not negative.
-        keys: integers that broadcast against each other.
+    """Uniform numbers in [0, 1) that are a function of the seed and of integer keys, which broadcast (see `mixed`).
 
     >>> uniform(0, 1, np.array([2, 3])).round(3).tolist(), uniform(0, np.array([1]), 3).round(3).tolist()
     ([0.85, 0.461], [0.461])
@@ -123,7 +121,7 @@ class Requests:
 
 @dataclass(frozen=True)
 class Preferences:
-    """The truth of a world, which no log tells: who likes what, and when."""
+    """The truth of a world, which no log has: who likes what, and when."""
 
     options: WorldOptions
     people: DrawnUsers
@@ -140,8 +138,7 @@ class Preferences:
     def taste_at(self, user: Ints, ts_ms: Ints | int) -> Floats:
         """What a user likes in the long run, (..., D): the taste of the first day, turned by `DRIFT_A_WEEK`."""
         angle = DRIFT_A_WEEK / 7 * (np.asarray(ts_ms) - FIRST_DAY_MS)[..., None] / DAY_MS
-        taste: Floats = np.cos(angle) * self.people.taste[user] + np.sin(angle) * self.people.turn[user]
-        return taste
+        return np.cos(angle) * self.people.taste[user] + np.sin(angle) * self.people.turn[user]
 
     def mood_at(self, user: Ints, ts_ms: Ints | int) -> Ints:
         """The category that a user is in the mood for (...,), anew every `MOOD_HOURS`, at times of the user's own."""
@@ -157,20 +154,18 @@ class Preferences:
         place = (np.asarray(ts_ms) - FIRST_DAY_MS) / (TREND_HOURS * HOUR_MS)
         knot = np.floor(place).astype(np.int64)
         angle = np.pi / 2 * (place - knot)
-        trend: Floats = np.cos(angle) * self.trend[knot, category] + np.sin(angle) * self.trend[knot + 1, category]
-        return trend
+        return np.cos(angle) * self.trend[knot, category] + np.sin(angle) * self.trend[knot + 1, category]
 
     def freshness_at(self, item: Ints, ts_ms: Ints | int) -> Floats:
         """What an item's age adds (...,): half of it is gone after every half-life."""
         age_days = (np.asarray(ts_ms) - FIRST_DAY_MS) / DAY_MS - self.catalogue.birth_day[item]
         nature = self.options.nature
-        fresh: Floats = nature.freshness * np.exp2(-age_days / nature.half_life_days)
-        return fresh
+        return nature.freshness * np.exp2(-age_days / nature.half_life_days)
 
     def utility(self, user: Ints, item: Ints, ts_ms: Ints, scene: Ints) -> Floats:
-        """How much a user likes an item at a time: (taste + own mood) . item + quality + moods + freshness + scene.
+        """The log-odds of a click, but for a constant: (taste + own mood) . item + quality + moods + freshness + scene.
 
-        In the log-odds of a click. Rows of users and items, times and rows in `SCENES` broadcast against each other.
+        Rows of users and items, times and rows in `SCENES` broadcast against each other.
         """
         wish = self.taste_at(user, ts_ms) + MOOD_NORM * self.centre[self.mood_at(user, ts_ms)]
         # einsum runs in numpy's own single-threaded loop, so that the sums do not depend on a thread count
@@ -213,8 +208,8 @@ class World:
     def requests(self, day: int) -> Requests:
         """Who asks on a day.
 
-        Sessions by the hourly curve, some followed by another one soon; a few requests each, 20 s to some minutes
-        apart. What would fall into the next day does not happen.
+        Sessions follow the hourly curve, and some are followed by another one soon. Each has a few requests, 20 s to
+        some minutes apart. Requests that would fall into the next day do not happen.
         """
         self._check(day)
         nature, rng = self.options.nature, rng_of(self.options.seed, _REQUESTS, day)
@@ -244,47 +239,29 @@ class World:
         return Requests(number, user[order], FIRST_DAY_MS + day * DAY_MS + ts_ms[order], scene[order])
 
     def chances(self, requests: Requests, pages: Ints) -> Floats:
-        """The probability of a click on each place of each page.
-
-        It is (a + (1 - a) sigmoid(bias + utility)) / position^0.3 with a = 1 % of accidents; 0 where there is no item.
-
-        Args:
-            requests: R of them.
-            pages: (R, P) rows of items from the first position on, -1 = nothing.
-        """
+        """The probability of a click on each place of pages of items (R, P), -1 = nothing: see `click_chance`."""
         shown = pages != NOTHING
         item = np.where(shown, pages, 0)
         utility = self.truth.utility(requests.user[:, None], item, requests.ts_ms[:, None], requests.scene[:, None])
         return np.where(shown, click_chance(utility, 1 + np.arange(pages.shape[1]), self.options.nature), 0.0)
 
     def clicks(self, requests: Requests, pages: Ints) -> Ints:
-        """What is clicked, (R, P): milliseconds from the request to the click, 0 = no click.
+        """What is clicked on pages (R, P), as in `chances`: milliseconds from the request to the click, 0 = no click.
 
-        Every place is clicked by itself. 2 s, 1.5 s more for each position and an exponential time (mean 10 s) go by,
-        so now and then a click comes after the user's next request.
-
-        Args:
-            requests: R of them.
-            pages: (R, P) as in `chances`.
+        Every place is clicked by itself, after 2 s, 1.5 s more for each position, and an exponential time (mean 10 s).
+        So some clicks come after the user's next request.
         """
         number = requests.number[:, None]
         hit = uniform(self.options.seed, _CLICK, number, pages) < self.chances(requests, pages)
         thinking = -10_000.0 * np.log1p(-uniform(self.options.seed, _DELAY, number, pages))
         delay = 2_000 + 1_500 * (1 + np.arange(pages.shape[1])) + thinking.astype(np.int64)
-        clicks: Ints = np.where(hit, delay, 0)
-        return clicks
+        return np.where(hit, delay, 0)
 
     def top(self, user: Ints, ts_ms: Ints, n: int, clicked: Bools | None = None) -> Ints:
-        """The n available items that each user likes best at a given time, (B, n), best first.
+        """The n available items that each user (B,) likes best at a given time (B,), (B, n), best first.
 
-        The scene adds the same to every item and does not matter. Equal utilities are ordered by row; -1 where there
-        are no more items.
-
-        Args:
-            user: (B,) rows of users.
-            ts_ms: (B,) milliseconds since 1970.
-            n: items of each.
-            clicked: (U, N) items that are left out; absent = none.
+        What each user of the world has `clicked` (U, N) is left out. The scene adds the same to every item and does not
+        matter. Equal utilities are ordered by row; -1 where there are no more items.
         """
         best = np.full((len(user), n), NOTHING, np.int64)
         step = max(1, _AT_ONCE // len(self.truth.catalogue.birth_day))
@@ -366,14 +343,13 @@ def make_world(options: WorldOptions, horizon: int | None = None) -> World:
 
 
 def click_chance(utility: Floats, position: Ints, nature: Nature) -> Floats:
-    """The probability of a click; utilities and positions (from 1) broadcast against each other.
+    """The probability of a click, (a + (1 - a) sigmoid(bias + utility)) / position^0.3, with a = 1 % of accidents.
 
-    A cascade-free position-based model (Craswell et al. 2008): a place is looked at with probability position^-0.3,
-    and what is looked at is clicked by its utility, or by accident.
+    A position-based model (Craswell et al. 2008): a place is looked at with probability position^-0.3, and what is
+    looked at is clicked by its utility, or by accident. Utilities and positions (from 1) broadcast.
     """
     by_liking = 1.0 / (1.0 + np.exp(-nature.click_bias - utility))
-    chance: Floats = (ACCIDENTS + (1.0 - ACCIDENTS) * by_liking) * np.asarray(position) ** -POSITION_EXPONENT
-    return chance
+    return (ACCIDENTS + (1.0 - ACCIDENTS) * by_liking) * np.asarray(position) ** -POSITION_EXPONENT
 
 
 def _catalogue(options: WorldOptions, horizon: int, culture: Culture) -> DrawnItems:
