@@ -27,6 +27,7 @@ from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import TEMPORARY
 from twotower.schema.tables import check_entities, require_columns
+from twotower.stream.rows import read_schema
 
 MADE = ("samples", "checkpoints", "versions")
 """Folders of a workspace that commands make."""
@@ -98,12 +99,7 @@ def _check_places(workspace: Path) -> None:
 
 
 def _schema(path: Path, id_column: str) -> pa.Schema:
-    try:
-        schema = pq.read_schema(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: import or simulate a workspace first") from None
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no readable Parquet file: {error}") from None
+    schema = read_schema(path)
     require_columns(schema, [id_column], path.name)
     if repeated := sorted({name for name in schema.names if schema.names.count(name) > 1}):
         raise DataError(f"{path} has the column {repeated[0]} more than once: give each its own name")

@@ -3,7 +3,6 @@
 import gc
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from twotower.stream.shards import (
     merge,
     partition_folder,
     progress_of,
+    summed,
     tidy,
     total,
     write_shard,
@@ -69,14 +69,7 @@ class JoinReport:
 
 
 class PartitionJoin:
-    """Joins one partition of the log into its shards; holds its lock.
-
-    Args:
-        event_log: read from where the shards end.
-        folder: the folder of all shards.
-        partition: a partition of the log.
-        types: the types of ids and values.
-        options: the options of the joiner.
+    """Joins one partition of the log into its shards, from where these end; holds the partition's lock.
 
     Raises:
         Taken: another joiner has the partition.
@@ -134,12 +127,12 @@ class PartitionJoin:
         while events < most and rows < _SHARD_ROWS and self._hour == hour:
             records = self._log.read(self.partition, self._offset, min(_BATCH, most - events))
             for record in records:
-                said = record.event.content
+                content = record.event.content
                 if batch := self._joiner.feed(record):
                     batches.append(batch)
                     rows += len(batch)
-                if isinstance(said, EntityDeleted) and said.kind == USER and is_id(said.entity_id, user_id):
-                    deleted.append(DeletedUser(said.entity_id, self._first_row + rows))
+                if isinstance(content, EntityDeleted) and content.kind == USER and is_id(content.entity_id, user_id):
+                    deleted.append(DeletedUser(content.entity_id, self._first_row + rows))
                 self._offset, events = record.next_offset, events + 1
                 hour = self._hour if hour is None else hour
                 if self._hour != hour or rows >= _SHARD_ROWS:
@@ -179,7 +172,7 @@ class PartitionJoin:
         self.shards = shards
 
     def _merged(self, part: Sequence[Manifest]) -> Sequence[Manifest]:
-        """One shard in the place of several; they stay as they are where one of them is damaged."""
+        """One shard in place of several; they stay as they are where one of them is damaged."""
         if len(part) == 1:
             return part
         try:
@@ -193,11 +186,8 @@ class PartitionJoin:
     ) -> list[str]:
         """Write the days that have new rows; gives their names.
 
-        Args:
-            events: the folder of all days.
-            partitions: how many the log has.
-            over_ms: the event time that all partitions have reached, where it is known.
-            only_over: leave out the day that event time is in.
+        With `only_over`, without the day that event time is in. `over_ms` is the event time that all partitions have
+        reached, where it is known.
         """
         reached = [ms for ms in (self._joiner.clock.latest_ms, over_ms) if ms is not None]
         today = day_of(max(reached)) if reached else ""
@@ -241,7 +231,6 @@ class PartitionJoin:
         return self._log.read(self.partition, offset, 1)[0].event
 
     def _records(self, offset: int, end: int) -> Iterator[Record]:
-        """What the log holds from an offset up to another."""
         while offset < end:
             records = self._log.read(self.partition, offset, _BATCH)
             if not records:
@@ -276,14 +265,14 @@ def join(
         events: the folder of all days; None = no daily partitions.
         types: the types of ids and values.
         options: the options of the joiner.
-        share: (k, n): of n joiners this is the k-th, and has every n-th partition.
+        share: (k, n): this is the k-th of n joiners, and has every n-th partition.
         flush: close every open window at the end.
         follow: wait for more at the end of the log.
-        stopped: asked between two steps when to end.
+        stopped: asked between two steps whether to end.
 
     Raises:
         Taken: another joiner has one of the partitions.
-        DataError: shards are damaged, or the log is.
+        DataError: shards or the log are damaged.
     """
     written: list[Manifest] = []
     days: list[str] = []
@@ -322,15 +311,12 @@ def join(
 
 def _report(written: list[Manifest], days: list[str], watermark_ms: int | None) -> JoinReport:
     counts: JoinCounts = total(manifest.counts for manifest in written)
-    outcomes = Counter[str]()
-    for manifest in written:
-        outcomes.update(manifest.outcomes)
     return JoinReport(
         **(vars(counts) | {"dropped": dict(sorted(counts.dropped.items()))}),
         shards=len(written),
         rows=sum(manifest.rows for manifest in written),
         watermark_ms=watermark_ms,
-        outcomes=dict(sorted(outcomes.items())),
+        outcomes=summed(manifest.outcomes for manifest in written),
         days=sorted(set(days)),
     )
 
@@ -346,8 +332,8 @@ def _mergeable(group: list[Manifest]) -> list[list[Manifest]]:
 
 @contextmanager
 def _rare_collection() -> Iterator[None]:
-    """Look for cyclic garbage less often: nearly everything here lives until its window closes, and looking through it
-    again and again takes a third of the joiner's time.
+    """Collect cyclic garbage less often: nearly everything here lives until its window closes, and collecting at the
+    default rate takes a third of the joiner's time.
     """
     before = gc.get_threshold()
     gc.set_threshold(50_000, *before[1:])

@@ -52,14 +52,8 @@ ALL: Final = "all"
 _ENDINGS: Final = {POSITIVES: ".positives.tfrecord", OTHERS: ".others.tfrecord", ALL: ".tfrecord"}
 _MANIFEST: Final = re.compile(r"(\d{20})-(\d{20})\.json")
 _PARTITION: Final = re.compile(r"partition-(\d{4,})")
-_TYPES: Final = {
-    "int64": pa.int64(),
-    "int32": pa.int32(),
-    "bool": pa.bool_(),
-    "float32": pa.float32(),
-    "string": pa.string(),
-}
-_NAMES: Final = {kind: name for name, kind in _TYPES.items()}
+_NAMES: Final = {pa.type_for_alias(name): name for name in ("int64", "int32", "bool", "float32", "string")}
+_TYPES: Final = {name: kind for kind, name in _NAMES.items()}
 _LIST: Final = "list of "
 
 Count = Annotated[int, Field(ge=0)]
@@ -187,12 +181,7 @@ def partitions(folder: Path) -> list[int]:
 
 
 def progress_of(folder: Path, event_log: EventLog | None) -> dict[int, JoinProgress]:
-    """How far each partition is joined, by its number.
-
-    Args:
-        folder: the folder of all shards.
-        event_log: the log that was joined; None = it is gone, so that nothing is left to be joined.
-    """
+    """How far each partition is joined, by its number; without a log nothing is left to be joined."""
     numbers = set(partitions(folder)) | set(range(event_log.partitions if event_log is not None else 0))
     found = {}
     for number in sorted(numbers):
@@ -204,12 +193,7 @@ def progress_of(folder: Path, event_log: EventLog | None) -> dict[int, JoinProgr
 
 
 def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest]:
-    """The manifests of a partition's shards, in order, from the one that holds a row on.
-
-    Args:
-        folder: the folder of all shards.
-        partition: a partition of the log.
-        first_row: shards that end before it are left out, and not even read.
+    """The manifests of a partition's shards, in order; those of shards that end before `first_row` are not even read.
 
     Raises:
         DataError: one is damaged or of another format, or shards are missing in between.
@@ -248,10 +232,11 @@ class Usable:
 
 def usable_manifests(folder: Path, partition: int, first_row: int = 0) -> Usable:
     """As `manifests`, but a damaged manifest hides only its own rows: it does not stop readers of rows."""
+    own = partition_folder(folder, partition)
     try:
         return Usable(manifests(folder, partition, first_row), [])
     except DataError:
-        own = partition_folder(folder, partition)
+        pass
     found, problems = list[Manifest](), list[str]()
     for begin, end in _covering(_spans(own)):
         path = own / f"{shard_name(begin, end)}.json"
@@ -282,10 +267,7 @@ class PositiveRows:
 
 
 def read_positives(folder: Path, partition: int, first_row: int, end_row: int) -> PositiveRows:
-    """The clicked rows of a partition from a number up to another, shard by shard.
-
-    What is damaged is left out and said.
-    """
+    """The clicked rows of a partition from a number up to another, by shard; damaged shards are left out and named."""
     usable = usable_manifests(folder, partition, first_row)
     tables, rows, problems = list[pa.Table](), 0, list(usable.problems)
     for shard in usable.manifests:
@@ -304,7 +286,7 @@ def read_positives(folder: Path, partition: int, first_row: int, end_row: int) -
 
 @functools.lru_cache(maxsize=1 << 14)
 def read_manifest(path: Path) -> Manifest:
-    """One manifest; it is kept, for one of a name never changes, and who follows shards asks again and again.
+    """One manifest. It is cached: a manifest never changes, and those who follow shards ask for it again and again.
 
     Raises:
         DataError: it is missing, damaged or of another format.
@@ -338,15 +320,10 @@ def read_shard(
     columns: Iterable[str] | None = None,
     positives_only: bool = False,
 ) -> pa.Table:
-    """The rows of a shard from a number up to another, in their order, with their numbers; every checksum is checked.
+    """The rows of a shard from a number up to another, in order, with their numbers (`row`); all checksums are checked.
 
-    Args:
-        folder: the folder of all shards.
-        manifest: the manifest of the shard.
-        first_row: number of the first row in the partition.
-        end_row: number behind the last.
-        columns: that are wanted beside the numbers; None = all.
-        positives_only: only clicked rows; others are read only where they stand in the same file.
+    With `columns`, only these and the numbers. With `positives_only`, only clicked rows; the others are read only where
+    they are in the same file.
 
     Raises:
         DataError: a file is missing, damaged, or has other rows than the manifest says.
@@ -381,17 +358,13 @@ def read_shard(
 
 @functools.lru_cache(maxsize=2)
 def _records(path: Path, sha256: str) -> Records:  # noqa: ARG001 - another content is another shard
-    """The records of a file; the latest are kept, for a shard of a whole hour is read part by part."""
+    """The records of a file. The latest are cached, because a shard of a whole hour is read part by part."""
     return read_records(path)
 
 
 @functools.lru_cache(maxsize=2)
 def _numbers(path: Path, sha256: str) -> npt.NDArray[np.int64]:
-    """The numbers of the rows of a file, ascending.
-
-    Raises:
-        DataError: a row has no number, or the numbers do not rise.
-    """
+    """The numbers of the rows of a file, ascending."""
     column = decode(_records(path, sha256), pa.schema([(c.ROW, pa.int64())]))[c.ROW]
     numbers: npt.NDArray[np.int64] = column.to_numpy()
     if column.null_count or (np.diff(numbers) <= 0).any():
@@ -400,13 +373,7 @@ def _numbers(path: Path, sha256: str) -> npt.NDArray[np.int64]:
 
 
 def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int | None = None) -> pa.Table:
-    """Rows of a partition from a number on, in order; fewer than `most_rows` at the end.
-
-    Args:
-        folder: the folder of all shards.
-        partition: a partition of the log.
-        first_row: number of the first row.
-        most_rows: that are wanted; None = all.
+    """Rows of a partition from a number on, in order: at most `most_rows`, or all.
 
     Raises:
         DataError: a shard that holds some of them is missing or damaged, or shards have columns of other types.
@@ -429,16 +396,13 @@ def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int |
 
 
 def write_shard(folder: Path, batches: Sequence[Sequence[Row]], types: Types, manifest: Manifest) -> Manifest:
-    """Write a shard; it is there when this returns, and not before its manifest is.
+    """Write a shard, its manifest last; gives the whole manifest.
 
     Args:
         folder: the folder of all shards.
         batches: rows that left at the same event, in their order.
         types: the types of ids and values.
         manifest: without what is known only when the rows are written.
-
-    Returns:
-        The whole manifest.
     """
     files: dict[Part, ShardFile] = {}
     rows = list(itertools.chain.from_iterable(batches))
@@ -457,7 +421,7 @@ def write_shard(folder: Path, batches: Sequence[Sequence[Row]], types: Types, ma
         manifest,
         rows=len(rows),
         days={day_of(day * DAY_MS): Day(counts[day], last_rows[day]) for day in sorted(counts)},
-        outcomes=_summed([Counter(row.outcome for row in rows)]),
+        outcomes=summed([Counter(row.outcome for row in rows)]),
         schema=types.schema(),
         files=files,
     )
@@ -486,9 +450,7 @@ def tidy(folder: Path, partition: int) -> None:
 
 
 def merge(folder: Path, small: Sequence[Manifest]) -> Manifest:
-    """Make one shard out of several of one format that follow each other.
-
-    The rename of its manifest replaces them; then they are removed.
+    """Make one shard of several that follow each other. The rename of its manifest replaces them, and they are removed.
 
     Raises:
         DataError: one of them is not as its manifest says.
@@ -505,7 +467,7 @@ def merge(folder: Path, small: Sequence[Manifest]) -> Manifest:
         rows=sum(part.rows for part in small),
         hour=first.hour,
         days=dict(sorted(days.items())),
-        outcomes=_summed(part.outcomes for part in small),
+        outcomes=summed(part.outcomes for part in small),
         counts=total(part.counts for part in small),
         deleted=tuple(user for part in small for user in part.deleted),
     )
@@ -540,11 +502,9 @@ def total(counts: Iterable[JoinCounts]) -> JoinCounts:
     return summed
 
 
-def _summed(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    summed = Counter[str]()
-    for part in parts:
-        summed.update(part)
-    return dict(sorted(summed.items()))
+def summed(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of counts by name, ordered by name."""
+    return dict(sorted(sum(map(Counter, parts), Counter[str]()).items()))
 
 
 def _path(folder: Path, manifest: Manifest, name: str) -> Path:
