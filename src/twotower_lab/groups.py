@@ -75,9 +75,8 @@ def main_groups(samples: Samples, workspace: Path, context: bool) -> Iterator[Gr
 
 def some_users(truth: Truth, rows: npt.NDArray[np.integer]) -> Truth:
     """The held-out clicks of some users, by their places in a truth."""
-    items = take(truth.items, rows)
-    assert isinstance(items, Bag)
-    return Truth(truth.user_rows[rows], items, {name: take(column, rows) for name, column in truth.context.items()})
+    context = {name: take(column, rows) for name, column in truth.context.items()}
+    return Truth(truth.user_rows[rows], take(truth.items, rows), context)
 
 
 def _clicks_on(truth: Truth, wanted: Bools) -> Truth | None:

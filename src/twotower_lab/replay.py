@@ -301,7 +301,7 @@ class _Model:
             positives = state.encode(rows.take(pa.array(known)))
             own = column[positives.item_row]
             there = own >= 0
-            scores = state.learner.user_vectors(positives) @ vectors.T
+            scores = state.learner.model.encode_users(positives.user) @ vectors.T
             mine = np.where(there, np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)[:, 0], np.inf)
             if self._hide:
                 clicked = positives.clicked

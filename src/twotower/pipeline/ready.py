@@ -1,7 +1,7 @@
-"""What is found before anything is computed: a configuration, a workspace or a machine with which a command must fail.
+"""Checks before anything is computed: a configuration, a workspace or a machine with which a command must fail.
 
-Every command that samples, trains, evaluates or publishes comes here first. What only samples can tell is looked at
-when they are opened, before the first step of training (`check_samples`).
+Every command that samples, trains, evaluates or publishes begins with them. What depends on samples is checked when
+they are opened, before the first step of training (`check_samples`).
 """
 
 import os

@@ -48,7 +48,5 @@ def new_towers(
         ConfigError: the channel needs a feature that is not there.
     """
     read = channel_features(features, models, channel)
-    if channel == MF:
-        return TwoTower(read, models.dimension, _NO_NETWORK, _NO_NETWORK, seed=seed, adjusted=adjusted)
-    towers = models.user_tower, models.item_tower
+    towers = (_NO_NETWORK, _NO_NETWORK) if channel == MF else (models.user_tower, models.item_tower)
     return TwoTower(read, models.dimension, *towers, seed=seed, dropout=dropout, adjusted=adjusted)

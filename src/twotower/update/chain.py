@@ -74,13 +74,7 @@ class Done:
 
 
 class Chain:
-    """A version's chain, opened by the one updater that may write it.
-
-    Args:
-        version: the base, as `open_version` gives it.
-        model: gives the model of its checkpoint.
-        sources: what is read and written.
-        options: how it learns.
+    """A version's chain, opened by the one updater that may write it; `model` gives the model of its checkpoint.
 
     Raises:
         VersionError: a delta is damaged or missing.

@@ -37,12 +37,12 @@ class Selection:
 
     trained: StreamPositives
     held_out: StreamPositives
-    """StreamPositives of held-out users: they judge, and nothing is trained on them."""
+    """Positives of held-out users: they judge, and nothing is trained on them."""
     counts: dict[str, int]
     latest_ms: int | None
     """The latest time of a positive, left out or not."""
     held_back: dict[str, int]
-    """StreamPositives that are not trained, by the bound that they are beyond."""
+    """Positives that are not trained, by the bound that they are beyond."""
     problems: list[str]
     """Why shards could not be used."""
 
@@ -59,12 +59,12 @@ class _Part:
 def select(
     state: ChainState, tables: Sequence[pa.Table], *, held_out_users: float, risen: frozenset[EntityId]
 ) -> Selection:
-    """Select the positives of joined rows.
+    """Select the positives of joined rows, by shard, before the state learns anything from them.
 
     Args:
-        state: before anything is learned from them.
-        tables: the rows, by shard.
-        held_out_users: share of users whom nothing is trained on.
+        state: encodes them.
+        tables: the rows.
+        held_out_users: share of users on whom nothing is trained.
         risen: items that rose too far: nothing is learned of them.
     """
     counts = Counter(dict.fromkeys(("rows", "positives", "held_out", "known_before", "unusable"), 0))
@@ -126,7 +126,7 @@ def _select_part(state: ChainState, rows: pa.Table) -> _Part:
 
 
 def _before_deletion(entities: Sequence[Entity | None], times: Longs) -> Bools:
-    """Which clicks (B,) are of a user or an item that was deleted after them: another has its id now."""
+    """Which clicks (B,) are of a user or an item that was deleted after them: another one has its id now."""
     deleted_ms = [-1 if one is None or one.deleted_ms is None else one.deleted_ms for one in entities]
     before: Bools = times <= np.array(deleted_ms, np.int64)
     return before
