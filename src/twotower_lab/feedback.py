@@ -3,7 +3,7 @@
 The first log comes from the simulation's own recommender. From the day after it this system shows everything, and after
 a few days it has learned from nothing else. Arms differ in what keeps it from showing the same items again and again.
 
-Dimensions: R requests of a day, P places of a page, N items alive, U users, K candidates.
+R requests of a day, P positions of a page, N available items, U users, K candidates.
 """
 
 import logging
@@ -49,7 +49,7 @@ EDGE_DAYS: Final = 3
 JUDGED: Final = 400
 """Recall of a day is measured on at most this many of its users."""
 SEQUENCE: Final = 10**9
-"""Distance between the event numbers of two days of the loop: more than a day has."""
+"""Distance between the event numbers of two days of the loop: more than the events of a day."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class LoopSite:
     shown: dict[int, list[tuple[int, ItemId]]] = field(default_factory=dict)
 
     def answer(self, requests: Requests) -> Ints:
-        """A page for each request, one after another, (R, P) rows of the world's items."""
+        """A page for each request, one after another: (R, P) rows of the world's items."""
         pages = np.full((len(requests), PAGE), NOTHING)
         users = self.world.user_ids(requests.user).to_pylist()
         known = {feature.name for feature in self.version.features.context}
@@ -89,13 +89,13 @@ class LoopSite:
         return pages
 
     def tell(self, clicks: VisitClicks) -> None:
-        """Take clicks in."""
+        """Remember clicks."""
         items = self.world.item_ids(clicks.item).to_pylist()
         for user, item, ts_ms in zip(clicks.user.tolist(), items, clicks.ts_ms.tolist(), strict=True):
             self.clicks.setdefault(user, []).append((ts_ms, item))
 
     def next_day(self, version: Version, now_ms: int) -> None:
-        """Serve a new version, which knows of all clicks so far, and forget impressions that are no longer left out."""
+        """Serve a new version, which knows all clicks so far, and forget impressions that are no longer excluded."""
         self.version = version
         self.clicks.clear()
         since_ms = now_ms - self.window_ms
@@ -104,11 +104,7 @@ class LoopSite:
 
 
 def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[str, Any]]:
-    """Serve a simulated workspace day after day from its held-out day on; its log grows by what happens.
-
-    Args:
-        settings: of the arm.
-        days: how many.
+    """Serve a simulated workspace day after day, from its held-out day on; its log grows by what happens.
 
     Returns:
         Measures of the last days, and how much each grew since the first ones, a single number each (see `measure`);
@@ -120,7 +116,7 @@ def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[st
     workspace = Path(settings.workspace.path)
     begun = world_of(workspace)
     if begun is None:
-        raise DataError(f"{workspace} holds no simulated world, which alone can be served again")
+        raise DataError(f"{workspace} holds no simulated world, and only such a world can be served again")
     first = begun.options.days - 1
     world = world_of(workspace, first + days)
     assert world is not None
@@ -136,7 +132,10 @@ def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[st
             site = LoopSite(world, settings.funnel, window_ms, version)
         site.next_day(version, begin_ms)
         visited = visit(world, day, site.answer, site.tell)
-        events = _like(visited.events(world, day * SEQUENCE), schema)
+        # What this system does not record is null.
+        recorded = visited.events(world, day * SEQUENCE)
+        recorded = recorded.select([name for name in schema.names if name in recorded.column_names])
+        events = pa.concat_tables([schema.empty_table(), recorded], promote_options="default")
         with whole_file(workspace / EVENTS / f"{c.DATE}={date_of(day)}" / "part-0.parquet") as temporary:
             pq.write_table(events, temporary, compression="zstd")
         found = measure(world, day, visited, version)
@@ -151,17 +150,8 @@ def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[st
     return values, {"series": series}
 
 
-def _like(events: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Events with the columns of the first log: what this system does not say is null."""
-    size = events.num_rows
-    columns = [
-        events[field.name] if field.name in events.column_names else pa.nulls(size, field.type) for field in schema
-    ]
-    return pa.table(columns, schema=schema)
-
-
 def _morning(settings: Settings) -> Version:
-    """Learn from everything up to yesterday; the version that is served today."""
+    """Learn from everything up to yesterday; gives the version that is served today."""
     build_samples(settings)
     train_model(settings)
     publish_version(settings, promoted=True)

@@ -49,7 +49,7 @@ INDEXED_QUERIES: Final = 500
 FUSED_USERS: Final = 300
 """Users whose lists come from rankers over the whole catalogue."""
 PRIOR: Final = 20
-"""Impressions at the mean click rate that the click rate of an item begins with."""
+"""Impressions at the mean click rate that are added to the impressions of each item."""
 
 Floats = npt.NDArray[np.float64]
 Values = dict[str, Floats]
@@ -206,7 +206,7 @@ def _orders(scores: Floats, shown: Shown) -> Values:
 
 
 def click_rates(samples: Samples) -> Floats:
-    """The share of each item's impressions (N,) that was clicked in training, drawn to the mean where there are few."""
+    """The share of each item's impressions (N,) that was clicked in training, moved to the mean where there are few."""
     trained, size = samples.impressions, len(samples.items)
     assert trained is not None
     clicks, seen = np.bincount(trained.item_row, trained.clicked, size), np.bincount(trained.item_row, minlength=size)
@@ -215,7 +215,7 @@ def click_rates(samples: Samples) -> Floats:
 
 
 def lists_of(settings: Settings, samples: Samples, channel: str, length: int) -> Lists:
-    """The lists of a channel, of `ease` or of all channels `fused`."""
+    """The lists of a channel, of `ease`, or of all channels as one list (`fused`)."""
     if channel == Ease.name:
         ease = Ease(samples)
         return lambda truth: ranked(samples, ease, truth.user_rows, length)
@@ -233,7 +233,7 @@ def lists_of(settings: Settings, samples: Samples, channel: str, length: int) ->
 
 
 def share_of(best: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> float:
-    """The share of the best lists (B, k) that is in the found ones.
+    """The share of the best lists (B, k) that is among the found ones.
 
     >>> share_of(np.array([[1, 2], [3, 4]]), np.array([[2, 9], [4, 3]]))
     0.75

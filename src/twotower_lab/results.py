@@ -1,4 +1,4 @@
-"""The result of an experiment, out of its arms' files: differences, intervals, verdicts, and what the plot shows."""
+"""The result of an experiment from its arms' files: differences, intervals, verdicts, and what the plot shows."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ Arms = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def summarise(name: str, done: Iterable[Unit], out: Path) -> dict[str, Any]:
-    """Differences, intervals and verdicts of an experiment out of its arms' files.
+    """Differences, intervals and verdicts of an experiment, from its arms' files.
 
     Raises:
         DataError: a unit has not been run.
@@ -59,7 +59,7 @@ def summarise(name: str, done: Iterable[Unit], out: Path) -> dict[str, Any]:
 
 
 def compared(data: str, arms: Arms, arm: str, than: str | None, measure: str) -> Interval | None:
-    """An arm minus another, or its own figure; None where they have no seed in common with that measure."""
+    """An arm minus another, or its own figure; None where no seed has the measure for both."""
     values = _values(arms, arm, measure)
     if than is not None:
         theirs = _values(arms, than, measure)
@@ -70,7 +70,7 @@ def compared(data: str, arms: Arms, arm: str, than: str | None, measure: str) ->
 
 
 def _values(arms: Arms, arm: str, measure: str) -> dict[int, Floats]:
-    """A measure of an arm by seed; of the seeds that have it."""
+    """A measure of an arm by seed, for the seeds that have it."""
     return {
         seed: np.array(result["values"][measure])
         for seed, result in arms.get(arm, {}).items()
@@ -97,7 +97,7 @@ def judged(claim: Claim, found: Mapping[str, Arms]) -> dict[str, Any]:
 
 
 def _conditions(claim: Claim, data: str, arms: Arms) -> Iterator[dict[str, Any]]:
-    """How a claim stands on a data set by the truth and by clicks: against the strongest arm of those it names."""
+    """How a claim stands on a data set, by the truth and by clicks, against the strongest arm that it names."""
     world = isinstance(DATA[data], WorldData)
     for kind, measure in claim.measured(world).items():
         against = [
