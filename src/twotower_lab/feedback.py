@@ -83,7 +83,7 @@ class LoopSite:
                 now_ms=ts_ms,
                 request_id=f"{self.world.options.seed}/{requests.number[place]}",
             )
-            items = [one.item_id for one in served.page.items]
+            items = [item.item_id for item in served.page.items]
             self.shown.setdefault(user, []).extend((ts_ms, item) for item in items)
             pages[place, : len(items)] = self.world.item_rows(pa.array(items, self.version.item_ids.type))
         return pages
@@ -100,7 +100,7 @@ class LoopSite:
         self.clicks.clear()
         since_ms = now_ms - self.window_ms
         for user, shown in self.shown.items():
-            self.shown[user] = [one for one in shown if one[0] >= since_ms]
+            self.shown[user] = [impression for impression in shown if impression[0] >= since_ms]
 
 
 def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[str, Any]]:
@@ -138,10 +138,10 @@ def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[st
         events = pa.concat_tables([schema.empty_table(), recorded], promote_options="default")
         with whole_file(workspace / EVENTS / f"{c.DATE}={date_of(day)}" / "part-0.parquet") as temporary:
             pq.write_table(events, temporary, compression="zstd")
-        found = measure(world, day, visited, version)
-        for name, value in found.items():
+        measured = measure(world, day, visited, version)
+        for name, value in measured.items():
             series.setdefault(name, []).append(round(value, 6))
-        log.info("day %d: %s", day, "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
+        log.info("day %d: %s", day, "  ".join(f"{name} {value:.3f}" for name, value in measured.items()))
     values = {}
     for name, of_days in series.items():
         begin, end = float(np.mean(of_days[:EDGE_DAYS])), float(np.mean(of_days[-EDGE_DAYS:]))
@@ -216,7 +216,7 @@ def _recalls(world: World, clicks: VisitClicks, version: Version) -> dict[str, f
     rows = version.users.positions.find(world.user_ids(user))
     stored = version.clicks
     queries = version.queries(rows, exclude=(stored.indptr, stored.item_row))
-    found = version.two_tower.retrieve(queries, K).rows
+    retrieved = version.two_tower.retrieve(queries, K).rows
     item = world.item_rows(version.item_ids)
     row_of = np.full(int(item.max()) + 1, NOTHING)
     row_of[item] = np.arange(len(item))
@@ -224,10 +224,10 @@ def _recalls(world: World, clicks: VisitClicks, version: Version) -> dict[str, f
     pairs = np.unique(np.searchsorted(user, clicks.user[of_chosen]) * len(item) + row_of[clicks.item[of_chosen]])
     owner = pairs // len(item)
     truth = Bag(pointers(np.bincount(owner, minlength=len(user))), (pairs % len(item)).astype(np.int32))
-    logged = score_lists(found, truth, np.ones(len(item), np.int64), [K]).values[f"recall@{K}"]
+    logged = score_lists(retrieved, truth, np.ones(len(item), np.int64), [K]).values[f"recall@{K}"]
     clicked = np.zeros((len(world.truth.people.taste), len(world.truth.catalogue.vector)), np.bool_)
     known = np.repeat(world.user_rows(version.users.ids), np.diff(stored.indptr))
     clicked[known, item[stored.item_row]] = True
-    listed = np.where(found == NOTHING, NOTHING, item[found])
+    listed = np.where(retrieved == NOTHING, NOTHING, item[retrieved])
     true = true_recall(world, user, first_ms, listed, [K], K, clicked)[f"true_recall@{K}"]
     return {f"recall@{K}": float(logged.mean()), f"true_recall@{K}": float(true.mean())}

@@ -128,7 +128,7 @@ def _offline(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             where, against = f"{result['name']}, {panel['data']}", panel["first"]
             yield word, _pair(where, f"{arm} against {against}", panel["measures"][TRUE], panel["rows"][arm])
     for claim in result["claims"] if result["series"] else ():
-        by_kind = {one["kind"]: one for one in claim["conditions"]}
+        by_kind = {condition["kind"]: condition for condition in claim["conditions"]}
         if len(by_kind) == 2:
             true = by_kind[TRUE]
             where, arms = (

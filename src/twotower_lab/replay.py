@@ -101,8 +101,8 @@ class Later:
 
     def rows_of(self, item_ids: pa.Array) -> Longs:
         """Rows of the workspace's items, -1 for other items."""
-        found: Longs = pc.index_in(item_ids, self.item_ids).fill_null(-1).to_numpy().astype(np.int64)
-        return found
+        rows: Longs = pc.index_in(item_ids, self.item_ids).fill_null(-1).to_numpy().astype(np.int64)
+        return rows
 
     def clicked_before(self, world: World, row: int) -> Bools:
         """What each user (U) has clicked of the items (N) of a world before a click."""
@@ -277,7 +277,7 @@ class _Model:
 
     def found(self, begin: int, end: int, now_ms: int) -> Bools:
         """Which of some clicks are among the first K for their users, before the model learns them."""
-        found = np.zeros(end - begin, np.bool_)
+        hit = np.zeros(end - begin, np.bool_)
         wanted = np.flatnonzero(self._later.judged[begin:end])
         alive = np.flatnonzero((self._row >= 0) & (self._later.born_ms[self._row] <= now_ms))
         column = np.full(len(self._row), -1)
@@ -299,11 +299,11 @@ class _Model:
                 owner = np.repeat(np.arange(len(scores)), np.diff(clicked.indptr))[hidden >= 0]
                 scores[owner, hidden[hidden >= 0]] = -np.inf
             above = (scores > mine[:, None]).sum(axis=1)
-            found[part[known]] = there & (above < K)
+            hit[part[known]] = there & (above < K)
             if self._world is not None:
                 chosen = [at for at, place in enumerate(known.tolist()) if start + place in judge]
                 self._judge(begin + part[known[chosen]], alive, scores[chosen])
-        return found
+        return hit
 
     def _judge(self, rows: Longs, alive: Longs, scores: npt.NDArray[np.float32]) -> None:
         """The true recall of some lists."""
@@ -317,8 +317,8 @@ class _Model:
         ts_ms = self._later.ts_ms[rows]
         clicked = self._later.clicked_before(self._world, int(rows.min()))
         true = true_recall(self._world, user, ts_ms, listed, [K], K, clicked)[f"true_recall@{K}"]
-        for hour, one in zip(((ts_ms - self._later.begin_ms) // HOUR_MS).tolist(), true.tolist(), strict=True):
-            self._score.true.setdefault(hour, []).append(one)
+        for hour, recall in zip(((ts_ms - self._later.begin_ms) // HOUR_MS).tolist(), true.tolist(), strict=True):
+            self._score.true.setdefault(hour, []).append(recall)
 
     def learn(self, end: int) -> None:
         """A delta of the clicks since the last one."""
@@ -345,9 +345,16 @@ class _Model:
         self._open()
         self._at = self._later.between(0, self._later.begin_ms + DAY_MS * (1 + self._later.days.index(day)))[0]
         after = self._hot()
-        both = [one for one in before if one in after]
+        both = [item_id for item_id in before if item_id in after]
         self.moves.append(
-            float(np.mean([np.linalg.norm(after[one] - before[one]) / np.linalg.norm(before[one]) for one in both]))
+            float(
+                np.mean(
+                    [
+                        np.linalg.norm(after[item_id] - before[item_id]) / np.linalg.norm(before[item_id])
+                        for item_id in both
+                    ]
+                )
+            )
         )
 
     def _hot(self) -> dict[Any, npt.NDArray[np.float32]]:
@@ -358,20 +365,20 @@ class _Model:
         tokens = version.two_tower.item_tokens[rows]
         table = self._chain.state.learner.model.tables[c.ITEM_ID].weights
         return {
-            one: table[token].copy()
-            for one, token in zip(version.item_ids.take(pa.array(rows)).to_pylist(), tokens.tolist(), strict=True)
+            item_id: table[token].copy()
+            for item_id, token in zip(version.item_ids.take(pa.array(rows)).to_pylist(), tokens.tolist(), strict=True)
             if token >= FIRST
         }
 
     def facts(self) -> dict[str, Any]:
         """Counts, processor time and movement."""
-        found: dict[str, Any] = {"deltas": self._deltas, "refused": self._refused}
+        facts: dict[str, Any] = {"deltas": self._deltas, "refused": self._refused}
         if self._deltas:
-            found["delta_ms"] = round(1000 * self._deltas_s / self._deltas, 1)
+            facts["delta_ms"] = round(1000 * self._deltas_s / self._deltas, 1)
         if self._nights_s:
-            found["night_s"] = round(float(np.mean(self._nights_s)), 1)
-            found["hot_moves"] = [round(one, 4) for one in self.moves]
-        return found
+            facts["night_s"] = round(float(np.mean(self._nights_s)), 1)
+            facts["hot_moves"] = [round(move, 4) for move in self.moves]
+        return facts
 
 
 class _Crowd:
@@ -391,7 +398,7 @@ class _Crowd:
 
     def found(self, begin: int, end: int, now_ms: int) -> Bools:
         """Which of some clicks are among the first K for their users."""
-        found = np.zeros(end - begin, np.bool_)
+        hit = np.zeros(end - begin, np.bool_)
         part = begin + np.flatnonzero(self._later.judged[begin:end])
         first, last = np.searchsorted(self._ts_ms, [now_ms - HOUR_MS, now_ms])
         if first < last and len(part):
@@ -403,8 +410,8 @@ class _Crowd:
             queries = Queries({}, clicked, Exclusions(clicked.indptr, clicked.rows.astype(np.int64)))
             wanted = self._later.item[part]
             rows = channel.retrieve(queries, K).rows
-            found[part - begin] = (rows == wanted[:, None]).any(axis=1) & (counts[wanted] > 0)
-        return found
+            hit[part - begin] = (rows == wanted[:, None]).any(axis=1) & (counts[wanted] > 0)
+        return hit
 
     def _item_cf(self, hour: slice) -> ItemToItem:
         user, item, ts_ms = self._user[hour], self._item[hour], self._ts_ms[hour]
@@ -430,7 +437,7 @@ def _by_hour(score: _Score, later: Later) -> dict[str, Floats]:
     hours = np.flatnonzero(counts >= LEAST)
     values = {f"recall@{K}": hits[hours] / counts[hours]}
     if score.true:
-        values[f"true_recall@{K}"] = np.array([np.mean(score.true[one]) for one in hours.tolist()])
+        values[f"true_recall@{K}"] = np.array([np.mean(score.true[hour]) for hour in hours.tolist()])
     return values
 
 
@@ -448,7 +455,7 @@ def _edges(score: _Score, later: Later, moves: Sequence[float]) -> dict[str, Flo
     if score.true:
         days[f"true_recall@{K}"] = np.array(
             [
-                np.mean([one for hour in range(24 * day, 24 * day + 24) for one in score.true.get(hour, [])])
+                np.mean([recall for hour in range(24 * day, 24 * day + 24) for recall in score.true.get(hour, [])])
                 for day in range(len(later.days))
             ]
         )

@@ -131,11 +131,11 @@ def write_report(out: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the folder holds none.
     """
-    found = results(out)
-    if not found:
+    kept = results(out)
+    if not kept:
         raise ConfigError(f"{out} holds no results: there is no NAME/{RESULT} in it")
-    _write(out / REPORT, report(list(found.values())))
-    return {"report": str(out / REPORT), "experiments": list(found)}
+    _write(out / REPORT, report(list(kept.values())))
+    return {"report": str(out / REPORT), "experiments": list(kept)}
 
 
 def results(out: Path) -> dict[str, dict[str, Any]]:

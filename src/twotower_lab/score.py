@@ -80,17 +80,17 @@ class Judge:
         values: dict[str, Floats] = {}
         asked: dict[str, Ints] = {}
         for group in self.groups(samples):
-            found = lists(group.truth) if group.part_of is None else asked[group.part_of][group.places]
-            asked[group.name] = found
-            logged = score_lists(found, group.truth.items, samples.item_positives, sorted({FEW, *self.ks})).values
+            retrieved = lists(group.truth) if group.part_of is None else asked[group.part_of][group.places]
+            asked[group.name] = retrieved
+            logged = score_lists(retrieved, group.truth.items, samples.item_positives, sorted({FEW, *self.ks})).values
             values |= {f"{group.name}recall@{k}": logged[f"recall@{k}"] for k in self.ks}
             if not group.name:
                 values |= {name: logged[name] for name in (f"ndcg@{FEW}", f"pop_pct@{K}")}
             if self.world is not None:
-                values |= self._by_truth(samples, self.world, group, found)
+                values |= self._by_truth(samples, self.world, group, retrieved)
         return values
 
-    def _by_truth(self, samples: Samples, world: World, group: Group, found: Ints) -> dict[str, Floats]:
+    def _by_truth(self, samples: Samples, world: World, group: Group, retrieved: Ints) -> dict[str, Floats]:
         """The same against the truth, when each user first clicks something held out."""
         item = world.item_rows(samples.items.ids)
         user = world.user_rows(samples.users.ids.take(pa.array(group.truth.user_rows)))
@@ -101,7 +101,7 @@ class Judge:
         left_out = clicked_by(samples, world, item)
         if group.wanted is not None:
             left_out[:, item[~group.wanted]] = True
-        listed = np.where(found == NOTHING, NOTHING, item[found])
+        listed = np.where(retrieved == NOTHING, NOTHING, item[retrieved])
         wanted = K if group.wanted is None else WANTED
         true = true_recall(world, user, ts_ms, listed, list(self.ks), wanted, left_out)
         values = {f"{group.name}{name}": of_users for name, of_users in true.items()}

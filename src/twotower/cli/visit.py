@@ -80,7 +80,7 @@ class ServerSite:
             number, row = int(requests.number[place]), int(requests.user[place])
             came_later = self.world.truth.people.start_day[row] >= self.world.options.days
             values = {"hour": int(requests.hour[place]), "scene": SCENES[requests.scene[place]]}
-            found = self._send(
+            answered = self._send(
                 "POST",
                 "/v1/recommend",
                 {
@@ -91,8 +91,8 @@ class ServerSite:
                     "k": self.page,
                 },
             )
-            self.request_ids[number] = found[c.REQUEST_ID]
-            pages[place] = self._page(found["items"])
+            self.request_ids[number] = answered[c.REQUEST_ID]
+            pages[place] = self._page(answered["items"])
             if len(self.request_ids) % EVERY == 0:
                 log.info("%d requests", len(self.request_ids))
         return pages

@@ -86,7 +86,7 @@ class _FullChain:
             raise DataError(f"{where.checkpoints} has no finished checkpoint: run `twotower run` first")
         noted = read_json(path)
         days = [FullDay(**day) for day in noted.get(FULL, [])]
-        trained = {name: one for name, one in noted["checkpoints"].items() if name in VECTOR_CHANNELS}
+        trained = {name: path for name, path in noted["checkpoints"].items() if name in VECTOR_CHANNELS}
         return cls(where, days, days[-1].checkpoints if days else trained)
 
     @property
@@ -103,7 +103,7 @@ class _FullChain:
         path = self.where.checkpoints / LATEST
         noted = read_json(path)
         kept = noted["checkpoints"] if latest is None else latest
-        write_json(path, {**noted, "checkpoints": kept, FULL: [asdict(one) for one in [*self.days, day]]})
+        write_json(path, {**noted, "checkpoints": kept, FULL: [asdict(done) for done in [*self.days, day]]})
 
 
 def update_full(settings: Settings, *, dry_run: bool) -> UpdateReport:

@@ -67,19 +67,21 @@ def fuse(settings: Settings, own: OwnChannels | None = None) -> FuseReport:
         raise ConfigError(f"models.channels = {settings.models.channels}: fusing takes two channels or more")
     options = settings.fusion
     folder = places(settings).workspace / FUSING / identity(settings, (*_DECIDING, "tune"))
-    parts, found = [settings], []
+    parts, found_lists = [settings], []
     for number in range(options.parts):
         parts.append(part_before(parts[-1], folder / f"part-{number + 1}"))
     for part in parts[1:]:
         samples_of(part)
     for number, part in enumerate(parts[1:]):
         log.info("validation part %d of %d", number + 1, options.parts)
-        found.append(lists_of(part, math.ceil(options.users / options.parts), max(*options.k, options.depth), own))
-    lists = {name: end_to_end([part_lists.lists[name] for part_lists in found]) for name in found[0].lists}
-    users = [len(part_lists.truth.user_rows) for part_lists in found]
-    items = concatenate([part_lists.truth.items for part_lists in found])
-    ks = sorted({min(k, found[0].items) for k in options.k})
-    chosen = choose(lists, items, ks, settings.train.seed, np.repeat(np.arange(len(found)), users))
+        found_lists.append(
+            lists_of(part, math.ceil(options.users / options.parts), max(*options.k, options.depth), own)
+        )
+    lists = {name: end_to_end([part_lists.lists[name] for part_lists in found_lists]) for name in found_lists[0].lists}
+    users = [len(part_lists.truth.user_rows) for part_lists in found_lists]
+    items = concatenate([part_lists.truth.items for part_lists in found_lists])
+    ks = sorted({min(k, found_lists[0].items) for k in options.k})
+    chosen = choose(lists, items, ks, settings.train.seed, np.repeat(np.arange(len(found_lists)), users))
     recall = {**chosen.channels, "fused": chosen.fused, "equal_weights": chosen.equal}
     gain = {"value": round(chosen.gain.value, 5), "ci95": [round(bound, 5) for bound in chosen.gain.ci95 or ()]}
     gain["by_part"] = list(chosen.by_part)

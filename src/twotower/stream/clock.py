@@ -73,13 +73,16 @@ def joined_until(partitions: Iterable[JoinProgress], idle_ms: int) -> int | None
     90000000
     """
     partitions = list(partitions)
-    latest_ms = max((one.watermark_ms for one in partitions if one.watermark_ms is not None), default=None)
+    latest_ms = max(
+        (progress.watermark_ms for progress in partitions if progress.watermark_ms is not None), default=None
+    )
     if latest_ms is None:
         return None
     reached = [
-        one.watermark_ms
-        for one in partitions
-        if not one.read_to_end or (one.watermark_ms is not None and one.watermark_ms >= latest_ms - idle_ms)
+        progress.watermark_ms
+        for progress in partitions
+        if not progress.read_to_end
+        or (progress.watermark_ms is not None and progress.watermark_ms >= latest_ms - idle_ms)
     ]
     known = [watermark_ms for watermark_ms in reached if watermark_ms is not None]
     return min(known) if len(known) == len(reached) else None

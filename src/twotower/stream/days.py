@@ -43,14 +43,14 @@ def stale_days(events: Path, shards: Sequence[Manifest]) -> list[str]:
     """The days that have rows in some shard of a partition which their file lacks, or rows of users deleted since."""
     last_row: dict[str, int] = {}
     for shard in shards:
-        last_row.update((day, found.last_row) for day, found in shard.days.items())
-    found = []
+        last_row.update((day, rows.last_row) for day, rows in shard.days.items())
+    stale = []
     for day, last in sorted(last_row.items()):
         path = joined_path(events, day, shards[0].partition)
         end_row = _written(path)
         if end_row <= last or _has_any(path, {user.user_id for user in _deleted(shards) if user.row >= end_row}):
-            found.append(day)
-    return found
+            stale.append(day)
+    return stale
 
 
 def write_day(events: Path, folder: Path, day: str, shards: Sequence[Manifest], types: Types, partitions: int) -> int:

@@ -127,12 +127,12 @@ def _decode(records: Records, begin: int, end: int, schema: pa.Schema) -> pa.Rec
     code, codes = {name: place for place, name in enumerate(names.dictionary.to_pylist())}, names.indices.to_numpy()
     columns = []
     for field in schema:
-        found = np.flatnonzero((codes == code.get(field.name.encode(), -1)) & (values.start >= 0))
+        chosen = np.flatnonzero((codes == code.get(field.name.encode(), -1)) & (values.start >= 0))
         # Of two features of one name the last counts, as in protobuf.
-        owner = entries.owner[found]
-        found = found[np.append(owner[1:] != owner[:-1], True)[: len(owner)]]
+        owner = entries.owner[chosen]
+        chosen = chosen[np.append(owner[1:] != owner[:-1], True)[: len(owner)]]
         columns.append(
-            _column(data, field, end - begin, entries.owner[found], values.start[found], values.end[found], begin)
+            _column(data, field, end - begin, entries.owner[chosen], values.start[chosen], values.end[chosen], begin)
         )
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
@@ -229,14 +229,14 @@ def _varints(data: npt.NDArray[np.uint8], items: _Fields) -> tuple[npt.NDArray[n
 
 def _split(data: npt.NDArray[np.uint8], owner: Places, start: Places, end: Places) -> _Fields:
     """The fields of the messages (M,) between `start` and `end`, each under its message's owner."""
-    found = list(_steps(data, np.asarray(owner, np.int64), start, end))
-    if not found:
+    steps = list(_steps(data, np.asarray(owner, np.int64), start, end))
+    if not steps:
         none = np.zeros(0, np.int64)
         return _Fields(none, none, none, none, none)
-    if len(found) == 1:
-        return _Fields(*found[0][1:])
-    order = np.argsort(np.concatenate([step[0] for step in found]), kind="stable")
-    columns = [np.concatenate([step[place] for step in found])[order] for place in range(1, 6)]
+    if len(steps) == 1:
+        return _Fields(*steps[0][1:])
+    order = np.argsort(np.concatenate([step[0] for step in steps]), kind="stable")
+    columns = [np.concatenate([step[place] for step in steps])[order] for place in range(1, 6)]
     return _Fields(*columns)
 
 
@@ -301,7 +301,7 @@ def _read_some(
 
 def _last(fields: _Fields, size: int) -> _Fields:
     """The last field of each of `size` messages; start -1 where a message has none."""
-    found = _Fields(np.arange(size), *(np.full(size, absent, np.int64) for absent in (0, 0, -1, -1)))
+    last = _Fields(np.arange(size), *(np.full(size, absent, np.int64) for absent in (0, 0, -1, -1)))
     for name in ("number", "wire", "start", "end"):
-        getattr(found, name)[fields.owner] = getattr(fields, name)
-    return found
+        getattr(last, name)[fields.owner] = getattr(fields, name)
+    return last

@@ -284,29 +284,31 @@ def join(
         ]
         looked_s = time.monotonic()
         while not stopped():
-            stepped = [manifest for one in joins if (manifest := one.step())]
+            stepped = [manifest for partition_join in joins if (manifest := partition_join.step())]
             written += stepped
-            for one in joins:
-                if one.hour_ended:
-                    one.merge_hours()
+            for partition_join in joins:
+                if partition_join.hour_ended:
+                    partition_join.merge_hours()
                     if follow and events is not None:
-                        days += one.write_days(events, event_log.partitions)
+                        days += partition_join.write_days(events, event_log.partitions)
             if follow and events is not None and time.monotonic() - looked_s >= _DAYS_EVERY_S:
                 looked_s = time.monotonic()
                 over_ms = joined_until(progress_of(folder, event_log).values(), options.idle_ms)
-                for one in joins:
-                    days += one.write_days(events, event_log.partitions, over_ms)
+                for partition_join in joins:
+                    days += partition_join.write_days(events, event_log.partitions, over_ms)
             if not stepped and not follow:
                 break
             if follow and sum(manifest.counts.events for manifest in stepped) < options.shard_events:
                 time.sleep(options.follow_s)
-        for one in joins:
-            if flush and (manifest := one.flush()):
+        for partition_join in joins:
+            if flush and (manifest := partition_join.flush()):
                 written.append(manifest)
             if events is not None:
-                days += one.write_days(events, event_log.partitions, only_over=False)
+                days += partition_join.write_days(events, event_log.partitions, only_over=False)
         reached = progress_of(folder, event_log)
-    return _report(written, days, joined_until([reached[one.partition] for one in joins], options.idle_ms))
+    return _report(
+        written, days, joined_until([reached[partition_join.partition] for partition_join in joins], options.idle_ms)
+    )
 
 
 def _report(written: list[Manifest], days: list[str], watermark_ms: int | None) -> JoinReport:

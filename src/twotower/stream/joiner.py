@@ -225,11 +225,11 @@ class Joiner:
         if self._clock.latest_ms is not None:
             self._clock = replace(self._clock, floor_ms=self._clock.latest_ms + self._window_ms)
         due, self._due = sorted(self._due), []
-        for one in due:
-            if one[2] == _FORGET:
-                heapq.heappush(self._due, one)
+        for task in due:
+            if task[2] == _FORGET:
+                heapq.heappush(self._due, task)
             else:
-                self._do(one, None, rows)
+                self._do(task, None, rows)
         return rows
 
     def _pass_over(self, record: Record) -> None:
@@ -273,9 +273,9 @@ class Joiner:
             self._held -= len(entry.logged.rows)
             entry.logged = None
 
-    def _do(self, one: tuple[int, int, int, _Key], watermark_ms: int | None, rows: list[Row]) -> None:
-        """Do one thing whose moment has come; without a watermark, whatever its moment is."""
-        due_ms, first_offset, what, key = one
+    def _do(self, due: tuple[int, int, int, _Key], watermark_ms: int | None, rows: list[Row]) -> None:
+        """Do what is due at a moment that has come; without a watermark, whatever the moment is."""
+        due_ms, first_offset, what, key = due
         entry = self._entries.get(key)
         if entry is None or entry.first_offset != first_offset:
             return

@@ -177,19 +177,19 @@ def partitions(folder: Path) -> list[int]:
     """The partitions that have been joined."""
     if not folder.is_dir():
         return []
-    return sorted(int(found[1]) for name in os.listdir(folder) if (found := _PARTITION.fullmatch(name)))
+    return sorted(int(match[1]) for name in os.listdir(folder) if (match := _PARTITION.fullmatch(name)))
 
 
 def progress_of(folder: Path, event_log: EventLog | None) -> dict[int, JoinProgress]:
     """How far each partition is joined, by its number; without a log nothing is left to be joined."""
     numbers = set(partitions(folder)) | set(range(event_log.partitions if event_log is not None else 0))
-    found = {}
+    progress = {}
     for number in sorted(numbers):
         known = manifests(folder, number)
         last = known[-1] if known else None
         at_end = event_log is None or not event_log.read(number, last.end if last else 0, 1)
-        found[number] = JoinProgress(last.watermark_ms if last else None, at_end)
-    return found
+        progress[number] = JoinProgress(last.watermark_ms if last else None, at_end)
+    return progress
 
 
 def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest]:
@@ -200,24 +200,24 @@ def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest
     """
     own = partition_folder(folder, partition)
     spans = _covering(_spans(own))
-    found: list[Manifest] = []
+    known: list[Manifest] = []
     try:
         for begin, end in reversed(spans):
-            found.append(read_manifest(own / f"{shard_name(begin, end)}.json"))
-            if first_row and found[-1].first_row <= first_row:
+            known.append(read_manifest(own / f"{shard_name(begin, end)}.json"))
+            if first_row and known[-1].first_row <= first_row:
                 break
     except DataError:
         if _covering(_spans(own)) == spans:
             raise
         return manifests(folder, partition, first_row)  # they were merged meanwhile
-    found.reverse()
-    for before, after in itertools.pairwise(found):
+    known.reverse()
+    for before, after in itertools.pairwise(known):
         if (before.end, before.end_row) != (after.begin, after.first_row):
             raise DataError(
                 f"{own}: {after.name} begins at offset {after.begin} and row {after.first_row}, but the shard before "
                 f"it ends at offset {before.end} and row {before.end_row}: restore the shards in between"
             )
-    return found
+    return known
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def usable_manifests(folder: Path, partition: int, first_row: int = 0) -> Usable
         return Usable(manifests(folder, partition, first_row), [])
     except DataError:
         pass
-    found, problems = list[Manifest](), list[str]()
+    known, problems = list[Manifest](), list[str]()
     for begin, end in _covering(_spans(own)):
         path = own / f"{shard_name(begin, end)}.json"
         try:
@@ -246,13 +246,13 @@ def usable_manifests(folder: Path, partition: int, first_row: int = 0) -> Usable
             if path.exists():  # else it was merged meanwhile
                 problems.append(str(error))
             continue
-        if found and manifest.first_row < found[-1].end_row:
+        if known and manifest.first_row < known[-1].end_row:
             problems.append(
-                f"{path} begins at row {manifest.first_row}, the shard before it ends at {found[-1].end_row}"
+                f"{path} begins at row {manifest.first_row}, the shard before it ends at {known[-1].end_row}"
             )
         elif manifest.end_row > first_row:
-            found.append(manifest)
-    return Usable(found, problems)
+            known.append(manifest)
+    return Usable(known, problems)
 
 
 @dataclass(frozen=True)
@@ -493,8 +493,8 @@ def merge(folder: Path, small: Sequence[Manifest]) -> Manifest:
 def total(counts: Iterable[JoinCounts]) -> JoinCounts:
     """The sum of counts."""
     summed = JoinCounts()
-    for one in counts:
-        for name, value in vars(one).items():
+    for part in counts:
+        for name, value in vars(part).items():
             if name == "dropped":
                 summed.dropped.update(value)
             else:
@@ -523,7 +523,7 @@ def _spans(own: Path) -> list[tuple[int, int]]:
     """Begin and end of every shard that has a manifest."""
     if not own.is_dir():
         return []
-    return sorted((int(found[1]), int(found[2])) for name in os.listdir(own) if (found := _MANIFEST.fullmatch(name)))
+    return sorted((int(match[1]), int(match[2])) for name in os.listdir(own) if (match := _MANIFEST.fullmatch(name)))
 
 
 def _covering(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

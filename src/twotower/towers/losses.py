@@ -260,12 +260,15 @@ def _differentiate(loss: Loss, scores: Scores, share: Tensor) -> _Gradients:
     """The losses of some rows, summed with `share` (b, 1), and the derivatives of that sum by the scores."""
     if isinstance(loss, DerivedLoss):
         scores.negatives.view(-1).index_fill_(0, scores.masked, -torch.inf)
-        found = loss.derive(scores)
-        by_negatives, by_calibration = scores.negatives.mul_(share * found.scale), torch.zeros_like(scores.calibration)
-        if found.by_calibration is not None:
-            by_calibration = (share * found.by_calibration).sum(dim=0)
-        value = (share * found.loss).sum(dtype=torch.float64)
-        return _Gradients(value, share * found.by_positive, by_negatives, by_calibration)
+        derived = loss.derive(scores)
+        by_negatives, by_calibration = (
+            scores.negatives.mul_(share * derived.scale),
+            torch.zeros_like(scores.calibration),
+        )
+        if derived.by_calibration is not None:
+            by_calibration = (share * derived.by_calibration).sum(dim=0)
+        value = (share * derived.loss).sum(dtype=torch.float64)
+        return _Gradients(value, share * derived.by_positive, by_negatives, by_calibration)
     leaves = [part.detach().requires_grad_() for part in (scores.positive, scores.negatives, scores.calibration)]
     with torch.enable_grad():
         losses = loss(replace(scores, positive=leaves[0], negatives=leaves[1], calibration=leaves[2]))
@@ -330,12 +333,12 @@ def shared_loss(
             part, none = users[start:stop], masked[kept.indptr[start] : kept.indptr[stop]] - start * columns
             cosines = torch.mm(part, others.T, out=scores[: stop - start])
             given = Scores(right[start:stop], cosines, totals[start:stop], calibration, log_weight, none)
-            found = _differentiate(loss, given, row_share[start:stop])
-            value += found.loss
-            by_calibration += found.by_calibration
-            by_positive[start:stop] = found.by_positive
-            torch.mm(found.by_negatives, others, out=by_user[start:stop])
-            by_item[:columns].addmm_(found.by_negatives.T, part)
+            gradients = _differentiate(loss, given, row_share[start:stop])
+            value += gradients.loss
+            by_calibration += gradients.by_calibration
+            by_positive[start:stop] = gradients.by_positive
+            torch.mm(gradients.by_negatives, others, out=by_user[start:stop])
+            by_item[:columns].addmm_(gradients.by_negatives.T, part)
         by_user.addcmul_(by_positive, own)
         by_item.index_add_(0, positive, by_positive * users)
     result: Tensor = _WithDerivatives.apply(  # type: ignore[no-untyped-call]
@@ -400,13 +403,13 @@ def row_loss(
             cosines = torch.bmm(others, part[:, :, None]).squeeze(2)
             right, none = (part * own).sum(dim=1, keepdim=True), unused[start:stop].flatten().nonzero()[:, 0]
             given = Scores(right, cosines, totals[start:stop], calibration, log_weight[start:stop], none)
-            found = _differentiate(loss, given, row_share[start:stop])
-            value += found.loss
-            by_calibration += found.by_calibration
-            torch.bmm(found.by_negatives[:, None, :], others, out=by_user[start:stop, None, :])
-            by_user[start:stop].addcmul_(found.by_positive, own)
-            by_item.index_add_(0, positive[start:stop], found.by_positive * part)
-            by_item.index_add_(0, places, (found.by_negatives[:, :, None] * part[:, None, :]).view(-1, dimension))
+            gradients = _differentiate(loss, given, row_share[start:stop])
+            value += gradients.loss
+            by_calibration += gradients.by_calibration
+            torch.bmm(gradients.by_negatives[:, None, :], others, out=by_user[start:stop, None, :])
+            by_user[start:stop].addcmul_(gradients.by_positive, own)
+            by_item.index_add_(0, positive[start:stop], gradients.by_positive * part)
+            by_item.index_add_(0, places, (gradients.by_negatives[:, :, None] * part[:, None, :]).view(-1, dimension))
     result: Tensor = _WithDerivatives.apply(  # type: ignore[no-untyped-call]
         users, items, calibration, value.to(users.dtype), by_user, by_item, by_calibration
     )

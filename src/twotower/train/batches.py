@@ -284,8 +284,8 @@ class BatchMaker:
         assert self._pairs is not None
         wanted = user_row[:, None].astype(np.int64) * len(self._samples.items) + items
         place = np.minimum(np.searchsorted(self._pairs, wanted), len(self._pairs) - 1)
-        found: npt.NDArray[np.bool_] = self._pairs[place] == wanted
-        return found
+        clicked: npt.NDArray[np.bool_] = self._pairs[place] == wanted
+        return clicked
 
     def _user_columns(
         self, rows: Longs, user_row: npt.NDArray[np.int32], fed: Epoch, generator: np.random.Generator

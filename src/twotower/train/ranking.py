@@ -240,12 +240,12 @@ class ImpressionBatches:
 
 def _calibrate(model: Ranker, batches: Iterable[ImpressionBatch]) -> Calibrated:
     """Fit the scaling of log-odds, in place, to impressions at their positions that were not trained on."""
-    found = [
+    scored = [
         (model.score(batch.user, batch.item, batch.position.astype(np.int32)), batch.clicked)  # type: ignore[arg-type]
         for batch in batches
     ]
-    logits, clicked = (np.concatenate(part).astype(np.float64) for part in zip(*found, strict=True))
+    logits, clicked = (np.concatenate(part).astype(np.float64) for part in zip(*scored, strict=True))
     platt = fit_platt(logits, clicked)
     model.calibration.copy_(torch.tensor([platt.scale, platt.offset]))
-    before, after = (calibration_error(one.probability(logits), clicked) for one in (Platt(1.0, 0.0), platt))
+    before, after = (calibration_error(scaling.probability(logits), clicked) for scaling in (Platt(1.0, 0.0), platt))
     return Calibrated(len(logits), round(platt.scale, 4), round(platt.offset, 4), round(before, 5), round(after, 5))

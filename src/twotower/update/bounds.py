@@ -166,11 +166,14 @@ class ClickWindows:
         """How far items rose in the windows of some times, and how far their users explain that of lists of k items."""
         windows = {ts // WINDOW_MS for ts in ts_ms}
         counts = [self._counts[window] for window in windows if window in self._counts]
-        distinct = sum((one.distinct for one in counts), Counter[EntityId]())
+        distinct = sum((window.distinct for window in counts), Counter[EntityId]())
         total, listed = distinct.total(), min(heapq.nlargest(k, distinct.values()), default=1)
         rises = {}
         for item in items:
             own = min(distinct[item], self._options.item_share * (total - distinct[item]))
-            lists, positives = sum(one.risen[item] for one in counts), sum(one.items[item] for one in counts)
+            lists, positives = (
+                sum(window.risen[item] for window in counts),
+                sum(window.items[item] for window in counts),
+            )
             rises[item] = Rise(lists, positives, own / listed)
         return rises

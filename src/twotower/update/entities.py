@@ -41,8 +41,8 @@ class LoggedEntities:
     def stored(cls, state: Mapping[str, Any]) -> "LoggedEntities":
         """The users and items of a delta's state."""
         return cls(
-            {(kind, one): Entity(**entity) for kind, one, entity in state["entities"]},
-            {(kind, one): ts_ms for kind, one, ts_ms in state.get("deleted", [])},
+            {(kind, entity_id): Entity(**entity) for kind, entity_id, entity in state["entities"]},
+            {(kind, entity_id): ts_ms for kind, entity_id, ts_ms in state.get("deleted", [])},
         )
 
 
@@ -66,14 +66,16 @@ def read_changes(
             event, content = record.event, record.event.content
             if not isinstance(content, EntityPut | EntityDeleted):
                 continue
-            kind, one = content.kind, content.entity_id
-            if types is not None and not is_id(one, types[kind]):
+            kind, entity_id = content.kind, content.entity_id
+            if types is not None and not is_id(entity_id, types[kind]):
                 unusable[kind] += 1
                 continue
-            before = (known.items if kind == ITEM else known.users).get(one)
-            entities[kind, one] = after(entities.get((kind, one), before), content, event.ts_ms, record.offset)
+            before = (known.items if kind == ITEM else known.users).get(entity_id)
+            entities[kind, entity_id] = after(
+                entities.get((kind, entity_id), before), content, event.ts_ms, record.offset
+            )
             if isinstance(content, EntityDeleted):
-                deleted_ms[kind, one] = event.ts_ms
+                deleted_ms[kind, entity_id] = event.ts_ms
     problems = [f"{count} events of an {kind}: their id is none of this version" for kind, count in unusable.items()]
     return LoggedEntities(entities, deleted_ms, problems)
 
@@ -87,8 +89,8 @@ def read_entities(event_log: EventLog) -> EntityChanges:
 def split(entities: Mapping[Named, Entity]) -> EntityChanges:
     """Items and users apart."""
     return EntityChanges(
-        {one: entity for (kind, one), entity in entities.items() if kind == ITEM},
-        {one: entity for (kind, one), entity in entities.items() if kind != ITEM},
+        {entity_id: entity for (kind, entity_id), entity in entities.items() if kind == ITEM},
+        {entity_id: entity for (kind, entity_id), entity in entities.items() if kind != ITEM},
     )
 
 

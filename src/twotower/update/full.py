@@ -58,11 +58,11 @@ def due_days(
     days = sorted(path.name.removeprefix(f"{c.DATE}=") for path in events.glob(f"{c.DATE}=*") if path.is_dir())
     reached = progress_of(shards, event_log)
     whole, unwritten = None, set[str]()
-    if any(one.watermark_ms is not None for one in reached.values()):
+    if any(progress.watermark_ms is not None for progress in reached.values()):
         until_ms = joined_until(reached.values(), idle_ms)
         whole = "" if until_ms is None else day_of(until_ms)
-        for partition, one in reached.items():
-            if until_ms is not None and one.watermark_ms is not None and one.watermark_ms < until_ms:
+        for partition, progress in reached.items():
+            if until_ms is not None and progress.watermark_ms is not None and progress.watermark_ms < until_ms:
                 unwritten.update(stale_days(events, manifests(shards, partition)))
     return [
         day
@@ -104,22 +104,22 @@ def fold(workspace: Path, entities: EntityChanges, files: Iterable[Path]) -> Non
 def _folded(table: pa.Table, id_column: str, entities: Mapping[EntityId, Entity]) -> pa.Table:
     """A table with the rows of entities as they are now."""
     own = int if table.schema.field(id_column).type == pa.int64() else str
-    entities = {one: entity for one, entity in entities.items() if type(one) is own}
-    known = {one: row for row, one in enumerate(table.column(id_column).to_pylist())}
-    hidden = {one for one, entity in entities.items() if entity.available is False}
+    entities = {entity_id: entity for entity_id, entity in entities.items() if type(entity_id) is own}
+    known = {entity_id: row for row, entity_id in enumerate(table.column(id_column).to_pylist())}
+    hidden = {entity_id for entity_id, entity in entities.items() if entity.available is False}
     if hidden and c.AVAILABLE not in table.column_names:
         table = table.append_column(c.AVAILABLE, pa.nulls(table.num_rows, pa.bool_()))
     out, rows = set[EntityId](), list[dict[str, Any]]()
-    for one, entity in entities.items():
+    for entity_id, entity in entities.items():
         if entity.deleted:
-            out.add(one)
-        elif entity.features is not None or entity.available is not None or one not in known:
-            before = table.slice(known[one], 1).to_pylist()[0] if one in known else {}
+            out.add(entity_id)
+        elif entity.features is not None or entity.available is not None or entity_id not in known:
+            before = table.slice(known[entity_id], 1).to_pylist()[0] if entity_id in known else {}
             kept = before if entity.features is None and not entity.fresh else {}
             available = {} if entity.available is None else {c.AVAILABLE: entity.available}
-            rows.append({**kept, **(entity.features or {}), **available, id_column: one})
-            out.add(one)
-    left = table.filter(pa.array([one not in out for one in known], pa.bool_()))
+            rows.append({**kept, **(entity.features or {}), **available, id_column: entity_id})
+            out.add(entity_id)
+    left = table.filter(pa.array([entity_id not in out for entity_id in known], pa.bool_()))
     columns = []
     for field in table.schema:
         plain = plain_type(field.type)

@@ -117,8 +117,8 @@ class Gate:
         users, options = min(SAMPLED_USERS, len(self._base.users)), self._options
         rises = windows.rises(clicked_items, np.unique(ts_ms).tolist(), LISTED)
         return [
-            one
-            for one, rise in rises.items()
+            item
+            for item, rise in rises.items()
             if rise.positives >= MIN_RISE_POSITIVES and rise.lists / users > options.max_rise + rise.explained
         ]
 

@@ -86,7 +86,11 @@ def learn(
         return Learned(delta, problems)
     state.apply(delta)
     laid = state.lay()
-    noted = [f"{kind} {shown(one)}: {why}" for (kind, one), why in state.told_aside.items() if (kind, one) not in told]
+    noted = [
+        f"{kind} {shown(entity_id)}: {why}"
+        for (kind, entity_id), why in state.told_aside.items()
+        if (kind, entity_id) not in told
+    ]
     if aside := [*given.set_aside, *lesson.selection.problems, *noted]:
         delta = replace(delta, report={**delta.report, "set_aside": aside[:TOLD]})
     if not refused and (problems := check_served(laid, vectors, state.options.update.gate)):
@@ -136,7 +140,7 @@ def _lesson(state: ChainState, given: Input, without: frozenset[EntityId]) -> _L
     listed = lists_with(state.laid, learner.vectors, rows) if len(rows) else rows
     judged = _judge(state, positives)
     vectors = list(learner.model.encode_users(out.user)) if len(out) else []
-    witnesses = [Witness(*one) for one in zip(out.item_ids.to_pylist(), vectors, strict=True)]
+    witnesses = [Witness(*pair) for pair in zip(out.item_ids.to_pylist(), vectors, strict=True)]
     before = _recall(state, witnesses)
     for step, start in enumerate(range(0, len(positives), options.update.batch_size)):
         part = np.arange(start, min(start + options.update.batch_size, len(positives)))
@@ -191,7 +195,7 @@ def _delta(state: ChainState, lesson: _Lesson, report: Mapping[str, Any]) -> Del
             **lesson.given.changes.state(),
             "pending": pending_changes(lesson.pending, learner.pending),
             "recent": positives.item_ids.to_pylist(),
-            "window": [one.item_id for one in lesson.witnesses],
+            "window": [witness.item_id for witness in lesson.witnesses],
             "counted": state.windows.counted(
                 positives.user_ids.to_pylist(), positives.item_ids.to_pylist(), positives.ts_ms.tolist()
             ),
@@ -201,14 +205,14 @@ def _delta(state: ChainState, lesson: _Lesson, report: Mapping[str, Any]) -> Del
 
 
 def _ids(pairs: Sequence[tuple[EntityId, int]], kind: pa.DataType) -> pa.Table:
-    ids, rows = [one for one, _ in pairs], [row for _, row in pairs]
+    ids, rows = [entity_id for entity_id, _ in pairs], [row for _, row in pairs]
     return pa.table({"id": pa.array(ids, kind), "row": pa.array(rows, pa.int32())})
 
 
 def _recall(state: ChainState, witnesses: Sequence[Witness]) -> float | None:
     """Recall of the latest positives of held-out users, None where there are too few."""
     options, latest = state.options.update.gate, state.with_latest(witnesses)
-    rows = state.rows_of([one.item_id for one in latest])
+    rows = state.rows_of([witness.item_id for witness in latest])
     there = np.flatnonzero(rows >= 0)
     if len(there) < options.min_positives:
         return None

@@ -97,7 +97,7 @@ class Learner:
         self.pending: dict[str, dict[EntityId, int]] = {c.USER_ID: {}, c.ITEM_ID: {}}
         """By table, positives of ids that have no row yet."""
         vocabularies = model.features.vocabularies
-        self.next_row = {name: FIRST + len(one.values) for name, one in vocabularies.items()}
+        self.next_row = {name: FIRST + len(vocabulary.values) for name, vocabulary in vocabularies.items()}
         self.recent = np.zeros(0, np.int64)
         """(W,) catalogue rows of the latest positives, oldest first."""
         self._assembler = StepAssembler(model.features, model.tables)
@@ -120,32 +120,32 @@ class Learner:
             return
         embedding, pending, learned = self.model.tables[table], self.pending[table], self.learned[table]
         for place in np.flatnonzero(tokens == UNKNOWN).tolist():
-            one = ids[place]
-            if learned.get(one, UNKNOWN) != UNKNOWN:
-                tokens[place] = learned[one]
+            entity_id = ids[place]
+            if learned.get(entity_id, UNKNOWN) != UNKNOWN:
+                tokens[place] = learned[entity_id]
                 continue
-            pending[one] = pending.get(one, 0) + 1
-            if pending[one] < self.options.admit_after:
+            pending[entity_id] = pending.get(entity_id, 0) + 1
+            if pending[entity_id] < self.options.admit_after:
                 continue
             row = self.next_row[table]
             if row >= len(embedding.weights):
                 touched.no_room += 1
                 continue
-            del pending[one]
+            del pending[entity_id]
             self.next_row[table] += 1
             embedding.weights[row] = embedding.weights[UNKNOWN]
             embedding.accumulator[row] = 0
-            learned[one] = tokens[place] = row
+            learned[entity_id] = tokens[place] = row
             touched.rows.setdefault(table, set()).add(row)
-            touched.admitted.setdefault(table, []).append((one, row))
+            touched.admitted.setdefault(table, []).append((entity_id, row))
 
-    def forget(self, table: str, one: EntityId, row: int, touched: Touched) -> None:
+    def forget(self, table: str, entity_id: EntityId, row: int, touched: Touched) -> None:
         """Clear the row of an id, which has no own row from now on."""
         embedding = self.model.tables[table]
         touched.rows.setdefault(table, set()).add(row)
         embedding.weights[row] = 0
         embedding.accumulator[row] = 0
-        self.learned[table][one] = UNKNOWN
+        self.learned[table][entity_id] = UNKNOWN
 
     def step(self, rows: StreamPositives, number: Sequence[int], touched: Touched) -> None:
         """Train B positives, and note in `touched` what moves; with the seed, the step's number fixes all draws."""

@@ -134,8 +134,8 @@ def tokens_of(features: FeatureSet, name: str, ids: pa.Array, learned: Mapping[E
         return np.zeros(len(ids), np.int32)
     rows = vocabulary.rows(ids)
     if learned:
-        for place, one in enumerate(ids.to_pylist()):
-            rows[place] = learned.get(one, rows[place])
+        for place, entity_id in enumerate(ids.to_pylist()):
+            rows[place] = learned.get(entity_id, rows[place])
     return rows
 
 
@@ -156,17 +156,17 @@ def _histories(version: Version, rows: pa.Table, stored: Bag) -> Bag:
     lists = rows.column(HISTORY).combine_chunks()
     logged = lists.is_valid().to_numpy(zero_copy_only=False)
     lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    found = version.items.find(lists.flatten())
-    owner = np.repeat(np.arange(len(lengths)), lengths)[found >= 0]
-    own = Bag(pointers(np.bincount(owner, minlength=len(lengths))), found[found >= 0].astype(np.int32))
+    item_rows = version.items.find(lists.flatten())
+    owner = np.repeat(np.arange(len(lengths)), lengths)[item_rows >= 0]
+    own = Bag(pointers(np.bincount(owner, minlength=len(lengths))), item_rows[item_rows >= 0].astype(np.int32))
     return take(concatenate([stored, own]), np.arange(len(logged)) + len(logged) * logged)
 
 
-def _both(one: Bag, other: Bag) -> Bag:
+def _both(first: Bag, other: Bag) -> Bag:
     """The rows of two bags together, without repeats."""
-    count, size = len(one), 1 + int(max(one.rows.max(initial=0), other.rows.max(initial=0)))
-    owner = np.concatenate([np.repeat(np.arange(count), np.diff(bag.indptr)) for bag in (one, other)])
-    pairs = np.unique(owner * size + np.concatenate([one.rows, other.rows]))
+    count, size = len(first), 1 + int(max(first.rows.max(initial=0), other.rows.max(initial=0)))
+    owner = np.concatenate([np.repeat(np.arange(count), np.diff(bag.indptr)) for bag in (first, other)])
+    pairs = np.unique(owner * size + np.concatenate([first.rows, other.rows]))
     return Bag(pointers(np.bincount(pairs // size, minlength=count)), (pairs % size).astype(np.int32))
 
 

@@ -85,7 +85,7 @@ def select(
     positives = StreamPositives.together(parts)
     users, items = positives.user_ids.to_pylist(), positives.item_ids.to_pylist()
     why = state.windows.admit(users, items, positives.ts_ms.tolist())
-    why[np.array([one in risen for one in items], np.bool_)] = RISEN
+    why[np.array([item in risen for item in items], np.bool_)] = RISEN
     held_back = {name: int((why == name).sum()) for name in (PAIR, USER, ITEM, RISEN)}
     if any(held_back.values()):
         log.warning("%s: positives beyond update.bounds are not trained: %s", state.version.id, held_back)
@@ -110,9 +110,9 @@ def _select_part(state: ChainState, rows: pa.Table) -> _Part:
         late = (asked_ms.to_numpy() <= end_of_day(version.last_day)) & (times <= version.watermark_ms)
     item_ids, user_ids = (positives.column(name).combine_chunks() for name in (c.ITEM_ID, c.USER_ID))
     there = state.known_items(item_ids)
-    items = [state.entities.items.get(one) for one in item_ids.to_pylist()]
-    users = [state.entities.users.get(one) for one in user_ids.to_pylist()]
-    deleted = np.array([one is not None and one.deleted for one in users], np.bool_)
+    items = [state.entities.items.get(entity_id) for entity_id in item_ids.to_pylist()]
+    users = [state.entities.users.get(entity_id) for entity_id in user_ids.to_pylist()]
+    deleted = np.array([user is not None and user.deleted for user in users], np.bool_)
     former = _before_deletion(items, times) | _before_deletion(users, times)
     counts = {
         "unusable": int((~fine).sum()),
@@ -127,7 +127,7 @@ def _select_part(state: ChainState, rows: pa.Table) -> _Part:
 
 def _before_deletion(entities: Sequence[Entity | None], times: Longs) -> Bools:
     """Which clicks (B,) are of a user or an item that was deleted after them: another one has its id now."""
-    deleted_ms = [-1 if one is None or one.deleted_ms is None else one.deleted_ms for one in entities]
+    deleted_ms = [-1 if entity is None or entity.deleted_ms is None else entity.deleted_ms for entity in entities]
     before: Bools = times <= np.array(deleted_ms, np.int64)
     return before
 

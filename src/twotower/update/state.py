@@ -160,10 +160,10 @@ class ChainState:
             if name == c.ITEM_ID:
                 self._set_tokens(ids)
         for name, changes in state["pending"].items():
-            for one, count in changes:
-                learner.pending[name][one] = count
+            for entity_id, count in changes:
+                learner.pending[name][entity_id] = count
                 if not count:
-                    del learner.pending[name][one]
+                    del learner.pending[name][entity_id]
         self._overlay.learn(delta)
         learner.vectors[self.laid.items.find(delta.item_ids)] = delta.item_vectors
         if delta.folded:
@@ -171,7 +171,7 @@ class ChainState:
         recent = self.rows_of(state["recent"])
         learner.recent = np.concatenate([learner.recent, recent[recent >= 0]])[-self.options.update.recent :]
         vectors = delta.optimizer.get(WINDOW, np.zeros((0, 0), np.float32))
-        self.witnesses = self.with_latest([Witness(*one) for one in zip(state["window"], vectors, strict=True)])
+        self.witnesses = self.with_latest([Witness(*pair) for pair in zip(state["window"], vectors, strict=True)])
         self.offsets = {name: {key: int(end) for key, end in ends.items()} for name, ends in delta.offsets.items()}
         self.seq, self.watermark_ms = delta.seq, delta.watermark_ms
 
@@ -187,11 +187,11 @@ class ChainState:
     def take(self, changes: LoggedEntities) -> None:
         """Take in users and items that were put or deleted; what is already known changes nothing."""
         known = {ITEM: self.entities.items, USER: self.entities.users}
-        if all(known[kind].get(one) == entity for (kind, one), entity in changes.entities.items()):
+        if all(known[kind].get(entity_id) == entity for (kind, entity_id), entity in changes.entities.items()):
             return
         newer = split(changes.entities)
-        former = {one for kind, one in changes.deleted_ms if kind == ITEM}
-        self.witnesses = [one for one in self.witnesses if one.item_id not in former]
+        former = {item_id for kind, item_id in changes.deleted_ms if kind == ITEM}
+        self.witnesses = [witness for witness in self.witnesses if witness.item_id not in former]
         self.entities = EntityChanges(
             {**self.entities.items, **newer.items} if newer.items else self.entities.items,
             {**self.entities.users, **newer.users},
@@ -212,14 +212,16 @@ class ChainState:
         vectors = np.concatenate([learner.vectors[:base], more])
         index = np.arange(count)
         parts: dict[str, list[Column]] = {name: [column] for name, column in self._base.columns.items()}
-        for number, (one, row) in enumerate(sorted(laid.put.items(), key=lambda entry: entry[1])):
-            for name, column in item_columns(self.version, one, self.entities.items[one], UNKNOWN).items():
+        for number, (item_id, row) in enumerate(sorted(laid.put.items(), key=lambda entry: entry[1])):
+            for name, column in item_columns(self.version, item_id, self.entities.items[item_id], UNKNOWN).items():
                 parts[name].append(column)
             index[row] = base + number
             vectors[row] = laid.item_vectors[np.array([row])][0]
         columns = {name: take(concatenate(part), index) for name, part in parts.items()}
         clicks = np.concatenate([self._base.clicks, np.zeros(count - base, np.int64)])
-        fresh = [one for one, entity in self.entities.items.items() if entity.fresh and not self._is_trained(one)]
+        fresh = [
+            item_id for item_id, entity in self.entities.items.items() if entity.fresh and not self._is_trained(item_id)
+        ]
         rows = self.rows_of(fresh)
         clicks[rows[rows >= 0]] = 0  # the version counted the clicks of other items with these ids
         if c.ITEM_ID in columns:
@@ -230,16 +232,16 @@ class ChainState:
     def forget(self, deleted: Iterable[Named], touched: Touched) -> dict[str, list[tuple[EntityId, int]]]:
         """Clear the rows of deleted users and items, and make their ids unknown; gives these, by table."""
         learner, forgotten = self.learner, dict[str, list[tuple[EntityId, int]]]()
-        for kind, one in deleted:
+        for kind, entity_id in deleted:
             table = c.ITEM_ID if kind == ITEM else c.USER_ID
-            if table not in learner.model.tables or (kind == ITEM and self._is_trained(one)):
+            if table not in learner.model.tables or (kind == ITEM and self._is_trained(entity_id)):
                 continue
-            ids = pa.array([one], self.id_type(table))
+            ids = pa.array([entity_id], self.id_type(table))
             token = int(tokens_of(self.version.features, table, ids, learner.learned[table])[0])
-            learner.pending[table].pop(one, None)
+            learner.pending[table].pop(entity_id, None)
             if token >= FIRST:
-                learner.forget(table, one, token, touched)
-            forgotten.setdefault(table, []).append((one, UNKNOWN))
+                learner.forget(table, entity_id, token, touched)
+            forgotten.setdefault(table, []).append((entity_id, UNKNOWN))
             if table == c.ITEM_ID:
                 self._set_tokens(pa.table({"id": ids, "row": pa.array([UNKNOWN], pa.int32())}))
         return forgotten
@@ -271,8 +273,8 @@ class ChainState:
     def folded(self) -> Delta:
         """All deltas so far as one that replaces them; its digest and report come from the chain."""
         learner, delta, entities = self.learner, self._overlay.folded(), self.entities
-        put = {(ITEM, one): entity for one, entity in entities.items.items()}
-        put |= {(USER, one): entity for one, entity in entities.users.items()}
+        put = {(ITEM, entity_id): entity for entity_id, entity in entities.items.items()}
+        put |= {(USER, entity_id): entity for entity_id, entity in entities.users.items()}
         deleted_ms = {named: put[named].deleted_ms for named in sorted(put)}
         return replace(
             delta,
@@ -289,7 +291,7 @@ class ChainState:
                 ).state(),
                 "pending": pending_changes({}, learner.pending),
                 "recent": self.laid.item_ids.take(pa.array(learner.recent)).to_pylist(),
-                "window": [one.item_id for one in self.witnesses],
+                "window": [witness.item_id for witness in self.witnesses],
                 "next_row": dict(learner.next_row),
                 **self.windows.folded(),
             },
@@ -298,7 +300,7 @@ class ChainState:
 
 def window_of(witnesses: Sequence[Witness]) -> dict[str, Floats]:
     """The array of a delta that keeps the vectors of witnesses."""
-    return {WINDOW: np.stack([one.vector for one in witnesses])} if witnesses else {}
+    return {WINDOW: np.stack([witness.vector for witness in witnesses])} if witnesses else {}
 
 
 def pending_changes(
@@ -307,9 +309,9 @@ def pending_changes(
     """By table, counts of ids that differ from before; 0 = not counted any more."""
     return {
         name: sorted(
-            [one, counts.get(one, 0)]
-            for one in {**before.get(name, {}), **counts}
-            if counts.get(one) != before.get(name, {}).get(one)
+            [entity_id, counts.get(entity_id, 0)]
+            for entity_id in {**before.get(name, {}), **counts}
+            if counts.get(entity_id) != before.get(name, {}).get(entity_id)
         )
         for name, counts in now.items()
     }
