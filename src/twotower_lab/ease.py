@@ -26,12 +26,7 @@ def weights(clicked: Floats, regularisation: float) -> Floats:
 
 
 class Ease:
-    """EASE over the items with a training positive.
-
-    Args:
-        samples: with the clicks.
-        regularisation: added to the diagonal.
-    """
+    """EASE over the items with a training positive; `regularisation` is added to the diagonal."""
 
     name = "ease"
 

@@ -32,6 +32,7 @@ from twotower.serve.funnel import recommend
 from twotower.serve.options import FunnelOptions
 from twotower.serve.request import Request, impressed_window
 from twotower.serve.users import ItemId, Recent
+from twotower.update.gate import spaced
 from twotower.worlds.simulate import add_arrivals, world_of
 from twotower.worlds.truth import page_clicks, true_recall
 from twotower.worlds.visit import VisitClicks, Visited, visit
@@ -211,7 +212,7 @@ def _recalls(world: World, clicks: VisitClicks, version: Version) -> dict[str, f
     """Recall of the version's two towers against the day's clicks, and against what the same users like best."""
     user, at = np.unique(clicks.user, return_index=True)
     first_ms = clicks.ts_ms[at]
-    chosen = np.linspace(0, len(user) - 1, min(JUDGED, len(user))).astype(np.int64)
+    chosen = spaced(len(user), JUDGED)
     user, first_ms = user[chosen], first_ms[chosen]
     rows = version.users.positions.find(world.user_ids(user))
     stored = version.clicks

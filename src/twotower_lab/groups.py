@@ -56,10 +56,7 @@ class Group:
 def main_groups(samples: Samples, workspace: Path, context: bool) -> Iterator[Group]:
     """The held-out clicks of known users and items, then of rare items, of new users and of new items.
 
-    Args:
-        samples: what the lists were trained on.
-        workspace: with the hold-out.
-        context: users are asked in the context of their first held-out request.
+    With `context`, users are asked in the context of their first held-out request.
     """
     warm = held_out(workspace, samples, context)
     yield Group("", warm)

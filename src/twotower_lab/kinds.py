@@ -38,6 +38,7 @@ from twotower.publish.version import PRE_RANK, RANK, TWO_TOWER
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.train.towers import TrainReport
+from twotower.update.gate import spaced
 from twotower.worlds.world import SCENES, World
 from twotower_lab.ease import Ease
 from twotower_lab.experiments import Experiment
@@ -129,7 +130,7 @@ class Trial:
         vectors, rows = np.asarray(version.item_vectors), np.arange(len(samples.items))
         channel = version.two_tower.over(TWO_TOWER, ExactIndex.build(rows, vectors))
         users = np.flatnonzero(np.diff(samples.clicks.indptr))
-        users = users[np.linspace(0, len(users) - 1, INDEXED_QUERIES).astype(np.int64)]
+        users = users[spaced(len(users), INDEXED_QUERIES)]
         asked = queries_of_users(samples.features, samples.users, samples.clicks, users)
         queries, exact = channel.user_vectors(asked), scored(channel)
         for arm, of_arm in self.settings.items():

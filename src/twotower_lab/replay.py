@@ -46,6 +46,7 @@ from twotower.stream.joiner import JoinCounts
 from twotower.stream.joiner import Replay as ReplayFrom
 from twotower.stream.rows import Row, RowRequest, Types, read_types
 from twotower.stream.shards import JoinState, Manifest, write_shard
+from twotower.update.gate import spaced
 from twotower.update.learn import Plan
 from twotower.worlds.truth import true_recall
 from twotower.worlds.world import FIRST_DAY_MS, NOTHING, World
@@ -283,7 +284,7 @@ class _Model:
         column = np.full(len(self._row), -1)
         column[alive] = np.arange(len(alive))
         vectors = self._chain.state.learner.vectors[alive]
-        judge = set(np.linspace(0, len(wanted) - 1, min(JUDGED, len(wanted))).astype(np.int64).tolist())
+        judge = set(spaced(len(wanted), JUDGED).tolist())
         for start in range(0, len(wanted), AT_ONCE):
             part = wanted[start : start + AT_ONCE]
             rows, state = self._later.rows.take(pa.array(begin + part)), self._chain.state

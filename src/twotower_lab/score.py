@@ -16,6 +16,7 @@ from twotower.datasets.workspace import HOLDOUT, HOLDOUT_COLD
 from twotower.evaluate.holdout import Truth
 from twotower.evaluate.metrics import score_lists
 from twotower.samples.read import Samples
+from twotower.update.gate import spaced
 from twotower.worlds.truth import PAGE, clicked_by, first_times, page_clicks, true_recall
 from twotower.worlds.world import NOTHING, Requests, World
 from twotower_lab.groups import Group, main_groups, scenes, some_users, thirds
@@ -56,8 +57,7 @@ class Judge:
         every = main_groups(samples, self.workspace, self.context)
         warm = next(every)
         if self.most is not None:
-            places = np.unique(np.linspace(0, len(warm.truth.user_rows) - 1, self.most).astype(np.int64))
-            yield Group("", some_users(warm.truth, places))
+            yield Group("", some_users(warm.truth, spaced(len(warm.truth.user_rows), self.most)))
             return
         yield warm
         yield from every
@@ -69,13 +69,8 @@ class Judge:
     def score(self, samples: Samples, lists: Lists) -> dict[str, Floats]:
         """All measures by user: those of arms on the same workspace are of the same users, in the same order.
 
-        Args:
-            samples: what the arm was trained on.
-            lists: of the arm.
-
-        Returns:
-            `recall@50`, `ndcg@20`, `pop_pct@50`, and of a world `true_recall@50` and `page_clicks`, (B,) each; recall
-            also of the other groups, as `rare recall@50`.
+        They are `recall@50`, `ndcg@20`, `pop_pct@50`, and in a world `true_recall@50` and `page_clicks`, (B,) each;
+        recall also of the other groups, as `rare recall@50`. `samples` are what the arm was trained on.
         """
         values: dict[str, Floats] = {}
         asked: dict[str, Ints] = {}

@@ -63,14 +63,10 @@ class Interval:
 
 
 def interval(by_seed: Sequence[Floats], *, same_users: bool) -> Interval:
-    """The mean of values, or of paired differences, of users by seed; see `RULE`.
+    """The mean of values (B,), or of paired differences, of users by seed; see `RULE`.
 
-    One seed has the interval over users alone, a single number a seed that over seeds alone, and one number alone has
-    none: its interval is without end.
-
-    Args:
-        by_seed: (B,) of each seed.
-        same_users: the users of all seeds are the same, in the same order.
+    One seed has the interval over users alone, a single number a seed that over seeds alone. One number alone has an
+    interval without end. With `same_users`, the users of all seeds are the same, in the same order.
 
     >>> interval([np.array([1.0, 3.0]), np.array([2.0, 2.0])], same_users=False).value
     2.0

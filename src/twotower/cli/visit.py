@@ -145,16 +145,16 @@ def visit_server(
 ) -> VisitReport:
     """Visit a running server for a day of the workspace's world.
 
-    The users and items of that day come into the workspace's tables first. Clicks are posted before the first request
-    that is made after them.
+    The users and items of that day are added to the workspace's tables first. Clicks are posted before the first
+    request that is made after them.
 
     Args:
         settings: of the workspace that the server serves.
         url: of the server.
         day: from 0; it may lie after the simulated log.
-        requests: this many requests only; None = all of the day.
+        requests: only this many requests; None = all of the day.
         page: items that a user is shown.
-        put: put the items that appear on that day to the server before anybody asks.
+        put: put the items that appear on that day to the server before any request.
 
     Raises:
         ConfigError: the workspace holds no simulated world, or a number is too small.

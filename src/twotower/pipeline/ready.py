@@ -43,11 +43,8 @@ EXTRAS = {
 def check_ready(settings: Settings, *, trained: bool = False, evaluated: bool = False, trials: bool = False) -> None:
     """Refuse what must fail later.
 
-    Args:
-        settings: the configuration.
-        trained: its channels are to be trained, fitted or published.
-        evaluated: something is to be judged on the hold-out of the workspace.
-        trials: settings are to be chosen by trials.
+    `trained`: the channels are to be trained, fitted or published. `evaluated`: something is to be judged on the
+    hold-out of the workspace. `trials`: settings are to be chosen by trials.
 
     Raises:
         ConfigError: a value that is not available, a library that is not installed, a column that does not exist.

@@ -67,13 +67,10 @@ class TuneReport:
 
 
 def tune(settings: Settings, trials: int) -> TuneReport:
-    """Try settings on a validation split, and train with the best on everything.
+    """Try the keys of `tune.space` on a validation split, and train with the best values on everything.
 
-    The first trial is the configuration as it is. The table of all trials is written as JSON and as Markdown.
-
-    Args:
-        settings: the configuration; `tune.space` names the keys to vary.
-        trials: number of ended trials to have, those of earlier calls of the same search included.
+    The first trial is the configuration as it is. `trials` counts ended ones, those of earlier calls of the same search
+    included. The table of all trials is written as JSON and as Markdown.
 
     Raises:
         ConfigError: Optuna is not installed, or `tune` names keys that do not exist or belong to no training.

@@ -81,12 +81,7 @@ class Vectors:
 
 
 class PublishedVersion:
-    """A version that answers as a server would that starts now.
-
-    Args:
-        version: the opened version, with what was learned since.
-        workspace: where it was published; its `events/` say what was impressed.
-    """
+    """A version that answers as a server would that starts now; the workspace's `events/` say what was impressed."""
 
     def __init__(self, version: Version, workspace: Path) -> None:
         self._version = version

@@ -69,15 +69,10 @@ def _check(wrong: npt.NDArray[np.bool_], owner: Places) -> None:
 
 
 def decode(records: Records, schema: pa.Schema) -> pa.Table:
-    """The columns of a schema out of the records of a file.
+    """The columns of a schema from N records, an Example each; (N,) rows, null where a record has no such feature.
 
-    Args:
-        records: N records, an Example each.
-        schema: int64, int32, bool, float32 and string columns, and lists of int64, float32 and string. Other features
-            are left out.
-
-    Returns:
-        (N,) rows; null where a record has no such feature.
+    The schema has int64, int32, bool, float32 and string columns, and lists of int64, float32 and string. Other
+    features are left out.
 
     Raises:
         DataError: a record is no Example, a feature is of another kind than its column, a scalar has several values,

@@ -97,14 +97,9 @@ def encode_rows(
 ) -> Iterator[bytes]:
     """Each row as the bytes of an Example; the same batch always gives the same bytes.
 
-    Rows of one request that follow each other in a batch hold its history and user features once, in the first of them
-    that was shown. The others say how many rows back that is, so that a request of many items with a long history stays
-    small.
-
-    Args:
-        batches: rows that left at the same event.
-        types: the types of ids and values.
-        numbers: the rows' numbers in their partition; None = from 0 on.
+    Rows of one request that follow each other in a batch (rows that left at the same event) hold its history and user
+    features once, in the first of them that was shown. The others say how many rows back that is, so that a request of
+    many items with a long history stays small. The rows have `numbers` in their partition, or from 0 on.
     """
     kinds = {field.name: list_of(field.type) for field in types.schema()} | dict.fromkeys(
         (c.ROW, ROWS_BACK), INT64_LIST

@@ -132,13 +132,9 @@ def unit(vectors: Tensor) -> Tensor:
 def label_aware(interests: Tensor, items: Tensor, sharpness: float) -> Tensor:
     """The unit vector (B, D) of each user for one item: its interests, weighted by a softmax of sharpness * cosine.
 
-    In training alone, where the item is known (MIND, Li et al. 2019, eq. 8, which takes the softmax of a power of the
-    product; a cosine may be negative). As the sharpness grows, only the nearest interest is trained.
-
-    Args:
-        interests: (B, K, D) unit vectors.
-        items: (B, D) unit vectors of the positives.
-        sharpness: of the softmax.
+    `interests` (B, K, D) and `items` (B, D), the positives, are unit vectors. It is used only in training, where the
+    item is known (MIND, Li et al. 2019, eq. 8, which takes the softmax of a power of the product; a cosine may be
+    negative). As the sharpness grows, only the nearest interest is trained.
     """
     weights = torch.softmax(sharpness * (interests @ items[:, :, None]), dim=1)
     return unit((weights * interests).sum(dim=1))

@@ -301,11 +301,10 @@ def shared_loss(
     *,
     share: Tensor,
     calibration: Tensor,
-    chunk: int = CHUNK,
 ) -> Tensor:
     """Each row against the first K items of the batch, summed with `share`; a row without negatives counts nothing.
 
-    The B x K scores are made `chunk` rows at a time and never all held: the time is that of three matrix products, the
+    The B x K scores are made `CHUNK` rows at a time and never all held: the time is that of three matrix products, the
     memory that of a chunk.
 
     Args:
@@ -316,7 +315,6 @@ def shared_loss(
         negatives: their weights, which take no gradient, and what is no negative of a row.
         share: (B,) factor of each row's loss.
         calibration: (2,) see `Scores`.
-        chunk: rows at a time.
     """
     with torch.no_grad():
         averages = not isinstance(loss, DerivedLoss) or loss.averages
@@ -327,9 +325,9 @@ def shared_loss(
         right = (users * own).sum(dim=1, keepdim=True)
         by_user, by_item, by_calibration = (torch.zeros_like(x) for x in (users, items, calibration))
         by_positive, value = torch.empty_like(right), torch.zeros((), dtype=torch.float64)
-        scores = torch.empty((min(chunk, rows), columns), dtype=users.dtype)
-        for start in range(0, rows, chunk):
-            stop = min(start + chunk, rows)
+        scores = torch.empty((min(CHUNK, rows), columns), dtype=users.dtype)
+        for start in range(0, rows, CHUNK):
+            stop = min(start + CHUNK, rows)
             part, none = users[start:stop], masked[kept.indptr[start] : kept.indptr[stop]] - start * columns
             cosines = torch.mm(part, others.T, out=scores[: stop - start])
             given = Scores(right[start:stop], cosines, totals[start:stop], calibration, log_weight, none)

@@ -53,16 +53,9 @@ class TwoTower(nn.Module):
     """Both towers, and the tables beside them.
 
     The tables are no parameters of the module: they are updated by the row (`EmbeddingTable.update`), the dense parts
-    by an ordinary optimizer.
-
-    Args:
-        features: the fitted features.
-        dimension: D.
-        user: network of the user tower.
-        item: network of the item tower.
-        seed: of all initial weights.
-        dropout: share of hidden units left out in training.
-        adjusted: served vectors have two more numbers than trained ones, which prefer popular items (`prefer`).
+    by an ordinary optimizer. `user` and `item` are the networks of the towers, `dimension` is D, `seed` seeds all
+    initial weights, and `dropout` is the share of hidden units left out in training. If `adjusted`, served vectors have
+    two more numbers than trained ones, which prefer popular items (`prefer`).
 
     Raises:
         ConfigError: `adjusted`, and items have no id to look the numbers up by.

@@ -20,6 +20,8 @@ Floats = npt.NDArray[np.float64]
 
 SHARED_COUNT = 1024
 """Negatives of a batch without in-batch ones, unless a count is given."""
+RATE = 0.02
+"""Rate of the moving averages of `StreamingFrequency`."""
 ROW_COUNT = 4
 """Negatives of a row that has its own, unless a count is given."""
 
@@ -166,11 +168,10 @@ class StreamingFrequency:
     Its inverse is the probability to be in a batch, which is at most 1: an item with 20 copies in each would count
     once. Here draws are counted: q = (moving average of copies at an occurrence) / (moving average of draws since the
     one before). By the renewal-reward theorem that ratio is the share of the item, however often it occurs in a batch.
-    The first 1 / `rate` occurrences are averaged plainly.
+    The first 1 / `RATE` occurrences are averaged plainly.
     """
 
-    def __init__(self, size: int, rate: float = 0.02) -> None:
-        self._rate = rate
+    def __init__(self, size: int) -> None:
         self.state: dict[str, npt.NDArray[Any]] = {
             "draws": np.zeros(1, np.int64),
             "last": np.zeros(size, np.int64),
@@ -186,7 +187,7 @@ class StreamingFrequency:
         draws, last, gap, mean_copies, seen = self.state.values()
         draws += copies.sum()
         seen[items] += 1
-        rate = np.maximum(self._rate, 1 / seen[items]).astype(np.float32)
+        rate = np.maximum(RATE, 1 / seen[items]).astype(np.float32)
         gap[items] += rate * ((draws - last[items]) - gap[items])
         mean_copies[items] += rate * (copies - mean_copies[items])
         last[items] = draws

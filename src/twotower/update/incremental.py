@@ -51,13 +51,12 @@ class UpdateReport:
 
     def after(self, done: Done) -> "UpdateReport":
         """The report with one more delta."""
-        held_back = Counter(self.held_back)
-        held_back.update(done.held_back)
+        held_back = Counter(self.held_back) + Counter(done.held_back)  # without zeros
         return replace(
             self,
             rows=self.rows + done.rows,
             refused=[*self.refused, *([done.seq] if done.refused else [])],
-            held_back={name: count for name, count in sorted(held_back.items()) if count},
+            held_back=dict(sorted(held_back.items())),
             set_aside=[*self.set_aside, *done.set_aside][-TOLD:],
             reasons=[*self.reasons, *done.refused][-TOLD:],
         )

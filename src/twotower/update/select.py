@@ -61,11 +61,7 @@ def select(
 ) -> Selection:
     """Select the positives of joined rows, by shard, before the state learns anything from them.
 
-    Args:
-        state: encodes them.
-        tables: the rows.
-        held_out_users: share of users on whom nothing is trained.
-        risen: items that rose too far: nothing is learned of them.
+    Nothing is trained on `held_out_users`, a share of the users, and nothing is learned of items that rose too far.
     """
     counts = Counter(dict.fromkeys(("rows", "positives", "held_out", "known_before", "unusable"), 0))
     parts, times, problems = [state.encode(_no_rows(state.version))], list[int](), list[str]()
