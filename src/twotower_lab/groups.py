@@ -43,7 +43,7 @@ class Group:
     wanted: Bools | None = None
     """(N,) the items that are looked for; None = all of them."""
     part_of: str | None = None
-    """The name of a group before it whose requests include these, so that nobody is asked again."""
+    """The name of a group before it whose requests include these, so that no user is asked twice."""
     places: Ints | None = None
     """Which requests of that group these are."""
 
@@ -136,9 +136,9 @@ def scenes(samples: Samples, workspace: Path, warm: Group, context: bool) -> Ite
     requests, owner = np.unique(pairs // size, return_inverse=True)
     rows = table.take(pa.array(at[np.searchsorted(asked, requests)]))
     features = samples.features.context if context else ()
-    told = {feature.name: feature.encode(rows[feature.name].combine_chunks()) for feature in features}
+    columns = {feature.name: feature.encode(rows[feature.name].combine_chunks()) for feature in features}
     items = Bag(pointers(np.bincount(owner)), (pairs % size).astype(np.int32))
-    each = Group("each scene ", Truth(requests // count, items, told))
+    each = Group("each scene ", Truth(requests // count, items, columns))
     yield each
     for number, requests_there in zip(*np.unique(requests % count, return_counts=True), strict=True):
         if requests_there >= LEAST_REQUESTS:

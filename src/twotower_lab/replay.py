@@ -219,7 +219,7 @@ def replay(
 
     Args:
         settings: of the arm; its workspace has the first model and is changed.
-        way: how the model goes on.
+        way: how the model continues.
         later: what is clicked.
         world: in which the workspace was simulated; None = a real log.
 
@@ -255,7 +255,7 @@ def replay(
 
 
 class _Model:
-    """A model that goes on, as its chain of deltas has it."""
+    """A model that continues, in the state of its chain of deltas."""
 
     def __init__(self, settings: Settings, later: Later, world: World | None, score: _Score) -> None:
         self._settings = settings

@@ -98,7 +98,7 @@ def run(
         _write(out / name / PLOT, plot(result))
         write_report(out)
         verdicts[name] = {claim["text"]: claim["verdict"] for claim in result["claims"]}
-        log.info("%s done. %s", name, ", ".join(f"{text}: {said}" for text, said in verdicts[name].items()))
+        log.info("%s done. %s", name, ", ".join(f"{text}: {verdict}" for text, verdict in verdicts[name].items()))
     return {"report": str(out / REPORT), "experiments": {name: verdicts[name] for name in todo}}
 
 

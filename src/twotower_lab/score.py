@@ -29,7 +29,7 @@ K: Final = 50
 FEW: Final = 20
 """The first items of a list, whose order counts."""
 WANTED: Final = 10
-"""Of new and of rare items, how many of those that a user likes best are looked for; of all items, 50."""
+"""Number of new or rare items that a user likes best and that are looked for; of all items, 50."""
 
 Lists = Callable[[Truth], Ints]
 """The catalogue rows (B, K) found for the users of a truth, without what they clicked; -1 = no more."""
@@ -37,12 +37,12 @@ Lists = Callable[[Truth], Ints]
 
 @dataclass(frozen=True)
 class Judge:
-    """By what the lists of an experiment are judged."""
+    """Judges the lists of an experiment."""
 
     workspace: Path
     """With a hold-out."""
     world: World | None = None
-    """The world in which the workspace was simulated; None = of a real log nobody knows the truth."""
+    """The world in which the workspace was simulated; None = a real log, whose truth is unknown."""
     ks: tuple[int, ...] = (K,)
     """Cut-offs of recall."""
     kinds: tuple[str, ...] = ()

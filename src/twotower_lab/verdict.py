@@ -37,7 +37,7 @@ class Interval:
     high: float
     seeds: int
     users: int
-    """Of all seeds together; of a real log those of one."""
+    """Users of all seeds together; of a real log, users of one seed."""
 
     @property
     def sign(self) -> int:
@@ -49,14 +49,14 @@ class Interval:
         return Interval(-self.value, -self.high, -self.low, self.seeds, self.users)
 
     def document(self) -> dict[str, Any]:
-        """As it stands in reports."""
+        """The interval as reports have it."""
         numbers = {name: getattr(self, name) for name in ("value", "low", "high")}
         rounded = {name: round(number, 6) if math.isfinite(number) else None for name, number in numbers.items()}
         return {**rounded, "seeds": self.seeds, "users": self.users}
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> "Interval":
-        """Out of a report."""
+        """An interval from a report."""
         low, high = document["low"], document["high"]
         ends = (-math.inf, math.inf) if low is None else (low, high)
         return cls(document["value"], ends[0], ends[1], document["seeds"], document["users"])

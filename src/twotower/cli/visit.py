@@ -36,7 +36,7 @@ class VisitReport:
     impressions: int
     clicks: int
     expected_clicks: float
-    """Of these pages, by the world's truth: what `clicks` is on average."""
+    """Expected clicks on these pages by the world's truth: what `clicks` is on average."""
     unknown_items: int
     """Shown items that the world does not have; nobody clicks them."""
     new_users: int

@@ -31,7 +31,7 @@ from twotower.update.incremental import UpdateReport, catch_up
 log = logging.getLogger(__name__)
 
 FULL = "full"
-"""Beside the latest checkpoints: the days of the full chain. Training anew begins another chain."""
+"""Key of the days of the full chain, beside the latest checkpoints. Training again begins another chain."""
 FULL_LOCK = ".full.lock"
 MIN_ROWS = 2
 """A day with fewer positives has nothing to learn."""
@@ -56,7 +56,7 @@ class Reached:
     day: str
     """The latest day."""
     rest_ms: int | None
-    """Of that day, the time up to which it was learned by the training that began the chain; None = all of it."""
+    """The time of that day up to which the training that began the chain learned it; None = all of it."""
 
     @property
     def watermark_ms(self) -> int:

@@ -46,11 +46,11 @@ class FuseReport:
     """The file with what was chosen."""
     weights: dict[str, float]
     users: int
-    """Of validation, on which the weights were chosen."""
+    """Users of validation, on whom the weights were chosen."""
     recall: dict[str, dict[str, float]]
-    """On validation: of each channel, of the fusion (by users that it was not chosen on) and of equal weights."""
+    """On validation, of each channel, of the fusion (on users that it was not chosen on) and of equal weights."""
     gain: dict[str, Any]
-    """Of the fusion over the best channel, and of each part."""
+    """Gain of the fusion over the best channel, in all and for each part."""
 
 
 def fuse(settings: Settings, own: OwnChannels | None = None) -> FuseReport:

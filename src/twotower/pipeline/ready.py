@@ -56,7 +56,7 @@ def check_ready(settings: Settings, *, trained: bool = False, evaluated: bool = 
         *(["spark"] if settings.engine.name == "spark" else ()),
         *(["--trials"] if trials else ()),
     ]
-    if missing := [told for name in needed if name in EXTRAS and (told := _missing(name))]:
+    if missing := [problem for name in needed if name in EXTRAS and (problem := _missing(name))]:
         raise ConfigError("; ".join(missing))
     if settings.engine.name == "spark":
         find_java(os.environ.get("JAVA_HOME"))

@@ -64,10 +64,10 @@ def check_same(made: Document, wanted: Document, what: str, remedy: str) -> None
     made = with_present_names(made)
     unasked = {name for name in ("mf", "mind") if name not in wanted["models"]}
     models = {key: value for key, value in made["models"].items() if key not in unasked}
-    told = list(differences({key: made.get(key) for key in wanted} | {"models": models}, wanted))
-    if told:
-        more = f", and {len(told) - 5} more" if len(told) > 5 else ""
-        raise ConfigError(f"{what} of other settings: {'; '.join(told[:5])}{more}. Set them back, or {remedy}")
+    changed = list(differences({key: made.get(key) for key in wanted} | {"models": models}, wanted))
+    if changed:
+        more = f", and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise ConfigError(f"{what} of other settings: {'; '.join(changed[:5])}{more}. Set them back, or {remedy}")
 
 
 def differences(made: Any, wanted: Any, key: str = "") -> Iterator[str]:

@@ -52,7 +52,7 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _has_days(where: Places) -> bool:
-    """Events without time and joined days cannot stand beside each other."""
+    """Joined days are written; not beside events without time."""
     if (where.events / f"{c.DATE}={c.UNKNOWN_DATE}").is_dir():
         log.warning("%s has events without time: no daily partitions are written beside them", where.events)
         return False

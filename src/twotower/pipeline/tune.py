@@ -52,14 +52,14 @@ class TuneReport:
     loss: float
     seconds: float
     channels: dict[str, Any]
-    """The other trained channels, by name: what `TrainReport` says of each."""
+    """The other trained channels, by name, with the fields of `TrainReport`."""
     rankers: dict[str, Any]
     """The trained rankers likewise."""
     trials: int
     """Ended trials, those of earlier calls included."""
     metric: str
     value: float
-    """Of the best trial, on the validation part."""
+    """Metric of the best trial, on the validation part."""
     best: dict[str, Any]
     """Its keys and values, `train.epochs` among them."""
     table: str

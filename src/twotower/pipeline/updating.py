@@ -102,7 +102,7 @@ def open_as_served(settings: Settings, version: str | None = None) -> Version:
 
 
 def checkpoint_of(where: Places, version: Version) -> Checkpoint:
-    """The checkpoint that a version was made of: networks and optimizer state are in it alone.
+    """The checkpoint that a version was made of: only it has the networks and the optimizer state.
 
     Raises:
         DataError: it is not there any more.

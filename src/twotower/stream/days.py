@@ -2,8 +2,8 @@
 
     events/date=YYYY-MM-DD/joined-0000.parquet      the rows of one partition of the log
 
-They stand beside imported files and have the same columns. A file is written anew, as a whole, when its day has new
-rows; it is a function of the log alone, whatever was killed on the way.
+They are in the folders of imported files and have the same columns. A file is written again, as a whole, when its day
+has new rows. It depends on the log alone, however often a joiner was killed.
 """
 
 import datetime

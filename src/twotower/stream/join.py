@@ -52,7 +52,7 @@ class JoinReport:
     """What `twotower join` did."""
 
     shards: int
-    """Written, before any merging."""
+    """Shards that were written, before any merging."""
     rows: int
     late: int
     duplicates: int
@@ -65,7 +65,7 @@ class JoinReport:
     dropped: dict[str, int]
     outcomes: dict[str, int]
     days: list[str] = field(default_factory=list)
-    """Whose files were written."""
+    """Days whose files were written."""
 
 
 class PartitionJoin:
@@ -103,11 +103,6 @@ class PartitionJoin:
         except BaseException:
             self._lock.release()
             raise
-
-    @property
-    def watermark_ms(self) -> int | None:
-        """Event time that is joined; None before any event."""
-        return self._joiner.watermark_ms
 
     @property
     def hour_ended(self) -> bool:

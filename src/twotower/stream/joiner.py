@@ -99,7 +99,7 @@ class _Logged:
 
     request: RowRequest
     rows: Mapping[EntityId, Row]
-    """By item in the order of the record, the row that leaves if nothing more is heard of it."""
+    """By item in the order of the record, the row that leaves if no more events name the item."""
 
 
 @dataclass(slots=True)
@@ -107,13 +107,13 @@ class _Entry:
     """What is remembered of a request: the events that name it, in whatever order they come."""
 
     at_ms: int
-    """Of the request, or until it comes, of the first event that names it."""
+    """Time of the request, or of the first event that names it until the request comes."""
     last_ms: int
     first_offset: int
     clock: Clock
     """Before its first event."""
     offset: int = -1
-    """Of the request; -1 while it has not come."""
+    """Offset of the request; -1 while it has not come."""
     logged: _Logged | None = None
     """Until its window closes, if there is room; else it is read again at its offset where it is needed."""
     shown: dict[EntityId, Event] = field(default_factory=dict)
@@ -197,7 +197,7 @@ class Joiner:
             return rows
         if self._clock.is_beyond(record.logged_ms):
             self._come_back(record, rows)
-        if event.original_type in (USER, ITEM):  # stamped by a server, whatever time requests carry: no event time
+        if event.original_type in (USER, ITEM):  # their time is a server's, not event time
             if isinstance(content, EntityDeleted) and content.kind == USER:
                 self._forget_user(event.user_id)
             return rows
@@ -437,7 +437,7 @@ class Joiner:
         return replace(row, outcome=c.CLICKED, click_ts_ms=click_ts_ms, weight=float(weight))
 
     def _shown_row(self, event: Event, item: EntityId, logged: _Logged | None) -> Row:
-        """The row of an item that an impression event says was shown, whatever its request says."""
+        """The row of an item that was shown according to an impression event, even if its request differs."""
         return replace(self._row(event, item, logged), outcome=c.IMPRESSED)
 
     def _row(self, event: Event, item: EntityId, logged: _Logged | None) -> Row:
@@ -460,7 +460,7 @@ class Joiner:
         return right
 
     def _request_of(self, event: Event) -> RowRequest:
-        """What an event says of its request: one for all of its items."""
+        """The request that an event describes, the same object for all of its items."""
         if self._latest_request is not None and self._latest_request[0] is event:
             return self._latest_request[1]
         content = event.content

@@ -5,10 +5,10 @@
     shards/partition-0000/<begin>-<end>.others.tfrecord       the other rows
     shards/partition-0000/<begin>-<end>.json                  the manifest
 
-A shard is there when its manifest is: that is the last thing written, in one rename, and it carries how far the log was
-read and what the joiner needs to go on. The rows of a partition are numbered through all shards in the order in which
-they left, and each carries its number; merging small shards changes neither rows nor numbers. The updater learns from
-positives alone, so that it does not read the others.
+A shard exists once its manifest does: that is written last, in one rename, and says how far the log was read and what
+the joiner needs to continue. The rows of a partition are numbered through all shards in the order in which they left,
+and each carries its number; merging small shards changes neither rows nor numbers. The updater learns from positives
+alone and does not read the other rows.
 """
 
 import functools
@@ -96,7 +96,7 @@ class DeletedUser:
 
 @dataclass(frozen=True)
 class JoinState:
-    """What the joiner needs to go on behind a shard."""
+    """What the joiner needs to continue after a shard."""
 
     replay: Replay
     flushes: tuple[int, ...] = ()
@@ -120,7 +120,7 @@ class Manifest:
     begin: Count
     """Offset of the log from which it was read."""
     end: Count
-    """Offset at which reading goes on."""
+    """Offset at which reading continues."""
     first_row: Count
     """Number of its first row in the partition."""
     hour: int | None
@@ -300,9 +300,9 @@ def read_manifest(path: Path) -> Manifest:
         manifest = _MANIFESTS.validate_json(json.dumps(content), strict=True)
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         problems = error.errors() if isinstance(error, ValidationError) else []
-        told = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems)
+        details = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems)
         raise DataError(
-            f"{path} is no whole manifest ({told or repr(error)}): it was damaged or written by something else"
+            f"{path} is no whole manifest ({details or repr(error)}): it was damaged or written by something else"
         ) from None
     if sum(file.rows for file in manifest.files.values()) != manifest.rows:
         raise DataError(f"{path} has {manifest.rows} rows, its files have others: it was damaged")
@@ -527,9 +527,9 @@ def _spans(own: Path) -> list[tuple[int, int]]:
 
 
 def _covering(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Those that are in no other: a shard into which others were merged stands for them.
+    """The spans that are in no other one: a shard into which others were merged replaces them.
 
-    An empty span is of a flush; it is in another only if that begins before it and ends behind it.
+    An empty span belongs to a flush; it is in another one only if that begins before it and ends after it.
 
     >>> _covering([(0, 5), (0, 9), (5, 9), (9, 9), (9, 12)])
     [(0, 9), (9, 9), (9, 12)]

@@ -93,7 +93,7 @@ class EasyNegatives:
     def draw_shared(self, batch: int, generator: np.random.Generator) -> Longs:
         """Catalogue rows that are drawn for all rows of a batch, beside those of its donors."""
         draws = self.draws(batch)
-        uniform = self._uniform(int(draws.uniform), generator)
+        uniform = generator.integers(self._size, size=int(draws.uniform))
         return np.concatenate([uniform, self._by_clicks(int(draws.clicks), generator)])
 
     def draw_rows(self, items: Longs, generator: np.random.Generator) -> Longs:
@@ -107,11 +107,8 @@ class EasyNegatives:
         by_clicks = source >= 1 - self.shares.clicks if self.shares.clicks else np.zeros_like(other)
         drawn[by_clicks] = self._by_clicks(int(by_clicks.sum()), generator)
         rest = ~(other | by_clicks)
-        drawn[rest] = self._uniform(int(rest.sum()), generator)
+        drawn[rest] = generator.integers(self._size, size=int(rest.sum()))
         return drawn
-
-    def _uniform(self, count: int, generator: np.random.Generator) -> Longs:
-        return generator.integers(self._size, size=count)
 
     def _by_clicks(self, count: int, generator: np.random.Generator) -> Longs:
         place = np.searchsorted(self._cumulative, generator.random(count) * self._cumulative[-1], side="right")
@@ -209,7 +206,6 @@ class HardNegatives:
 
     def __init__(self, lists: dict[str, Bag], counts: dict[str, int]) -> None:
         self._parts = [(lists[name], count) for name, count in counts.items() if count and name in lists]
-        self.width = sum(count for _, count in self._parts)
 
     def draw(self, rows: Longs, generator: np.random.Generator) -> Longs:
         """Catalogue rows (B, H) of hard negatives, no entry of a list twice; -1 where a list has ended."""

@@ -49,7 +49,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class RankerReport:
-    """What `twotower train` says of a ranker."""
+    """What `twotower train` prints about a ranker."""
 
     checkpoint: str
     rows: int

@@ -154,7 +154,7 @@ def configured_loss(options: TrainOptions) -> Loss:
 
 
 def check_loss(checkpoint: Checkpoint, loss: Loss | None) -> None:
-    """Refuse to go on from a checkpoint with another loss than it was trained with, if either is one of your own.
+    """Refuse to continue a checkpoint with another loss than it was trained with, if either is a loss of your own.
 
     Raises:
         ConfigError: the losses differ.
@@ -184,7 +184,7 @@ def _described(loss: Any) -> dict[str, str]:
 
 
 def _channel_options(options: TrainOptions, models: ModelsOptions, channel: str, warm: bool) -> TrainOptions:
-    """How a channel is trained: MF has nothing to leave out; a run that goes on from another has one epoch."""
+    """How a channel is trained: MF without dropout; a run that continues another has one epoch."""
     epochs = {MF: models.mf.epochs, MIND: models.mind.epochs}.get(channel) or options.epochs
     options = replace(options, epochs=epochs)
     if channel == MF:

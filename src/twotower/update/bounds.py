@@ -57,7 +57,7 @@ class Rise:
     lists: int
     """In how many more lists of the sampled users it is."""
     positives: int
-    """Of it that were trained."""
+    """Its positives that were trained."""
     explained: float
     """The share of lists of k items that its users explain: 1 where it has as many users as the item that is k-th by
     the number of users. Positives that only the fixed bound allows explain nothing: there was hardly anything else in

@@ -36,7 +36,7 @@ class UpdateReport:
     seq: int
     """The latest delta."""
     rows: int = 0
-    """Of the shards, or of the days, that were learned from."""
+    """Rows of the shards, or of the days, that were learned from."""
     watermark_ms: int | None = None
     refused: list[int] = field(default_factory=list)
     """Deltas that the gate refused; of a full update, positions in the list of days."""

@@ -47,7 +47,7 @@ class Input:
     tables: Sequence[pa.Table]
     """Joined rows, by shard."""
     rows: int
-    """Of the shards, read."""
+    """Rows of the shards that were read."""
     changes: LoggedEntities
     set_aside: Sequence[str]
     """What could not be read."""
@@ -55,14 +55,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Learned:
-    """What came of an input."""
+    """The result of learning from an input."""
 
     delta: Delta | None
     """None where it could not be made."""
     problems: Sequence[str] = ()
     """Why the gate refuses it."""
     risen: frozenset[EntityId] = frozenset()
-    """Items that rose too far: the delta has to be learned without them."""
+    """Items that rose too far: the delta must be learned without them."""
 
 
 def learn(
@@ -78,7 +78,7 @@ def learn(
     Nothing is learned of the items `without`, which rose too far. With `refused`, the reasons why the rows were
     refused, the delta holds users and items only, and the gate is not asked.
     """
-    told = set(state.told_aside)
+    known_aside = set(state.told_aside)
     lesson = _lesson(state, given, without)
     delta = _delta(state, lesson, _report(state, lesson, without, refused))
     vectors, positives = state.learner.vectors, lesson.selection.trained
@@ -89,7 +89,7 @@ def learn(
     noted = [
         f"{kind} {shown(entity_id)}: {why}"
         for (kind, entity_id), why in state.told_aside.items()
-        if (kind, entity_id) not in told
+        if (kind, entity_id) not in known_aside
     ]
     if aside := [*given.set_aside, *lesson.selection.problems, *noted]:
         delta = replace(delta, report={**delta.report, "set_aside": aside[:TOLD]})
