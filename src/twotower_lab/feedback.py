@@ -22,7 +22,6 @@ from twotower.config.settings import Settings
 from twotower.datasets.workspace import EVENTS, open_workspace
 from twotower.evaluate.metrics import score_lists
 from twotower.features.columns import Bag, pointers
-from twotower.pipeline.line import build_samples, open_served, publish_version, train_model
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.clock import DAY_MS
@@ -38,6 +37,7 @@ from twotower.worlds.truth import page_clicks, true_recall
 from twotower.worlds.visit import VisitClicks, Visited, visit
 from twotower.worlds.world import NOTHING, SCENES, Requests, World, date_of
 from twotower_lab.score import K
+from twotower_lab.stages import published
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[st
     series: dict[str, list[float]] = {}
     for day in range(first, first + days):
         add_arrivals(workspace, world, day)
-        version = _morning(settings)
+        version = published(settings)  # it has learned from everything up to yesterday
         begin_ms = int(world.requests(day).ts_ms[0]) // DAY_MS * DAY_MS
         if site is None:
             site = LoopSite(world, settings.funnel, window_ms, version)
@@ -149,14 +149,6 @@ def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[st
         values[f"{name}, last days"] = np.array([end])
         values[f"{name}, growth"] = np.array([end - begin])
     return values, {"series": series}
-
-
-def _morning(settings: Settings) -> Version:
-    """Learn from everything up to yesterday; gives the version that is served today."""
-    build_samples(settings)
-    train_model(settings)
-    publish_version(settings, promoted=True)
-    return open_served(settings)
 
 
 def measure(world: World, day: int, visited: Visited, version: Version) -> dict[str, float]:

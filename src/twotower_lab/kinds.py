@@ -29,8 +29,6 @@ from twotower.pipeline.line import (
     evaluate_rankers,
     fusion_of,
     offline_channels,
-    open_served,
-    publish_version,
     train_model,
 )
 from twotower.pipeline.recorded import fixed_by_samples, fixed_by_training
@@ -43,7 +41,7 @@ from twotower.worlds.world import SCENES, World
 from twotower_lab.ease import Ease
 from twotower_lab.experiments import Experiment
 from twotower_lab.score import Judge, Lists
-from twotower_lab.stages import Stages
+from twotower_lab.stages import Stages, published
 
 INDEXED_QUERIES: Final = 500
 """Users that an index is tuned on."""
@@ -118,10 +116,7 @@ class Trial:
 
     def index(self) -> Iterator[Result]:
         """One model, and an index of each arm over its vectors."""
-        build_samples(self._first)
-        train_model(self._first)
-        publish_version(self._first, promoted=True)
-        samples, version, judge = self._samples(), open_served(self._first), self._judge(self._first)
+        version, samples, judge = published(self._first), self._samples(), self._judge(self._first)
         (k,) = self.experiment.ks
 
         def scored(channel: Retriever) -> Values:
@@ -147,10 +142,7 @@ class Trial:
     def fusion(self) -> Iterator[Result]:
         """One version with two towers and rankers; arms differ in how many items reach which ranker."""
         configured = max(self.settings.values(), key=lambda settings: len(settings.models.rankers))
-        build_samples(configured)
-        train_model(configured)
-        publish_version(configured, promoted=True)
-        samples, version = self._samples(), open_served(configured)
+        version, samples = published(configured), self._samples()
         for arm, of_arm in self.settings.items():
             stages = Stages(version, of_arm.models.rankers, of_arm.funnel)
             started = time.process_time()

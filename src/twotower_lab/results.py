@@ -129,7 +129,7 @@ def _panels(experiment: Experiment, data: str, arms: Arms) -> Iterator[dict[str,
     for true, logged in experiment.plotted:
         kinds = Claim("", first, logged=logged, true=true).measured(isinstance(DATA[data], WorldData))
         means: dict[str, dict[str, float]] = {}
-        rows: dict[str, dict[str, Any]] = {arm: {} for arm in names}
+        rows: dict[str, dict[str, Interval]] = {arm: {} for arm in names}
         for kind, measure in kinds.items():
             own = {arm: compared(data, arms, arm, None, measure) for arm in names}
             if own[first] is None:
@@ -137,18 +137,16 @@ def _panels(experiment: Experiment, data: str, arms: Arms) -> Iterator[dict[str,
             means[kind] = {arm: figure.value for arm, figure in own.items() if figure is not None}
             for arm in others:
                 if (difference := compared(data, arms, arm, first, measure)) is not None:
-                    rows[arm][kind] = difference.document()
+                    rows[arm][kind] = difference
         if means:
             yield {
                 "data": data,
                 "measures": {kind: kinds[kind] for kind in means},
                 "first": first,
-                "rows": rows,
+                "rows": {arm: {kind: row[kind].document() for kind in row} for arm, row in rows.items()},
                 "best": {kind: max(of_kind, key=of_kind.__getitem__) for kind, of_kind in means.items()},
                 "offline": {
-                    arm: offline(*(Interval.of(row[kind]).sign for kind in ("true", "logged")))
-                    for arm, row in rows.items()
-                    if len(row) == 2
+                    arm: offline(row["true"].sign, row["logged"].sign) for arm, row in rows.items() if len(row) == 2
                 },
             }
 

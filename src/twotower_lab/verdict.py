@@ -1,7 +1,7 @@
 """Intervals of paired differences, and the rule by which a claim holds, does not, or depends. Fixed before any run."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -53,13 +53,6 @@ class Interval:
         numbers = {name: getattr(self, name) for name in ("value", "low", "high")}
         rounded = {name: round(number, 6) if math.isfinite(number) else None for name, number in numbers.items()}
         return {**rounded, "seeds": self.seeds, "users": self.users}
-
-    @classmethod
-    def of(cls, document: Mapping[str, Any]) -> "Interval":
-        """An interval from a report."""
-        low, high = document["low"], document["high"]
-        ends = (-math.inf, math.inf) if low is None else (low, high)
-        return cls(document["value"], ends[0], ends[1], document["seeds"], document["users"])
 
 
 def interval(by_seed: Sequence[Floats], *, same_users: bool) -> Interval:

@@ -270,21 +270,13 @@ def _table(study: Any, metric: str) -> list[dict[str, Any]]:
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of `_table`; settings that a trial did not choose are `as it is`."""
     keys = sorted({key for row in rows for key in row["settings"]})
-    lines = [
-        "| trial | " + " | ".join([rows[0]["metric"], "epochs", "seconds", *keys]) + " |",
-        "|---" * (4 + len(keys)) + "|",
-    ]
+    head = ["trial", rows[0]["metric"], "epochs", "seconds", *keys]
+    table: list[list[Any]] = [head, ["---"] * len(head)]
     for row in rows:
         value = "failed" if row["value"] is None else f"{row['value']:.4f}"
-        cells = [
-            row["trial"],
-            value,
-            row[EPOCHS] or "",
-            row["seconds"],
-            *(row["settings"].get(key, "as it is") for key in keys),
-        ]
-        lines.append(
-            "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
-        )
-    return "\n".join(lines) + "\n"
+        chosen = [row["settings"].get(key, "as it is") for key in keys]
+        table.append([row["trial"], value, row[EPOCHS] or "", row["seconds"], *chosen])
+    shown = ((f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) for cells in table)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in shown)

@@ -192,34 +192,6 @@ def progress_of(folder: Path, event_log: EventLog | None) -> dict[int, JoinProgr
     return progress
 
 
-def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest]:
-    """The manifests of a partition's shards, in order; those of shards that end before `first_row` are not even read.
-
-    Raises:
-        DataError: one is damaged or of another format, or shards are missing in between.
-    """
-    own = partition_folder(folder, partition)
-    spans = _covering(_spans(own))
-    known: list[Manifest] = []
-    try:
-        for begin, end in reversed(spans):
-            known.append(read_manifest(own / f"{shard_name(begin, end)}.json"))
-            if first_row and known[-1].first_row <= first_row:
-                break
-    except DataError:
-        if _covering(_spans(own)) == spans:
-            raise
-        return manifests(folder, partition, first_row)  # they were merged meanwhile
-    known.reverse()
-    for before, after in itertools.pairwise(known):
-        if (before.end, before.end_row) != (after.begin, after.first_row):
-            raise DataError(
-                f"{own}: {after.name} begins at offset {after.begin} and row {after.first_row}, but the shard before "
-                f"it ends at offset {before.end} and row {before.end_row}: restore the shards in between"
-            )
-    return known
-
-
 @dataclass(frozen=True)
 class Usable:
     """The shards of a partition that can be used, and why others cannot."""
@@ -230,29 +202,56 @@ class Usable:
     """A sentence for each that cannot."""
 
 
+def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest]:
+    """The manifests of a partition's shards, in order; those of shards that end before `first_row` are not even read.
+
+    Raises:
+        DataError: one is damaged or of another format, or shards are missing in between.
+    """
+    own = partition_folder(folder, partition)
+    readable = _readable(own, first_row)
+    if readable.problems:
+        raise DataError(readable.problems[-1])
+    for before, after in itertools.pairwise(readable.manifests):
+        if (before.end, before.end_row) != (after.begin, after.first_row):
+            raise DataError(
+                f"{own}: {after.name} begins at offset {after.begin} and row {after.first_row}, but the shard before "
+                f"it ends at offset {before.end} and row {before.end_row}: restore the shards in between"
+            )
+    return readable.manifests
+
+
 def usable_manifests(folder: Path, partition: int, first_row: int = 0) -> Usable:
     """As `manifests`, but a damaged manifest hides only its own rows: it does not stop readers of rows."""
     own = partition_folder(folder, partition)
-    try:
-        return Usable(manifests(folder, partition, first_row), [])
-    except DataError:
-        pass
-    known, problems = list[Manifest](), list[str]()
-    for begin, end in _covering(_spans(own)):
-        path = own / f"{shard_name(begin, end)}.json"
-        try:
-            manifest = read_manifest(path)
-        except DataError as error:
-            if path.exists():  # else it was merged meanwhile
-                problems.append(str(error))
-            continue
+    readable = _readable(own, first_row)
+    known, problems = list[Manifest](), readable.problems
+    for manifest in readable.manifests:
         if known and manifest.first_row < known[-1].end_row:
             problems.append(
-                f"{path} begins at row {manifest.first_row}, the shard before it ends at {known[-1].end_row}"
+                f"{own / manifest.name}.json begins at row {manifest.first_row}, the shard before it ends at "
+                f"{known[-1].end_row}"
             )
-        elif manifest.end_row > first_row:
+        else:
             known.append(manifest)
     return Usable(known, problems)
+
+
+def _readable(own: Path, first_row: int) -> Usable:
+    """The manifests in the folder of a partition, from the one that holds a row on, that can be read."""
+    spans = _covering(_spans(own))
+    known, problems = list[Manifest](), list[str]()
+    for begin, end in reversed(spans):
+        try:
+            known.append(read_manifest(own / f"{shard_name(begin, end)}.json"))
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if first_row and known[-1].first_row <= first_row:
+            break
+    if problems and _covering(_spans(own)) != spans:
+        return _readable(own, first_row)  # they were merged meanwhile
+    return Usable(known[::-1], problems[::-1])
 
 
 @dataclass(frozen=True)
