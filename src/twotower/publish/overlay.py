@@ -38,7 +38,6 @@ from twotower.publish.catalogue import (
     SMALLER,
     Attributes,
     Encoded,
-    Grown,
     Layered,
     PutRows,
     SetAside,
@@ -433,7 +432,7 @@ class Overlay:
         token_of: dict[int, int] = {}
         if self._admitted:
             ids = [item_id for item_id in self._admitted if is_id(item_id, self.base.items.kind)]
-            found = self.base.items.grown(Grown(now.ids), now.rows).find(pa.array(ids, self.base.items.kind))
+            found = self.base.items.grown(now.ids, now.rows).find(pa.array(ids, self.base.items.kind))
             for item_id, row in zip(ids, found.tolist(), strict=True):
                 if row >= 0:
                     entity = now.put[item_id].entity if item_id in now.put else Entity()
@@ -532,7 +531,7 @@ class Overlay:
         return replace(
             base,
             attributes=Attributes(base.catalogue, now.attributes, count) if changed else base.attributes,
-            items=base.items.grown(Grown(now.ids), now.rows) if changed or now.rows else base.items,
+            items=base.items.grown(now.ids, now.rows) if changed or now.rows else base.items,
             channels=channels,
             user_tower=self._user_tower,
             gone=now.gone,

@@ -4,18 +4,19 @@ N items.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from twotower.features.fitted import Categories, split
 from twotower.features.vocabulary import as_values
 from twotower.publish.version import Version
 from twotower.schema.errors import DataError, cut, shown
+from twotower.serve.bodies import Body
 
 Mask = npt.NDArray[np.bool_]
 
@@ -23,14 +24,11 @@ _MAX_WHOLE = 2.0**53
 """Above it, not every whole number is a float."""
 
 
-@dataclass(frozen=True)
-class Filter:
-    """What an attribute of an item may be; a value of None stands for a missing one."""
+class Filter(Body):
+    """What an attribute of an item may be; null is a missing value."""
 
-    allow: Sequence[Any] | None = None
-    """It has one of these; None = anything."""
-    deny: Sequence[Any] = ()
-    """It has none of these."""
+    allow: list[Any] | None = Field(None, description="The item has one of these; absent = anything.")
+    deny: list[Any] = Field(default_factory=list, description="The item has none of these.")
 
 
 def passing(version: Version, attribute: str, wanted: Filter) -> Mask:
