@@ -148,13 +148,13 @@ class ItemKeys:
 
     def find(self, ids: pa.Array) -> Longs:
         """The row of each id (n,), -1 for null, an unknown id, or a deleted item."""
-        found = Positions(self._base).find(ids)
+        rows = Positions(self._base).find(ids)
         if self._rows:
             for place, item_id in enumerate(ids.to_pylist()):
                 row = self._rows.get(item_id)
                 if row is not None and row < len(self):
-                    found[place] = row
-        return found
+                    rows[place] = row
+        return rows
 
     @cached_property
     def hashes(self) -> Hashes:

@@ -94,13 +94,13 @@ def recommend(
     schema = recommendations(version.users.ids.type, version.item_ids.type)
 
     def answered(part: pa.Table) -> pa.Table:
-        found = version.retrieve(queries_asked(version, part, left_out), k, names).candidates
-        owner, rank = np.nonzero(found.rows >= 0)
+        candidates = version.retrieve(queries_asked(version, part, left_out), k, names).candidates
+        owner, rank = np.nonzero(candidates.rows >= 0)
         columns = {
             c.USER_ID: part[c.USER_ID].combine_chunks().take(pa.array(owner)),
-            c.ITEM_ID: version.item_ids.take(pa.array(found.rows[owner, rank])),
+            c.ITEM_ID: version.item_ids.take(pa.array(candidates.rows[owner, rank])),
             c.RANK: pa.array((rank + 1).astype(np.int32)),
-            c.SCORE: pa.array(found.scores[owner, rank]),
+            c.SCORE: pa.array(candidates.scores[owner, rank]),
             c.CHANNEL: pa.array(np.full(len(owner), channel)),
         }
         return pa.table(columns, schema=schema)

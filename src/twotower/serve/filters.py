@@ -51,12 +51,12 @@ def passing(version: Version, attribute: str, wanted: Filter) -> Mask:
         raise DataError(f"filters: {error}") from None
 
     def has_one_of(asked: Sequence[Any]) -> Mask:
-        found = _is_in(values, asked, attribute, column.type)
+        matches = _is_in(values, asked, attribute, column.type)
         if lists is None:
-            return found
+            return matches
         lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
         owner = np.repeat(np.arange(len(lists)), lengths)
-        some: Mask = np.bincount(owner[found], minlength=len(lists)) > 0
+        some: Mask = np.bincount(owner[matches], minlength=len(lists)) > 0
         none: Mask = (lengths == 0) & (None in asked)
         return some | none
 
@@ -100,5 +100,5 @@ def _is_in(values: pa.Array, asked: Sequence[Any], attribute: str, kind: pa.Data
         wanted = None
     if wanted is None or (wanted.type != values.type and wanted.null_count < len(wanted)):
         raise DataError(f"filters: {attribute} is of type {kind}, not {shown(list(asked)[:3])}")
-    found: Mask = pc.is_in(values, wanted.cast(values.type)).to_numpy(zero_copy_only=False)
-    return found
+    matches: Mask = pc.is_in(values, wanted.cast(values.type)).to_numpy(zero_copy_only=False)
+    return matches
