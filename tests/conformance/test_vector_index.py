@@ -176,6 +176,12 @@ def same(one: Neighbours, other: Neighbours) -> None:
     np.testing.assert_array_equal(one.scores, other.scores)
 
 
+def test_hidden_rows_are_among_its_rows(build: Build) -> None:
+    rows = scattered_rows(4, 50)
+    index = build(rows, whole_numbers(5, 50, 8)).without(rows[:9])
+    assert index.rows.tolist() == sorted(rows.tolist())
+
+
 def test_hiding_leaves_the_index_itself_as_it_is_and_adds_up(build: Build) -> None:
     rows, vectors, queries = np.arange(40), whole_numbers(2, 40, 6), whole_numbers(3, 5, 6)
     index = build(rows, vectors)

@@ -207,7 +207,7 @@ def test_clicks_on_items_that_there_are_not_are_refused(own_world: Settings) -> 
     write_table(path / "new", pa.table(clicks).set_column(at, "item_row", pa.array(rows)))
     (path / "new").replace(path / "clicks.arrow")
     rewrite(path, files=folder_listing(path))
-    with pytest.raises(VersionError, match="clicks: a row is 1000000"):
+    with pytest.raises(VersionError, match="clicks: the rows are from 0 to 1000000"):
         open_version(path)
 
 
@@ -367,7 +367,7 @@ def test_a_tower_that_is_not_exported_as_trained_is_never_published(
 
     load_model = module.load_model
     monkeypatch.setattr(module, "load_model", spoiled)
-    with pytest.raises(VersionError, match=r"user_tower.onnx differs by 0.001 from the trained tower"):
+    with pytest.raises(VersionError, match=r"user_tower.onnx differs by 0.001 from the trained one"):
         publish_version(own_world, promoted=True)
     assert sorted(versions_of(own_world).iterdir()) == before
 

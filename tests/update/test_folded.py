@@ -302,7 +302,7 @@ def test_without_any_whole_folded_delta_what_is_missing_is_said(both) -> None:
     served = snapshots(short)
     assert served.version.delta_seq == 0
     assert served.refused_delta.delta_seq == 1
-    assert "00000001 is gone, and no whole folded delta stands for it" in served.refused_delta.problem
+    assert "00000001 is gone, and no whole folded delta replaces it" in served.refused_delta.problem
     with pytest.raises(VersionError, match="no whole folded delta"):
         run(short)
     (chain_of(short) / "folded").rename(chain_of(short) / "elsewhere")

@@ -1,4 +1,4 @@
-"""Implicit ALS: matrix factorisation that counts every item that a user did not click, a little (Hu et al. 2008).
+"""Implicit ALS: matrix factorisation in which items that a user did not click count a little (Hu et al. 2008).
 
 The factors come from the library `implicit`. A user's vector is computed from their clicks at request time, so that a
 click counts at once and a new user needs no training. N items, F factors, B users.
@@ -41,7 +41,7 @@ class ALS:
     Args:
         factors: (N, F) of the items; zero for an item that nobody clicked.
         options: what they were made with.
-        index: of the filled-up vectors (N, F + 1), by catalogue row.
+        index: of these unit vectors, by catalogue row; None = an exact one is built.
     """
 
     name = "als"
@@ -52,18 +52,11 @@ class ALS:
         self._longest = float(np.linalg.norm(factors, axis=1).max(initial=1e-12))
         exact = factors.astype(np.float64)
         self._gram = exact.T @ exact + options.regularization * np.eye(factors.shape[1])
-        self.index = index or ExactIndex.build(*self.found)
+        self.index = index or ExactIndex.build(*self.unit_vectors)
 
     @classmethod
     def fit(cls, clicks: Clicks, items: int, options: ALSOptions, *, threads: int, seed: int) -> Self:
-        """Factorise all users' distinct clicks.
-
-        Args:
-            clicks: every user's clicks.
-            items: N, size of the catalogue.
-            options: of the factorisation.
-            threads: of the library.
-            seed: of the first factors.
+        """Factorise all users' distinct clicks on N items; the seed is that of the first factors.
 
         Raises:
             ConfigError: the library is not installed.
@@ -107,11 +100,11 @@ class ALS:
         self.index.save(folder / "index")
 
     def with_index(self, index: VectorIndex) -> Self:
-        """The same factors with another index of the vectors that `found` gives."""
+        """The same factors with another index of the vectors that `unit_vectors` gives."""
         return type(self)(self._factors, self._options, index)
 
     @property
-    def found(self) -> tuple[npt.NDArray[np.int64], Floats]:
+    def unit_vectors(self) -> tuple[npt.NDArray[np.int64], Floats]:
         """The content of its index: the rows (n,) of clicked items, and their unit vectors (n, F + 1)."""
         rows = np.flatnonzero(self._factors.any(axis=1))
         scaled = self._factors[rows] / np.float32(self._longest)
@@ -119,30 +112,30 @@ class ALS:
         return rows, np.concatenate([scaled, rest[:, None]], axis=1)
 
     def user_vectors(self, clicks: Bag) -> Floats:
-        """Queries (B, F + 1) of users from the catalogue rows that they clicked (eq. 4 of the paper); zero without any.
+        """Queries (B, F + 1) from the catalogue rows that users clicked (eq. 4 of the paper); zero without clicks.
 
-        Their product with an item's vector is the preference that the model predicts, about 1 for what was clicked.
+        The product with an item's vector is the predicted preference, about 1 for a clicked item.
         """
-        found = np.zeros((len(clicks), self._factors.shape[1] + 1), np.float32)
+        vectors = np.zeros((len(clicks), self._factors.shape[1] + 1), np.float32)
         for user in range(len(clicks)):
             rows = np.unique(clicks.rows[clicks.indptr[user] : clicks.indptr[user + 1]])
             clicked = self._factors[rows].astype(np.float64)
             weighed = self._gram + (self._options.confidence - 1) * clicked.T @ clicked
             preferred = np.linalg.solve(weighed, self._options.confidence * clicked.sum(axis=0))
-            found[user, :-1] = preferred * self._longest
-        return found
+            vectors[user, :-1] = preferred * self._longest
+        return vectors
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""
         return nearest(self.index, self.user_vectors(queries.clicks), k, queries.exclude)
 
     def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates:
-        """See `SimilarItems.similar`: by the cosine of the factors, whose length is an item's popularity."""
+        """See `SimilarItems.similar`: by the cosine of the factors, because their length is an item's popularity."""
         return nearest(self._alike, _unit(self._factors[rows]), k, Exclusions.each(rows))
 
     @cached_property
     def _alike(self) -> ExactIndex:
-        """Index of the factors at unit length, built at the first request."""
+        """Index of the factors at unit length, built for the first request."""
         rows = np.flatnonzero(self._factors.any(axis=1))
         return ExactIndex.build(rows, _unit(self._factors[rows]))
 

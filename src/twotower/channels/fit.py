@@ -1,4 +1,4 @@
-"""Fit the channels that are counted, not trained by the loop of the towers, and keep them beside the checkpoints."""
+"""Fit the channels that are counted, not trained like the towers, and keep them beside the checkpoints."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from twotower.channels.als import ALS
 from twotower.channels.item_cf import ITEM_CF, fit_item_cf
@@ -31,9 +31,9 @@ LOADERS: Final[Mapping[str, Callable[[Path], Counted]]] = {
     ALS.name: ALS.load,
     SameCategory.name: SameCategory.load,
 }
-"""What reads a counted channel from its folder, by name."""
+"""By name of a counted channel, what reads it from its folder."""
 OwnChannels = Callable[[Samples], Mapping[str, Retriever]]
-"""Trains a user's own channels on some samples: by name, anything of the shape of a `Retriever`."""
+"""Trains a user's own channels on samples: by name, any object of the shape of a `Retriever`."""
 
 
 def fit_channels(
@@ -45,22 +45,18 @@ def fit_channels(
     engine: EngineOptions,
     seed: int,
 ) -> dict[str, Counted]:
-    """The counted channels among some names, fitted to samples, or read back if the same were fitted before.
+    """The counted channels among some names, fitted to samples, or read back if they were fitted before.
 
-    Args:
-        samples: what they are fitted to.
-        names: of channels; those that are not counted are passed over.
-        models: with the options of each channel.
-        checkpoints: the folder of all checkpoints.
-        engine: what runs the jobs.
-        seed: of the first factors of ALS.
+    They are kept in `checkpoints`, the folder of all checkpoints. The engine runs the jobs of ItemCF and Swing, the
+    seed is for ALS.
     """
     fitted: dict[str, Counted] = {}
     for name in (name for name in names if name in LOADERS):
         options = asdict(getattr(models, name)) | ({"seed": seed} if name == ALS.name else {})
         identity = json.dumps([samples.manifest["files"], options], sort_keys=True)
         folder = checkpoints / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-        if not _whole(folder):
+        content = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+        if not isinstance(content, dict) or check_listing(folder, content.get("files")):
             log.info("fitting %s", name)
             channel = _fit(samples, name, models, checkpoints, engine=engine, seed=seed)
             with whole_folder(folder) as temporary:
@@ -83,12 +79,3 @@ def _fit(
     if name == SameCategory.name:
         return SameCategory.fit(samples, models.same_category)
     return Popular.fit(samples, models.popular)
-
-
-def _whole(folder: Path) -> bool:
-    return (folder / MANIFEST).exists() and not check_listing(folder, _listed(folder))
-
-
-def _listed(folder: Path) -> Any:
-    content = read_json(folder / MANIFEST)
-    return content.get("files") if isinstance(content, dict) else None

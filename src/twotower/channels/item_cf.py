@@ -43,15 +43,10 @@ def fit_item_cf(
     *,
     positives: Positives | None = None,
 ) -> ItemToItem:
-    """The channel: the nearest items of each from all users' clicks, computed out of core.
+    """The channel: the nearest of each of N items from all users' clicks, computed out of core.
 
-    Args:
-        clicks: every user's clicks.
-        items: N, size of the catalogue.
-        options: of the similarities and of the answers.
-        engine: what runs the job; every engine gives the same bytes.
-        scratch: folder below which the engine keeps what does not fit in memory; None = the system's.
-        positives: the training rows, counted in the place of the clicks if the interest is their weight.
+    Every engine gives the same bytes; it keeps what does not fit in memory below `scratch` (None = the system's).
+    With `interest = "weight"`, the positives are counted instead of the clicks.
     """
     if options.interest == "weight":
         assert positives is not None
@@ -69,9 +64,9 @@ def fit_item_cf(
 
 
 def _edges(clicks: Any, options: ItemCFOptions) -> Any:
-    """Distinct (user, item) with the user's weight in units of 1 / _UNITS, and the interest in those of 1 / _DEGREES.
+    """Distinct (user, item) with the user's weight in units of 1 / _UNITS, and the interest in units of 1 / _DEGREES.
 
-    Of a user of very many items, the latest are kept.
+    Of a user with very many items, the latest are kept.
     """
     if options.interest == "clicks":
         degree = (_DEGREES * (1 + _.count().log())).round()

@@ -1,6 +1,6 @@
-"""Candidates from two tables: the user's latest clicks, and the nearest items of each item.
+"""Candidates of `item_cf` and `swing`: the nearest items of a user's latest clicks.
 
-`item_cf` and `swing` share this code; they differ in how similar two items are. N items, B users.
+The two channels differ in how similar two items are. N items, B users.
 """
 
 from collections.abc import Iterable
@@ -57,13 +57,7 @@ NEAREST = pa.schema([("item", pa.int64()), ("neighbour", pa.int32()), ("similari
 
 
 class ItemToItem:
-    """Two tables: user -> latest clicks (the query's), item -> nearest items. A score is the sum of similarities.
-
-    Args:
-        name: of the channel, `item_cf` or `swing`.
-        nearest: the nearest items of each item, best first, with their similarity (N lists).
-        answering: how clicks become candidates.
-    """
+    """The nearest items of each item (N lists), best first; a candidate's score is the sum of its similarities."""
 
     def __init__(self, name: str, nearest: WeighedLists, answering: Answering) -> None:
         self.name = name
@@ -72,15 +66,10 @@ class ItemToItem:
 
     @classmethod
     def of(cls, name: str, nearest: Nearest, items: int, answering: Answering, *, normalise: bool) -> Self:
-        """The tables out of the result of a job.
+        """The channel from the result of a job on N items.
 
-        Args:
-            name: of the channel.
-            nearest: the neighbours of all items.
-            items: N, size of the catalogue.
-            answering: how clicks become candidates.
-            normalise: the similarities of an item's neighbours are divided by their sum, so that each click has one
-                vote, whether its item is popular or not (Deshpande and Karypis 2004, section 4.2).
+        `normalise` divides the similarities of an item's neighbours by their sum, so that each click has one vote,
+        whether its item is popular or not (Deshpande and Karypis 2004, section 4.2).
         """
         similarity = nearest.similarity
         if normalise:

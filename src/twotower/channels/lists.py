@@ -1,4 +1,4 @@
-"""Lists of items with a number for each entry, and the best of them: what counted channels answer from.
+"""Lists of items with a number for each entry, and the best entries: what counted channels answer from.
 
 B users, k candidates each, N items.
 """
@@ -40,7 +40,7 @@ class WeighedLists:
 
 
 def as_lists(bag: Bag, values: npt.NDArray[np.int32] | Floats) -> pa.Array:
-    """The entries of a bag, or their values (nnz,), as a column of lists for a file of any length."""
+    """The entries of a bag, or their values (nnz,), as a column of lists for a file."""
     return pa.LargeListArray.from_arrays(pa.array(bag.indptr), pa.array(values))
 
 
@@ -66,24 +66,19 @@ def owners(bag: Bag) -> Longs:
 
 
 def nearest(index: VectorIndex, vectors: Floats, k: int, exclude: Exclusions) -> Candidates:
-    """The k items nearest to each vector (B, D); none for a vector that is zero, of which nothing is known."""
-    found = index.search(np.ascontiguousarray(vectors), k, exclude)
+    """The k items nearest to each vector (B, D); none for a zero vector, which stands for an unknown user."""
+    neighbours = index.search(np.ascontiguousarray(vectors), k, exclude)
     unknown = ~vectors.any(axis=1)
-    found.rows[unknown], found.scores[unknown] = PADDING, -np.inf
-    return Candidates(found.rows, found.scores)
+    neighbours.rows[unknown], neighbours.scores[unknown] = PADDING, -np.inf
+    return Candidates(neighbours.rows, neighbours.scores)
 
 
 def top_of_groups(
     owner: Longs, rows: Longs, scores: Floats | npt.NDArray[np.float64], count: int, k: int
 ) -> Candidates:
-    """The k best entries of each owner, by score falling and row rising.
+    """The k best entries of each owner (n,) in 0..count-1, by descending score, ties by row.
 
-    Args:
-        owner: (n,) in 0..count-1.
-        rows: (n,) catalogue rows, distinct within an owner.
-        scores: (n,), compared as they are, returned as float32.
-        count: number of owners.
-        k: entries to keep.
+    Rows (n,) are distinct within an owner; scores (n,) are compared as they are, and returned as float32.
 
     >>> top = top_of_groups(np.array([0, 0, 1]), np.array([4, 2, 9]), np.array([1, 1, 3], np.float32), 2, 2)
     >>> top.rows.tolist()
@@ -124,18 +119,13 @@ class LookUps:
     key: Longs
     """(n,) the list."""
     weight: npt.NDArray[np.float64]
-    """(n,) of the list for its user."""
+    """(n,) of the list for the user."""
 
 
 def top_sums(looked_up: LookUps, lists: WeighedLists, exclude: Exclusions, size: int, k: int) -> Candidates:
-    """The k rows of the greatest sums: each user's lists, times their weights, added up.
+    """The k rows of the greatest sums for each of B users: the user's lists, times their weights, added up.
 
-    Args:
-        looked_up: the lists of each user.
-        lists: of catalogue rows.
-        exclude: rows that each of the B users is not offered.
-        size: of the catalogue.
-        k: rows to keep.
+    `exclude` are the rows that each user is not offered, `size` is that of the catalogue.
 
     >>> lists = WeighedLists(Bag(np.array([0, 2, 3]), np.array([5, 6, 6], np.int32)), np.array([1, 2, 4], np.float32))
     >>> both = LookUps(np.zeros(2, int), np.arange(2), np.array([1.0, 0.5]))
@@ -168,5 +158,5 @@ def top_sums(looked_up: LookUps, lists: WeighedLists, exclude: Exclusions, size:
 
 
 def end_to_end(parts: list[Candidates]) -> Candidates:
-    """The candidates of several groups of users, one below the other."""
+    """The candidates of several groups of users, one group after the other."""
     return Candidates(np.concatenate([part.rows for part in parts]), np.concatenate([part.scores for part in parts]))

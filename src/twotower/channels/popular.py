@@ -23,18 +23,17 @@ _SEGMENT, _PRIOR = b"segment", b"prior"
 
 
 class Popular:
-    """Items by falling number of clicks, ties by row: one list for everyone, or one for each segment.
+    """Items by number of clicks, ties by row: one list for everyone, or one for each segment.
 
     With a prior of m, a segment gets m clicks in addition to its own, distributed as the clicks of all are (Dirichlet
     smoothing), so that few clicks do not decide. Without a prior, the list of all follows where a segment's own list
     ends, with scores below 0: minus the item's place in that list.
 
     Args:
-        lists: catalogue rows in that order with their clicks, older ones counting less where there is a half-life: the
-            list of all, then, if there are segments, one for each value of the feature, by its row of the feature's
-            table.
+        lists: catalogue rows in that order with their (decayed) clicks: the list of all, then, if there are segments,
+            one for each value of the feature, by vocabulary index.
         segment: the feature of users or context; None = there are no segments.
-        prior: clicks that a segment gets from all; the clicks of its list include them.
+        prior: m; the clicks of the lists include it.
     """
 
     name = "popular"
@@ -51,20 +50,16 @@ class Popular:
 
     @classmethod
     def of_counts(cls, item_positives: npt.NDArray[np.int64]) -> Self:
-        """Order the catalogue by positives (N,); items without any are left out."""
+        """Order the catalogue by positives (N,), without items that have none."""
         rows = np.arange(len(item_positives))
         return cls(_ordered(np.zeros_like(rows), rows, item_positives, 1))
 
     @classmethod
     def fit(cls, samples: Samples, options: PopularOptions = PopularOptions()) -> Self:  # noqa: B008  frozen
-        """Order the catalogue by the positives of the last days, by how recent they are, or of each segment.
-
-        Args:
-            samples: with the positives, weak ones included with their weight.
-            options: which positives count, how much, and for whom.
+        """Order the catalogue by positives as the options say; weak ones count with their weight.
 
         Raises:
-            ConfigError: a window or a half-life for data without time; a prior without a segment; no such feature.
+            ConfigError: as of `check_popular`.
         """
         check_popular(samples, options)
         if options.window_days is None and options.segment is None and options.half_life_days is None:
@@ -115,32 +110,32 @@ class Popular:
             left_out = exclude.rows[exclude.indptr[user] : exclude.indptr[user + 1]]
             if tokens is None:
                 place = self._first(whole, left_out, k)
-                found, score = whole[place], self._clicks[place]
+                item, score = whole[place], self._clicks[place]
             else:
                 start, stop = self._lists.indptr[1 + tokens[user] : 3 + tokens[user]]  # type: ignore[index]
                 own = start + self._first(self._lists.rows[start:stop], left_out, k)
                 room = k if self._prior else k - len(own)
                 place = self._first(whole, np.concatenate([left_out, self._lists.rows[own]]), room)
-                found = np.concatenate([self._lists.rows[own], whole[place]])
+                item = np.concatenate([self._lists.rows[own], whole[place]])
                 score = np.concatenate([self._clicks[own], self._elsewhere[place]])
                 if self._prior:  # without one, the list of all follows as it is
-                    best = np.lexsort((found, -score))[:k]
-                    found, score = found[best], score[best]
-            rows[user, : len(found)], scores[user, : len(found)] = found, score
+                    best = np.lexsort((item, -score))[:k]
+                    item, score = item[best], score[best]
+            rows[user, : len(item)], scores[user, : len(item)] = item, score
         return Candidates(rows, scores)
 
     @staticmethod
     def _first(ordered: npt.NDArray[np.int32], left_out: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
-        """Places of the first k items that are not left out."""
+        """Positions of the first k items that are not left out."""
         head = ordered[: k + len(left_out)]
         return np.flatnonzero(~np.isin(head, left_out))[:k]
 
 
 def check_popular(samples: Samples, options: PopularOptions) -> None:
-    """Refuse what cannot be counted of samples.
+    """Check that the samples have what the options count.
 
     Raises:
-        ConfigError: as of `Popular.fit`.
+        ConfigError: a window or a half-life for data without time; a prior without a segment; no such feature.
     """
     if options.prior and options.segment is None:
         raise ConfigError(f"models.popular.prior = {options.prior:g} is for the lists of segments: set segment too")
@@ -157,7 +152,7 @@ def _ordered(
     clicks: npt.NDArray[np.int64] | npt.NDArray[np.float64],
     groups: int,
 ) -> WeighedLists:
-    """The clicked items of each group by falling clicks, ties by row."""
+    """The clicked items of each group by number of clicks, ties by row."""
     kept = clicks > 0
     group, rows, clicks = group[kept], rows[kept], clicks[kept]
     order = np.lexsort((rows, -clicks, group))
@@ -166,7 +161,7 @@ def _ordered(
 
 
 def _tokens(samples: Samples, segment: str) -> tuple[npt.NDArray[np.int64], int]:
-    """The segment of each positive (P,) as a row of the feature's table, and how many rows the table has."""
+    """The segment of each positive (P,) as a vocabulary index, and the number of these."""
     feature = _segments(samples, segment)
     size = feature.capacity if isinstance(feature, Bucket) else feature.vocabulary.capacity
     if segment in samples.positives.context:

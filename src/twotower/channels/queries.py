@@ -1,4 +1,4 @@
-"""Queries of users out of samples or a version: the one way from user rows to what channels are asked with."""
+"""Queries of users from samples or a version: the one way from user rows to what channels are asked with."""
 
 from collections.abc import Mapping
 
@@ -23,23 +23,22 @@ def queries_of_users(
     context: Mapping[str, Column] | None = None,
     exclude: Bag | None = None,
 ) -> Queries:
-    """Queries of one or many users with their stored features and clicks.
+    """Queries of users with their stored features and clicks.
 
     Args:
         features: the fitted features.
         users: all known users with their encoded features.
         clicks: their clicks.
-        user_rows: (B,) rows of `users`; -1 is a user of whom nothing is known.
+        user_rows: (B,) rows of `users`; -1 is an unknown user.
         context: encoded context columns (B rows); None or empty = the requests carry none.
-        exclude: catalogue rows left out for each of `users`, such as what they clicked; None = none.
+        exclude: catalogue rows left out for each of `users`; None = none.
     """
     known = user_rows >= 0
     safe = np.where(known, user_rows, 0)
     columns: dict[str, Column] = {}
     for feature in features.user_columns:
         stored = take(users.features[feature.name], safe)
-        # Someone without a row is an unknown user, not a user whose id is missing: that is what training made of ids
-        # that it left out.
+        # A user without a row is unknown, not one whose id is missing: training treats ids that it leaves out so.
         absent = np.full(len(safe), UNKNOWN, np.int32) if feature.name == c.USER_ID else feature.absent(len(safe))
         columns[feature.name] = stored if known.all() else _blend(stored, absent, known)
     for feature in features.context:

@@ -1,8 +1,8 @@
-"""The most clicked items of the categories, authors or other attributes that a user's clicks have in common.
+"""The most clicked items of the categories, authors or other attributes that a user clicked.
 
-A category is a value of one of the chosen item features. A user's share of a category is its part of the user's latest
-clicks; an item's share is its part of the category's clicks. A candidate's score is the sum over categories of the
-product of both: the chance that a click on a category of the user's is a click on the item.
+A category is a value of one of the chosen item features. A category has a share of the user's latest clicks, and an
+item a share of the category's clicks. A candidate's score is the sum over categories of the product of both: the chance
+that a click on a category of the user is a click on the item.
 """
 
 from pathlib import Path
@@ -47,12 +47,8 @@ class SameCategory:
     def fit(cls, samples: Samples, options: SameCategoryOptions) -> Self:
         """Count the clicks of every category.
 
-        Args:
-            samples: with the items' encoded features and their positives.
-            options: which item features are categories, and how much is kept.
-
         Raises:
-            ConfigError: no attribute, or one that is no categorical feature of items.
+            ConfigError: as of `check_attributes`.
         """
         categories = _categories(samples, options)
         kinds = int(categories.rows.max(initial=-1)) + 1

@@ -6,9 +6,9 @@ Scale Product Graph Construction for Recommendation in E-commerce", eq. 1; the p
 and activity .35 are the form that industry uses). A pair of users is a swing: the fewer items it holds together, the
 more one of them says. It is then damped by the users of the candidate, s(i, j) / |U_j|^popularity.
 
-SQL does this badly, so there is one kernel over arrays. It computes a *part* of the items, a range of catalogue rows,
-at a time: parts bound its memory, and threads or the tasks of a cluster each take one. The order in which a similarity
-is added up does not depend on the parts.
+SQL does this badly, so there is one kernel over arrays. It computes one *part* of the items, a range of catalogue rows,
+at a time: parts bound its memory, and each thread or task of a cluster takes one. The order in which a similarity is
+added up does not depend on the parts.
 
 N items, U users, E distinct (user, item) that count.
 """
@@ -73,15 +73,10 @@ def fit_swing(
     engine: EngineOptions = EngineOptions(),  # noqa: B008
     scratch: Path | None = None,
 ) -> ItemToItem:
-    """The channel: the nearest items of each from all users' clicks.
+    """The channel: the nearest of each of N items from all users' clicks.
 
-    Args:
-        clicks: every user's clicks.
-        items: N, size of the catalogue.
-        options: of the similarities and of the answers.
-        engine: its threads or tasks take a part of the items each; the less memory, the more parts. Every engine gives
-            the same bytes.
-        scratch: folder below which the graph is kept for them; None = the system's.
+    The threads or tasks of the engine each take a part of the items; the less memory, the more parts. Every engine
+    gives the same bytes. The graph is kept for them below `scratch` (None = the system's folder).
 
     Raises:
         ConfigError: the compiler that it needs is not installed.
@@ -91,7 +86,8 @@ def fit_swing(
     ranges = parts(graph, int(engine.memory_gb * 2**30 / _SLOT_BYTES), engine.threads)
     folder = TemporaryDirectory(prefix=TEMPORARY, dir=scratch)
     with folder as kept, open_engine(engine, Path(kept)) as opened:
-        _store(graph, Path(kept))
+        for name, values in graph._asdict().items():
+            np.save(Path(kept) / f"{name}.npy", values)
         work = partial(_part, kept, ranges, options.alpha, options.neighbours)
         nearest = Nearest.of(opened.spread(work, len(ranges), NEAREST))
     answering = Answering(options.latest, options.recency)
@@ -135,7 +131,7 @@ def click_graph(clicks: Clicks, items: int, options: SwingOptions) -> Graph:
 
 
 def _first(group: Longs, order: Longs, most: int, groups: int) -> Longs:
-    """Where the entries stand that are among the `most` first of their group, ascending."""
+    """Positions of the entries that are among the `most` first of their group, ascending."""
     arranged = np.lexsort((order, group))
     starts = pointers(np.bincount(group, minlength=groups))
     rank = np.arange(len(group)) - starts[group[arranged]]
@@ -143,15 +139,9 @@ def _first(group: Longs, order: Longs, most: int, groups: int) -> Longs:
 
 
 def _hash(value: Longs) -> Longs:
-    """One turn of the multiplicative hash of `samples.sampling`."""
+    """One round of the multiplicative hash of `samples.sampling`."""
     hashed: Longs = (value + 1) % PRIME * FACTOR % PRIME
     return hashed
-
-
-def _store(graph: Graph, folder: Path) -> None:
-    """Write a graph, a file an array."""
-    for name, values in graph._asdict().items():
-        np.save(folder / f"{name}.npy", values)
 
 
 def _part(folder: str, ranges: Sequence[tuple[int, int]], alpha: float, neighbours: int, part: int) -> pa.RecordBatch:
@@ -160,17 +150,13 @@ def _part(folder: str, ranges: Sequence[tuple[int, int]], alpha: float, neighbou
     arrays = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="c") for name in Graph._fields}
     graph = Graph(**{**arrays, "most_met": int(arrays["most_met"])})
     first, last = ranges[part]
-    found = swing_kernel()(graph, first, last, alpha, neighbours)
-    return pa.record_batch([found.item, found.neighbour, found.similarity], schema=NEAREST)
+    nearest = swing_kernel()(graph, first, last, alpha, neighbours)
+    return pa.record_batch([nearest.item, nearest.neighbour, nearest.similarity], schema=NEAREST)
 
 
 def parts(graph: Graph, slots: int, threads: int = 1) -> list[tuple[int, int]]:
-    """Ranges of items, first and behind the last, that together are all; each has its share of the memory.
-
-    Args:
-        graph: who clicked what.
-        slots: similarities that may be held at a time.
-        threads: parts that are computed at a time.
+    """Ranges of items (first, behind the last) that together are all; `slots` similarities are held at a time, shared
+    by the parts that `threads` compute.
     """
     room = np.cumsum(graph.room)
     items, total = len(room), int(room.max(initial=0))
@@ -183,7 +169,7 @@ def parts(graph: Graph, slots: int, threads: int = 1) -> list[tuple[int, int]]:
 def swing_kernel() -> Callable[[Graph, int, int, float, int], Nearest]:
     """The compiled kernel: graph, first item, behind the last item, alpha, neighbours to keep -> the nearest items.
 
-    It holds no lock while it works, and depends on its arguments alone: a task of a cluster may call it, too.
+    It holds no lock, and depends on its arguments alone: a task of a cluster may call it, too.
 
     Raises:
         ConfigError: the compiler is not installed.
@@ -320,26 +306,26 @@ def _select(slots: Slots, damping: Floats, rows: Ints, similarity: Floats, count
     Args:
         slots: filled by `_add_up`.
         damping: (N,) what a similarity to an item is multiplied by.
-        rows: (items of the part, K) the neighbours found.
-        similarity: (items of the part, K) to these neighbours.
-        counts: (items of the part,) how many.
+        rows: out, (items of the part, K), the neighbours.
+        similarity: out, (items of the part, K), to these neighbours.
+        counts: out, (items of the part,), number of neighbours.
     """
     begin, dense, keys, sums = slots
     most = rows.shape[1]
     for i in range(len(counts)):
-        found = 0
+        count = 0
         row, score = rows[i], similarity[i]
         for slot in range(begin[i], begin[i + 1]):
             if sums[slot] == 0.0:
                 continue
             j = slot - begin[i] if dense[i] else keys[slot]
             value = sums[slot] * damping[j]
-            if found == most and (value < score[most - 1] or (value == score[most - 1] and j > row[most - 1])):
+            if count == most and (value < score[most - 1] or (value == score[most - 1] and j > row[most - 1])):
                 continue
-            found = min(found + 1, most)
-            hole = found - 1
+            count = min(count + 1, most)
+            hole = count - 1
             while hole > 0 and (score[hole - 1] < value or (score[hole - 1] == value and row[hole - 1] > j)):
                 score[hole], row[hole] = score[hole - 1], row[hole - 1]
                 hole -= 1
             score[hole], row[hole] = value, j
-        counts[i] = found
+        counts[i] = count

@@ -1,4 +1,4 @@
-"""A vector channel: the user's vector, or those of their interests, then the nearest item vectors.
+"""A vector channel: the user's vector, or the vectors of their interests, then the nearest item vectors.
 
 B users, K interests, D vector, k candidates.
 """
@@ -19,21 +19,21 @@ from twotower.schema.errors import ConfigError
 from twotower.towers.two_tower import Floats, Table
 
 UserEncoder = Callable[[Mapping[str, Column]], Floats]
-"""Encoded columns of B users, history included, to unit vectors (B, D), or (B, K, D) of their interests."""
+"""From encoded columns of B users, history included, to unit vectors (B, D), or (B, K, D) of their interests."""
 
 
 @dataclass(eq=False)
 class VectorChannel:
-    """A user encoder and an index of item vectors: `two_tower`, `mf` and `mind` are such.
+    """A user encoder and an index of item vectors: `two_tower`, `mf` and `mind`.
 
-    A user of whom the encoder knows nothing at all, whose vector is zero, has no candidates.
+    A user of whom the encoder knows nothing, and whose vector is zero, has no candidates.
     """
 
     name: str
     features: FeatureSet
     """The fitted features that the encoder reads."""
     item_tokens: Rows
-    """(N,) row of each catalogue item in the table of item ids."""
+    """(N,) vocabulary index of each catalogue item."""
     encode_users: UserEncoder
     """The user tower, whichever engine runs it."""
     index: VectorIndex
@@ -42,7 +42,7 @@ class VectorChannel:
     """(N, D) of the catalogue; None = the channel has no similar items."""
 
     def user_vectors(self, queries: Queries) -> Floats:
-        """The vectors of users (B, D), or of their interests (B, K, D); made once for queries, also of `over`."""
+        """The vectors of users (B, D), or of their interests (B, K, D); made once for queries, with those of `over`."""
         return queries.vectors.once(self.encode_users, self.item_tokens, lambda: self._encoded(queries))
 
     def _encoded(self, queries: Queries) -> Floats:
@@ -52,7 +52,7 @@ class VectorChannel:
         return self.encode_users(columns)
 
     def cosines(self, queries: Queries, rows: npt.NDArray[np.int64]) -> Floats:
-        """How near some items (n,) are to one user (n,); of several interests the nearest counts.
+        """The cosine of some items (n,) with one user, (n,); of several interests the nearest counts.
 
         Raises:
             ConfigError: the channel was made without item vectors.
@@ -75,8 +75,8 @@ class VectorChannel:
         users, count, width = vectors.shape
         counts = np.repeat(np.diff(exclude.indptr), count)
         left_out = Exclusions(pointers(counts), exclude.rows[ranges(np.repeat(exclude.indptr[:-1], count), counts)])
-        found = nearest(self.index, vectors.reshape(-1, width), k, left_out)
-        return best_of(found.rows.reshape(users, count * k), found.scores.reshape(users, count * k), k)
+        neighbours = nearest(self.index, vectors.reshape(-1, width), k, left_out)
+        return best_of(neighbours.rows.reshape(users, count * k), neighbours.scores.reshape(users, count * k), k)
 
     def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates | None:
         """See `SimilarItems.similar`: the nearest item vectors."""
@@ -89,7 +89,7 @@ class VectorChannel:
 
 
 def latest(clicks: Bag, item_tokens: Rows, last: int) -> Bag:
-    """The last clicks of each user as rows of the table of item ids.
+    """The last clicks of each user as vocabulary indexes.
 
     >>> latest(Bag(np.array([0, 3]), np.array([5, 6, 7], np.int32)), np.arange(9, dtype=np.int32) + 2, 2).rows.tolist()
     [8, 9]

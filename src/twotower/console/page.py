@@ -1,8 +1,8 @@
 """The page at `/` and the routes that it uses beside the public API.
 
-The page is static: HTML, CSS and JavaScript of this package, no request to anywhere else. Recommendations, similar
-items, clicks and the served version go through `/v1`, like those of any other client. The routes here add what only a
-page for people needs: titles and attributes of items, a user's history, users to begin with.
+The page is static: HTML, CSS and JavaScript of this package, with no request to anywhere else. Recommendations, similar
+items, clicks and the served version go through `/v1`, as for any other client. The routes here add what only a page for
+people needs: titles and attributes of items, a user's history, users to begin with.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from twotower.schema import columns as c
 from twotower.serve.answers import json_response
 from twotower.serve.bodies import Body, Id, parse_id
 from twotower.serve.parts import ServerParts
-from twotower.serve.request import find_items
+from twotower.serve.request import clicks_since, find_items
 from twotower.serve.users import ItemId, Recent
 
 TITLE = "title"
@@ -48,7 +48,6 @@ _READABLE = (
     pa.types.is_date,
     pa.types.is_timestamp,
 )
-_NO_STORE = {"Cache-Control": "no-store"}
 _STATIC = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
@@ -115,16 +114,11 @@ def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
 
 
 def history(version: Version, user_row: int, recent: Recent, n: int) -> dict[str, Any]:
-    """A user's clicks: those that the version knows, then those of the log after them; newest first.
+    """At most n clicks of a user, newest first: those of the log, then those that the version knows; counts of all.
 
-    Args:
-        version: the snapshot.
-        user_row: the user's row in it, -1 for someone it does not know.
-        recent: what the log tells of the user.
-        n: most clicks to list; the counts are of all.
+    `user_row` is -1 for a user that the version does not know.
     """
-    known_ms = version.knows_until_ms
-    live = [(ts_ms, item) for ts_ms, item in recent.clicks if known_ms is None or ts_ms > known_ms]
+    live = clicks_since(version, recent)
     start, end = version.clicks.indptr[user_row : user_row + 2].tolist() if user_row >= 0 else (0, 0)
     stored = max(start, end - max(n - len(live), 0))
     rows = version.clicks.item_row[stored:end]
@@ -144,17 +138,17 @@ def history(version: Version, user_row: int, recent: Recent, n: int) -> dict[str
 
 
 def describe(version: Version, item_ids: Sequence[ItemId]) -> list[dict[str, Any]]:
-    """Title and attributes of items; both null for an item that the version does not have."""
+    """Title and attributes of items; both are null for an item that the version does not have."""
     rows = find_items(version, item_ids)
-    found = iter(_at_rows(version, rows[rows >= 0]))
+    known = iter(_at_rows(version, rows[rows >= 0]))
     return [
-        next(found) if row >= 0 else {c.ITEM_ID: item_id, TITLE: None, "attributes": None}
+        next(known) if row >= 0 else {c.ITEM_ID: item_id, TITLE: None, "attributes": None}
         for row, item_id in zip(rows.tolist(), item_ids, strict=True)
     ]
 
 
 def shown_attributes(version: Version) -> list[str]:
-    """Columns of the catalogue that a person can read: words, numbers, times and lists of words; no vectors."""
+    """Columns of the catalogue that people can read: words, numbers, times and lists of words; no vectors."""
     return [field.name for field in version.attributes.schema if field.name != c.ITEM_ID and _is_readable(field.type)]
 
 
@@ -185,5 +179,5 @@ def _kind(ids: pa.DataType) -> str:
 
 def _data(content: Any) -> Response:
     response = json_response(content)
-    response.headers.update(_NO_STORE)
+    response.headers["Cache-Control"] = "no-store"
     return response

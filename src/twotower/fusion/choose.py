@@ -22,16 +22,16 @@ from twotower.index.protocol import PADDING
 log = logging.getLogger(__name__)
 
 CONSTANTS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
-"""Constants that a channel's hits by rank are fitted with."""
+"""Constants that are tried when a channel's term is fitted to its hits by rank."""
 STEPS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Factors of a weight that are tried."""
 BENDS = (0.25, 4.0)
 """Factors of a constant that are tried."""
 ROUNDS = 3
-"""Times that every channel is looked at, at most."""
+"""Every channel is changed at most this many times."""
 RESAMPLES = 1000
 BLOCK = 32
-"""Users whose scores are looked at together."""
+"""Users whose scores are computed together."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Chosen:
     fused: dict[str, float]
     """Recall of a fusion that was chosen on the other half of the users, or on the other parts."""
     equal: dict[str, float]
-    """Recall of reciprocal rank fusion as in its paper: equal weights, 60."""
+    """Recall of reciprocal rank fusion as in its paper: equal weights, constant 60."""
     gain: Figure
-    """Mean recall of such a fusion minus that of the channel that was best where it was chosen, paired."""
+    """Mean of `fused` minus the mean recall of the channel that was best where the fusion was chosen, paired."""
     by_part: tuple[float, ...]
-    """The same of each validation part."""
+    """The gain on each validation part."""
 
 
 def choose(
@@ -63,18 +63,17 @@ def choose(
 
     A term weight / (constant + rank) estimates how likely a hit is at that rank. First, each channel's term is fitted
     to its hits by maximum likelihood, as if there were no other channel. From there, and from the best channel alone,
-    one channel after another gets another weight, 0 included, or another constant, whichever is best. A change is kept
-    if its gain is above its standard error (paired; over users and, where there are several validation parts, over
-    these). At the end, a channel whose removal loses less than that gets weight 0.
+    one channel after another gets the best other weight, 0 included, or constant. A change is kept if its gain is above
+    its standard error (paired; over users and, where there are several validation parts, over these). At the end, a
+    channel whose removal loses less than that gets weight 0.
 
-    A choice looks better than it is on the users that it was made on. So it is made several times: on each half of the
-    users, for the figures on the other half, or on all parts but one, for the figures on that part, and on all of them.
-    Where these figures are not above those of the best channel by more than their noise, that channel ranks first
-    alone, and the others fill up.
+    A choice looks better than it is on the users that it was made on. So it is made several times: on all users; and on
+    each half of them, for the figures on the other half, or on all parts but one, for the figures on that part. Where
+    these figures are not above those of the best channel by more than their noise, that channel ranks first alone, and
+    the others fill up.
 
     Args:
-        lists: candidates of each channel by name, as long as a server will request them; excluded items are not in
-            them.
+        lists: candidates of each channel by name, as long as a server will request them, without excluded items.
         truth: the distinct held-out items of the same users; none is empty.
         ks: cut-offs.
         seed: of the halves.
@@ -118,7 +117,7 @@ def _by_k(recall: Floats, ks: Sequence[int]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Term:
-    """What a channel adds to the score of its items: weight / (constant + rank); nothing where the weight is 0."""
+    """What a channel adds to the score of its items: weight / (constant + rank)."""
 
     weight: float
     constant: float
@@ -167,7 +166,7 @@ class _Search:
 
     @cached_property
     def order(self) -> npt.NDArray[np.int64]:
-        """The channels, the one of the greatest recall first."""
+        """The channels by falling recall."""
         return np.argsort(-self.singles.mean(axis=(1, 2)), kind="stable")
 
     def recall(self, fusion: Fusion) -> Floats:
@@ -189,7 +188,7 @@ class _Search:
         return Fusion(weights, {name: term.constant for name, term in named.items()}, self.union.depth)
 
     def _climb(self, start: Sequence[_Term], fitted: Sequence[_Term]) -> list[_Term]:
-        """Change one channel after another, the best ones first, until no gain is above its error."""
+        """Change one channel after another, the best channels first, until no gain is above its error."""
         terms, now = list(start), self._mean(start)
         for _ in range(ROUNDS):
             before = list(terms)
@@ -229,7 +228,7 @@ class _Search:
         return _Term(weight, constant)
 
     def _bent(self, term: _Term, constant: float) -> _Term:
-        """Another constant, with the weight that keeps the sum over the list."""
+        """Another constant, with the weight that keeps the sum over the list the same."""
         ranks = np.arange(1, self.union.depth + 1)
         return _Term(term.weight * (1 / (term.constant + ranks)).sum() / (1 / (constant + ranks)).sum(), constant)
 
@@ -249,7 +248,7 @@ class _Search:
         for at, k in sorted(enumerate(self.ks), key=lambda pair: -pair[1]):
             inside = np.isfinite(score)
             if k < scores.shape[1]:
-                # One place at a time: numpy finds a single one several times faster than two.
+                # One k at a time: numpy partitions at a single position several times faster than at two.
                 top = np.partition(top, top.shape[1] - k, axis=1)[:, -k:]
                 last = top[:, 0]
                 inside &= score >= last[user]
@@ -265,7 +264,7 @@ class _Search:
         return mean
 
     def _means(self, terms: Sequence[_Term], channel: int, tried: Sequence[_Term]) -> Floats:
-        """(T, B) mean recall with each of T terms in the place of the channel's."""
+        """(T, B) mean recall with each of T terms in place of the channel's."""
         return np.concatenate([block._means_here(terms, channel, tried) for block in self.blocks], axis=1)
 
     def _means_here(self, terms: Sequence[_Term], channel: int, tried: Sequence[_Term]) -> Floats:
@@ -277,7 +276,7 @@ class _Search:
 
 
 def _is_gain(change: npt.NDArray[Any], part: npt.NDArray[np.int64]) -> bool:
-    """A paired change over users (B,) is above its standard error over users, and over parts if there are several.
+    """Whether a paired change (B,) is above its standard error over users, and over parts if there are several.
 
     >>> one, two = np.zeros(4, np.int64), np.array([0, 0, 1, 1])
     >>> _is_gain(np.array([0.1, 0.0, 0.1, 0.0]), one), _is_gain(np.array([0.1, -0.1, 0.1, 0.0]), one)
@@ -295,7 +294,7 @@ def _error(values: npt.NDArray[Any]) -> float:
 
 
 def _means(values: npt.NDArray[Any], part: npt.NDArray[np.int64]) -> Floats:
-    """The mean in each part that there is."""
+    """The mean in each part."""
     counts = np.bincount(part)
     means: Floats = np.bincount(part, values)[counts > 0] / counts[counts > 0]
     return means

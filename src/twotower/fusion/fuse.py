@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 
 RRF_CONSTANT = 60.0
 FILL = 1e-9
-"""What a weight of 0 becomes, as a share of the smallest other weight: such items rank last, in their own order."""
+"""A weight of 0 becomes this share of the smallest other weight: such items rank last, in their own order."""
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,30 @@ class Fused:
 
     candidates: Candidates
     channels: tuple[str, ...]
-    brought_by: npt.NDArray[np.int64]
+    retrieved_by: npt.NDArray[np.int64]
     """(B, k) bit i is set where channel i retrieved the item."""
 
     def channels_of(self, user: int, place: int) -> list[str]:
         """The channels that retrieved one candidate."""
-        bits = int(self.brought_by[user, place])
+        bits = int(self.retrieved_by[user, place])
         return [name for bit, name in enumerate(self.channels) if bits >> bit & 1]
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """How the channels of a version become one list; it fits any channels, those of a user's own included."""
+    """How channels become one list."""
 
     weights: Mapping[str, float] = field(default_factory=dict)
     """By channel, at least 0; a channel without a weight has 1."""
     constants: Mapping[str, float] = field(default_factory=dict)
     """By channel, at least 0; a channel without a constant has 60."""
     depth: int = 1
-    """Candidates requested from each channel, if there are several and k is smaller."""
+    """Candidates requested from each of several channels, at least k."""
     reserved: Mapping[str, float] = field(default_factory=dict)
     """By channel, its smallest share of the list, spread evenly from the first place to the last."""
 
     def asked(self, k: int, channels: Sequence[str]) -> int:
-        """How many candidates to request from each of some channels, to make one list of k.
+        """How many candidates to request from each channel for one list of k.
 
         >>> Fusion(depth=1000).asked(50, ["two_tower", "popular"]), Fusion(depth=1000).asked(50, ["popular"])
         (1000, 50)
@@ -57,12 +57,12 @@ class Fusion:
         return max(k, self.depth) if len(channels) > 1 else k
 
     def retrieve(self, channels: Mapping[str, Retriever], queries: Queries, k: int) -> Fused:
-        """One list of k for each of the queries, from some channels by name."""
+        """One list of k for each of the queries, from channels by name."""
         asked = self.asked(k, list(channels))
         return self.fuse({name: channel.retrieve(queries, asked) for name, channel in channels.items()}, k)
 
     def fuse(self, lists: Mapping[str, Candidates], k: int) -> Fused:
-        """One list of k for each user from the lists of some channels by name; a single list keeps its own scores.
+        """One list of k for each user, from lists by channel; a single list keeps its own scores.
 
         Raises:
             ConfigError: there is no list.
@@ -89,14 +89,10 @@ def reciprocal_rank(
 ) -> Fused:
     """Reciprocal rank fusion: score = sum over channels of weight / (constant + rank) (Cormack et al. 2009, eq. 1).
 
-    Only ranks count, so that channels whose scores have different units can be combined. The paper has one constant,
-    60. A constant for each channel lets its term follow how fast its hits become rare down its list.
-
-    Args:
-        lists: the channels' candidates by name, of the same B users; equal scores are ordered by row.
-        k: length of the one list.
-        weights: by channel, at least 0; a channel without one has 1. Items of weight 0 rank behind all others.
-        constants: by channel, at least 0; a channel without one has 60.
+    Only ranks count, so that channels whose scores have different units can be combined. Equal scores are ordered by
+    row. A channel has weight 1 if none is given; items of weight 0 rank behind all others. The paper has one constant,
+    60, which is the default. A constant for each channel lets its term follow how fast its hits become rare down its
+    list.
 
     Raises:
         ConfigError: there is no list; a weight or a constant is below 0, or belongs to no channel.
@@ -131,7 +127,7 @@ def reciprocal_rank(
 def _best(scores: Floats, k: int) -> npt.NDArray[np.int64]:
     """The columns of the k best scores of each user (B, M), best first; equal scores stay in the order of columns."""
     columns = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
-    if (rest := scores.shape[1] - k) > 0:  # to sort the k alone is several times faster
+    if (rest := scores.shape[1] - k) > 0:  # sorting only the k best is several times faster
         last = np.partition(scores, rest, axis=1)[:, rest, None]
         above, level = scores > last, scores == last
         level &= np.cumsum(level, axis=1) <= k - above.sum(axis=1, keepdims=True)
@@ -155,8 +151,8 @@ def _of_each(
 def _reserve(fused: Fused, lists: Mapping[str, Candidates], k: int, shares: Mapping[str, float]) -> Fused:
     """A fused list of everything, cut to k, in which some channels have at least their share of the places.
 
-    The item at rank r of a channel with share s is expected at place r / s or before. An item that ranks behind that
-    place is moved there. Scores stay with the places, so that they still fall.
+    The item at rank r of a channel with share s is expected at place r / s or before, and is moved there if it ranks
+    behind. Scores stay with the places, so that they still fall.
 
     >>> a = Candidates(np.array([[1, 2, 3, 4]]), np.array([[9, 8, 7, 6]], np.float32))
     >>> b = Candidates(np.array([[7, 8]]), np.array([[5, 4]], np.float32))
@@ -170,7 +166,7 @@ def _reserve(fused: Fused, lists: Mapping[str, Candidates], k: int, shares: Mapp
     order = np.empty((len(rows), k), np.int64)
     for user, listed in enumerate(rows):
         place = {row: at for at, row in enumerate(listed.tolist()) if row != PADDING}
-        due = sorted(
+        expected = sorted(
             (round(rank / share) - 1, place[row])
             for name, share in shares.items()
             if share
@@ -179,12 +175,12 @@ def _reserve(fused: Fused, lists: Mapping[str, Candidates], k: int, shares: Mapp
         )
         key = np.arange(rows.shape[1], dtype=np.float64)
         moved, behind = 0, -1.0
-        for wanted, at in due:
+        for wanted, at in expected:
             if key[at] > wanted:
                 behind = max(behind, wanted - moved - 0.5)  # those moved before it push it back by one each
                 key[at], moved = behind, moved + 1
         order[user] = np.argsort(key, kind="stable")[:k]
-    chosen, brought = (np.take_along_axis(values, order, axis=1) for values in (rows, fused.brought_by))
+    chosen, brought = (np.take_along_axis(values, order, axis=1) for values in (rows, fused.retrieved_by))
     return Fused(Candidates(chosen, fused.candidates.scores[:, :k]), fused.channels, brought)
 
 
@@ -194,7 +190,7 @@ class Union:
 
     channels: tuple[str, ...]
     rows: npt.NDArray[np.int64]
-    """(B, M) catalogue rows, rising, -1 at the end of a shorter union."""
+    """(B, M) catalogue rows, ascending, -1 at the end of a shorter union."""
     ranks: npt.NDArray[np.int32]
     """(C, B, M) rank of the item in each channel's list, from 1; 0 where the channel does not retrieve it."""
     depth: int
@@ -208,7 +204,7 @@ class Union:
         rank = np.concatenate([np.arange(1, width + 1, dtype=np.int32) for width in widths])
         brought = np.concatenate([candidates.rows for candidates in lists.values()], axis=1).astype(np.int64)
         users, width = brought.shape
-        # Row and place of an entry in one number, so that one plain sort orders both; padding goes last.
+        # Row and position of an entry in one number, so that one plain sort orders both; padding goes last.
         shift = max(1, width).bit_length()
         keys = np.where(brought != PADDING, brought, np.iinfo(np.int64).max >> shift) << shift | np.arange(width)
         keys.sort(axis=1)

@@ -10,7 +10,7 @@ from twotower.index.checks import INDEX_JSON
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
 from twotower.index.options import IndexOptions
-from twotower.index.overlaid import BASE, OverlaidIndex
+from twotower.index.overlaid import BASE, NEWER, OverlaidIndex
 from twotower.index.protocol import VectorIndex
 from twotower.schema.errors import ConfigError
 from twotower.schema.files import read_json
@@ -25,15 +25,9 @@ def build_index(
     ks: Sequence[int],
     seed: int,
 ) -> VectorIndex:
-    """The configured index, tuned on sample queries where it is approximate.
+    """The configured index of vectors (N, D) under rows (N,), tuned on queries (Q, D) where it is approximate.
 
-    Args:
-        options: which kind, and the recall that it must reach.
-        rows: (N,) int64, each once.
-        vectors: (N, D) float32.
-        queries: (Q, D) float32 of held-out users.
-        ks: numbers of neighbours that will be requested.
-        seed: of k-means.
+    It is tuned to reach `options.recall` for each of `ks`, the numbers of neighbours that will be requested.
 
     Raises:
         ConfigError: no k where it matters.
@@ -46,7 +40,7 @@ def build_index(
 
 
 def load_index(folder: Path) -> VectorIndex:
-    """The index saved in a folder, of whatever kind, mapped into memory.
+    """The index saved in a folder, of any kind, mapped into memory.
 
     Raises:
         ConfigError: a kind that this release does not have.
@@ -54,8 +48,12 @@ def load_index(folder: Path) -> VectorIndex:
     """
     description = read_json(folder / INDEX_JSON)
     kind = description.get("kind") if isinstance(description, dict) else None
-    if kind == "overlaid":
-        return OverlaidIndex.load(folder, load_index(folder / BASE))
-    if kind not in ("exact", "faiss"):
-        raise ConfigError(f"there is no index of kind {kind!r}: exact or faiss")
-    return ExactIndex.load(folder) if kind == "exact" else FaissIndex.load(folder)
+    match kind:
+        case "exact":
+            return ExactIndex.load(folder)
+        case "faiss":
+            return FaissIndex.load(folder)
+        case "overlaid":
+            newer = ExactIndex.load(folder / NEWER)
+            return OverlaidIndex(load_index(folder / BASE).without(newer.rows), newer)
+    raise ConfigError(f"there is no index of kind {kind!r}: exact or faiss")

@@ -1,7 +1,6 @@
 """The checks and look-ups of rows that every index makes in the same way."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,10 @@ INDEX_JSON = "index.json"
 ROWS = "rows.npy"
 
 
-@dataclass(frozen=True)
-class RowVectors:
-    """What an index is made of: rows (N,) int64, rising, and their vectors (N, D) float32."""
-
-    rows: NDArray[np.int64]
-    vectors: NDArray[np.float32]
-
-
-def checked_build(rows: NDArray[np.int64], vectors: NDArray[np.float32]) -> RowVectors:
-    """A copy of rows and vectors in the order of rows, so that the order given changes no answer.
+def checked_build(
+    rows: NDArray[np.int64], vectors: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """A copy of rows (N,) and vectors (N, D) in the order of rows, so that the order given changes no answer.
 
     Raises:
         DataError: other shapes or types, duplicate rows, values that are not finite.
@@ -45,25 +38,17 @@ def checked_build(rows: NDArray[np.int64], vectors: NDArray[np.float32]) -> RowV
         )
     if ordered.size and ordered[0] < 0:
         raise DataError(f"row {ordered[0]} is negative, and -1 stands for no neighbour: number rows from 0")
-    return RowVectors(ordered, vectors[order])
+    return ordered, vectors[order]
 
 
 def check_rows(rows: NDArray[np.int64]) -> None:
-    """Refuse what is no array of rows.
-
-    Raises:
-        DataError: another shape or type.
-    """
+    """Raise a DataError for an array of another shape or type."""
     if rows.ndim != 1 or rows.dtype != np.int64:
         raise DataError(f"rows are {rows.dtype}{rows.shape}: give an int64 array of one dimension")
 
 
 def check_search(queries: NDArray[np.float32], k: int, exclude: Exclusions | None, dimension: int) -> None:
-    """Refuse queries that cannot be answered.
-
-    Raises:
-        DataError: what `VectorIndex.search` says.
-    """
+    """Raise the errors of `VectorIndex.search`."""
     _check_matrix(queries, "queries")
     if queries.shape[1] != dimension:
         raise DataError(
@@ -89,12 +74,12 @@ def _check_matrix(matrix: NDArray[np.float32], what: str) -> None:
 
 
 def positions_of(wanted: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where rows (n,) int64 stand among the rising `rows` (N,); -1 for those that are not there.
+    """Positions of wanted rows (n,) among the rising `rows` (N,); -1 for those that are not there.
 
     >>> positions_of(np.array([7, 3, 9]), np.array([3, 5, 9]))
     array([-1,  0,  2])
     """
-    if len(rows) and rows[-1] == len(rows) - 1:  # the rows are 0, 1, 2, ...: each stands at its own number
+    if len(rows) and rows[-1] == len(rows) - 1:  # the rows are 0, 1, 2, ...: each is its own position
         return np.where((wanted >= 0) & (wanted < len(rows)), wanted, -1)
     positions = np.searchsorted(rows, wanted).astype(np.int64, copy=False)
     inside = positions < len(rows)
@@ -103,11 +88,7 @@ def positions_of(wanted: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[
 
 
 def hidden_with(hidden: NDArray[np.int64], more: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Hidden positions (n,) int64, rising, together with those of some rows.
-
-    Raises:
-        DataError: rows of another shape or type.
-    """
+    """Hidden positions (n,) int64, rising, together with those of more rows; refuses what is no array of rows."""
     check_rows(more)
     positions = positions_of(more, rows)
     out = np.zeros(len(rows), np.bool_)
@@ -119,7 +100,7 @@ def hidden_with(hidden: NDArray[np.int64], more: NDArray[np.int64], rows: NDArra
 def excluded_positions(
     exclude: Exclusions | None, queries: int, rows: NDArray[np.int64], hidden: NDArray[np.int64]
 ) -> Exclusions:
-    """The exclusions of each query as rising positions, each once, without those hidden anyway."""
+    """The exclusions of each query as rising positions, each once, without those that are hidden anyway."""
     if exclude is None:
         return Exclusions(np.zeros(queries + 1, np.int64), np.empty(0, np.int64))
     owner = np.repeat(np.arange(queries), np.diff(exclude.indptr))
@@ -131,7 +112,7 @@ def excluded_positions(
 
 
 def read_description(folder: Path, kind: str, fields: Mapping[str, Kind]) -> dict[str, Any]:
-    """The `index.json` of a saved index, which has some fields of some types.
+    """The `index.json` of a saved index, with its fields checked.
 
     Raises:
         DataError: missing, damaged, of another format or another kind of index.

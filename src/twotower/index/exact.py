@@ -31,11 +31,10 @@ RESCORED_AT_ONCE = 1 << 16
 class ExactIndex:
     """Exact search with a matrix product, then an exact order.
 
-    A matrix product adds in an order that depends on the shape of the batch and on a vector's place in it, so that
-    equal vectors get scores that differ in the last bit. Therefore the product only shortlists: everything that
+    A matrix product adds in an order that depends on the shape of the batch and on a vector's position in it, so that
+    equal vectors get scores that differ in the last bit. Therefore the product only makes a shortlist: everything that
     rounding could have pushed out of the first k. The shortlist is scored again, each vector in the same order of
-    additions. So equal vectors have equal scores and stand in the order of their rows, and an answer does not depend on
-    the batch.
+    additions. So equal vectors have equal scores, and an answer does not depend on the batch.
     """
 
     def __init__(
@@ -58,9 +57,9 @@ class ExactIndex:
         >>> index.search(np.array([[1, 0.5]], np.float32), k=3).rows
         array([[ 7,  3, -1]])
         """
-        ordered = checked_build(rows, vectors)
-        squares = np.einsum("nd,nd->n", ordered.vectors, ordered.vectors, dtype=np.float64)
-        return cls(ordered.rows, ordered.vectors, float(np.sqrt(squares.max(initial=0.0))), np.empty(0, np.int64))
+        rows, vectors = checked_build(rows, vectors)
+        squares = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
+        return cls(rows, vectors, float(np.sqrt(squares.max(initial=0.0))), np.empty(0, np.int64))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -69,9 +68,14 @@ class ExactIndex:
         Raises:
             DataError: files are missing or not what `index.json` says.
         """
-        said = read_description(folder, "exact", {"count": int, "dimension": int, "longest": (int, float)})
-        vectors = map_array(folder / VECTORS, (said["count"], said["dimension"]), np.float32)
-        return cls(map_rows(folder, said["count"]), vectors, float(said["longest"]), np.empty(0, np.int64))
+        description = read_description(folder, "exact", {"count": int, "dimension": int, "longest": (int, float)})
+        count, longest = description["count"], float(description["longest"])
+        vectors = map_array(folder / VECTORS, (count, description["dimension"]), np.float32)
+        return cls(map_rows(folder, count), vectors, longest, np.empty(0, np.int64))
+
+    @property
+    def rows(self) -> NDArray[np.int64]:  # noqa: D102
+        return self._rows
 
     def count(self) -> int:  # noqa: D102
         return len(self._rows) - len(self._hidden)
@@ -82,7 +86,7 @@ class ExactIndex:
 
     def search(self, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
         check_search(queries, k, exclude, self._vectors.shape[1])
-        found = Neighbours.none(len(queries), k)
+        answer = Neighbours.none(len(queries), k)
         excluded = excluded_positions(exclude, len(queries), self._rows, self._hidden)
         step = max(1, SCORES_AT_ONCE // max(1, len(self._rows)))
         for start in range(0, len(queries), step):
@@ -93,27 +97,23 @@ class ExactIndex:
                 row_scores[out] = -np.inf
                 wanted = min(k, self.count() - len(out))
                 if wanted > 0:
-                    self._take(queries[query], row_scores, found.rows[query, :wanted], found.scores[query, :wanted])
-        return found
+                    best = self._best(queries[query], row_scores, wanted)
+                    answer.rows[query, :wanted], answer.scores[query, :wanted] = best
+        return answer
 
-    def _take(
-        self,
-        query: NDArray[np.float32],
-        scores: NDArray[np.float32],
-        rows_out: NDArray[np.int64],
-        scores_out: NDArray[np.float32],
-    ) -> None:
-        """Fill rows and scores (n,) with the n best of scores (N,), where at least n are finite."""
-        last = len(scores) - len(rows_out)
+    def _best(
+        self, query: NDArray[np.float32], scores: NDArray[np.float32], count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Rows and scores of the best of scores (N,), of which at least `count` are finite."""
+        last = len(scores) - count
         # Two sums of the same D products, in any order, differ by at most 2 D u |q| |v| with u = 2^-24 (Higham 2002,
         # 3.1); this holds for the n-th score as well as for each candidate, hence twice that.
         slack = 4 * len(query) * 2.0**-24 * float(np.linalg.norm(query)) * self._longest
         shortlist = np.flatnonzero(scores >= np.partition(scores, last)[last] - np.float32(slack))
         pieces = np.split(shortlist, range(RESCORED_AT_ONCE, len(shortlist), RESCORED_AT_ONCE))
         rescored = np.concatenate([(self._vectors[piece] * query).sum(axis=1) for piece in pieces])
-        best = np.argsort(-rescored, kind="stable")[: len(rows_out)]  # stable: equal scores stay in the order of rows
-        rows_out[:] = self._rows[shortlist[best]]
-        scores_out[:] = rescored[best]
+        best = np.argsort(-rescored, kind="stable")[:count]  # stable: equal scores stay in the order of rows
+        return self._rows[shortlist[best]], rescored[best]
 
     def save(self, folder: Path) -> None:  # noqa: D102
         with whole_folder(folder) as temporary:

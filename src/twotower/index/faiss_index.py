@@ -121,15 +121,10 @@ class FaissIndex:
         thinned: tuple[Thinned, ...] = (),
         list_of: NDArray[np.int32] | None = None,
     ) -> None:
-        """Use `build` or `load`.
+        """Use `build` or `load`: an index of FAISS over N positions, rows (N,) rising, hidden positions rising.
 
-        Args:
-            index: of FAISS, over N positions.
-            rows: (N,) rising.
-            hidden: positions, rising.
-            tuning: by rising k.
-            thinned: by rising share.
-            list_of: (N,) the list of each position, as `_list_of_each` gives it; None = read from the index.
+        `tuning` is ordered by k, `thinned` by share; `list_of` (N,) is the list of each position, None = read from the
+        index.
         """
         self._index = index
         self._rows = rows
@@ -146,17 +141,13 @@ class FaissIndex:
     ) -> Self:
         """An index of vectors (N, D) float32 under rows (N,) int64, N = 0 included.
 
-        Args:
-            rows: (N,) int64.
-            vectors: (N, D) float32.
-            seed: of the sample and the first centres of k-means.
-            flat_below: fewer vectors than this are scanned, with no lists.
+        The seed is that of k-means; fewer vectors than `flat_below` are scanned, with no lists.
 
         Raises:
             DataError: other shapes or types, duplicate or negative rows, values that are not finite.
         """
-        ordered = checked_build(rows, vectors)
-        count, dimension = ordered.vectors.shape
+        rows, vectors = checked_build(rows, vectors)
+        count, dimension = vectors.shape
         index: Any = faiss.IndexFlatIP(dimension)
         if count >= max(flat_below, 1):
             lists = min(count, round(4 * count**0.5))
@@ -164,33 +155,34 @@ class FaissIndex:
             index.cp.seed = seed
             index.cp.min_points_per_centroid = 1
             index.cp.max_points_per_centroid = TRAINED_ON
-            index.train(ordered.vectors)
-        index.add(ordered.vectors)
-        return cls(index, ordered.rows, np.empty(0, np.int64), ())
+            index.train(vectors)
+        index.add(vectors)
+        return cls(index, rows, np.empty(0, np.int64), ())
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Map a saved index into memory.
 
-        A file cut short, or of another index, is refused; flipped bits inside vectors are found only by the hash in a
-        version's manifest, to be checked before.
+        A file that is cut short, or of another index, is refused. Flipped bits inside vectors are found only by the
+        hash in a version's manifest, which is checked before.
 
         Raises:
             DataError: files are missing, or not what `index.json` says.
         """
         fields = {"count": int, "dimension": int, "bytes": int, "tuning": list}
-        said = read_description(folder, "faiss", fields)
-        path, count, dimension, size = folder / INDEX_FILE, said["count"], said["dimension"], said["bytes"]
+        described = read_description(folder, "faiss", fields)
+        path, size = folder / INDEX_FILE, described["bytes"]
+        count, dimension = described["count"], described["dimension"]
         try:
-            tuning = tuple(Tuned(**entry) for entry in said["tuning"])
-            thinned = tuple(Thinned(**entry) for entry in said.get("thinned", []))
+            tuning = tuple(Tuned(**entry) for entry in described["tuning"])
+            thinned = tuple(Thinned(**entry) for entry in described.get("thinned", []))
         except TypeError as error:
             raise DataError(f"{folder / INDEX_JSON} is incomplete ({error!r}): rebuild the index") from None
         with opened_file(path) as descriptor:
-            found = os.fstat(descriptor).st_size
-        if found != size:
+            actual = os.fstat(descriptor).st_size
+        if actual != size:
             raise DataError(
-                f"{path} has {found} bytes, {INDEX_JSON} says {size} bytes: rebuild the index from the item vectors"
+                f"{path} has {actual} bytes, {INDEX_JSON} says {size} bytes: rebuild the index from the item vectors"
             )
         try:
             # Not IO_FLAG_MMAP: that one starts up to 32 threads in each search to read ahead.
@@ -206,6 +198,10 @@ class FaissIndex:
             raise DataError(f"{path} is no whole index: rebuild it from the item vectors")
         return cls(index, map_rows(folder, count), np.empty(0, np.int64), tuning, thinned=thinned)
 
+    @property
+    def rows(self) -> NDArray[np.int64]:  # noqa: D102
+        return self._rows
+
     def count(self) -> int:  # noqa: D102
         return len(self._rows) - len(self._hidden)
 
@@ -218,14 +214,14 @@ class FaissIndex:
 
     def search(self, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
         check_search(queries, k, exclude, self._index.d)
-        found = Neighbours.none(len(queries), k)
+        answer = Neighbours.none(len(queries), k)
         if not self.count():
-            return found
+            return answer
         queries = np.ascontiguousarray(queries)
         together = np.arange(len(queries))
         if exclude is not None and (many := np.diff(exclude.indptr) > FEW).any():
             together = np.flatnonzero(~many)
-            exclude = self._search_alone(queries, np.flatnonzero(many), exclude, found)
+            exclude = self._search_alone(queries, np.flatnonzero(many), exclude, answer)
         excluded = excluded_positions(exclude, len(queries), self._rows, self._hidden)
         counts = np.diff(excluded.indptr)
         # Fetch as many more as are left out afterwards. Queries go together by the power of two of that number, so that
@@ -236,17 +232,17 @@ class FaissIndex:
             fetch = int(min(k + counts[members].max(), self.count()))
             step = max(1, FETCHED_AT_ONCE // fetch)
             for start in range(0, len(members), step):
-                self._search_alike(queries, members[start : start + step], fetch, excluded, found)
-        return found
+                self._search_alike(queries, members[start : start + step], fetch, excluded, answer)
+        return answer
 
     def _search_alone(
-        self, queries: NDArray[np.float32], members: NDArray[np.int64], exclude: Exclusions, found: Neighbours
+        self, queries: NDArray[np.float32], members: NDArray[np.int64], exclude: Exclusions, answer: Neighbours
     ) -> Exclusions:
-        """Answer the queries of `members` (n,), each from a view of its own; gives the exclusions of the others."""
+        """Answer the queries of `members` (n,), each from its own view; gives the exclusions of the other queries."""
         parts = [exclude.rows[exclude.indptr[b] : exclude.indptr[b + 1]] for b in range(len(queries))]
         for b in members:
-            alone = self.without(parts[b]).search(queries[b : b + 1], found.rows.shape[1])
-            found.rows[b], found.scores[b] = alone.rows[0], alone.scores[0]
+            alone = self.without(parts[b]).search(queries[b : b + 1], answer.rows.shape[1])
+            answer.rows[b], answer.scores[b] = alone.rows[0], alone.scores[0]
             parts[b] = np.empty(0, np.int64)
         return Exclusions.of(parts)
 
@@ -256,10 +252,10 @@ class FaissIndex:
         members: NDArray[np.int64],
         fetch: int,
         excluded: Exclusions,
-        found: Neighbours,
+        answer: Neighbours,
     ) -> None:
-        """Answer the queries of `members` (n,) by fetching equally many; those left short are probed again, wider."""
-        k = found.rows.shape[1]
+        """Answer the queries of `members` (n,), fetching equally many; lists that are short are probed again, wider."""
+        k = answer.rows.shape[1]
         nprobe = self._probes(fetch)
         scan = self._scan(fetch)
         owner = np.repeat(np.arange(len(queries)), np.diff(excluded.indptr))
@@ -278,8 +274,8 @@ class FaissIndex:
             order = np.lexsort((positions, -scores))[:, :k]
             scores = np.take_along_axis(scores, order, axis=1)
             rows = self._rows[np.take_along_axis(positions, order, axis=1)]
-            found.scores[members, : order.shape[1]] = scores
-            found.rows[members, : order.shape[1]] = np.where(np.isneginf(scores), PADDING, rows)
+            answer.scores[members, : order.shape[1]] = scores
+            answer.rows[members, : order.shape[1]] = np.where(np.isneginf(scores), PADDING, rows)
             if nprobe >= self._lists:
                 return
             wanted = np.minimum(k, self.count() - np.diff(excluded.indptr)[members])
@@ -287,10 +283,10 @@ class FaissIndex:
             nprobe = min(4 * nprobe, self._lists) if scan is None else self._lists
 
     def _scan(self, fetch: int) -> float | None:
-        """How many vectors to scan for `fetch` neighbours, hidden ones not counted; None where so few are hidden that
-        the number of lists says it.
+        """How many vectors that are not hidden to scan for `fetch` neighbours; None where so few are hidden that the
+        number of lists says it.
 
-        All of them, which is exact, where more is hidden than any share tuned for, or most would be scanned anyway.
+        It is all of them, which is exact, where more is hidden than any tuned share, or most would be scanned anyway.
         """
         share = len(self._hidden) / len(self._rows)
         if share <= SPARSE or not self._lists:
@@ -349,14 +345,11 @@ class FaissIndex:
         return shown - np.bincount(self._list_of[self._hidden], minlength=self._lists)
 
     def _probes(self, fetch: int) -> int:
-        """Lists to probe for `fetch` neighbours.
-
-        Hidden rows thin the lists out, as if more neighbours were requested. The nearest tuned k from that number up
-        says how many; beyond all of them the largest is scaled in proportion.
-        """
+        """Lists to probe for `fetch` neighbours: hidden rows thin the lists out, as if more were requested."""
         return self._tuned_probes(fetch * len(self._rows) / self.count())
 
     def _tuned_probes(self, depth: float) -> int:
+        """Lists of the nearest tuned k from `depth` up; beyond all of them the largest is scaled in proportion."""
         if not self.tuning:
             return self._lists
         for tuned in self.tuning:
@@ -380,15 +373,15 @@ class FaissIndex:
     ) -> Self:
         """The same index, probing for each k the fewest lists that reach a recall on sample queries.
 
-        The number is doubled until the recall is reached and then halved into. Where that takes nearly all lists the
-        recall stored is 1 and the search is as good as exact. A Flat index is exact and comes back as it is.
+        The number is doubled until the recall is reached, then found by bisection. A Flat index is exact and comes back
+        as it is.
 
         Args:
             queries: (Q, D) float32 of users that the model was not trained on; at most `TUNING_QUERIES` are used.
             ks: numbers of neighbours that will be requested.
             recall: share of the exact neighbours to be found, above 0 and at most 1.
             oracle: exact index of the same vectors.
-            clock: seconds that rise, for `latency_ms`.
+            clock: seconds, for `latency_ms`.
 
         Raises:
             ConfigError: no k, or a recall that cannot be.
@@ -468,7 +461,9 @@ class FaissIndex:
     def _by_chance(
         self, sample: NDArray[np.float32], oracle: VectorIndex, share: float, rng: np.random.Generator
     ) -> Callable[[int, float], tuple[float, bool]]:
-        """With rows hidden by chance: recall for k and a factor, and whether all of the others were scanned."""
+        """Rows hidden by chance: a function of k and a factor that gives the recall, and whether all others were
+        scanned.
+        """
         out = np.flatnonzero(rng.random(len(self._rows)) < share)
         view = self._view(out, self.tuning)
         best = oracle.without(self._rows[out]).search(sample, self.tuning[-1].k).scores
@@ -483,9 +478,9 @@ class FaissIndex:
     def _by_attribute(
         self, sample: NDArray[np.float32], share: float, rng: np.random.Generator
     ) -> Callable[[int, float], tuple[float, bool]]:
-        """The same for an attribute that goes with the vectors, such as a category.
+        """The same for rows hidden by an attribute that goes with the vectors, such as a category.
 
-        The space is cut into cells of lists, and each query does without its own cell and a share of the others. So its
+        The lists are grouped into cells, and each query does without its own cell and a share of the others. So its
         neighbours are far away, where the order of the lists says less.
         """
         centres = self._index.quantizer.reconstruct_n(0, self._lists)
@@ -496,12 +491,12 @@ class FaissIndex:
         hidden[np.arange(len(sample)), cells[:, 0]] = True
         shown = np.where(np.take_along_axis(hidden, cells, axis=1), 0, self._shown_of_each[lists])
         before = np.cumsum(shown, axis=1) - shown
-        best, found = self._search_lists(sample, self.tuning[-1].k, np.where(shown, lists, -1), near)
+        best, positions = self._search_lists(sample, self.tuning[-1].k, np.where(shown, lists, -1), near)
 
         def recall_at(k: int, factor: float) -> tuple[float, bool]:
             scan = factor * self._tuned_probes(k) * len(self._rows) / self._lists
             scores, _ = self._search_lists(sample, k, np.where((shown > 0) & (before < scan), lists, -1), near)
-            enough_left = found[:, k - 1] >= 0
+            enough_left = positions[:, k - 1] >= 0
             recalls = scores[enough_left] >= _enough(best[enough_left, k - 1])
             return float(recalls.mean()) if recalls.size else 1.0, scan >= len(self._rows)
 
@@ -528,12 +523,12 @@ class FaissIndex:
 
 
 def _enough(last: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
-    """(Q, 1) the lowest scores that count as found, of exact k-th ones (Q,)."""
+    """(Q, 1) the lowest scores that count as found, from the exact k-th scores (Q,)."""
     return np.expand_dims(last - ROUNDING * np.maximum(1, np.abs(last)), 1)
 
 
 def _is_whole(index: Any) -> bool:
-    """An index that was read has the vectors that it says: FAISS itself does not look."""
+    """Whether an index that was read holds the vectors that it says: FAISS itself does not check."""
     if isinstance(index, faiss.IndexIVFFlat):
         lists, quantizer = index.invlists, faiss.downcast_index(index.quantizer)
         if (lists.nlist, lists.code_size, quantizer.d) != (index.nlist, 4 * index.d, index.d):

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from twotower.index.checks import FORMAT, INDEX_JSON, ROWS
+from twotower.index.checks import FORMAT, INDEX_JSON
 from twotower.index.exact import ExactIndex
 from twotower.index.protocol import Exclusions, Neighbours, VectorIndex
 from twotower.schema.files import whole_folder, write_json
@@ -18,23 +18,23 @@ BASE, NEWER = "base", "newer"
 
 
 class OverlaidIndex:
-    """The base without the rows that are newer, merged with an exact search of those; implements `VectorIndex`.
+    """A base without the rows that are newer, merged with an exact search of those.
 
-    The base is neither copied nor changed, so that making one costs what the newer vectors cost. (Nothing is added to
-    the base itself: FAISS allows no add beside a search, and aborts the process on a removal from a mapped file.)
+    The base is neither copied nor changed, so making one costs only what the newer vectors cost. (FAISS allows no add
+    beside a search, and aborts the process on a removal from a mapped file.)
     """
 
     def __init__(self, base: VectorIndex, newer: ExactIndex) -> None:
-        """Use `over`."""
+        """Use `over`, or give a base that is `without` the newer rows."""
         self._base = base
         self._newer = newer
 
     @classmethod
     def over(cls, base: VectorIndex, rows: NDArray[np.int64], vectors: NDArray[np.float32]) -> Self:
-        """Newer vectors (M, D) under rows (M,) over a base, whose own vectors of these rows are not found any more.
+        """Newer vectors (M, D) under rows (M,) over a base, whose own vectors of these rows are no longer found.
 
         Raises:
-            DataError: other shapes or types, duplicate or negative rows, values that are not finite.
+            DataError: as of `ExactIndex.build`.
 
         >>> base = ExactIndex.build(np.arange(2), np.eye(2, dtype=np.float32))
         >>> newer = OverlaidIndex.over(base, np.array([1, 7]), np.array([[2, 0], [0, 1]], np.float32))
@@ -42,6 +42,10 @@ class OverlaidIndex:
         array([[1, 0, 7]])
         """
         return cls(base.without(rows), ExactIndex.build(rows, vectors))
+
+    @property
+    def rows(self) -> NDArray[np.int64]:  # noqa: D102
+        return np.union1d(self._base.rows, self._newer.rows)
 
     def count(self) -> int:  # noqa: D102
         return self._base.count() + self._newer.count()
@@ -61,16 +65,6 @@ class OverlaidIndex:
             self._base.save(temporary / BASE)
             self._newer.save(temporary / NEWER)
             write_json(temporary / INDEX_JSON, {"format": FORMAT, "kind": "overlaid"})
-
-    @classmethod
-    def load(cls, folder: Path, base: VectorIndex) -> Self:
-        """A saved overlay over its base, which was saved beside it.
-
-        Raises:
-            DataError: files are missing or damaged.
-        """
-        newer = ExactIndex.load(folder / NEWER)
-        return cls(base.without(np.load(folder / NEWER / ROWS, allow_pickle=False)), newer)
 
     def close(self) -> None:  # noqa: D102
         self._base.close()

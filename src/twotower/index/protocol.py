@@ -39,9 +39,9 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Exclusions:
-    """Rows to leave out, for each query its own; query `b` does without `rows[indptr[b]:indptr[b + 1]]`.
+    """Rows to leave out of each query: `rows[indptr[b]:indptr[b + 1]]` are those of query `b`.
 
-    Rows that the index does not hold are allowed, and so are repeated ones: both change nothing.
+    Rows that the index does not hold, and repeated ones, change nothing.
 
     Attributes:
         indptr: (B + 1,) int64, from 0, never falling.
@@ -77,7 +77,7 @@ class Exclusions:
 
     @classmethod
     def none(cls, queries: int) -> Self:
-        """Nothing is left out for any of some queries."""
+        """Nothing is left out of any query."""
         return cls(np.zeros(queries + 1, np.int64), np.zeros(0, np.int64))
 
     @classmethod
@@ -89,13 +89,17 @@ class Exclusions:
 class VectorIndex(Protocol):
     """An immutable set of vectors that finds the nearest ones of a query.
 
-    Nothing is ever added to an index or removed from it: what changes is laid over it. A server searches
-    `base.without(overridden rows)` and, exactly, the few vectors that are newer, and merges the two. Every method may
-    be called from several threads at once, and the same call gives the same answer.
+    Nothing is ever added to an index or removed from it: newer vectors are laid over it (`overlaid.py`). Every method
+    may be called from several threads at once, and the same call gives the same answer.
 
-    How an index is made differs between implementations and is no part of the protocol: each has the class methods
+    How an index is made is not part of the protocol: each implementation has the class methods
     `build(rows, vectors, ...)`, which refuses duplicate rows and vectors that are not finite, and `load(folder)`.
     """
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(N,) all rows, rising; those taken out by `without` are among them."""
+        ...
 
     def count(self) -> int:
         """How many vectors can be found; rows taken out by `without` do not count."""
@@ -122,13 +126,10 @@ class VectorIndex(Protocol):
         ...
 
     def without(self, rows: NDArray[np.int64]) -> Self:
-        """The same index, except that it never returns some rows: overridden, deleted or unavailable items.
+        """The same index, except that it never returns some rows (n,): overridden, deleted or unavailable items.
 
-        It shares the memory of this one, which stays as it is. Prepare it once, when the set of rows changes, rather
-        than in every request. Repeating it adds up.
-
-        Args:
-            rows: (n,) int64; rows that the index does not hold are ignored.
+        It shares the memory of this one. Make it once, when the set of rows changes, not in every request. Repeated
+        calls add up, and rows that the index does not hold are ignored.
 
         Raises:
             DataError: an array of another shape or type.
@@ -136,14 +137,15 @@ class VectorIndex(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the index into a folder, whole or not at all, replacing what stood there.
+        """Write the index into a folder, whole or not at all, in place of what is there.
 
-        What `without` took out is not written down: the whole index is saved.
+        Rows that `without` took out are saved too.
         """
         ...
 
     def close(self) -> None:
-        """Give back connections to an outside system. Memory is freed with the last reference, so that a search that
-        runs in another thread ends well; embedded indexes have nothing to close.
+        """Give back connections to an outside system; embedded indexes have nothing to close.
+
+        Memory is freed with the last reference, so that a search in another thread ends well.
         """
         ...

@@ -2,13 +2,13 @@
 
 Putting an item costs the same whether ten or ten thousand were put before. So nothing here is copied as a whole:
 
-- A list that only grows is shared by all snapshots, and each snapshot knows its own length. What lies behind that
-  length belongs to later snapshots and is not read.
+- A list that only grows is shared by all snapshots, and each snapshot knows its own length. Entries behind that length
+  belong to later snapshots.
 - What may also change is kept in pieces, each far smaller than the one below it. A new piece is laid on top and merged
   with those that are not much larger. So each entry is copied a few times in all, and a look-up goes through few
   pieces. No piece is ever changed.
 
-Both can be read without a lock while one writer adds: a reader never sees a place that is written again.
+Both can be read without a lock while one writer adds: no reader sees an entry that is written again.
 
 N items of the version, A items put since.
 """
@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,6 @@ _MAX_TOLD = 10_000
 Longs = npt.NDArray[np.int64]
 K = TypeVar("K")
 V = TypeVar("V")
-D = TypeVar("D")
 
 
 class Layered(Mapping[K, V], Generic[K, V]):
@@ -103,34 +102,14 @@ def changes(earlier: Mapping[K, V], now: Mapping[K, V]) -> dict[K, V] | None:
     return {key: value for key, value in now.items() if key not in earlier or earlier[key] != value}
 
 
-class Grown(Sequence[D], Generic[D]):
-    """A view of a list that only grows: the entries that it had when this view was made."""
-
-    def __init__(self, whole: list[D]) -> None:
-        self._whole = whole
-        self._count = len(whole)
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, place: int) -> D: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[D]: ...
-    def __getitem__(self, place: int | slice) -> D | list[D]:
-        if isinstance(place, slice):
-            return self._whole[: self._count][place]
-        return self._whole[place]
-
-
 class ItemKeys:
     """The ids of a catalogue, by row: those of the version in ascending order, then those put since.
 
     Args:
         base: (N,) ids of the version.
-        added: (A,) ids put since, in the order of the log.
+        added: (A,) ids put since, in the order of the log; later entries of this list belong to later snapshots.
         rows: by id, the row of an item put since, or -1 for one that was deleted. It is shared with later snapshots,
-            whose rows lie beyond the end of this one.
+            whose rows are beyond the end of this one.
     """
 
     def __init__(
@@ -140,9 +119,14 @@ class ItemKeys:
         self._added = added
         self._rows = rows or {}
         self.base = len(base)
+        self._count = self.base + len(added)
 
     def __len__(self) -> int:
-        return self.base + len(self._added)
+        return self._count
+
+    @property
+    def _added_ids(self) -> pa.Array:
+        return pa.array(self._added[: self._count - self.base], self.kind)
 
     @property
     def kind(self) -> pa.DataType:
@@ -152,31 +136,30 @@ class ItemKeys:
     @cached_property
     def ids(self) -> pa.Array:
         """(N + A,) all ids; an item that was deleted keeps its row."""
-        added = pa.array(self._added[:], self.kind)
-        return pa.concat_arrays([self._base, added]) if len(added) else self._base
+        return pa.concat_arrays([self._base, self._added_ids]) if len(self) > self.base else self._base
 
     def at(self, rows: Longs) -> list[Any]:
         """The ids of some rows (n,)."""
-        if not len(self._added):
+        if len(self) == self.base:
             return self._base.take(pa.array(rows)).to_pylist()  # type: ignore[no-any-return]
         own = rows < self.base
         ids = iter(self._base.take(pa.array(rows[own])).to_pylist())
         return [next(ids) if row < self.base else self._added[row - self.base] for row in rows.tolist()]
 
     def find(self, ids: pa.Array) -> Longs:
-        """The row of each id (n,), -1 where it is null, not in the catalogue, or deleted."""
-        found = Positions(self._base).find(ids)
+        """The row of each id (n,), -1 for null, an unknown id, or a deleted item."""
+        rows = Positions(self._base).find(ids)
         if self._rows:
             for place, item_id in enumerate(ids.to_pylist()):
                 row = self._rows.get(item_id)
                 if row is not None and row < len(self):
-                    found[place] = row
-        return found
+                    rows[place] = row
+        return rows
 
     @cached_property
     def hashes(self) -> Hashes:
-        """(N + A,) hashes of the ids, which filters of shown items are asked with."""
-        return np.concatenate([self._base_hashes, hash_ids(pa.array(self._added[:], self.kind))])
+        """(N + A,) hashes of the ids, for look-ups in the filters of shown items."""
+        return np.concatenate([self._base_hashes, hash_ids(self._added_ids)])
 
     @cached_property
     def _base_hashes(self) -> Hashes:
@@ -300,14 +283,14 @@ class Attributes:
         return np.unique(np.concatenate([np.zeros(0, np.int64), *(piece.rows for piece in self._put)]))
 
 
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of a dictionary; any other type as it is."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
 def put_row(schema: pa.Schema, row: int, values: Mapping[str, Any]) -> PutRows:
     """The attributes of one item as they were put; a value of another type is null."""
-    plain = pa.schema(
-        [
-            (attribute.name, attribute.type.value_type if pa.types.is_dictionary(attribute.type) else attribute.type)
-            for attribute in schema
-        ]
-    )
+    plain = pa.schema([(attribute.name, plain_type(attribute.type)) for attribute in schema])
     columns = []
     for attribute in plain:
         column = column_of(values.get(attribute.name), attribute.type)
@@ -317,12 +300,12 @@ def put_row(schema: pa.Schema, row: int, values: Mapping[str, Any]) -> PutRows:
 
 @dataclass
 class SetAside:
-    """Changes of users and items in the log that this version cannot use. They are counted, and logged once each."""
+    """Changes of users and items in the log that this version cannot use: counted, and logged once each."""
 
     count: dict[str, int] = field(default_factory=dict)
     """Entities by kind."""
     told: dict[tuple[str, EntityId], str] = field(default_factory=dict)
-    """The reason, by kind and id, of the first ones."""
+    """Reasons by kind and id, of the first entities."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, kind: str, entity_id: EntityId, reason: str) -> None:
@@ -333,6 +316,4 @@ class SetAside:
             self.count[kind] = self.count.get(kind, 0) + 1
             if len(self.told) < _MAX_TOLD:
                 self.told[kind, entity_id] = cut(reason)
-        log.warning(
-            "what the log says of %s %s cannot be used and is set aside: %s", kind, shown(entity_id), cut(reason)
-        )
+        log.warning("the change of %s %s cannot be used and is set aside: %s", kind, shown(entity_id), cut(reason))

@@ -55,9 +55,9 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 FOLDED = "folded"
 HOURS = 48
-"""Hours whose recall is reported, the latest ones."""
+"""Number of latest hours whose recall is reported."""
 GATED = 20
-"""Deltas rejected by the gate that are reported, the latest ones."""
+"""Number of latest deltas rejected by the gate that are reported."""
 TABLES = "tables.safetensors"
 NEW_IDS = "new_ids.arrow"
 ITEMS = "items.arrow"
@@ -141,7 +141,7 @@ class Delta:
     folded: bool = False
     """It replaces the deltas 1 to `seq`."""
     digest: str = ""
-    """What the next delta follows: the digest of this one's manifest, or of the last one that it replaces."""
+    """What the next delta follows: the digest of this manifest, or of the last one that a folded delta replaces."""
 
 
 class Reports:
@@ -151,24 +151,24 @@ class Reports:
         self.latest: Mapping[str, Any] = {}
         """The report of the latest delta."""
         self.gated: deque[tuple[int, list[str]]] = deque(maxlen=GATED)
-        """Deltas that the gate rejected, with its reasons; the latest ones."""
+        """The latest deltas that the gate rejected, with its reasons."""
         self.recall: dict[int, tuple[int, int]] = {}
-        """By hour since 1970, how many of the next positives were found, and how many there were; the latest hours."""
+        """By hour since 1970, how many of the next positives were found, and how many there were."""
 
     def note(self, delta: Delta) -> None:
-        """Take in the next delta, or a folded one that replaces all."""
+        """Add the report of the next delta, or of a folded one, which replaces all."""
         self.latest = {name: value for name, value in delta.report.items() if name != FOLDED}
-        told = delta.report.get("recall", {})
+        recall = delta.report.get("recall", {})
         if delta.folded:
-            told = delta.report[FOLDED]["recall"]
+            recall = delta.report[FOLDED]["recall"]
             self.gated.clear()
             self.gated.extend((seq, reasons) for seq, reasons in delta.report[FOLDED]["gated"])
             self.recall = {}
         elif delta.report.get("refused"):
             self.gated.append((delta.seq, list(delta.report["refused"])))
-        for hour, (found, count) in told.items():
+        for hour, (hits, count) in recall.items():
             before = self.recall.get(int(hour), (0, 0))
-            self.recall[int(hour)] = (before[0] + found, before[1] + count)
+            self.recall[int(hour)] = (before[0] + hits, before[1] + count)
         for hour in sorted(self.recall)[:-HOURS]:
             del self.recall[hour]
 
@@ -179,7 +179,7 @@ class Reports:
 
 
 def chain_folder(deltas: Path, version_id: str) -> Path:
-    """The deltas of a version."""
+    """The deltas of a version; `deltas` is the folder of the chains of all versions, here and below."""
     return deltas / version_id
 
 
@@ -194,12 +194,10 @@ def folded_folder(deltas: Path, version_id: str, seq: int) -> Path:
 
 
 def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
-    """Commit a delta; gives the digest that the next one follows.
+    """Commit a delta that follows a digest: of the delta before or, for the first, of the version.
 
-    Args:
-        deltas: the folder of the chains of all versions.
-        delta: what to write.
-        follows: digest of the manifest of the version, or of the delta before.
+    Returns:
+        Its own digest.
 
     Raises:
         VersionError: the delta is there already.
@@ -211,13 +209,7 @@ def write_delta(deltas: Path, delta: Delta, follows: str) -> str:
 
 
 def write_folded(deltas: Path, delta: Delta, base: str) -> None:
-    """Write a folded delta; an existing one is damaged, and is replaced.
-
-    Args:
-        deltas: the folder of the chains of all versions.
-        delta: what to write; its digest is that of the last delta that it replaces.
-        base: digest of the version's manifest.
-    """
+    """Write a folded delta over the version of digest `base`; an existing one is damaged, and is replaced."""
     stands_for = {"first": 1, "digest": delta.digest}
     _write(folded_folder(deltas, delta.version, delta.seq), delta, {"follows": base, "stands_for": stands_for})
 
@@ -251,27 +243,20 @@ def read_delta(deltas: Path, version_id: str, seq: int, follows: str) -> Delta:
     """A delta; its files are checked against their hashes, and that it follows what is served.
 
     Raises:
-        VersionError: missing, damaged, of another base, or it follows something else than was given.
+        VersionError: missing, damaged, of another base, or it follows another digest.
     """
     return _read(delta_folder(deltas, version_id, seq), version_id, seq, follows)
 
 
 def read_folded(deltas: Path, version_id: str, base: str, after: int = 0) -> Delta | None:
-    """The latest folded delta that is not damaged, None where there is none; damaged ones are logged.
-
-    Args:
-        deltas: the folder of the chains of all versions.
-        version_id: the base.
-        base: digest of its manifest.
-        after: it stands for more deltas than this many.
-    """
+    """The latest folded delta beyond `after` that is not damaged, None where there is none; damaged ones are logged."""
     for seq in reversed(folded_seqs(deltas, version_id)):
         if seq <= after:
             break
         try:
             return _read(folded_folder(deltas, version_id, seq), version_id, seq, base)
         except VersionError as error:
-            log.error("a folded delta of %s is passed over: %s", version_id, error)
+            log.error("a folded delta of %s is skipped: %s", version_id, error)
     return None
 
 
@@ -283,13 +268,13 @@ def read_next(deltas: Path, version_id: str, base: str, seq: int, follows: str) 
 
     Args:
         deltas: the folder of the chains of all versions.
-        version_id: the base.
-        base: digest of its manifest.
+        version_id: the version.
+        base: its digest.
         seq: the latest delta that is known; 0 = none is.
-        follows: its digest, or the base's.
+        follows: the digest of that delta, or of the version.
 
     Raises:
-        VersionError: the next delta is damaged, of another base or gone, and no folded one stands for it.
+        VersionError: the next delta is damaged, of another base or gone, and no folded one replaces it.
     """
     if seq == 0 and (folded := read_folded(deltas, version_id, base)) is not None:
         return folded
@@ -300,7 +285,7 @@ def read_next(deltas: Path, version_id: str, base: str, seq: int, follows: str) 
             return read_delta(deltas, version_id, seq + 1, follows)
         if known <= seq:
             return None
-        problem = VersionError(f"{path} is gone, and no whole folded delta stands for it")
+        problem = VersionError(f"{path} is gone, and no whole folded delta replaces it")
     except VersionError as error:  # damaged, or removed while it was read
         problem = error
     if seq == 0 or (folded := read_folded(deltas, version_id, base, seq)) is None:
@@ -312,7 +297,7 @@ def read_next(deltas: Path, version_id: str, base: str, seq: int, follows: str) 
 
 
 def read_chain(deltas: Path, version_path: Path) -> Iterator[Delta]:
-    """The deltas of a version in their order, from the latest folded one on; errors as of `read_next`."""
+    """The deltas of a version in their order, from the latest folded one on; raises what `read_next` raises."""
     base = follows = base_digest(version_path)
     seq = 0
     while (delta := read_next(deltas, version_path.name, base, seq, follows)) is not None:
@@ -321,24 +306,27 @@ def read_chain(deltas: Path, version_path: Path) -> Iterator[Delta]:
 
 
 def verify_chain(deltas: Path, version_path: Path) -> list[str]:
-    """What is wrong with the deltas of a version: a sentence on the first that cannot be read, none where all can."""
+    """Problems of the deltas of a version: a sentence on the first that cannot be read, none where all can."""
     try:
-        for _ in read_chain(deltas, version_path):
-            pass
+        list(read_chain(deltas, version_path))
     except VersionError as error:
         return [str(error)]
     return []
 
 
 def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
-    manifest = _read_manifest(path, version_id, seq)
+    manifest = checked_manifest(path, "delta", FORMAT, FIELDS)
+    if (manifest["version"], manifest["seq"]) != (version_id, seq):
+        raise VersionError(f"{path} is delta {manifest['seq']} of version {manifest['version']}, not of {version_id}")
     if manifest["follows"] != follows:
         raise VersionError(
             f"{path} follows {manifest['follows'][:12]}, but what is served is {follows[:12]}: it was learned on "
             "another base"
         )
-    stands_for = manifest.get("stands_for")
     try:
+        if (stands_for := manifest.get("stands_for")) is not None:
+            check_fields(stands_for, {"digest": str}, f"{path}: stands_for")
+            check_fields(manifest["report"].get(FOLDED), {"gated": list, "recall": dict}, f"{path}: report")
         if problems := check_listing(path, manifest["files"]):
             raise VersionError(f"{path} is damaged: {'; '.join(problems)}")
         tensors, items = load_file(path / TABLES), map_columns(path / ITEMS)
@@ -369,17 +357,13 @@ def _read(path: Path, version_id: str, seq: int, follows: str) -> Delta:
 
 
 def _checked(delta: Delta) -> Delta:
-    """A delta whose arrays have the right types and shapes.
-
-    Raises:
-        DataError: they do not.
-    """
+    """The delta, if its arrays have the right types and shapes; raises a DataError otherwise."""
     for name, rows in delta.tables.items():
         at, values = rows.rows, rows.values
         if at.dtype != np.int64 or at.ndim != 1 or values.dtype != np.float32 or values.shape[:1] != at.shape:
             raise DataError(f"{name}: rows are {at.dtype}{at.shape}, their values {values.dtype}{values.shape}")
         if values.ndim != 2 or (len(at) and at[0] < FIRST) or (np.diff(at) <= 0).any():
-            raise DataError(f"{name}: the rows are not rising, or of no id")
+            raise DataError(f"{name}: the rows are not ascending, or below {FIRST}, the first row of an id")
         if not np.isfinite(values).all():
             raise DataError(f"{name}: {int((~np.isfinite(values)).any(axis=1).sum())} rows are not finite")
     for name, ids in delta.new_ids.items():
@@ -394,31 +378,11 @@ def _checked(delta: Delta) -> Delta:
     return delta
 
 
-def _read_manifest(path: Path, version_id: str, seq: int) -> dict[str, Any]:
-    """The manifest of a delta, checked against its own hash.
-
-    Raises:
-        VersionError: missing, damaged, of another format or of another base.
-    """
-    manifest = checked_manifest(path, "delta", FORMAT, FIELDS)
-    try:
-        if (stands_for := manifest.get("stands_for")) is not None:
-            check_fields(stands_for, {"digest": str}, f"{path}: stands_for")
-            check_fields(manifest["report"].get(FOLDED), {"gated": list, "recall": dict}, f"{path}: report")
-    except DataError as error:
-        raise VersionError(str(error)) from None
-    if (manifest["version"], manifest["seq"]) != (version_id, seq):
-        raise VersionError(
-            f"{path} is delta {manifest['seq']} of version {manifest['version']}: it is none of {version_id}"
-        )
-    return manifest
-
-
 def prune(deltas: Path, version_id: str) -> None:
     """Remove the deltas of a chain that folded ones replace.
 
-    The latest two folded deltas stay, with the deltas after the first of them: a server that is at most that far behind
-    continues delta by delta, and if one folded delta is damaged there is another.
+    The latest two folded deltas stay, with the deltas after the first of the two: a server that is at most that far
+    behind continues delta by delta, and if one folded delta is damaged there is another.
     """
     chain, kept = chain_folder(deltas, version_id), [0, 0, *folded_seqs(deltas, version_id)][-2]
     for folder, last in ((chain, kept), (chain / FOLDED, kept - 1)):
@@ -450,7 +414,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def base_digest(version_path: Path) -> str:
-    """What the first delta of a version follows: the hash of the version's manifest, and so of all its files."""
+    """The digest of a version, which its first delta follows: a hash of its manifest, and so of all its files."""
     return str(read_manifest(version_path)[DIGEST])
 
 
@@ -463,10 +427,10 @@ def _ids_table(new_ids: Mapping[str, pa.Table]) -> pa.Table:
 
 
 def _new_ids(stored: pa.RecordBatch) -> dict[str, pa.Table]:
-    found = {}
+    tables = {}
     names = stored.column("table").to_numpy(zero_copy_only=False)
     for name in sorted(set(names.tolist())):
         mine = pa.table(stored).filter(pa.array(names == name))
         number = not mine.column("number").null_count
-        found[name] = pa.table({"id": mine.column("number" if number else "text"), "row": mine.column("row")})
-    return found
+        tables[name] = pa.table({"id": mine.column("number" if number else "text"), "row": mine.column("row")})
+    return tables

@@ -1,8 +1,7 @@
-"""Golden queries: a few users with their answers, stored in a version and replayed before anyone serves from it.
+"""Golden queries: a few users with their answers, stored in a version and replayed before it is served.
 
-Every channel answers for itself, and so does every ranker, about items spread over the catalogue. The fused list is
-left out: it follows from theirs, and near ties, which another processor may round the other way, change its scores by
-whole ranks.
+Every channel answers, and so does every ranker, about items spread over the catalogue. The fused list is left out: it
+follows from these, and near ties, which another processor may round the other way, change its scores by whole ranks.
 """
 
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ def write_golden(version: Version, folder: Path) -> None:
 
 
 def replay(version: Version) -> list[str]:
-    """Ask the golden queries again; one sentence for each answer that is not as recorded, none where all agree."""
+    """Ask the golden queries again; gives a sentence for each answer that is not as recorded."""
     recorded, answers = read_json(version.path / GOLDEN)["queries"], list(_answers(version))
     if len(answers) != len(recorded):
         return [f"{len(recorded)} golden queries are recorded, {len(answers)} are expected"]
@@ -43,7 +42,7 @@ def replay(version: Version) -> list[str]:
 
 
 def _difference(expected: dict[str, Any], answer: dict[str, Any]) -> str | None:
-    """What is not as recorded, None where all is; items whose scores are as good as tied may change places."""
+    """What is not as recorded, or None; items whose scores are nearly tied may change places."""
     old, new = np.array(expected["scores"]), np.array(answer["scores"])
     if len(old) != len(new):
         return f"{len(new)} items, {len(old)} are recorded"
@@ -63,7 +62,7 @@ def _answers(version: Version) -> Iterator[dict[str, Any]]:
     """The first K items of each channel for each user, then the best of the same items by each ranker."""
     spread = np.linspace(0, len(version.users) - 1, min(USERS, len(version.users))).astype(np.int64)
     users = np.concatenate([spread, [-1]])
-    queries = version.queries(users, exclude=(version.clicks.indptr, version.clicks.item_row))
+    queries = version.queries(users, exclude=version.clicks.items)
 
     def answer(user: int, name: str, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""Manifests of versions and deltas: JSON with the SHA-256 of its own content, because a flipped digit is still JSON."""
+"""Manifests of versions and deltas: JSON with the SHA-256 of its own content, because a changed digit is still JSON."""
 
 import hashlib
 import json
@@ -21,13 +21,9 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> str:
 
 
 def checked_manifest(folder: Path, kind: str, number: int, fields: Mapping[str, Kind]) -> dict[str, Any]:
-    """A manifest, checked against its own digest; the files that it lists are not.
+    """A manifest of a kind (`version` or `delta`) and format number, checked against its own digest.
 
-    Args:
-        folder: of the version or the delta.
-        kind: `version` or `delta`.
-        number: of the format.
-        fields: what is read of it, with its types.
+    The files that it lists are not checked; `fields` are what is read of it, with their types.
 
     Raises:
         VersionError: it is missing, damaged, or of another kind or format.
@@ -37,7 +33,7 @@ def checked_manifest(folder: Path, kind: str, number: int, fields: Mapping[str, 
     except DataError as error:
         raise VersionError(f"{folder} is no whole {kind}: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != kind or manifest.get("format") != number:
-        raise VersionError(f"{folder} is no {kind} of format {number}: it is of another release; publish again")
+        raise VersionError(f"{folder} is no {kind} of format {number}: it comes from another release; publish again")
     if manifest.get(DIGEST) != digest({key: value for key, value in manifest.items() if key != DIGEST}):
         raise VersionError(
             f"{kind} {folder.name} is damaged: {folder / MANIFEST} does not have its own SHA-256. Restore it or "

@@ -1,6 +1,6 @@
-"""The dense part of a tower as ONNX: rows of tables and numbers in, unit vectors out, one or one for each interest.
+"""The dense part of a tower as ONNX: rows of tables and numbers in; a unit vector, or one for each interest, out.
 
-Looking ids up stays outside, in memory-mapped tables, so that a table can change without the network.
+Ids are looked up outside, in memory-mapped tables, so that a table can change without the network.
 """
 
 import copy
@@ -32,12 +32,8 @@ Dims = dict[int, "torch.export.Dim"]
 def example_inputs(features: Sequence[Fitted], rows: int, free: Dims) -> dict[str, tuple[Tensor, Dims]]:
     """An example of each input that features give, and the dimensions of it that are free.
 
-    A feature is (B, width) float32; a sequence that the tower encodes is (B, L, width), with (B,) int64 lengths.
-
-    Args:
-        features: of a tower.
-        rows: B, of the examples.
-        free: what is free of dimension B.
+    A feature is (B, width) float32; a sequence that the tower encodes is (B, L, width), with (B,) int64 lengths. `rows`
+    is the B of the examples; `free` says whether B is free.
     """
     inputs: dict[str, tuple[Tensor, Dims]] = {}
     for place, feature in enumerate(features):
@@ -84,12 +80,7 @@ class _ByPosition(nn.Module):
 def export(module: nn.Module, inputs: Mapping[str, tuple[Tensor, Dims]], output: str, path: Path, call: Call) -> None:
     """Write a module as ONNX.
 
-    Args:
-        module: what to write.
-        inputs: by name, an example and the dimensions that are free.
-        output: name of what it gives.
-        path: the file.
-        call: gives the output of the module for named inputs.
+    `inputs` are by name an example and its free dimensions; `call` gives the output of the module for named inputs.
     """
     examples, shapes = zip(*inputs.values(), strict=True)
     quiet = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
@@ -116,24 +107,17 @@ def export(module: nn.Module, inputs: Mapping[str, tuple[Tensor, Dims]], output:
 
 
 def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """ONNX Runtime with a network; `threads` is for one call."""
+    """ONNX Runtime with a network; `threads` are those of one call."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # From bytes: a file that names further ones, with its weights, opens none of them.
+    # From bytes, so that no other file is opened that the network names as the place of its weights.
     return onnxruntime.InferenceSession(bytes(map_file(path)), options, providers=["CPUExecutionProvider"])
 
 
 class OnnxTower:
-    """A tower run by ONNX Runtime over memory-mapped tables; safe to call from several threads.
-
-    Args:
-        path: the ONNX file.
-        features: the tower's features.
-        tables: embedding tables by name.
-        threads: threads of one call.
-    """
+    """A tower run by ONNX Runtime over memory-mapped tables, by name; safe to call from several threads."""
 
     def __init__(self, path: Path, features: Sequence[Fitted], tables: Mapping[str, Table], threads: int = 1) -> None:
         self._session = open_session(path, threads)

@@ -1,11 +1,11 @@
 """What was learned since a version, laid over it: deltas, and users and items that were put or deleted.
 
-The version stays as it is, mapped into memory. A new overlay is a new `Version` that shares everything which did not
+The version stays as it is, mapped into memory. The result is a new `Version` that shares everything which did not
 change; a server swaps one reference. It is a function of the version, of its deltas in their order and of the changes
 of entities in the log, so all replicas have the same bytes.
 
-One more item costs the same however many were put before: see `twotower.publish.catalogue` for how, and for why it is
-safe. The other state of an overlay is read only by the thread that lays it.
+One more item costs the same however many were put before (see `twotower.publish.catalogue`). The other state of an
+overlay is read only by the thread that lays it.
 
 N items of the version, A items put since, D vector.
 """
@@ -24,22 +24,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.channels.retriever import Candidates, Queries, Retriever, WithoutItems, similar_items
-from twotower.channels.vector_channel import VectorChannel
+from twotower.channels.vector_channel import UserEncoder, VectorChannel
 from twotower.features.columns import Bag, Column, concatenate, pointers
 from twotower.features.columns import Rows as Tokens
 from twotower.features.feature_set import encode_request
 from twotower.features.vocabulary import UNKNOWN
-from twotower.index.checks import ROWS
 from twotower.index.exact import ExactIndex
 from twotower.index.overlaid import OverlaidIndex
 from twotower.index.protocol import PADDING, Exclusions, VectorIndex
 from twotower.logs.entities import Entity
 from twotower.logs.events import ITEM, EntityId
-from twotower.publish.catalogue import SMALLER, Attributes, Encoded, Grown, Layered, PutRows, SetAside, changes, put_row
+from twotower.publish.catalogue import (
+    SMALLER,
+    Attributes,
+    Encoded,
+    Layered,
+    PutRows,
+    SetAside,
+    changes,
+    plain_type,
+    put_row,
+)
 from twotower.publish.delta import Delta, Rows, read_chain
 from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
-from twotower.publish.version import NEW_ITEMS, TWO_TOWER, Again, LearnedUsers, Mask, Version
+from twotower.publish.version import NEW_ITEMS, TWO_TOWER, Again, LearnedUsers, Mask, Version, encode_usable
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError, cut, shown
 from twotower.schema.limits import check_value
@@ -58,7 +67,7 @@ class EntityChanges:
     users: Mapping[EntityId, Entity] = field(default_factory=Layered[EntityId, Entity])
 
     def with_newer(self, items: Mapping[EntityId, Entity], users: Mapping[EntityId, Entity]) -> "EntityChanges":
-        """The same with some that were put or deleted since."""
+        """These changes and newer ones."""
         return EntityChanges(_layered(self.items).with_newer(items), _layered(self.users).with_newer(users))
 
 
@@ -73,7 +82,7 @@ class _Put:
     entity: Entity
     row: int
     token: int
-    """Its row of the table of item ids."""
+    """Its vocabulary index."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +95,7 @@ class _Hidden:
 
 
 class _Items:
-    """The items of a version and those put since, as they are now; a snapshot is taken of it.
-
-    Args:
-        base: the version.
-        tokens: (N,) rows of its items in the table of item ids.
-    """
+    """The items of a version and those put since, as they are now; `tokens` (N,) are their vocabulary indexes."""
 
     def __init__(self, base: Version, tokens: Tokens) -> None:
         self.ids: list[EntityId] = []
@@ -99,9 +103,9 @@ class _Items:
         self.rows: dict[EntityId, int] = {}
         """See `ItemKeys`."""
         self.births: dict[EntityId, tuple[int, int | None]] = {}
-        """Which of the items that had the id one after the other has its row."""
+        """By id, which of the items that had the id one after the other has its row; see `_birth`."""
         self.last: tuple[int, Any] = (-1, "")
-        """What the latest of the items put since is ordered by."""
+        """The sort key of the latest item put since; see `_order`."""
         self.put: dict[EntityId, _Put] = {}
         self.gone = base.gone
         """(N + A,) deleted or not available."""
@@ -110,7 +114,7 @@ class _Items:
         self.vectors: tuple[Rows, ...] = ()
         self.again = Again()
         self.tokens = _with_room(tokens, base.items.base)
-        """(N + A and more,) rows of the table of item ids; unknown behind the end."""
+        """(N + A and more,) vocabulary indexes; unknown behind the end."""
 
     def copied(self) -> "_Items":
         other = copy.copy(self)
@@ -120,12 +124,7 @@ class _Items:
 
 
 class KnownItems:
-    """A channel that knows nothing of the items put since; queries that name such items work too.
-
-    Args:
-        channel: what it asks.
-        count: N, the items that the channel knows.
-    """
+    """A channel that knows only the first `count` items; queries that name items put since work too."""
 
     def __init__(self, channel: Retriever, count: int) -> None:
         self.name = channel.name
@@ -142,10 +141,10 @@ class KnownItems:
     def similar(self, rows: Longs, k: int) -> Candidates | None:
         """See `SimilarItems.similar`."""
         known = rows < self._count
-        found = similar_items(self.channel, np.where(known, rows, 0), k)
-        if found is not None:
-            found.rows[~known], found.scores[~known] = PADDING, -np.inf
-        return found
+        similar = similar_items(self.channel, np.where(known, rows, 0), k)
+        if similar is not None:
+            similar.rows[~known], similar.scores[~known] = PADDING, -np.inf
+        return similar
 
 
 def _below(indptr: Longs, rows: npt.NDArray[Any], count: int) -> tuple[Longs, npt.NDArray[Any]]:
@@ -162,8 +161,8 @@ class Overlay:
     Args:
         base: as `open_version` gives it.
         by_id: an id has one row, even if its item was deleted and put again, and none if it was put and deleted. Rows
-            are then a function of the items that exist now, as the updater's state requires. Without it, each item that
-            had the id one after the other has a row of its own, as a server requires.
+            are then a function of the items that exist now, as the updater's state requires. Without it, items that
+            had the same id one after the other have a row each, as a server requires.
     """
 
     def __init__(self, base: Version, *, by_id: bool = False) -> None:
@@ -185,11 +184,10 @@ class Overlay:
         self._hidden: dict[str, _Hidden] = {}
         """By channel, its index in the latest snapshot."""
         self.aside = SetAside()
-        """Changes that cannot be used."""
         self._moved: set[int] = set()
         """Rows of the table of item ids that were touched since `lay`."""
         self._admitted: set[EntityId] = set()
-        """Items whose row of that table changed since."""
+        """Items whose vocabulary index changed since."""
         self._learned = False
         self._back = np.zeros(0, np.int64)
         """Rows of the version's items that are available again."""
@@ -197,8 +195,7 @@ class Overlay:
         """By channel, newer vectors below those of items that were put."""
         self._other_tokens: dict[str, Tokens] = {}
         """By channel, the same as `_Items.tokens` for channels that do not learn between versions."""
-        self._encode_users = base.user_tower
-        self._new_rows = _rows_of_index(base)
+        self._user_tower = base.user_tower
         ids = base.features.vocabularies.get(c.ITEM_ID)
         self._item_tokens = base.two_tower.item_tokens
         if ids is not None and base.features.history is None:
@@ -227,10 +224,10 @@ class Overlay:
                     self._admitted.add(entity_id)
                 if row == UNKNOWN:
                     self._forgotten[name].add(entity_id)
-        found = self.base.items.find(delta.item_ids)
-        known = np.flatnonzero(found >= 0)
-        order = known[np.argsort(found[known], kind="stable")]
-        self._vectors = self._vectors.with_newer(Rows(found[order], delta.item_vectors[order]))
+        item_rows = self.base.items.find(delta.item_ids)
+        known = np.flatnonzero(item_rows >= 0)
+        order = known[np.argsort(item_rows[known], kind="stable")]
+        self._vectors = self._vectors.with_newer(Rows(item_rows[order], delta.item_vectors[order]))
         if c.ITEM_ID in delta.tables:
             self._moved |= set(delta.tables[c.ITEM_ID].rows.tolist())
         self.seq, self.watermark_ms, self._learned = delta.seq, delta.watermark_ms, True
@@ -239,7 +236,7 @@ class Overlay:
         """Refuse a delta whose rows, ids or vectors do not fit the version."""
         for name, rows in delta.tables.items():
             if name not in self._mapped or rows.values.shape[1] != self._mapped[name].shape[1]:
-                raise DataError(f"delta {delta.seq} has rows of a table {name} that version {self.base.id} has not so")
+                raise DataError(f"delta {delta.seq} has rows of table {name} that do not fit version {self.base.id}")
             if len(rows.rows) and rows.rows[-1] >= self._mapped[name].shape[0]:
                 raise DataError(
                     f"delta {delta.seq} has row {rows.rows[-1]} of table {name}, which has "
@@ -248,7 +245,7 @@ class Overlay:
         kinds = {c.USER_ID: self.base.users.ids.type, c.ITEM_ID: self.base.item_ids.type}
         for name, ids in delta.new_ids.items():
             if name not in kinds or ids.column("id").type != kinds[name]:
-                raise DataError(f"delta {delta.seq} has ids of {name} that version {self.base.id} has not so")
+                raise DataError(f"delta {delta.seq} has ids of {name} that do not fit version {self.base.id}")
             if name in self._mapped and ids.num_rows and pc.max(ids.column("row")).as_py() >= len(self._mapped[name]):
                 raise DataError(f"delta {delta.seq} has ids of {name} with rows beyond its table")
         if delta.item_vectors.shape[1] != self._vectors.values.shape[1]:
@@ -328,7 +325,7 @@ class Overlay:
         return not entity.deleted and entity.features is not None and (own < 0 or another)
 
     def is_another(self, entity: Entity) -> bool:
-        """Whether it was deleted and put again since the version was made: the version's own item is another."""
+        """Whether it was deleted and put again since the version was made: it is not the version's item of that id."""
         if not entity.fresh or entity.deleted_ms is None:
             return entity.fresh
         return self.base.watermark_ms is None or entity.deleted_ms > self.base.watermark_ms
@@ -341,8 +338,8 @@ class Overlay:
         for item_id, entity in sorted(changed.items(), key=lambda entry: _order(*entry)):
             try:
                 if entity.features is not None and not entity.deleted:
-                    columns[item_id] = item_columns(self.base, item_id, entity, UNKNOWN, self.aside)
-            except Exception as error:  # whatever it is, the other items are served
+                    columns[item_id] = item_columns(self.base, item_id, entity, self.aside)
+            except Exception as error:  # the other items are served in any case
                 self.aside.note(ITEM, item_id, repr(error))
                 continue
             usable[item_id] = entity
@@ -361,7 +358,7 @@ class Overlay:
                 usable[item_id], rows[item_id], self._token(item_id, usable[item_id], rows[item_id])
             )
         self._set_tokens(put)
-        self._encode({**self._moved_items(), **dict.fromkeys(put)}, columns)
+        self._encode(self._moved_items() | set(put), columns)
         self._moved, self._admitted = set(), set()
 
     def _note_lost(self, item_id: EntityId, entity: Entity, put: PutRows) -> None:
@@ -403,10 +400,7 @@ class Overlay:
     ) -> Mask:
         """(N + A,) which items are deleted or not available, after some have changed.
 
-        Args:
-            changed: the items.
-            before: the version's own rows, and those that they had.
-            rows: those that they have now; -1 = none.
+        `before` has the version's own rows of these items and the rows that they had, `rows` those of now; -1 = none.
         """
         count = self._count + len(self._items.ids)
         gone = np.concatenate([self._items.gone, np.zeros(count - len(self._items.gone), np.bool_)])
@@ -422,7 +416,7 @@ class Overlay:
         return gone
 
     def _token(self, item_id: EntityId, entity: Entity, row: int) -> int:
-        """The row of an item in the table of item ids."""
+        """The vocabulary index of an item."""
         if self.is_another(entity) and item_id not in self._forgotten[c.ITEM_ID]:
             return UNKNOWN
         if item_id in self._ids[c.ITEM_ID]:
@@ -430,7 +424,7 @@ class Overlay:
         return int(self._item_tokens[row]) if row < self._count else UNKNOWN
 
     def _set_tokens(self, put: Sequence[EntityId]) -> None:
-        """Update the rows of the table of item ids, in a new array if a snapshot may read the old one."""
+        """Update the vocabulary indexes, in a new array if a snapshot may read the old one."""
         now, count = self._items, self._count + len(self._items.ids)
         published = 0 if self._laid is None else len(self._laid.items)
         if len(now.tokens) < count:
@@ -438,8 +432,8 @@ class Overlay:
         token_of: dict[int, int] = {}
         if self._admitted:
             ids = [item_id for item_id in self._admitted if is_id(item_id, self.base.items.kind)]
-            found = self.base.items.grown(Grown(now.ids), now.rows).find(pa.array(ids, self.base.items.kind))
-            for item_id, row in zip(ids, found.tolist(), strict=True):
+            rows = self.base.items.grown(now.ids, now.rows).find(pa.array(ids, self.base.items.kind))
+            for item_id, row in zip(ids, rows.tolist(), strict=True):
                 if row >= 0:
                     entity = now.put[item_id].entity if item_id in now.put else Entity()
                     token_of[row] = self._token(item_id, entity, row)
@@ -453,16 +447,14 @@ class Overlay:
             item = now.put[item_id]
             now.put[item_id] = replace(item, token=int(now.tokens[item.row]))
 
-    def _moved_items(self) -> dict[EntityId, None]:
+    def _moved_items(self) -> set[EntityId]:
         """Items put before whose vectors must be computed again, because rows that they read have changed."""
         if not self._moved and not self._admitted:
-            return {}
+            return set()
         put = self._items.put
         if self._moved and self._reads_others:
-            return dict.fromkeys(put)
-        return dict.fromkeys(
-            item_id for item_id, item in put.items() if item.token in self._moved or item_id in self._admitted
-        )
+            return set(put)
+        return {item_id for item_id, item in put.items() if item.token in self._moved or item_id in self._admitted}
 
     def _encode(self, items: Iterable[EntityId], columns: Mapping[EntityId, dict[str, Column]]) -> None:
         """Compute the vectors of items that were put, by the frozen item tower; one at a time, so that the bytes do not
@@ -475,15 +467,13 @@ class Overlay:
         tower, each, vectors = self._tower.with_tables(self._all_tables()), [], []
         for item_id in order:
             item = now.put[item_id]
-            encoded = dict(
-                columns[item_id] if item_id in columns else item_columns(self.base, item_id, item.entity, UNKNOWN)
-            )
+            encoded = dict(columns[item_id] if item_id in columns else item_columns(self.base, item_id, item.entity))
             if c.ITEM_ID in encoded:
                 encoded[c.ITEM_ID] = np.array([item.token], np.int32)
             try:
                 vector = tower.encode(encoded)[0]
                 problem = None if np.isfinite(vector).all() else "its features give no finite vector"
-            except Exception as error:  # whatever it is, the other items are served
+            except Exception as error:  # the other items are served in any case
                 problem = repr(error)
             if problem is not None:
                 vector = np.zeros(self._vectors.values.shape[1], np.float32)
@@ -512,62 +502,57 @@ class Overlay:
         """The version with the items as they are now."""
         base, now = self.base, self._items
         count = self._count + len(now.ids)
-        back = np.flatnonzero(self.base.gone & ~now.gone[: self._count])
+        back = np.flatnonzero(base.gone & ~now.gone[: self._count])
         if self._learned or self._laid is None or not np.array_equal(back, self._back):
-            self._encode_users = base.user_tower.with_tables(self._all_tables())
-            self._back, self._hidden = back, {}
-            self._below = {
-                name: _vectors_of(channel, back)
-                for name, channel in base.channels.items()
-                if isinstance(channel, VectorChannel) and name != NEW_ITEMS
-            }
+            self._user_tower = base.user_tower.with_tables(self._all_tables())
+            self._back, self._hidden, self._below = back, {}, {}
+            for name, channel in base.channels.items():
+                if isinstance(channel, VectorChannel) and (vectors := channel.item_vectors) is not None:
+                    self._below[name] = Rows(back, np.array(vectors[back], np.float32))
             self._below[TWO_TOWER] = self._below[TWO_TOWER].with_newer(self._vectors)
             if NEW_ITEMS in base.channels:
                 self._below[NEW_ITEMS] = self._of_new(self._below[TWO_TOWER])
-        towers = self._laid_channel(base.two_tower, now.vectors, now.tokens[:count], self._encode_users)
+        towers = self._laid_channel(base.two_tower, now.vectors, now.tokens[:count], self._user_tower.encode)
         channels: dict[str, Retriever] = {}
         for name, channel in base.channels.items():
             if name == TWO_TOWER:
                 channels[name] = towers
             elif name == NEW_ITEMS and isinstance(channel, VectorChannel):
-                pieces = self._newer(name, tuple(self._of_new(piece) for piece in now.vectors))
+                pieces = (self._below[name], *(self._of_new(piece) for piece in now.vectors))
                 channels[name] = towers.over(name, self._laid_index(channel, pieces))
             elif isinstance(channel, VectorChannel):
                 if len(self._other_tokens.get(name, ())) < count:
                     self._other_tokens[name] = _with_room(channel.item_tokens, count)
-                channels[name] = self._laid_channel(channel, (), self._other_tokens[name][:count], None)
+                tokens = self._other_tokens[name][:count]
+                channels[name] = self._laid_channel(channel, (), tokens, channel.encode_users)
             else:
                 channels[name] = self._without(channel)
         changed = count > self._count or now.attributes
         return replace(
             base,
             attributes=Attributes(base.catalogue, now.attributes, count) if changed else base.attributes,
-            items=base.items.grown(Grown(now.ids), now.rows) if changed or now.rows else base.items,
+            items=base.items.grown(now.ids, now.rows) if changed or now.rows else base.items,
             channels=channels,
-            user_tower=self._encode_users,
+            user_tower=self._user_tower,
             gone=now.gone,
             rankers={name: ranker.with_items(now.encoded) for name, ranker in base.rankers.items()},
             again=now.again,
         )
 
-    def _newer(self, name: str, pieces: tuple[Rows, ...]) -> tuple[Rows, ...]:
-        """The newer vectors of a channel: pieces of which the last is the newest."""
-        return tuple(piece for piece in (self._below[name], *pieces) if len(piece))
-
     def _laid_channel(
-        self, channel: VectorChannel, pieces: tuple[Rows, ...], tokens: Tokens, encode: OnnxTower | None
+        self, channel: VectorChannel, pieces: tuple[Rows, ...], tokens: Tokens, encode: UserEncoder
     ) -> VectorChannel:
-        """A channel with newer vectors of some items, without what is gone."""
-        newer, vectors = self._newer(channel.name, pieces), channel.item_vectors
+        """A channel with newer vectors of some items, without what is gone; the last piece is the newest."""
+        newer, vectors = (self._below[channel.name], *pieces), channel.item_vectors
         assert vectors is not None
         for piece in newer:
-            vectors = LaidRows(vectors, piece.rows, piece.values)
+            vectors = LaidRows(vectors, piece.rows, piece.values) if len(piece) else vectors
         index = self._laid_index(channel, newer)
-        users = channel.encode_users if encode is None else encode.encode
-        return replace(channel, item_tokens=tokens, index=index, item_vectors=vectors, encode_users=users)
+        return replace(channel, item_tokens=tokens, index=index, item_vectors=vectors, encode_users=encode)
 
-    def _laid_index(self, channel: VectorChannel, newer: tuple[Rows, ...]) -> VectorIndex:
+    def _laid_index(self, channel: VectorChannel, newer: Sequence[Rows]) -> VectorIndex:
         """The index of a channel with newer vectors, without what is gone."""
+        newer = [piece for piece in newer if len(piece)]
         gone, indexes = self._items.gone, list[ExactIndex]()
         for place, piece in enumerate(newer):
             out = gone[piece.rows]
@@ -603,18 +588,15 @@ class Overlay:
         return OnnxTower(folder / "item_tower.onnx", self.base.features.item, self._mapped)
 
     def _of_new(self, piece: Rows) -> Rows:
-        """Those of new items."""
-        kept = np.isin(piece.rows, self._new_rows) | (piece.rows >= self._count)
+        """The rows of a piece that belong to new items."""
+        channel = self.base.channels[NEW_ITEMS]
+        assert isinstance(channel, VectorChannel)
+        kept = np.isin(piece.rows, channel.index.rows) | (piece.rows >= self._count)
         return piece if kept.all() else Rows(piece.rows[kept], piece.values[kept])
 
 
 def as_served(base: Version, deltas: Path, entities: EntityChanges) -> Version:
     """A version with its deltas and with what was put or deleted, as a server that starts now serves it.
-
-    Args:
-        base: as `open_version` gives it.
-        deltas: the folder of the chains of all versions.
-        entities: what was put or deleted.
 
     Raises:
         VersionError: a delta is damaged or missing.
@@ -625,33 +607,17 @@ def as_served(base: Version, deltas: Path, entities: EntityChanges) -> Version:
     return overlay.lay(entities) if overlay.seq or entities.items or entities.users else base
 
 
-def item_columns(
-    base: Version, item_id: EntityId, entity: Entity, token: int, aside: SetAside | None = None
-) -> dict[str, Column]:
-    """What enters the item tower for one item that was put (N = 1); `aside` notes what cannot be used of it."""
-    columns: dict[str, Column] = {}
-    for feature in base.features.item:
-        try:
-            columns |= encode_request([feature], _only(feature.name, entity.features or {}), "features")
-        except DataError as error:  # it was put for a version whose features were of other types
-            if aside is not None:
-                aside.note(ITEM, item_id, f"{feature.name} counts as missing: {error}")
-            columns[feature.name] = feature.absent(1)
+def item_columns(base: Version, item_id: EntityId, entity: Entity, aside: SetAside | None = None) -> dict[str, Column]:
+    """The inputs of the item tower for one item that was put, its id unknown; `aside` notes what cannot be used."""
+    note = None if aside is None else functools.partial(aside.note, ITEM, item_id)
+    columns = encode_usable(base.features.item, entity.features or {}, note)
     if c.ITEM_ID in columns:
-        columns[c.ITEM_ID] = np.array([token], np.int32)
+        columns[c.ITEM_ID] = np.array([UNKNOWN], np.int32)
     return columns
 
 
-def _only(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: values[name]} if name in values else {}
-
-
 def check_item(base: Version, features: Mapping[str, Any]) -> None:
-    """Refuse features of an item that the version cannot use.
-
-    Raises:
-        DataError: a name that is no attribute of items, or a value of another type.
-    """
+    """Raise a DataError for a name that is no attribute of the version's items, or a value of another type."""
     names = [name for name in base.attributes.schema.names if name not in (c.ITEM_ID, c.AVAILABLE)]
     if strange := sorted(set(features) - set(names)):
         raise DataError(f"features: items have no attribute {cut(', '.join(strange))}; they have {', '.join(names)}")
@@ -665,27 +631,22 @@ def check_item(base: Version, features: Mapping[str, Any]) -> None:
     encode_request(own, {name: features[name] for name in given}, "features")
 
 
-def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type of the values of a dictionary; any other as it is."""
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
 def _attributes(item_id: EntityId, entity: Entity) -> dict[str, Any]:
     return {**(entity.features or {}), c.ITEM_ID: item_id, c.AVAILABLE: entity.available is not False}
 
 
 def _order(item_id: EntityId, entity: Entity) -> tuple[int, Any]:
-    """What items that need a row are ordered by."""
+    """The sort key of items that need a row."""
     return entity.began, item_id
 
 
 def _birth(entity: Entity) -> tuple[int, int | None]:
-    """Tells an item from those that had its id before."""
+    """What tells an item from those that had its id before."""
     return entity.began, entity.deleted_ms
 
 
 def _with_room(tokens: Tokens, count: int) -> Tokens:
-    """The same rows of the table of item ids, with unknown ones behind them as room for more items."""
+    """The same vocabulary indexes, with unknown ones behind them as room for more items."""
     return np.concatenate([tokens, np.full(2 * max(count, len(tokens)) + SMALLER - len(tokens), UNKNOWN, np.int32)])
 
 
@@ -705,7 +666,7 @@ def _piled(pieces: tuple[P, ...], newer: P) -> tuple[P, ...]:
 
     >>> piece = Rows(np.arange(3), np.zeros((3, 1), np.float32))
     >>> below = Rows(np.arange(100), np.ones((100, 1), np.float32))
-    >>> [len(one) for one in _piled((below, piece), piece)]
+    >>> [len(rows) for rows in _piled((below, piece), piece)]
     [100, 3]
     """
     if pieces and not len(newer):
@@ -714,16 +675,3 @@ def _piled(pieces: tuple[P, ...], newer: P) -> tuple[P, ...]:
         *below, last = pieces
         pieces, newer = tuple(below), last.with_newer(newer)
     return (*pieces, newer)
-
-
-def _vectors_of(channel: VectorChannel, rows: Longs) -> Rows:
-    """The channel's own vectors of some rows: items that are available again."""
-    vectors = channel.item_vectors
-    assert vectors is not None
-    return Rows(rows, np.array(vectors[rows], np.float32))
-
-
-def _rows_of_index(base: Version) -> Longs:
-    """The rows that the channel of new items searches."""
-    path = base.path / "channels" / NEW_ITEMS / "index" / ROWS
-    return np.load(path, allow_pickle=False) if path.exists() else np.zeros(0, np.int64)

@@ -1,7 +1,7 @@
 """Publish a checkpoint as a version; promote, verify and roll back.
 
 A version is built under a temporary name and renamed when it is complete and has answered its golden queries. `CURRENT`
-names the served one and is replaced by one rename, so that a reader sees the old or the new, never anything between.
+names the served version and is replaced by one rename, so that a reader sees the old or the new name, never a part.
 """
 
 import logging
@@ -57,7 +57,6 @@ from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import MANIFEST, TEMPORARY, check_listing, folder_listing, whole_file, whole_folder
 from twotower.schema.locks import locked
 from twotower.schema.tables import check_entities
-from twotower.towers.ranker import Ranker
 from twotower.towers.two_tower import Floats, TwoTower
 from twotower.train.checkpoint import Checkpoint, load_model, load_ranker
 
@@ -69,10 +68,9 @@ PROMOTING = ".promoting"
 RANKED = 20
 """Users that compare an exported ranker with the trained one."""
 SAMPLED = 500
-"""Users that the index is tuned on; the same number of users and of items compare the exported towers with the trained
-ones."""
+"""Users that the index is tuned on; as many users and items compare the exported towers with the trained ones."""
 ROUNDING = 1e-5
-"""Largest difference between a number of a trained tower's vector and of the exported one's."""
+"""Largest difference between the vectors of a trained tower and of the exported one."""
 
 Tune = Callable[[npt.NDArray[np.int64], Floats, Floats], VectorIndex]
 """Builds an index of vectors (N, D) of some rows (N,), tuned on queries (Q, D)."""
@@ -101,9 +99,7 @@ class VersionParts:
     counted: Mapping[str, Counted]
     """The channels that are counted, not trained, by name."""
     rankers: Mapping[str, Checkpoint]
-    """The trained rankers, by name."""
     fusion: Fusion
-    """How the channels become one list."""
 
 
 def publish(
@@ -117,7 +113,7 @@ def publish(
     recorded: Mapping[str, Any],
     clock_ms: ClockMs = now_ms,
 ) -> str:
-    """Build a version from checkpoints and the samples they were trained on; it is not promoted.
+    """Build a version from checkpoints and the samples they were trained on, and give its id; it is not promoted.
 
     Args:
         versions: the folder of all versions.
@@ -129,9 +125,6 @@ def publish(
         recorded: the `configuration` and the `metrics` of the evaluation, for the manifest.
         clock_ms: milliseconds since 1970.
 
-    Returns:
-        The id of the version.
-
     Raises:
         DataError: checkpoint, samples and items do not belong together, or a vector is not finite.
         VersionError: another process is publishing, or the exported towers are not the trained ones.
@@ -141,7 +134,10 @@ def publish(
     moment = datetime.fromtimestamp(created_ms / 1000, UTC)
     tensors = parts.checkpoints[TWO_TOWER].tensors_sha256
     version_id = f"{moment:%Y%m%dT%H%M%S}{created_ms % 1000:03d}-{tensors[:8]}"
-    with _one_publisher(versions), whole_folder(_new_path(versions, version_id)) as folder:
+    path = versions / version_id
+    with _one_publisher(versions), whole_folder(path) as folder:
+        if path.exists():
+            raise VersionError(f"{path} exists, and a version is never replaced: publish again")
         tune = partial(build_index, index, ks=list(ks), seed=seed)
         _write_parts(folder, parts, models, tune)
         write_table(folder / CATALOGUE, catalogue)
@@ -165,11 +161,7 @@ def publish(
 
 
 def _matching_catalogue(parts: VersionParts) -> pa.Table:
-    """The items with their attributes, after a look whether all parts belong together.
-
-    Raises:
-        DataError: they do not.
-    """
+    """The items with their attributes; raises a DataError where the parts do not belong together."""
     samples = parts.samples
     for checkpoint in (*parts.checkpoints.values(), *parts.rankers.values()):
         for name in (FEATURES_FILE, VOCABULARY_FILE):
@@ -230,19 +222,32 @@ def _write_counted(folder: Path, channel: Counted, samples: Samples, tune: Tune)
     folder.mkdir()
     if isinstance(channel, ALS):
         queries = channel.user_vectors(_some_queries(samples).clicks)
-        channel = channel.with_index(tune(*channel.found, queries[queries.any(axis=1)]))
+        channel = channel.with_index(tune(*channel.unit_vectors, queries[queries.any(axis=1)]))
     channel.save(folder)
 
 
 def _write_ranker(folder: Path, checkpoint: Checkpoint, samples: Samples) -> None:
+    """Write a ranker, and run it on users and items spread over all, as another process would.
+
+    Raises:
+        VersionError: its probabilities are not those of the trained one.
+    """
     log.info("writing ranker %s", folder.name)
-    ranker = load_ranker(checkpoint)
-    write_ranker(folder, ranker, {key: checkpoint.manifest[key] for key in ("calibration", "position")})
-    _check_ranker(folder, ranker, samples)
+    model = load_ranker(checkpoint)
+    write_ranker(folder, model, {key: checkpoint.manifest[key] for key in ("calibration", "position")})
+    exported = OnnxRanker(folder, samples.items)
+    rows = _spread(len(samples.items), SAMPLED)
+    items = {name: take(column, rows) for name, column in samples.items.features.items()}
+    queries = _some_queries(samples)
+    for place in _spread(len(queries), RANKED).tolist():
+        user = user_of(queries, place)
+        columns = _user_columns(model.features, samples, user)
+        trained = model.probability(torch.from_numpy(model.score(columns, items))).numpy()
+        _check_rounding(f"the ranker {folder.name}", exported.score(user.features, user.clicks, rows) - trained)
 
 
 def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
-    """At most `most` of the numbers 0 to count - 1, evenly spread."""
+    """At most `most` of the numbers 0 to count - 1, spread evenly."""
     return np.unique(np.linspace(0, count - 1, most).astype(np.int64))
 
 
@@ -263,7 +268,7 @@ def _user_columns(features: FeatureSet, samples: Samples, queries: Queries) -> d
 def _check_export(
     folder: Path, model: TwoTower, samples: Samples, users: Mapping[str, Column], vectors: Floats
 ) -> None:
-    """Run the exported towers on users and on items spread over the catalogue, as another process would.
+    """Run the exported towers on users and items spread over all, as another process would.
 
     Raises:
         VersionError: their vectors are not those of the trained towers.
@@ -275,44 +280,21 @@ def _check_export(
         ("user_tower.onnx", (*features.user, *features.context), users, model.encode_users(users)),
         ("item_tower.onnx", features.item, items, vectors[rows]),
     ):
-        _check_rounding(f"{name} differs", "tower", OnnxTower(folder / name, side, tables).encode(columns) - trained)
+        _check_rounding(name, OnnxTower(folder / name, side, tables).encode(columns) - trained)
 
 
-def _check_ranker(folder: Path, model: Ranker, samples: Samples) -> None:
-    """Run an exported ranker on users and items spread over all, as another process would.
-
-    Raises:
-        VersionError: its probabilities are not those of the trained one.
-    """
-    exported = OnnxRanker(folder, samples.items)
-    rows = _spread(len(samples.items), SAMPLED)
-    items = {name: take(column, rows) for name, column in samples.items.features.items()}
-    queries = _some_queries(samples)
-    for place in _spread(len(queries), RANKED).tolist():
-        user = user_of(queries, place)
-        columns = _user_columns(model.features, samples, user)
-        trained = model.probability(torch.from_numpy(model.score(columns, items))).numpy()
-        off = exported.score(user.features, user.clicks, rows) - trained
-        _check_rounding(f"{folder.name}: the exported ranker differs", "one", off)
-
-
-def _check_rounding(what: str, trained: str, differences: Floats) -> None:
+def _check_rounding(exported: str, differences: Floats) -> None:
     off = np.abs(differences).max()
     if not off <= ROUNDING:
         raise VersionError(
-            f"{what} by {off:.2g} from the trained {trained}: report this, with your versions of torch and onnxruntime"
+            f"{exported} differs by {off:.2g} from the trained one: report this, with your versions of torch and "
+            "onnxruntime"
         )
-
-
-def _new_path(versions: Path, version_id: str) -> Path:
-    if (versions / version_id).exists():
-        raise VersionError(f"{versions / version_id} exists, and a version is never replaced: publish again")
-    return versions / version_id
 
 
 @contextmanager
 def _one_publisher(versions: Path) -> Iterator[None]:
-    """Keep a second publisher out, and remove what a killed one left."""
+    """Keep a second publisher out, and remove the remains of a killed one."""
     versions.mkdir(parents=True, exist_ok=True)
     with locked(
         versions / LOCK, lambda holder: VersionError(f"{holder} is publishing to {versions}: wait for it to end")
@@ -351,7 +333,7 @@ def promote(versions: Path, version_id: str) -> None:
     """
     if problems := verify(existing_path(versions, version_id)):
         raise VersionError(f"{version_id} is not promoted: {'; '.join(problems[:3])}")
-    # Two at once would share the temporary name.
+    # Two processes would share the temporary name.
     with locked(versions / PROMOTING, VersionError, wait=True), whole_file(versions / CURRENT) as temporary:
         temporary.write_text(version_id + "\n", encoding="utf-8")
     log.info("promoted %s", version_id)
@@ -382,12 +364,12 @@ def verify(path: Path) -> list[str]:
         return [str(error)]
     except MemoryError:
         raise
-    except Exception as error:  # the files passed every check, and still the version cannot be asked
+    except Exception as error:  # the files passed every check, and still the version gives no answer
         return [f"golden queries: {error!r}"]
 
 
 def list_versions(versions: Path) -> list[Listed]:
-    """All versions, oldest first; one whose manifest cannot be read is reported and passed over."""
+    """All versions, oldest first; one whose manifest cannot be read is reported and skipped."""
     listed = []
     for path in _complete(versions):
         try:

@@ -36,10 +36,7 @@ USER, ITEM = "user.", "item."
 class OnnxRanker:
     """A ranker run by ONNX Runtime over memory-mapped tables; safe to call from several threads.
 
-    Args:
-        folder: of the ranker in a version.
-        items: the catalogue with its encoded features.
-        threads: threads of one call.
+    `items` are the catalogue with its encoded features, `threads` are those of one call.
     """
 
     def __init__(self, folder: Path, items: Entities, threads: int = 1) -> None:
@@ -51,7 +48,7 @@ class OnnxRanker:
         self._tokens = history.vocabulary.rows(items.ids) if history else np.zeros(len(items), np.int32)
         self._put: tuple[Encoded, ...] = ()
         self.about: dict[str, Any] = read_json(folder / ABOUT)
-        """`calibration` and `position`, as training told of them."""
+        """`calibration` and `position`, from training."""
 
     def score(self, user: Mapping[str, Column], clicks: Bag, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Calibrated probabilities (n,) that a user clicks candidates at the first position.
@@ -81,21 +78,17 @@ class OnnxRanker:
         return probabilities
 
     def with_items(self, put: tuple[Encoded, ...]) -> Self:
-        """The same with other features of some items, or features of new ones beyond the catalogue.
-
-        Args:
-            put: pieces, the newest last.
-        """
+        """The same with other features of some items, or of new ones beyond the catalogue; the newest piece is last."""
         laid = copy(self)
         laid._put = put
         return laid
 
     def _columns_of(self, rows: npt.NDArray[np.int64]) -> dict[str, Column]:
-        """Encoded features of candidates (n,): as they were put, else as published, else none."""
+        """Encoded features of candidates (n,): as they were put, else as published, else missing."""
         size = len(self._items)
         if not self._put and rows.max() < size:
             return {f.name: take(self._items.features[f.name], rows) for f in self._features.item}
-        # Side by side: what each piece has, the newest first, the published ones, one of which nothing is known.
+        # One after the other: the rows of each piece, the newest first; the published rows; a row of missing values.
         where, begin = np.full(len(rows), -1), 0
         parts: dict[str, list[Column]] = {feature.name: [] for feature in self._features.item}
         for piece in reversed(self._put):
@@ -116,7 +109,7 @@ class OnnxRanker:
         return columns
 
     def _known_user(self, columns: dict[str, Column]) -> None:
-        """Make a user unknown, in place, whose row of the table came after the version: here it was never trained."""
+        """Make a user unknown, in place, whose vocabulary index came after the version: rankers never trained it."""
         ids = next((f for f in self._features.user if isinstance(f, Category) and f.name == c.USER_ID), None)
         if ids is not None:
             row = columns[c.USER_ID]
@@ -125,7 +118,7 @@ class OnnxRanker:
 
 
 def user_of(queries: Queries, place: int) -> Queries:
-    """One of the users of some queries, with their clicks, alone; nothing is left out for them."""
+    """The queries of one of the users alone, with their clicks; nothing is left out for them."""
     alone = np.array([place])
     clicks = take(queries.clicks, alone)
     assert isinstance(clicks, Bag)
@@ -134,13 +127,7 @@ def user_of(queries: Queries, place: int) -> Queries:
 
 
 def write_ranker(folder: Path, model: Ranker, about: Mapping[str, Any]) -> None:
-    """Write all that `OnnxRanker` needs beside the items into a folder.
-
-    Args:
-        folder: made here.
-        model: calibrated.
-        about: JSON values, kept beside it.
-    """
+    """Write all that `OnnxRanker` needs beside the items into a new folder: a calibrated model, and JSON about it."""
     folder.mkdir(parents=True)
     export_ranker(model, folder / NETWORK)
     save_tables({name: table.weights for name, table in model.tables.items()}, folder)

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.channels.retriever import Queries
-from twotower.features.columns import Column, pointers
+from twotower.features.columns import Bag, pointers
 from twotower.features.fitted import Bucket, Categories, Category, Fitted, Number
 from twotower.publish.version import FUSED, Version
 from twotower.schema import columns as c
@@ -46,10 +45,9 @@ def retrieve_file(
         version: the version that answers, as it is or as it is served, with what was learned and put since.
         workspace: whose `events/` say what was impressed.
         users: `all` users of the version who were not deleted since, or a file with `user_id`, in the format that its
-            name says; columns of it that are context features are used as each request's context. A user's first row
-            counts.
+            name says; its columns that are context features are each request's context. A user's first row counts.
         out: a file, whole or not at all, in the format that its name says.
-        k: items of each user; more than the catalogue has are the whole catalogue.
+        k: items of each user; a number above the catalogue's size means the whole catalogue.
         channel: a channel of the version, or `fused`.
         exclude: `clicked`, `impressed` (or clicked) or `none`.
 
@@ -58,7 +56,12 @@ def retrieve_file(
         DataError: an unreadable users file.
     """
     check_retrieval(users, k, out, exclude)
-    asked = _read_users(version, users)
+    if users == "all":
+        asked = stored_users(version)
+    else:
+        types = {feature.name: _text_type(feature) for feature in version.features.context}
+        types[c.USER_ID] = version.users.ids.type
+        asked = users_asked(version, read_rows(Path(users), types, "--users"), users)
     features = [feature.name for feature in version.features.context]
     carried = [name for name in features if name in asked.column_names]
     if without := [name for name in features if name not in carried]:
@@ -73,15 +76,7 @@ def retrieve_file(
 def recommend(
     version: Version, workspace: Path, asked: pa.Table, *, k: int, channel: str = FUSED, exclude: str = "clicked"
 ) -> Iterator[pa.Table]:
-    """Recommendations for users, in tables of at most 1,024 users; see `retrieve_file`.
-
-    Args:
-        version: the version that answers.
-        workspace: its `events/` say what was impressed; read with `exclude="impressed"` only.
-        asked: `user_id`, and columns that are context features; see `users_asked`.
-        k: items per user; more than the catalogue has means the whole catalogue.
-        channel: a channel of the version, or `fused`.
-        exclude: `clicked`, `impressed` (or clicked) or `none`.
+    """Recommendations for a table of users (see `users_asked`), in tables of at most 1,024 users; see `retrieve_file`.
 
     Raises:
         ConfigError: an unknown channel or way to exclude.
@@ -91,21 +86,21 @@ def recommend(
         raise ConfigError(f"--channel {channel}: version {version.id} has {', '.join(version.channels)} and {FUSED}")
     k = min(k, len(version.item_ids))
     names = tuple(version.channels) if channel == FUSED else (channel,)
-    left_out: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None
+    left_out = None
     if exclude == "impressed":
         left_out = shown_items(version, workspace / "events")
     elif exclude == "clicked":
-        left_out = (version.clicks.indptr, version.clicks.item_row)
+        left_out = version.clicks.items
     schema = recommendations(version.users.ids.type, version.item_ids.type)
 
     def answered(part: pa.Table) -> pa.Table:
-        found = version.retrieve(queries_asked(version, part, left_out), k, names).candidates
-        owner, rank = np.nonzero(found.rows >= 0)
+        candidates = version.retrieve(queries_asked(version, part, left_out), k, names).candidates
+        owner, rank = np.nonzero(candidates.rows >= 0)
         columns = {
             c.USER_ID: part[c.USER_ID].combine_chunks().take(pa.array(owner)),
-            c.ITEM_ID: version.item_ids.take(pa.array(found.rows[owner, rank])),
+            c.ITEM_ID: version.item_ids.take(pa.array(candidates.rows[owner, rank])),
             c.RANK: pa.array((rank + 1).astype(np.int32)),
-            c.SCORE: pa.array(found.scores[owner, rank]),
+            c.SCORE: pa.array(candidates.scores[owner, rank]),
             c.CHANNEL: pa.array(np.full(len(owner), channel)),
         }
         return pa.table(columns, schema=schema)
@@ -113,20 +108,22 @@ def recommend(
     return (answered(asked.slice(start, BATCH)) for start in range(0, asked.num_rows, BATCH))
 
 
-def queries_asked(
-    version: Version,
-    asked: pa.Table,
-    exclude: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None,
-) -> Queries:
+def queries_asked(version: Version, asked: pa.Table, exclude: Bag | None = None) -> Queries:
     """Queries of a table of users with their context; see `Version.queries_of`."""
-    return version.queries_of(asked[c.USER_ID].combine_chunks(), _context(version, asked), exclude)
+    context = {
+        feature.name: feature.encode(asked.column(feature.name).combine_chunks())
+        if feature.name in asked.column_names
+        else feature.absent(asked.num_rows)
+        for feature in version.features.context
+    }
+    return version.queries_of(asked[c.USER_ID].combine_chunks(), context, exclude)
 
 
 def check_retrieval(users: str, k: int, out: Path, exclude: str) -> None:
-    """Refuse what `retrieve_file` cannot do, without a version.
+    """Check the arguments of `retrieve_file`, without a version.
 
     Raises:
-        ConfigError: an unknown way to exclude; k below 1; files of no format that is known; `out` cannot be written.
+        ConfigError: an unknown way to exclude; k below 1; files of an unknown format; `out` cannot be written.
     """
     _check_exclude(exclude)
     if k < 1:
@@ -141,13 +138,6 @@ def _check_exclude(exclude: str) -> None:
         raise ConfigError(f"--exclude {exclude}: it is one of {', '.join(EXCLUDE)}")
 
 
-def _read_users(version: Version, users: str) -> pa.Table:
-    if users == "all":
-        return stored_users(version)
-    types = {feature.name: _text_type(feature) for feature in version.features.context}
-    return users_asked(version, read_rows(Path(users), types | {c.USER_ID: version.users.ids.type}, "--users"), users)
-
-
 def stored_users(version: Version) -> pa.Table:
     """All users of the version who were not deleted since, as `recommend` takes them."""
     known = version.users.ids.type
@@ -160,10 +150,7 @@ def stored_users(version: Version) -> pa.Table:
 def users_asked(version: Version, table: pa.Table, where: str) -> pa.Table:
     """A table of users as `recommend` takes it: ids of the version's type, the first row of each user.
 
-    Args:
-        version: the version that answers.
-        table: `user_id`, and columns that are context features; others are ignored.
-        where: names the table in errors.
+    It has `user_id`, and columns that are context features; other columns are ignored. `where` names it in errors.
 
     Raises:
         DataError: there is no `user_id`, or its type is not that of the version's users.
@@ -187,25 +174,13 @@ def _text_type(feature: Fitted) -> pa.DataType:
     return pa.string() if separated else pa.list_(pa.string())
 
 
-def _context(version: Version, asked: pa.Table) -> dict[str, Column]:
-    features = version.features.context
-    if not any(feature.name in asked.column_names for feature in features):
-        return {}
-    return {
-        feature.name: feature.encode(asked.column(feature.name).combine_chunks())
-        if feature.name in asked.column_names
-        else feature.absent(asked.num_rows)
-        for feature in features
-    }
-
-
 def shown_items(
     version: Version,
     events: Path,
     outcomes: Sequence[str] = (c.IMPRESSED, c.CLICKED),
     clock_ms: ClockMs = now_ms,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Distinct items that each user was shown, as catalogue rows by user row (CSR); not by events later than now."""
+) -> Bag:
+    """Distinct items that each user was shown, as catalogue rows by user row; events later than now do not count."""
     files = [path for folder in sorted(events.glob(f"{c.DATE}=*")) for path in parquet_files(folder)]
     if not files:
         raise DataError(f"{events} has no date=*/*.parquet: --exclude impressed needs the events")
@@ -223,4 +198,5 @@ def shown_items(
         known = (user >= 0) & (item >= 0) & version.again.since(item, times)
         pairs.append(np.unique(user[known] * size + item[known]))
     distinct = np.unique(np.concatenate(pairs))
-    return pointers(np.bincount(distinct // size, minlength=len(version.users))), (distinct % size).astype(np.int32)
+    indptr = pointers(np.bincount(distinct // size, minlength=len(version.users)))
+    return Bag(indptr, (distinct % size).astype(np.int32))

@@ -21,7 +21,7 @@ class LaidRows:
 
     Args:
         base: (N, D); it may be a `LaidRows` itself.
-        rows: (M,) int64, ascending; some may stand behind the base.
+        rows: (M,) int64, ascending; some may be beyond the base.
         values: (M, D) of these rows.
 
     >>> table = LaidRows(np.zeros((3, 1), np.float32), np.array([1, 3]), np.array([[5], [7]], np.float32))
@@ -39,9 +39,9 @@ class LaidRows:
         """The values of some rows (n,)."""
         place = np.searchsorted(self._rows, index)
         newer = self._rows[np.minimum(place, len(self._rows) - 1)] == index if len(self._rows) else index < 0
-        found: npt.NDArray[np.float32] = self._base[np.where(newer, 0, index)]
-        found[newer] = self._values[place[newer]]
-        return found
+        values: npt.NDArray[np.float32] = self._base[np.where(newer, 0, index)]
+        values[newer] = self._values[place[newer]]
+        return values
 
 
 def save_tables(tables: dict[str, npt.NDArray[np.float32]], folder: Path) -> None:
@@ -72,7 +72,7 @@ def map_tables(folder: Path) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def _mapped(data: mmap.mmap | bytes, start: int, name: str, entry: Any) -> npt.NDArray[np.float32]:
-    """The table (rows, D) of an entry of the header, out of the numbers that begin at `start`."""
+    """The table (rows, D) of an entry of the header; the numbers begin at `start`."""
     (rows, dimension), (begin, end) = entry["shape"], entry["data_offsets"]
     if entry["dtype"] != "F32":
         raise ValueError(f"{name} is of type {entry['dtype']}, where F32 is expected")

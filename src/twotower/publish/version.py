@@ -3,8 +3,9 @@
 N items of the catalogue, B users, D vector.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.channels.als import ALS
 from twotower.channels.fit import LOADERS
 from twotower.channels.queries import queries_of_users
 from twotower.channels.retriever import Queries, Retriever, WithoutItems
@@ -20,10 +22,10 @@ from twotower.channels.vector_channel import VectorChannel
 from twotower.datasets.tables import end_of_day
 from twotower.features.columns import Bag, Column, concatenate, take
 from twotower.features.feature_set import FeatureSet, encode_request, load
+from twotower.features.fitted import Fitted
 from twotower.features.vocabulary import UNKNOWN
 from twotower.fusion.fuse import Fused, Fusion
 from twotower.index.build import load_index
-from twotower.index.checks import ROWS
 from twotower.index.protocol import VectorIndex
 from twotower.logs.entities import Entity
 from twotower.logs.events import USER, EntityId
@@ -66,20 +68,18 @@ _AT_ONCE = 1 << 16
 
 Longs = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-Csr = tuple[Longs, npt.NDArray[np.int32]]
-"""Catalogue rows by user row: offsets and rows."""
 
 
 @dataclass(frozen=True)
 class LearnedUsers:
-    """What was learned of users since the version was made."""
+    """What was learned about users since the version was made."""
 
     tokens: Mapping[EntityId, int] = field(default_factory=dict)
     """Vocabulary index of each user who was given one since."""
     users: Mapping[EntityId, Entity] = field(default_factory=dict)
     """Users who were put or deleted."""
     forgotten: Collection[EntityId] = ()
-    """Users whose deletion is in `tokens`: what is there came after it."""
+    """Users who were deleted before the entries in `tokens` were learned."""
     aside: SetAside = field(default_factory=SetAside)
     """Notes what cannot be used."""
 
@@ -95,22 +95,22 @@ class LearnedUsers:
         return user_id in self.users or user_id in self.tokens
 
     def replaced(self, user_id: EntityId) -> bool:
-        """The user was deleted since: what the version has under the id is not meant."""
+        """The user was deleted since: what the version has under the id belongs to someone else."""
         entity = self.users.get(user_id)
         return entity is not None and (entity.deleted or entity.fresh)
 
 
 @dataclass(frozen=True)
 class Again:
-    """Items that were deleted and put again: what happened to their ids before is not of them."""
+    """Items that were deleted and put again: earlier events of their ids belong to other items."""
 
     rows: Longs = field(default_factory=lambda: np.zeros(0, np.int64))
     """(n,) catalogue rows, ascending."""
     deleted_ms: Longs = field(default_factory=lambda: np.zeros(0, np.int64))
-    """(n,) when the one before was deleted."""
+    """(n,) when the item that had the id before was deleted."""
 
     def since(self, rows: Longs, times_ms: Longs) -> Mask:
-        """Which events (n,) of some rows, at some times, are of the items that have these rows now."""
+        """For events (n,) of some rows at some times: whether they belong to the items that have these rows now."""
         if not len(self.rows):
             return np.ones(len(rows), np.bool_)
         place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
@@ -120,7 +120,7 @@ class Again:
 
 @dataclass(frozen=True)
 class Version:
-    """An opened version, as it is or with what was learned since; immutable, shared by requests that began with it."""
+    """An opened version, as published or with what was learned since; immutable, shared by concurrent requests."""
 
     id: str
     path: Path
@@ -129,8 +129,7 @@ class Version:
     users: Entities
     clicks: Clicks
     attributes: Attributes
-    """Items with their attributes, by catalogue row: those of the version in ascending order of ids, then those put
-    since it was made."""
+    """By catalogue row: the items of the version in ascending order of ids, then those put since it was made."""
     channels: Mapping[str, Retriever]
     fusion: Fusion
     user_tower: OnnxTower
@@ -140,7 +139,6 @@ class Version:
     gone: Mask
     """(N,) deleted or not available: in no answer."""
     rankers: Mapping[str, OnnxRanker] = field(default_factory=dict)
-    """By name, those that the version has."""
     delta_seq: int = 0
     """The latest delta that is laid over it."""
     since: LearnedUsers = field(default_factory=LearnedUsers)
@@ -192,35 +190,32 @@ class Version:
 
     @property
     def knows_until_ms(self) -> int | None:
-        """The time up to which the version knows every click that was joined when it was made: later ones may be of
-        requests of the next day.
-        """
+        """The time up to which the version knows every click: later ones may belong to requests of the next day."""
         if self.watermark_ms is None or self.last_day is None:
             return None
         return min(self.watermark_ms, end_of_day(self.last_day))
 
     def user_rows(self, user_ids: pa.Array) -> Longs:
-        """The row of each user (B,), -1 for one that is null, unknown, or was deleted since."""
+        """The row of each user (B,), -1 for null, an unknown user, or one deleted since."""
         rows = self.users.positions.find(user_ids)
         if self.since.users:
             rows[[self.since.replaced(user_id) for user_id in user_ids.to_pylist()]] = -1
         return rows
 
     def user_row(self, user_id: EntityId) -> int:
-        """The same of one user, by an id of the type that the version's users have."""
+        """The row of one user, by an id of the type that the version's users have."""
         return int(self.user_rows(pa.array([user_id], self.users.ids.type))[0])
 
     def queries(
-        self, user_rows: Longs, context: dict[str, Column] | None = None, exclude: Csr | None = None
+        self, user_rows: Longs, context: dict[str, Column] | None = None, exclude: Bag | None = None
     ) -> Queries:
         """Queries of stored users; see `queries_of_users`."""
-        left_out = None if exclude is None else Bag(*exclude)
-        return queries_of_users(self.features, self.users, self.clicks, user_rows, context=context, exclude=left_out)
+        return queries_of_users(self.features, self.users, self.clicks, user_rows, context=context, exclude=exclude)
 
     def queries_of(
-        self, user_ids: pa.Array, context: dict[str, Column] | None = None, exclude: Csr | None = None
+        self, user_ids: pa.Array, context: dict[str, Column] | None = None, exclude: Bag | None = None
     ) -> Queries:
-        """Queries of users by id (B,), with what was learned and put of them since; others as of `queries_of_users`."""
+        """Queries of users by id (B,), with what was learned and put since."""
         stored, ids = self.queries(self.user_rows(user_ids), context, exclude), user_ids.to_pylist()
         parts = {name: [column] for name, column in stored.features.items()}
         index = {name: np.arange(len(ids)) for name in parts}
@@ -233,33 +228,23 @@ class Version:
         return Queries({**stored.features, **newer}, stored.clicks, stored.exclude)
 
     def _columns_since(self, user_id: EntityId) -> dict[str, Column]:
-        """A user's encoded features since the version was made, where they are others."""
+        """A user's encoded features (one row each), where they changed since the version was made."""
         columns: dict[str, Column] = {}
-        entity = self.since.users.get(user_id)
-        for feature in self.features.user_columns:
-            if feature.name == c.USER_ID:
-                if (token := self.since.token(user_id)) is not None:
-                    columns[c.USER_ID] = np.array([token], np.int32)
-            elif entity is not None and entity.features is not None:
-                value = {feature.name: entity.features[feature.name]} if feature.name in entity.features else {}
-                try:
-                    columns |= encode_request([feature], value, feature.name)
-                except DataError as error:  # put for a version whose feature was of another type
-                    self.since.aside.note(USER, user_id, f"{feature.name} counts as missing: {error}")
-                    columns[feature.name] = feature.absent(1)
+        entity, token = self.since.users.get(user_id), self.since.token(user_id)
+        own = self.features.user_columns
+        if entity is not None and entity.features is not None:
+            put = [feature for feature in own if feature.name != c.USER_ID]
+            columns = encode_usable(put, entity.features, partial(self.since.aside.note, USER, user_id))
+        if token is not None and any(feature.name == c.USER_ID for feature in own):
+            columns[c.USER_ID] = np.array([token], np.int32)
         return columns
 
     def retrieve(self, queries: Queries, k: int, channels: Sequence[str]) -> Fused:
-        """One list a user from one or several channels, fused in the version's way."""
-        asked = self.fusion.asked(k, channels)
-        return self.fusion.fuse({name: self.channels[name].retrieve(queries, asked) for name in channels}, k)
+        """One list of k for each user from one or several channels, fused as the version says."""
+        return self.fusion.retrieve({name: self.channels[name] for name in channels}, queries, k)
 
     def check_channels(self, names: Sequence[str]) -> None:
-        """Refuse channels that this version does not have.
-
-        Raises:
-            DataError: with the names that it has.
-        """
+        """Raise a DataError for channels that this version does not have."""
         if unknown := [name for name in names if name not in self.channels]:
             raise DataError(
                 f"version {self.id} has no channel {cut(', '.join(unknown))}; it has {', '.join(self.channels)}"
@@ -271,8 +256,8 @@ def open_version(path: Path, *, check_hashes: bool = True, threads: int = 1) -> 
 
     Args:
         path: its folder.
-        check_hashes: False only where the caller has just done it.
-        threads: threads of one call of the user tower.
+        check_hashes: False only where the caller has just checked them.
+        threads: of one call of a tower.
 
     Raises:
         VersionError: missing, damaged, or of another format.
@@ -306,7 +291,7 @@ def _opened(path: Path, manifest: dict[str, Any], threads: int) -> Version:
         else:
             counted = LOADERS[name](folder / name)
             channels[name] = WithoutItems(counted, gone) if gone.any() else counted
-    names = models.get("rankers", [])  # versions of before there were any
+    names = models.get("rankers", [])  # early versions have none
     encoded = open_items(path / RANKERS) if names else None
     return Version(
         path.name,
@@ -326,7 +311,7 @@ def _opened(path: Path, manifest: dict[str, Any], threads: int) -> Version:
 
 
 def _checked(version: Version) -> Version:
-    """A version whose files fit each other: the rows that one of them names are in the other.
+    """The version, if its files fit each other: the rows that one file names are in the other.
 
     Raises:
         DataError: they do not.
@@ -340,13 +325,14 @@ def _checked(version: Version) -> Version:
     if clicks.indptr[-1] != len(clicks.item_row) or len(clicks.item_row) != len(clicks.ts_ms):
         raise DataError(f"{len(clicks.item_row)} clicks are stored, the users have {clicks.indptr[-1]}")
     _within("clicks", clicks.item_row, len(items))
-    for channel in version.channels.values():
-        if isinstance(channel, VectorChannel):
-            vectors = channel.item_vectors
-            if vectors is not None and (vectors.shape[0] != len(items) or not _all_finite(vectors)):
-                raise DataError(f"channel {channel.name} has other vectors than one of each item")
-    for path in sorted((version.path / "channels").glob(f"*/index/{ROWS}")):
-        _within(f"the index of {path.parent.parent.name}", np.load(path, "r", allow_pickle=False), len(items))
+    for name, channel in version.channels.items():
+        inner = channel.channel if isinstance(channel, WithoutItems) else channel
+        if isinstance(inner, VectorChannel | ALS):
+            _within(f"the index of {name}", inner.index.rows, len(items))
+        if isinstance(inner, VectorChannel) and (vectors := inner.item_vectors) is not None:
+            pieces = (vectors[start : start + _AT_ONCE] for start in range(0, vectors.shape[0], _AT_ONCE))
+            if vectors.shape[0] != len(items) or not all(np.isfinite(piece).all() for piece in pieces):
+                raise DataError(f"channel {name} does not have one finite vector for each item")
     tables = map_tables(version.path / "channels" / TWO_TOWER)
     for feature in version.features.user_columns:
         column, table = users.features[feature.name], table_of(feature)
@@ -359,14 +345,8 @@ def _checked(version: Version) -> Version:
 
 
 def _within(what: str, rows: npt.NDArray[Any], count: int) -> None:
-    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < count):
-        raise DataError(f"{what}: a row is {int(rows.max())} or {int(rows.min())}, where {count} are")
-
-
-def _all_finite(vectors: Any) -> bool:
-    """Whether all numbers (N, D) are finite; in pieces, because they are mapped."""
-    pieces = range(0, vectors.shape[0], _AT_ONCE)
-    return all(bool(np.isfinite(vectors[start : start + _AT_ONCE]).all()) for start in pieces)
+    if len(rows) and not (rows.min() >= 0 and rows.max() < count):
+        raise DataError(f"{what}: the rows are from {rows.min()} to {rows.max()}, but there are {count}")
 
 
 def _open_user_tower(folder: Path, threads: int) -> OnnxTower:
@@ -389,7 +369,7 @@ def _open_index(folder: Path, gone: Mask) -> VectorIndex:
 
 
 def unavailable(catalogue: pa.Table | pa.RecordBatch) -> Mask:
-    """(N,) which items are not to be retrieved: those whose `available` is false.
+    """(N,) which items are never retrieved: those whose `available` is false.
 
     Raises:
         DataError: `available` holds something else than booleans.
@@ -399,8 +379,8 @@ def unavailable(catalogue: pa.Table | pa.RecordBatch) -> Mask:
     column = catalogue.column(c.AVAILABLE)
     if not pa.types.is_boolean(column.type):
         raise DataError(
-            f"items.parquet: {c.AVAILABLE} is of type {column.type}, where booleans are expected: an item that is "
-            "false is never retrieved. Cast it, or give the column another name"
+            f"items.parquet: {c.AVAILABLE} is of type {column.type}, where booleans are expected (an item with false "
+            "is never retrieved). Cast it, or give the column another name"
         )
     gone: Mask = ~column.fill_null(True).to_numpy(zero_copy_only=False)
     return gone
@@ -420,6 +400,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not all(isinstance(name, str) for name in models["channels"]):
         raise VersionError(f"version {path.name}: {MANIFEST} has channels that are no names: it was damaged")
     return manifest
+
+
+def encode_usable(
+    features: Iterable[Fitted], values: Mapping[str, Any], note: Callable[[str], None] | None
+) -> dict[str, Column]:
+    """Encoded features of a user or an item that was put (one row each); `note` is told what cannot be used of them.
+
+    A value may have been put for a version whose feature was of another type: it counts as missing.
+    """
+    columns: dict[str, Column] = {}
+    for feature in features:
+        own = {name: value for name, value in values.items() if name == feature.name}
+        try:
+            columns |= encode_request([feature], own, "features")
+        except DataError as error:
+            if note is not None:
+                note(f"{feature.name} counts as missing: {error}")
+            columns[feature.name] = feature.absent(1)
+    return columns
 
 
 def item_tokens(features: FeatureSet, item_ids: pa.Array) -> npt.NDArray[np.int32]:

@@ -32,12 +32,7 @@ class RollBackBody(Body):
 
 
 class Authorised:
-    """Lets only requests with the token pass.
-
-    Args:
-        app: what answers them.
-        token: expected as `Authorization: Bearer TOKEN`.
-    """
+    """Lets only requests with `Authorization: Bearer TOKEN` pass."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
@@ -92,7 +87,7 @@ def make_admin_app(snapshots: Snapshots, versions: Path, token: str) -> FastAPI:
 
     @app.post("/reload")
     def post_reload() -> Response:
-        """Look for another promoted version now, and try a refused one again."""
+        """Look for another promoted version now, and try a rejected one again."""
         return _reloaded()
 
     def _reloaded() -> Response:

@@ -34,7 +34,7 @@ class Body(BaseModel):
 
 
 def check_bytes(text: str) -> str:
-    """Refuse a text that is longer than an id may be, or is no Unicode text."""
+    """Refuse a text that is longer than an id may be, or holds half a surrogate pair."""
     if len(text.encode()) > MAX_ID_BYTES:  # half a surrogate pair raises a ValueError
         raise ValueError(f"at most {MAX_ID_BYTES} bytes are allowed")
     return text
@@ -44,7 +44,7 @@ Id = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | Annotated[StrictStr, A
 
 
 def parse_id(text: str, kind: pa.DataType) -> int | str:
-    """An id out of an address, in the type of the ids that it is looked up among.
+    """An id in an address, in the type of the ids that it is looked up among.
 
     Raises:
         DataError: no integer where ids are integers, or one with leading zeros; too long; beyond int64.
@@ -64,13 +64,8 @@ def parse_id(text: str, kind: pa.DataType) -> int | str:
 class Bounded:
     """Refuses a request whose body is too large, alone or with all others, before it is held; plain ASGI.
 
-    A body counts from its first byte until its request is answered.
-
-    Args:
-        app: what answers.
-        max_bytes: the largest body.
-        max_together: bytes of all bodies at one time.
-        max_by_path: the largest body at some addresses.
+    A body counts from its first byte until its request is answered. `max_together` is for all bodies at one time,
+    `max_by_path` for single bodies at some addresses.
     """
 
     def __init__(
@@ -88,8 +83,7 @@ class Bounded:
             await self._app(scope, receive, send)
             return
         if not is_readable(scope):
-            refusal = problem(404, "no such address: it holds a control character, or is no UTF-8")
-            await refusal(scope, receive, send)
+            await problem(404, "no such address: it holds a control character, or is no UTF-8")(scope, receive, send)
             return
         most = self._max_by_path.get(scope["path"], self._max_bytes)
         too_large = f"the body has more than {most} bytes, which is the limit at this address: send less"
@@ -122,8 +116,8 @@ class Bounded:
 def is_readable(scope: Scope) -> bool:
     r"""An address is UTF-8 without control characters.
 
-    A router's pattern may take a line break at the end for none (`$` matches before it), so that `DELETE` of `7%0A`
-    would delete `7`; and an address that is no UTF-8 is decoded to another one.
+    A router's pattern may ignore a line break at the end (`$` matches before it), so that `DELETE` of `7%0A` would
+    delete `7`; and an address that is no UTF-8 is decoded to another one.
 
     >>> is_readable({"path": "/v1/items/7", "raw_path": b"/v1/items/7"})
     True
@@ -141,7 +135,7 @@ class StrictRoute(APIRoute):
     """A route whose body is read by `read_json`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Give the handler a request that reads its body so."""
+        """Give the handler a request that reads its body by `read_json`."""
         answer = super().get_route_handler()
 
         async def strictly(request: Request) -> Response:
@@ -199,12 +193,12 @@ def _check_depth(value: Any) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise HTTPException(400, f"the body has {shown(twice)} twice in one object: give it once")
-    return found
+    return unique
 
 
 def _constant(name: str) -> Any:

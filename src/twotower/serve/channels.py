@@ -1,13 +1,14 @@
 """Asking the channels of a request: one after the other, or side by side within a budget of time.
 
-A call that is under way cannot be ended from outside. So a late one runs on alone, and until it has returned its
-channel is left out of other requests: work that nobody waits for does not pile up.
+A running call cannot be ended from outside. So a late call runs on alone, and until it has returned its channel is left
+out of other requests: work that nobody waits for does not pile up.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Final
@@ -19,11 +20,11 @@ log = logging.getLogger(__name__)
 ERROR: Final = "error"
 """The channel failed."""
 LATE: Final = "late"
-"""It did not answer within the budget."""
+"""The channel did not answer within the budget."""
 BUSY: Final = "busy"
-"""It was not asked: an earlier call is late, or it rests after being late several times."""
+"""The channel was not asked: an earlier call is late, or it pauses after being late several times."""
 
-_LONGEST_REST: Final = 64
+_LONGEST_PAUSE: Final = 64
 """In budgets."""
 _IDLE_S: Final = 30.0
 """A thread ends after this time without work."""
@@ -49,7 +50,7 @@ def ask_in_turn(channels: Mapping[str, Retriever], queries: Queries, k: int, ver
     for name, channel in channels.items():
         try:
             answers.lists[name] = channel.retrieve(queries, k)
-        except Exception:  # one channel's defect must not take the others down with it
+        except Exception:  # the other channels answer in any case
             log.exception("channel %s failed", name)
             answers.left_out[name] = ERROR
     return answers
@@ -58,17 +59,17 @@ def ask_in_turn(channels: Mapping[str, Retriever], queries: Queries, k: int, ver
 class SideBySide:
     """Asks the channels of a request at once, each in a thread of its own, and waits for them within a budget.
 
-    A channel that was late is busy until its call has returned. The second time in a row it rests for one more budget,
-    then for two, four and so on; an answer in time ends that. A single channel is asked in the caller's thread and
-    waited for: there is nothing to answer with instead.
+    A channel that was late is busy until its call has returned. The second time in a row it pauses for one more budget,
+    then for two, four and so on; an answer in time ends that. A single channel is asked in the caller's thread, without
+    a limit: there is nothing to answer with instead.
 
     A delta makes new channels, up to five times a second. They use the threads of those that they replace, and wait for
-    what is late of them; only the channels of another version have threads of their own.
+    late calls of them; only the channels of another version have threads of their own.
 
     Args:
         budget_s: how long a request waits for its channels.
         note: called with channel and reason whenever one is left out.
-        clock_s: seconds that rise.
+        clock_s: a monotonic clock, in seconds.
     """
 
     def __init__(
@@ -92,26 +93,25 @@ class SideBySide:
         return answers
 
     def _within(self, channels: Mapping[str, Retriever], queries: Queries, k: int, version: str) -> Answers:
-        countdown = _Countdown(len(channels))
-        calls = {name: _Call(channel, queries, k, countdown) for name, channel in channels.items()}
         lanes = {name: self._lane(name, version) for name in channels}
-        begun = {name: lanes[name].begin(call) for name, call in calls.items()}
-        countdown.wait(self._budget_s)
+        calls = {name: _Call(channel, queries, k) for name, channel in channels.items()}
+        begun = {name: call for name, call in calls.items() if lanes[name].begin(call)}
+        wait([call.answer for call in begun.values()], self._budget_s)
         answers = Answers()
         for name, call in calls.items():
-            if not begun[name]:
+            if name not in begun:
                 answers.left_out[name] = BUSY
             elif lanes[name].give_up(call):
                 log.warning("channel %s gave no answer within %g ms", name, 1000 * self._budget_s)
                 answers.left_out[name] = LATE
-            elif call.answer is None:
+            elif (answer := call.answer.result()) is None:
                 answers.left_out[name] = ERROR
             else:
-                answers.lists[name] = call.answer
+                answers.lists[name] = answer
         return answers
 
     def _lane(self, name: str, version: str) -> "_Lane":
-        """The threads of a channel; another version's channel of that name has its own."""
+        """The threads of a channel of a version."""
         lane = self._lanes.get(name)
         if lane is None or lane.version != version:
             with self._lanes_lock:
@@ -121,25 +121,6 @@ class SideBySide:
         return lane
 
 
-class _Countdown:
-    """Lets a request wait until all its calls have ended; it wakes once."""
-
-    def __init__(self, calls: int) -> None:
-        self._left = calls
-        self._counting = threading.Lock()
-        self._all = threading.Lock()
-        self._all.acquire()
-
-    def one_less(self) -> None:
-        with self._counting:
-            self._left -= 1
-            if not self._left:
-                self._all.release()
-
-    def wait(self, seconds: float) -> None:
-        self._all.acquire(timeout=seconds)
-
-
 @dataclass
 class _Call:
     """One channel asked for one request."""
@@ -147,9 +128,8 @@ class _Call:
     channel: Retriever
     queries: Queries
     k: int
-    countdown: _Countdown
-    answer: Candidates | None = None
-    ended: bool = False
+    answer: "Future[Candidates | None]" = field(default_factory=Future)
+    """None where the channel failed."""
     given_up: bool = False
 
 
@@ -168,30 +148,27 @@ class _Lane:
         self._late = 0
         """Calls that were given up and have not returned."""
         self._late_in_a_row = 0
-        self._rests_until_s = clock_s()
+        self._pauses_until_s = clock_s()
 
     def begin(self, call: _Call) -> bool:
-        """Start a call, unless the channel is busy with a late one or rests."""
+        """Start a call, unless the channel is busy with a late one or pauses."""
         with self._lock:
-            free = not self._late and self._clock_s() >= self._rests_until_s
-            if free:
-                self._running += 1
-                if self._running > self._threads:
-                    self._threads += 1
-                    threading.Thread(target=self._work, name=f"channel {self._name}", daemon=True).start()
-        if free:
-            self._waiting.put(call)
-        else:
-            call.countdown.one_less()
-        return free
+            if self._late or self._clock_s() < self._pauses_until_s:
+                return False
+            self._running += 1
+            if self._running > self._threads:
+                self._threads += 1
+                threading.Thread(target=self._work, name=f"channel {self._name}", daemon=True).start()
+        self._waiting.put(call)
+        return True
 
     def give_up(self, call: _Call) -> bool:
         """Wait no longer for a call; False where it has ended."""
         with self._lock:
-            if call.ended:
+            if call.answer.done():
                 return False
             call.given_up = True
-            self._late_in_a_row += not self._late  # several requests that wait for the same hitch are one time
+            self._late_in_a_row += not self._late  # several requests that wait at the same time count once
             self._late += 1
             return True
 
@@ -205,22 +182,21 @@ class _Lane:
                         self._threads -= 1
                         return
                 continue
+            answer = None
             try:
-                call.answer = call.channel.retrieve(call.queries, call.k)
-            except Exception:  # one channel's defect must not take the others down with it
+                answer = call.channel.retrieve(call.queries, call.k)
+            except Exception:  # the other channels answer in any case
                 log.exception("channel %s failed", self._name)
-            finally:
-                self._end(call)
-                del call  # with its channel, which a delta may have replaced
+            self._end(call, answer)
+            del call, answer  # with the channel, which a delta may have replaced
 
-    def _end(self, call: _Call) -> None:
+    def _end(self, call: _Call, answer: Candidates | None) -> None:
         with self._lock:
-            call.ended = True
             self._running -= 1
             if call.given_up:
                 self._late -= 1
-                rest = min(2 ** (self._late_in_a_row - 2), _LONGEST_REST) if self._late_in_a_row > 1 else 0
-                self._rests_until_s = self._clock_s() + rest * self._budget_s
+                pause = min(2 ** (self._late_in_a_row - 2), _LONGEST_PAUSE) if self._late_in_a_row > 1 else 0
+                self._pauses_until_s = self._clock_s() + pause * self._budget_s
             elif not self._late:
                 self._late_in_a_row = 0
-        call.countdown.one_less()
+            call.answer.set_result(answer)

@@ -1,7 +1,7 @@
 """HTTP: users and items that are put or deleted while the server runs.
 
-A change goes into the log, where all servers and the updater read it, and from there over the served version. This
-server takes it up before it answers, the others within a fifth of a second.
+A change goes into the log, which all servers and the updater read. This server applies it before it answers, the others
+within a fifth of a second.
 """
 
 import uuid

@@ -37,13 +37,13 @@ class Explanation:
     delta_seq: int
     item_id: ItemId
     outcome: str
-    """`impressed` or the stage in which it ends; `not_retrieved`, `filtered` or `unknown_item`."""
+    """The stage in which it ends, or `impressed`, `not_retrieved`, `filtered` or `unknown_item`."""
     why: str
     user_id: UserId | None
     known_user: bool
     """The version has the user."""
     clicks: int
-    """How many of the user's clicks the channels see."""
+    """Number of the user's clicks that the channels see."""
     filtered: list[str] = field(default_factory=list)
     """What leaves it out: `unavailable`, `clicked`, `impressed`, or the attribute of a filter."""
     channels: dict[str, Standing] = field(default_factory=dict)
@@ -51,27 +51,20 @@ class Explanation:
     fused: Standing = field(default_factory=Standing)
     """Among the candidates that are retrieved."""
     pre_rank: Standing | None = None
-    """Among these by the pre-ranker; None without one."""
+    """Among the candidates by the pre-ranker; None without one."""
     rank: Standing | None = None
-    """Among what the pre-ranker keeps by the ranker; None without one."""
+    """Among those that the pre-ranker keeps, by the ranker; None without one."""
     failed_channels: list[str] = field(default_factory=list)
 
 
 def explain(
     version: Version, request: Request, recent: Recent, window: range, options: FunnelOptions, *, item_id: ItemId
 ) -> Explanation:
-    """Why an item is, or is not, on a user's page: its rank in each channel and stage, and what leaves it out.
+    """Why an item is, or is not, on a page of `request.k` items: its rank in each channel and stage, and what leaves
+    it out.
 
-    Exploration is left aside, and channels have as much time as they take. An item that is left out is followed as if
-    it were not, except that no channel has an unavailable one.
-
-    Args:
-        version: the snapshot that the request holds.
-        request: who asks for what; `k` is the length of the page.
-        recent: what the user did since the version was made.
-        window: the times of impressions that count.
-        options: of the stages.
-        item_id: the item.
+    There is no exploration and no time limit of channels. An item that is left out is followed as if it were not,
+    except that no channel has an unavailable one. The arguments are those of `funnel.recommend`.
 
     Raises:
         DataError: as `retrieve`.
@@ -140,14 +133,8 @@ def _standing_by(scores: RankerScores | None, places: Longs) -> Standing | None:
 
 
 def _verdict(answer: Explanation, ranked: Ranked, places: Longs, page: int, good: int) -> tuple[str, str]:
-    """Where an item ends, and why there.
-
-    Args:
-        answer: the explanation, but for these.
-        ranked: the candidates.
-        places: (0 or 1) where the item stands among them.
-        page: items of the page.
-        good: how many of the ranker's order are good enough to be shown.
+    """Where an item ends, and why: `places` (0 or 1) is where it stands among the candidates, `page` the length of the
+    page, and `good` how many of the ranker's order are good enough to be shown.
     """
     if answer.filtered:
         return "filtered", f"left out by {', '.join(answer.filtered)}"

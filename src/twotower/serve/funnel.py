@@ -1,6 +1,6 @@
 """The funnel of a request: retrieve, pre-rank, rank, a page, and the record of the outcome of every candidate.
 
-n candidates of the request, in the order of the fused list. A *place* is a position among them.
+n candidates of the request, in the order of the fused list. A *place* is an index into them.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 STAGES: Final = (c.PRE_RANK_REJECTED, c.RANK_REJECTED, c.RANKED_NOT_SHOWN, c.IMPRESSED)
-"""Where a candidate ends in a request; a click comes later."""
+"""The stage in which a candidate ends; a click comes later."""
 PRE_RANKED_OUT, RANKED_OUT, NOT_SHOWN, SHOWN = range(4)
 MIN_PROBABILITY: Final = 1e-7
 """A probability is at least this far from 0 and 1 where its log-odds are taken."""
@@ -105,19 +105,9 @@ def recommend(
     request_id: str,
     ask: Ask = ask_in_turn,
 ) -> Served:
-    """A page for a user: retrieve, pre-rank, rank, explore a little.
+    """A page of `request.k` items for a user: retrieve, pre-rank, rank, explore a little.
 
-    What is drawn by chance depends on the request's id alone.
-
-    Args:
-        version: the snapshot that the request holds.
-        request: who asks for what; `k` is the length of the page.
-        recent: what the user did since the version was made.
-        window: the times of impressions that count.
-        options: of the stages.
-        now_ms: when the request happened, milliseconds since 1970.
-        request_id: names the request.
-        ask: how the channels are asked.
+    What is drawn by chance depends on the request's id alone. The other arguments are those of `retrieve`.
 
     Raises:
         DataError: as `retrieve`.
@@ -179,7 +169,7 @@ def _choose(
 def _record(
     version: Version, request: Request, page: Page, chosen: _Chosen, sampled: dict[int, float]
 ) -> LoggedRequest:
-    """The record of a request: what was shown, and some of the other candidates by place with their probability."""
+    """The record of a request: what was shown, and the sampled other candidates with their probability."""
     logged = np.array(list(sampled), np.int64)
     shown = len(chosen.page)
     return LoggedRequest(
@@ -199,7 +189,7 @@ def _record(
 
 
 def wanted(version: Version, request: Request, options: FunnelOptions) -> int:
-    """How many candidates are retrieved: without a pre-ranker no more than go on to the ranker."""
+    """How many candidates are retrieved: without a pre-ranker only as many as go on to the ranker."""
     retrieved = options.retrieve if PRE_RANK in version.rankers else min(options.retrieve, options.pre_rank)
     return max(retrieved, request.k)
 
@@ -213,18 +203,18 @@ def page_of(record: Event) -> Page:
     """The page in a request's record: the answer to a request that was sent again.
 
     Raises:
-        DataError: the record is none of this server's.
+        DataError: the record was not written by a server.
     """
-    said: Any = record.content
+    logged: Any = record.content
     try:
-        columns = zip(said.items, said.positions, said.scores, said.channels, said.propensities, strict=True)
+        columns = zip(logged.items, logged.positions, logged.scores, logged.channels, logged.propensities, strict=True)
         items = [
             PageItem(item, position, score, list(channels), propensity is not None)
             for item, position, score, channels, propensity in columns
             if position is not None
         ]
-        counts, failed = dict(said.counts), list(said.failed_channels)
-        return Page(str(record.request_id), said.version, said.delta_seq, items, counts, failed)
+        counts, failed = dict(logged.counts), list(logged.failed_channels)
+        return Page(str(record.request_id), logged.version, logged.delta_seq, items, counts, failed)
     except (AttributeError, ValueError, TypeError) as error:
         raise DataError(f"the log's record of request {record.request_id} is no page: {error!r}") from None
 
@@ -232,16 +222,9 @@ def page_of(record: Event) -> Page:
 def rank(version: Version, queries: Queries, rows: Longs, kept: int, cosine: float) -> Ranked:
     """Candidates of one user (n,) through the pre-ranker, and its `kept` best through the ranker; ties by place.
 
-    A ranker has learned from what was shown, which is alike, and knows little of other items; the two towers have
-    learned to tell an item from all others. So candidates are ordered by the ranker's log-odds plus `cosine` times the
-    towers' cosine, while their score stays the ranker's own, calibrated probability.
-
-    Args:
-        version: the snapshot.
-        queries: one user.
-        rows: catalogue rows of the candidates.
-        kept: how many go on to the ranker.
-        cosine: at least 0; 0 = the rankers alone.
+    A ranker has learned from the items that were shown, which are alike, and knows little of others; the two towers
+    have learned to tell an item from all others. So candidates are ordered by the ranker's log-odds plus `cosine` times
+    the towers' cosine (0 = by the rankers alone), while their score stays the ranker's calibrated probability.
     """
     near = np.zeros(len(rows), np.float32)
     if version.rankers and cosine:
@@ -280,7 +263,7 @@ def _with_score(version: Version, queries: Queries, ranked: Ranked, place: int) 
 
 
 def _columns(version: Version, chosen: _Chosen, places: Longs) -> dict[str, list[Any]]:
-    """Id, score and channels of some candidates; a score of the last ranker, None where it did not see one."""
+    """Id, score and channels of some candidates; the score is None where the last ranker did not see one."""
     fused, scored = chosen.retrieved.fused, chosen.ranked.rank or chosen.ranked.pre_rank
     scores = fused.candidates.scores[0] if scored is None else scored.probability
     return {
@@ -299,7 +282,7 @@ def _items(version: Version, chosen: _Chosen) -> list[PageItem]:
 
 
 def _sampled(chosen: _Chosen, count: int, rng: np.random.Generator) -> dict[int, float]:
-    """Places of the page, then of at most `count` candidates of each other stage, with their probability to be here."""
+    """Places of the page, then of at most `count` candidates of each other stage, with the chance of being drawn."""
     sampled = dict.fromkeys(chosen.page.tolist(), 1.0)
     for stage in (NOT_SHOWN, RANKED_OUT, PRE_RANKED_OUT):
         others = np.flatnonzero(chosen.ended == stage)

@@ -34,8 +34,8 @@ class Health:
     def repeat(self, name: str, work: Callable[[], object], every_s: float, stop: threading.Event) -> threading.Thread:
         """Start a thread that does some work every `every_s` seconds until `stop` is set.
 
-        An exception does not end the thread: it tries again after pauses that grow up to `every_s`, or to five seconds
-        if that is longer. The first of several failures in a row is logged, and so is the recovery.
+        After an exception it tries again, with pauses that grow up to `every_s`, at least to five seconds. The first of
+        several failures in a row is logged, and so is the recovery.
         """
 
         def run() -> None:
@@ -51,7 +51,7 @@ class Health:
         """Do some work once, and note whether it went well; gives the seconds until the next attempt."""
         try:
             work()
-        except Exception as error:  # whatever it is, the thread goes on
+        except Exception as error:  # the thread goes on in any case
             if stop.is_set():  # what it works with is being closed
                 return 0.0
             return self._failed(name, error, every_s)
@@ -74,14 +74,14 @@ class Health:
 
     def problems(self) -> dict[str, str]:
         """A sentence for each thread that has ended, or failed several times in a row; by name."""
-        told = {}
+        problems = {}
         with self._lock:
             for name, worker in self._workers.items():
                 if worker.thread is not None and worker.thread.ident is not None and not worker.thread.is_alive():
-                    told[name] = f"{name} has ended: restart the server"
+                    problems[name] = f"{name} has ended: restart the server"
                 elif worker.failures >= MAX_FAILURES:
-                    told[name] = f"{name} has failed {worker.failures} times in a row: {worker.problem}"
-        return told
+                    problems[name] = f"{name} has failed {worker.failures} times in a row: {worker.problem}"
+        return problems
 
     def _failed(self, name: str, error: Exception, every_s: float) -> float:
         with self._lock:

@@ -22,7 +22,7 @@ class ServerParts:
     snapshots: Snapshots
     event_log: EventLog
     users: RecentUsers
-    """What the log tells of users, items and clicks since the version was made."""
+    """Users' clicks and impressions, and users and items that were put, since the version was made."""
     serve: ServeOptions = field(default_factory=ServeOptions)
     funnel: FunnelOptions = field(default_factory=FunnelOptions)
     metrics: Metrics = field(default_factory=Metrics)
@@ -39,7 +39,7 @@ class ServerParts:
         return impressed_window(now_ms, int(1000 * self.serve.impressed_window_s))
 
     def append(self, events: Sequence[Event]) -> list[Ack]:
-        """Put events into the log and take them up, so that they count from the next request on.
+        """Put events into the log and apply them, so that they count from the next request on.
 
         Raises:
             EventLogError: the log cannot be written; or the events are in it, but it cannot be read.

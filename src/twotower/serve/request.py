@@ -1,4 +1,4 @@
-"""The way of a request, top to bottom: who asks, what they did, every channel, one list."""
+"""The way of a request, top to bottom: the user, what they did, every channel, one list."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class Unanswerable(TwotowerError):
 
 @dataclass(frozen=True)
 class Request:
-    """A request for candidates, as its sender wrote it."""
+    """A request for candidates, as it was sent."""
 
     k: int
     exclude: str
@@ -42,7 +42,7 @@ class Request:
     """Feature values that replace the stored ones, or describe a new user; None is a missing value."""
     context: Mapping[str, Any] = field(default_factory=dict)
     filters: Mapping[str, Filter] = field(default_factory=dict)
-    """What attributes of an item may be."""
+    """By attribute of an item."""
     channels: Sequence[str] = ()
     """Channels to ask; empty = all."""
 
@@ -71,10 +71,9 @@ class Retrieved:
     """The candidates of one request."""
 
     queries: Queries
-    """Who asked, as the channels saw them."""
     fused: Fused
     left_out: dict[str, str]
-    """Channels that did not answer, with the reason."""
+    """By channel, why it did not answer."""
 
     @property
     def rows(self) -> Longs:
@@ -86,12 +85,8 @@ class Retrieved:
 def retrieve(version: Version, request: Request, recent: Recent, window: range, ask: Ask = ask_in_turn) -> Answer:
     """Answer a request from one version.
 
-    Args:
-        version: the snapshot that the request holds.
-        request: who asks for what.
-        recent: what the user did since the version was made.
-        window: the times of impressions that count; see `impressed_window`.
-        ask: how the channels are asked.
+    `recent` is what the user did since the version was made; `window`, the times of impressions that count, comes from
+    `impressed_window`.
 
     Raises:
         DataError: an unknown feature, channel, attribute or kind of exclusion, or a value of another type.
@@ -100,7 +95,7 @@ def retrieve(version: Version, request: Request, recent: Recent, window: range, 
     queries = queries_of(version, request, recent, window)
     retrieved = candidates_of(version, request.channels, queries, request.k, ask)
     fused, ids = retrieved.fused, version.items.at(retrieved.rows)
-    scores, by = fused.candidates.scores[0].tolist(), fused.brought_by[0].tolist()
+    scores, by = fused.candidates.scores[0].tolist(), fused.retrieved_by[0].tolist()
     places = {bits: place for place, bits in enumerate(by)}  # few combinations of channels, many items
     channels = {bits: fused.channels_of(0, place) for bits, place in places.items()}
     items = [Candidate(item_id, scores[i], channels[by[i]]) for i, item_id in enumerate(ids)]
@@ -110,7 +105,7 @@ def retrieve(version: Version, request: Request, recent: Recent, window: range, 
 def candidates_of(
     version: Version, channels: Sequence[str], queries: Queries, k: int, ask: Ask = ask_in_turn
 ) -> Retrieved:
-    """The k candidates of one user as catalogue rows, of some channels or, where none is named, of all.
+    """The k candidates of one user, from some channels or, where none is named, from all.
 
     Raises:
         DataError: an unknown channel.
@@ -127,16 +122,24 @@ def candidates_of(
 
 
 def impressed_window(now_ms: int, window_ms: int) -> range:
-    """The times of impressions that count: later ones come from a clock that is ahead, and must not count for years."""
+    """The times of impressions that count: a later time comes from a clock that is ahead, and must not count."""
     return range(now_ms - window_ms, now_ms + ALLOWED_SKEW_MS + 1)
 
 
 def queries_of(version: Version, request: Request, recent: Recent, window: range) -> Queries:
-    """Who asks, as the channels see them: what the version and the request say of a user, and what they did since."""
-    check_user(version, request.user_id)
+    """The user as the channels see them: what the version and the request say, and what the user did since.
+
+    Raises:
+        DataError: an unknown feature or kind of exclusion, or a value or an id of another type.
+    """
+    known = version.users.ids.type
+    if request.user_id is not None and not is_id(request.user_id, known):
+        raise DataError(
+            f"user_id {shown(request.user_id)} is a {type(request.user_id).__name__}: the ids of users are {known}"
+        )
     if request.exclude not in EXCLUDE:
         raise DataError(f"exclude = {shown(request.exclude)}: it is one of {', '.join(EXCLUDE)}")
-    stored = version.queries_of(pa.array([request.user_id], version.users.ids.type))
+    stored = version.queries_of(pa.array([request.user_id], known))
     own = [feature for feature in version.features.user_columns if feature.name != c.USER_ID]
     given = encode_request(own, request.features, "features")
     columns = {**stored.features, **{name: given[name] for name in request.features}}
@@ -146,34 +149,28 @@ def queries_of(version: Version, request: Request, recent: Recent, window: range
     return Queries(columns, Bag(np.array([0, len(clicks)]), clicks), Exclusions.of([left_out]))
 
 
-def check_user(version: Version, user_id: UserId | None) -> None:
-    """Refuse an id of another type than the version's users have.
-
-    Raises:
-        DataError: with both types.
-    """
-    known = version.users.ids.type
-    if user_id is not None and not is_id(user_id, known):
-        raise DataError(f"user_id {shown(user_id)} is a {type(user_id).__name__}: the ids of users are {known}")
-
-
 def find_items(version: Version, item_ids: Sequence[ItemId]) -> Longs:
-    """Catalogue rows of items (n,), -1 for those that the version does not have."""
+    """Catalogue rows (n,) of items, -1 for items that the version does not have."""
     known = version.items.kind
     return version.items.find(pa.array([item if is_id(item, known) else None for item in item_ids], known))
 
 
 def newer_clicks(version: Version, recent: Recent) -> npt.NDArray[np.int32]:
     """Catalogue rows of the clicks after those that the version knows, oldest first."""
+    newer = sorted(clicks_since(version, recent), key=lambda click: click[0])
+    return _rows_of_events(version, newer).astype(np.int32)
+
+
+def clicks_since(version: Version, recent: Recent) -> list[tuple[int, ItemId]]:
+    """The recent clicks (time, item) after those that the version knows, in the order of the log."""
     known_ms = version.knows_until_ms
-    newer = [click for click in recent.clicks if known_ms is None or click[0] > known_ms]
-    return _rows_of_events(version, sorted(newer, key=lambda click: click[0])).astype(np.int32)
+    return [click for click in recent.clicks if known_ms is None or click[0] > known_ms]
 
 
 def _rows_of_events(version: Version, events: Sequence[tuple[int, ItemId]]) -> Longs:
-    """Catalogue rows of the items of events, without those that the version does not have.
+    """Catalogue rows of the items of events, without items that the version does not have.
 
-    An item that was deleted and put again is another one: events before that are not of it.
+    An item that was deleted and put again is another one: earlier events do not count for it.
     """
     rows = find_items(version, [item for _, item in events])
     times = np.array([ts_ms for ts_ms, _ in events], np.int64)
@@ -183,7 +180,7 @@ def _rows_of_events(version: Version, events: Sequence[tuple[int, ItemId]]) -> L
 def excluded_rows(
     version: Version, request: Request, clicks: npt.NDArray[np.int32], recent: Recent, window: range
 ) -> Longs:
-    """Catalogue rows that the answer must not hold: clicked, impressed within the window, outside the filters."""
+    """Catalogue rows that are left out: clicked, impressed within the window, outside the filters."""
     parts = [np.zeros(0, np.int64)]
     if request.exclude != "none":
         parts.append(clicks.astype(np.int64))
@@ -205,7 +202,7 @@ def impressed_rows(version: Version, recent: Recent, window: range) -> Longs:
 
 
 def _seen(version: Version, seen: Seen, since_ms: int) -> Longs:
-    """Catalogue rows of the items in filters; of an item that was put again only what was shown after that counts."""
+    """Catalogue rows of the items in the filters of impressions; of an item put again, only later impressions count."""
     within = seen.contains(version.items.hashes, since_ms)
     again = version.again
     for deleted_ms in np.unique(again.deleted_ms[again.deleted_ms >= since_ms]).tolist():
@@ -217,7 +214,7 @@ def _seen(version: Version, seen: Seen, since_ms: int) -> Longs:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """One item like another, as one channel has it."""
+    """One similar item of one channel."""
 
     item_id: ItemId
     score: float
@@ -231,7 +228,6 @@ class Similar:
     items: list[Candidate]
     """The nearest by the vectors of the two towers."""
     channels: dict[str, list[Neighbour]]
-    """The same of every channel that can say."""
 
 
 def similar(version: Version, item_id: ItemId, k: int) -> Similar:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,7 +17,7 @@ from fastapi import FastAPI
 from twotower.datasets.places import Places
 from twotower.features.bloom import FilterShape
 from twotower.features.store import LmdbFeatureStore
-from twotower.logs import EventLog, open_log
+from twotower.logs import open_log
 from twotower.logs.options import EventLogOptions
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.locks import locked
@@ -31,7 +33,7 @@ from twotower.serve.users import RecentUsers
 log = logging.getLogger(__name__)
 
 FILTER_PERIODS, FILTER_ERROR_RATE = 7, 0.01
-"""Periods that the window of impressions is cut into; share of other items that the filters leave out by mistake."""
+"""Periods of the window of impressions; share of other items that the filters leave out by mistake."""
 READER = "the reader of the log"
 ERASER = "the eraser of deleted users"
 ADMIN = "the admin port"
@@ -59,43 +61,14 @@ def run_server(
 ) -> None:
     """Serve until a signal ends it.
 
-    Args:
-        places: of the workspace.
-        log_options: of the event log, which is opened to write.
-        serve: of the server.
-        funnel: of pages.
-        admin_token: what admin requests must carry; None = no admin port.
-        extend: adds to the public application, such as the page.
-        ready: called with the addresses when requests are answered.
+    Admin requests must carry `admin_token`; without one there is no admin port. `extend` adds to the public
+    application, such as the page; `ready` is called with the addresses when requests are answered.
 
     Raises:
-        VersionError: there is no version to serve.
-        DataError: another server uses this workspace.
-        EventLogError: the log cannot be opened.
-        ConfigError: a port is taken.
+        ConfigError: a port is taken; and what `open_parts` raises.
     """
-    metrics, health = Metrics(), Health()
-    with ExitStack() as opened:
-        snapshots = Snapshots(places.versions, metrics.switched, places.deltas)  # first: without one nothing is made
-        store_folder = places.feature_store
-        opened.enter_context(
-            locked(store_folder.with_name(f"{store_folder.name}.lock"), lambda holder: _busy(places, holder))
-        )
-        event_log = _opened(log_options, places)
-        opened.callback(event_log.close)
-        store = LmdbFeatureStore(store_folder)
-        opened.callback(store.close)
-        users = RecentUsers(
-            event_log, store, filter_shape(serve), lambda reason: metrics.passed_over.labels(reason).inc()
-        )
-        if applied := users.catch_up():
-            log.info("%d events of the log applied", applied)
-        erase_s = log_options.erase_every_s
-        # Closing the log ends a pass that is under way.
-        opened.enter_context(_repeating(health, ERASER, lambda: _erase(users), erase_s, event_log.close))
-        opened.callback(snapshots.close)
-        snapshots.heed(lambda: users.entities)
-        parts = ServerParts(snapshots, event_log, users, serve, funnel, metrics, health)
+    with open_parts(places, log_options, serve, funnel) as parts, ExitStack() as opened:
+        snapshots, health = parts.snapshots, parts.health
         app = make_app(parts)
         extend(app, parts)
         public = opened.enter_context(_listen(serve.host, serve.port))
@@ -105,7 +78,7 @@ def run_server(
             admin = opened.enter_context(_listen("127.0.0.1", serve.admin_port))
             admin_url = _url("127.0.0.1", admin)
             opened.enter_context(_in_background(_server(admin_app), admin, health))
-        opened.enter_context(_repeating(health, READER, lambda: read_log(users, health), POLL_S))
+        opened.enter_context(_repeating(health, READER, lambda: read_log(parts.users, health), POLL_S))
         snapshots.follow(health)
         address = Address(_url(serve.host, public), admin_url, snapshots.version.id)
         server = _server(app)
@@ -113,25 +86,46 @@ def run_server(
             asyncio.run(_serve(server, public, lambda: ready(address)))
 
 
-def _busy(places: Places, holder: str) -> DataError:
-    return DataError(
-        f"{places.feature_store} is in use by {holder}: two servers cannot keep what they learn of users in one place. "
-        "Stop that one, or serve another workspace"
-    )
-
-
-def _opened(log: EventLogOptions, places: Places) -> EventLog:
-    return open_log(log, places.log)
-
-
-def filter_shape(serve: ServeOptions) -> FilterShape:
-    """The shape of the filters of impressions before the latest.
+@contextmanager
+def open_parts(
+    places: Places, log_options: EventLogOptions, serve: ServeOptions, funnel: FunnelOptions
+) -> Iterator[ServerParts]:
+    """All that one process answers from: the version, the log, and what the log says about users.
 
     Raises:
-        ConfigError: periods shorter than a millisecond.
+        VersionError: there is no version to serve.
+        DataError: another server uses this workspace.
+        EventLogError: the log cannot be opened.
+        ConfigError: the window of impressions is too short.
     """
-    window_ms = int(1000 * serve.impressed_window_s)
-    return FilterShape.of(window_ms, FILTER_PERIODS, serve.impressed_items, FILTER_ERROR_RATE)
+    metrics, health = Metrics(), Health()
+    with ExitStack() as opened:
+        snapshots = Snapshots(places.versions, metrics.switched, places.deltas)  # first: without a version no folder
+        store_folder = places.feature_store
+        lock = store_folder.with_name(f"{store_folder.name}.lock")
+        opened.enter_context(locked(lock, lambda holder: _busy(store_folder, holder)))
+        event_log = open_log(log_options, places.log)
+        opened.callback(event_log.close)
+        store = LmdbFeatureStore(store_folder)
+        opened.callback(store.close)
+        window_ms = int(1000 * serve.impressed_window_s)
+        shape = FilterShape.of(window_ms, FILTER_PERIODS, serve.impressed_items, FILTER_ERROR_RATE)
+        users = RecentUsers(event_log, store, shape, lambda reason: metrics.passed_over.labels(reason).inc())
+        if applied := users.catch_up():
+            log.info("%d events of the log applied", applied)
+        # Closing the log ends a running pass of the eraser.
+        erase = partial(_erase, users)
+        opened.enter_context(_repeating(health, ERASER, erase, log_options.erase_every_s, event_log.close))
+        opened.callback(snapshots.close)
+        snapshots.heed(lambda: users.entities)
+        yield ServerParts(snapshots, event_log, users, serve, funnel, metrics, health)
+
+
+def _busy(store: Path, holder: str) -> DataError:
+    return DataError(
+        f"{store} is in use by {holder}: two servers cannot keep what they learn of users in one place. Stop that one, "
+        "or serve another workspace"
+    )
 
 
 def _erase(users: RecentUsers) -> None:
@@ -143,7 +137,7 @@ def _erase(users: RecentUsers) -> None:
 def _repeating(
     health: Health, name: str, work: Callable[[], None], every_s: float, end: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Do some work now and every so often, in a thread; `end` is called before the thread is waited for."""
+    """Do some work now and every `every_s`, in a thread; `end` is called before the thread is waited for."""
     stop = threading.Event()
     thread = health.repeat(name, work, every_s, stop)
     try:
@@ -155,10 +149,10 @@ def _repeating(
 
 
 def read_log(users: RecentUsers, health: Health) -> None:
-    """Read what is new in the log, after a failure only where it is still the log that was read before.
+    """Read what is new in the log.
 
     Raises:
-        DataError: it is another one, or emptied, or damaged.
+        DataError: after a failure, it is not the log that was read before: another one, emptied, or damaged.
     """
     if health.fails(READER) and not users.is_of_this_log():
         raise DataError(
@@ -216,7 +210,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error}. Set serve.port or serve.admin_port") from None
-    # Connections inherit it. Without it the second packet of an answer waits for the client's acknowledgement of the
+    # Connections inherit this. Without it the second packet of an answer waits for the client's acknowledgement of the
     # first, which Linux delays by 40 ms.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening

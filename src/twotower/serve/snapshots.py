@@ -1,8 +1,8 @@
 """The served version with what was learned since, and its replacement while requests go on.
 
-Deltas, and users and items that were put or deleted, are taken up in their order within a fifth of a second, each in
-one step. A request takes the snapshot once and keeps it to its end; a switch replaces one reference. A delta or a
-version that fails any check is rejected visibly, and the server keeps serving what it served.
+Deltas, and users and items that were put or deleted, are applied in their order within a fifth of a second, each in one
+step. A request takes the snapshot once and keeps it to its end; a switch replaces one reference. A delta or a version
+that fails any check is rejected visibly, and the server keeps serving what it served.
 """
 
 import logging
@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twotower.publish.delta import Delta, Reports, base_digest, folded_seqs, read_folded, read_next
+from twotower.publish.delta import Delta, Reports, folded_seqs, read_folded, read_next
 from twotower.publish.golden import replay
+from twotower.publish.manifest import DIGEST
 from twotower.publish.overlay import EntityChanges, Overlay
 from twotower.publish.publish import current, existing_path
 from twotower.publish.version import Version, open_version
@@ -40,7 +41,7 @@ class Refusal:
 
 @dataclass
 class _Serving:
-    """A version with what was learned since and taken up."""
+    """A version with what was learned since."""
 
     overlay: Overlay
     base: str
@@ -51,7 +52,7 @@ class _Serving:
     """What requests see; replaced in one step."""
     shown: EntityChanges = _NOTHING
     refused: Refusal | None = None
-    """The delta that did not go live, if there is one."""
+    """The delta that did not go live."""
     skipped_to: int = 0
     """A folded delta of a higher number replaces the refused one."""
     reports: Reports = field(default_factory=Reports)
@@ -63,7 +64,7 @@ class Snapshots:
     Args:
         versions: the folder of all versions.
         on_switch: called with the id of each version that goes live.
-        deltas: the folder of the deltas of all versions; None = none are taken up.
+        deltas: the folder of the deltas of all versions; None = there are none.
         entities: gives the users and items that were put or deleted.
 
     Raises:
@@ -105,52 +106,44 @@ class Snapshots:
 
     @property
     def gated(self) -> tuple[Refusal, ...]:
-        """Deltas of the served version in whose place the gate let nothing through, the latest ones."""
+        """The latest deltas of the served version that the gate rejected."""
         serving = self._serving
-        return tuple(Refusal(serving.version.id, "; ".join(told), seq) for seq, told in serving.reports.gated)
+        return tuple(Refusal(serving.version.id, "; ".join(reasons), seq) for seq, reasons in serving.reports.gated)
 
     @property
     def report(self) -> Mapping[str, Any]:
-        """What the updater says of the latest delta, and its recall by hour over all."""
+        """The updater's report of the latest delta, with the recall by hour over all deltas."""
         return {**self._serving.reports.latest, "recall": dict(self._serving.reports.recall)}
 
     @property
     def set_aside(self) -> Mapping[str, int]:
-        """By kind, how many users and items the log says something of that the served version cannot use."""
+        """By kind, how many users and items have changes in the log that the served version cannot use."""
         return dict(self._serving.overlay.aside.count)
 
     @property
     def watermark_ms(self) -> int | None:
-        """Event time up to which what is served has learned."""
+        """Event time up to which the served version has learned."""
         return self._serving.overlay.watermark_ms
 
     def reload(self) -> str:
-        """Switch to what `CURRENT` names, if it is another version, and take up what was learned and put since.
-
-        Returns:
-            The id of the version that is served then.
-        """
+        """Switch to the version that `CURRENT` names, apply what was learned and put since, and give its id."""
         with self._switching:
             self._switch()
             self.refresh()
             return self._serving.version.id
 
     def heed(self, entities: Callable[[], EntityChanges]) -> None:
-        """Take up the users and items that were put or deleted from another source, now and from now on."""
+        """Take the users and items that were put or deleted from another source, now and from now on."""
         self._entities = entities
         self.refresh()
 
     def refresh(self) -> None:
-        """Take up what was learned and put since."""
+        """Apply what was learned and put since."""
         with self._advancing:
             self._advance(self._serving)
 
     def follow(self, health: Health) -> None:
-        """Start to look for another version, deltas and entities every fifth of a second.
-
-        Args:
-            health: told how it goes.
-        """
+        """Start to look for another version, deltas and entities every fifth of a second."""
         self._follower = health.repeat(FOLLOWER, self.reload, POLL_S, self._stop)
 
     def close(self) -> None:
@@ -176,7 +169,7 @@ class Snapshots:
             with self._advancing:
                 self._advance(opened)
                 self._serving = opened
-        except Exception as error:  # whatever is wrong with the new version, the old one answers on
+        except Exception as error:  # the old version goes on answering in any case
             self.refused = Refusal(version_id, _refused(version_id, self._serving.version.id, error))
             return
         self.refused = None
@@ -187,22 +180,21 @@ class Snapshots:
         version = open_version(existing_path(self._versions, version_id))
         if problems := replay(version):
             raise VersionError(f"version {version_id} does not repeat its golden answers: {'; '.join(problems[:3])}")
-        base = base_digest(version.path)
+        base = version.manifest[DIGEST]
         serving = _Serving(Overlay(version), base, base, version)
         self._advance(serving)
         return serving
 
     def _advance(self, serving: _Serving) -> None:
-        """Take up further deltas and entities, in one step."""
+        """Apply further deltas and entities, in one step."""
         learned = self._learn(serving)
         entities = self._entities()
-        changed = entities is not serving.shown and any((*_sizes(entities), *_sizes(serving.shown)))
-        if learned or changed:
+        if learned or (entities is not serving.shown and (entities.items or entities.users)):
             serving.version = serving.overlay.lay(entities)
         serving.shown = entities
 
     def _learn(self, serving: _Serving) -> bool:
-        """Read the deltas behind the served one, in order, up to one that is refused; gives whether there was one."""
+        """Read the deltas after the served one, in order, up to one that is refused; gives whether there was one."""
         overlay, base, learned = serving.overlay, serving.overlay.base.id, False
         while self._deltas is not None:
             try:
@@ -212,7 +204,7 @@ class Snapshots:
                 serving.reports.note(delta)
                 serving.follows, serving.refused = delta.digest, None
                 learned = True
-            except Exception as error:  # whatever is wrong with the delta, what is served stays
+            except Exception as error:  # what is served stays in any case
                 what = f"delta {overlay.seq + 1} of {base}"
                 serving.refused = Refusal(base, _refused(what, overlay.seq, error), overlay.seq + 1)
                 serving.skipped_to = max(folded_seqs(self._deltas, base), default=0)
@@ -232,7 +224,3 @@ def _refused(what: str, kept: object, error: Exception) -> str:
     """Log that something is refused, and give the reason."""
     log.error("%s is refused, %s stays: %s", what, kept, error, exc_info=not isinstance(error, TwotowerError))
     return str(error) or repr(error)
-
-
-def _sizes(entities: EntityChanges) -> tuple[int, int]:
-    return len(entities.items), len(entities.users)

@@ -1,7 +1,7 @@
 """What a server has learned since the version: users' latest clicks and impressions, users and items put or deleted.
 
-It is a function of the event log alone: events are applied in the order of the log, together with the offset up to
-which it was read, in one change of the store. A killed server continues from there. A store that is lost, or belongs to
+It is a function of the event log alone: events are applied in the order of the log, in one change of the store together
+with the offset up to which the log was read. A killed server continues from there. A store that is lost, or belongs to
 another log or other settings, is built again.
 """
 
@@ -10,7 +10,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import orjson
 import pyarrow as pa
@@ -71,7 +70,7 @@ class Recent:
 
 @dataclass(frozen=True)
 class _Applied:
-    """How far a partition was read: the last event that was applied, and the offset of the next."""
+    """How far a partition was read: the last event that was applied, and the next offset."""
 
     offset: int
     next_offset: int
@@ -124,18 +123,11 @@ class RecentUsers:
             return Recent()
         clicks, shown = orjson.loads(value)
         seen = self._store.get(_seen_key(user_key)) if self._shape and len(shown) == MAX_SHOWN else None
-        return Recent(
-            tuple(_pair(entry) for entry in clicks),
-            tuple(_pair(entry) for entry in shown),
-            None if seen is None or self._shape is None else Seen.decode(self._shape, seen),
-        )
+        filters = None if seen is None or self._shape is None else Seen.decode(self._shape, seen)
+        return Recent(tuple(map(tuple, clicks)), tuple(map(tuple, shown)), filters)
 
     def catch_up(self, partitions: Iterable[int] | None = None) -> int:
-        """Apply what the log holds beyond what was applied; gives the number of events.
-
-        Args:
-            partitions: of the log; None = all.
-        """
+        """Apply what is new in some partitions of the log, or in all; gives the number of events."""
         applied = 0
         with self._applying:
             for partition in range(self._log.partitions) if partitions is None else sorted(set(partitions)):
@@ -148,25 +140,29 @@ class RecentUsers:
         return applied
 
     def _apply(self, partition: int, records: Sequence[Record]) -> None:
-        """Take in the next records of a partition, in one change of the store."""
+        """Apply the next records of a partition, in one change of the store."""
         changed: dict[bytes, Recent] = {}
         put: dict[tuple[str, EntityId], Entity] = {}
         values: dict[bytes, bytes | None] = {}
         unusable: dict[str, tuple[int, str]] = {}
         for record in records:
-            event, said = record.event, record.event.content
-            if isinstance(said, Unusable):
-                unusable.setdefault(said.reason, (record.offset, said.message))
-                self._passed_over(said.reason)
-            elif isinstance(said, EntityPut | EntityDeleted):
-                self._put(record, said, put, changed)
-                if isinstance(said, EntityDeleted) and said.kind == USER:
+            event, content = record.event, record.event.content
+            if isinstance(content, Unusable):
+                unusable.setdefault(content.reason, (record.offset, content.message))
+                self._passed_over(content.reason)
+            elif isinstance(content, EntityPut | EntityDeleted):
+                entity_key = (content.kind, content.entity_id)
+                known = self._entities.items if content.kind == ITEM else self._entities.users
+                before = put.get(entity_key, known.get(content.entity_id))
+                put[entity_key] = after(before, content, event.ts_ms, record.offset)
+                if isinstance(content, EntityDeleted) and content.kind == USER:  # all earlier events are forgotten
+                    changed[_user_key(content.entity_id)] = Recent()
                     values[_erase_key(event.user_id)] = orjson.dumps([partition, event.user_id, record.offset])
             else:
                 user_key = _user_key(event.user_id)
                 changed[user_key] = self._after(changed.get(user_key) or self.get(event.user_id), event)
         for offset, why in unusable.values():  # one line for each reason
-            _LOGGER.warning("partition %d, offset %d: an event is passed over: %s", partition, offset, why)
+            _LOGGER.warning("partition %d, offset %d: an event is skipped: %s", partition, offset, why)
         last = records[-1]
         places = list(self._places)
         places[partition] = _Applied(last.offset, last.next_offset, mark_of(last.event))
@@ -176,7 +172,8 @@ class RecentUsers:
                 values[_seen_key(user_key)] = recent.seen.encode()
             if recent == Recent():
                 values[user_key] = values[_seen_key(user_key)] = None
-        values |= {_entity_key(*key): orjson.dumps([*key, entity]) for key, entity in put.items()}
+        for (kind, entity_id), entity in put.items():
+            values[_ENTITY + kind.encode() + b"/" + _user_key(entity_id)] = orjson.dumps([kind, entity_id, entity])
         self._store.write({**values, _PLACES: orjson.dumps([place and astuple(place) for place in places])})
         self._places = places
         if put:
@@ -209,24 +206,8 @@ class RecentUsers:
             raise DataError("; ".join(damaged))
         return number
 
-    def _put(
-        self,
-        record: Record,
-        said: EntityPut | EntityDeleted,
-        put: dict[tuple[str, EntityId], Entity],
-        changed: dict[bytes, Recent],
-    ) -> None:
-        """Take in a user or an item that was put or deleted; a deletion forgets all earlier events of a user."""
-        kind, entity_id = said.kind, said.entity_id
-        known = self._entities.items if kind == ITEM else self._entities.users
-        put[kind, entity_id] = after(
-            put.get((kind, entity_id), known.get(entity_id)), said, record.event.ts_ms, record.offset
-        )
-        if kind == USER and isinstance(said, EntityDeleted):
-            changed[_user_key(entity_id)] = Recent()
-
     def _after(self, recent: Recent, event: Event) -> Recent:
-        """What is known of a user after one more event; impressions beyond the latest go into filters."""
+        """A user's recent events with one more; impressions beyond the latest go into filters."""
         clicked, shown = items_of(event.content)
         if not clicked and not shown:
             return recent
@@ -250,43 +231,43 @@ class RecentUsers:
             if place is None:
                 continue
             try:
-                found = [(r.next_offset, mark_of(r.event)) for r in self._log.read(partition, place.offset, 1)]
+                stored = [(r.next_offset, mark_of(r.event)) for r in self._log.read(partition, place.offset, 1)]
             except DataError:
                 return False
-            if found != [(place.next_offset, place.mark)]:
+            if stored != [(place.next_offset, place.mark)]:
                 return False
         return True
 
 
-def items_of(said: Content) -> tuple[Sequence[ItemId], Sequence[ItemId]]:
-    """The items that were clicked, and those that were shown, according to an event.
+def items_of(content: Content) -> tuple[Sequence[ItemId], Sequence[ItemId]]:
+    """The items that an event says were clicked, and those that were shown.
 
     >>> items_of(LoggedRequest(items=[4, 5], outcomes=["clicked", "rank_rejected"]))
     ([4], [4])
     """
-    match said:
+    match content:
         case Click():
-            return said.items or [], []
+            return content.items or [], []
         case Impression():
-            return [], said.items or []
+            return [], content.items or []
         case LoggedRequest():
-            return said.ended(c.CLICKED), said.ended(c.CLICKED, c.IMPRESSED)
+            return content.ended(c.CLICKED), content.ended(c.CLICKED, c.IMPRESSED)
     return [], []
 
 
 def _read_entities(store: FeatureStore) -> EntityChanges:
-    found: dict[tuple[str, EntityId], Entity] = {}
+    entities: dict[tuple[str, EntityId], Entity] = {}
     for value in store.scan(_ENTITY).values():
         kind, entity_id, entity = orjson.loads(value)
-        found[kind, entity_id] = Entity(**entity)
-    return _with_entities(EntityChanges(), found)
+        entities[kind, entity_id] = Entity(**entity)
+    return _with_entities(EntityChanges(), entities)
 
 
 def _with_entities(entities: EntityChanges, put: dict[tuple[str, EntityId], Entity]) -> EntityChanges:
-    parts: dict[bool, dict[EntityId, Entity]] = {True: {}, False: {}}
+    parts: dict[str, dict[EntityId, Entity]] = {ITEM: {}, USER: {}}
     for (kind, entity_id), entity in put.items():
-        parts[kind == ITEM][entity_id] = entity
-    return entities.with_newer(parts[True], parts[False])
+        parts[kind][entity_id] = entity
+    return entities.with_newer(parts[ITEM], parts[USER])
 
 
 def _user_key(user_id: UserId) -> bytes:
@@ -297,17 +278,9 @@ def _user_key(user_id: UserId) -> bytes:
     return b"user/s/" + name if len(name) <= _MAX_KEY_BYTES else b"user/d/" + hashlib.blake2b(name).digest()
 
 
-def _entity_key(kind: str, entity_id: EntityId) -> bytes:
-    return _ENTITY + kind.encode() + b"/" + _user_key(entity_id)
-
-
 def _erase_key(user_id: UserId) -> bytes:
     return _ERASE + _user_key(user_id)
 
 
 def _seen_key(user_key: bytes) -> bytes:
     return b"seen/" + user_key
-
-
-def _pair(entry: list[Any]) -> tuple[int, ItemId]:
-    return entry[0], entry[1]

@@ -17,7 +17,8 @@ from twotower.features.feature_set import HISTORY
 from twotower.logs import EventLog
 from twotower.logs.entities import Entity
 from twotower.logs.events import EntityId
-from twotower.publish.overlay import EntityChanges, plain_type
+from twotower.publish.catalogue import plain_type
+from twotower.publish.overlay import EntityChanges
 from twotower.publish.version import Version
 from twotower.samples.read import Samples
 from twotower.schema import columns as c

@@ -213,7 +213,7 @@ class ChainState:
         index = np.arange(count)
         parts: dict[str, list[Column]] = {name: [column] for name, column in self._base.columns.items()}
         for number, (item_id, row) in enumerate(sorted(laid.put.items(), key=lambda entry: entry[1])):
-            for name, column in item_columns(self.version, item_id, self.entities.items[item_id], UNKNOWN).items():
+            for name, column in item_columns(self.version, item_id, self.entities.items[item_id]).items():
                 parts[name].append(column)
             index[row] = base + number
             vectors[row] = laid.item_vectors[np.array([row])][0]
