@@ -208,7 +208,7 @@ def _recalls(world: World, clicks: VisitClicks, version: Version) -> dict[str, f
     user, first_ms = user[chosen], first_ms[chosen]
     rows = version.users.positions.find(world.user_ids(user))
     stored = version.clicks
-    queries = version.queries(rows, exclude=(stored.indptr, stored.item_row))
+    queries = version.queries(rows, exclude=stored.items)
     retrieved = version.two_tower.retrieve(queries, K).rows
     item = world.item_rows(version.item_ids)
     row_of = np.full(int(item.max()) + 1, NOTHING)

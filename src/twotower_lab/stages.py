@@ -57,7 +57,7 @@ class Stages:
         version, clicks = self._served, self.version.clicks
         lists = np.full((len(truth.user_rows), K), PADDING)
         for place, user in enumerate(truth.user_rows.tolist()):
-            queries = version.queries(np.array([user]), exclude=(clicks.indptr, clicks.item_row))
+            queries = version.queries(np.array([user]), exclude=clicks.items)
             wanted = max(K, min(self.funnel.retrieve, len(version.item_ids)))
             rows = version.two_tower.retrieve(queries, wanted).rows[0]
             rows = rows[rows != PADDING]
