@@ -73,7 +73,7 @@ def make_world(folder: Path) -> Settings:
 
 def written(settings: Settings, folder: Path) -> Path:
     """The configuration as a file."""
-    path = folder / f"{settings.index.kind}.toml"
+    path = folder / f"config-{settings.index.kind}.toml"
     path.write_text(
         f"workspace.path = {json.dumps(settings.workspace.path)}\n"
         f"index = {{ kind = {json.dumps(settings.index.kind)}, url = {json.dumps(settings.index.url)} }}\n"
@@ -151,8 +151,8 @@ def outages(settings: Settings, config: Path, folder: Path, count: int) -> dict[
     seen: list[tuple[float, float, Any]] = []
     enough = threading.Event()
     back_s, told_s, ready = [], [], []
-    with ExitStack() as running:
-        running.enter_context(database(kind, folder))
+    with ExitStack() as running, ExitStack() as serving:
+        serving.enter_context(database(kind, folder))
         published = publish_version(settings)["version"]
         promote(places(settings).versions, published)
         server = running.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
@@ -173,7 +173,8 @@ def outages(settings: Settings, config: Path, folder: Path, count: int) -> dict[
             told_s.append(time.monotonic() - killed)
             ready.append(httpx.get(f"{url}/readyz").status_code)
             time.sleep(AWAY_S)
-            running.enter_context(database(kind, folder))
+            serving.close()  # what is left of the killed one
+            serving.enter_context(database(kind, folder))
             answers = time.monotonic()
             while time.monotonic() - answers < PATIENCE_S and (not seen or seen[-1][2] != [] or seen[-1][0] < answers):
                 time.sleep(0.02)
