@@ -3,6 +3,8 @@
 B queries, D vector, N vectors.
 """
 
+import atexit
+import contextlib
 import functools
 import queue
 from collections.abc import Callable, Iterator
@@ -134,6 +136,12 @@ class PgvectorDatabase:
         with self._refusals(), self._opened() as connection:
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(name)))
 
+    def close_idle(self) -> None:
+        """Close the connections that nothing uses."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._idle.get_nowait().close()
+
     def _rows(self, query: Any, *arguments: object) -> list[Any]:
         def fetch(connection: psycopg.Connection) -> list[Any]:
             rows: list[Any] = connection.execute(query, arguments).fetchall()
@@ -201,8 +209,7 @@ class PgvectorDatabase:
                 f"{self._where} has pgvector {version}, whose indexes inserts can damage: {oldest} or newer is needed"
             )
         register_vector(connection)
-        while not self._idle.empty():  # they may be from before the extension was made
-            self._idle.get_nowait().close()
+        self.close_idle()  # they may be from before the extension was made
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -221,4 +228,6 @@ def _query(name: str) -> sql.Composed:
 @functools.cache
 def connect(url: str) -> PgvectorDatabase:
     """The database at an address; one for a process."""
-    return PgvectorDatabase(url)
+    database = PgvectorDatabase(url)
+    atexit.register(database.close_idle)
+    return database
