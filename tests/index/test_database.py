@@ -135,6 +135,7 @@ def test_an_embedded_index_is_meant_where_there_is_no_version() -> None:
         ({"kind": "pgvector", "url": "http://localhost"}, "with the address http://localhost: set url"),
         ({"kind": "faiss", "url": "http://localhost:1"}, "is embedded: leave it out"),
         ({"kind": "pgvector", "url": "postgresql://me:secret@localhost/x"}, "an address holds no password"),
+        ({"kind": "pgvector", "url": "postgresql://localhost/x?sslPassword=y"}, "an address holds no password"),
     ],
 )
 def test_addresses_that_do_not_fit_are_refused(options: dict[str, Any], told: str) -> None:

