@@ -64,8 +64,10 @@ def _milvus(folder: Path) -> Iterator[str]:
     program = shutil.which("milvus-server", path=str(Path(sys.executable).parent)) or shutil.which("milvus-server")
     if program is None:
         raise _not_installed("Milvus")
-    url = f"http://127.0.0.1:{_port_of(folder)}"
-    command = [program, "--data", str(folder / "data"), "--proxy-port", url.rpartition(":")[2]]
+    port = _port_of(folder)
+    _wait_for(port)
+    url = f"http://127.0.0.1:{port}"
+    command = [program, "--data", str(folder / "data"), "--proxy-port", str(port)]
     with (folder / "server.log").open("ab") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
@@ -76,6 +78,37 @@ def _milvus(folder: Path) -> Iterator[str]:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(30)
             os.killpg(server.pid, signal.SIGKILL)  # the program that it started, where that outlives it
+
+
+def _wait_for(port: int) -> None:
+    """Wait until a port is free also of ended connections, which the system remembers for a minute.
+
+    Milvus would listen at the next one instead.
+
+    Raises:
+        ConfigError: another process listens there.
+    """
+    told = False
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return
+            except OSError:
+                pass
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ended connections do not count
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot listen at 127.0.0.1:{port}, where Milvus was before: {error.strerror}. End what listens "
+                    "there, such as another demo in this folder"
+                ) from None
+        if not told:
+            log.info("waiting up to a minute, until the system gives port %d free again", port)
+            told = True
+        time.sleep(0.5)
 
 
 def _wait(server: subprocess.Popen[bytes], url: str, output: Path) -> None:
