@@ -71,7 +71,8 @@ def _milvus(folder: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     command = [program, "--data", str(folder / "data"), "--proxy-port", str(port)]
     with (folder / "server.log").open("ab") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        environment = {**os.environ, "ETCD_CONFIG_PATH": str(_etcd(folder))}
+        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment)
     try:
         _wait(server, url, folder / "server.log")
         yield url
@@ -80,6 +81,23 @@ def _milvus(folder: Path) -> Iterator[str]:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(30)
             os.killpg(server.pid, signal.SIGKILL)  # the program that it started, where that outlives it
+
+
+def _etcd(folder: Path) -> Path:
+    """The configuration of the etcd inside Milvus, with ports of its own: two Milvus servers would share them."""
+    client, peer = (f"http://127.0.0.1:{port}" for port in _free_ports(2))
+    path = folder / "etcd.yaml"
+    path.write_text(
+        f"name: default\nlisten-client-urls: {client}\nadvertise-client-urls: {client}\nlisten-peer-urls: {peer}\n"
+        f"initial-advertise-peer-urls: {peer}\ninitial-cluster: default={peer}\n"
+    )
+    return path
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as opened:
+        listening = [opened.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in listening]
 
 
 def _wait_for(port: int) -> None:
@@ -134,8 +152,7 @@ def _port_of(folder: Path) -> int:
     """A port that was free when the folder was first used."""
     kept = folder / "port"
     if not kept.exists():
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            kept.write_text(str(listening.getsockname()[1]))
+        kept.write_text(str(_free_ports(1)[0]))
     return int(kept.read_text())
 
 
