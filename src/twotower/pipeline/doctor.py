@@ -123,7 +123,7 @@ def _packages(settings: Settings) -> Iterator[Finding]:
         else:
             yield Finding(name, "absent", f"without {', '.join(lacking)}", todo)
     for extra in needed.keys() - set(extras()):
-        todo = "Install it again, so that its extras are known"
+        todo = f'It is of an earlier release: pip install --upgrade "{PACKAGE}[{extra}]"'
         yield Finding(f"extra {extra}", "failed", f"this installation of {PACKAGE} does not know it", todo)
 
 
