@@ -302,6 +302,23 @@ def prune(
 
 
 @app.command()
+def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Say what is installed, what this machine can do, and whether what the configuration names answers."""
+    from rich.console import Console
+
+    from twotower.pipeline.doctor import as_table, examine
+
+    with command():
+        report = examine(load(config, overrides or []))
+        Console(stderr=True).print(as_table(report))
+        for problem in report.problems:
+            typer.echo(f"error: {problem}", err=True)
+        answer(asdict(report))
+        if not report.ok:
+            raise typer.Exit(1)
+
+
+@app.command()
 def serve(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Serve the promoted version over HTTP; the JSON line comes when it is ready."""
     from twotower.pipeline.serving import serve as serve_settings

@@ -55,6 +55,17 @@ class PgvectorDatabase:
         self._url = url
         self._idle: queue.LifoQueue[psycopg.Connection] = queue.LifoQueue(IDLE)
 
+    def describe(self) -> str:
+        """See `VectorDatabase.describe`; the extension need not be made yet, but the server must have it."""
+        server = self._rows("SHOW server_version")[0][0].split()[0]
+        offered = self._rows(
+            "SELECT coalesce(installed_version, default_version) FROM pg_available_extensions WHERE name = 'vector'"
+        )
+        if not offered:
+            raise UnavailableError(f"{self._where} (version {server}) has no pgvector: install it on the server")
+        self._check_version(offered[0][0])
+        return f"PostgreSQL {server} with pgvector {offered[0][0]}"
+
     def create(self, name: str, rows: Longs, vectors: Floats, lists: int) -> None:
         """See `VectorDatabase.create`."""
         table, dimension = sql.Identifier(name), vectors.shape[1]
@@ -203,13 +214,16 @@ class PgvectorDatabase:
         """
         connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
         (version,) = connection.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'").fetchone()
+        self._check_version(version)
+        register_vector(connection)
+        self.close_idle()  # they may be from before the extension was made
+
+    def _check_version(self, version: str) -> None:
         if tuple(int(part) for part in version.split(".")) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             raise UnavailableError(
                 f"{self._where} has pgvector {version}, whose indexes inserts can damage: {oldest} or newer is needed"
             )
-        register_vector(connection)
-        self.close_idle()  # they may be from before the extension was made
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:

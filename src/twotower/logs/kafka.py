@@ -27,6 +27,8 @@ from twotower.schema.errors import ConfigError, DataError
 _LOGGER = logging.getLogger(__name__)
 
 _TIMEOUT_S: Final = 10.0
+_ASKED_S: Final = 2.0
+"""How long brokers may take to say what they are."""
 _BATCH: Final = 1000
 _WAIT_MS: Final = 50
 """How long a fetch waits at the end of a partition; reading elsewhere goes on only after it."""
@@ -63,13 +65,7 @@ class KafkaEventLog:
         self._clock_ms = clock_ms
         self._where = f"the topic {topic} of {servers}"
         self._closed = False
-        self._common: dict[str, Any] = {
-            "bootstrap.servers": servers,
-            "socket.timeout.ms": int(_TIMEOUT_S * 1000),
-            "message.max.bytes": _MESSAGE_BYTES,
-            "log_level": 3,
-            "logger": _LOGGER,
-        }
+        self._common = _common(servers)
         with self._refusals("cannot be opened"):
             self._partitions = self._describe(partitions)
             self._extents = [_Extents(self._common) for _ in range(1 + writes)]
@@ -175,6 +171,31 @@ class KafkaEventLog:
             yield
         except (kafka.KafkaException, BufferError, TimeoutError) as error:
             raise EventLogError(f"{self._where} {what}: {error}") from error
+
+
+def describe(servers: str, topic: str) -> tuple[str, int | None]:
+    """Name and number of the brokers, and the number of partitions of a topic; None where it does not exist yet.
+
+    Raises:
+        EventLogError: no broker answers.
+    """
+    try:
+        told = AdminClient(_common(servers)).list_topics(timeout=_ASKED_S)
+    except kafka.KafkaException as error:
+        raise EventLogError(f"no broker of {servers} answers: {error}") from error
+    found = told.topics.get(topic)
+    return f"Kafka, {len(told.brokers)} brokers", None if found is None else len(found.partitions)
+
+
+def _common(servers: str) -> dict[str, Any]:
+    """What all clients of some brokers are made with."""
+    return {
+        "bootstrap.servers": servers,
+        "socket.timeout.ms": int(_TIMEOUT_S * 1000),
+        "message.max.bytes": _MESSAGE_BYTES,
+        "log_level": 3,
+        "logger": _LOGGER,
+    }
 
 
 def _consumer(common: dict[str, Any]) -> Any:

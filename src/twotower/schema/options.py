@@ -2,7 +2,7 @@
 
 import datetime
 from typing import Annotated, Final, Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -45,7 +45,8 @@ Text = Annotated[str, AfterValidator(_text)]
 
 def _address(value: str) -> str:
     """Refuse an address that holds a password: configurations are recorded in versions and shown in messages."""
-    if urlsplit(value).password:
+    parts = urlsplit(value)
+    if parts.password or any(name.lower().endswith("password") for name in parse_qs(parts.query)):
         raise ValueError("an address holds no password: set it in the environment, see the description of this key")
     return value
 
