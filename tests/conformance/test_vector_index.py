@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from twotower.index.build import connect, load_index
-from twotower.index.database import Collection, DatabaseIndex
+from twotower.index.database import DatabaseIndex
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
 from twotower.index.overlaid import OverlaidIndex
@@ -56,8 +56,7 @@ def build(request: pytest.FixtureRequest) -> Iterator[Build]:
         """What was built of the same vectors serves again: Milvus takes seconds to load a collection."""
         key = hashlib.sha256(rows.tobytes() + vectors.tobytes() + str(vectors.shape).encode()).hexdigest()
         if key not in made:
-            collection = Collection(request.param, url, f"twotower_test_{key[:16]}")
-            made[key] = DatabaseIndex.build(collection, connect, rows, vectors)
+            made[key] = DatabaseIndex.build(request.param, url, f"twotower_test_{key[:16]}", connect, rows, vectors)
         return made[key]
 
     yield built

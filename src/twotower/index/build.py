@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower.index.checks import INDEX_JSON
-from twotower.index.database import Collection, DatabaseIndex, VectorDatabase
+from twotower.index.database import DatabaseIndex, VectorDatabase
 from twotower.index.exact import ExactIndex
 from twotower.index.faiss_index import FaissIndex
 from twotower.index.options import IndexOptions
@@ -40,8 +40,8 @@ def build_index(
     if options.url is not None:
         if collection is None:
             raise ConfigError(f'index.kind = "{options.kind}" is of published versions: use "faiss" or "exact" here')
-        at = Collection(options.kind, options.url, collection)
-        return DatabaseIndex.build(at, connect, rows, vectors).tune(queries, ks, options.recall)
+        loaded = DatabaseIndex.build(options.kind, options.url, collection, connect, rows, vectors)
+        return loaded.tune(queries, ks, options.recall)
     exact = ExactIndex.build(rows, vectors)
     if options.kind == "exact":
         return exact

@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
@@ -63,6 +63,8 @@ class VectorDatabase(Protocol):
 
     most: int
     """Neighbours of one query, at most."""
+    most_lists: int
+    """Lists of one index, at most."""
 
     def describe(self) -> str:
         """Name and versions of the server; refuses one that is too old."""
@@ -109,14 +111,23 @@ class VectorDatabase(Protocol):
 
 @dataclass(frozen=True)
 class Collection:
-    """Where the vectors of an index are."""
+    """A collection as it was written."""
 
     kind: str
     """`milvus` or `pgvector`."""
     url: str
-    """Of the database, without secrets."""
+    """Address of the database, without secrets."""
     name: str
+    count: int
+    """Vectors; without any there is no collection."""
+    sha256: str
+    """Of rows and vectors."""
+    lists: int
+    """Lists of its index; 0 = it is scanned."""
 
+
+COLLECTION: Final = {field.name: int if field.type is int else str for field in fields(Collection)}
+"""What is written of a collection, with the types."""
 
 Connect = Callable[[str, str], VectorDatabase]
 """Gives the database of a kind at an address."""
@@ -134,20 +145,18 @@ class DatabaseIndex:
         collection: Collection,
         connect: Connect,
         exact: ExactIndex,
-        digest: str,
         tuning: tuple[Tuned, ...] = (),
         hidden: Longs = _NONE,
     ) -> None:
-        """Use `build` or `load`: the vectors, their checksum, hidden positions rising."""
+        """Use `build` or `load`: the version's own copy of the vectors, hidden positions rising."""
         self.collection = collection
-        self.digest = digest
         self.tuning = tuning
         self._connect = connect
         self._exact = exact
         self._hidden = hidden
 
     @classmethod
-    def build(cls, collection: Collection, connect: Connect, rows: Longs, vectors: Floats) -> Self:
+    def build(cls, kind: str, url: str, name: str, connect: Connect, rows: Longs, vectors: Floats) -> Self:
         """Load vectors (N, D) of rows (N,) into a new collection; none is made for N = 0.
 
         Raises:
@@ -156,12 +165,15 @@ class DatabaseIndex:
             VersionError: there is a collection of that name.
         """
         rows, vectors = checked_build(rows, vectors)
+        lists = 0
         if len(rows):
-            database = connect(collection.kind, collection.url)
-            if database.has(collection.name):
-                raise VersionError(f"{collection.name} exists in {collection.url}, and a collection is never replaced")
-            database.create(collection.name, rows, vectors, lists_of(len(rows)))
-        return cls(collection, connect, ExactIndex.build(rows, vectors), digest_of(rows, vectors))
+            database = connect(kind, url)
+            if database.has(name):
+                raise VersionError(f"{name} exists in {url}, and a collection is never replaced")
+            lists = min(lists_of(len(rows)), database.most_lists)
+            database.create(name, rows, vectors, lists)
+        collection = Collection(kind, url, name, len(rows), digest_of(rows, vectors), lists)
+        return cls(collection, connect, ExactIndex.build(rows, vectors))
 
     def tune(self, queries: Floats, ks: Sequence[int], recall: float) -> Self:
         """The same index, probing for each k the fewest lists that reach a recall on sample queries (Q, D).
@@ -170,7 +182,7 @@ class DatabaseIndex:
             DataError: no queries.
         """
         count = len(self._exact)
-        if not lists_of(count):
+        if not self.collection.lists:
             return self
         if not len(queries):
             raise DataError("no queries to tune the index on: give vectors of held-out users")
@@ -179,7 +191,7 @@ class DatabaseIndex:
         depths = sorted({min(k, count) for k in ks})
         best = self._exact.search(sample, depths[-1]).scores
         tuning = tuple(self._tuned(sample, k, recall, good_enough(best[:, k - 1])) for k in depths)
-        return type(self)(self.collection, self._connect, self._exact, self.digest, tuning, self._hidden)
+        return type(self)(self.collection, self._connect, self._exact, tuning, self._hidden)
 
     def _tuned(self, sample: Floats, k: int, target: float, enough: NDArray[np.floating[Any]]) -> Tuned:
         database, name = self._database, self.collection.name
@@ -191,7 +203,7 @@ class DatabaseIndex:
                 hits += int((self._exact.scored(query, positions).scores >= low).sum())
             return hits / (k * len(sample))
 
-        probes, reached = fewest_probes(recall_at, target, lists_of(len(self._exact)))
+        probes, reached = fewest_probes(recall_at, target, self.collection.lists)
         seconds = []
         for query in sample[:TIMED_QUERIES, None]:
             start = time.perf_counter()
@@ -212,7 +224,7 @@ class DatabaseIndex:
 
     def without(self, rows: Longs) -> Self:  # noqa: D102
         hidden = hidden_with(self._hidden, rows, self._exact.rows)
-        return type(self)(self.collection, self._connect, self._exact, self.digest, self.tuning, hidden)
+        return type(self)(self.collection, self._connect, self._exact, self.tuning, hidden)
 
     def search(self, queries: Floats, k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
         check_search(queries, k, exclude, self._exact.dimension)
@@ -277,21 +289,13 @@ class DatabaseIndex:
         return True
 
     def _probes(self, depth: int) -> int:
-        return probes_for(self.tuning, depth, lists_of(len(self._exact)))
+        return probes_for(self.tuning, depth, self.collection.lists)
 
     def save(self, folder: Path) -> None:  # noqa: D102
         with whole_folder(folder) as temporary:
             self._exact.save(temporary / EXACT)
-            description = {
-                "format": FORMAT,
-                "kind": self.collection.kind,
-                "url": self.collection.url,
-                "name": self.collection.name,
-                "count": len(self._exact),
-                "sha256": self.digest,
-                "tuning": [asdict(tuned) for tuned in self.tuning],
-            }
-            write_json(temporary / INDEX_JSON, description)
+            tuning = [asdict(tuned) for tuned in self.tuning]
+            write_json(temporary / INDEX_JSON, {"format": FORMAT, **asdict(self.collection), "tuning": tuning})
 
     @classmethod
     def load(cls, folder: Path, kind: str, connect: Connect) -> Self:
@@ -300,42 +304,45 @@ class DatabaseIndex:
         Raises:
             DataError: files are missing or not what `index.json` says.
         """
-        said = read_description(folder, kind, {"url": str, "name": str, "count": int, "sha256": str, "tuning": list})
+        said = read_description(folder, kind, {**COLLECTION, "tuning": list})
         exact = ExactIndex.load(folder / EXACT)
         if len(exact) != said["count"]:
             raise DataError(f"{folder / EXACT} holds {len(exact)} vectors where {INDEX_JSON} says {said['count']}")
-        collection = Collection(kind, said["url"], said["name"])
-        return cls(collection, connect, exact, said["sha256"], tuple(Tuned(**tuned) for tuned in said["tuning"]))
+        collection = Collection(**{name: said[name] for name in COLLECTION})
+        return cls(collection, connect, exact, tuple(Tuned(**tuned) for tuned in said["tuning"]))
 
     def close(self) -> None:  # noqa: D102
         pass  # connections are shared by all indexes of a process
 
 
-def check_there(collection: Collection, count: int, connect: Connect) -> None:
+def check_there(collection: Collection, connect: Connect) -> None:
     """Refuse a collection that is missing, or has another number of vectors.
 
     Raises:
         VersionError: it does.
         UnavailableError: the database does not answer.
     """
-    there = connect(collection.kind, collection.url).count(collection.name) if count else 0
-    if there != count:
-        seen = "is missing" if there < 0 else f"holds {there} vectors, where {count} were written"
+    count = connect(collection.kind, collection.url).count(collection.name) if collection.count else 0
+    if count != collection.count:
+        seen = "is missing" if count < 0 else f"holds {count} vectors, where {collection.count} were written"
         raise VersionError(f"{collection.name} in {collection.url} {seen}: publish again")
 
 
-def check_content(collection: Collection, count: int, digest: str, connect: Connect) -> None:
+def check_content(collection: Collection, connect: Connect) -> None:
     """Refuse a collection whose rows and vectors are not those that were written; it reads all of them.
 
     Raises:
         VersionError: they are not.
         UnavailableError: the database does not answer.
     """
-    check_there(collection, count, connect)
-    if count and (seen := digest_of(*connect(collection.kind, collection.url).read(collection.name))) != digest:
+    check_there(collection, connect)
+    if not collection.count:
+        return
+    digest = digest_of(*connect(collection.kind, collection.url).read(collection.name))
+    if digest != collection.sha256:
         raise VersionError(
-            f"{collection.name} in {collection.url} has the checksum {seen[:12]}, where {digest[:12]} was written: its "
-            "vectors were changed. Publish again"
+            f"{collection.name} in {collection.url} has the checksum {digest[:12]}, where {collection.sha256[:12]} was "
+            "written: its vectors were changed. Publish again"
         )
 
 

@@ -40,6 +40,7 @@ class MilvusDatabase:
     """
 
     most = 16_384
+    most_lists = 65_536
 
     def __init__(self, url: str) -> None:
         self._where = f"Milvus at {url}"

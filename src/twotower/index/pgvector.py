@@ -49,6 +49,7 @@ class PgvectorDatabase:
     """
 
     most = 20_000
+    most_lists = 2000  # k-means takes memory in proportion to their square
 
     def __init__(self, url: str) -> None:
         self._where = f"PostgreSQL at {url}"

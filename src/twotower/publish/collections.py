@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from twotower.index.build import connect
 from twotower.index.checks import INDEX_JSON
-from twotower.index.database import Collection, check_content, check_there
+from twotower.index.database import COLLECTION, Collection, check_content, check_there
 from twotower.index.options import ADDRESSES, IndexOptions
 from twotower.publish.version import read_manifest
 from twotower.schema.errors import TwotowerError
@@ -48,14 +48,21 @@ def collections_of(versions: Path, version_id: str, index: IndexOptions) -> Iter
         raise
 
 
-def collections_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """By channel: kind, address and name of its collection, its number of vectors and their checksum."""
-    found = {}
-    for path in sorted(folder.glob(f"channels/*/index/{INDEX_JSON}")):
-        said = read_json(path)
-        if said["kind"] in ADDRESSES:
-            found[path.parent.parent.name] = {key: said[key] for key in ("kind", "url", "name", "count", "sha256")}
-    return found
+def collections_in(folder: Path) -> dict[str, Any]:
+    """The collections of a version that was written to a folder, by channel, for its manifest."""
+    written = {
+        path.parent.parent.name: read_json(path) for path in sorted(folder.glob(f"channels/*/index/{INDEX_JSON}"))
+    }
+    return {
+        channel: {name: said[name] for name in COLLECTION}
+        for channel, said in written.items()
+        if said["kind"] in ADDRESSES
+    }
+
+
+def collections_named(manifest: Mapping[str, Any]) -> dict[str, Collection]:
+    """The collections that a version's manifest names, by channel."""
+    return {channel: Collection(**said) for channel, said in manifest.get("collections", {}).items() if said["count"]}
 
 
 def check_collections(path: Path, *, content: bool = True) -> None:
@@ -69,21 +76,8 @@ def check_collections(path: Path, *, content: bool = True) -> None:
         UnavailableError: the database does not answer.
         VersionError: a collection is missing, or was changed.
     """
-    for said in read_manifest(path).get("collections", {}).values():
-        collection, count = Collection(said["kind"], said["url"], said["name"]), said["count"]
-        if content:
-            check_content(collection, count, said["sha256"], connect)
-        else:
-            check_there(collection, count, connect)
-
-
-def collections_of_version(manifest: Mapping[str, Any]) -> dict[str, Collection]:
-    """By channel, the collections that a manifest names and that are not empty."""
-    return {
-        channel: Collection(said["kind"], said["url"], said["name"])
-        for channel, said in manifest.get("collections", {}).items()
-        if said["count"]
-    }
+    for collection in collections_named(read_manifest(path)).values():
+        (check_content if content else check_there)(collection, connect)
 
 
 def prune_collections(
@@ -105,10 +99,10 @@ def prune_collections(
     if index.url is None or not home.exists():
         return []
     named = {
-        said["name"]
+        collection.name
         for path in versions.glob(f"[!.]*/{MANIFEST}")
         if path.parent.name not in removed
-        for said in read_manifest(path.parent).get("collections", {}).values()
+        for collection in collections_named(read_manifest(path.parent)).values()
     }
     database = connect(index.kind, index.url)
     dropped = [name for name in database.names(f"{_home(versions)}_") if name not in named]

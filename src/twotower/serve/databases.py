@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from twotower.index.build import connect
-from twotower.publish.collections import collections_of_version
+from twotower.publish.collections import collections_named
 from twotower.schema.errors import TwotowerError
 from twotower.serve.snapshots import Snapshots
 
@@ -37,7 +37,7 @@ class DatabaseWatch:
             return self._problems
         return {
             channel: f"{collection.url} gives no answer"
-            for channel, collection in collections_of_version(self._snapshots.version.manifest).items()
+            for channel, collection in collections_named(self._snapshots.version.manifest).items()
         }
 
     @property
@@ -49,7 +49,7 @@ class DatabaseWatch:
         """Ask the database for each collection of the served version."""
         self._began_s = self._clock_s()
         problems: dict[str, str] = {}
-        for channel, collection in collections_of_version(self._snapshots.version.manifest).items():
+        for channel, collection in collections_named(self._snapshots.version.manifest).items():
             try:
                 if not connect(collection.kind, collection.url).has(collection.name):
                     problems[channel] = f"{collection.name} is missing in {collection.url}: roll back or publish again"
