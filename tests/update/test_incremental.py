@@ -432,7 +432,8 @@ def test_retrieve_reads_the_version_as_it_is_served(learning, happen, clicks, tm
 
     def asked(*options: str) -> tuple[dict[str, Any], list[Any]]:
         users = tmp_path / "users.parquet"
-        arguments = ["retrieve", "--set", place, "--users", users, "--k", 20, "--out", out, *options]
+        listed = ["--users", users, "--k", 20, "--channel", "two_tower", "--out", out]
+        arguments = ["retrieve", "--set", place, *listed, *options]
         told = CliRunner().invoke(app, [str(one) for one in arguments])
         assert told.exit_code == 0, told.output
         return json.loads(told.stdout.splitlines()[-1]), pq.read_table(out)["item_id"].to_pylist()

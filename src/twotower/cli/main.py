@@ -196,7 +196,7 @@ def retrieve(
     out: Annotated[Path, typer.Option(help="The file to write: .parquet, .csv or .jsonl.")],
     users: Annotated[str, typer.Option(help="A file with user_id (.parquet, .csv or .jsonl), or all.")] = "all",
     k: Annotated[int, typer.Option(help="Items of each user.")] = 50,
-    channel: Annotated[str, typer.Option(help="A channel of the version, or fused.")] = "two_tower",
+    channel: Annotated[str, typer.Option(help="A channel of the version, or fused.")] = "fused",
     exclude: Annotated[str, typer.Option(help="clicked, impressed or none")] = "clicked",
     version: Annotated[str | None, typer.Option(help="A version; absent = the served one.")] = None,
     no_deltas: Annotated[

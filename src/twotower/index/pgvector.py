@@ -3,6 +3,8 @@
 B queries, D vector, N vectors.
 """
 
+import atexit
+import contextlib
 import functools
 import queue
 from collections.abc import Callable, Iterator
@@ -145,6 +147,12 @@ class PgvectorDatabase:
         with self._refusals(), self._opened() as connection:
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(name)))
 
+    def close_idle(self) -> None:
+        """Close the connections that nothing uses."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._idle.get_nowait().close()
+
     def _rows(self, query: Any, *arguments: object) -> list[Any]:
         def fetch(connection: psycopg.Connection) -> list[Any]:
             rows: list[Any] = connection.execute(query, arguments).fetchall()
@@ -208,8 +216,7 @@ class PgvectorDatabase:
         (version,) = connection.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'").fetchone()
         self._check_version(version)
         register_vector(connection)
-        while not self._idle.empty():  # they may be from before the extension was made
-            self._idle.get_nowait().close()
+        self.close_idle()  # they may be from before the extension was made
 
     def _check_version(self, version: str) -> None:
         if tuple(int(part) for part in version.split(".")) < OLDEST:
@@ -235,4 +242,6 @@ def _query(name: str) -> sql.Composed:
 @functools.cache
 def connect(url: str) -> PgvectorDatabase:
     """The database at an address; one for a process."""
-    return PgvectorDatabase(url)
+    database = PgvectorDatabase(url)
+    atexit.register(database.close_idle)
+    return database
