@@ -1,6 +1,6 @@
 """From a click's answer to the first request that sees the changed user embedding, over real processes and sockets.
 
-    python benchmarks/freshness.py [--rates 100 1000] [--seconds 60] [--out FILE] [--smoke]
+    python benchmarks/freshness.py [--rates 100 1000] [--seconds 60] [--index faiss pgvector milvus] [--smoke]
 
 `serve`, `join --follow` and `update incremental --follow` run beside each other on a simulated workspace, with the
 defaults, while a client posts events (half of them requests of another ranker, half clicks on them) and asks 50
@@ -28,8 +28,10 @@ import numpy as np
 import pyarrow as pa
 
 from common import arguments_of, finish, note, options, process, server
+from twotower.cli.databases import database
 from twotower.config import load
 from twotower.features.vocabulary import FIRST
+from twotower.index.options import ADDRESSES
 from twotower.pipeline.line import open_served, run_line
 from twotower.pipeline.places import places
 from twotower.publish.delta import base_digest, last_seq, read_delta
@@ -159,13 +161,14 @@ def probe_items(url: str, name: str, every_s: float, users: list[Any], like: lis
         time.sleep(every_s)
 
 
-def measure(rate: float, seconds: float, scratch: Path) -> dict[str, Any]:
-    """Everything at one rate, on a workspace of its own."""
+def measure(rate: float, seconds: float, scratch: Path, index: list[str]) -> dict[str, Any]:
+    """Everything at one rate with the options of an index, on a workspace of its own."""
     workspace = scratch / f"at-{rate:g}"
     simulate_workspace(workspace, WorldOptions(users=2000, items=1500, days=7, seed=0))
     changes = [
         *(f"workspace.path={json.dumps(str(workspace))}", "serve.port=0", "models.rankers=[]", "train.epochs=2"),
         *('models.channels=["two_tower", "item_cf", "popular"]', "update.fold_every=0"),  # every delta is read below
+        *index,
     ]
     settings = load(CONFIG, changes)
     run_line(settings, promoted=True)
@@ -252,13 +255,19 @@ def main() -> None:
     parser = arguments_of(__doc__, "five seconds at one rate")
     parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 1000.0])
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--index", nargs="+", default=["faiss"], help="kinds of the index; a database is started here")
     arguments = parser.parse_args()
     rates, seconds = ([50.0], 5.0) if arguments.smoke else (arguments.rates, arguments.seconds)
-    with tempfile.TemporaryDirectory() as scratch:
-        runs = []
-        for rate in rates:
-            runs.append({"rate": rate, **measure(rate, seconds, Path(scratch))})
-            note(json.dumps(runs[-1]))
+    runs = []
+    for kind in arguments.index:
+        with tempfile.TemporaryDirectory() as scratch, ExitStack() as started:
+            index = [f"index.kind={json.dumps(kind)}"]
+            if kind in ADDRESSES:
+                url = started.enter_context(database(kind, Path(scratch, kind)))
+                index.append(f"index.url={json.dumps(url)}")
+            for rate in rates:
+                runs.append({"index": kind, "rate": rate, **measure(rate, seconds, Path(scratch), index)})
+                note(json.dumps(runs[-1]))
     finish(
         arguments,
         "freshness",

@@ -11,13 +11,16 @@ import pytest
 from twotower.config import Settings, load
 from twotower.datasets.tables import end_of_day
 from twotower.features.vocabulary import FIRST, UNKNOWN
+from twotower.index.build import connect
+from twotower.index.options import IndexOptions
 from twotower.logs.events import item_deleted, item_event, user_deleted, user_event
 from twotower.pipeline import full as module
 from twotower.pipeline.full import Reached, update_full
 from twotower.pipeline.line import LATEST, open_served, run_line
 from twotower.pipeline.places import places
 from twotower.pipeline.updating import learn
-from twotower.publish.publish import Listed, list_versions, roll_back
+from twotower.publish.prune import prune
+from twotower.publish.publish import Listed, list_versions, roll_back, verify
 from twotower.publish.version import read_manifest
 from twotower.samples.read import open_samples
 from twotower.schema import columns as c
@@ -80,6 +83,24 @@ def test_missed_days_are_learned_in_order_once_each(days) -> None:
     assert [day["day"] for day in full] == due
     assert update_full(days, dry_run=False).rows == 0
     assert len(list_versions(where.versions)) == len(versions)
+
+
+def test_a_full_update_publishes_into_a_database_and_can_be_rolled_back(days, pgvector_url: str) -> None:
+    days = replace(days, index=IndexOptions("pgvector", url=pgvector_url))
+    where, first = places(days), open_served(days).id
+    update_full(days, dry_run=False)
+    served = open_served(days)
+    assert served.manifest["collections"]["two_tower"]["count"] == len(served.items)
+    assert verify(served.path) == []
+    followed = Snapshots(where.versions)
+    parent = roll_back(where.versions)
+    assert followed.reload() == parent
+    assert roll_back(where.versions) == first
+    pruned = prune(where.versions, where.deltas, days.index, keep=1)
+    assert pruned.versions == [parent]
+    assert [name.rpartition("_two_tower")[1] for name in pruned.collections] == ["_two_tower"]
+    collection = served.manifest["collections"]["two_tower"]["name"]
+    connect("pgvector", pgvector_url).drop(collection)
 
 
 def test_a_day_begins_with_the_full_parameters_of_the_day_before_and_feeds_every_row_once(days) -> None:
