@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Final
+from urllib.parse import parse_qsl
 
 import confluent_kafka as kafka
 from confluent_kafka.admin import AdminClient
@@ -23,6 +24,7 @@ from twotower.logs.payload import digest_of, payload_of, record_of
 from twotower.logs.protocol import Ack, EventLogError, Record, check_kept, check_range
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.secrets import credentials
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -34,24 +36,36 @@ _MESSAGE_BYTES: Final = (16 << 20) + (1 << 10)
 """The largest message."""
 
 
+PROPERTIES: Final = (
+    "security.protocol",
+    "sasl.mechanism",
+    "ssl.ca.location",
+    "ssl.certificate.location",
+    "ssl.key.location",
+    "ssl.endpoint.identification.algorithm",
+)
+"""Properties of librdkafka that the address of a log may have, under its own names."""
+
+
 class KafkaEventLog:
     """An event log in a Kafka topic; implements `EventLog`.
 
     Args:
-        servers: `HOST:PORT` of some brokers, with commas.
+        url: `HOST:PORT` of some brokers, with commas; behind a `?`, properties of the client out of `PROPERTIES`. User
+            and password come from `TWOTOWER_LOG_USER` and `TWOTOWER_LOG_PASSWORD`.
         topic: made where it does not exist.
         partitions: of the topic; None = as it was made.
         writes: read the ids of all kept events, so that `append` can tell retries. Without, `append` is refused.
 
     Raises:
-        ConfigError: the topic has another number of partitions.
+        ConfigError: the topic has another number of partitions; the properties do not fit.
         DataError: without `partitions`, there is no such topic.
         EventLogError: no broker can be reached.
     """
 
     def __init__(
         self,
-        servers: str,
+        url: str,
         topic: str,
         partitions: int | None = 4,
         writes: bool = True,
@@ -61,10 +75,13 @@ class KafkaEventLog:
             raise ConfigError(f"partitions={partitions}: a log has at least one")
         self._topic = topic
         self._clock_ms = clock_ms
+        servers, _, parameters = url.partition("?")
+        security = _security(parameters)
         self._where = f"the topic {topic} of {servers}"
         self._closed = False
         self._common: dict[str, Any] = {
             "bootstrap.servers": servers,
+            **security,
             "socket.timeout.ms": int(_TIMEOUT_S * 1000),
             "message.max.bytes": _MESSAGE_BYTES,
             "log_level": 3,
@@ -175,6 +192,30 @@ class KafkaEventLog:
             yield
         except (kafka.KafkaException, BufferError, TimeoutError) as error:
             raise EventLogError(f"{self._where} {what}: {error}") from error
+
+
+def _security(parameters: str) -> dict[str, str]:
+    """The properties by which a client encrypts connections and says who it is.
+
+    Raises:
+        ConfigError: a property that is not one of `PROPERTIES`; a user without SASL.
+
+    >>> _security("security.protocol=SSL&ssl.ca.location=ca.pem")
+    {'security.protocol': 'SSL', 'ssl.ca.location': 'ca.pem'}
+    """
+    properties = dict(parse_qsl(parameters, keep_blank_values=True))
+    if unknown := sorted(properties.keys() - set(PROPERTIES)):
+        raise ConfigError(
+            f"stream.log.url has the property {unknown[0]} of a client: those that it may have are "
+            f"{', '.join(PROPERTIES)}"
+        )
+    given = credentials("LOG").given("sasl.username", "sasl.password")
+    if given and not properties.get("security.protocol", "").upper().startswith("SASL_"):
+        raise ConfigError(
+            "TWOTOWER_LOG_USER or TWOTOWER_LOG_PASSWORD is set, but stream.log.url does not ask for SASL: add "
+            "?security.protocol=SASL_SSL to it"
+        )
+    return {**({"sasl.mechanism": "SCRAM-SHA-512"} if given else {}), **properties, **given}
 
 
 def _consumer(common: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from twotower.logs.payload import digest_of, erased_payload, payload_of, record_
 from twotower.logs.protocol import Ack, EventLogError, Record, Sync, check_kept, check_range
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.secrets import credentials, without_user
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class RedisEventLog:
     """An event log in Redis; implements `EventLog`.
 
     Args:
-        url: such as `redis://localhost:6379/0`.
+        url: such as `redis://localhost:6379/0`, or `rediss://` for TLS with parameters such as `?ssl_ca_certs=FILE`.
+            User and password come from `TWOTOWER_LOG_USER` and `TWOTOWER_LOG_PASSWORD`.
         name: before the names of its keys, so that logs can share a server.
         partitions: fixed when the log is made; None = as it was made.
         sync: what an acknowledgement promises: with `always` the server must flush before it answers
@@ -90,12 +92,15 @@ class RedisEventLog:
         if partitions is not None and partitions < 1:
             raise ConfigError(f"partitions={partitions}: a log has at least one")
         self._name = name
-        self._where = f"the log {name} in {_shown(url)}"
+        self._where = f"the log {name} in {without_user(url)}"
         self._redis: Any
         try:
             self._redis = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
-        except ValueError as error:
-            raise ConfigError(f"stream.log.url = {url}: {error}") from None
+            pool = self._redis.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # it refuses unknown parameters
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"stream.log.url = {without_user(url)}: {error}") from None
+        pool.connection_kwargs.update(credentials("LOG").given("username", "password"))
         self._clock_ms = clock_ms
         self._closed = False
         self._append = self._redis.register_script(_APPEND)
@@ -262,7 +267,7 @@ class RedisEventLog:
         """Give what the server or the connection refuses as the log's own error."""
         try:
             yield
-        except redis.RedisError as error:
+        except (redis.RedisError, OSError) as error:  # OSError: a file of certificates that cannot be read
             raise EventLogError(f"{self._where} {what}: {error}") from error
 
 
@@ -285,13 +290,3 @@ def _stub(member: bytes) -> tuple[int, bytes]:
     """The offset and the payload that stands there for an erased event."""
     offset, _, payload = member.partition(b":")
     return int(offset), payload
-
-
-def _shown(url: str) -> str:
-    """An address without its password.
-
-    >>> _shown("redis://:secret@host:6379/0")
-    'redis://host:6379/0'
-    """
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
