@@ -284,7 +284,7 @@ def secure_redis(tmp_path_factory: pytest.TempPathFactory, certificate: Path) ->
     """A Redis server with a password and TLS, for all tests of this process."""
     files = ["--tls-cert-file", str(certificate / "cert.pem"), "--tls-key-file", str(certificate / "key.pem")]
     tls = ["--tls-port", str(port := _free_port()), *files, "--tls-auth-clients", "no"]
-    users = ["--user", f"shop on >{PASSWORD} ~* &* +@all", "--user", "default off"]
+    users = ["--user", "shop", "on", f">{PASSWORD}", "~*", "&*", "+@all", "--user", "default", "off"]
     for server in _redis(tmp_path_factory.mktemp("secure"), [*tls, *users]):
         yield SecureRedis(server, f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate / 'cert.pem'}")
 

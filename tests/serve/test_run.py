@@ -204,7 +204,13 @@ def until(condition: Callable[[], object]) -> None:
 def test_a_server_without_its_feature_store_says_so_and_builds_an_emptied_one_again(
     serve: Callable[..., Process], redis_server: Any, tmp_path: Path
 ) -> None:
-    server = serve(f'serve.feature_store={{ kind = "redis", url = "{redis_server.url}", name = "shop" }}')
+    redis_server.kill()
+    redis_server.options += ["--user", "shop", "on", ">hidden-4711", "~*", "&*", "+@all", "--user", "default", "off"]
+    redis_server.start()
+    environment = {"TWOTOWER_FEATURE_STORE_USER": "shop", "TWOTOWER_FEATURE_STORE_PASSWORD": "hidden-4711"}
+    server = serve(
+        f'serve.feature_store={{ kind = "redis", url = "{redis_server.url}", name = "shop" }}', **environment
+    )
     url = server.ready["url"]
 
     def offered() -> list[str]:
@@ -228,7 +234,8 @@ def test_a_server_without_its_feature_store_says_so_and_builds_an_emptied_one_ag
     assert "the feature store shop in redis://127.0.0.1:" in refused.json()["error"]
     assert send("b", second) == 503  # it is in the log
     until(lambda: httpx.get(f"{url}/readyz").status_code == 503)
-    assert "the reader of the log has failed" in httpx.get(f"{url}/readyz").json()["error"]
+    said = [httpx.get(url + path).text for path in ("/readyz", "/metrics", "/v1/version")]
+    assert "the reader of the log has failed" in said[0]
     assert httpx.get(f"{url}/healthz").status_code == 200
 
     redis_server.start()
@@ -243,4 +250,5 @@ def test_a_server_without_its_feature_store_says_so_and_builds_an_emptied_one_ag
     assert code == 0
     assert "the feature store is empty: reading the log again" in err
     assert "the feature store is complete again: 2 events applied" in err
+    assert not any("hidden-4711" in text for text in (err, refused.text, *said))
     assert "Traceback" not in err
