@@ -173,6 +173,20 @@ def own_world(world: "Settings", tmp_path: Path, exported_once: None) -> "Settin
     return replace(world, workspace=replace(world.workspace, path=str(copied)))
 
 
+@pytest.fixture
+def database_world(own_world: "Settings", pgvector_url: str) -> "Iterator[Settings]":
+    """The same, with versions that are published into PostgreSQL; the one that is served is embedded."""
+    from twotower.index.build import connect
+    from twotower.index.options import IndexOptions
+    from twotower.pipeline.places import places
+
+    models = replace(own_world.models, channels=("two_tower", "popular", "new_items"))
+    yield replace(own_world, index=IndexOptions("pgvector", url=pgvector_url), models=models)
+    home, database = places(own_world).versions / ".collections", connect("pgvector", pgvector_url)
+    for name in database.names(home.read_text().strip()) if home.exists() else ():
+        database.drop(name)
+
+
 @pytest.fixture(scope="session")
 def as_trained() -> list[str]:
     """The options of a command by which its configuration is that of the tiny world."""

@@ -1,4 +1,4 @@
-"""EASE, a linear model of items in closed form: a strong baseline that nobody trains (Steck 2019, eq. 8).
+"""EASE, a linear model of items in closed form: a strong baseline without training (Steck 2019, eq. 8).
 
 B users, N items.
 """
@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def weights(clicked: Floats, regularisation: float) -> Floats:
-    """What a click on one item says of another (N, N), out of who clicked what (U, N).
+    """The weight of a click on one item for another item (N, N), from who clicked what (U, N).
 
     >>> weights(np.array([[1, 1], [1, 1], [0, 1]], np.float32), 1.0).round(2)
     array([[0.  , 0.67],
@@ -26,12 +26,7 @@ def weights(clicked: Floats, regularisation: float) -> Floats:
 
 
 class Ease:
-    """EASE over the items with a training positive.
-
-    Args:
-        samples: with the clicks.
-        regularisation: added to the diagonal.
-    """
+    """EASE over the items with a training positive; `regularisation` is added to the diagonal."""
 
     name = "ease"
 

@@ -28,7 +28,7 @@ class WorldData:
     users: int
     items: int
     days: int
-    """Days of its log. The last one is held out, but a feedback loop learns from all of them and goes on after."""
+    """Days of its log. The last one is held out, but a feedback loop learns from all of them and continues after."""
     config: str = "demo.toml"
     changes: tuple[str, ...] = ()
     seeds: int = 6
@@ -60,7 +60,7 @@ class LogData:
 
 @dataclass(frozen=True, config=_STRICT)
 class Way:
-    """How a model goes on after the first days."""
+    """How a model continues after the first days."""
 
     nightly: Literal["no", "full", "anew"] = "no"
     """`full`: the full update of the day before, at midnight; `anew`: trained as at first, on all days so far."""
@@ -92,7 +92,7 @@ class Arm:
     channel: str = "two_tower"
     """`train`: the channel whose lists are judged, `fused` or `ease`. `ranking`: what orders the impressions."""
     way: Way = Way()
-    """`updates`: how it goes on."""
+    """`updates`: how the model continues."""
 
     @property
     def described(self) -> list[str]:
@@ -107,7 +107,7 @@ class Claim:
     text: str
     better: str
     than: tuple[str, ...] = ()
-    """It is to be better than the best of these; empty = its own figure is to be above zero."""
+    """It must be better than the best of these; empty = its own figure must be above zero."""
     logged: str | None = "recall@50"
     """The measure against the clicks of the log; empty = there is none."""
     true: str = "true_recall@50"
@@ -136,7 +136,7 @@ class Experiment:
     kind: Kind = "train"
     """`train`: each arm is a channel of a configuration; `index`: one model, several indexes; `fusion`: one version,
     rankers behind more or fewer candidates; `ranking`: orders of held-out impressions; `feedback`: each arm serves a
-    world, day after day; `updates`: each arm goes on from one first model through the last days in its way."""
+    world, day after day; `updates`: each arm continues one first model through the last days in its way."""
     plotted: tuple[tuple[str, str | None], ...] = (("true_recall@50", "recall@50"),)
     """Pairs of measures, by the truth and by the log, that the plot shows."""
     ks: tuple[int, ...] = (50,)

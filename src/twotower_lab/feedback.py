@@ -3,7 +3,7 @@
 The first log comes from the simulation's own recommender. From the day after it this system shows everything, and after
 a few days it has learned from nothing else. Arms differ in what keeps it from showing the same items again and again.
 
-Dimensions: R requests of a day, P places of a page, N items alive, U users, K candidates.
+R requests of a day, P positions of a page, N available items, U users, K candidates.
 """
 
 import logging
@@ -22,7 +22,6 @@ from twotower.config.settings import Settings
 from twotower.datasets.workspace import EVENTS, open_workspace
 from twotower.evaluate.metrics import score_lists
 from twotower.features.columns import Bag, pointers
-from twotower.pipeline.line import build_samples, open_served, publish_version, train_model
 from twotower.publish.version import Version
 from twotower.schema import columns as c
 from twotower.schema.clock import DAY_MS
@@ -32,11 +31,13 @@ from twotower.serve.funnel import recommend
 from twotower.serve.options import FunnelOptions
 from twotower.serve.request import Request, impressed_window
 from twotower.serve.users import ItemId, Recent
+from twotower.update.gate import spaced
 from twotower.worlds.simulate import add_arrivals, world_of
 from twotower.worlds.truth import page_clicks, true_recall
 from twotower.worlds.visit import VisitClicks, Visited, visit
 from twotower.worlds.world import NOTHING, SCENES, Requests, World, date_of
 from twotower_lab.score import K
+from twotower_lab.stages import published
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ EDGE_DAYS: Final = 3
 JUDGED: Final = 400
 """Recall of a day is measured on at most this many of its users."""
 SEQUENCE: Final = 10**9
-"""Distance between the event numbers of two days of the loop: more than a day has."""
+"""Distance between the event numbers of two days of the loop: more than the events of a day."""
 
 
 @dataclass
@@ -65,7 +66,7 @@ class LoopSite:
     shown: dict[int, list[tuple[int, ItemId]]] = field(default_factory=dict)
 
     def answer(self, requests: Requests) -> Ints:
-        """A page for each request, one after another, (R, P) rows of the world's items."""
+        """A page for each request, one after another: (R, P) rows of the world's items."""
         pages = np.full((len(requests), PAGE), NOTHING)
         users = self.world.user_ids(requests.user).to_pylist()
         known = {feature.name for feature in self.version.features.context}
@@ -83,32 +84,28 @@ class LoopSite:
                 now_ms=ts_ms,
                 request_id=f"{self.world.options.seed}/{requests.number[place]}",
             )
-            items = [one.item_id for one in served.page.items]
+            items = [item.item_id for item in served.page.items]
             self.shown.setdefault(user, []).extend((ts_ms, item) for item in items)
             pages[place, : len(items)] = self.world.item_rows(pa.array(items, self.version.item_ids.type))
         return pages
 
     def tell(self, clicks: VisitClicks) -> None:
-        """Take clicks in."""
+        """Remember clicks."""
         items = self.world.item_ids(clicks.item).to_pylist()
         for user, item, ts_ms in zip(clicks.user.tolist(), items, clicks.ts_ms.tolist(), strict=True):
             self.clicks.setdefault(user, []).append((ts_ms, item))
 
     def next_day(self, version: Version, now_ms: int) -> None:
-        """Serve a new version, which knows of all clicks so far, and forget impressions that are no longer left out."""
+        """Serve a new version, which knows all clicks so far, and forget impressions that are no longer excluded."""
         self.version = version
         self.clicks.clear()
         since_ms = now_ms - self.window_ms
         for user, shown in self.shown.items():
-            self.shown[user] = [one for one in shown if one[0] >= since_ms]
+            self.shown[user] = [impression for impression in shown if impression[0] >= since_ms]
 
 
 def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[str, Any]]:
-    """Serve a simulated workspace day after day from its held-out day on; its log grows by what happens.
-
-    Args:
-        settings: of the arm.
-        days: how many.
+    """Serve a simulated workspace day after day, from its held-out day on; its log grows by what happens.
 
     Returns:
         Measures of the last days, and how much each grew since the first ones, a single number each (see `measure`);
@@ -120,7 +117,7 @@ def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[st
     workspace = Path(settings.workspace.path)
     begun = world_of(workspace)
     if begun is None:
-        raise DataError(f"{workspace} holds no simulated world, which alone can be served again")
+        raise DataError(f"{workspace} holds no simulated world, and only such a world can be served again")
     first = begun.options.days - 1
     world = world_of(workspace, first + days)
     assert world is not None
@@ -130,42 +127,28 @@ def feed_back(settings: Settings, days: int) -> tuple[dict[str, Floats], dict[st
     series: dict[str, list[float]] = {}
     for day in range(first, first + days):
         add_arrivals(workspace, world, day)
-        version = _morning(settings)
+        version = published(settings)  # it has learned from everything up to yesterday
         begin_ms = int(world.requests(day).ts_ms[0]) // DAY_MS * DAY_MS
         if site is None:
             site = LoopSite(world, settings.funnel, window_ms, version)
         site.next_day(version, begin_ms)
         visited = visit(world, day, site.answer, site.tell)
-        events = _like(visited.events(world, day * SEQUENCE), schema)
+        # What this system does not record is null.
+        recorded = visited.events(world, day * SEQUENCE)
+        recorded = recorded.select([name for name in schema.names if name in recorded.column_names])
+        events = pa.concat_tables([schema.empty_table(), recorded], promote_options="default")
         with whole_file(workspace / EVENTS / f"{c.DATE}={date_of(day)}" / "part-0.parquet") as temporary:
             pq.write_table(events, temporary, compression="zstd")
-        found = measure(world, day, visited, version)
-        for name, value in found.items():
+        measured = measure(world, day, visited, version)
+        for name, value in measured.items():
             series.setdefault(name, []).append(round(value, 6))
-        log.info("day %d: %s", day, "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
+        log.info("day %d: %s", day, "  ".join(f"{name} {value:.3f}" for name, value in measured.items()))
     values = {}
     for name, of_days in series.items():
         begin, end = float(np.mean(of_days[:EDGE_DAYS])), float(np.mean(of_days[-EDGE_DAYS:]))
         values[f"{name}, last days"] = np.array([end])
         values[f"{name}, growth"] = np.array([end - begin])
     return values, {"series": series}
-
-
-def _like(events: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Events with the columns of the first log: what this system does not say is null."""
-    size = events.num_rows
-    columns = [
-        events[field.name] if field.name in events.column_names else pa.nulls(size, field.type) for field in schema
-    ]
-    return pa.table(columns, schema=schema)
-
-
-def _morning(settings: Settings) -> Version:
-    """Learn from everything up to yesterday; the version that is served today."""
-    build_samples(settings)
-    train_model(settings)
-    publish_version(settings, promoted=True)
-    return open_served(settings)
 
 
 def measure(world: World, day: int, visited: Visited, version: Version) -> dict[str, float]:
@@ -221,12 +204,12 @@ def _recalls(world: World, clicks: VisitClicks, version: Version) -> dict[str, f
     """Recall of the version's two towers against the day's clicks, and against what the same users like best."""
     user, at = np.unique(clicks.user, return_index=True)
     first_ms = clicks.ts_ms[at]
-    chosen = np.linspace(0, len(user) - 1, min(JUDGED, len(user))).astype(np.int64)
+    chosen = spaced(len(user), JUDGED)
     user, first_ms = user[chosen], first_ms[chosen]
     rows = version.users.positions.find(world.user_ids(user))
     stored = version.clicks
-    queries = version.queries(rows, exclude=(stored.indptr, stored.item_row))
-    found = version.two_tower.retrieve(queries, K).rows
+    queries = version.queries(rows, exclude=stored.items)
+    retrieved = version.two_tower.retrieve(queries, K).rows
     item = world.item_rows(version.item_ids)
     row_of = np.full(int(item.max()) + 1, NOTHING)
     row_of[item] = np.arange(len(item))
@@ -234,10 +217,10 @@ def _recalls(world: World, clicks: VisitClicks, version: Version) -> dict[str, f
     pairs = np.unique(np.searchsorted(user, clicks.user[of_chosen]) * len(item) + row_of[clicks.item[of_chosen]])
     owner = pairs // len(item)
     truth = Bag(pointers(np.bincount(owner, minlength=len(user))), (pairs % len(item)).astype(np.int32))
-    logged = score_lists(found, truth, np.ones(len(item), np.int64), [K]).values[f"recall@{K}"]
+    logged = score_lists(retrieved, truth, np.ones(len(item), np.int64), [K]).values[f"recall@{K}"]
     clicked = np.zeros((len(world.truth.people.taste), len(world.truth.catalogue.vector)), np.bool_)
     known = np.repeat(world.user_rows(version.users.ids), np.diff(stored.indptr))
     clicked[known, item[stored.item_row]] = True
-    listed = np.where(found == NOTHING, NOTHING, item[found])
+    listed = np.where(retrieved == NOTHING, NOTHING, item[retrieved])
     true = true_recall(world, user, first_ms, listed, [K], K, clicked)[f"true_recall@{K}"]
     return {f"recall@{K}": float(logged.mean()), f"true_recall@{K}": float(true.mean())}

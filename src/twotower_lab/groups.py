@@ -43,7 +43,7 @@ class Group:
     wanted: Bools | None = None
     """(N,) the items that are looked for; None = all of them."""
     part_of: str | None = None
-    """The name of a group before it whose requests include these, so that nobody is asked again."""
+    """The name of a group before it whose requests include these, so that no user is asked twice."""
     places: Ints | None = None
     """Which requests of that group these are."""
 
@@ -56,10 +56,7 @@ class Group:
 def main_groups(samples: Samples, workspace: Path, context: bool) -> Iterator[Group]:
     """The held-out clicks of known users and items, then of rare items, of new users and of new items.
 
-    Args:
-        samples: what the lists were trained on.
-        workspace: with the hold-out.
-        context: users are asked in the context of their first held-out request.
+    With `context`, users are asked in the context of their first held-out request.
     """
     warm = held_out(workspace, samples, context)
     yield Group("", warm)
@@ -75,9 +72,8 @@ def main_groups(samples: Samples, workspace: Path, context: bool) -> Iterator[Gr
 
 def some_users(truth: Truth, rows: npt.NDArray[np.integer]) -> Truth:
     """The held-out clicks of some users, by their places in a truth."""
-    items = take(truth.items, rows)
-    assert isinstance(items, Bag)
-    return Truth(truth.user_rows[rows], items, {name: take(column, rows) for name, column in truth.context.items()})
+    context = {name: take(column, rows) for name, column in truth.context.items()}
+    return Truth(truth.user_rows[rows], take(truth.items, rows), context)
 
 
 def _clicks_on(truth: Truth, wanted: Bools) -> Truth | None:
@@ -140,9 +136,9 @@ def scenes(samples: Samples, workspace: Path, warm: Group, context: bool) -> Ite
     requests, owner = np.unique(pairs // size, return_inverse=True)
     rows = table.take(pa.array(at[np.searchsorted(asked, requests)]))
     features = samples.features.context if context else ()
-    told = {feature.name: feature.encode(rows[feature.name].combine_chunks()) for feature in features}
+    columns = {feature.name: feature.encode(rows[feature.name].combine_chunks()) for feature in features}
     items = Bag(pointers(np.bincount(owner)), (pairs % size).astype(np.int32))
-    each = Group("each scene ", Truth(requests // count, items, told))
+    each = Group("each scene ", Truth(requests // count, items, columns))
     yield each
     for number, requests_there in zip(*np.unique(requests % count, return_counts=True), strict=True):
         if requests_there >= LEAST_REQUESTS:

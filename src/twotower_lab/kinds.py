@@ -29,8 +29,6 @@ from twotower.pipeline.line import (
     evaluate_rankers,
     fusion_of,
     offline_channels,
-    open_served,
-    publish_version,
     train_model,
 )
 from twotower.pipeline.recorded import fixed_by_samples, fixed_by_training
@@ -38,18 +36,19 @@ from twotower.publish.version import PRE_RANK, RANK, TWO_TOWER
 from twotower.samples.read import Samples, open_samples
 from twotower.schema import columns as c
 from twotower.train.towers import TrainReport
+from twotower.update.gate import spaced
 from twotower.worlds.world import SCENES, World
 from twotower_lab.ease import Ease
 from twotower_lab.experiments import Experiment
 from twotower_lab.score import Judge, Lists
-from twotower_lab.stages import Stages
+from twotower_lab.stages import Stages, published
 
 INDEXED_QUERIES: Final = 500
 """Users that an index is tuned on."""
 FUSED_USERS: Final = 300
 """Users whose lists come from rankers over the whole catalogue."""
 PRIOR: Final = 20
-"""Impressions at the mean click rate that the click rate of an item begins with."""
+"""Impressions at the mean click rate that are added to the impressions of each item."""
 
 Floats = npt.NDArray[np.float64]
 Values = dict[str, Floats]
@@ -117,26 +116,23 @@ class Trial:
 
     def index(self) -> Iterator[Result]:
         """One model, and an index of each arm over its vectors."""
-        build_samples(self._first)
-        train_model(self._first)
-        publish_version(self._first, promoted=True)
-        samples, version, judge = self._samples(), open_served(self._first), self._judge(self._first)
+        version, samples, judge = published(self._first), self._samples(), self._judge(self._first)
         (k,) = self.experiment.ks
 
-        def found(channel: Retriever) -> Values:
+        def scored(channel: Retriever) -> Values:
             return judge.score(samples, lambda truth: ranked(samples, channel, truth.user_rows, k))
 
         vectors, rows = np.asarray(version.item_vectors), np.arange(len(samples.items))
         channel = version.two_tower.over(TWO_TOWER, ExactIndex.build(rows, vectors))
         users = np.flatnonzero(np.diff(samples.clicks.indptr))
-        users = users[np.linspace(0, len(users) - 1, INDEXED_QUERIES).astype(np.int64)]
+        users = users[spaced(len(users), INDEXED_QUERIES)]
         asked = queries_of_users(samples.features, samples.users, samples.clicks, users)
-        queries, exact = channel.user_vectors(asked), found(channel)
+        queries, exact = channel.user_vectors(asked), scored(channel)
         for arm, of_arm in self.settings.items():
             index = build_index(of_arm.index, rows, vectors, queries, ks=[k], seed=of_arm.train.seed)
             approximate = channel.over(TWO_TOWER, index)
-            values = found(approximate)
-            kept = share_of(*(ranked(samples, one, users, k) for one in (channel, approximate)))
+            values = scored(approximate)
+            kept = share_of(*(ranked(samples, searched, users, k) for searched in (channel, approximate)))
             facts: dict[str, Any] = {f"index_recall@{k}": round(kept, 4)}
             if isinstance(index, FaissIndex) and index.tuning:
                 facts["scanned"] = index.tuning[0].nprobe
@@ -146,10 +142,7 @@ class Trial:
     def fusion(self) -> Iterator[Result]:
         """One version with two towers and rankers; arms differ in how many items reach which ranker."""
         configured = max(self.settings.values(), key=lambda settings: len(settings.models.rankers))
-        build_samples(configured)
-        train_model(configured)
-        publish_version(configured, promoted=True)
-        samples, version = self._samples(), open_served(configured)
+        version, samples = published(configured), self._samples()
         for arm, of_arm in self.settings.items():
             stages = Stages(version, of_arm.models.rankers, of_arm.funnel)
             started = time.process_time()
@@ -186,27 +179,27 @@ class Trial:
 def _of_ranker(name: str, ranker: str, figures: Mapping[str, Any], report: TrainReport) -> Result:
     """The figures of one ranker; of the pre-ranker also what it keeps of the ranker's best."""
     own = figures[ranker]
-    found = {measure: value for measure, value in own.items() if isinstance(value, float)}
+    measures = {measure: value for measure, value in own.items() if isinstance(value, float)}
     if own["user_auc"]:
-        found["user_auc"] = own["user_auc"]["value"]
+        measures["user_auc"] = own["user_auc"]["value"]
     kept = figures["kept_of_top"]
     if ranker == PRE_RANK and kept["share"]:
         share, fused = kept["share"]["value"], kept["share_fused"]["value"]
-        found |= {"kept": share, "kept, fused": fused, "kept, gain": share - fused}
+        measures |= {"kept": share, "kept, fused": fused, "kept, gain": share - fused}
     facts = {"deciles": own["deciles"], "position": report.rankers[ranker].position, "impressions": own["impressions"]}
-    return Result(name, {measure: np.array([value]) for measure, value in found.items()}, facts)
+    return Result(name, {measure: np.array([value]) for measure, value in measures.items()}, facts)
 
 
 def _orders(scores: Floats, shown: Shown) -> Values:
     """How well scores (R,) order impressions."""
-    found = {"auc": auc(scores, shown.clicked), "position_auc": auc_within(scores, shown.clicked, shown.position)}
+    measures = {"auc": auc(scores, shown.clicked), "position_auc": auc_within(scores, shown.clicked, shown.position)}
     if mean := user_auc(scores, shown, 2, 0)["user_auc"]:
-        found["user_auc"] = mean["value"]
-    return {measure: np.array([value]) for measure, value in found.items()}
+        measures["user_auc"] = mean["value"]
+    return {measure: np.array([value]) for measure, value in measures.items()}
 
 
 def click_rates(samples: Samples) -> Floats:
-    """The share of each item's impressions (N,) that was clicked in training, drawn to the mean where there are few."""
+    """The share of each item's impressions (N,) that was clicked in training, moved to the mean where there are few."""
     trained, size = samples.impressions, len(samples.items)
     assert trained is not None
     clicks, seen = np.bincount(trained.item_row, trained.clicked, size), np.bincount(trained.item_row, minlength=size)
@@ -215,7 +208,7 @@ def click_rates(samples: Samples) -> Floats:
 
 
 def lists_of(settings: Settings, samples: Samples, channel: str, length: int) -> Lists:
-    """The lists of a channel, of `ease` or of all channels `fused`."""
+    """The lists of a channel, of `ease`, or of all channels as one list (`fused`)."""
     if channel == Ease.name:
         ease = Ease(samples)
         return lambda truth: ranked(samples, ease, truth.user_rows, length)
@@ -226,18 +219,21 @@ def lists_of(settings: Settings, samples: Samples, channel: str, length: int) ->
     asked = min(fusion.asked(length, tuple(channels)), len(samples.items))
     return lambda truth: (
         fusion.fuse(
-            {name: candidates(samples, one, truth.user_rows, asked, truth.context) for name, one in channels.items()},
+            {
+                name: candidates(samples, retriever, truth.user_rows, asked, truth.context)
+                for name, retriever in channels.items()
+            },
             length,
         ).candidates.rows
     )
 
 
-def share_of(best: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> float:
-    """The share of the best lists (B, k) that is in the found ones.
+def share_of(best: npt.NDArray[np.int64], retrieved: npt.NDArray[np.int64]) -> float:
+    """The share of the best lists (B, k) that is among the retrieved ones.
 
     >>> share_of(np.array([[1, 2], [3, 4]]), np.array([[2, 9], [4, 3]]))
     0.75
     """
-    size = max(int(best.max()), int(found.max())) + 1
+    size = max(int(best.max()), int(retrieved.max())) + 1
     owner = np.arange(len(best))[:, None] * size
-    return float(np.isin((owner + best)[best != PADDING], (owner + found)[found != PADDING]).mean())
+    return float(np.isin((owner + best)[best != PADDING], (owner + retrieved)[retrieved != PADDING]).mean())

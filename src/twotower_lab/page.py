@@ -1,4 +1,4 @@
-"""The plot of an experiment (SVG), and one page of all (HTML) that asks nothing of any other place."""
+"""The plot of an experiment (SVG), and one page of all (HTML) that loads nothing from elsewhere."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -76,7 +76,7 @@ def _differences(axes: "Axes", panel: Mapping[str, Any], order: Sequence[str]) -
 
 
 def _reach(row: Mapping[str, Any]) -> float:
-    """From a value to the ends of its interval, which lies evenly about it; a single number has none."""
+    """Half the width of a value's interval, which is symmetric; 0 for a single number without one."""
     return 0.0 if row["low"] is None else (row["high"] - row["low"]) / 2
 
 
@@ -122,13 +122,13 @@ def _best(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _offline(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What clicks say of each arm against the first, and both intervals; of a feedback loop, of each claim."""
+    """What clicks say of each arm against the first, and both intervals; in a feedback loop, of each claim."""
     for panel in result["panels"]:
         for arm, word in panel["offline"].items():
             where, against = f"{result['name']}, {panel['data']}", panel["first"]
             yield word, _pair(where, f"{arm} against {against}", panel["measures"][TRUE], panel["rows"][arm])
     for claim in result["claims"] if result["series"] else ():
-        by_kind = {one["kind"]: one for one in claim["conditions"]}
+        by_kind = {condition["kind"]: condition for condition in claim["conditions"]}
         if len(by_kind) == 2:
             true = by_kind[TRUE]
             where, arms = (

@@ -1,9 +1,9 @@
 """The last days of a log, replayed hour by hour: test on what is clicked, then learn it.
 
-A first model is trained on the days before and published. From then on every click is first asked for, of whatever has
-been learned by then, and given to the updates afterwards: deltas every so often, a full update every night. These are
-the updates that serve; the shards are those that a joiner would have written, a row for each click with the history
-that a request would have had.
+A first model is trained on the days before and published. After that, every click is first asked for from the model of
+that moment, and then given to the updates: deltas every few minutes, a full update every night. These are the updates
+that serve. The shards are those that a joiner would have written: a row for each click, with the history that a request
+would have had.
 
 B clicks of a period, N items, D vector, H hours.
 """
@@ -28,7 +28,7 @@ from twotower.channels.retriever import Queries
 from twotower.config.settings import Settings
 from twotower.datasets.tables import end_of_day
 from twotower.datasets.workspace import EVENTS, open_workspace
-from twotower.features.columns import Bag, pointers, ranges
+from twotower.features.columns import Bag, pointers, ranges, take
 from twotower.features.feature_set import HISTORY
 from twotower.features.vocabulary import FIRST
 from twotower.index.protocol import Exclusions
@@ -46,6 +46,7 @@ from twotower.stream.joiner import JoinCounts
 from twotower.stream.joiner import Replay as ReplayFrom
 from twotower.stream.rows import Row, RowRequest, Types, read_types
 from twotower.stream.shards import JoinState, Manifest, write_shard
+from twotower.update.gate import spaced
 from twotower.update.learn import Plan
 from twotower.worlds.truth import true_recall
 from twotower.worlds.world import FIRST_DAY_MS, NOTHING, World
@@ -61,13 +62,13 @@ K: Final = 20
 LEAST: Final = 20
 """An hour with fewer clicks does not count."""
 LOGGED: Final = 50
-"""A request logs at most this many clicks of its user."""
+"""Largest number of clicks of its user that a request logs."""
 LATER: Final = "later"
 """Folder of the events of the days to come."""
 STREAM: Final = "stream"
 """Folder of their shards."""
 JUDGED: Final = 40
-"""In a world, at most this many users of an hour are judged by their truth."""
+"""In a world, largest number of users of an hour that are judged by their truth."""
 AT_ONCE: Final = 1024
 EDGE_DAYS: Final = 10
 """Days at the beginning and at the end of a long time that are compared."""
@@ -87,7 +88,7 @@ class Later:
     before: pa.Table
     """Clicks of the days before, the columns that both have."""
     judged: Bools
-    """(B,) whether it is this user's first click on this item; others are no test."""
+    """(B,) this is the user's first click on the item; other clicks are no test."""
     born_ms: Longs
     """(N,) when each item begins: in a real log at the hour of its first click."""
     item_ids: pa.Array
@@ -100,9 +101,9 @@ class Later:
         return end_of_day(self.days[0]) - DAY_MS + 1
 
     def rows_of(self, item_ids: pa.Array) -> Longs:
-        """Rows of the workspace's items, -1 = none of them."""
-        found: Longs = pc.index_in(item_ids, self.item_ids).fill_null(-1).to_numpy().astype(np.int64)
-        return found
+        """Rows of the workspace's items, -1 for other items."""
+        rows: Longs = pc.index_in(item_ids, self.item_ids).fill_null(-1).to_numpy().astype(np.int64)
+        return rows
 
     def clicked_before(self, world: World, row: int) -> Bools:
         """What each user (U) has clicked of the items (N) of a world before a click."""
@@ -112,7 +113,7 @@ class Later:
         return clicked
 
     def between(self, begin_ms: int, end_ms: int) -> tuple[int, int]:
-        """The numbers of the first click of a time and of the one behind the last."""
+        """The numbers of the first click of a period and of the first click after it."""
         begin, end = np.searchsorted(self.ts_ms, [begin_ms, end_ms])
         return int(begin), int(end)
 
@@ -127,12 +128,9 @@ class _Score:
 
 
 def set_aside(workspace: Path, days: int, world: World | None) -> Later:
-    """Take the last days out of a workspace; their events stand aside from now on.
+    """Take the last days out of a workspace, and put their events aside.
 
-    Args:
-        workspace: of a log.
-        days: how many.
-        world: in which it was simulated; None = a real log, whose items begin at their first click.
+    In the world in which it was simulated, items begin when they are born; in a real log, at their first click.
 
     Raises:
         DataError: there are no more days than these.
@@ -180,26 +178,19 @@ def _later(clicks: pa.Table, items: pa.ChunkedArray, days: list[str]) -> Later:
 
 
 def write_hours(folder: Path, later: Later, types: Types) -> None:
-    """Write the shards of all hours into a folder, as a joiner would have."""
+    """Write the shards of all hours into a folder, as a joiner would have written them."""
     ids = [later.rows[name].to_pylist() for name in (c.USER_ID, c.ITEM_ID, c.REQUEST_TS_MS, HISTORY)]
     context = {name: later.rows[name].to_pylist() for name in types.context if name in later.rows.column_names}
     every = range(later.begin_ms, later.begin_ms + len(later.days) * DAY_MS, HOUR_MS)
     hours = [hour_ms for hour_ms in every if np.diff(later.between(hour_ms, hour_ms + HOUR_MS))[0]]
     for hour_ms, next_ms in zip(hours, [*hours[1:], every.stop], strict=True):
         begin, end = later.between(hour_ms, next_ms)
-        rows = [
-            Row(
-                RowRequest(
-                    user, None, asked_ms, {name: values[place] for name, values in context.items()}, history=history
-                ),
-                item,
-                c.CLICKED,
-                int(later.ts_ms[place]),
-            )
-            for place, user, item, asked_ms, history in zip(
-                range(begin, end), *(column[begin:end] for column in ids), strict=True
-            )
-        ]
+        rows = []
+        for place in range(begin, end):
+            user, item, asked_ms, history = (column[place] for column in ids)
+            known = {name: values[place] for name, values in context.items()}
+            request = RowRequest(user, None, asked_ms, known, history=history)
+            rows.append(Row(request, item, c.CLICKED, int(later.ts_ms[place])))
         manifest = Manifest(
             partition=0,
             begin=begin,
@@ -228,9 +219,9 @@ def replay(
 
     Args:
         settings: of the arm; its workspace has the first model and is changed.
-        way: how it goes on.
+        way: how the model continues.
         later: what is clicked.
-        world: in which the workspace was simulated; None = nobody knows the truth.
+        world: in which the workspace was simulated; None = a real log.
 
     Returns:
         By measure the hours with enough clicks (H,): `recall@20` of first clicks of a user on an item, and of a world
@@ -264,7 +255,7 @@ def replay(
 
 
 class _Model:
-    """A model that goes on, as its chain of deltas has it."""
+    """A model that continues, in the state of its chain of deltas."""
 
     def __init__(self, settings: Settings, later: Later, world: World | None, score: _Score) -> None:
         self._settings = settings
@@ -281,19 +272,19 @@ class _Model:
     def _open(self) -> None:
         self._chain = open_chain(self._settings, current_path(places(self._settings).versions), None)
         self._row = self._later.rows_of(self._chain.state.laid.item_ids)
-        """(N,) of the chain, rows of the workspace's items as they were at first; -1 = none of them."""
+        """(N,) of the chain, rows of the workspace's items as they were at first; -1 for other items."""
         if self._world is not None:
             self._world_row = self._world.item_rows(self._chain.state.laid.item_ids)
 
     def found(self, begin: int, end: int, now_ms: int) -> Bools:
-        """Which of some clicks are among the first K for their users, as the model is before it learns them."""
-        found = np.zeros(end - begin, np.bool_)
+        """Which of some clicks are among the first K for their users, before the model learns them."""
+        hit = np.zeros(end - begin, np.bool_)
         wanted = np.flatnonzero(self._later.judged[begin:end])
         alive = np.flatnonzero((self._row >= 0) & (self._later.born_ms[self._row] <= now_ms))
         column = np.full(len(self._row), -1)
         column[alive] = np.arange(len(alive))
         vectors = self._chain.state.learner.vectors[alive]
-        judge = set(np.linspace(0, len(wanted) - 1, min(JUDGED, len(wanted))).astype(np.int64).tolist())
+        judge = set(spaced(len(wanted), JUDGED).tolist())
         for start in range(0, len(wanted), AT_ONCE):
             part = wanted[start : start + AT_ONCE]
             rows, state = self._later.rows.take(pa.array(begin + part)), self._chain.state
@@ -301,7 +292,7 @@ class _Model:
             positives = state.encode(rows.take(pa.array(known)))
             own = column[positives.item_row]
             there = own >= 0
-            scores = state.learner.user_vectors(positives) @ vectors.T
+            scores = state.learner.model.encode_users(positives.user) @ vectors.T
             mine = np.where(there, np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)[:, 0], np.inf)
             if self._hide:
                 clicked = positives.clicked
@@ -309,11 +300,11 @@ class _Model:
                 owner = np.repeat(np.arange(len(scores)), np.diff(clicked.indptr))[hidden >= 0]
                 scores[owner, hidden[hidden >= 0]] = -np.inf
             above = (scores > mine[:, None]).sum(axis=1)
-            found[part[known]] = there & (above < K)
+            hit[part[known]] = there & (above < K)
             if self._world is not None:
                 chosen = [at for at, place in enumerate(known.tolist()) if start + place in judge]
                 self._judge(begin + part[known[chosen]], alive, scores[chosen])
-        return found
+        return hit
 
     def _judge(self, rows: Longs, alive: Longs, scores: npt.NDArray[np.float32]) -> None:
         """The true recall of some lists."""
@@ -327,8 +318,8 @@ class _Model:
         ts_ms = self._later.ts_ms[rows]
         clicked = self._later.clicked_before(self._world, int(rows.min()))
         true = true_recall(self._world, user, ts_ms, listed, [K], K, clicked)[f"true_recall@{K}"]
-        for hour, one in zip(((ts_ms - self._later.begin_ms) // HOUR_MS).tolist(), true.tolist(), strict=True):
-            self._score.true.setdefault(hour, []).append(one)
+        for hour, recall in zip(((ts_ms - self._later.begin_ms) // HOUR_MS).tolist(), true.tolist(), strict=True):
+            self._score.true.setdefault(hour, []).append(recall)
 
     def learn(self, end: int) -> None:
         """A delta of the clicks since the last one."""
@@ -341,7 +332,7 @@ class _Model:
         self._at = end
 
     def night(self, nightly: str, day: str) -> None:
-        """The day before is there as a whole."""
+        """Learn from the day before, whose events are now complete."""
         workspace = Path(self._settings.workspace.path)
         (workspace / LATER / f"{c.DATE}={day}").rename(workspace / EVENTS / f"{c.DATE}={day}")
         started, before = time.process_time(), self._hot()
@@ -355,9 +346,16 @@ class _Model:
         self._open()
         self._at = self._later.between(0, self._later.begin_ms + DAY_MS * (1 + self._later.days.index(day)))[0]
         after = self._hot()
-        both = [one for one in before if one in after]
+        both = [item_id for item_id in before if item_id in after]
         self.moves.append(
-            float(np.mean([np.linalg.norm(after[one] - before[one]) / np.linalg.norm(before[one]) for one in both]))
+            float(
+                np.mean(
+                    [
+                        np.linalg.norm(after[item_id] - before[item_id]) / np.linalg.norm(before[item_id])
+                        for item_id in both
+                    ]
+                )
+            )
         )
 
     def _hot(self) -> dict[Any, npt.NDArray[np.float32]]:
@@ -368,20 +366,20 @@ class _Model:
         tokens = version.two_tower.item_tokens[rows]
         table = self._chain.state.learner.model.tables[c.ITEM_ID].weights
         return {
-            one: table[token].copy()
-            for one, token in zip(version.item_ids.take(pa.array(rows)).to_pylist(), tokens.tolist(), strict=True)
+            item_id: table[token].copy()
+            for item_id, token in zip(version.item_ids.take(pa.array(rows)).to_pylist(), tokens.tolist(), strict=True)
             if token >= FIRST
         }
 
     def facts(self) -> dict[str, Any]:
         """Counts, processor time and movement."""
-        found: dict[str, Any] = {"deltas": self._deltas, "refused": self._refused}
+        facts: dict[str, Any] = {"deltas": self._deltas, "refused": self._refused}
         if self._deltas:
-            found["delta_ms"] = round(1000 * self._deltas_s / self._deltas, 1)
+            facts["delta_ms"] = round(1000 * self._deltas_s / self._deltas, 1)
         if self._nights_s:
-            found["night_s"] = round(float(np.mean(self._nights_s)), 1)
-            found["hot_moves"] = [round(one, 4) for one in self.moves]
-        return found
+            facts["night_s"] = round(float(np.mean(self._nights_s)), 1)
+            facts["hot_moves"] = [round(move, 4) for move in self.moves]
+        return facts
 
 
 class _Crowd:
@@ -396,12 +394,12 @@ class _Crowd:
         self._item = later.rows_of(clicks[c.ITEM_ID].combine_chunks())
         self._ts_ms = clicks["at"].to_numpy()
         lists = later.rows[HISTORY].combine_chunks()
-        self._clicked = later.rows_of(lists.flatten())
-        self._starts = np.concatenate([[0], np.cumsum(pc.list_value_length(lists).to_numpy())]).astype(np.int64)
+        lengths = pc.list_value_length(lists).to_numpy().astype(np.int64)
+        self._histories = Bag(pointers(lengths), later.rows_of(lists.flatten()).astype(np.int32))
 
     def found(self, begin: int, end: int, now_ms: int) -> Bools:
         """Which of some clicks are among the first K for their users."""
-        found = np.zeros(end - begin, np.bool_)
+        hit = np.zeros(end - begin, np.bool_)
         part = begin + np.flatnonzero(self._later.judged[begin:end])
         first, last = np.searchsorted(self._ts_ms, [now_ms - HOUR_MS, now_ms])
         if first < last and len(part):
@@ -409,16 +407,12 @@ class _Crowd:
             channel = (
                 Popular.of_counts(counts) if self._name == "popular" else self._item_cf(slice(int(first), int(last)))
             )
-            clicked = self._histories(part)
+            clicked = take(self._histories, part)
             queries = Queries({}, clicked, Exclusions(clicked.indptr, clicked.rows.astype(np.int64)))
             wanted = self._later.item[part]
             rows = channel.retrieve(queries, K).rows
-            found[part - begin] = (rows == wanted[:, None]).any(axis=1) & (counts[wanted] > 0)
-        return found
-
-    def _histories(self, part: Longs) -> Bag:
-        counts = self._starts[part + 1] - self._starts[part]
-        return Bag(pointers(counts), self._clicked[ranges(self._starts[part], counts)].astype(np.int32))
+            hit[part - begin] = (rows == wanted[:, None]).any(axis=1) & (counts[wanted] > 0)
+        return hit
 
     def _item_cf(self, hour: slice) -> ItemToItem:
         user, item, ts_ms = self._user[hour], self._item[hour], self._ts_ms[hour]
@@ -444,7 +438,7 @@ def _by_hour(score: _Score, later: Later) -> dict[str, Floats]:
     hours = np.flatnonzero(counts >= LEAST)
     values = {f"recall@{K}": hits[hours] / counts[hours]}
     if score.true:
-        values[f"true_recall@{K}"] = np.array([np.mean(score.true[one]) for one in hours.tolist()])
+        values[f"true_recall@{K}"] = np.array([np.mean(score.true[hour]) for hour in hours.tolist()])
     return values
 
 
@@ -462,7 +456,7 @@ def _edges(score: _Score, later: Later, moves: Sequence[float]) -> dict[str, Flo
     if score.true:
         days[f"true_recall@{K}"] = np.array(
             [
-                np.mean([one for hour in range(24 * day, 24 * day + 24) for one in score.true.get(hour, [])])
+                np.mean([recall for hour in range(24 * day, 24 * day + 24) for recall in score.true.get(hour, [])])
                 for day in range(len(later.days))
             ]
         )

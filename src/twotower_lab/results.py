@@ -1,4 +1,4 @@
-"""The result of an experiment, out of its arms' files: differences, intervals, verdicts, and what the plot shows."""
+"""The result of an experiment from its arms' files: differences, intervals, verdicts, and what the plot shows."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,20 +18,20 @@ Arms = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def summarise(name: str, done: Iterable[Unit], out: Path) -> dict[str, Any]:
-    """Differences, intervals and verdicts of an experiment out of its arms' files.
+    """Differences, intervals and verdicts of an experiment, from its arms' files.
 
     Raises:
         DataError: a unit has not been run.
     """
     experiment = EXPERIMENTS[name]
-    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    by_data: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for unit in done:
         for arm in unit.arms:
             result = finished(out, unit, arm)
             if result is None:
                 raise DataError(f"{unit}, {arm}: no result in {out}, although it was run: run it again")
-            found.setdefault(unit.data, {}).setdefault(arm, {})[unit.seed] = result
-    by_seed = {data: _by_seed(experiment, data, arms) for data, arms in found.items()}
+            by_data.setdefault(unit.data, {}).setdefault(arm, {})[unit.seed] = result
+    by_seed = {data: _by_seed(experiment, data, arms) for data, arms in by_data.items()}
     return {
         "name": name,
         "question": experiment.question,
@@ -41,10 +41,10 @@ def summarise(name: str, done: Iterable[Unit], out: Path) -> dict[str, Any]:
         "arms": {arm: what.described for arm, what in experiment.arms.items()},
         "base": list(experiment.base),
         "data": {
-            data: {"seeds": max(map(len, arms.values())), "what": str(DATA[data])} for data, arms in found.items()
+            data: {"seeds": max(map(len, arms.values())), "what": str(DATA[data])} for data, arms in by_data.items()
         },
-        "claims": [judged(claim, found) for claim in experiment.claims],
-        "panels": [panel for data, arms in found.items() for panel in _panels(experiment, data, arms)],
+        "claims": [judged(claim, by_data) for claim in experiment.claims],
+        "panels": [panel for data, arms in by_data.items() for panel in _panels(experiment, data, arms)],
         "figures": {
             data: {
                 arm: {measure: round(float(np.mean(values)), 5) for measure, values in row.items()}
@@ -53,13 +53,15 @@ def summarise(name: str, done: Iterable[Unit], out: Path) -> dict[str, Any]:
             for data, rows in by_seed.items()
         },
         "by_seed": by_seed,
-        "series": {data: _series(arms) for data, arms in found.items()} if experiment.kind == "feedback" else {},
-        "cpu_s": round(sum(done["cpu_s"] for arms in found.values() for arm in arms.values() for done in arm.values())),
+        "series": {data: _series(arms) for data, arms in by_data.items()} if experiment.kind == "feedback" else {},
+        "cpu_s": round(
+            sum(done["cpu_s"] for arms in by_data.values() for arm in arms.values() for done in arm.values())
+        ),
     }
 
 
 def compared(data: str, arms: Arms, arm: str, than: str | None, measure: str) -> Interval | None:
-    """An arm minus another, or its own figure; None where they have no seed in common with that measure."""
+    """An arm minus another, or its own figure; None where no seed has the measure for both."""
     values = _values(arms, arm, measure)
     if than is not None:
         theirs = _values(arms, than, measure)
@@ -70,7 +72,7 @@ def compared(data: str, arms: Arms, arm: str, than: str | None, measure: str) ->
 
 
 def _values(arms: Arms, arm: str, measure: str) -> dict[int, Floats]:
-    """A measure of an arm by seed; of the seeds that have it."""
+    """A measure of an arm by seed, for the seeds that have it."""
     return {
         seed: np.array(result["values"][measure])
         for seed, result in arms.get(arm, {}).items()
@@ -78,10 +80,10 @@ def _values(arms: Arms, arm: str, measure: str) -> dict[int, Floats]:
     }
 
 
-def judged(claim: Claim, found: Mapping[str, Arms]) -> dict[str, Any]:
+def judged(claim: Claim, by_data: Mapping[str, Arms]) -> dict[str, Any]:
     """A claim's conditions, and its verdict."""
     conditions: list[dict[str, Any]] = []
-    for data, arms in found.items():
+    for data, arms in by_data.items():
         own = list(_conditions(claim, data, arms))
         if len(own) == 2:
             own[1]["offline"] = offline(own[0]["sign"], own[1]["sign"])
@@ -97,13 +99,13 @@ def judged(claim: Claim, found: Mapping[str, Arms]) -> dict[str, Any]:
 
 
 def _conditions(claim: Claim, data: str, arms: Arms) -> Iterator[dict[str, Any]]:
-    """How a claim stands on a data set by the truth and by clicks: against the strongest arm of those it names."""
+    """How a claim stands on a data set, by the truth and by clicks, against the strongest arm that it names."""
     world = isinstance(DATA[data], WorldData)
     for kind, measure in claim.measured(world).items():
         against = [
-            (than, found.flipped() if claim.lower else found)
+            (than, difference.flipped() if claim.lower else difference)
             for than in claim.than or (None,)
-            if (found := compared(data, arms, claim.better, than, measure)) is not None
+            if (difference := compared(data, arms, claim.better, than, measure)) is not None
         ]
         if against:
             than, worst = min(against, key=lambda pair: (pair[1].sign, pair[1].value))
@@ -127,26 +129,24 @@ def _panels(experiment: Experiment, data: str, arms: Arms) -> Iterator[dict[str,
     for true, logged in experiment.plotted:
         kinds = Claim("", first, logged=logged, true=true).measured(isinstance(DATA[data], WorldData))
         means: dict[str, dict[str, float]] = {}
-        rows: dict[str, dict[str, Any]] = {arm: {} for arm in names}
+        rows: dict[str, dict[str, Interval]] = {arm: {} for arm in names}
         for kind, measure in kinds.items():
             own = {arm: compared(data, arms, arm, None, measure) for arm in names}
             if own[first] is None:
                 continue
-            means[kind] = {arm: found.value for arm, found in own.items() if found is not None}
+            means[kind] = {arm: figure.value for arm, figure in own.items() if figure is not None}
             for arm in others:
                 if (difference := compared(data, arms, arm, first, measure)) is not None:
-                    rows[arm][kind] = difference.document()
+                    rows[arm][kind] = difference
         if means:
             yield {
                 "data": data,
                 "measures": {kind: kinds[kind] for kind in means},
                 "first": first,
-                "rows": rows,
+                "rows": {arm: {kind: row[kind].document() for kind in row} for arm, row in rows.items()},
                 "best": {kind: max(of_kind, key=of_kind.__getitem__) for kind, of_kind in means.items()},
                 "offline": {
-                    arm: offline(*(Interval.of(row[kind]).sign for kind in ("true", "logged")))
-                    for arm, row in rows.items()
-                    if len(row) == 2
+                    arm: offline(row["true"].sign, row["logged"].sign) for arm, row in rows.items() if len(row) == 2
                 },
             }
 
@@ -163,7 +163,7 @@ def _by_seed(experiment: Experiment, data: str, arms: Arms) -> dict[str, dict[st
     for arm in (arm for arm in experiment.arms if arm in arms):
         for measure in dict.fromkeys([*measures, *experiment.facts]):
             values = [float(values.mean()) for values in _values(arms, arm, measure).values()]
-            values += [one["facts"][measure] for one in arms[arm].values() if measure in one["facts"]]
+            values += [result["facts"][measure] for result in arms[arm].values() if measure in result["facts"]]
             if values:
                 rows.setdefault(arm, {})[measure] = [round(value, 5) for value in values]
     return rows

@@ -58,23 +58,24 @@ def run(
     data: Path | None = None,
     jobs: int = 1,
 ) -> dict[str, Any]:
-    """Run experiments; what the folder holds of others stays, and of the same definition is not made again.
+    """Run experiments. The folder's results of other experiments stay; a result of the same definition is not repeated.
 
     Args:
         names: of experiments; `all` is all of them.
         out: the folder of results.
         seeds: of each data set; None = the data set's own number.
         smoke: tiny worlds and one seed, to see that everything runs: its verdicts mean nothing.
-        data: the folder of real logs; None = where they are by convention. A log that is not there is left out, and
-            the result says so.
-        jobs: processes beside each other, of one thread each.
+        data: the folder of real logs; None = the conventional one. A log that is not there is left out, and the result
+            says so.
+        jobs: number of processes, each with one thread.
 
     Returns:
-        `report`, its path, and `experiments`: by name, what became of each claim.
+        `report`, its path, and `experiments`: by name, the verdict on each claim.
 
     Raises:
-        ConfigError: no such experiment, a number that cannot be, `data` is no folder, or no experiment has its data.
-        DataError: a data set that is there, but not whole.
+        ConfigError: an experiment does not exist, a number is not possible, `data` is no folder, or no experiment has
+            its data.
+        DataError: a data set is damaged.
     """
     chosen = _chosen(names, seeds, data, jobs)
     words = [*names, *(["--seeds", seeds] if seeds else []), *(["--smoke"] if smoke else []), "--jobs", jobs]
@@ -97,16 +98,12 @@ def run(
         _write(out / name / PLOT, plot(result))
         write_report(out)
         verdicts[name] = {claim["text"]: claim["verdict"] for claim in result["claims"]}
-        log.info("%s done. %s", name, ", ".join(f"{text}: {said}" for text, said in verdicts[name].items()))
+        log.info("%s done. %s", name, ", ".join(f"{text}: {verdict}" for text, verdict in verdicts[name].items()))
     return {"report": str(out / REPORT), "experiments": {name: verdicts[name] for name in todo}}
 
 
 def _chosen(names: Sequence[str], seeds: int | None, data: Path | None, jobs: int) -> list[str]:
-    """The experiments that are asked for.
-
-    Raises:
-        ConfigError: no such experiment, a number that cannot be, or `data` is no folder.
-    """
+    """The experiments that are asked for, once the arguments are checked."""
     if unknown := [name for name in names if name not in (*EXPERIMENTS, ALL)]:
         raise ConfigError(f"there is no experiment {unknown[0]!r}: one of {', '.join(EXPERIMENTS)}, or {ALL}")
     if jobs < 1 or (seeds is not None and seeds < 1):
@@ -129,27 +126,27 @@ def _units(name: str, skipped: Mapping[str, str], seeds: int | None, smoke: bool
 
 
 def write_report(out: Path) -> dict[str, Any]:
-    """Write the page of all results that a folder holds; its path, and the names of the experiments on it.
+    """Write the page of all results that a folder holds; gives its path and the names of the experiments on it.
 
     Raises:
         ConfigError: the folder holds none.
     """
-    found = results(out)
-    if not found:
+    kept = results(out)
+    if not kept:
         raise ConfigError(f"{out} holds no results: there is no NAME/{RESULT} in it")
-    _write(out / REPORT, report(list(found.values())))
-    return {"report": str(out / REPORT), "experiments": list(found)}
+    _write(out / REPORT, report(list(kept.values())))
+    return {"report": str(out / REPORT), "experiments": list(kept)}
 
 
 def results(out: Path) -> dict[str, dict[str, Any]]:
-    """The results that a folder holds: in the order of the table, then those that it no longer has."""
+    """The results that a folder holds: in the order of the table, then those that the table no longer has."""
     there = sorted(path.parent.name for path in out.glob(f"*/{RESULT}"))
     order = [*(name for name in EXPERIMENTS if name in there), *(name for name in there if name not in EXPERIMENTS)]
     return {name: read_json(out / name / RESULT) for name in order}
 
 
 def _real_logs() -> Path | None:
-    """Where the real logs are by convention, if they are there."""
+    """The conventional folder of real logs, if it is there."""
     folder = Path(os.environ.get("TWOTOWER_DATA") or "../shared/data")
     return folder if folder.is_dir() else None
 
@@ -195,7 +192,7 @@ def _beside(
 
 
 def _begin(level: int) -> None:
-    """A process of the pool begins: it says what it does, and leaves Ctrl-C to the one that started it."""
+    """Set up a process of the pool: it logs its progress, and leaves Ctrl-C to the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("twotower_lab").setLevel(level)

@@ -16,6 +16,7 @@ from twotower.datasets.workspace import HOLDOUT, HOLDOUT_COLD
 from twotower.evaluate.holdout import Truth
 from twotower.evaluate.metrics import score_lists
 from twotower.samples.read import Samples
+from twotower.update.gate import spaced
 from twotower.worlds.truth import PAGE, clicked_by, first_times, page_clicks, true_recall
 from twotower.worlds.world import NOTHING, Requests, World
 from twotower_lab.groups import Group, main_groups, scenes, some_users, thirds
@@ -28,7 +29,7 @@ K: Final = 50
 FEW: Final = 20
 """The first items of a list, whose order counts."""
 WANTED: Final = 10
-"""Of new and of rare items, how many of those that a user likes best are looked for; of all items, 50."""
+"""Number of new or rare items that a user likes best and that are looked for; of all items, 50."""
 
 Lists = Callable[[Truth], Ints]
 """The catalogue rows (B, K) found for the users of a truth, without what they clicked; -1 = no more."""
@@ -36,12 +37,12 @@ Lists = Callable[[Truth], Ints]
 
 @dataclass(frozen=True)
 class Judge:
-    """By what the lists of an experiment are judged."""
+    """Judges the lists of an experiment."""
 
     workspace: Path
     """With a hold-out."""
     world: World | None = None
-    """The world in which the workspace was simulated; None = of a real log nobody knows the truth."""
+    """The world in which the workspace was simulated; None = a real log, whose truth is unknown."""
     ks: tuple[int, ...] = (K,)
     """Cut-offs of recall."""
     kinds: tuple[str, ...] = ()
@@ -56,8 +57,7 @@ class Judge:
         every = main_groups(samples, self.workspace, self.context)
         warm = next(every)
         if self.most is not None:
-            places = np.unique(np.linspace(0, len(warm.truth.user_rows) - 1, self.most).astype(np.int64))
-            yield Group("", some_users(warm.truth, places))
+            yield Group("", some_users(warm.truth, spaced(len(warm.truth.user_rows), self.most)))
             return
         yield warm
         yield from every
@@ -69,28 +69,23 @@ class Judge:
     def score(self, samples: Samples, lists: Lists) -> dict[str, Floats]:
         """All measures by user: those of arms on the same workspace are of the same users, in the same order.
 
-        Args:
-            samples: what the arm was trained on.
-            lists: of the arm.
-
-        Returns:
-            `recall@50`, `ndcg@20`, `pop_pct@50`, and of a world `true_recall@50` and `page_clicks`, (B,) each; recall
-            also of the other groups, as `rare recall@50`.
+        They are `recall@50`, `ndcg@20`, `pop_pct@50`, and in a world `true_recall@50` and `page_clicks`, (B,) each;
+        recall also of the other groups, as `rare recall@50`. `samples` are what the arm was trained on.
         """
         values: dict[str, Floats] = {}
         asked: dict[str, Ints] = {}
         for group in self.groups(samples):
-            found = lists(group.truth) if group.part_of is None else asked[group.part_of][group.places]
-            asked[group.name] = found
-            logged = score_lists(found, group.truth.items, samples.item_positives, sorted({FEW, *self.ks})).values
+            retrieved = lists(group.truth) if group.part_of is None else asked[group.part_of][group.places]
+            asked[group.name] = retrieved
+            logged = score_lists(retrieved, group.truth.items, samples.item_positives, sorted({FEW, *self.ks})).values
             values |= {f"{group.name}recall@{k}": logged[f"recall@{k}"] for k in self.ks}
             if not group.name:
                 values |= {name: logged[name] for name in (f"ndcg@{FEW}", f"pop_pct@{K}")}
             if self.world is not None:
-                values |= self._by_truth(samples, self.world, group, found)
+                values |= self._by_truth(samples, self.world, group, retrieved)
         return values
 
-    def _by_truth(self, samples: Samples, world: World, group: Group, found: Ints) -> dict[str, Floats]:
+    def _by_truth(self, samples: Samples, world: World, group: Group, retrieved: Ints) -> dict[str, Floats]:
         """The same against the truth, when each user first clicks something held out."""
         item = world.item_rows(samples.items.ids)
         user = world.user_rows(samples.users.ids.take(pa.array(group.truth.user_rows)))
@@ -101,7 +96,7 @@ class Judge:
         left_out = clicked_by(samples, world, item)
         if group.wanted is not None:
             left_out[:, item[~group.wanted]] = True
-        listed = np.where(found == NOTHING, NOTHING, item[found])
+        listed = np.where(retrieved == NOTHING, NOTHING, item[retrieved])
         wanted = K if group.wanted is None else WANTED
         true = true_recall(world, user, ts_ms, listed, list(self.ks), wanted, left_out)
         values = {f"{group.name}{name}": of_users for name, of_users in true.items()}

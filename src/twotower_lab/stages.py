@@ -11,9 +11,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from twotower.config.settings import Settings
 from twotower.evaluate.holdout import Truth
 from twotower.index.exact import ExactIndex
 from twotower.index.protocol import PADDING
+from twotower.pipeline.line import build_samples, open_served, publish_version, train_model
 from twotower.publish.version import PRE_RANK, TWO_TOWER, Version
 from twotower.serve.funnel import rank
 from twotower.serve.options import FunnelOptions
@@ -25,6 +27,14 @@ TIMES: Final = 3
 """A cost is the median of this many."""
 AT_ONCE: Final = 20_000
 """Candidates that a ranker scores in one call."""
+
+
+def published(settings: Settings) -> Version:
+    """Learn from everything in a workspace, and serve the result."""
+    build_samples(settings)
+    train_model(settings)
+    publish_version(settings, promoted=True)
+    return open_served(settings)
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Stages:
         version, clicks = self._served, self.version.clicks
         lists = np.full((len(truth.user_rows), K), PADDING)
         for place, user in enumerate(truth.user_rows.tolist()):
-            queries = version.queries(np.array([user]), exclude=(clicks.indptr, clicks.item_row))
+            queries = version.queries(np.array([user]), exclude=clicks.items)
             wanted = max(K, min(self.funnel.retrieve, len(version.item_ids)))
             rows = version.two_tower.retrieve(queries, wanted).rows[0]
             rows = rows[rows != PADDING]

@@ -1,6 +1,6 @@
 """Arms on one data set and one seed: a workspace, models, lists, and what they find, a file for each arm.
 
-A file that is there is not made again, so that an interrupted run goes on where it was.
+A file that is there is not made again, so that an interrupted run continues where it was.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 FORMAT: Final = 2
 EXAMPLES: Final = Path(str(files("twotower.cli"))) / "examples"
 OWN: Final = ("engine.threads=1", "train.threads=1", "samples.held_out_users=0")
-"""Several arms run beside each other, each on a core; and no user is held out, for arms are judged by all of them."""
+"""Several arms run side by side, each on a core. No user is held out, because arms are judged by all of them."""
 SMOKE: Final = ("train.epochs=1", "train.batch_size=256", "models.dimension=16")
 SMOKE_USERS, SMOKE_ITEMS, SMOKE_DAYS = 250, 200, 3
 SMOKE_LOOP_DAYS: Final = {"feedback": 2, "updates": 1}
@@ -109,7 +109,7 @@ def key_of(unit: Unit, arm: str) -> str:
 
 
 def result_path(out: Path, unit: Unit, arm: str) -> Path:
-    """Where an arm's result is kept; those of a smoke run apart, so that they replace no others."""
+    """Where an arm's result is kept; results of a smoke run are apart, so that they replace no others."""
     words = "".join(letter if letter.isalnum() or letter == "." else "_" for letter in arm)
     return out / unit.name / ("smoke" if unit.smoke else "arms") / unit.data / str(unit.seed) / f"{words}.json"
 
@@ -128,14 +128,7 @@ def finished(out: Path, unit: Unit, arm: str) -> dict[str, Any] | None:
 
 
 def run_unit(unit: Unit, out: Path, data: Path | None, scratch: Path) -> None:
-    """Run those arms of a unit that have no result yet.
-
-    Args:
-        unit: the arms.
-        out: the folder of all results.
-        data: the folder of real logs.
-        scratch: a folder for workspaces on the way.
-    """
+    """Run those arms of a unit that have no result yet; `scratch` is a folder for temporary workspaces."""
     missing = [arm for arm in unit.arms if finished(out, unit, arm) is None]
     if not missing:
         return

@@ -1,7 +1,7 @@
 """Intervals of paired differences, and the rule by which a claim holds, does not, or depends. Fixed before any run."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,7 +37,7 @@ class Interval:
     high: float
     seeds: int
     users: int
-    """Of all seeds together; of a real log those of one."""
+    """Users of all seeds together; of a real log, users of one seed."""
 
     @property
     def sign(self) -> int:
@@ -49,28 +49,17 @@ class Interval:
         return Interval(-self.value, -self.high, -self.low, self.seeds, self.users)
 
     def document(self) -> dict[str, Any]:
-        """As it stands in reports."""
+        """The interval as reports have it."""
         numbers = {name: getattr(self, name) for name in ("value", "low", "high")}
         rounded = {name: round(number, 6) if math.isfinite(number) else None for name, number in numbers.items()}
         return {**rounded, "seeds": self.seeds, "users": self.users}
 
-    @classmethod
-    def of(cls, document: Mapping[str, Any]) -> "Interval":
-        """Out of a report."""
-        low, high = document["low"], document["high"]
-        ends = (-math.inf, math.inf) if low is None else (low, high)
-        return cls(document["value"], ends[0], ends[1], document["seeds"], document["users"])
-
 
 def interval(by_seed: Sequence[Floats], *, same_users: bool) -> Interval:
-    """The mean of values, or of paired differences, of users by seed; see `RULE`.
+    """The mean of values (B,), or of paired differences, of users by seed; see `RULE`.
 
-    One seed has the interval over users alone, a single number a seed that over seeds alone, and one number alone has
-    none: its interval is without end.
-
-    Args:
-        by_seed: (B,) of each seed.
-        same_users: the users of all seeds are the same, in the same order.
+    One seed has the interval over users alone, a single number a seed that over seeds alone. One number alone has an
+    interval without end. With `same_users`, the users of all seeds are the same, in the same order.
 
     >>> interval([np.array([1.0, 3.0]), np.array([2.0, 2.0])], same_users=False).value
     2.0

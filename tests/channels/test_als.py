@@ -69,7 +69,7 @@ def test_nobody_and_nothing_clicked_have_no_candidates(tmp_path: Path) -> None:
 
 def test_a_saved_channel_answers_alike_behind_any_index(tmp_path: Path) -> None:
     channel = ALS.fit(two_tastes(), 20, ALSOptions(factors=4), threads=1, seed=0)
-    rows, vectors = channel.found
+    rows, vectors = channel.unit_vectors
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     channel.with_index(ExactIndex.build(rows, vectors)).save(tmp_path)
     asked = queries([[0, 3], [12]], [[0], []])
@@ -80,7 +80,7 @@ def test_a_saved_channel_answers_alike_behind_any_index(tmp_path: Path) -> None:
 
 
 def test_the_threads_do_not_change_the_factors() -> None:
-    one, two = (ALS.fit(two_tastes(), 20, ALSOptions(factors=4), threads=n, seed=3).found[1] for n in (1, 2))
+    one, two = (ALS.fit(two_tastes(), 20, ALSOptions(factors=4), threads=n, seed=3).unit_vectors[1] for n in (1, 2))
     np.testing.assert_allclose(one, two, atol=1e-6)
 
 

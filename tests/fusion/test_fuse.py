@@ -29,7 +29,7 @@ def candidates(users: list[list[int]]) -> Candidates:
 def check(fused: Fused, lists: Lists, k: int, score: Callable[[int, int], float]) -> None:
     """`score` gives an item's score for a user; brute force sorts all items by it."""
     users = len(next(iter(lists.values())))
-    assert fused.candidates.rows.shape == fused.candidates.scores.shape == fused.brought_by.shape == (users, k)
+    assert fused.candidates.rows.shape == fused.candidates.scores.shape == fused.retrieved_by.shape == (users, k)
     for user in range(users):
         items = {row for brought in lists.values() for row in brought[user]}
         ordered = sorted(items, key=lambda row: (-score(user, row), row))[:k]
@@ -38,7 +38,7 @@ def check(fused: Fused, lists: Lists, k: int, score: Callable[[int, int], float]
             assert fused.candidates.scores[user, place] == pytest.approx(score(user, row), rel=1e-6)
             assert fused.channels_of(user, place) == [name for name, brought in lists.items() if row in brought[user]]
         assert np.isneginf(fused.candidates.scores[user, len(ordered) :]).all()
-        assert not fused.brought_by[user, len(ordered) :].any()
+        assert not fused.retrieved_by[user, len(ordered) :].any()
 
 
 @given(lists_of_users, some_weights, st.integers(1, 20))

@@ -31,7 +31,7 @@ def version(world: Settings) -> Version:
 
 def asked(version: Version, user: int) -> Any:
     clicks = version.clicks
-    return version.queries(np.array([user]), exclude=(clicks.indptr, clicks.item_row))
+    return version.queries(np.array([user]), exclude=clicks.items)
 
 
 def test_a_ranker_over_everything_orders_the_whole_catalogue_but_what_was_clicked(version: Version) -> None:

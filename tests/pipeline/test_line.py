@@ -12,11 +12,12 @@ from twotower.config.load import as_dict, parse
 from twotower.evaluate.holdout import held_out
 from twotower.features.columns import take
 from twotower.pipeline.fuse import some_users
-from twotower.pipeline.line import latest_checkpoint, offline_channel, open_served, run_line
+from twotower.pipeline.line import channel_of, latest_checkpoint, open_served, run_line
 from twotower.pipeline.places import places
 from twotower.samples.read import open_samples
 from twotower.serve.request import Request, retrieve
 from twotower.serve.users import Recent
+from twotower.train.checkpoint import load_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -45,7 +46,7 @@ def check_vectors(settings: Settings, channels: list[str]) -> None:
     for name in channels:
         served = version.channels[name]
         assert isinstance(served, VectorChannel)
-        trained = offline_channel(samples, latest_checkpoint(settings, name), name)
+        trained = channel_of(load_model(latest_checkpoint(settings, name)), samples, name)
         np.testing.assert_allclose(served.user_vectors(queries), trained.user_vectors(queries), atol=1e-5)
     assert version.channels["mind"].user_vectors(queries).shape == (60, 4, settings.models.dimension)  # type: ignore[attr-defined]
 

@@ -161,7 +161,7 @@ def test_features_that_are_put_for_a_known_item_change_its_vector_and_its_attrib
     )
     laid = Overlay(base).lay(EntityChanges(items={mine: Entity(features=put(base, other))}))
     assert not np.array_equal(laid.item_vectors[np.array([3])], base.item_vectors[[3]])
-    wanted = Filter([put(base, other)["category"]])
+    wanted = Filter(allow=[put(base, other)["category"]])
     assert (passing(base, "category", wanted)[3], passing(laid, "category", wanted)[3]) == (False, True)
     changed = passing(base, "category", wanted) != passing(laid, "category", wanted)
     assert np.flatnonzero(changed).tolist() == [3]

@@ -139,8 +139,8 @@ def test_files_of_all_formats_give_and_get_the_same(end: str, ask, version: Vers
 
 def test_what_was_shown_later_than_now_is_not_left_out(version: Version, world: Settings) -> None:
     events = places(world).workspace / "events"
-    assert len(shown_items(version, events)[1]) > 0
-    assert len(shown_items(version, events, clock_ms=lambda: 0)[1]) == 0
+    assert len(shown_items(version, events).rows) > 0
+    assert len(shown_items(version, events, clock_ms=lambda: 0).rows) == 0
 
 
 def test_no_users_give_an_empty_file(ask, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ class Server:
     users: RecentUsers
     store: LmdbFeatureStore
     health: Health
+    databases: DatabaseWatch
     now_ms: int = NOW_MS
 
     @property
@@ -105,10 +106,11 @@ def start(tmp_path: Path) -> Iterator[Callable[[Settings], Server]]:
             where = places(settings)
             snapshots = Snapshots(where.versions, metrics.switched, where.deltas, lambda: users.entities)
             options = ServeOptions(channel_timeout_ms=channel_timeout_ms)
+            databases = DatabaseWatch(snapshots)
             parts = ServerParts(
-                snapshots, log, users, DatabaseWatch(snapshots), options, FUNNEL, metrics, health, lambda: server.now_ms
+                snapshots, log, users, databases, options, FUNNEL, metrics, health, lambda: server.now_ms
             )
-            server = Server(Http(make_app(parts)), snapshots, log, users, store, health)
+            server = Server(Http(make_app(parts)), snapshots, log, users, store, health, databases)
             return server
 
         yield started

@@ -48,7 +48,7 @@ def test_one_channel_keeps_its_own_scores_and_order(server) -> None:
     user_id = known_user(server.version)
     answer = server.retrieve(user_id=user_id, k=5, channels=["two_tower"])
     row = server.version.users.ids.to_pylist().index(user_id)
-    clicks = (server.version.clicks.indptr, server.version.clicks.item_row)
+    clicks = server.version.clicks.items
     offline = server.version.two_tower.retrieve(server.version.queries(np.array([row]), None, clicks), 5)
     assert [item["item_id"] for item in answer["items"]] == server.version.item_ids.take(offline.rows[0]).to_pylist()
     np.testing.assert_allclose([item["score"] for item in answer["items"]], offline.scores[0], rtol=1e-5)

@@ -49,7 +49,7 @@ def test_exclusions_join_clicks_impressions_of_the_window_and_filters(version: V
     assert rows("none") == []
     assert rows("clicked") == [2, 8]
     assert rows("impressed") == [2, 5, 8]
-    assert rows("none", item_id=Filter([0, 1])) == list(range(2, 40))
+    assert rows("none", item_id=Filter(allow=[0, 1])) == list(range(2, 40))
     assert rows("clicked", item_id=Filter(deny=[0, 1])) == [0, 1, 2, 8]
 
 

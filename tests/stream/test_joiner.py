@@ -454,12 +454,12 @@ def test_requests_for_which_there_is_no_room_leave_the_same_rows(seed: int, monk
         return [*(joiner.feed(record) for record in records), joiner.flush()]
 
     held = run()
-    monkeypatch.setattr(joiner_module, "MOST_HELD", 5)
+    monkeypatch.setattr(joiner_module, "MAX_HELD", 5)
     assert run() == held
 
 
 def test_a_click_on_a_request_that_is_erased_by_now_leaves_without_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(joiner_module, "MOST_HELD", 0)
+    monkeypatch.setattr(joiner_module, "MAX_HELD", 0)
     records = log_of(request(0), click(5), tick(700))
     stub = record_of(0, 10, erased_payload(payload_of(records[0].event, LOGGED_MS)))
     joiner = joiner_of([stub, *records[1:]])

@@ -180,7 +180,7 @@ def gradients(loss: Callable[[Tensor, Tensor, Tensor], Tensor], step: Step) -> l
     return [value.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
 
 
-def shared(form: Loss, step: Step, chunk: int = 256) -> list[Tensor]:
+def shared(form: Loss, step: Step) -> list[Tensor]:
     def loss(users: Tensor, items: Tensor, calibration: Tensor) -> Tensor:
         return shared_loss(
             form,
@@ -190,7 +190,6 @@ def shared(form: Loss, step: Step, chunk: int = 256) -> list[Tensor]:
             SharedNegatives(step.log_weight.numpy(), step.mask),
             share=step.share,
             calibration=calibration,
-            chunk=chunk,
         )
 
     return gradients(loss, step)
@@ -198,10 +197,13 @@ def shared(form: Loss, step: Step, chunk: int = 256) -> list[Tensor]:
 
 @each_form
 @pytest.mark.parametrize("chunk", [1, 7, 16, 37, 256])
-def test_shared_negatives_have_the_value_and_gradients_of_the_formula(case: Case, chunk: int) -> None:
+def test_shared_negatives_have_the_value_and_gradients_of_the_formula(
+    case: Case, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = random_step(37, 24, 17)
+    monkeypatch.setattr("twotower.towers.losses.CHUNK", chunk)
     expected = gradients(lambda u, v, a: plain_loss(case.plain, step, u, v, a), step)
-    for one, other in zip(shared(case.loss, step, chunk), expected, strict=True):
+    for one, other in zip(shared(case.loss, step), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
 
 
@@ -229,9 +231,7 @@ def test_a_rows_own_negatives_have_the_value_and_gradients_of_the_formula(
 
 @each_form
 def test_float32_is_as_good_as_float32_can_be(case: Case) -> None:
-    found, exact = (
-        shared(case.loss, random_step(300, 180, 150, 2, dtype), 64) for dtype in (torch.float32, torch.double)
-    )
+    found, exact = (shared(case.loss, random_step(300, 180, 150, 2, dtype)) for dtype in (torch.float32, torch.double))
     assert float(found[0]) == pytest.approx(float(exact[0]), rel=1e-5)
     for one, other in zip(found[1:], exact[1:], strict=True):
         torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=1e-4)
@@ -280,10 +280,11 @@ class Largest(TorchDispatchMode):
 
 
 @each_form
-def test_the_whole_matrix_is_never_held(case: Case) -> None:
+def test_the_whole_matrix_is_never_held(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twotower.towers.losses.CHUNK", 32)
     step = random_step(400, 300, 300)
     with Largest() as largest:
-        shared(case.loss, step, 32)
+        shared(case.loss, step)
     assert largest.numbers == 32 * 300
     with Largest() as largest:
         step.users @ step.items.T

@@ -52,7 +52,7 @@ class ALS:
         self._longest = float(np.linalg.norm(factors, axis=1).max(initial=1e-12))
         exact = factors.astype(np.float64)
         self._gram = exact.T @ exact + options.regularization * np.eye(factors.shape[1])
-        self.index = index or ExactIndex.build(*self.found)
+        self.index = index or ExactIndex.build(*self.unit_vectors)
 
     @classmethod
     def fit(cls, clicks: Clicks, items: int, options: ALSOptions, *, threads: int, seed: int) -> Self:
@@ -100,11 +100,11 @@ class ALS:
         self.index.save(folder / "index")
 
     def with_index(self, index: VectorIndex) -> Self:
-        """The same factors with another index of the vectors that `found` gives."""
+        """The same factors with another index of the vectors that `unit_vectors` gives."""
         return type(self)(self._factors, self._options, index)
 
     @property
-    def found(self) -> tuple[npt.NDArray[np.int64], Floats]:
+    def unit_vectors(self) -> tuple[npt.NDArray[np.int64], Floats]:
         """The content of its index: the rows (n,) of clicked items, and their unit vectors (n, F + 1)."""
         rows = np.flatnonzero(self._factors.any(axis=1))
         scaled = self._factors[rows] / np.float32(self._longest)
@@ -116,14 +116,14 @@ class ALS:
 
         The product with an item's vector is the predicted preference, about 1 for a clicked item.
         """
-        found = np.zeros((len(clicks), self._factors.shape[1] + 1), np.float32)
+        vectors = np.zeros((len(clicks), self._factors.shape[1] + 1), np.float32)
         for user in range(len(clicks)):
             rows = np.unique(clicks.rows[clicks.indptr[user] : clicks.indptr[user + 1]])
             clicked = self._factors[rows].astype(np.float64)
             weighed = self._gram + (self._options.confidence - 1) * clicked.T @ clicked
             preferred = np.linalg.solve(weighed, self._options.confidence * clicked.sum(axis=0))
-            found[user, :-1] = preferred * self._longest
-        return found
+            vectors[user, :-1] = preferred * self._longest
+        return vectors
 
     def retrieve(self, queries: Queries, k: int) -> Candidates:
         """See `Retriever.retrieve`."""

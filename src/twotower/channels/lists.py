@@ -67,10 +67,10 @@ def owners(bag: Bag) -> Longs:
 
 def nearest(index: VectorIndex, vectors: Floats, k: int, exclude: Exclusions) -> Candidates:
     """The k items nearest to each vector (B, D); none for a zero vector, which stands for an unknown user."""
-    found = index.search(np.ascontiguousarray(vectors), k, exclude)
+    neighbours = index.search(np.ascontiguousarray(vectors), k, exclude)
     unknown = ~vectors.any(axis=1)
-    found.rows[unknown], found.scores[unknown] = PADDING, -np.inf
-    return Candidates(found.rows, found.scores)
+    neighbours.rows[unknown], neighbours.scores[unknown] = PADDING, -np.inf
+    return Candidates(neighbours.rows, neighbours.scores)
 
 
 def top_of_groups(

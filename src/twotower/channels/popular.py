@@ -110,18 +110,18 @@ class Popular:
             left_out = exclude.rows[exclude.indptr[user] : exclude.indptr[user + 1]]
             if tokens is None:
                 place = self._first(whole, left_out, k)
-                found, score = whole[place], self._clicks[place]
+                item, score = whole[place], self._clicks[place]
             else:
                 start, stop = self._lists.indptr[1 + tokens[user] : 3 + tokens[user]]  # type: ignore[index]
                 own = start + self._first(self._lists.rows[start:stop], left_out, k)
                 room = k if self._prior else k - len(own)
                 place = self._first(whole, np.concatenate([left_out, self._lists.rows[own]]), room)
-                found = np.concatenate([self._lists.rows[own], whole[place]])
+                item = np.concatenate([self._lists.rows[own], whole[place]])
                 score = np.concatenate([self._clicks[own], self._elsewhere[place]])
                 if self._prior:  # without one, the list of all follows as it is
-                    best = np.lexsort((found, -score))[:k]
-                    found, score = found[best], score[best]
-            rows[user, : len(found)], scores[user, : len(found)] = found, score
+                    best = np.lexsort((item, -score))[:k]
+                    item, score = item[best], score[best]
+            rows[user, : len(item)], scores[user, : len(item)] = item, score
         return Candidates(rows, scores)
 
     @staticmethod

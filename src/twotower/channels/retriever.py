@@ -117,20 +117,20 @@ class WithoutItems:
     def _enough(self, retrieve: Callable[[int], Candidates | None], k: int) -> Candidates | None:
         """The k best that are not left out, from as many candidates as that takes."""
         extra = min(k, self._most)
-        while (found := retrieve(k + extra)) is not None:
-            if (kept := self._kept(found, k)) is not None:
+        while (candidates := retrieve(k + extra)) is not None:
+            if (kept := self._kept(candidates, k)) is not None:
                 return kept
             extra = min(4 * extra, self._most)
         return None
 
-    def _kept(self, found: Candidates, k: int) -> Candidates | None:
+    def _kept(self, candidates: Candidates, k: int) -> Candidates | None:
         """The k best that are not left out; None where there are too few, but the channel may know more."""
-        kept = (found.rows != PADDING) & ~self._out[found.rows]
-        short = (kept.sum(axis=1) < k) & (found.rows[:, -1] != PADDING)
-        if found.rows.shape[1] < k + self._most and short.any():
+        kept = (candidates.rows != PADDING) & ~self._out[candidates.rows]
+        short = (kept.sum(axis=1) < k) & (candidates.rows[:, -1] != PADDING)
+        if candidates.rows.shape[1] < k + self._most and short.any():
             return None
         order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
         kept = np.take_along_axis(kept, order, axis=1)
-        rows = np.where(kept, np.take_along_axis(found.rows, order, axis=1), PADDING)
-        scores = np.where(kept, np.take_along_axis(found.scores, order, axis=1), np.float32(-np.inf))
+        rows = np.where(kept, np.take_along_axis(candidates.rows, order, axis=1), PADDING)
+        scores = np.where(kept, np.take_along_axis(candidates.scores, order, axis=1), np.float32(-np.inf))
         return Candidates(rows, scores)

@@ -150,8 +150,8 @@ def _part(folder: str, ranges: Sequence[tuple[int, int]], alpha: float, neighbou
     arrays = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="c") for name in Graph._fields}
     graph = Graph(**{**arrays, "most_met": int(arrays["most_met"])})
     first, last = ranges[part]
-    found = swing_kernel()(graph, first, last, alpha, neighbours)
-    return pa.record_batch([found.item, found.neighbour, found.similarity], schema=NEAREST)
+    nearest = swing_kernel()(graph, first, last, alpha, neighbours)
+    return pa.record_batch([nearest.item, nearest.neighbour, nearest.similarity], schema=NEAREST)
 
 
 def parts(graph: Graph, slots: int, threads: int = 1) -> list[tuple[int, int]]:
@@ -313,19 +313,19 @@ def _select(slots: Slots, damping: Floats, rows: Ints, similarity: Floats, count
     begin, dense, keys, sums = slots
     most = rows.shape[1]
     for i in range(len(counts)):
-        found = 0
+        count = 0
         row, score = rows[i], similarity[i]
         for slot in range(begin[i], begin[i + 1]):
             if sums[slot] == 0.0:
                 continue
             j = slot - begin[i] if dense[i] else keys[slot]
             value = sums[slot] * damping[j]
-            if found == most and (value < score[most - 1] or (value == score[most - 1] and j > row[most - 1])):
+            if count == most and (value < score[most - 1] or (value == score[most - 1] and j > row[most - 1])):
                 continue
-            found = min(found + 1, most)
-            hole = found - 1
+            count = min(count + 1, most)
+            hole = count - 1
             while hole > 0 and (score[hole - 1] < value or (score[hole - 1] == value and row[hole - 1] > j)):
                 score[hole], row[hole] = score[hole - 1], row[hole - 1]
                 hole -= 1
             score[hole], row[hole] = value, j
-        counts[i] = found
+        counts[i] = count

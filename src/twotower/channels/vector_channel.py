@@ -75,8 +75,8 @@ class VectorChannel:
         users, count, width = vectors.shape
         counts = np.repeat(np.diff(exclude.indptr), count)
         left_out = Exclusions(pointers(counts), exclude.rows[ranges(np.repeat(exclude.indptr[:-1], count), counts)])
-        found = nearest(self.index, vectors.reshape(-1, width), k, left_out)
-        return best_of(found.rows.reshape(users, count * k), found.scores.reshape(users, count * k), k)
+        neighbours = nearest(self.index, vectors.reshape(-1, width), k, left_out)
+        return best_of(neighbours.rows.reshape(users, count * k), neighbours.scores.reshape(users, count * k), k)
 
     def similar(self, rows: npt.NDArray[np.int64], k: int) -> Candidates | None:
         """See `SimilarItems.similar`: the nearest item vectors."""

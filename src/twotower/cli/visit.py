@@ -36,7 +36,7 @@ class VisitReport:
     impressions: int
     clicks: int
     expected_clicks: float
-    """Of these pages, by the world's truth: what `clicks` is on average."""
+    """Expected clicks on these pages by the world's truth: what `clicks` is on average."""
     unknown_items: int
     """Shown items that the world does not have; nobody clicks them."""
     new_users: int
@@ -80,7 +80,7 @@ class ServerSite:
             number, row = int(requests.number[place]), int(requests.user[place])
             came_later = self.world.truth.people.start_day[row] >= self.world.options.days
             values = {"hour": int(requests.hour[place]), "scene": SCENES[requests.scene[place]]}
-            found = self._send(
+            answered = self._send(
                 "POST",
                 "/v1/recommend",
                 {
@@ -91,8 +91,8 @@ class ServerSite:
                     "k": self.page,
                 },
             )
-            self.request_ids[number] = found[c.REQUEST_ID]
-            pages[place] = self._page(found["items"])
+            self.request_ids[number] = answered[c.REQUEST_ID]
+            pages[place] = self._page(answered["items"])
             if len(self.request_ids) % EVERY == 0:
                 log.info("%d requests", len(self.request_ids))
         return pages
@@ -145,16 +145,16 @@ def visit_server(
 ) -> VisitReport:
     """Visit a running server for a day of the workspace's world.
 
-    The users and items of that day come into the workspace's tables first. Clicks are posted before the first request
-    that is made after them.
+    The users and items of that day are added to the workspace's tables first. Clicks are posted before the first
+    request that is made after them.
 
     Args:
         settings: of the workspace that the server serves.
         url: of the server.
         day: from 0; it may lie after the simulated log.
-        requests: this many requests only; None = all of the day.
+        requests: only this many requests; None = all of the day.
         page: items that a user is shown.
-        put: put the items that appear on that day to the server before anybody asks.
+        put: put the items that appear on that day to the server before any request.
 
     Raises:
         ConfigError: the workspace holds no simulated world, or a number is too small.

@@ -140,9 +140,9 @@ def history(version: Version, user_row: int, recent: Recent, n: int) -> dict[str
 def describe(version: Version, item_ids: Sequence[ItemId]) -> list[dict[str, Any]]:
     """Title and attributes of items; both are null for an item that the version does not have."""
     rows = find_items(version, item_ids)
-    found = iter(_at_rows(version, rows[rows >= 0]))
+    known = iter(_at_rows(version, rows[rows >= 0]))
     return [
-        next(found) if row >= 0 else {c.ITEM_ID: item_id, TITLE: None, "attributes": None}
+        next(known) if row >= 0 else {c.ITEM_ID: item_id, TITLE: None, "attributes": None}
         for row, item_id in zip(rows.tolist(), item_ids, strict=True)
     ]
 

@@ -26,12 +26,12 @@ class Fused:
 
     candidates: Candidates
     channels: tuple[str, ...]
-    brought_by: npt.NDArray[np.int64]
+    retrieved_by: npt.NDArray[np.int64]
     """(B, k) bit i is set where channel i retrieved the item."""
 
     def channels_of(self, user: int, place: int) -> list[str]:
         """The channels that retrieved one candidate."""
-        bits = int(self.brought_by[user, place])
+        bits = int(self.retrieved_by[user, place])
         return [name for bit, name in enumerate(self.channels) if bits >> bit & 1]
 
 
@@ -180,7 +180,7 @@ def _reserve(fused: Fused, lists: Mapping[str, Candidates], k: int, shares: Mapp
                 behind = max(behind, wanted - moved - 0.5)  # those moved before it push it back by one each
                 key[at], moved = behind, moved + 1
         order[user] = np.argsort(key, kind="stable")[:k]
-    chosen, brought = (np.take_along_axis(values, order, axis=1) for values in (rows, fused.brought_by))
+    chosen, brought = (np.take_along_axis(values, order, axis=1) for values in (rows, fused.retrieved_by))
     return Fused(Candidates(chosen, fused.candidates.scores[:, :k]), fused.channels, brought)
 
 

@@ -68,9 +68,10 @@ class ExactIndex:
         Raises:
             DataError: files are missing or not what `index.json` says.
         """
-        said = read_description(folder, "exact", {"count": int, "dimension": int, "longest": (int, float)})
-        vectors = map_array(folder / VECTORS, (said["count"], said["dimension"]), np.float32)
-        return cls(map_rows(folder, said["count"]), vectors, float(said["longest"]), np.empty(0, np.int64))
+        description = read_description(folder, "exact", {"count": int, "dimension": int, "longest": (int, float)})
+        count, longest = description["count"], float(description["longest"])
+        vectors = map_array(folder / VECTORS, (count, description["dimension"]), np.float32)
+        return cls(map_rows(folder, count), vectors, longest, np.empty(0, np.int64))
 
     @property
     def rows(self) -> NDArray[np.int64]:  # noqa: D102
@@ -104,7 +105,7 @@ class ExactIndex:
 
     def search(self, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
         check_search(queries, k, exclude, self._vectors.shape[1])
-        found = Neighbours.none(len(queries), k)
+        answer = Neighbours.none(len(queries), k)
         excluded = excluded_positions(exclude, len(queries), self._rows, self._hidden)
         step = max(1, SCORES_AT_ONCE // max(1, len(self._rows)))
         for start in range(0, len(queries), step):
@@ -116,8 +117,8 @@ class ExactIndex:
                 wanted = min(k, self.count() - len(out))
                 if wanted > 0:
                     best = self._best(queries[query], row_scores, wanted)
-                    found.rows[query, :wanted], found.scores[query, :wanted] = best
-        return found
+                    answer.rows[query, :wanted], answer.scores[query, :wanted] = best
+        return answer
 
     def _best(
         self, query: NDArray[np.float32], scores: NDArray[np.float32], count: int

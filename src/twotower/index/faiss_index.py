@@ -150,18 +150,19 @@ class FaissIndex:
             DataError: files are missing, or not what `index.json` says.
         """
         fields = {"count": int, "dimension": int, "bytes": int, "tuning": list}
-        said = read_description(folder, "faiss", fields)
-        path, count, dimension, size = folder / INDEX_FILE, said["count"], said["dimension"], said["bytes"]
+        described = read_description(folder, "faiss", fields)
+        path, size = folder / INDEX_FILE, described["bytes"]
+        count, dimension = described["count"], described["dimension"]
         try:
-            tuning = tuple(Tuned(**entry) for entry in said["tuning"])
-            thinned = tuple(Thinned(**entry) for entry in said.get("thinned", []))
+            tuning = tuple(Tuned(**entry) for entry in described["tuning"])
+            thinned = tuple(Thinned(**entry) for entry in described.get("thinned", []))
         except TypeError as error:
             raise DataError(f"{folder / INDEX_JSON} is incomplete ({error!r}): rebuild the index") from None
         with opened_file(path) as descriptor:
-            found = os.fstat(descriptor).st_size
-        if found != size:
+            actual = os.fstat(descriptor).st_size
+        if actual != size:
             raise DataError(
-                f"{path} has {found} bytes, {INDEX_JSON} says {size} bytes: rebuild the index from the item vectors"
+                f"{path} has {actual} bytes, {INDEX_JSON} says {size} bytes: rebuild the index from the item vectors"
             )
         try:
             # Not IO_FLAG_MMAP: that one starts up to 32 threads in each search to read ahead.
@@ -193,14 +194,14 @@ class FaissIndex:
 
     def search(self, queries: NDArray[np.float32], k: int, exclude: Exclusions | None = None) -> Neighbours:  # noqa: D102
         check_search(queries, k, exclude, self._index.d)
-        found = Neighbours.none(len(queries), k)
+        answer = Neighbours.none(len(queries), k)
         if not self.count():
-            return found
+            return answer
         queries = np.ascontiguousarray(queries)
         together = np.arange(len(queries))
         if exclude is not None and (many := np.diff(exclude.indptr) > FEW).any():
             together = np.flatnonzero(~many)
-            exclude = self._search_alone(queries, np.flatnonzero(many), exclude, found)
+            exclude = self._search_alone(queries, np.flatnonzero(many), exclude, answer)
         excluded = excluded_positions(exclude, len(queries), self._rows, self._hidden)
         counts = np.diff(excluded.indptr)
         # Fetch as many more as are left out afterwards. Queries go together by the power of two of that number, so that
@@ -211,17 +212,17 @@ class FaissIndex:
             fetch = int(min(k + counts[members].max(), self.count()))
             step = max(1, FETCHED_AT_ONCE // fetch)
             for start in range(0, len(members), step):
-                self._search_alike(queries, members[start : start + step], fetch, excluded, found)
-        return found
+                self._search_alike(queries, members[start : start + step], fetch, excluded, answer)
+        return answer
 
     def _search_alone(
-        self, queries: NDArray[np.float32], members: NDArray[np.int64], exclude: Exclusions, found: Neighbours
+        self, queries: NDArray[np.float32], members: NDArray[np.int64], exclude: Exclusions, answer: Neighbours
     ) -> Exclusions:
         """Answer the queries of `members` (n,), each from its own view; gives the exclusions of the other queries."""
         parts = [exclude.rows[exclude.indptr[b] : exclude.indptr[b + 1]] for b in range(len(queries))]
         for b in members:
-            alone = self.without(parts[b]).search(queries[b : b + 1], found.rows.shape[1])
-            found.rows[b], found.scores[b] = alone.rows[0], alone.scores[0]
+            alone = self.without(parts[b]).search(queries[b : b + 1], answer.rows.shape[1])
+            answer.rows[b], answer.scores[b] = alone.rows[0], alone.scores[0]
             parts[b] = np.empty(0, np.int64)
         return Exclusions.of(parts)
 
@@ -231,10 +232,10 @@ class FaissIndex:
         members: NDArray[np.int64],
         fetch: int,
         excluded: Exclusions,
-        found: Neighbours,
+        answer: Neighbours,
     ) -> None:
         """Answer the queries of `members` (n,), fetching equally many; lists that are short are probed again, wider."""
-        k = found.rows.shape[1]
+        k = answer.rows.shape[1]
         nprobe = self._probes(fetch)
         scan = self._scan(fetch)
         owner = np.repeat(np.arange(len(queries)), np.diff(excluded.indptr))
@@ -253,8 +254,8 @@ class FaissIndex:
             order = np.lexsort((positions, -scores))[:, :k]
             scores = np.take_along_axis(scores, order, axis=1)
             rows = self._rows[np.take_along_axis(positions, order, axis=1)]
-            found.scores[members, : order.shape[1]] = scores
-            found.rows[members, : order.shape[1]] = np.where(np.isneginf(scores), PADDING, rows)
+            answer.scores[members, : order.shape[1]] = scores
+            answer.rows[members, : order.shape[1]] = np.where(np.isneginf(scores), PADDING, rows)
             if nprobe >= self._lists:
                 return
             wanted = np.minimum(k, self.count() - np.diff(excluded.indptr)[members])
@@ -450,12 +451,12 @@ class FaissIndex:
         hidden[np.arange(len(sample)), cells[:, 0]] = True
         shown = np.where(np.take_along_axis(hidden, cells, axis=1), 0, self._shown_of_each[lists])
         before = np.cumsum(shown, axis=1) - shown
-        best, found = self._search_lists(sample, self.tuning[-1].k, np.where(shown, lists, -1), near)
+        best, positions = self._search_lists(sample, self.tuning[-1].k, np.where(shown, lists, -1), near)
 
         def recall_at(k: int, factor: float) -> tuple[float, bool]:
             scan = factor * probes_for(self.tuning, k, self._lists) * len(self._rows) / self._lists
             scores, _ = self._search_lists(sample, k, np.where((shown > 0) & (before < scan), lists, -1), near)
-            enough_left = found[:, k - 1] >= 0
+            enough_left = positions[:, k - 1] >= 0
             recalls = scores[enough_left] >= good_enough(best[enough_left, k - 1])
             return float(recalls.mean()) if recalls.size else 1.0, scan >= len(self._rows)
 

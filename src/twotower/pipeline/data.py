@@ -71,7 +71,7 @@ def import_tables(
         without_time: events have no time, whatever a column looks like.
 
     Returns:
-        What was imported: counts of users, items and events, what was dropped by reason, and every column.
+        Counts of imported users, items and events, what was dropped by reason, and every column.
 
     Raises:
         ConfigError: an option of a wrong form; something stands at `workspace`.
@@ -103,11 +103,7 @@ def import_tables(
 
 
 def as_arrow(table: Table, name: str) -> pa.Table:
-    """A table in memory as Arrow.
-
-    Args:
-        table: see `Table`; no path.
-        name: names the table in errors.
+    """A table in memory (see `Table`) as Arrow; `name` names it in errors.
 
     Raises:
         DataError: it is no table.

@@ -31,7 +31,7 @@ from twotower.update.incremental import UpdateReport, catch_up
 log = logging.getLogger(__name__)
 
 FULL = "full"
-"""Beside the latest checkpoints: the days of the full chain. Training anew begins another chain."""
+"""Key of the days of the full chain, beside the latest checkpoints. Training again begins another chain."""
 FULL_LOCK = ".full.lock"
 MIN_ROWS = 2
 """A day with fewer positives has nothing to learn."""
@@ -56,7 +56,7 @@ class Reached:
     day: str
     """The latest day."""
     rest_ms: int | None
-    """Of that day, the time up to which it was learned by the training that began the chain; None = all of it."""
+    """The time of that day up to which the training that began the chain learned it; None = all of it."""
 
     @property
     def watermark_ms(self) -> int:
@@ -64,15 +64,15 @@ class Reached:
         return end_of_day(self.day) if self.rest_ms is None else self.rest_ms
 
     def learned_ms(self, day: str) -> int:
-        """The time up to which the requests of a day that is not done were learned: of a later day none were, though a
-        click on a request of the day before may have come in it.
+        """The time up to which the requests of a day that is not done were learned: 0 for a later day, though a click
+        on a request of the day before may have come in it.
         """
         return self.rest_ms if self.rest_ms is not None and day == self.day else 0
 
 
 @dataclass(frozen=True)
 class _FullChain:
-    """The full chain of a workspace: each day's parameters begin with those of the day before."""
+    """The full chain of a workspace: each day's training begins with the parameters of the day before."""
 
     where: Places
     days: list[FullDay]
@@ -86,7 +86,7 @@ class _FullChain:
             raise DataError(f"{where.checkpoints} has no finished checkpoint: run `twotower run` first")
         noted = read_json(path)
         days = [FullDay(**day) for day in noted.get(FULL, [])]
-        trained = {name: one for name, one in noted["checkpoints"].items() if name in VECTOR_CHANNELS}
+        trained = {name: path for name, path in noted["checkpoints"].items() if name in VECTOR_CHANNELS}
         return cls(where, days, days[-1].checkpoints if days else trained)
 
     @property
@@ -103,14 +103,14 @@ class _FullChain:
         path = self.where.checkpoints / LATEST
         noted = read_json(path)
         kept = noted["checkpoints"] if latest is None else latest
-        write_json(path, {**noted, "checkpoints": kept, FULL: [asdict(one) for one in [*self.days, day]]})
+        write_json(path, {**noted, "checkpoints": kept, FULL: [asdict(done) for done in [*self.days, day]]})
 
 
 def update_full(settings: Settings, *, dry_run: bool) -> UpdateReport:
-    """The full update of every day that is whole and not learned yet, in order.
+    """The full update of every day that is whole and not learned yet, in order. A day that is done is not repeated.
 
-    A day that is done is not repeated. The samples after it are replayed onto the new version before it is promoted,
-    so that freshness does not fall back at the switch.
+    The samples that came since are replayed onto the new version before it is promoted, so that the version is as fresh
+    as the one that it replaces.
 
     Raises:
         ConfigError: other users are held out than in the training.
@@ -122,14 +122,17 @@ def update_full(settings: Settings, *, dry_run: bool) -> UpdateReport:
     served, reached = current_path(where.versions), _FullChain.read(where).reached
     check_held_out(settings, open_version(served))
     with event_log_of(settings) as event_log:
-        idle_ms = round(settings.stream.idle_s * 1000)
+        idle_ms = settings.stream.idle_ms
         due = due_days(where.events, where.shards, reached.day, reached.rest_ms, event_log=event_log, idle_ms=idle_ms)
     report = UpdateReport("full", served.name, 0, 0, reached.watermark_ms)
     if dry_run:
         return replace(report, plan={"days": due})
     report = replace(report, seq=last_seq(where.deltas, served.name))
     refused = list[int]()
-    with locked(where.workspace / FULL_LOCK, _busy):
+    with locked(
+        where.workspace / FULL_LOCK,
+        lambda holder: VersionError(f"{holder} runs another full update: wait for it to end"),
+    ):
         for number, day in enumerate(due):
             log.info("full update of %s", day)
             made = _learn_day(settings, _FullChain.read(where), day)
@@ -141,10 +144,6 @@ def update_full(settings: Settings, *, dry_run: bool) -> UpdateReport:
                 reasons=[*report.reasons, *made.reasons],
             )
     return replace(report, refused=refused)
-
-
-def _busy(holder: str) -> VersionError:
-    return VersionError(f"{holder} runs another full update: wait for it to end")
 
 
 def _learn_day(settings: Settings, chain: _FullChain, day: str) -> UpdateReport:
@@ -188,7 +187,7 @@ def _learn_day(settings: Settings, chain: _FullChain, day: str) -> UpdateReport:
 
 
 def _left_by_a_killed_run(where: Places, served: Path, towers: Checkpoint, configuration: dict[str, Any]) -> str | None:
-    """The whole version of these towers that was published to follow the served one, if there is one."""
+    """The whole version of these towers that a killed run published to follow the served one, if there is one."""
     for listed in list_versions(where.versions):
         path = where.versions / listed.id
         made = read_manifest(path)

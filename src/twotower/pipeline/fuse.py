@@ -1,8 +1,8 @@
 """Choosing how channels are fused on parts of the training events, never on the test set.
 
-All channels are trained and fitted on the rest of the training events, and give their lists once; with several parts,
-each is held out of what the one after it left. What is chosen then stands in `fusion.json` of the workspace, and goes
-into every version that is published from there.
+All channels are trained and fitted on the rest of the training events, and give their lists once. With several parts,
+each is held out of what the one before it left. The choice is written to `fusion.json` of the workspace, and goes into
+every version that is published from there.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from twotower.channels.retriever import Candidates
 from twotower.config.load import as_dict
 from twotower.config.settings import Settings
 from twotower.evaluate.holdout import Truth, candidates, held_out
-from twotower.features.columns import Bag, pointers, take
+from twotower.features.columns import concatenate, take
 from twotower.fusion.choose import choose
 from twotower.pipeline.line import FUSION, build_samples, offline_channels, train_model
 from twotower.pipeline.places import places
@@ -46,19 +46,17 @@ class FuseReport:
     """The file with what was chosen."""
     weights: dict[str, float]
     users: int
-    """Of validation, that it was chosen on."""
+    """Users of validation, on whom the weights were chosen."""
     recall: dict[str, dict[str, float]]
-    """On validation: of each channel, of the fusion (by users that it was not chosen on) and of equal weights."""
+    """On validation, of each channel, of the fusion (on users that it was not chosen on) and of equal weights."""
     gain: dict[str, Any]
-    """Of the fusion over the best channel, and of each part."""
+    """Gain of the fusion over the best channel, in all and for each part."""
 
 
 def fuse(settings: Settings, own: OwnChannels | None = None) -> FuseReport:
     """Choose weights and constants on validation parts, for the versions published from now on.
 
-    Args:
-        settings: the configuration.
-        own: trains a user's own channels, on the samples of each part; a version cannot be published with these.
+    `own` trains a user's own channels on the samples of each part; a version cannot be published with these.
 
     Raises:
         ConfigError: there is a single channel.
@@ -69,22 +67,21 @@ def fuse(settings: Settings, own: OwnChannels | None = None) -> FuseReport:
         raise ConfigError(f"models.channels = {settings.models.channels}: fusing takes two channels or more")
     options = settings.fusion
     folder = places(settings).workspace / FUSING / identity(settings, (*_DECIDING, "tune"))
-    parts, found = [settings], []
+    parts, found_lists = [settings], []
     for number in range(options.parts):
         parts.append(part_before(parts[-1], folder / f"part-{number + 1}"))
     for part in parts[1:]:
         samples_of(part)
     for number, part in enumerate(parts[1:]):
         log.info("validation part %d of %d", number + 1, options.parts)
-        found.append(lists_of(part, math.ceil(options.users / options.parts), max(*options.k, options.depth), own))
-    lists = {name: end_to_end([one.lists[name] for one in found]) for name in found[0].lists}
-    users = [len(one.truth.user_rows) for one in found]
-    truth = Bag(
-        pointers(np.concatenate([np.diff(one.truth.items.indptr) for one in found])),
-        np.concatenate([one.truth.items.rows for one in found]),
-    )
-    ks = sorted({min(k, found[0].items) for k in options.k})
-    chosen = choose(lists, truth, ks, settings.train.seed, np.repeat(np.arange(len(found)), users))
+        found_lists.append(
+            lists_of(part, math.ceil(options.users / options.parts), max(*options.k, options.depth), own)
+        )
+    lists = {name: end_to_end([part_lists.lists[name] for part_lists in found_lists]) for name in found_lists[0].lists}
+    users = [len(part_lists.truth.user_rows) for part_lists in found_lists]
+    items = concatenate([part_lists.truth.items for part_lists in found_lists])
+    ks = sorted({min(k, found_lists[0].items) for k in options.k})
+    chosen = choose(lists, items, ks, settings.train.seed, np.repeat(np.arange(len(found_lists)), users))
     recall = {**chosen.channels, "fused": chosen.fused, "equal_weights": chosen.equal}
     gain = {"value": round(chosen.gain.value, 5), "ci95": [round(bound, 5) for bound in chosen.gain.ci95 or ()]}
     gain["by_part"] = list(chosen.by_part)
@@ -100,8 +97,7 @@ def fuse(settings: Settings, own: OwnChannels | None = None) -> FuseReport:
             "configuration_sha256": hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest(),
         },
     )
-    weights = dict(chosen.fusion.weights)
-    return FuseReport(str(path), weights, chosen.users, recall, gain)
+    return FuseReport(str(path), dict(chosen.fusion.weights), chosen.users, recall, gain)
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ class Lists:
 def part_before(settings: Settings, folder: Path) -> Settings:
     """The configuration of a validation part: its workspace has the events that the part leaves to learn from.
 
-    The next part is made of it in turn: its rule is absent, so that the one of this part is applied again.
+    The next part is made from this one. Its rule is absent, so that the rule of this part is applied again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     workspace = validation_workspace(settings, folder)
@@ -125,7 +121,7 @@ def part_before(settings: Settings, folder: Path) -> Settings:
 
 
 def samples_of(settings: Settings) -> None:
-    """Make the samples of a validation part, and see that it can judge, before anything is trained.
+    """Make the samples of a validation part, and check that it can judge, before anything is trained.
 
     Raises:
         DataError: a part has no held-out positive of a user and an item that its samples know.
@@ -154,7 +150,5 @@ def some_users(truth: Truth, most: int, seed: int) -> Truth:
     if len(truth.user_rows) <= most:
         return truth
     kept = np.sort(np.random.default_rng(seed).permutation(len(truth.user_rows))[:most])
-    items = take(truth.items, kept)
-    assert isinstance(items, Bag)
     context = {name: take(column, kept) for name, column in truth.context.items()}
-    return Truth(truth.user_rows[kept], items, context)
+    return Truth(truth.user_rows[kept], take(truth.items, kept), context)

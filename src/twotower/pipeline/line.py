@@ -70,7 +70,7 @@ FUSION = "fusion.json"
 
 
 def build_samples(settings: Settings, previous: PreviousFeatures | None = None) -> SamplesReport:
-    """Samples out of the workspace; `previous` as in `samples.build`."""
+    """Build samples out of the workspace; `previous` as in `samples.build`."""
     check_ready(settings)
     where = places(settings)
     return build.build_samples(
@@ -86,12 +86,12 @@ def build_samples(settings: Settings, previous: PreviousFeatures | None = None) 
 
 
 def train_model(settings: Settings, asked: Settings | None = None, *, loss: Loss | None = None) -> TrainReport:
-    """A checkpoint of each trained channel and ranker; the report is the two towers', the others in it.
+    """Make a checkpoint of each trained channel and ranker; the two towers' report holds the others.
 
     Args:
         settings: how to train.
-        asked: the configuration out of which trials chose these settings; None = these themselves. It is what later
-            commands bring.
+        asked: the configuration that trials chose these settings from, which later commands will give; None = the
+            settings themselves.
         loss: a loss of your own for the towers, in place of `train.loss`: a function of `Scores` at the top level of
             a file.
     """
@@ -107,17 +107,15 @@ def train_model(settings: Settings, asked: Settings | None = None, *, loss: Loss
     for name in settings.models.rankers:
         log.info("training %s", name)
         rankers[name] = train_ranker_from(settings, samples, name)
-    finished = {name: one.checkpoint for name, one in reports.items()} | {
-        n: one.checkpoint for n, one in rankers.items()
-    }
-    latest = {name: os.path.relpath(checkpoint, where.checkpoints) for name, checkpoint in finished.items()}
+    made_checkpoints = {name: report.checkpoint for name, report in (reports | rankers).items()}
+    latest = {name: os.path.relpath(path, where.checkpoints) for name, path in made_checkpoints.items()}
     made = {MADE_WITH: fixed_by_training(settings), ASKED: fixed_by_training(asked or settings)}
     write_json(where.checkpoints / LATEST, {"checkpoints": latest, **made})
     return replace(reports.pop(TWO_TOWER), channels=reports, rankers=rankers)
 
 
 def check_samples(settings: Settings, samples: Samples) -> None:
-    """Refuse samples out of which not everything can be trained and fitted, before anything is.
+    """Refuse samples from which not everything can be trained and fitted, before anything is.
 
     Raises:
         ConfigError: they were made with other settings, or a channel needs a feature or a time that they do not have.
@@ -143,7 +141,7 @@ def _ranker_options(settings: Settings, name: str) -> PreRankOptions:
 
 
 def train_ranker_from(settings: Settings, samples: Samples, name: str) -> RankerReport:
-    """A checkpoint of one ranker, `pre_rank` or `rank`, out of given samples."""
+    """Make a checkpoint of one ranker, `pre_rank` or `rank`, from given samples."""
     checkpoints, options = places(settings).checkpoints, _ranker_options(settings, name)
     return train_ranker(samples, checkpoints, options, settings.train, name=name)
 
@@ -162,10 +160,7 @@ def train_from(
     warm: Checkpoint | None = None,
     stop_early: Callable[[int, TwoTower], bool] | None = None,
 ) -> TrainReport:
-    """A checkpoint of one channel out of given samples; `loss` and `stop_early` as in `train`.
-
-    With `warm`, one epoch from there.
-    """
+    """Make a checkpoint of one channel from given samples: one epoch from `warm`, if given; the rest as in `train`."""
     return train(
         samples,
         places(settings).checkpoints,
@@ -195,15 +190,15 @@ def noted_checkpoints(settings: Settings) -> dict[str, Any]:
 
 
 def as_trained(settings: Settings, channels: Sequence[str] | None = None) -> Settings:
-    """A configuration with what trials have chosen for the checkpoints that are there.
+    """A configuration with what trials have chosen for the existing checkpoints.
 
     Args:
         settings: the configuration.
-        channels: the trained channels that are needed; None = all that are configured.
+        channels: the trained channels that are needed; None = all configured ones.
 
     Raises:
-        ConfigError: it says something else than they were trained with.
-        DataError: there is none of a channel or ranker.
+        ConfigError: the checkpoints were trained with other settings.
+        DataError: a channel or ranker has no checkpoint.
     """
     needed = trained_channels(settings) if channels is None else channels
     for name in (*needed, *settings.models.rankers):
@@ -224,14 +219,14 @@ def latest_checkpoint(settings: Settings, channel: str = TWO_TOWER) -> Checkpoin
 
 
 def evaluate_model(settings: Settings) -> dict[str, Any]:
-    """Metrics of the latest checkpoint on the hold-out, baselines beside it; also kept beside the checkpoint."""
+    """Metrics of the latest checkpoint and of baselines on the hold-out; they are also kept beside the checkpoint."""
     check_ready(settings, evaluated=True)
     settings = as_trained(settings, [TWO_TOWER])
     where = places(settings)
     samples, checkpoint = open_samples(where.samples), latest_checkpoint(settings)
     counted = replace(settings, models=replace(settings.models, popular=PopularOptions()))
     baselines = fit_counted(counted, samples, ["popular", "item_cf"])
-    channels = [offline_channel(samples, checkpoint), *baselines.values()]
+    channels = [channel_of(load_model(checkpoint), samples), *baselines.values()]
     options, seed = settings.evaluate, settings.train.seed
     metrics = evaluate(samples, where.workspace, channels, options, seed=seed)
     if (world := world_of(where.workspace)) is not None:
@@ -245,7 +240,7 @@ def evaluate_model(settings: Settings) -> dict[str, Any]:
 def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
     """Each ranker on held-out impressions; with both, how much of the ranker's best the pre-ranker keeps.
 
-    Without held-out impressions there is nothing to judge them by, and the result is empty.
+    Without held-out impressions the result is empty.
     """
     funnel, resamples, seed = settings.funnel, settings.evaluate.bootstrap, settings.train.seed
     path = places(settings).workspace / HOLDOUT_IMPRESSIONS
@@ -262,7 +257,6 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
     if len(rankers) < len((PRE_RANK, RANK)):
         return result
     fusion, channels = fusion_of(settings), offline_channels(settings, samples)
-
     result["kept_of_top"] = kept_of_top(
         samples,
         some_users(shown.user_row, KEPT_USERS),
@@ -279,13 +273,9 @@ def evaluate_rankers(settings: Settings, samples: Samples) -> dict[str, Any]:
 
 
 def evaluate_channels_of(settings: Settings, own: OwnChannels | None = None) -> dict[str, Any]:
-    """What each channel and the fused list find of the hold-out.
+    """What each channel and the fused list find of the hold-out, `own` channels included (see `offline_channels`).
 
     JSON and Markdown are kept beside the checkpoint, and a plot where the extra `plots` is installed.
-
-    Args:
-        settings: the configuration.
-        own: makes a user's own channels, judged and fused beside the configured ones; see `offline_channels`.
     """
     check_ready(settings, trained=True, evaluated=True)
     settings = as_trained(settings)
@@ -316,13 +306,8 @@ def evaluate_channels_of(settings: Settings, own: OwnChannels | None = None) -> 
     return {**report, "files": [str(folder / f"{CHANNELS}.{suffix}") for suffix in ("json", *texts)]}
 
 
-def offline_channel(samples: Samples, checkpoint: Checkpoint, name: str = TWO_TOWER) -> VectorChannel:
-    """A trained channel of a checkpoint over an exact index of the whole catalogue."""
-    return channel_of(load_model(checkpoint), samples, name)
-
-
 def channel_of(model: TwoTower, samples: Samples, name: str = TWO_TOWER) -> VectorChannel:
-    """The same of a model in memory."""
+    """A trained channel over an exact index of the whole catalogue."""
     vectors = model.encode_items(samples.items.features)
     index = ExactIndex.build(np.arange(len(vectors)), vectors)
     return VectorChannel(
@@ -333,10 +318,7 @@ def channel_of(model: TwoTower, samples: Samples, name: str = TWO_TOWER) -> Vect
 def offline_channels(settings: Settings, samples: Samples, own: OwnChannels | None = None) -> dict[str, Retriever]:
     """All channels by name as evaluation asks them: vectors are searched exactly, in the whole catalogue.
 
-    Args:
-        settings: with the configured channels.
-        samples: what they were trained on, or are counted from.
-        own: trains a user's own channels on the samples: anything of the shape of a `Retriever`, by name.
+    `own` trains a user's own channels on the samples: objects of the shape of a `Retriever`, by name.
 
     Raises:
         ConfigError: one of them has the name of a configured channel.
@@ -345,7 +327,8 @@ def offline_channels(settings: Settings, samples: Samples, own: OwnChannels | No
     if taken := sorted(set(more) & set(settings.models.channels)):
         raise ConfigError(f"{', '.join(taken)}: models.channels has this name already; give your channel another one")
     channels: dict[str, Retriever] = {
-        name: offline_channel(samples, latest_checkpoint(settings, name), name) for name in trained_channels(settings)
+        name: channel_of(load_model(latest_checkpoint(settings, name)), samples, name)
+        for name in trained_channels(settings)
     }
     channels |= fit_counted(settings, samples)
     if NEW_ITEMS in settings.models.channels:
@@ -357,11 +340,7 @@ def offline_channels(settings: Settings, samples: Samples, own: OwnChannels | No
 
 
 def fusion_of(settings: Settings, names: Iterable[str] | None = None) -> Fusion:
-    """How channels are fused: as the configuration says, else as `twotower fuse` chose, else all alike.
-
-    Args:
-        settings: the configuration.
-        names: of the channels that are fused; None = the configured ones.
+    """How channels (or the configured ones) are fused: as configured, else as `twotower fuse` chose, else all alike.
 
     Raises:
         DataError: the choice was made among other channels.
@@ -386,9 +365,9 @@ def fusion_of(settings: Settings, names: Iterable[str] | None = None) -> Fusion:
 def publish_version(
     settings: Settings, *, promoted: bool = True, checkpoints: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """A version out of the latest checkpoints, or of given ones by channel and ranker; promoted or not.
+    """Make a version of the latest checkpoints, or of given ones by channel and ranker; promote it or not.
 
-    Given ones are of this very configuration. The latest ones may be of another: then it is refused.
+    Given ones must be of this configuration. Latest ones of another configuration are refused.
     """
     check_ready(settings, trained=True)
     where, fusion = places(settings), fusion_of(settings)
@@ -427,7 +406,7 @@ def publish_version(
 
 
 def run_line(settings: Settings, *, promoted: bool = True) -> dict[str, Any]:
-    """Samples, training, evaluation (where there is a hold-out) and publishing in one go."""
+    """Samples, training, evaluation (where there is a hold-out) and publishing in one run."""
     holdout = (places(settings).workspace / HOLDOUT).exists()
     check_ready(settings, trained=True, evaluated=holdout)
     fusion_of(settings)

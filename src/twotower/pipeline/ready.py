@@ -1,7 +1,7 @@
-"""What is found before anything is computed: a configuration, a workspace or a machine with which a command must fail.
+"""Checks before anything is computed: a configuration, a workspace or a machine with which a command must fail.
 
-Every command that samples, trains, evaluates or publishes comes here first. What only samples can tell is looked at
-when they are opened, before the first step of training (`check_samples`).
+Every command that samples, trains, evaluates or publishes begins with them. What depends on samples is checked when
+they are opened, before the first step of training (`check_samples`).
 """
 
 import os
@@ -27,6 +27,7 @@ from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import TEMPORARY
 from twotower.schema.tables import check_entities, require_columns
+from twotower.stream.rows import read_schema
 
 MADE = ("samples", "checkpoints", "versions")
 """Folders of a workspace that commands make."""
@@ -42,11 +43,8 @@ EXTRAS = {
 def check_ready(settings: Settings, *, trained: bool = False, evaluated: bool = False, trials: bool = False) -> None:
     """Refuse what must fail later.
 
-    Args:
-        settings: the configuration.
-        trained: its channels are to be trained, fitted or published.
-        evaluated: something is to be judged on the hold-out of the workspace.
-        trials: settings are to be chosen by trials.
+    `trained`: the channels are to be trained, fitted or published. `evaluated`: something is to be judged on the
+    hold-out of the workspace. `trials`: settings are to be chosen by trials.
 
     Raises:
         ConfigError: a value that is not available, a library that is not installed, a column that does not exist.
@@ -58,7 +56,7 @@ def check_ready(settings: Settings, *, trained: bool = False, evaluated: bool = 
         *(["spark"] if settings.engine.name == "spark" else ()),
         *(["--trials"] if trials else ()),
     ]
-    if missing := [told for name in needed if name in EXTRAS and (told := _missing(name))]:
+    if missing := [problem for name in needed if name in EXTRAS and (problem := _missing(name))]:
         raise ConfigError("; ".join(missing))
     if settings.engine.name == "spark":
         find_java(os.environ.get("JAVA_HOME"))
@@ -98,12 +96,7 @@ def _check_places(workspace: Path) -> None:
 
 
 def _schema(path: Path, id_column: str) -> pa.Schema:
-    try:
-        schema = pq.read_schema(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: import or simulate a workspace first") from None
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no readable Parquet file: {error}") from None
+    schema = read_schema(path)
     require_columns(schema, [id_column], path.name)
     if repeated := sorted({name for name in schema.names if schema.names.count(name) > 1}):
         raise DataError(f"{path} has the column {repeated[0]} more than once: give each its own name")

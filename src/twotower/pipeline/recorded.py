@@ -1,7 +1,6 @@
-"""What samples and training have fixed, kept beside them, so that no later command says or records something else.
+"""What samples and training have fixed, kept beside them, because a configuration is edited between commands.
 
-A configuration is edited between commands. What it says of things that are made already is then no longer true of them:
-a version would be recorded with a dimension that its vectors do not have.
+Without this record, a version could be recorded with a dimension that its vectors do not have.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from twotower.schema.errors import ConfigError
 Document = dict[str, Any]
 
 ASKED: Final = "asked"
-"""Key of the same as it was asked for, before trials chose some of it."""
+"""Key of the settings as they were asked for, before trials changed some."""
 
 _FREE: Final[Mapping[str, tuple[str, ...]]] = {
     "features": (),
@@ -26,7 +25,7 @@ _FREE: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "train": ("checkpoint_s", "threads"),
 }
-"""Sections that training fixes, each but for what is counted when it is asked for and for where training runs."""
+"""Sections that training fixes, each without the keys that may change: of counted channels, and of where it runs."""
 
 
 def fixed_by_samples(settings: Settings) -> Document:
@@ -48,14 +47,14 @@ def fixed_by_training(settings: Settings, channels: Sequence[str] | None = None)
 
 
 def check_same(made: Document, wanted: Document, what: str, remedy: str) -> None:
-    """Refuse a configuration that says something else than what is there was made with.
+    """Refuse a configuration that differs from what existing samples or checkpoints were made with.
 
     Args:
-        made: what fixed it; empty = it does not say, because an earlier release made it. More channels and rankers than
-            are wanted are no difference.
+        made: what fixed them; empty = an earlier release made them, without a record. It may have more channels and
+            rankers than are wanted.
         wanted: the same of the configuration.
-        what: is there, such as `checkpoints are`.
-        remedy: what makes it anew.
+        what: names them, such as `checkpoints holds checkpoints`.
+        remedy: how to make them again.
 
     Raises:
         ConfigError: with each key and both values.
@@ -65,10 +64,10 @@ def check_same(made: Document, wanted: Document, what: str, remedy: str) -> None
     made = with_present_names(made)
     unasked = {name for name in ("mf", "mind") if name not in wanted["models"]}
     models = {key: value for key, value in made["models"].items() if key not in unasked}
-    told = list(differences({key: made.get(key) for key in wanted} | {"models": models}, wanted))
-    if told:
-        more = f", and {len(told) - 5} more" if len(told) > 5 else ""
-        raise ConfigError(f"{what} of other settings: {'; '.join(told[:5])}{more}. Set them back, or {remedy}")
+    changed = list(differences({key: made.get(key) for key in wanted} | {"models": models}, wanted))
+    if changed:
+        more = f", and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise ConfigError(f"{what} of other settings: {'; '.join(changed[:5])}{more}. Set them back, or {remedy}")
 
 
 def differences(made: Any, wanted: Any, key: str = "") -> Iterator[str]:

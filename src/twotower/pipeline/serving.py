@@ -19,9 +19,7 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings, ready: Callable[[Address], None] | None = None) -> None:
     """Serve the promoted version of a workspace until a signal ends it.
 
-    Args:
-        settings: the configuration.
-        ready: called with the addresses when requests are answered; None = they are logged.
+    `ready` is called with the addresses when requests are answered; None = they are logged.
 
     Raises:
         VersionError: there is no version to serve.

@@ -45,14 +45,14 @@ def _share(text: str) -> tuple[int, int]:
     >>> _share("2/3")
     (2, 3)
     """
-    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
-    if not found or int(found[1]) > int(found[2]):
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if not match or int(match[1]) > int(match[2]):
         raise ConfigError(f"--share {text}: write K/N with K from 1 to N, such as 1/2 and 2/2 for two joiners")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _has_days(where: Places) -> bool:
-    """Events without time and joined days cannot stand beside each other."""
+    """Joined days are written; not beside events without time."""
     if (where.events / f"{c.DATE}={c.UNKNOWN_DATE}").is_dir():
         log.warning("%s has events without time: no daily partitions are written beside them", where.events)
         return False

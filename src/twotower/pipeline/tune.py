@@ -1,8 +1,8 @@
 """Choosing settings by trials on a part of the training events, never on the test set.
 
-Each trial is a whole training: samples where a key asks for other ones, epochs until the metric has not risen for a
-while. The best one's settings, with its number of epochs, then train on all events. Trials are kept in a journal, so
-that a search that was killed or is asked for more trials goes on.
+Each trial is a whole training, with its own samples where a key needs them, until the metric has not risen for some
+epochs. The best settings, with their number of epochs, then train on all events. Trials are kept in a journal, so that
+a search that was killed or is asked for more trials goes on.
 """
 
 import hashlib
@@ -21,9 +21,11 @@ from twotower.evaluate.holdout import held_out, judge
 from twotower.pipeline.line import build_samples, channel_of, train_from, train_model
 from twotower.pipeline.places import places
 from twotower.pipeline.ready import check_ready
+from twotower.pipeline.recorded import fixed_by_samples
+from twotower.samples.build import MADE_WITH
 from twotower.samples.read import Samples, open_samples
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.files import read_json, sha256, whole_file, write_json
+from twotower.schema.files import MANIFEST, read_json, sha256, whole_file, write_json
 from twotower.towers.two_tower import TwoTower
 from twotower.train.options import Span
 from twotower.train.towers import TrainReport
@@ -50,14 +52,14 @@ class TuneReport:
     loss: float
     seconds: float
     channels: dict[str, Any]
-    """The other trained channels, by name: what `TrainReport` says of each."""
+    """The other trained channels, by name, with the fields of `TrainReport`."""
     rankers: dict[str, Any]
     """The trained rankers likewise."""
     trials: int
     """Ended trials, those of earlier calls included."""
     metric: str
     value: float
-    """Of the best trial, on the validation part."""
+    """Metric of the best trial, on the validation part."""
     best: dict[str, Any]
     """Its keys and values, `train.epochs` among them."""
     table: str
@@ -65,16 +67,13 @@ class TuneReport:
 
 
 def tune(settings: Settings, trials: int) -> TuneReport:
-    """Try settings on a validation split, and train with the best on everything.
+    """Try the keys of `tune.space` on a validation split, and train with the best values on everything.
 
-    The first trial is the configuration as it is. Beside the JSON table of all trials stands the same as Markdown.
-
-    Args:
-        settings: the configuration; `tune.space` names the keys to vary.
-        trials: ended trials to have, those of earlier calls of the same search included.
+    The first trial is the configuration as it is. `trials` counts ended ones, those of earlier calls of the same search
+    included. The table of all trials is written as JSON and as Markdown.
 
     Raises:
-        ConfigError: Optuna is not installed, or `tune` names keys that are none or belong to no training.
+        ConfigError: Optuna is not installed, or `tune` names keys that do not exist or belong to no training.
         DataError: no trial ended well.
     """
     check_ready(settings, trained=True, trials=True)
@@ -116,7 +115,7 @@ def tune(settings: Settings, trials: int) -> TuneReport:
 
 
 def validation_workspace(settings: Settings, folder: Path) -> Path:
-    """A workspace of the training events of another, part of them held out; made where it is not there yet."""
+    """A workspace of another one's training events, part of them held out; it is made only once."""
     validation = folder / "workspace"
     if not validation.exists():
         report = hold_out_validation(Path(settings.workspace.path), validation, settings.tune.holdout)
@@ -183,7 +182,7 @@ def _open_study(settings: Settings) -> tuple[Any, Path]:
 
 
 def identity(settings: Settings, sections: Sequence[str]) -> str:
-    """What tells a search from others: some sections of its configuration, and its events.
+    """A digest of what distinguishes a search: some sections of its configuration, and its events.
 
     Raises:
         DataError: the workspace has no events.
@@ -199,7 +198,7 @@ def identity(settings: Settings, sections: Sequence[str]) -> str:
 
 
 def _ask(trial: Any, space: dict[str, Span]) -> dict[str, Any]:
-    """The values of a trial. Lists stand in the journal as JSON: Optuna keeps single values alone."""
+    """The values of a trial. In the journal lists are JSON, because Optuna keeps only single values."""
     chosen: dict[str, Any] = {}
     for key, span in sorted(space.items()):
         if span.choices is not None:
@@ -232,15 +231,11 @@ def _try(settings: Settings) -> list[float]:
 
 
 def _samples_for(settings: Settings) -> Samples:
-    """The samples of a trial, made anew where it differs from the one before in what they depend on."""
+    """The samples of a trial, built again where it needs others than the trial before."""
     where = places(settings)
-    document = as_dict(settings)
-    wanted = [document["features"], document["samples"], document["models"]["dimension"]]
-    mark = where.workspace / "samples_of.json"
-    if not mark.exists() or read_json(mark) != wanted:
-        mark.unlink(missing_ok=True)
+    manifest = where.samples / MANIFEST
+    if not manifest.exists() or read_json(manifest).get(MADE_WITH) != fixed_by_samples(settings):
         build_samples(settings)
-        write_json(mark, wanted)
     return open_samples(where.samples)
 
 
@@ -275,21 +270,13 @@ def _table(study: Any, metric: str) -> list[dict[str, Any]]:
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of `_table`; settings that a trial did not choose are `as it is`."""
     keys = sorted({key for row in rows for key in row["settings"]})
-    lines = [
-        "| trial | " + " | ".join([rows[0]["metric"], "epochs", "seconds", *keys]) + " |",
-        "|---" * (4 + len(keys)) + "|",
-    ]
+    head = ["trial", rows[0]["metric"], "epochs", "seconds", *keys]
+    table: list[list[Any]] = [head, ["---"] * len(head)]
     for row in rows:
         value = "failed" if row["value"] is None else f"{row['value']:.4f}"
-        cells = [
-            row["trial"],
-            value,
-            row[EPOCHS] or "",
-            row["seconds"],
-            *(row["settings"].get(key, "as it is") for key in keys),
-        ]
-        lines.append(
-            "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
-        )
-    return "\n".join(lines) + "\n"
+        chosen = [row["settings"].get(key, "as it is") for key in keys]
+        table.append([row["trial"], value, row[EPOCHS] or "", row["seconds"], *chosen])
+    shown = ((f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) for cells in table)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in shown)

@@ -102,7 +102,7 @@ def open_as_served(settings: Settings, version: str | None = None) -> Version:
 
 
 def checkpoint_of(where: Places, version: Version) -> Checkpoint:
-    """The checkpoint that a version was made of: networks and optimizer state are in it alone.
+    """The checkpoint that a version was made of: only it has the networks and the optimizer state.
 
     Raises:
         DataError: it is not there any more.
@@ -111,11 +111,11 @@ def checkpoint_of(where: Places, version: Version) -> Checkpoint:
     for path in sorted(where.checkpoints.glob(f"*/{FINISHED}/{MANIFEST}")):
         try:
             listed = check_fields(read_json(path), {"files": dict}, str(path))["files"]
-            found = check_fields(listed.get(TENSORS), {"sha256": str}, str(path))["sha256"]
+            recorded = check_fields(listed.get(TENSORS), {"sha256": str}, str(path))["sha256"]
         except DataError as error:
             log.warning("%s", error)
             continue
-        if found == wanted:
+        if recorded == wanted:
             return open_checkpoint(path.parent)
     raise DataError(
         f"{where.checkpoints} has not the checkpoint that version {version.id} was made of ({wanted[:12]}): restore "

@@ -81,12 +81,7 @@ class Vectors:
 
 
 class PublishedVersion:
-    """A version that answers as a server would that starts now.
-
-    Args:
-        version: the opened version, with what was learned since.
-        workspace: where it was published; its `events/` say what was impressed.
-    """
+    """A version that answers as a server would that starts now; the workspace's `events/` say what was impressed."""
 
     def __init__(self, version: Version, workspace: Path) -> None:
         self._version = version
@@ -159,17 +154,17 @@ class PublishedVersion:
         if (rows < 0).any():
             missing = ids[int(np.flatnonzero(rows < 0)[0])].as_py()
             raise DataError(f"version {version.id} has no item {missing!r}")
-        found = similar_items(version.channels[channel], rows, min(k, len(version.item_ids)))
-        if found is None:
+        candidates = similar_items(version.channels[channel], rows, min(k, len(version.item_ids)))
+        if candidates is None:
             raise ConfigError(f"the channel {channel} cannot say which items are like an item: ask another one")
-        owner, rank = np.nonzero(found.rows >= 0)
+        owner, rank = np.nonzero(candidates.rows >= 0)
         return Recommendations(
             pa.table(
                 {
                     c.ITEM_ID: ids.take(pa.array(owner)),
-                    SIMILAR_ID: version.item_ids.take(pa.array(found.rows[owner, rank])),
+                    SIMILAR_ID: version.item_ids.take(pa.array(candidates.rows[owner, rank])),
                     c.RANK: pa.array((rank + 1).astype(np.int32)),
-                    c.SCORE: pa.array(found.scores[owner, rank]),
+                    c.SCORE: pa.array(candidates.scores[owner, rank]),
                 }
             )
         )

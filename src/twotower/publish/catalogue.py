@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,6 @@ _MAX_TOLD = 10_000
 Longs = npt.NDArray[np.int64]
 K = TypeVar("K")
 V = TypeVar("V")
-D = TypeVar("D")
 
 
 class Layered(Mapping[K, V], Generic[K, V]):
@@ -103,34 +102,14 @@ def changes(earlier: Mapping[K, V], now: Mapping[K, V]) -> dict[K, V] | None:
     return {key: value for key, value in now.items() if key not in earlier or earlier[key] != value}
 
 
-class Grown(Sequence[D], Generic[D]):
-    """A view of a list that only grows: the entries that it had when this view was made."""
-
-    def __init__(self, whole: list[D]) -> None:
-        self._whole = whole
-        self._count = len(whole)
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, place: int) -> D: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[D]: ...
-    def __getitem__(self, place: int | slice) -> D | list[D]:
-        if isinstance(place, slice):
-            return self._whole[: self._count][place]
-        return self._whole[place]
-
-
 class ItemKeys:
     """The ids of a catalogue, by row: those of the version in ascending order, then those put since.
 
     Args:
         base: (N,) ids of the version.
-        added: (A,) ids put since, in the order of the log.
+        added: (A,) ids put since, in the order of the log; later entries of this list belong to later snapshots.
         rows: by id, the row of an item put since, or -1 for one that was deleted. It is shared with later snapshots,
-            whose rows lie beyond the end of this one.
+            whose rows are beyond the end of this one.
     """
 
     def __init__(
@@ -140,9 +119,14 @@ class ItemKeys:
         self._added = added
         self._rows = rows or {}
         self.base = len(base)
+        self._count = self.base + len(added)
 
     def __len__(self) -> int:
-        return self.base + len(self._added)
+        return self._count
+
+    @property
+    def _added_ids(self) -> pa.Array:
+        return pa.array(self._added[: self._count - self.base], self.kind)
 
     @property
     def kind(self) -> pa.DataType:
@@ -152,12 +136,11 @@ class ItemKeys:
     @cached_property
     def ids(self) -> pa.Array:
         """(N + A,) all ids; an item that was deleted keeps its row."""
-        added = pa.array(self._added[:], self.kind)
-        return pa.concat_arrays([self._base, added]) if len(added) else self._base
+        return pa.concat_arrays([self._base, self._added_ids]) if len(self) > self.base else self._base
 
     def at(self, rows: Longs) -> list[Any]:
         """The ids of some rows (n,)."""
-        if not len(self._added):
+        if len(self) == self.base:
             return self._base.take(pa.array(rows)).to_pylist()  # type: ignore[no-any-return]
         own = rows < self.base
         ids = iter(self._base.take(pa.array(rows[own])).to_pylist())
@@ -165,18 +148,18 @@ class ItemKeys:
 
     def find(self, ids: pa.Array) -> Longs:
         """The row of each id (n,), -1 for null, an unknown id, or a deleted item."""
-        found = Positions(self._base).find(ids)
+        rows = Positions(self._base).find(ids)
         if self._rows:
             for place, item_id in enumerate(ids.to_pylist()):
                 row = self._rows.get(item_id)
                 if row is not None and row < len(self):
-                    found[place] = row
-        return found
+                    rows[place] = row
+        return rows
 
     @cached_property
     def hashes(self) -> Hashes:
         """(N + A,) hashes of the ids, for look-ups in the filters of shown items."""
-        return np.concatenate([self._base_hashes, hash_ids(pa.array(self._added[:], self.kind))])
+        return np.concatenate([self._base_hashes, hash_ids(self._added_ids)])
 
     @cached_property
     def _base_hashes(self) -> Hashes:

@@ -156,19 +156,19 @@ class Reports:
         """By hour since 1970, how many of the next positives were found, and how many there were."""
 
     def note(self, delta: Delta) -> None:
-        """Take in the next delta, or a folded one that replaces all."""
+        """Add the report of the next delta, or of a folded one, which replaces all."""
         self.latest = {name: value for name, value in delta.report.items() if name != FOLDED}
-        told = delta.report.get("recall", {})
+        recall = delta.report.get("recall", {})
         if delta.folded:
-            told = delta.report[FOLDED]["recall"]
+            recall = delta.report[FOLDED]["recall"]
             self.gated.clear()
             self.gated.extend((seq, reasons) for seq, reasons in delta.report[FOLDED]["gated"])
             self.recall = {}
         elif delta.report.get("refused"):
             self.gated.append((delta.seq, list(delta.report["refused"])))
-        for hour, (found, count) in told.items():
+        for hour, (hits, count) in recall.items():
             before = self.recall.get(int(hour), (0, 0))
-            self.recall[int(hour)] = (before[0] + found, before[1] + count)
+            self.recall[int(hour)] = (before[0] + hits, before[1] + count)
         for hour in sorted(self.recall)[:-HOURS]:
             del self.recall[hour]
 
@@ -427,10 +427,10 @@ def _ids_table(new_ids: Mapping[str, pa.Table]) -> pa.Table:
 
 
 def _new_ids(stored: pa.RecordBatch) -> dict[str, pa.Table]:
-    found = {}
+    tables = {}
     names = stored.column("table").to_numpy(zero_copy_only=False)
     for name in sorted(set(names.tolist())):
         mine = pa.table(stored).filter(pa.array(names == name))
         number = not mine.column("number").null_count
-        found[name] = pa.table({"id": mine.column("number" if number else "text"), "row": mine.column("row")})
-    return found
+        tables[name] = pa.table({"id": mine.column("number" if number else "text"), "row": mine.column("row")})
+    return tables

@@ -62,7 +62,7 @@ def _answers(version: Version) -> Iterator[dict[str, Any]]:
     """The first K items of each channel for each user, then the best of the same items by each ranker."""
     spread = np.linspace(0, len(version.users) - 1, min(USERS, len(version.users))).astype(np.int64)
     users = np.concatenate([spread, [-1]])
-    queries = version.queries(users, exclude=(version.clicks.indptr, version.clicks.item_row))
+    queries = version.queries(users, exclude=version.clicks.items)
 
     def answer(user: int, name: str, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> dict[str, Any]:
         return {

@@ -38,7 +38,6 @@ from twotower.publish.catalogue import (
     SMALLER,
     Attributes,
     Encoded,
-    Grown,
     Layered,
     PutRows,
     SetAside,
@@ -142,10 +141,10 @@ class KnownItems:
     def similar(self, rows: Longs, k: int) -> Candidates | None:
         """See `SimilarItems.similar`."""
         known = rows < self._count
-        found = similar_items(self.channel, np.where(known, rows, 0), k)
-        if found is not None:
-            found.rows[~known], found.scores[~known] = PADDING, -np.inf
-        return found
+        similar = similar_items(self.channel, np.where(known, rows, 0), k)
+        if similar is not None:
+            similar.rows[~known], similar.scores[~known] = PADDING, -np.inf
+        return similar
 
 
 def _below(indptr: Longs, rows: npt.NDArray[Any], count: int) -> tuple[Longs, npt.NDArray[Any]]:
@@ -225,10 +224,10 @@ class Overlay:
                     self._admitted.add(entity_id)
                 if row == UNKNOWN:
                     self._forgotten[name].add(entity_id)
-        found = self.base.items.find(delta.item_ids)
-        known = np.flatnonzero(found >= 0)
-        order = known[np.argsort(found[known], kind="stable")]
-        self._vectors = self._vectors.with_newer(Rows(found[order], delta.item_vectors[order]))
+        item_rows = self.base.items.find(delta.item_ids)
+        known = np.flatnonzero(item_rows >= 0)
+        order = known[np.argsort(item_rows[known], kind="stable")]
+        self._vectors = self._vectors.with_newer(Rows(item_rows[order], delta.item_vectors[order]))
         if c.ITEM_ID in delta.tables:
             self._moved |= set(delta.tables[c.ITEM_ID].rows.tolist())
         self.seq, self.watermark_ms, self._learned = delta.seq, delta.watermark_ms, True
@@ -433,8 +432,8 @@ class Overlay:
         token_of: dict[int, int] = {}
         if self._admitted:
             ids = [item_id for item_id in self._admitted if is_id(item_id, self.base.items.kind)]
-            found = self.base.items.grown(Grown(now.ids), now.rows).find(pa.array(ids, self.base.items.kind))
-            for item_id, row in zip(ids, found.tolist(), strict=True):
+            rows = self.base.items.grown(now.ids, now.rows).find(pa.array(ids, self.base.items.kind))
+            for item_id, row in zip(ids, rows.tolist(), strict=True):
                 if row >= 0:
                     entity = now.put[item_id].entity if item_id in now.put else Entity()
                     token_of[row] = self._token(item_id, entity, row)
@@ -532,7 +531,7 @@ class Overlay:
         return replace(
             base,
             attributes=Attributes(base.catalogue, now.attributes, count) if changed else base.attributes,
-            items=base.items.grown(Grown(now.ids), now.rows) if changed or now.rows else base.items,
+            items=base.items.grown(now.ids, now.rows) if changed or now.rows else base.items,
             channels=channels,
             user_tower=self._user_tower,
             gone=now.gone,

@@ -226,7 +226,7 @@ def _write_counted(folder: Path, channel: Counted, samples: Samples, tune: Tune)
     folder.mkdir()
     if isinstance(channel, ALS):
         queries = channel.user_vectors(_some_queries(samples).clicks)
-        channel = channel.with_index(tune(folder.name, *channel.found, queries[queries.any(axis=1)]))
+        channel = channel.with_index(tune(folder.name, *channel.unit_vectors, queries[queries.any(axis=1)]))
     channel.save(folder)
 
 

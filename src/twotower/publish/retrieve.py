@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.channels.retriever import Queries
-from twotower.features.columns import pointers
+from twotower.features.columns import Bag, pointers
 from twotower.features.fitted import Bucket, Categories, Category, Fitted, Number
-from twotower.publish.version import FUSED, Csr, Version
+from twotower.publish.version import FUSED, Version
 from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms, until_now
 from twotower.schema.errors import ConfigError, DataError
@@ -86,21 +86,21 @@ def recommend(
         raise ConfigError(f"--channel {channel}: version {version.id} has {', '.join(version.channels)} and {FUSED}")
     k = min(k, len(version.item_ids))
     names = tuple(version.channels) if channel == FUSED else (channel,)
-    left_out: Csr | None = None
+    left_out = None
     if exclude == "impressed":
         left_out = shown_items(version, workspace / "events")
     elif exclude == "clicked":
-        left_out = (version.clicks.indptr, version.clicks.item_row)
+        left_out = version.clicks.items
     schema = recommendations(version.users.ids.type, version.item_ids.type)
 
     def answered(part: pa.Table) -> pa.Table:
-        found = version.retrieve(queries_asked(version, part, left_out), k, names).candidates
-        owner, rank = np.nonzero(found.rows >= 0)
+        candidates = version.retrieve(queries_asked(version, part, left_out), k, names).candidates
+        owner, rank = np.nonzero(candidates.rows >= 0)
         columns = {
             c.USER_ID: part[c.USER_ID].combine_chunks().take(pa.array(owner)),
-            c.ITEM_ID: version.item_ids.take(pa.array(found.rows[owner, rank])),
+            c.ITEM_ID: version.item_ids.take(pa.array(candidates.rows[owner, rank])),
             c.RANK: pa.array((rank + 1).astype(np.int32)),
-            c.SCORE: pa.array(found.scores[owner, rank]),
+            c.SCORE: pa.array(candidates.scores[owner, rank]),
             c.CHANNEL: pa.array(np.full(len(owner), channel)),
         }
         return pa.table(columns, schema=schema)
@@ -108,7 +108,7 @@ def recommend(
     return (answered(asked.slice(start, BATCH)) for start in range(0, asked.num_rows, BATCH))
 
 
-def queries_asked(version: Version, asked: pa.Table, exclude: Csr | None = None) -> Queries:
+def queries_asked(version: Version, asked: pa.Table, exclude: Bag | None = None) -> Queries:
     """Queries of a table of users with their context; see `Version.queries_of`."""
     context = {
         feature.name: feature.encode(asked.column(feature.name).combine_chunks())
@@ -179,7 +179,7 @@ def shown_items(
     events: Path,
     outcomes: Sequence[str] = (c.IMPRESSED, c.CLICKED),
     clock_ms: ClockMs = now_ms,
-) -> Csr:
+) -> Bag:
     """Distinct items that each user was shown, as catalogue rows by user row; events later than now do not count."""
     files = [path for folder in sorted(events.glob(f"{c.DATE}=*")) for path in parquet_files(folder)]
     if not files:
@@ -198,4 +198,5 @@ def shown_items(
         known = (user >= 0) & (item >= 0) & version.again.since(item, times)
         pairs.append(np.unique(user[known] * size + item[known]))
     distinct = np.unique(np.concatenate(pairs))
-    return pointers(np.bincount(distinct // size, minlength=len(version.users))), (distinct % size).astype(np.int32)
+    indptr = pointers(np.bincount(distinct // size, minlength=len(version.users)))
+    return Bag(indptr, (distinct % size).astype(np.int32))

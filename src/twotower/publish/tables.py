@@ -39,9 +39,9 @@ class LaidRows:
         """The values of some rows (n,)."""
         place = np.searchsorted(self._rows, index)
         newer = self._rows[np.minimum(place, len(self._rows) - 1)] == index if len(self._rows) else index < 0
-        found: npt.NDArray[np.float32] = self._base[np.where(newer, 0, index)]
-        found[newer] = self._values[place[newer]]
-        return found
+        values: npt.NDArray[np.float32] = self._base[np.where(newer, 0, index)]
+        values[newer] = self._values[place[newer]]
+        return values
 
 
 def save_tables(tables: dict[str, npt.NDArray[np.float32]], folder: Path) -> None:

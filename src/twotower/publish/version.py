@@ -68,8 +68,6 @@ _AT_ONCE = 1 << 16
 
 Longs = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-Csr = tuple[Longs, npt.NDArray[np.int32]]
-"""Catalogue rows by user row: offsets and rows."""
 
 
 @dataclass(frozen=True)
@@ -209,14 +207,13 @@ class Version:
         return int(self.user_rows(pa.array([user_id], self.users.ids.type))[0])
 
     def queries(
-        self, user_rows: Longs, context: dict[str, Column] | None = None, exclude: Csr | None = None
+        self, user_rows: Longs, context: dict[str, Column] | None = None, exclude: Bag | None = None
     ) -> Queries:
         """Queries of stored users; see `queries_of_users`."""
-        left_out = None if exclude is None else Bag(*exclude)
-        return queries_of_users(self.features, self.users, self.clicks, user_rows, context=context, exclude=left_out)
+        return queries_of_users(self.features, self.users, self.clicks, user_rows, context=context, exclude=exclude)
 
     def queries_of(
-        self, user_ids: pa.Array, context: dict[str, Column] | None = None, exclude: Csr | None = None
+        self, user_ids: pa.Array, context: dict[str, Column] | None = None, exclude: Bag | None = None
     ) -> Queries:
         """Queries of users by id (B,), with what was learned and put since."""
         stored, ids = self.queries(self.user_rows(user_ids), context, exclude), user_ids.to_pylist()

@@ -193,12 +193,12 @@ def _check_depth(value: Any) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise HTTPException(400, f"the body has {shown(twice)} twice in one object: give it once")
-    return found
+    return unique
 
 
 def _constant(name: str) -> Any:

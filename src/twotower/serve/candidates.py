@@ -36,18 +36,12 @@ AT_ONCE = max(1, min(2, (os.cpu_count() or 1) // 2))
 """Searches that run at the same time; with more, all compete for the interpreter's lock and take longer."""
 
 
-class FilterBody(Body):
-    """What an attribute of an item may be; a list of values is short for `allow`."""
-
-    allow: list[Any] | None = Field(None, description="The item has one of these; absent = anything.")
-    deny: list[Any] = Field(default_factory=list, description="The item has none of these.")
-
-
 def _allowed(value: Any) -> Any:
     return {"allow": value} if isinstance(value, list) else value
 
 
-Filtered = Annotated[FilterBody, BeforeValidator(_allowed, json_schema_input_type=list[Any] | FilterBody)]
+Filtered = Annotated[Filter, BeforeValidator(_allowed, json_schema_input_type=list[Any] | Filter)]
+"""A list of values is short for `allow`."""
 
 
 class UserBody(Body):
@@ -70,7 +64,7 @@ class UserBody(Body):
 
     @field_validator("filters")
     @classmethod
-    def _bounded(cls, filters: dict[str, FilterBody]) -> dict[str, FilterBody]:
+    def _bounded(cls, filters: dict[str, Filter]) -> dict[str, Filter]:
         values = sum(len(wanted.allow or ()) + len(wanted.deny) for wanted in filters.values())
         if values > MAX_FILTER_VALUES or len(filters) > MAX_FILTER_VALUES:
             raise ValueError(f"{values} values in all, at most {MAX_FILTER_VALUES} are allowed")
@@ -110,9 +104,8 @@ def add_candidates(app: FastAPI, parts: ServerParts) -> None:
     def request_of(body: UserBody, k: int) -> Request:
         if body.user_id in (NOBODY, CATALOGUE):
             raise DataError(f"user_id {shown(body.user_id)} is the log's own: users have other ids")
-        filters = {name: Filter(wanted.allow, wanted.deny) for name, wanted in body.filters.items()}
         exclude = body.exclude or parts.serve.exclude
-        return Request(k, exclude, body.user_id, body.features, body.context, filters, body.channels)
+        return Request(k, exclude, body.user_id, body.features, body.context, body.filters, body.channels)
 
     def recent_of(body: UserBody) -> Recent:
         return Recent() if body.user_id is None else parts.users.get(body.user_id)

@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from twotower.channels.retriever import Candidates, Queries, Retriever
+from twotower.schema.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +51,16 @@ def ask_in_turn(channels: Mapping[str, Retriever], queries: Queries, k: int, ver
     for name, channel in channels.items():
         try:
             answers.lists[name] = channel.retrieve(queries, k)
-        except Exception:  # the other channels answer in any case
-            log.exception("channel %s failed", name)
+        except Exception as error:  # the other channels answer in any case
+            _tell(name, error)
             answers.left_out[name] = ERROR
     return answers
+
+
+def _tell(channel: str, error: Exception) -> None:
+    """Log a failed channel; not that a database does not answer, which a watch tells once, not for every request."""
+    if not isinstance(error, UnavailableError):
+        log.error("channel %s failed", channel, exc_info=error)
 
 
 class SideBySide:
@@ -185,8 +192,8 @@ class _Lane:
             answer = None
             try:
                 answer = call.channel.retrieve(call.queries, call.k)
-            except Exception:  # the other channels answer in any case
-                log.exception("channel %s failed", self._name)
+            except Exception as error:  # the other channels answer in any case
+                _tell(self._name, error)
             self._end(call, answer)
             del call, answer  # with the channel, which a delta may have replaced
 

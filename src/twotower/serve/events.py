@@ -61,12 +61,12 @@ def _checked(document: dict[str, Any], where: str, version: Version, now_ms: int
     return event
 
 
-def _check_items(said: Content, kind: str, version: Version) -> None:
-    if not isinstance(said, LoggedRequest | Click | Impression):
+def _check_items(content: Content, kind: str, version: Version) -> None:
+    if not isinstance(content, LoggedRequest | Click | Impression):
         return
-    if said.items is None and not isinstance(said, LoggedRequest):
+    if content.items is None and not isinstance(content, LoggedRequest):
         raise DataError(f"{kind} of nothing: name item_id, or a list of items")
     known = version.items.kind
-    for item in said.items or ():
+    for item in content.items or ():
         if not is_id(item, known):
             raise DataError(f"item {shown(item)}, but the ids of items are {known}")

@@ -4,18 +4,19 @@ N items.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from twotower.features.fitted import Categories, split
 from twotower.features.vocabulary import as_values
 from twotower.publish.version import Version
 from twotower.schema.errors import DataError, cut, shown
+from twotower.serve.bodies import Body
 
 Mask = npt.NDArray[np.bool_]
 
@@ -23,14 +24,11 @@ _MAX_WHOLE = 2.0**53
 """Above it, not every whole number is a float."""
 
 
-@dataclass(frozen=True)
-class Filter:
-    """What an attribute of an item may be; a value of None stands for a missing one."""
+class Filter(Body):
+    """What an attribute of an item may be; null is a missing value."""
 
-    allow: Sequence[Any] | None = None
-    """It has one of these; None = anything."""
-    deny: Sequence[Any] = ()
-    """It has none of these."""
+    allow: list[Any] | None = Field(None, description="The item has one of these; absent = anything.")
+    deny: list[Any] = Field(default_factory=list, description="The item has none of these.")
 
 
 def passing(version: Version, attribute: str, wanted: Filter) -> Mask:
@@ -53,12 +51,12 @@ def passing(version: Version, attribute: str, wanted: Filter) -> Mask:
         raise DataError(f"filters: {error}") from None
 
     def has_one_of(asked: Sequence[Any]) -> Mask:
-        found = _is_in(values, asked, attribute, column.type)
+        matches = _is_in(values, asked, attribute, column.type)
         if lists is None:
-            return found
+            return matches
         lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
         owner = np.repeat(np.arange(len(lists)), lengths)
-        some: Mask = np.bincount(owner[found], minlength=len(lists)) > 0
+        some: Mask = np.bincount(owner[matches], minlength=len(lists)) > 0
         none: Mask = (lengths == 0) & (None in asked)
         return some | none
 
@@ -102,5 +100,5 @@ def _is_in(values: pa.Array, asked: Sequence[Any], attribute: str, kind: pa.Data
         wanted = None
     if wanted is None or (wanted.type != values.type and wanted.null_count < len(wanted)):
         raise DataError(f"filters: {attribute} is of type {kind}, not {shown(list(asked)[:3])}")
-    found: Mask = pc.is_in(values, wanted.cast(values.type)).to_numpy(zero_copy_only=False)
-    return found
+    matches: Mask = pc.is_in(values, wanted.cast(values.type)).to_numpy(zero_copy_only=False)
+    return matches

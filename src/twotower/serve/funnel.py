@@ -205,16 +205,16 @@ def page_of(record: Event) -> Page:
     Raises:
         DataError: the record was not written by a server.
     """
-    said: Any = record.content
+    logged: Any = record.content
     try:
-        columns = zip(said.items, said.positions, said.scores, said.channels, said.propensities, strict=True)
+        columns = zip(logged.items, logged.positions, logged.scores, logged.channels, logged.propensities, strict=True)
         items = [
             PageItem(item, position, score, list(channels), propensity is not None)
             for item, position, score, channels, propensity in columns
             if position is not None
         ]
-        counts, failed = dict(said.counts), list(said.failed_channels)
-        return Page(str(record.request_id), said.version, said.delta_seq, items, counts, failed)
+        counts, failed = dict(logged.counts), list(logged.failed_channels)
+        return Page(str(record.request_id), logged.version, logged.delta_seq, items, counts, failed)
     except (AttributeError, ValueError, TypeError) as error:
         raise DataError(f"the log's record of request {record.request_id} is no page: {error!r}") from None
 

@@ -74,14 +74,14 @@ class Health:
 
     def problems(self) -> dict[str, str]:
         """A sentence for each thread that has ended, or failed several times in a row; by name."""
-        told = {}
+        problems = {}
         with self._lock:
             for name, worker in self._workers.items():
                 if worker.thread is not None and worker.thread.ident is not None and not worker.thread.is_alive():
-                    told[name] = f"{name} has ended: restart the server"
+                    problems[name] = f"{name} has ended: restart the server"
                 elif worker.failures >= MAX_FAILURES:
-                    told[name] = f"{name} has failed {worker.failures} times in a row: {worker.problem}"
-        return told
+                    problems[name] = f"{name} has failed {worker.failures} times in a row: {worker.problem}"
+        return problems
 
     def _failed(self, name: str, error: Exception, every_s: float) -> float:
         with self._lock:

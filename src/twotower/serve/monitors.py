@@ -44,7 +44,7 @@ def monitors(snapshots: Snapshots, now_ms: int) -> Monitors:
     hours: Mapping[int, Any] = report["recall"]
     return Monitors(
         None if watermark_ms is None else (now_ms - watermark_ms) / 1000,
-        tuple(Hour(hour * HOUR_MS, found / count, count) for hour, (found, count) in sorted(hours.items()) if count),
+        tuple(Hour(hour * HOUR_MS, hits / count, count) for hour, (hits, count) in sorted(hours.items()) if count),
         _share(report, "without_user_row"),
         _share(report, "without_item_row"),
         report.get("drift"),

@@ -95,7 +95,7 @@ def retrieve(version: Version, request: Request, recent: Recent, window: range, 
     queries = queries_of(version, request, recent, window)
     retrieved = candidates_of(version, request.channels, queries, request.k, ask)
     fused, ids = retrieved.fused, version.items.at(retrieved.rows)
-    scores, by = fused.candidates.scores[0].tolist(), fused.brought_by[0].tolist()
+    scores, by = fused.candidates.scores[0].tolist(), fused.retrieved_by[0].tolist()
     places = {bits: place for place, bits in enumerate(by)}  # few combinations of channels, many items
     channels = {bits: fused.channels_of(0, place) for bits, place in places.items()}
     items = [Candidate(item_id, scores[i], channels[by[i]]) for i, item_id in enumerate(ids)]

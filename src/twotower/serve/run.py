@@ -68,12 +68,41 @@ def run_server(
     application, such as the page; `ready` is called with the addresses when requests are answered.
 
     Raises:
+        ConfigError: a port is taken; and what `open_parts` raises.
+    """
+    with open_parts(places, log_options, serve, funnel) as parts, ExitStack() as opened:
+        snapshots, health = parts.snapshots, parts.health
+        app = make_app(parts)
+        extend(app, parts)
+        public = opened.enter_context(_listen(serve.host, serve.port))
+        admin_url = None
+        if admin_token:
+            admin_app = make_admin_app(snapshots, places.versions, admin_token)
+            admin = opened.enter_context(_listen("127.0.0.1", serve.admin_port))
+            admin_url = _url("127.0.0.1", admin)
+            opened.enter_context(_in_background(_server(admin_app), admin, health))
+        opened.enter_context(_repeating(health, READER, lambda: read_log(parts.users, health), POLL_S))
+        opened.enter_context(_repeating(health, WATCH, parts.databases.look, WATCH_S))
+        snapshots.follow(health)
+        address = Address(_url(serve.host, public), admin_url, snapshots.version.id)
+        server = _server(app)
+        with _ended_by_signals(server):
+            asyncio.run(_serve(server, public, lambda: ready(address)))
+
+
+@contextmanager
+def open_parts(
+    places: Places, log_options: EventLogOptions, serve: ServeOptions, funnel: FunnelOptions
+) -> Iterator[ServerParts]:
+    """All that one process answers from: the version, the log, and what the log says about users.
+
+    Raises:
         VersionError: there is no version to serve.
         UnavailableError: the vector database of the version does not answer.
         DataError: another server uses this workspace.
         EventLogError: the log cannot be opened.
         FeatureStoreError: nor can the feature store.
-        ConfigError: a port is taken; the window of impressions is too short.
+        ConfigError: the window of impressions is too short.
     """
     metrics, health = Metrics(), Health()
     with ExitStack() as opened:
@@ -96,24 +125,7 @@ def run_server(
         opened.enter_context(_repeating(health, ERASER, erase, log_options.erase_every_s, event_log.close))
         opened.callback(snapshots.close)
         snapshots.heed(lambda: users.entities)
-        databases = DatabaseWatch(snapshots)
-        parts = ServerParts(snapshots, event_log, users, databases, serve, funnel, metrics, health)
-        app = make_app(parts)
-        extend(app, parts)
-        public = opened.enter_context(_listen(serve.host, serve.port))
-        admin_url = None
-        if admin_token:
-            admin_app = make_admin_app(snapshots, places.versions, admin_token)
-            admin = opened.enter_context(_listen("127.0.0.1", serve.admin_port))
-            admin_url = _url("127.0.0.1", admin)
-            opened.enter_context(_in_background(_server(admin_app), admin, health))
-        opened.enter_context(_repeating(health, READER, lambda: read_log(users, health), POLL_S))
-        opened.enter_context(_repeating(health, WATCH, databases.look, WATCH_S))
-        snapshots.follow(health)
-        address = Address(_url(serve.host, public), admin_url, snapshots.version.id)
-        server = _server(app)
-        with _ended_by_signals(server):
-            asyncio.run(_serve(server, public, lambda: ready(address)))
+        yield ServerParts(snapshots, event_log, users, DatabaseWatch(snapshots), serve, funnel, metrics, health)
 
 
 def _busy(store: Path, holder: str) -> DataError:

@@ -115,7 +115,7 @@ class Snapshots:
     def gated(self) -> tuple[Refusal, ...]:
         """The latest deltas of the served version that the gate rejected."""
         serving = self._serving
-        return tuple(Refusal(serving.version.id, "; ".join(told), seq) for seq, told in serving.reports.gated)
+        return tuple(Refusal(serving.version.id, "; ".join(reasons), seq) for seq, reasons in serving.reports.gated)
 
     @property
     def report(self) -> Mapping[str, Any]:

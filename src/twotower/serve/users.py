@@ -192,17 +192,17 @@ class RecentUsers:
         values: dict[bytes, bytes | None] = {}
         unusable: dict[str, tuple[int, str]] = {}
         for record in records:
-            event, said = record.event, record.event.content
-            if isinstance(said, Unusable):
-                unusable.setdefault(said.reason, (record.offset, said.message))
-                self._passed_over(said.reason)
-            elif isinstance(said, EntityPut | EntityDeleted):
-                entity_key = (said.kind, said.entity_id)
-                known = self._entities.items if said.kind == ITEM else self._entities.users
-                before = put.get(entity_key, known.get(said.entity_id))
-                put[entity_key] = after(before, said, event.ts_ms, record.offset)
-                if isinstance(said, EntityDeleted) and said.kind == USER:  # all earlier events are forgotten
-                    changed[_user_key(said.entity_id)] = Recent()
+            event, content = record.event, record.event.content
+            if isinstance(content, Unusable):
+                unusable.setdefault(content.reason, (record.offset, content.message))
+                self._passed_over(content.reason)
+            elif isinstance(content, EntityPut | EntityDeleted):
+                entity_key = (content.kind, content.entity_id)
+                known = self._entities.items if content.kind == ITEM else self._entities.users
+                before = put.get(entity_key, known.get(content.entity_id))
+                put[entity_key] = after(before, content, event.ts_ms, record.offset)
+                if isinstance(content, EntityDeleted) and content.kind == USER:  # all earlier events are forgotten
+                    changed[_user_key(content.entity_id)] = Recent()
                     values[_erase_key(event.user_id)] = orjson.dumps([partition, event.user_id, record.offset])
             else:
                 user_key = _user_key(event.user_id)
@@ -290,27 +290,27 @@ class RecentUsers:
             if place is None:
                 continue
             try:
-                found = [(r.next_offset, mark_of(r.event)) for r in self._log.read(partition, place.offset, 1)]
+                stored = [(r.next_offset, mark_of(r.event)) for r in self._log.read(partition, place.offset, 1)]
             except DataError:
                 return False
-            if found != [(place.next_offset, place.mark)]:
+            if stored != [(place.next_offset, place.mark)]:
                 return False
         return True
 
 
-def items_of(said: Content) -> tuple[Sequence[ItemId], Sequence[ItemId]]:
+def items_of(content: Content) -> tuple[Sequence[ItemId], Sequence[ItemId]]:
     """The items that an event says were clicked, and those that were shown.
 
     >>> items_of(LoggedRequest(items=[4, 5], outcomes=["clicked", "rank_rejected"]))
     ([4], [4])
     """
-    match said:
+    match content:
         case Click():
-            return said.items or [], []
+            return content.items or [], []
         case Impression():
-            return [], said.items or []
+            return [], content.items or []
         case LoggedRequest():
-            return said.ended(c.CLICKED), said.ended(c.CLICKED, c.IMPRESSED)
+            return content.ended(c.CLICKED), content.ended(c.CLICKED, c.IMPRESSED)
     return [], []
 
 
@@ -323,11 +323,11 @@ def _decode_places(stored: bytes | None) -> list[_Applied | None]:
 
 
 def _read_entities(store: FeatureStore) -> EntityChanges:
-    found: dict[tuple[str, EntityId], Entity] = {}
+    entities: dict[tuple[str, EntityId], Entity] = {}
     for value in store.scan(_ENTITY).values():
         kind, entity_id, entity = orjson.loads(value)
-        found[kind, entity_id] = Entity(**entity)
-    return _with_entities(EntityChanges(), found)
+        entities[kind, entity_id] = Entity(**entity)
+    return _with_entities(EntityChanges(), entities)
 
 
 def _with_entities(entities: EntityChanges, put: dict[tuple[str, EntityId], Entity]) -> EntityChanges:

@@ -1,11 +1,11 @@
 """Event time: how far it has come in a partition of the log, and in all of them together.
 
-One rule about clocks: event time never stands beyond the log's own clock, whatever a client says. Each record carries
-the log's clock of the moment when it was stored (`Record.logged_ms`), so event time is a function of the log alone, and
-a replay gives the same rows. Where the log's clock itself was wrong and comes back, event time comes back with it.
+Event time is never later than the log's own clock, whatever a client says. Each record carries the log's clock of the
+moment when it was stored (`Record.logged_ms`), so event time is a function of the log alone, and a replay gives the
+same rows. Where the log's clock was wrong and comes back, event time comes back with it.
 
-A partition without new events does not move. It is left out of what all partitions have reached once the others are
-further by `idle_ms`; its own event time stays where it is.
+A partition without new events keeps its event time. It no longer holds back the others once these are more than
+`idle_ms` ahead of it.
 """
 
 from collections.abc import Iterable
@@ -32,15 +32,10 @@ class Clock:
         return max(self.latest_ms - allowed_lateness_ms, self.floor_ms or 0)
 
     def after(self, event: Event, logged_ms: int, window_ms: int) -> "Clock":
-        """The clock after an event.
+        """The clock after the next event of the partition, which the log stored at `logged_ms`.
 
-        In a log of requests, other events move it at most to the end of the window of the latest request, so that one
-        client whose clock is wrong does not close everyone's windows when old events are replayed.
-
-        Args:
-            event: the next one of the partition.
-            logged_ms: the log's clock when it stored the event.
-            window_ms: the join window.
+        In a log of requests, other events move it at most to the end of the window of the latest request. So one client
+        with a wrong clock does not close everyone's windows when old events are replayed.
         """
         ts_ms = min(event.ts_ms, logged_ms)
         request_ms = max(self.request_ms or 0, ts_ms) if event.original_type == REQUEST else self.request_ms
@@ -49,7 +44,7 @@ class Clock:
         return Clock(max(self.latest_ms or 0, ts_ms), request_ms, self.floor_ms)
 
     def is_beyond(self, logged_ms: int) -> bool:
-        """Event time stands beyond the log's clock: that was wrong before, and has come back."""
+        """Event time is later than the log's clock, which was wrong before and has come back."""
         return self.latest_ms is not None and self.latest_ms > logged_ms + ALLOWED_SKEW_MS
 
     def back_to(self, logged_ms: int) -> "Clock":
@@ -78,13 +73,16 @@ def joined_until(partitions: Iterable[JoinProgress], idle_ms: int) -> int | None
     90000000
     """
     partitions = list(partitions)
-    latest_ms = max((one.watermark_ms for one in partitions if one.watermark_ms is not None), default=None)
+    latest_ms = max(
+        (progress.watermark_ms for progress in partitions if progress.watermark_ms is not None), default=None
+    )
     if latest_ms is None:
         return None
     reached = [
-        one.watermark_ms
-        for one in partitions
-        if not one.read_to_end or (one.watermark_ms is not None and one.watermark_ms >= latest_ms - idle_ms)
+        progress.watermark_ms
+        for progress in partitions
+        if not progress.read_to_end
+        or (progress.watermark_ms is not None and progress.watermark_ms >= latest_ms - idle_ms)
     ]
     known = [watermark_ms for watermark_ms in reached if watermark_ms is not None]
     return min(known) if len(known) == len(reached) else None

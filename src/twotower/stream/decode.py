@@ -1,8 +1,8 @@
-"""`tf.train.Example` messages to Arrow columns, all messages of a chunk at once.
+"""Decodes `tf.train.Example` messages to Arrow columns, all messages of a chunk at once.
 
-A protobuf message is a run of fields, and where one begins is known only when the one before it was read. Here the
-first field of every message is read by NumPy at the same time, then every second one, and so on: the loops are over the
-fields of a message, never over messages. N messages; M fields of all of them together.
+A protobuf message is a run of fields, and where one begins is known only when the one before it was read. NumPy reads
+the first field of every message at once, then every second one, and so on: loops are over the fields of a message,
+never over messages. N messages; M fields of all of them together.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ _LISTS: Final = {1: BYTES_LIST, 2: FLOAT_LIST, 3: INT64_LIST}
 
 
 class _Malformed(Exception):
-    """Bytes are no field: the number of the message."""
+    """The bytes of a message, given by its number, are no field."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,21 @@ class _Fields:
         return _Fields(self.owner[mask], self.number[mask], self.wire[mask], self.start[mask], self.end[mask])
 
     def of(self, number: int) -> "_Fields":
-        """Those with a number, which have a length."""
+        """Those with a number and a length."""
         return self.take((self.number == number) & (self.wire == _LENGTH))
 
 
+def _check(wrong: npt.NDArray[np.bool_], owner: Places) -> None:
+    """Refuse the first message (M,) that is wrong."""
+    if wrong.any():
+        raise _Malformed(int(owner[wrong][0]))
+
+
 def decode(records: Records, schema: pa.Schema) -> pa.Table:
-    """The columns of a schema out of the records of a file.
+    """The columns of a schema from N records, an Example each; (N,) rows, null where a record has no such feature.
 
-    Args:
-        records: N records, an Example each.
-        schema: int64, int32, bool, float32 and string columns, and lists of int64, float32 and string. Features that
-            it does not name are passed over.
-
-    Returns:
-        (N,) rows; null where a record has no such feature.
+    The schema has int64, int32, bool, float32 and string columns, and lists of int64, float32 and string. Other
+    features are left out.
 
     Raises:
         DataError: a record is no Example, a feature is of another kind than its column, a scalar has several values,
@@ -84,13 +85,7 @@ def decode(records: Records, schema: pa.Schema) -> pa.Table:
 
 
 def decode_rows(records: Records, first: int, end: int, schema: pa.Schema) -> pa.Table:
-    """The rows of a shard from a number on up to another, each with the history and features that it shares.
-
-    Args:
-        records: all rows of the shard, as `encode_rows` writes them.
-        first: number of the first row in it.
-        end: number behind the last.
-        schema: of the rows.
+    """The rows of a shard from a number up to another, each with the history and features that it shares.
 
     Raises:
         DataError: as `decode`, or a row names an earlier one that is not there.
@@ -112,7 +107,6 @@ def decode_rows(records: Records, first: int, end: int, schema: pa.Schema) -> pa
 
 
 def _decode(records: Records, begin: int, end: int, schema: pa.Schema) -> pa.RecordBatch:
-    """The rows of the records from `begin` to `end`."""
     base = int(records.starts[begin])
     raw = records.data[base : int(records.ends[end - 1])]
     data = np.frombuffer(raw + bytes(_SPARE), np.uint8)
@@ -124,17 +118,16 @@ def _decode(records: Records, begin: int, end: int, schema: pa.Schema) -> pa.Rec
     except _Malformed as error:
         raise DataError(f"record {begin + error.args[0]} is no tf.train.Example") from None
     keys, values = _last(inner.of(1), len(entries.owner)), _last(inner.of(2), len(entries.owner))
-    lookup = _Names(data, keys)
+    names = _texts(data, keys, pa.binary()).dictionary_encode()
+    code, codes = {name: place for place, name in enumerate(names.dictionary.to_pylist())}, names.indices.to_numpy()
     columns = []
     for field in schema:
-        found = lookup.find(field.name)
-        found = found[values.start[found] >= 0]
+        chosen = np.flatnonzero((codes == code.get(field.name.encode(), -1)) & (values.start >= 0))
         # Of two features of one name the last counts, as in protobuf.
-        owner = entries.owner[found]
-        latest = np.flatnonzero(np.r_[owner[1:] != owner[:-1], True]) if len(owner) else np.zeros(0, np.int64)
-        found = found[latest]
+        owner = entries.owner[chosen]
+        chosen = chosen[np.append(owner[1:] != owner[:-1], True)[: len(owner)]]
         columns.append(
-            _column(data, field, end - begin, entries.owner[found], values.start[found], values.end[found], begin)
+            _column(data, field, end - begin, entries.owner[chosen], values.start[chosen], values.end[chosen], begin)
         )
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
@@ -148,7 +141,8 @@ def _column(
     wanted = list_of(field.type)
     try:
         lists = _split(data, np.arange(len(owner)), start, end)
-        lists = _last_field(lists, len(owner))
+        # The last of a Feature's three lists counts.
+        lists = _last(lists.take(np.isin(lists.number, list(_LISTS)) & (lists.wire == _LENGTH)), len(owner))
         other = lists.number != next(number for number, name in _LISTS.items() if name == wanted)
         if (has := lists.number > 0).any() and (wrong := has & other).any():
             seen = _LISTS.get(int(lists.number[wrong][0]), "another kind")
@@ -180,31 +174,21 @@ def _values(data: npt.NDArray[np.uint8], lists: _Fields, kind: pa.DataType) -> t
     items = _split(data, np.arange(size), lists.start, lists.end)
     items = items.take(items.number == 1)
     if pa.types.is_string(kind):
-        _require(items, _LENGTH)
-        lengths = items.end - items.start
-        content = data[ranges(items.start, lengths)]
-        offsets = pa.py_buffer(pointers(lengths).astype(np.int32))
-        text = pa.StringArray.from_buffers(len(lengths), offsets, pa.py_buffer(content))
+        _check(items.wire != _LENGTH, items.owner)
+        text = _texts(data, items, kind)
         try:
             text.validate(full=True)
         except pa.ArrowInvalid:
             raise DataError("a text is not UTF-8") from None
         return text, np.bincount(items.owner, minlength=size)
     if pa.types.is_floating(kind):
-        unpacked = items.wire == _FIXED32
-        _require(items.take(~unpacked), _LENGTH)
+        _check((items.wire != _FIXED32) & (items.wire != _LENGTH), items.owner)
         width = items.end - items.start
-        if (width % 4).any():
-            raise _Malformed(int(items.owner[width % 4 != 0][0]))
-        starts = ranges(items.start // 1, width // 4)
-        within = starts - np.repeat(items.start, width // 4)
-        at = np.repeat(items.start, width // 4) + 4 * within
-        four = np.lib.stride_tricks.as_strided(data, (max(0, len(data) - 3), 4), (1, 1))
-        numbers = np.ascontiguousarray(four[at]).view("<f4").reshape(-1)
+        _check(width % 4 != 0, items.owner)
+        numbers = data[ranges(items.start, width)].view("<f4")
         counts = np.bincount(items.owner, weights=width // 4, minlength=size).astype(np.int64)
         return pa.array(numbers, pa.float32()), counts
-    unpacked = items.wire == _VARINT
-    _require(items.take(~unpacked), _LENGTH)
+    _check((items.wire != _VARINT) & (items.wire != _LENGTH), items.owner)
     numbers, counts = _varints(data, items)
     owners = np.bincount(items.owner, weights=counts, minlength=size).astype(np.int64)
     if pa.types.is_boolean(kind):
@@ -212,9 +196,11 @@ def _values(data: npt.NDArray[np.uint8], lists: _Fields, kind: pa.DataType) -> t
     return pa.array(numbers.view(np.int64)).cast(kind), owners
 
 
-def _require(items: _Fields, wire: int) -> None:
-    if len(items.wire) and (wrong := items.wire != wire).any():
-        raise _Malformed(int(items.owner[wrong][0]))
+def _texts(data: npt.NDArray[np.uint8], fields: _Fields, kind: pa.DataType) -> pa.Array:
+    """The contents of fields (M,), as strings or bytes."""
+    lengths = fields.end - fields.start
+    offsets, content = pointers(lengths).astype(np.int32), data[ranges(fields.start, lengths)]
+    return pa.Array.from_buffers(kind, len(lengths), [None, pa.py_buffer(offsets), pa.py_buffer(content)])
 
 
 def _varints(data: npt.NDArray[np.uint8], items: _Fields) -> tuple[npt.NDArray[np.uint64], Places]:
@@ -223,32 +209,29 @@ def _varints(data: npt.NDArray[np.uint8], items: _Fields) -> tuple[npt.NDArray[n
     content = data[ranges(items.start, widths)]
     is_last = content < 0x80
     edges = pointers(widths)
-    if len(content) and not is_last[edges[1:][widths > 0] - 1].all():
-        bad = np.flatnonzero(widths > 0)[~is_last[edges[1:][widths > 0] - 1]]
-        raise _Malformed(int(items.owner[bad[0]]))
+    filled = np.flatnonzero(widths)
+    _check(~is_last[edges[1:][filled] - 1], items.owner[filled])
     counted = pointers(is_last.astype(np.int64))
     counts = counted[edges[1:]] - counted[edges[:-1]]
     if not len(content):
         return np.zeros(0, np.uint64), counts
     begins = np.flatnonzero(np.r_[True, is_last[:-1]])
-    place = np.arange(len(content)) - np.repeat(begins, np.diff(np.r_[begins, len(content)]))
-    if place.max() >= _LONGEST:
-        far = int(np.flatnonzero(place >= _LONGEST)[0])
-        raise _Malformed(int(items.owner[np.searchsorted(edges, far, side="right") - 1]))
+    place = np.arange(len(content)) - np.repeat(begins, np.diff(begins, append=len(content)))
+    _check(place >= _LONGEST, np.repeat(items.owner, widths))
     parts = (content & np.uint8(0x7F)).astype(np.uint64) << (7 * place).astype(np.uint64)
     return np.bitwise_or.reduceat(parts, begins), counts
 
 
 def _split(data: npt.NDArray[np.uint8], owner: Places, start: Places, end: Places) -> _Fields:
-    """The fields of the messages (M,) that stand from `start` to `end`, each under its message's owner."""
-    found = list(_steps(data, np.asarray(owner, np.int64), start, end))
-    if not found:
+    """The fields of the messages (M,) between `start` and `end`, each under its message's owner."""
+    steps = list(_steps(data, np.asarray(owner, np.int64), start, end))
+    if not steps:
         none = np.zeros(0, np.int64)
         return _Fields(none, none, none, none, none)
-    if len(found) == 1:
-        return _Fields(*found[0][1:])
-    order = np.argsort(np.concatenate([step[0] for step in found]), kind="stable")
-    columns = [np.concatenate([step[place] for step in found])[order] for place in range(1, 6)]
+    if len(steps) == 1:
+        return _Fields(*steps[0][1:])
+    order = np.argsort(np.concatenate([step[0] for step in steps]), kind="stable")
+    columns = [np.concatenate([step[place] for step in steps])[order] for place in range(1, 6)]
     return _Fields(*columns)
 
 
@@ -275,9 +258,7 @@ def _steps(
             length[wire == _FIXED32] = 4
         known = sized | (wire == _VARINT) | (wire == _FIXED64) | (wire == _FIXED32)
         after = content + length
-        bad = ~known | (number < 1) | (length < 0) | (after > limit)
-        if bad.any():
-            raise _Malformed(int(owner[message[bad]][0]))
+        _check(~known | (number < 1) | (length < 0) | (after > limit), owner[message])
         yield message, owner[message], number, wire, content, after
         going = after < limit
         message, position, limit = message[going], after[going], limit[going]
@@ -285,8 +266,7 @@ def _steps(
 
 def _read_varints(data: npt.NDArray[np.uint8], position: Places, owner: Places) -> tuple[Places, Places]:
     """The varint at each position (M,), and where it ends (M,). Nearly all have one byte or two."""
-    if len(position) and position.max() >= len(data):
-        raise _Malformed(int(owner[np.argmax(position)]))
+    _check(position >= len(data), owner)
     byte = data[position].astype(np.int64)
     value, after = byte & 0x7F, position + 1
     going = np.flatnonzero(byte >= 0x80)
@@ -316,39 +296,7 @@ def _read_some(
 
 def _last(fields: _Fields, size: int) -> _Fields:
     """The last field of each of `size` messages; start -1 where a message has none."""
-    found = _Fields(np.arange(size), *(np.full(size, filler, np.int64) for filler in (0, 0, -1, -1)))
-    for into, out in ((found.number, fields.number), (found.wire, fields.wire)):
-        into[fields.owner] = out
-    found.start[fields.owner] = fields.start
-    found.end[fields.owner] = fields.end
-    return found
-
-
-def _last_field(fields: _Fields, size: int) -> _Fields:
-    """The last of a Feature's three lists: it is the one that counts."""
-    return _last(fields.take((fields.number >= 1) & (fields.number <= 3) & (fields.wire == _LENGTH)), size)
-
-
-class _Names:
-    """Finds the entries of a map by their name.
-
-    Args:
-        data: that the names are in.
-        keys: (M,) the name of each entry.
-    """
-
-    def __init__(self, data: npt.NDArray[np.uint8], keys: _Fields) -> None:
-        self._data = data
-        self._start = np.where(keys.start >= 0, keys.start, 0)
-        self._length = np.where(keys.start >= 0, keys.end - keys.start, 0)
-        self._by_length: dict[int, Places] = {}
-
-    def find(self, name: str) -> Places:
-        """The entries of a name, ascending."""
-        wanted = np.frombuffer(name.encode(), np.uint8)
-        if len(wanted) not in self._by_length:
-            self._by_length[len(wanted)] = np.flatnonzero(self._length == len(wanted))
-        found = self._by_length[len(wanted)]
-        for place, byte in enumerate(wanted):
-            found = found[self._data[self._start[found] + place] == byte]
-        return found
+    last = _Fields(np.arange(size), *(np.full(size, absent, np.int64) for absent in (0, 0, -1, -1)))
+    for name in ("number", "wire", "start", "end"):
+        getattr(last, name)[fields.owner] = getattr(fields, name)
+    return last

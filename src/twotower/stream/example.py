@@ -95,16 +95,11 @@ def list_of(kind: pa.DataType) -> str:
 def encode_rows(
     batches: Iterable[Sequence[Row]], types: Types, numbers: Iterable[int] | None = None
 ) -> Iterator[bytes]:
-    """Each row as the bytes of an Example, the same for the same batch.
+    """Each row as the bytes of an Example; the same batch always gives the same bytes.
 
-    Rows of one request that follow each other in a batch have its history and its user features once, in the first of
-    them that was shown: the others say how many rows back that is. So a request of many items and a long history stays
-    small.
-
-    Args:
-        batches: rows that left at the same event.
-        types: the types of ids and values.
-        numbers: of the rows in their partition; None = from 0 on.
+    Rows of one request that follow each other in a batch (rows that left at the same event) hold its history and user
+    features once, in the first of them that was shown. The others say how many rows back that is, so that a request of
+    many items with a long history stays small. The rows have `numbers` in their partition, or from 0 on.
     """
     kinds = {field.name: list_of(field.type) for field in types.schema()} | dict.fromkeys(
         (c.ROW, ROWS_BACK), INT64_LIST

@@ -3,7 +3,6 @@
 import gc
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from twotower.stream.shards import (
     merge,
     partition_folder,
     progress_of,
+    summed,
     tidy,
     total,
     write_shard,
@@ -52,7 +52,7 @@ class JoinReport:
     """What `twotower join` did."""
 
     shards: int
-    """Written, before any merging."""
+    """Shards that were written, before any merging."""
     rows: int
     late: int
     duplicates: int
@@ -65,18 +65,11 @@ class JoinReport:
     dropped: dict[str, int]
     outcomes: dict[str, int]
     days: list[str] = field(default_factory=list)
-    """Whose files were written."""
+    """Days whose files were written."""
 
 
 class PartitionJoin:
-    """Joins one partition of the log into its shards; holds its lock.
-
-    Args:
-        event_log: read from where the shards end.
-        folder: the folder of all shards.
-        partition: a partition of the log.
-        types: the types of ids and values.
-        options: the options of the joiner.
+    """Joins one partition of the log into its shards, from where these end; holds the partition's lock.
 
     Raises:
         Taken: another joiner has the partition.
@@ -112,11 +105,6 @@ class PartitionJoin:
             raise
 
     @property
-    def watermark_ms(self) -> int | None:
-        """Event time that is joined; None before any event."""
-        return self._joiner.watermark_ms
-
-    @property
     def hour_ended(self) -> bool:
         """The last shard ended with its hour."""
         return bool(self.shards) and self.shards[-1].hour != self._hour
@@ -134,12 +122,12 @@ class PartitionJoin:
         while events < most and rows < _SHARD_ROWS and self._hour == hour:
             records = self._log.read(self.partition, self._offset, min(_BATCH, most - events))
             for record in records:
-                said = record.event.content
+                content = record.event.content
                 if batch := self._joiner.feed(record):
                     batches.append(batch)
                     rows += len(batch)
-                if isinstance(said, EntityDeleted) and said.kind == USER and is_id(said.entity_id, user_id):
-                    deleted.append(DeletedUser(said.entity_id, self._first_row + rows))
+                if isinstance(content, EntityDeleted) and content.kind == USER and is_id(content.entity_id, user_id):
+                    deleted.append(DeletedUser(content.entity_id, self._first_row + rows))
                 self._offset, events = record.next_offset, events + 1
                 hour = self._hour if hour is None else hour
                 if self._hour != hour or rows >= _SHARD_ROWS:
@@ -179,7 +167,7 @@ class PartitionJoin:
         self.shards = shards
 
     def _merged(self, part: Sequence[Manifest]) -> Sequence[Manifest]:
-        """One shard in the place of several; they stay as they are where one of them is damaged."""
+        """One shard in place of several; they stay as they are where one of them is damaged."""
         if len(part) == 1:
             return part
         try:
@@ -193,11 +181,8 @@ class PartitionJoin:
     ) -> list[str]:
         """Write the days that have new rows; gives their names.
 
-        Args:
-            events: the folder of all days.
-            partitions: how many the log has.
-            over_ms: the event time that all partitions have reached, where it is known.
-            only_over: leave out the day that event time is in.
+        With `only_over`, without the day that event time is in. `over_ms` is the event time that all partitions have
+        reached, where it is known.
         """
         reached = [ms for ms in (self._joiner.clock.latest_ms, over_ms) if ms is not None]
         today = day_of(max(reached)) if reached else ""
@@ -241,7 +226,6 @@ class PartitionJoin:
         return self._log.read(self.partition, offset, 1)[0].event
 
     def _records(self, offset: int, end: int) -> Iterator[Record]:
-        """What the log holds from an offset up to another."""
         while offset < end:
             records = self._log.read(self.partition, offset, _BATCH)
             if not records:
@@ -276,14 +260,14 @@ def join(
         events: the folder of all days; None = no daily partitions.
         types: the types of ids and values.
         options: the options of the joiner.
-        share: (k, n): of n joiners this is the k-th, and has every n-th partition.
+        share: (k, n): this is the k-th of n joiners, and has every n-th partition.
         flush: close every open window at the end.
         follow: wait for more at the end of the log.
-        stopped: asked between two steps when to end.
+        stopped: asked between two steps whether to end.
 
     Raises:
         Taken: another joiner has one of the partitions.
-        DataError: shards are damaged, or the log is.
+        DataError: shards or the log are damaged.
     """
     written: list[Manifest] = []
     days: list[str] = []
@@ -295,42 +279,41 @@ def join(
         ]
         looked_s = time.monotonic()
         while not stopped():
-            stepped = [manifest for one in joins if (manifest := one.step())]
+            stepped = [manifest for partition_join in joins if (manifest := partition_join.step())]
             written += stepped
-            for one in joins:
-                if one.hour_ended:
-                    one.merge_hours()
+            for partition_join in joins:
+                if partition_join.hour_ended:
+                    partition_join.merge_hours()
                     if follow and events is not None:
-                        days += one.write_days(events, event_log.partitions)
+                        days += partition_join.write_days(events, event_log.partitions)
             if follow and events is not None and time.monotonic() - looked_s >= _DAYS_EVERY_S:
                 looked_s = time.monotonic()
                 over_ms = joined_until(progress_of(folder, event_log).values(), options.idle_ms)
-                for one in joins:
-                    days += one.write_days(events, event_log.partitions, over_ms)
+                for partition_join in joins:
+                    days += partition_join.write_days(events, event_log.partitions, over_ms)
             if not stepped and not follow:
                 break
             if follow and sum(manifest.counts.events for manifest in stepped) < options.shard_events:
                 time.sleep(options.follow_s)
-        for one in joins:
-            if flush and (manifest := one.flush()):
+        for partition_join in joins:
+            if flush and (manifest := partition_join.flush()):
                 written.append(manifest)
             if events is not None:
-                days += one.write_days(events, event_log.partitions, only_over=False)
+                days += partition_join.write_days(events, event_log.partitions, only_over=False)
         reached = progress_of(folder, event_log)
-    return _report(written, days, joined_until([reached[one.partition] for one in joins], options.idle_ms))
+    return _report(
+        written, days, joined_until([reached[partition_join.partition] for partition_join in joins], options.idle_ms)
+    )
 
 
 def _report(written: list[Manifest], days: list[str], watermark_ms: int | None) -> JoinReport:
     counts: JoinCounts = total(manifest.counts for manifest in written)
-    outcomes = Counter[str]()
-    for manifest in written:
-        outcomes.update(manifest.outcomes)
     return JoinReport(
         **(vars(counts) | {"dropped": dict(sorted(counts.dropped.items()))}),
         shards=len(written),
         rows=sum(manifest.rows for manifest in written),
         watermark_ms=watermark_ms,
-        outcomes=dict(sorted(outcomes.items())),
+        outcomes=summed(manifest.outcomes for manifest in written),
         days=sorted(set(days)),
     )
 
@@ -346,8 +329,8 @@ def _mergeable(group: list[Manifest]) -> list[list[Manifest]]:
 
 @contextmanager
 def _rare_collection() -> Iterator[None]:
-    """Look for cyclic garbage less often: nearly everything here lives until its window closes, and looking through it
-    again and again takes a third of the joiner's time.
+    """Collect cyclic garbage less often: nearly everything here lives until its window closes, and collecting at the
+    default rate takes a third of the joiner's time.
     """
     before = gc.get_threshold()
     gc.set_threshold(50_000, *before[1:])

@@ -53,10 +53,10 @@ BAD_REQUEST: Final = "bad_request"
 BAD_VALUE: Final = "bad_value"
 ITEM_TWICE: Final = "item_twice"
 
-MOST_HELD: Final = 1_000_000
+MAX_HELD: Final = 1_000_000
 """Largest number of items of open requests in memory; other requests are read again when their window closes."""
-_INT32_MOST: Final = 2**31 - 1
-_FLOAT32_MOST: Final = 1e38
+_INT32_MAX: Final = 2**31 - 1
+_FLOAT32_MAX: Final = 1e38
 _RANK: Final = {outcome: rank for rank, outcome in enumerate(c.OUTCOMES)}
 
 _LEAVE, _CLOSE, _FORGET = range(3)
@@ -99,7 +99,7 @@ class _Logged:
 
     request: RowRequest
     rows: Mapping[EntityId, Row]
-    """By item in the order of the record, the row that leaves if nothing more is heard of it."""
+    """By item in the order of the record, the row that leaves if no more events name the item."""
 
 
 @dataclass(slots=True)
@@ -107,13 +107,13 @@ class _Entry:
     """What is remembered of a request: the events that name it, in whatever order they come."""
 
     at_ms: int
-    """Of the request, or until it comes, of the first event that names it."""
+    """Time of the request, or of the first event that names it until the request comes."""
     last_ms: int
     first_offset: int
     clock: Clock
     """Before its first event."""
     offset: int = -1
-    """Of the request; -1 while it has not come."""
+    """Offset of the request; -1 while it has not come."""
     logged: _Logged | None = None
     """Until its window closes, if there is room; else it is read again at its offset where it is needed."""
     shown: dict[EntityId, Event] = field(default_factory=dict)
@@ -125,13 +125,7 @@ class _Entry:
 
 
 class Joiner:
-    """Joins the events of one partition.
-
-    Args:
-        types: the types of ids and raw values.
-        options: the join window and how long things are waited for.
-        fetch: the event at an offset of the partition.
-    """
+    """Joins the events of one partition; `fetch` gives the event at an offset of the partition."""
 
     def __init__(self, types: Types, options: StreamOptions, fetch: Callable[[int], Event]) -> None:
         self._types = types
@@ -148,23 +142,22 @@ class Joiner:
         self._counts = JoinCounts()
 
     def resume(self, replay: Replay, flushes: Sequence[int], records: Iterable[Record], end: int) -> None:
-        """Remember what another joiner did that had read everything before the offset `end`.
+        """Take the state that another joiner had when it had read everything before the offset `end`.
 
         Args:
-            replay: what the other gave as its `replay` there.
+            replay: the other's `replay` there.
             flushes: offsets before which it was flushed, ascending.
-            records: the log from `replay.offset` on, up to `end`.
-            end: offset up to which the other had read.
+            records: the log from `replay.offset` to `end`.
+            end: the offset up to which the other had read.
         """
         self._clock = replay.clock
-        pending = deque(offset for offset in flushes if offset > replay.offset)
+        pending = deque(offset for offset in flushes if replay.offset < offset <= end)
         for record in records:
             while pending and pending[0] <= record.offset:
                 pending.popleft()
                 self.flush()
             self.feed(record)
-        while pending and pending[0] <= end:
-            pending.popleft()
+        for _ in pending:
             self.flush()
         self.take_counts()
 
@@ -197,29 +190,29 @@ class Joiner:
 
     def feed(self, record: Record) -> list[Row]:
         """Take the next event of the partition; gives the rows that leave."""
-        event, said, rows = record.event, record.event.content, list[Row]()
+        event, content, rows = record.event, record.event.content, list[Row]()
         self._counts.events += 1
         if event.original_type == UNUSABLE:
             self._pass_over(record)
             return rows
         if self._clock.is_beyond(record.logged_ms):
             self._come_back(record, rows)
-        if event.original_type in (USER, ITEM):  # stamped by a server, whatever time requests carry: no event time
-            if isinstance(said, EntityDeleted) and said.kind == USER:
+        if event.original_type in (USER, ITEM):  # their time is a server's, not event time
+            if isinstance(content, EntityDeleted) and content.kind == USER:
                 self._forget_user(event.user_id)
             return rows
-        if isinstance(said, Erased):
+        if isinstance(content, Erased):
             self._counts.dropped[WAS_ERASED] += 1
-        elif not isinstance(said, LoggedRequest | Click | Impression):
+        elif not isinstance(content, LoggedRequest | Click | Impression):
             self._counts.dropped[OTHER_TYPE] += 1
         elif not is_id(event.user_id, self._types.user_id):
             self._counts.dropped[WRONG_USER_ID] += 1
-        elif isinstance(said, LoggedRequest):
-            self._take_request(record, said, rows)
-        elif isinstance(said, Click):
-            self._take_click(record, said, rows)
+        elif isinstance(content, LoggedRequest):
+            self._take_request(record, content, rows)
+        elif isinstance(content, Click):
+            self._take_click(record, content, rows)
         else:
-            self._take_impression(record, said, rows)
+            self._take_impression(record, content, rows)
         self._clock = self._clock.after(event, record.logged_ms, self._window_ms)
         watermark_ms = self._clock.watermark_ms(self._allowed_lateness_ms)
         while self._due and watermark_ms is not None and self._due[0][0] <= watermark_ms:
@@ -232,23 +225,23 @@ class Joiner:
         if self._clock.latest_ms is not None:
             self._clock = replace(self._clock, floor_ms=self._clock.latest_ms + self._window_ms)
         due, self._due = sorted(self._due), []
-        for one in due:
-            if one[2] == _FORGET:
-                heapq.heappush(self._due, one)
+        for task in due:
+            if task[2] == _FORGET:
+                heapq.heappush(self._due, task)
             else:
-                self._do(one, None, rows)
+                self._do(task, None, rows)
         return rows
 
     def _pass_over(self, record: Record) -> None:
         """Count an event that no reader can use, and log the first with each reason."""
-        said = record.event.content
-        if not isinstance(said, Unusable):
+        content = record.event.content
+        if not isinstance(content, Unusable):
             self._counts.dropped[WAS_ERASED] += 1
             return
-        reason = f"{UNUSABLE}_{said.reason}"
+        reason = f"{UNUSABLE}_{content.reason}"
         self._counts.dropped[reason] += 1
         if self._counts.dropped[reason] == 1:
-            log.warning("offset %d: an event is passed over: %s", record.offset, said.message)
+            log.warning("offset %d: an event is passed over: %s", record.offset, content.message)
 
     def _come_back(self, record: Record, rows: list[Row]) -> None:
         """The log's clock was ahead and has come back: requests of the wrong time leave, and are forgotten."""
@@ -260,10 +253,10 @@ class Joiner:
             record.logged_ms,
         )
         self._clock = self._clock.back_to(record.logged_ms)
-        most_ms = record.logged_ms + ALLOWED_SKEW_MS
-        for key, entry in [(key, entry) for key, entry in self._entries.items() if entry.last_ms > most_ms]:
-            self._do((most_ms, entry.first_offset, _LEAVE, key), None, rows)
-            self._do((most_ms, entry.first_offset, _CLOSE, key), None, rows)
+        limit_ms = record.logged_ms + ALLOWED_SKEW_MS
+        for key, entry in [(key, entry) for key, entry in self._entries.items() if entry.last_ms > limit_ms]:
+            self._do((limit_ms, entry.first_offset, _LEAVE, key), None, rows)
+            self._do((limit_ms, entry.first_offset, _CLOSE, key), None, rows)
             del self._entries[key]
         self._due = [due for due in self._due if due[3] in self._entries]
         heapq.heapify(self._due)
@@ -275,20 +268,14 @@ class Joiner:
             self._open -= not entry.closed
             self._let_go(entry)
 
-    def _hold(self, entry: _Entry, logged: _Logged) -> None:
-        """Keep a request in memory until its window closes, if there is room."""
-        if self._held + len(logged.rows) <= MOST_HELD:
-            entry.logged = logged
-            self._held += len(logged.rows)
-
     def _let_go(self, entry: _Entry) -> None:
         if entry.logged is not None:
             self._held -= len(entry.logged.rows)
             entry.logged = None
 
-    def _do(self, one: tuple[int, int, int, _Key], watermark_ms: int | None, rows: list[Row]) -> None:
-        """Do one thing whose moment has come; without a watermark, whatever its moment is."""
-        due_ms, first_offset, what, key = one
+    def _do(self, due: tuple[int, int, int, _Key], watermark_ms: int | None, rows: list[Row]) -> None:
+        """Do what is due at a moment that has come; without a watermark, whatever the moment is."""
+        due_ms, first_offset, what, key = due
         entry = self._entries.get(key)
         if entry is None or entry.first_offset != first_offset:
             return
@@ -332,7 +319,7 @@ class Joiner:
             return event.ts_ms
         return min(event.ts_ms, self._clock.request_ms + self._window_ms)
 
-    def _take_request(self, record: Record, said: LoggedRequest, rows: list[Row]) -> None:
+    def _take_request(self, record: Record, content: LoggedRequest, rows: list[Row]) -> None:
         event = record.event
         request_id = event.request_id or event.event_id
         before = self._entries.get((event.user_id, request_id))
@@ -340,12 +327,14 @@ class Joiner:
             self._counts.duplicates += 1
             self._entry(record, request_id)
             return
-        logged = self._logged(event, said)
+        logged = self._logged(event, content)
         if logged is None:
             return
         entry = self._entry(record, request_id)
         entry.offset, entry.at_ms = record.offset, event.ts_ms
-        self._hold(entry, logged)
+        if self._held + len(logged.rows) <= MAX_HELD:
+            entry.logged = logged
+            self._held += len(logged.rows)
         rows.extend(self._click_row(click, item, logged) for _, click, item in entry.waiting)
         entry.waiting = []
         for item, row in logged.rows.items():
@@ -361,9 +350,9 @@ class Joiner:
             key = (event.user_id, request_id)
             heapq.heappush(self._due, (event.ts_ms + self._window_ms, entry.first_offset, _CLOSE, key))
 
-    def _take_click(self, record: Record, said: Click, rows: list[Row]) -> None:
+    def _take_click(self, record: Record, content: Click, rows: list[Row]) -> None:
         event = record.event
-        items = self._items(said)
+        items = self._items(content)
         if event.request_id is None:
             self._counts.unjoined += len(items)
             rows.extend(self._click_row(event, item, None) for item in items)
@@ -386,9 +375,9 @@ class Joiner:
             key = (event.user_id, event.request_id)
             heapq.heappush(self._due, (moment_ms, entry.first_offset, _LEAVE, key))
 
-    def _take_impression(self, record: Record, said: Impression, rows: list[Row]) -> None:
+    def _take_impression(self, record: Record, content: Impression, rows: list[Row]) -> None:
         event = record.event
-        items = self._items(said)
+        items = self._items(content)
         if event.request_id is None:
             self._counts.dropped[NO_REQUEST_ID] += len(items)
             return
@@ -432,9 +421,9 @@ class Joiner:
             return entry.logged
         counts, self._counts = self._counts, JoinCounts()  # it was counted when it came
         event = self._fetch(entry.offset)
-        said = event.content
+        content = event.content
         # An erased one is that of a user whose deletion is still to be read.
-        logged = self._logged(event, said) if isinstance(said, LoggedRequest) else None
+        logged = self._logged(event, content) if isinstance(content, LoggedRequest) else None
         self._counts = counts
         return logged
 
@@ -442,13 +431,13 @@ class Joiner:
         row = self._row(event, item, logged)
         if event.ts_ms < row.request.ts_ms:
             self._counts.before_request += 1
-        said = event.content
-        weight = said.weight if isinstance(said, Click) and said.weight is not None else 1.0
+        content = event.content
+        weight = content.weight if isinstance(content, Click) and content.weight is not None else 1.0
         click_ts_ms = max(event.ts_ms, row.request.ts_ms)
         return replace(row, outcome=c.CLICKED, click_ts_ms=click_ts_ms, weight=float(weight))
 
     def _shown_row(self, event: Event, item: EntityId, logged: _Logged | None) -> Row:
-        """The row of an item that an impression event says was shown, whatever its request says."""
+        """The row of an item that was shown according to an impression event, even if its request differs."""
         return replace(self._row(event, item, logged), outcome=c.IMPRESSED)
 
     def _row(self, event: Event, item: EntityId, logged: _Logged | None) -> Row:
@@ -457,12 +446,12 @@ class Joiner:
             return Row(self._request_of(event), item, c.IMPRESSED)
         return logged.rows.get(item) or Row(logged.request, item, c.IMPRESSED)
 
-    def _items(self, said: Click | Impression) -> list[EntityId]:
+    def _items(self, content: Click | Impression) -> list[EntityId]:
         """The distinct items that a click or an impression names."""
-        if not said.items:
+        if not content.items:
             self._counts.dropped[NO_ITEM] += 1
             return []
-        return list(dict.fromkeys(self._right(said.items)))
+        return list(dict.fromkeys(self._right(content.items)))
 
     def _right(self, items: Sequence[Any]) -> list[EntityId]:
         right = [item for item in items if is_id(item, self._types.item_id)]
@@ -471,24 +460,23 @@ class Joiner:
         return right
 
     def _request_of(self, event: Event) -> RowRequest:
-        """What an event says of its request: one for all of its items."""
-        if self._latest_request is None or self._latest_request[0] is not event:
-            self._latest_request = event, self._read_request(event)
-        return self._latest_request[1]
-
-    def _read_request(self, event: Event) -> RowRequest:
-        said = event.content
-        assert isinstance(said, LoggedRequest | Click | Impression)
-        return RowRequest(
+        """The request that an event describes, the same object for all of its items."""
+        if self._latest_request is not None and self._latest_request[0] is event:
+            return self._latest_request[1]
+        content = event.content
+        assert isinstance(content, LoggedRequest | Click | Impression)
+        request = RowRequest(
             event.user_id,
             event.request_id or (event.event_id if event.type == REQUEST else None),
             event.ts_ms,
-            self._values(said.context, self._types.context),
-            self._values(said.features, self._types.features),
-            self._right(said.history) if isinstance(said.history, list) else None,
-            said.version if isinstance(said.version, str) else None,
-            said.delta_seq if is_id(said.delta_seq, pa.int64()) else None,
+            self._values(content.context, self._types.context),
+            self._values(content.features, self._types.features),
+            self._right(content.history) if isinstance(content.history, list) else None,
+            content.version if isinstance(content.version, str) else None,
+            content.delta_seq if is_id(content.delta_seq, pa.int64()) else None,
         )
+        self._latest_request = event, request
+        return request
 
     def _values(self, given: Any, types: Mapping[str, pa.DataType]) -> dict[str, Value]:
         """The values of configured features, in their types; others are passed over."""
@@ -508,11 +496,11 @@ class Joiner:
             self._counts.dropped[BAD_VALUE] += 1
             return None
 
-    def _logged(self, event: Event, said: LoggedRequest) -> _Logged | None:
+    def _logged(self, event: Event, content: LoggedRequest) -> _Logged | None:
         """A request, or None where its lists have not one value for each item, which is counted."""
-        items: Sequence[EntityId] = said.items or ()
-        outcomes: Sequence[str] = said.outcomes or ()
-        packed = (said.positions, said.scores, said.channels, said.probabilities, said.propensities)
+        items: Sequence[EntityId] = content.items or ()
+        outcomes: Sequence[str] = content.outcomes or ()
+        packed = (content.positions, content.scores, content.channels, content.probabilities, content.propensities)
         if len(items) != len(outcomes) or any(
             column is not None and not (isinstance(column, list) and len(column) == len(items)) for column in packed
         ):
@@ -542,7 +530,7 @@ class Joiner:
                 [name for name in names if isinstance(name, str)] if isinstance(names, list) else [] for names in column
             ]
             return ["|".join(names) or None for names in named]
-        usual, most = (float, _FLOAT32_MOST) if pa.types.is_floating(kind) else (int, _INT32_MOST)
+        usual, most = (float, _FLOAT32_MAX) if pa.types.is_floating(kind) else (int, _INT32_MAX)
         return [  # nearly all are as they should be
             value if value is None or (type(value) is usual and -most <= value <= most) else self._value(value, kind)
             for value in column

@@ -13,11 +13,13 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower.datasets.workspace import ITEMS, USERS
 from twotower.features import options as spec
 from twotower.logs.events import EntityId
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import parquet_files
+from twotower.schema.tables import require_columns
 
 _LARGEST: Final = 3.4e38
 """About the largest float32."""
@@ -99,21 +101,15 @@ class Row:
 
 
 def read_types(workspace: Path, user: Mapping[str, spec.Feature], context: Mapping[str, spec.Feature]) -> Types:
-    """The types of a workspace's ids and of its configured features.
-
-    Args:
-        workspace: with `users.parquet`, `items.parquet` and `events/`.
-        user: the configured features of users.
-        context: the configured features of requests.
+    """The types of a workspace's ids, and of its configured features of users and of requests.
 
     Raises:
         DataError: a table is missing.
         ConfigError: a configured user feature is no column of `users.parquet`.
     """
-    users, items = _schema(workspace / "users.parquet"), _schema(workspace / "items.parquet")
-    for table, name in ((users, c.USER_ID), (items, c.ITEM_ID)):
-        if name not in table.names:
-            raise DataError(f"{workspace / name.removesuffix('_id')}s.parquet has no column {name}")
+    users, items = (read_schema(workspace / name) for name in (USERS, ITEMS))
+    require_columns(users, [c.USER_ID], USERS)
+    require_columns(items, [c.ITEM_ID], ITEMS)
     item_id = _id_type(items.field(c.ITEM_ID).type)
     features = {}
     for name, feature in user.items():
@@ -159,12 +155,17 @@ def as_value(value: Any, kind: pa.DataType) -> Value:
     raise ValueError(f"{value!r} is not of type {kind}")
 
 
-def _schema(path: Path) -> pa.Schema:
+def read_schema(path: Path) -> pa.Schema:
+    """The columns of a Parquet file.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
     try:
         return pq.read_schema(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: import or simulate a workspace first") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is no readable Parquet file: {error}") from None
 
 
@@ -179,7 +180,7 @@ def _context_types(events: Path, wanted: set[str]) -> dict[str, pa.DataType]:
         for path in parquet_files(folder):
             if wanted <= known.keys():
                 return known
-            stored = _schema(path)
+            stored = read_schema(path)
             for name in wanted.intersection(stored.names) - known.keys():
                 if not pa.types.is_null(stored.field(name).type):
                     known[name] = stored.field(name).type
@@ -187,7 +188,7 @@ def _context_types(events: Path, wanted: set[str]) -> dict[str, pa.DataType]:
 
 
 def _raw_type(kind: pa.DataType, feature: spec.Feature, item_id: pa.DataType) -> pa.DataType:
-    """The type of a feature's raw values: for numbers and sequences what its kind says, for categories their column's.
+    """The type of a feature's raw values: of numbers and sequences by their kind, of categories that of their column.
 
     Categories without any value in a file are strings.
     """

@@ -5,10 +5,10 @@
     shards/partition-0000/<begin>-<end>.others.tfrecord       the other rows
     shards/partition-0000/<begin>-<end>.json                  the manifest
 
-A shard is there when its manifest is: that is the last thing written, in one rename, and it carries how far the log was
-read and what the joiner needs to go on. The rows of a partition are numbered through all shards in the order in which
-they left, and each carries its number; merging small shards changes neither rows nor numbers. The updater learns from
-positives alone, so that it does not read the others.
+A shard exists once its manifest does: that is written last, in one rename, and says how far the log was read and what
+the joiner needs to continue. The rows of a partition are numbered through all shards in the order in which they left,
+and each carries its number; merging small shards changes neither rows nor numbers. The updater learns from positives
+alone and does not read the other rows.
 """
 
 import functools
@@ -52,14 +52,8 @@ ALL: Final = "all"
 _ENDINGS: Final = {POSITIVES: ".positives.tfrecord", OTHERS: ".others.tfrecord", ALL: ".tfrecord"}
 _MANIFEST: Final = re.compile(r"(\d{20})-(\d{20})\.json")
 _PARTITION: Final = re.compile(r"partition-(\d{4,})")
-_TYPES: Final = {
-    "int64": pa.int64(),
-    "int32": pa.int32(),
-    "bool": pa.bool_(),
-    "float32": pa.float32(),
-    "string": pa.string(),
-}
-_NAMES: Final = {kind: name for name, kind in _TYPES.items()}
+_NAMES: Final = {pa.type_for_alias(name): name for name in ("int64", "int32", "bool", "float32", "string")}
+_TYPES: Final = {name: kind for kind, name in _NAMES.items()}
 _LIST: Final = "list of "
 
 Count = Annotated[int, Field(ge=0)]
@@ -102,7 +96,7 @@ class DeletedUser:
 
 @dataclass(frozen=True)
 class JoinState:
-    """What the joiner needs to go on behind a shard."""
+    """What the joiner needs to continue after a shard."""
 
     replay: Replay
     flushes: tuple[int, ...] = ()
@@ -126,7 +120,7 @@ class Manifest:
     begin: Count
     """Offset of the log from which it was read."""
     end: Count
-    """Offset at which reading goes on."""
+    """Offset at which reading continues."""
     first_row: Count
     """Number of its first row in the partition."""
     hour: int | None
@@ -183,57 +177,19 @@ def partitions(folder: Path) -> list[int]:
     """The partitions that have been joined."""
     if not folder.is_dir():
         return []
-    return sorted(int(found[1]) for name in os.listdir(folder) if (found := _PARTITION.fullmatch(name)))
+    return sorted(int(match[1]) for name in os.listdir(folder) if (match := _PARTITION.fullmatch(name)))
 
 
 def progress_of(folder: Path, event_log: EventLog | None) -> dict[int, JoinProgress]:
-    """How far each partition is joined, by its number.
-
-    Args:
-        folder: the folder of all shards.
-        event_log: the log that was joined; None = it is gone, so that nothing is left to be joined.
-    """
+    """How far each partition is joined, by its number; without a log nothing is left to be joined."""
     numbers = set(partitions(folder)) | set(range(event_log.partitions if event_log is not None else 0))
-    found = {}
+    progress = {}
     for number in sorted(numbers):
         known = manifests(folder, number)
         last = known[-1] if known else None
         at_end = event_log is None or not event_log.read(number, last.end if last else 0, 1)
-        found[number] = JoinProgress(last.watermark_ms if last else None, at_end)
-    return found
-
-
-def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest]:
-    """The manifests of a partition's shards, in order, from the one that holds a row on.
-
-    Args:
-        folder: the folder of all shards.
-        partition: a partition of the log.
-        first_row: shards that end before it are left out, and not even read.
-
-    Raises:
-        DataError: one is damaged or of another format, or shards are missing in between.
-    """
-    own = partition_folder(folder, partition)
-    spans = _covering(_spans(own))
-    found: list[Manifest] = []
-    try:
-        for begin, end in reversed(spans):
-            found.append(read_manifest(own / f"{shard_name(begin, end)}.json"))
-            if first_row and found[-1].first_row <= first_row:
-                break
-    except DataError:
-        if _covering(_spans(own)) == spans:
-            raise
-        return manifests(folder, partition, first_row)  # they were merged meanwhile
-    found.reverse()
-    for before, after in itertools.pairwise(found):
-        if (before.end, before.end_row) != (after.begin, after.first_row):
-            raise DataError(
-                f"{own}: {after.name} begins at offset {after.begin} and row {after.first_row}, but the shard before "
-                f"it ends at offset {before.end} and row {before.end_row}: restore the shards in between"
-            )
-    return found
+        progress[number] = JoinProgress(last.watermark_ms if last else None, at_end)
+    return progress
 
 
 @dataclass(frozen=True)
@@ -246,28 +202,56 @@ class Usable:
     """A sentence for each that cannot."""
 
 
+def manifests(folder: Path, partition: int, first_row: int = 0) -> list[Manifest]:
+    """The manifests of a partition's shards, in order; those of shards that end before `first_row` are not even read.
+
+    Raises:
+        DataError: one is damaged or of another format, or shards are missing in between.
+    """
+    own = partition_folder(folder, partition)
+    readable = _readable(own, first_row)
+    if readable.problems:
+        raise DataError(readable.problems[-1])
+    for before, after in itertools.pairwise(readable.manifests):
+        if (before.end, before.end_row) != (after.begin, after.first_row):
+            raise DataError(
+                f"{own}: {after.name} begins at offset {after.begin} and row {after.first_row}, but the shard before "
+                f"it ends at offset {before.end} and row {before.end_row}: restore the shards in between"
+            )
+    return readable.manifests
+
+
 def usable_manifests(folder: Path, partition: int, first_row: int = 0) -> Usable:
     """As `manifests`, but a damaged manifest hides only its own rows: it does not stop readers of rows."""
-    try:
-        return Usable(manifests(folder, partition, first_row), [])
-    except DataError:
-        own = partition_folder(folder, partition)
-    found, problems = list[Manifest](), list[str]()
-    for begin, end in _covering(_spans(own)):
-        path = own / f"{shard_name(begin, end)}.json"
-        try:
-            manifest = read_manifest(path)
-        except DataError as error:
-            if path.exists():  # else it was merged meanwhile
-                problems.append(str(error))
-            continue
-        if found and manifest.first_row < found[-1].end_row:
+    own = partition_folder(folder, partition)
+    readable = _readable(own, first_row)
+    known, problems = list[Manifest](), readable.problems
+    for manifest in readable.manifests:
+        if known and manifest.first_row < known[-1].end_row:
             problems.append(
-                f"{path} begins at row {manifest.first_row}, the shard before it ends at {found[-1].end_row}"
+                f"{own / manifest.name}.json begins at row {manifest.first_row}, the shard before it ends at "
+                f"{known[-1].end_row}"
             )
-        elif manifest.end_row > first_row:
-            found.append(manifest)
-    return Usable(found, problems)
+        else:
+            known.append(manifest)
+    return Usable(known, problems)
+
+
+def _readable(own: Path, first_row: int) -> Usable:
+    """The manifests in the folder of a partition, from the one that holds a row on, that can be read."""
+    spans = _covering(_spans(own))
+    known, problems = list[Manifest](), list[str]()
+    for begin, end in reversed(spans):
+        try:
+            known.append(read_manifest(own / f"{shard_name(begin, end)}.json"))
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if first_row and known[-1].first_row <= first_row:
+            break
+    if problems and _covering(_spans(own)) != spans:
+        return _readable(own, first_row)  # they were merged meanwhile
+    return Usable(known[::-1], problems[::-1])
 
 
 @dataclass(frozen=True)
@@ -282,10 +266,7 @@ class PositiveRows:
 
 
 def read_positives(folder: Path, partition: int, first_row: int, end_row: int) -> PositiveRows:
-    """The clicked rows of a partition from a number up to another, shard by shard.
-
-    What is damaged is left out and said.
-    """
+    """The clicked rows of a partition from a number up to another, by shard; damaged shards are left out and named."""
     usable = usable_manifests(folder, partition, first_row)
     tables, rows, problems = list[pa.Table](), 0, list(usable.problems)
     for shard in usable.manifests:
@@ -304,7 +285,7 @@ def read_positives(folder: Path, partition: int, first_row: int, end_row: int) -
 
 @functools.lru_cache(maxsize=1 << 14)
 def read_manifest(path: Path) -> Manifest:
-    """One manifest; it is kept, for one of a name never changes, and who follows shards asks again and again.
+    """One manifest. It is cached: a manifest never changes, and those who follow shards ask for it again and again.
 
     Raises:
         DataError: it is missing, damaged or of another format.
@@ -318,9 +299,9 @@ def read_manifest(path: Path) -> Manifest:
         manifest = _MANIFESTS.validate_json(json.dumps(content), strict=True)
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         problems = error.errors() if isinstance(error, ValidationError) else []
-        told = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems)
+        details = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems)
         raise DataError(
-            f"{path} is no whole manifest ({told or repr(error)}): it was damaged or written by something else"
+            f"{path} is no whole manifest ({details or repr(error)}): it was damaged or written by something else"
         ) from None
     if sum(file.rows for file in manifest.files.values()) != manifest.rows:
         raise DataError(f"{path} has {manifest.rows} rows, its files have others: it was damaged")
@@ -338,15 +319,10 @@ def read_shard(
     columns: Iterable[str] | None = None,
     positives_only: bool = False,
 ) -> pa.Table:
-    """The rows of a shard from a number up to another, in their order, with their numbers; every checksum is checked.
+    """The rows of a shard from a number up to another, in order, with their numbers (`row`); all checksums are checked.
 
-    Args:
-        folder: the folder of all shards.
-        manifest: the manifest of the shard.
-        first_row: number of the first row in the partition.
-        end_row: number behind the last.
-        columns: that are wanted beside the numbers; None = all.
-        positives_only: only clicked rows; others are read only where they stand in the same file.
+    With `columns`, only these and the numbers. With `positives_only`, only clicked rows; the others are read only where
+    they are in the same file.
 
     Raises:
         DataError: a file is missing, damaged, or has other rows than the manifest says.
@@ -381,17 +357,13 @@ def read_shard(
 
 @functools.lru_cache(maxsize=2)
 def _records(path: Path, sha256: str) -> Records:  # noqa: ARG001 - another content is another shard
-    """The records of a file; the latest are kept, for a shard of a whole hour is read part by part."""
+    """The records of a file. The latest are cached, because a shard of a whole hour is read part by part."""
     return read_records(path)
 
 
 @functools.lru_cache(maxsize=2)
 def _numbers(path: Path, sha256: str) -> npt.NDArray[np.int64]:
-    """The numbers of the rows of a file, ascending.
-
-    Raises:
-        DataError: a row has no number, or the numbers do not rise.
-    """
+    """The numbers of the rows of a file, ascending."""
     column = decode(_records(path, sha256), pa.schema([(c.ROW, pa.int64())]))[c.ROW]
     numbers: npt.NDArray[np.int64] = column.to_numpy()
     if column.null_count or (np.diff(numbers) <= 0).any():
@@ -400,13 +372,7 @@ def _numbers(path: Path, sha256: str) -> npt.NDArray[np.int64]:
 
 
 def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int | None = None) -> pa.Table:
-    """Rows of a partition from a number on, in order; fewer than `most_rows` at the end.
-
-    Args:
-        folder: the folder of all shards.
-        partition: a partition of the log.
-        first_row: number of the first row.
-        most_rows: that are wanted; None = all.
+    """Rows of a partition from a number on, in order: at most `most_rows`, or all.
 
     Raises:
         DataError: a shard that holds some of them is missing or damaged, or shards have columns of other types.
@@ -429,16 +395,13 @@ def read_rows(folder: Path, partition: int, first_row: int = 0, most_rows: int |
 
 
 def write_shard(folder: Path, batches: Sequence[Sequence[Row]], types: Types, manifest: Manifest) -> Manifest:
-    """Write a shard; it is there when this returns, and not before its manifest is.
+    """Write a shard, its manifest last; gives the whole manifest.
 
     Args:
         folder: the folder of all shards.
         batches: rows that left at the same event, in their order.
         types: the types of ids and values.
         manifest: without what is known only when the rows are written.
-
-    Returns:
-        The whole manifest.
     """
     files: dict[Part, ShardFile] = {}
     rows = list(itertools.chain.from_iterable(batches))
@@ -457,7 +420,7 @@ def write_shard(folder: Path, batches: Sequence[Sequence[Row]], types: Types, ma
         manifest,
         rows=len(rows),
         days={day_of(day * DAY_MS): Day(counts[day], last_rows[day]) for day in sorted(counts)},
-        outcomes=_summed([Counter(row.outcome for row in rows)]),
+        outcomes=summed([Counter(row.outcome for row in rows)]),
         schema=types.schema(),
         files=files,
     )
@@ -486,9 +449,7 @@ def tidy(folder: Path, partition: int) -> None:
 
 
 def merge(folder: Path, small: Sequence[Manifest]) -> Manifest:
-    """Make one shard out of several of one format that follow each other.
-
-    The rename of its manifest replaces them; then they are removed.
+    """Make one shard of several that follow each other. The rename of its manifest replaces them, and they are removed.
 
     Raises:
         DataError: one of them is not as its manifest says.
@@ -505,7 +466,7 @@ def merge(folder: Path, small: Sequence[Manifest]) -> Manifest:
         rows=sum(part.rows for part in small),
         hour=first.hour,
         days=dict(sorted(days.items())),
-        outcomes=_summed(part.outcomes for part in small),
+        outcomes=summed(part.outcomes for part in small),
         counts=total(part.counts for part in small),
         deleted=tuple(user for part in small for user in part.deleted),
     )
@@ -531,8 +492,8 @@ def merge(folder: Path, small: Sequence[Manifest]) -> Manifest:
 def total(counts: Iterable[JoinCounts]) -> JoinCounts:
     """The sum of counts."""
     summed = JoinCounts()
-    for one in counts:
-        for name, value in vars(one).items():
+    for part in counts:
+        for name, value in vars(part).items():
             if name == "dropped":
                 summed.dropped.update(value)
             else:
@@ -540,11 +501,9 @@ def total(counts: Iterable[JoinCounts]) -> JoinCounts:
     return summed
 
 
-def _summed(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    summed = Counter[str]()
-    for part in parts:
-        summed.update(part)
-    return dict(sorted(summed.items()))
+def summed(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of counts by name, ordered by name."""
+    return dict(sorted(sum(map(Counter, parts), Counter[str]()).items()))
 
 
 def _path(folder: Path, manifest: Manifest, name: str) -> Path:
@@ -563,13 +522,13 @@ def _spans(own: Path) -> list[tuple[int, int]]:
     """Begin and end of every shard that has a manifest."""
     if not own.is_dir():
         return []
-    return sorted((int(found[1]), int(found[2])) for name in os.listdir(own) if (found := _MANIFEST.fullmatch(name)))
+    return sorted((int(match[1]), int(match[2])) for name in os.listdir(own) if (match := _MANIFEST.fullmatch(name)))
 
 
 def _covering(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Those that are in no other: a shard into which others were merged stands for them.
+    """The spans that are in no other one: a shard into which others were merged replaces them.
 
-    An empty span is of a flush; it is in another only if that begins before it and ends behind it.
+    An empty span belongs to a flush; it is in another one only if that begins before it and ends after it.
 
     >>> _covering([(0, 5), (0, 9), (5, 9), (9, 9), (9, 12)])
     [(0, 9), (9, 9), (9, 12)]

@@ -16,9 +16,6 @@ import numpy.typing as npt
 
 from twotower.schema.errors import DataError
 
-HEAD_BYTES: Final = 12
-TAIL_BYTES: Final = 4
-
 _HEAD: Final = struct.Struct("<QI")
 _LENGTH: Final = struct.Struct("<Q")
 _CRC: Final = struct.Struct("<I")
@@ -74,7 +71,7 @@ def read_records(path: Path) -> Records:
     """Read a file of records.
 
     Raises:
-        DataError: it is missing, ends within a record, or a checksum is not that of what it stands for.
+        DataError: it is missing, ends within a record, or a checksum does not match.
     """
     try:
         data = path.read_bytes()
@@ -87,25 +84,24 @@ def split_records(data: bytes, where: str) -> Records:
     """The records of a file's bytes.
 
     Raises:
-        DataError: as of `read_records`.
+        DataError: as in `read_records`.
     """
     size, position = len(data), 0
     starts: list[int] = []
     ends: list[int] = []
-    unpack_head, unpack_crc, crc = _HEAD.unpack_from, _CRC.unpack_from, masked_crc
     while position < size:
-        start = position + HEAD_BYTES
+        start = position + _HEAD.size
         if start > size:
             raise DataError(f"{where} ends within the head of record {len(starts)}, at byte {size}: it was cut")
-        length, length_crc = unpack_head(data, position)
-        if crc(data[position : position + 8]) != length_crc:
+        length, length_crc = _HEAD.unpack_from(data, position)
+        if masked_crc(data[position : position + _LENGTH.size]) != length_crc:
             raise DataError(f"{where}: the length of record {len(starts)}, at byte {position}, is damaged")
         end = start + length
-        if end + TAIL_BYTES > size:
+        if end + _CRC.size > size:
             raise DataError(f"{where} ends within record {len(starts)}, which begins at byte {position}: it was cut")
-        if crc(data[start:end]) != unpack_crc(data, end)[0]:
+        if masked_crc(data[start:end]) != _CRC.unpack_from(data, end)[0]:
             raise DataError(f"{where}: the content of record {len(starts)}, at byte {start}, is damaged")
         starts.append(start)
         ends.append(end)
-        position = end + TAIL_BYTES
+        position = end + _CRC.size
     return Records(data, np.array(starts, np.int64), np.array(ends, np.int64))

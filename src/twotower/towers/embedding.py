@@ -42,13 +42,7 @@ class EmbeddingTable:
         return cls(weights, np.zeros(rows, np.float32))
 
     def update(self, rows: npt.NDArray[np.int64], gradient: npt.NDArray[np.float32], rate: float) -> None:
-        """One step of row-wise Adagrad.
-
-        Args:
-            rows: (U,) distinct rows.
-            gradient: (U, D) of those rows.
-            rate: the learning rate.
-        """
+        """One step of row-wise Adagrad on distinct rows (U,) with their gradient (U, D)."""
         self.accumulator[rows] += np.einsum("ij,ij->i", gradient, gradient) / np.float32(gradient.shape[1])
         step = np.float32(rate) / (np.sqrt(self.accumulator[rows]) + np.float32(EPSILON))
         self.weights[rows] -= gradient * step[:, None]
@@ -72,8 +66,8 @@ class EmbeddingTable:
 class Compactor:
     """Finds the distinct rows among those a step touches, in time that depends on the step alone.
 
-    It keeps one number for each row of the table between steps and never clears them: an old number is recognised
-    because it does not point back.
+    It keeps one number for each row of the table and never clears them: an old number is recognised because it does not
+    point back.
     """
 
     def __init__(self, rows: int) -> None:
@@ -104,11 +98,5 @@ class TouchedRows:
 
 
 def mean_of_bags(values: Tensor, position: Tensor, indptr: Tensor) -> Tensor:
-    """The mean of the rows of each bag (B, D); an empty bag is zero.
-
-    Args:
-        values: (U, D).
-        position: (nnz,) rows of `values`.
-        indptr: (B + 1,) int64.
-    """
+    """The mean of the rows of each bag (B, D): `position` (nnz,) in `values` (U, D); an empty bag is zero."""
     return torch.nn.functional.embedding_bag(position, values, indptr, mode="mean", include_last_offset=True)

@@ -1,11 +1,12 @@
-"""Encoders of a sequence: the items that a user clicked, in their order, to one vector, or to one for each interest.
+"""Encoders of the sequence of items that a user clicked: to one vector, or to one for each interest.
 
 Each reads rows of the item table and gives vectors as wide as they are. The mean has no parameters and is computed
 where the rows are gathered (`twotower.towers.embedding.mean_of_bags`).
 
-S sequences of at most L items, padded at their ends; B rows, each the beginning of one of them; W width; H heads. All
-`forward` take `items` (S, L, W), oldest first; `length` (B,) int64, how many items of its sequence a row has; and `row`
-(B,) int64, the sequence of each row, where None = its own.
+S sequences of at most L items, padded at their ends; B rows, each the beginning of one of them; W width; H heads; K
+interests. All `forward` take `items` (S, L, W), oldest first; `length` (B,) int64, how many items of its sequence a row
+has; and `row` (B,) int64, the sequence of each row, where None = its own. They give zeros for an empty sequence. `last`
+is the length of the longest sequence.
 """
 
 import torch
@@ -20,11 +21,6 @@ class AttentionPooling(nn.Module):
 
     The weight of an item is a softmax over the sequence of a learned score of the item plus one of its age. (A weight
     that depended on the candidate would be early fusion.)
-
-    Args:
-        width: W.
-        last: the longest sequence.
-        heads: H.
     """
 
     def __init__(self, width: int, last: int, heads: int) -> None:
@@ -38,7 +34,7 @@ class AttentionPooling(nn.Module):
             self.together.weight.copy_(torch.eye(width).repeat(1, heads) / heads)
 
     def forward(self, items: Tensor, length: Tensor, row: Tensor | None = None) -> Tensor:
-        """Vectors (B, W); zero for an empty sequence. Arguments: see the module."""
+        """Vectors (B, W)."""
         items = items if row is None else items[row]
         age = length[:, None] - 1 - torch.arange(items.shape[1])
         scores = self.score(items) + self.age[age.clamp(0, len(self.age) - 1)]
@@ -52,16 +48,10 @@ class AttentionPooling(nn.Module):
 class CausalTransformer(nn.Module):
     """A small transformer with causal attention: one pass gives the vector of every beginning of a sequence.
 
-    Blocks of self-attention and a feed-forward network with the norm before each (Kang and McAuley 2018, SASRec, with
-    the norms of Xiong et al. 2020). Positions enter only as distances, by a learned bias of each head (Raffel et al.
-    2020), so that the vector of a history does not depend on where its window was cut.
-
-    Args:
-        width: W.
-        last: the longest sequence.
-        heads: H, a divisor of W.
-        blocks: how many.
-        dropout: share of what a block adds that is left out in training.
+    Each block has self-attention and a feed-forward network with the norm before each (Kang and McAuley 2018, SASRec,
+    with the norms of Xiong et al. 2020). Positions enter only as distances, by a learned bias of each head (Raffel et
+    al. 2020), so that the vector of a history does not depend on where its window was cut. `dropout` is the share of
+    what a block adds that is left out in training.
 
     Raises:
         ValueError: W is no multiple of H.
@@ -75,7 +65,7 @@ class CausalTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, items: Tensor, length: Tensor, row: Tensor | None = None) -> Tensor:
-        """Vectors (B, W) of beginnings of sequences; zero for an empty one. Arguments: see the module."""
+        """Vectors (B, W) of beginnings of sequences."""
         states = items
         for block in self.blocks:
             states = block(states)
@@ -90,15 +80,9 @@ class Interests(nn.Module):
 
     An item e_i counts for interest j with a share w_ij, a softmax over the interests of logits b_ij. An interest is the
     sum z_j of w_ij S e_i, squashed to |z|^2 / (1 + |z|^2) z / |z|; then b_ij grows by its product with S e_i, and the
-    next round begins. The paper draws the first logits anew each time; here they are drawn once for each distance from
+    next round begins. The paper draws the first logits anew each time. Here they are drawn once for each distance from
     the end of the sequence, so that the same history has the same interests. Gradients pass through the last round
     alone. Of a sequence of n items max(1, min(K, log2 n)) interests are different, the others repeat the first.
-
-    Args:
-        width: W.
-        last: the longest sequence.
-        interests: K.
-        rounds: rounds of the routing.
     """
 
     first: Tensor
@@ -148,13 +132,9 @@ def unit(vectors: Tensor) -> Tensor:
 def label_aware(interests: Tensor, items: Tensor, sharpness: float) -> Tensor:
     """The unit vector (B, D) of each user for one item: its interests, weighted by a softmax of sharpness * cosine.
 
-    In training alone, where the item is known (MIND, Li et al. 2019, eq. 8, which takes the softmax of a power of the
-    product; a cosine may be negative). As the sharpness grows, only the nearest interest is trained.
-
-    Args:
-        interests: (B, K, D) unit vectors.
-        items: (B, D) unit vectors of the positives.
-        sharpness: of the softmax.
+    `interests` (B, K, D) and `items` (B, D), the positives, are unit vectors. It is used only in training, where the
+    item is known (MIND, Li et al. 2019, eq. 8, which takes the softmax of a power of the product; a cosine may be
+    negative). As the sharpness grows, only the nearest interest is trained.
     """
     weights = torch.softmax(sharpness * (interests @ items[:, :, None]), dim=1)
     return unit((weights * interests).sum(dim=1))

@@ -1,7 +1,7 @@
 """Losses as functions of scores, and two ways to compute them without ever holding all scores.
 
 A loss takes the `Scores` of some rows, the cosines of their positives and negatives, and gives the loss of each row.
-Autograd differentiates it, so that a loss of your own is its formula and nothing else:
+Autograd differentiates it, so that a loss of your own is only its formula:
 
 >>> def squared_hinge(scores: Scores) -> Tensor:
 ...     gap = torch.relu(scores.negatives - scores.positive + 0.3)
@@ -91,7 +91,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Derived:
-    """Losses of rows with their derivatives; those by the negatives stand where their cosines were."""
+    """Losses of rows with their derivatives; those by the negatives have overwritten the negatives' cosines."""
 
     loss: Tensor
     """(b, 1)"""
@@ -142,10 +142,10 @@ def sampled_softmax(temperature: float) -> Loss:
 def corrected_log_q(temperature: float) -> Loss:
     """(1 - P) ( log sum_j w_j e^s_j - s+ ), P the positive's share of the softmax, a constant for the gradient.
 
-    Khrylchenko et al. 2025, "Correcting the LogQ Correction": the positive is not drawn, so it leaves the sum, and the
+    Khrylchenko et al. 2025, "Correcting the LogQ Correction": the positive is not drawn, so it leaves the sum, and a
     row counts as much as the model is still wrong about it. With P from the same draws the gradient is that of
-    `sampled_softmax`, to rounding: leaving the positive uncorrected there *is* this correction. What differs from the
-    textbook (Yi et al. 2019) is that neither corrects the positive. The loss's value is another.
+    `sampled_softmax`, to rounding; only the loss's value differs. Both differ from the textbook (Yi et al. 2019) in
+    that they do not correct the positive.
     """
 
     def derive(scores: Scores) -> Derived:
@@ -162,8 +162,8 @@ def corrected_log_q(temperature: float) -> Loss:
 def bsl(temperature: float, positive_temperature: float) -> Loss:
     """-cos+ / t+ + (t / t+) log sum_j w_j e^(cos_j / t), the bilateral softmax loss of Wu et al. 2023, of one positive.
 
-    Its positive has a temperature t+ of its own, and is not in the sum: with t+ = t it is the softmax loss whose rows
-    never stop counting (its `1 - P` is 1). The paper's equation is divided by t+.
+    The positive has its own temperature t+ and is not in the sum. With t+ = t it is the softmax loss whose rows never
+    stop counting (its `1 - P` is 1). The paper's equation is divided by t+.
     """
 
     def derive(scores: Scores) -> Derived:
@@ -204,7 +204,7 @@ def triplet_logistic(sigma: float) -> Loss:
 def pointwise(negatives: float) -> Loss:
     """Binary cross-entropy of a cos + b: the positive's, plus `negatives` times the negatives' mean, weighted by w.
 
-    a = exp(calibration[0]) and b = calibration[1] are learned: a cosine alone cannot say "almost certainly".
+    a = exp(calibration[0]) and b = calibration[1] are learned: a cosine alone cannot express "almost certainly".
     """
 
     def derive(scores: Scores) -> Derived:
@@ -260,12 +260,15 @@ def _differentiate(loss: Loss, scores: Scores, share: Tensor) -> _Gradients:
     """The losses of some rows, summed with `share` (b, 1), and the derivatives of that sum by the scores."""
     if isinstance(loss, DerivedLoss):
         scores.negatives.view(-1).index_fill_(0, scores.masked, -torch.inf)
-        found = loss.derive(scores)
-        by_negatives, by_calibration = scores.negatives.mul_(share * found.scale), torch.zeros_like(scores.calibration)
-        if found.by_calibration is not None:
-            by_calibration = (share * found.by_calibration).sum(dim=0)
-        value = (share * found.loss).sum(dtype=torch.float64)
-        return _Gradients(value, share * found.by_positive, by_negatives, by_calibration)
+        derived = loss.derive(scores)
+        by_negatives, by_calibration = (
+            scores.negatives.mul_(share * derived.scale),
+            torch.zeros_like(scores.calibration),
+        )
+        if derived.by_calibration is not None:
+            by_calibration = (share * derived.by_calibration).sum(dim=0)
+        value = (share * derived.loss).sum(dtype=torch.float64)
+        return _Gradients(value, share * derived.by_positive, by_negatives, by_calibration)
     leaves = [part.detach().requires_grad_() for part in (scores.positive, scores.negatives, scores.calibration)]
     with torch.enable_grad():
         losses = loss(replace(scores, positive=leaves[0], negatives=leaves[1], calibration=leaves[2]))
@@ -298,46 +301,42 @@ def shared_loss(
     *,
     share: Tensor,
     calibration: Tensor,
-    chunk: int = CHUNK,
 ) -> Tensor:
     """Each row against the first K items of the batch, summed with `share`; a row without negatives counts nothing.
 
-    The B x K scores are made `chunk` rows at a time and never all held: time is that of three matrix products, memory
-    that of a chunk.
+    The B x K scores are made `CHUNK` rows at a time and never all held: the time is that of three matrix products, the
+    memory that of a chunk.
 
     Args:
-        loss: of a row.
+        loss: gives the loss of each row.
         users: (B, D) unit vectors.
         items: (C, D) unit vectors of the distinct items of the batch, the K negatives first.
         positive: (B,) int64 position of each row's item among them.
         negatives: their weights, which take no gradient, and what is no negative of a row.
-        share: (B,) what each row's loss is multiplied by.
+        share: (B,) factor of each row's loss.
         calibration: (2,) see `Scores`.
-        chunk: rows at a time.
-
-    Returns:
-        The loss, a scalar.
     """
     with torch.no_grad():
-        rows, log_weight, kept = len(users), torch.from_numpy(negatives.log_weight), _kept(negatives, _averages(loss))
+        averages = not isinstance(loss, DerivedLoss) or loss.averages
+        rows, log_weight, kept = len(users), torch.from_numpy(negatives.log_weight), _kept(negatives, averages)
         columns, totals = len(log_weight), torch.from_numpy(kept.total).to(users.dtype)[:, None]
         masked, row_share = torch.from_numpy(kept.masked), share[:, None] * torch.from_numpy(kept.compared)[:, None]
         others, own = items[:columns], items[positive]
         right = (users * own).sum(dim=1, keepdim=True)
         by_user, by_item, by_calibration = (torch.zeros_like(x) for x in (users, items, calibration))
         by_positive, value = torch.empty_like(right), torch.zeros((), dtype=torch.float64)
-        scores = torch.empty((min(chunk, rows), columns), dtype=users.dtype)
-        for start in range(0, rows, chunk):
-            stop = min(start + chunk, rows)
+        scores = torch.empty((min(CHUNK, rows), columns), dtype=users.dtype)
+        for start in range(0, rows, CHUNK):
+            stop = min(start + CHUNK, rows)
             part, none = users[start:stop], masked[kept.indptr[start] : kept.indptr[stop]] - start * columns
             cosines = torch.mm(part, others.T, out=scores[: stop - start])
             given = Scores(right[start:stop], cosines, totals[start:stop], calibration, log_weight, none)
-            found = _differentiate(loss, given, row_share[start:stop])
-            value += found.loss
-            by_calibration += found.by_calibration
-            by_positive[start:stop] = found.by_positive
-            torch.mm(found.by_negatives, others, out=by_user[start:stop])
-            by_item[:columns].addmm_(found.by_negatives.T, part)
+            gradients = _differentiate(loss, given, row_share[start:stop])
+            value += gradients.loss
+            by_calibration += gradients.by_calibration
+            by_positive[start:stop] = gradients.by_positive
+            torch.mm(gradients.by_negatives, others, out=by_user[start:stop])
+            by_item[:columns].addmm_(gradients.by_negatives.T, part)
         by_user.addcmul_(by_positive, own)
         by_item.index_add_(0, positive, by_positive * users)
     result: Tensor = _WithDerivatives.apply(  # type: ignore[no-untyped-call]
@@ -346,13 +345,9 @@ def shared_loss(
     return result
 
 
-def _averages(loss: Loss) -> bool:
-    return loss.averages if isinstance(loss, DerivedLoss) else True
-
-
 @dataclass(frozen=True)
 class _Kept:
-    """What is left of shared negatives in each of B rows. A row without any keeps all of them, and is to count 0."""
+    """What is left of shared negatives in each of B rows. A row without any keeps all of them, and must count 0."""
 
     compared: npt.NDArray[np.bool_]
     """(B,) the row has negatives."""
@@ -390,7 +385,7 @@ def row_loss(
     share: Tensor,
     calibration: Tensor,
 ) -> Tensor:
-    """Each row against negatives of its own, summed with `share`; arguments and result are those of `shared_loss`."""
+    """Each row against its own negatives, summed with `share`; arguments and result are those of `shared_loss`."""
     with torch.no_grad():
         columns, log_weight = torch.from_numpy(negatives.columns), torch.from_numpy(negatives.log_weight)
         (rows, wide), dimension = columns.shape, users.shape[1]
@@ -406,13 +401,13 @@ def row_loss(
             cosines = torch.bmm(others, part[:, :, None]).squeeze(2)
             right, none = (part * own).sum(dim=1, keepdim=True), unused[start:stop].flatten().nonzero()[:, 0]
             given = Scores(right, cosines, totals[start:stop], calibration, log_weight[start:stop], none)
-            found = _differentiate(loss, given, row_share[start:stop])
-            value += found.loss
-            by_calibration += found.by_calibration
-            torch.bmm(found.by_negatives[:, None, :], others, out=by_user[start:stop, None, :])
-            by_user[start:stop].addcmul_(found.by_positive, own)
-            by_item.index_add_(0, positive[start:stop], found.by_positive * part)
-            by_item.index_add_(0, places, (found.by_negatives[:, :, None] * part[:, None, :]).view(-1, dimension))
+            gradients = _differentiate(loss, given, row_share[start:stop])
+            value += gradients.loss
+            by_calibration += gradients.by_calibration
+            torch.bmm(gradients.by_negatives[:, None, :], others, out=by_user[start:stop, None, :])
+            by_user[start:stop].addcmul_(gradients.by_positive, own)
+            by_item.index_add_(0, positive[start:stop], gradients.by_positive * part)
+            by_item.index_add_(0, places, (gradients.by_negatives[:, :, None] * part[:, None, :]).view(-1, dimension))
     result: Tensor = _WithDerivatives.apply(  # type: ignore[no-untyped-call]
         users, items, calibration, value.to(users.dtype), by_user, by_item, by_calibration
     )

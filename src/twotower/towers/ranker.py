@@ -63,20 +63,14 @@ def ranker_features(features: FeatureSet, options: PreRankOptions) -> FeatureSet
 class Ranker(nn.Module):
     """The network, and the tables beside it, which are no parameters of the module (see `TwoTower`).
 
-    What enters the network: all features side by side, each sequence as one vector, and the products of the candidate
+    These enter the network: all features side by side, each sequence as one vector, and the products of the candidate
     with the user, with each sequence and with the user's id embedding. The candidate is its id embedding plus a
-    projection of all its features, so that a new item meets its user by what is known of it; the user a projection of
-    theirs.
+    projection of all its features, so that a new item is compared by its features. The user is a projection of theirs.
 
-    Position is a bias: a number for each place of a page is added to the log-odds in training, and left out when
-    candidates are scored, because no candidate has a place yet (the wide part of Zhao et al. 2019, "Recommending what
-    video to watch next"; PAL, Guo et al. 2019, multiplies probabilities instead). The first place has no bias, so that
-    a score without one is that of the first place.
-
-    Args:
-        features: all fitted features; `ranker_features` says how they are read.
-        options: of the network.
-        seed: seeds all initial weights.
+    Position is a bias: a number for each position of a page is added to the log-odds in training. It is left out when
+    candidates are scored, because they have no position yet (the wide part of Zhao et al. 2019, "Recommending what
+    video to watch next"; PAL, Guo et al. 2019, multiplies probabilities instead). The first position has no bias, so a
+    score without one is that of the first position.
 
     Raises:
         ConfigError: see `ranker_features`.
@@ -123,12 +117,10 @@ class Ranker(nn.Module):
             self.output.bias.fill_(float(np.log(rate) - np.log1p(-rate)))
 
     def forward(self, user: Mapping[str, Tensor], item: Mapping[str, Tensor]) -> Tensor:
-        """Log-odds (n,) of a click at the first position, before calibration.
+        """Log-odds (n,) of a click at the first position, before calibration, from inputs by feature name.
 
-        Args:
-            user: inputs by feature name, (S, width) each; a sequence that is attended to is (S, L, W), with its length
-                (S,) beside it.
-            item: (n, width) each.
+        Those of the user are (S, width); a sequence that is attended to is (S, L, W), with its length (S,) beside it.
+        Those of the candidates are (n, width).
         """
         rows = next(iter(item.values())).shape[0]
         item_side = torch.cat([item[f.name] for f in self.features.item], dim=-1)
@@ -160,12 +152,9 @@ class Ranker(nn.Module):
 
     @torch.inference_mode()
     def score(self, user: Mapping[str, Column], item: Mapping[str, Column], position: Ints | None = None) -> Floats:
-        """Log-odds (n,) before calibration, from encoded columns of S users and n candidates.
+        """Log-odds (n,) before calibration, from encoded columns of S users, context included, and of n candidates.
 
-        Args:
-            user: features and sequences of the user and the context, S rows.
-            item: features of the candidates, n rows.
-            position: (n,) where they were shown; None = all at the first position.
+        `position` (n,) is where these were shown; None = all at the first position.
         """
         tables = {name: table.weights for name, table in self.tables.items()}
         sides = [
@@ -188,17 +177,11 @@ class Ranker(nn.Module):
 
 
 class TargetAttention(nn.Module):
-    """What of a sequence concerns the candidate: a mean of its items, each times a learned weight of the two.
+    """The items of a sequence as they concern the candidate: their mean, each times a learned weight of the two.
 
-    The weight is a small network of the item, the candidate and their product, no softmax: it says how much a click
-    matters here, not which of them matters most (DIN, Zhou et al. 2018, section 4.3).
-
-    How long ago an item was clicked counts too, in places from the end.
-
-    Args:
-        width: W.
-        last: the longest sequence.
-        hidden: H.
+    The weight is a small network (H hidden units) of the item, the candidate, their product, and the item's age in
+    positions from the end of the sequence. It is no softmax: it says how much a click matters here, not which of them
+    matters most (DIN, Zhou et al. 2018, section 4.3).
     """
 
     def __init__(self, width: int, last: int, hidden: int) -> None:
@@ -211,12 +194,9 @@ class TargetAttention(nn.Module):
         nn.init.ones_(self.weight.bias)  # it begins near the mean
 
     def forward(self, items: Tensor, length: Tensor, candidate: Tensor) -> Tensor:
-        """Vectors (n, W); zero for an empty sequence.
+        """Vectors (n, W) from items (S, L, W), oldest first, their number (S,) and candidates (n, W).
 
-        Args:
-            items: (S, L, W), oldest first.
-            length: (S,) int64, how many items each has.
-            candidate: (n, W).
+        The vector of an empty sequence is zero.
         """
         met = self.product(items * candidate[:, None])
         age = length[:, None] - 1 - torch.arange(items.shape[1])

@@ -48,14 +48,11 @@ class Tower(nn.Module):
     """Features side by side, a network, a projection, the L2 norm.
 
     Without a network (`none`) the features, each times a learned number, and a learned vector are added, and nothing is
-    projected: with an id alone this is matrix factorisation. The vector is what all users have in common, such as that
-    they like what is popular; each one's own embeddings would have to find it anew.
+    projected: with an id alone this is matrix factorisation. The learned vector is what all users have in common, such
+    as a preference for popular items; otherwise each user's embedding would have to learn it.
 
-    Args:
-        features: the tower's features, in the order in which their inputs stand side by side.
-        network: between them and the projection.
-        dimension: D, length of the vector.
-        dropout: share of hidden units left out in training.
+    The inputs of the features stand side by side in their order. `dropout` is the share of hidden units left out in
+    training.
 
     Raises:
         ValueError: a sequence whose heads do not divide its width.
@@ -110,16 +107,12 @@ class Tower(nn.Module):
 
 
 class WithPopularity(nn.Module):
-    """A tower as it is served where popular items are preferred: its vectors have two numbers more.
+    """A tower as it is served where popular items are preferred: its vectors have two more numbers.
 
     An item's are its preference b and what makes all of one length, (v, b, sqrt(B^2 - b^2)) / sqrt(1 + B^2) with B the
-    greatest |b|; a user's are those of all, (u, 1, 0) / sqrt(2). So the cosine orders items by u v + b: the reduction
-    of inner products to cosines of Bachrach et al. 2014, for a product with a bias. A vector of zeros, of what
-    nothing is known of, stays zero.
-
-    Args:
-        tower: as it is trained.
-        of_items: it is the item tower.
+    greatest |b|; a user's are the same for all, (u, 1, 0) / sqrt(2). So the cosine orders items by u v + b: the
+    reduction of inner products to cosines of Bachrach et al. 2014, for a product with a bias. A vector of zeros, of an
+    unknown user or item, stays zero.
     """
 
     def __init__(self, tower: Tower, of_items: bool) -> None:

@@ -53,16 +53,9 @@ class TwoTower(nn.Module):
     """Both towers, and the tables beside them.
 
     The tables are no parameters of the module: they are updated by the row (`EmbeddingTable.update`), the dense parts
-    by an ordinary optimizer.
-
-    Args:
-        features: the fitted features.
-        dimension: D.
-        user: network of the user tower.
-        item: network of the item tower.
-        seed: seeds all initial weights.
-        dropout: share of hidden units left out in training.
-        adjusted: vectors are served with two numbers more than are trained, which prefer popular items (`prefer`).
+    by an ordinary optimizer. `user` and `item` are the networks of the towers, `dimension` is D, `seed` seeds all
+    initial weights, and `dropout` is the share of hidden units left out in training. If `adjusted`, served vectors have
+    two more numbers than trained ones, which prefer popular items (`prefer`).
 
     Raises:
         ConfigError: `adjusted`, and items have no id to look the numbers up by.
@@ -114,11 +107,9 @@ class TwoTower(nn.Module):
         return WithPopularity(self.item_tower, of_items=True) if PREFERENCE in self.tables else self.item_tower
 
     def prefer(self, columns: Mapping[str, Column], preferred: npt.NDArray[np.float64]) -> None:
-        """Order items by the sum of their product with a user's vector and their preference.
+        """Order items by the sum of their product with a user's vector and their preference (N,).
 
-        Args:
-            columns: encoded features of the items (N), their ids among them.
-            preferred: (N,) preference of each item. An item whose id has no row has the lowest one.
+        `columns` are encoded features of the items. An item whose id has no row has the lowest preference.
         """
         most = np.ptp(preferred) / 2
         bias = np.full(len(self.tables[PREFERENCE].weights), -most)
@@ -136,14 +127,12 @@ class TwoTower(nn.Module):
 
     @torch.inference_mode()
     def encode_users(self, columns: Mapping[str, Column]) -> Floats:
-        """Vectors (B, D) of users, or (B, K, D) of their interests, from encoded columns, `history` among them; as
-        they are served.
-        """
+        """Served vectors (B, D) of users, or (B, K, D) of their interests, from encoded columns with `history`."""
         return self._encode(self.served_user_tower, (*self.features.user, *self.features.context), columns)
 
     @torch.inference_mode()
     def encode_items(self, columns: Mapping[str, Column]) -> Floats:
-        """Vectors (B, D) of items from encoded columns, as they are served."""
+        """Served vectors (B, D) of items from encoded columns."""
         return self._encode(self.served_item_tower, self.features.item, columns)
 
     def _encode(
@@ -165,7 +154,7 @@ def tower_inputs(
     """What enters a tower, by feature name, each (B, width) float32: rows of tables, means of bags, numbers.
 
     A sequence that the tower encodes has (B, L, width) rows, zero behind its end, and (B,) lengths. With `preference`
-    there is also the input of items that `WithPopularity` wants.
+    there is also the input of items that `WithPopularity` needs.
     """
     inputs: dict[str, Floats | Longs] = {}
     for feature in features:
@@ -206,12 +195,7 @@ class StepInputs:
 
 
 class StepAssembler:
-    """Assembles the inputs of both sides that pass gradients to the rows they touch.
-
-    Args:
-        features: of both sides.
-        tables: the embedding tables that they read.
-    """
+    """Assembles the inputs of both sides so that they pass gradients to the rows of the tables that they touch."""
 
     def __init__(self, features: FeatureSet, tables: Mapping[str, EmbeddingTable]) -> None:
         self._features = features
@@ -267,7 +251,6 @@ def _sequence(name: str, column: Column | Beginnings, values: Tensor, position: 
 
 
 def _rows_of(column: Column | Beginnings) -> Rows:
-    if isinstance(column, Beginnings):
-        return column.lists.rows
-    rows: Rows = column.rows if isinstance(column, Bag) else column  # type: ignore[assignment]
+    lists = column.lists if isinstance(column, Beginnings) else column
+    rows: Rows = lists.rows if isinstance(lists, Bag) else lists  # type: ignore[assignment]
     return rows

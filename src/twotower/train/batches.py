@@ -3,7 +3,7 @@
 B batch, C distinct items of the batch, K shared negatives, n and H negatives of each row.
 """
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,17 @@ from twotower.train.options import TrainOptions
 
 Longs = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float32]
+Side = dict[str, Column | Beginnings]
+"""Encoded columns of users or of items, by feature."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's rows; items stand once each, however often the batch holds them."""
+    """One step's rows. Each distinct item is there once, however often the batch holds it."""
 
-    user: dict[str, Column | Beginnings]
+    user: Side
     """Encoded columns (B rows), history and context included."""
-    item: dict[str, Column | Beginnings]
+    item: Side
     """Encoded columns of the distinct items (C rows), shared negatives first."""
     item_row: Longs
     """(C,) their rows in the catalogue."""
@@ -59,25 +61,19 @@ class Epoch:
     early: npt.NDArray[np.bool_] | None
     """By training row, whether it is of the half of its user's clicks that stands first; None with time."""
     cut: Longs | None
-    """By user, how many clicks are missing from the first of the pieces that a transformer reads; None = no pieces."""
+    """By user, how many clicks the first of the pieces that a transformer reads lacks; None = no pieces."""
 
 
 class BatchMaker:
     """Makes the batches of an epoch; the same seed, epoch and step always give the same batch.
 
-    The rows of an epoch are spread over as few batches as `batch_size` allows, which differ by one row at most, so that
-    none is left with a single row, which would have no in-batch negatives. (With `batch_size` 2 and an odd number of
-    rows, one batch has 3.)
-
-    Args:
-        samples: the samples.
-        options: how they are fed.
-        sources: draw the negatives.
+    The rows of an epoch are spread over as few batches as `batch_size` allows, which differ by one row at most. So no
+    batch has a single row, which would have no in-batch negatives. (With `batch_size` 2 and an odd number of rows, one
+    batch has 3.)
 
     Raises:
         DataError: an epoch has fewer than two rows, `batch_size` is below 2, or a weight is not from 0 to 1e9.
-        ConfigError: a transformer is to read histories that have no order, or positives without a time are to age or
-            to come in its order.
+        ConfigError: the options need times or an order of the clicks, and the samples have none.
     """
 
     def __init__(self, samples: Samples, options: TrainOptions, sources: NegativeSources) -> None:
@@ -88,11 +84,13 @@ class BatchMaker:
         self._items = Compactor(len(samples.items))
         self._users = Compactor(len(samples.users))
         self._column = np.full(len(samples.items), -1, np.int32)
-        self._weight = _bounded(samples.positives.weight)
+        _check_weights(samples.positives.weight)
+        self._weight = samples.positives.weight
         if options.half_life_days is not None:
             self._weight = self._weight * freshness(samples, options.half_life_days)
         self._weak = len(samples.positives) > int(samples.item_positives.sum())
-        pairs = _clicked_pairs(samples)
+        owner = np.repeat(np.arange(len(samples.users)), np.diff(samples.clicks.indptr))
+        pairs = np.unique(owner * len(samples.items) + samples.clicks.item_row)
         self._pairs = pairs if self._easy and not self._easy.shared else None
         self._clicked = Bag(
             np.searchsorted(pairs, np.arange(len(samples.users) + 1) * len(samples.items)),
@@ -129,9 +127,9 @@ class BatchMaker:
     def _order(self, epoch: int) -> Epoch:
         """Every positive as often as it is fed, shuffled or in the order of time.
 
-        With time, a history is what was clicked before the request. Without, each user's clicks are parted anew each
-        epoch into random halves, each of which is the history of the other. Leaving out just the row's own item would
-        leak: beside a user id, the gap names the target.
+        With time, a history is what was clicked before the request. Without, each user's clicks are split anew each
+        epoch into random halves, each the history of the other. Leaving out only the row's own item would leak: next to
+        a user id, the gap names the target.
         """
         generator = np.random.default_rng([self._options.seed, epoch, 1])
         positives, clicks = self._samples.positives, self._samples.clicks
@@ -153,10 +151,10 @@ class BatchMaker:
         return Epoch(order, clicks.item_row[shuffled], early, None)
 
     def _order_pieces(self, order: Longs, generator: np.random.Generator) -> Epoch:
-        """Rows whose histories end in one piece of their user's clicks side by side, the pieces shuffled.
+        """Rows whose histories end in one piece of their user's clicks follow each other; the pieces are shuffled.
 
         One pass over a piece then gives the histories of all of them (Kang and McAuley 2018). A piece has as many
-        clicks as a history, and each epoch cuts the clicks elsewhere, so that a row meets histories of every length.
+        clicks as a history, and each epoch cuts the clicks elsewhere, so that a row has histories of every length.
         """
         cut = generator.integers(self._last, size=len(self._samples.users))
         user = self._samples.positives.user_row[order].astype(np.int64)
@@ -237,10 +235,18 @@ class BatchMaker:
             places = np.where(hard >= 0, self._column[hard], 0).astype(np.int64)
             rejected = RowNegatives(places, np.where(hard >= 0, 0, -np.inf).astype(np.float32))
         self._column[distinct] = -1
-        self._observe(item_row)
+        if isinstance(self._frequency, StreamingFrequency):
+            # Only after q was used: an estimate that has seen the batch favours it.
+            items, place = self._items.compact(item_row)
+            self._frequency.observe(items, np.bincount(place, minlength=len(items)))
         return Batch(
             self._user_columns(rows, user_row, fed, generator),
-            self._item_columns(distinct, generator),
+            drop_ids(
+                {name: take(column, distinct) for name, column in samples.items.features.items()},
+                c.ITEM_ID,
+                self._options.id_dropout,
+                generator,
+            ),
             distinct,
             positive,
             easy,
@@ -273,47 +279,28 @@ class BatchMaker:
         expected = self._easy.log_expected(items, self._frequency.log_q(items), self._easy.draws(batch))
         return -expected if self._options.is_softmax else self._easy.log_target(items) - expected
 
-    def _observe(self, item_row: npt.NDArray[np.int32]) -> None:
-        """Let q learn from the rows as fed, after its use: an estimate that has seen the batch favours it."""
-        if isinstance(self._frequency, StreamingFrequency):
-            items, place = self._items.compact(item_row)
-            self._frequency.observe(items, np.bincount(place, minlength=len(items)))
-
     def _is_clicked(self, user_row: npt.NDArray[np.int32], items: Longs) -> npt.NDArray[np.bool_]:
         """Which of each row's items (B, n) its user has clicked."""
         assert self._pairs is not None
         wanted = user_row[:, None].astype(np.int64) * len(self._samples.items) + items
         place = np.minimum(np.searchsorted(self._pairs, wanted), len(self._pairs) - 1)
-        found: npt.NDArray[np.bool_] = self._pairs[place] == wanted
-        return found
+        clicked: npt.NDArray[np.bool_] = self._pairs[place] == wanted
+        return clicked
 
     def _user_columns(
-        self,
-        rows: Longs,
-        user_row: npt.NDArray[np.int32],
-        fed: Epoch,
-        generator: np.random.Generator,
-    ) -> dict[str, Column | Beginnings]:
+        self, rows: Longs, user_row: npt.NDArray[np.int32], fed: Epoch, generator: np.random.Generator
+    ) -> Side:
+        """What enters the user tower (B rows)."""
         """What enters the user tower (B rows)."""
         samples = self._samples
-        user: dict[str, Column | Beginnings] = {
-            name: take(column, user_row) for name, column in samples.users.features.items()
-        }
+        user: Side = {name: take(column, user_row) for name, column in samples.users.features.items()}
         for feature in samples.features.context:
             column = take(samples.positives.context[feature.name], rows)
             user[feature.name] = some_missing(feature, column, self._options.id_dropout, generator)
-        drop_ids(user, c.USER_ID, self._options.id_dropout, generator)
+        user = drop_ids(user, c.USER_ID, self._options.id_dropout, generator)
         if (history := samples.features.history) is not None and self._item_tokens is not None:
             user[history.name] = self._histories(rows, user_row.astype(np.int64), fed, self._item_tokens, generator)
         return user
-
-    def _item_columns(self, distinct: Longs, generator: np.random.Generator) -> dict[str, Column | Beginnings]:
-        """What enters the item tower (C rows)."""
-        item: dict[str, Column | Beginnings] = {
-            name: take(column, distinct) for name, column in self._samples.items.features.items()
-        }
-        drop_ids(item, c.ITEM_ID, self._options.id_dropout, generator)
-        return item
 
     def _mask(self, user_row: npt.NDArray[np.int32], positive: Longs, negatives: int) -> Mask:
         """Each user's positives met with the shared negatives: once a user, then spread to its rows."""
@@ -329,12 +316,11 @@ class BatchMaker:
         return _with_own(mask, positive, negatives) if self._weak else mask
 
 
-def drop_ids(
-    side: MutableMapping[str, Column | Beginnings], name: str, share: float, generator: np.random.Generator
-) -> None:
-    """Replace a share of the ids of one side by the unknown one, in place."""
+def drop_ids(side: Side, name: str, share: float, generator: np.random.Generator) -> Side:
+    """One side of a batch with a share of its ids replaced by the unknown one."""
     if share and isinstance(ids := side.get(name), np.ndarray):
-        side[name] = np.where(generator.random(len(ids)) < share, np.int32(UNKNOWN), ids)
+        return side | {name: np.where(generator.random(len(ids)) < share, np.int32(UNKNOWN), ids)}
+    return side
 
 
 def some_missing(feature: Fitted, column: Column, share: float, generator: np.random.Generator) -> Column:
@@ -359,13 +345,6 @@ def freshness(samples: Samples, half_life_days: float) -> Reals:
     return fresh
 
 
-def _clicked_pairs(samples: Samples) -> Longs:
-    """Every user's distinct clicked items, ascending: user times N plus item."""
-    owner = np.repeat(np.arange(len(samples.users)), np.diff(samples.clicks.indptr))
-    pairs: Longs = np.unique(owner * len(samples.items) + samples.clicks.item_row)
-    return pairs
-
-
 def _with_own(mask: Mask, positive: Longs, negatives: int) -> Mask:
     """Add the own item of rows whose user never clicked it: weak positives."""
     line = np.repeat(np.arange(len(positive)), np.diff(mask.indptr))
@@ -375,16 +354,11 @@ def _with_own(mask: Mask, positive: Longs, negatives: int) -> Mask:
     return Mask(pointers(np.bincount(line, minlength=len(positive))), columns[np.argsort(line, kind="stable")])
 
 
-def _bounded(weight: Reals) -> Reals:
-    """Weights (N,) as they are, if the sums and squares of them are numbers.
-
-    Raises:
-        DataError: some are not.
-    """
+def _check_weights(weight: Reals) -> None:
+    """Refuse weights (N,) whose sums and squares are not finite."""
     wrong = ~((weight >= 0) & (weight <= MAX_TRAINING_WEIGHT))
     if wrong.any():
         raise DataError(
             f"{int(wrong.sum())} of {len(weight)} positives have a weight such as {weight[wrong][0]:g}, where a number "
             f"from 0 to {MAX_TRAINING_WEIGHT:g} is expected: scale the column of samples.weight"
         )
-    return weight

@@ -1,16 +1,16 @@
 """Checkpoints: safetensors and JSON, optimizer included, whole or absent.
 
-A run has a folder of its own, named by a hash of its samples and settings, so that a killed run finds its own
-checkpoints again and another run never does. `step-N` folders (N training rows seen) are for resuming and go when the
-run is done; `model` is the finished checkpoint. The two newest `step-N` are kept, so that one damaged on disk costs the
-steps since the one before it and no more.
+A run has a folder of its own, named by a hash of its samples and settings, so that only the same run finds its
+checkpoints again. `step-N` folders (N training rows seen) are for resuming and are removed when the run is done;
+`model` is the finished checkpoint. The two newest `step-N` are kept, so that a damaged one costs only the steps since
+the one before it.
 """
 
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,13 +105,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint with everything that a later step or an update needs.
 
-    Args:
-        folder: of the checkpoint; whole or absent.
-        model: with its tables.
-        optimizer: of the parameters.
-        samples: what it is trained on; the features go with the model.
-        described: further entries of the manifest, `settings` and `progress` among them.
-        frequency: q of in-batch negatives.
+    `described` are further entries of the manifest, `settings` and `progress` among them. The features of the samples
+    are saved with the model, and the state of q with streaming frequencies.
     """
     with whole_folder(folder) as temporary:
         save_file(_tensors(model, optimizer, frequency), temporary / TENSORS)
@@ -205,15 +200,10 @@ def _as_described(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def take_over(checkpoint: Checkpoint, model: TwoTower, optimizer: torch.optim.Adam, decay: float) -> None:
-    """Begin with the parameters and the optimizer state of another run, whose ids are other ones.
+    """Begin with the parameters and the optimizer state of another run, which has other ids but the same features.
 
-    A row goes with its id. An id that the other run did not have begins as the unknown one, without an accumulator.
-
-    Args:
-        checkpoint: of the other run; its features are those of the model but for the ids.
-        model: changed in place.
-        optimizer: changed in place.
-        decay: what the accumulators of the tables are multiplied by.
+    A row goes with its id. An id that the other run did not have begins as the unknown one, without an accumulator. The
+    accumulators of the tables are multiplied by `decay`.
 
     Raises:
         DataError: the model has another shape.
@@ -257,7 +247,7 @@ def finished(folder: Path) -> Checkpoint | None:
 
 
 def all_finite(model: Model) -> bool:
-    """No number of a model is infinite or none at all."""
+    """All numbers of a model are finite."""
     dense = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
     tables = [array for table in model.tables.values() for array in (table.weights, table.accumulator)]
     return dense and all(bool(np.isfinite(array).all()) for array in tables)
@@ -288,15 +278,12 @@ def resume(
 
 
 def drop_older_steps(folder: Path) -> None:
-    """Keep the newest checkpoints for resuming of a run, when the latest one is on disk."""
+    """Keep the newest checkpoints for resuming, once the latest one is on disk."""
     drop_all_but(folder, [path.name for path in _steps(folder)[-KEPT:]])
 
 
-def drop_all_but(folder: Path, keep: Iterable[str]) -> None:
-    """Empty the folder of a run, down to some checkpoints and to the files that evaluation keeps beside them; what a
-    killed writer left behind goes too.
-    """
-    kept = set(keep)
+def drop_all_but(folder: Path, kept: Sequence[str]) -> None:
+    """Remove all folders of a run but some, also what a killed writer left; the files of evaluation stay."""
     for path in folder.iterdir():
         if path.is_dir() and path.name not in kept:
             shutil.rmtree(path)

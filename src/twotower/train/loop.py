@@ -98,16 +98,16 @@ def train_epochs(
     stop_early: Callable[[int, ModelT], bool] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Trained:
-    """Train a model from the last checkpoint of the same run, if there is one.
+    """Train a model, changed in place, from the last checkpoint of the same run if there is one.
 
     The same run gives the same bytes, however often it was killed and resumed.
 
     Args:
-        task: what is trained; its model is changed in place.
+        task: what is trained.
         run: where checkpoints go.
         options: epochs, seed, schedule, rate of the tables, time between checkpoints. Rates of parameters are the
             optimizer's.
-        stop_early: is called after each epoch with its number, from 1, and the model; True ends the training.
+        stop_early: called after each epoch with its number, from 1, and the model; True ends the training.
         clock: monotonic seconds.
 
     Raises:
@@ -124,7 +124,9 @@ def train_epochs(
 
     for epoch in range(progress.epoch, options.epochs):
         for step, batch in enumerate(task.batches(epoch, progress.step), progress.step):
-            torch.default_generator.manual_seed(_seed(options.seed, epoch, step))  # dropout depends on the step alone
+            # Dropout depends on the step alone.
+            step_seed = np.random.default_rng([options.seed, epoch, step, 3]).integers(1 << 63)
+            torch.default_generator.manual_seed(int(step_seed))
             forward = task.loss(batch)
             optimizer.zero_grad()
             forward.loss.backward()  # type: ignore[no-untyped-call]
@@ -178,7 +180,3 @@ def save(task: Task[ModelT, BatchT], run: Run, path: Path, progress: Progress, *
     """Write a checkpoint of a run."""
     manifest = {"settings": run.settings, "progress": asdict(progress), **described}
     save_checkpoint(path, task.model, task.optimizer, run.samples, manifest, task.frequency)
-
-
-def _seed(seed: int, epoch: int, step: int) -> int:
-    return int(np.random.default_rng([seed, epoch, step, 3]).integers(1 << 63))

@@ -40,7 +40,5 @@ def new_towers(
 ) -> TwoTower:
     """Untrained towers of a channel; see `TwoTower`."""
     read = channel_features(features, models, channel)
-    if channel == MF:
-        return TwoTower(read, models.dimension, _NO_NETWORK, _NO_NETWORK, seed=seed, adjusted=adjusted)
-    towers = models.user_tower, models.item_tower
+    towers = (_NO_NETWORK, _NO_NETWORK) if channel == MF else (models.user_tower, models.item_tower)
     return TwoTower(read, models.dimension, *towers, seed=seed, dropout=dropout, adjusted=adjusted)

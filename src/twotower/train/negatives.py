@@ -20,6 +20,8 @@ Floats = npt.NDArray[np.float64]
 
 SHARED_COUNT = 1024
 """Negatives of a batch without in-batch ones, unless a count is given."""
+RATE = 0.02
+"""Rate of the moving averages of `StreamingFrequency`."""
 ROW_COUNT = 4
 """Negatives of a row that has its own, unless a count is given."""
 
@@ -39,11 +41,10 @@ class Draws:
 
 
 class EasyNegatives:
-    """Draws easy negatives, and corrects them for how often they are drawn.
+    """Draws easy negatives from the configured sources, and corrects them for how often they are drawn.
 
-    Args:
-        options: their sources. `alpha` is 0.75 in Mikolov et al. 2013.
-        clicks: (N,) clicks of each item. One without any counts as one: new items too must be told apart.
+    `clicks` (N,) counts the clicks of each item. An item without any counts as one: the model must tell new items apart
+    too. `alpha` is 0.75 in Mikolov et al. 2013.
     """
 
     def __init__(self, options: NegativesOptions, clicks: Longs) -> None:
@@ -76,8 +77,8 @@ class EasyNegatives:
     def draws(self, batch: int) -> Draws:
         """How many negatives of a row each source gives in a batch of B rows.
 
-        A row's own item is none of its negatives. Where M of B rows donate theirs, a row has M others with the
-        probability 1 - M / B and M - 1 with M / B, so M (B - 1) / B on average; all B - 1 where all donate.
+        A row's own item is none of its negatives. Where M of B rows donate theirs, a row has M (B - 1) / B others on
+        average: M with the probability 1 - M / B, else M - 1.
         """
         shares = self.shares
         if not self.shared:
@@ -86,21 +87,17 @@ class EasyNegatives:
         given = self.donors(batch)
         in_batch = given * (batch - 1) / batch
         total = self._count or (in_batch / shares.in_batch if shares.in_batch else SHARED_COUNT)
-        return Draws(in_batch, *(float(_at_least_one(total * share)) for share in (shares.uniform, shares.clicks)))
+        uniform, clicks = (max(1, round(total * share)) if share else 0 for share in (shares.uniform, shares.clicks))
+        return Draws(in_batch, float(uniform), float(clicks))
 
     def draw_shared(self, batch: int, generator: np.random.Generator) -> Longs:
         """Catalogue rows that are drawn for all rows of a batch, beside those of its donors."""
         draws = self.draws(batch)
-        uniform = self._uniform(int(draws.uniform), generator)
+        uniform = generator.integers(self._size, size=int(draws.uniform))
         return np.concatenate([uniform, self._by_clicks(int(draws.clicks), generator)])
 
     def draw_rows(self, items: Longs, generator: np.random.Generator) -> Longs:
-        """Catalogue rows (B, n) that are drawn for each row; each draw chooses its source by the shares.
-
-        Args:
-            items: (B,) the items of the batch.
-            generator: drawn from.
-        """
+        """Catalogue rows (B, n) drawn for each row of a batch with items (B,); each draw chooses its source."""
         batch, count = len(items), self._count or ROW_COUNT
         source = generator.random((batch, count))
         drawn = np.empty((batch, count), np.int64)
@@ -110,11 +107,8 @@ class EasyNegatives:
         by_clicks = source >= 1 - self.shares.clicks if self.shares.clicks else np.zeros_like(other)
         drawn[by_clicks] = self._by_clicks(int(by_clicks.sum()), generator)
         rest = ~(other | by_clicks)
-        drawn[rest] = self._uniform(int(rest.sum()), generator)
+        drawn[rest] = generator.integers(self._size, size=int(rest.sum()))
         return drawn
-
-    def _uniform(self, count: int, generator: np.random.Generator) -> Longs:
-        return generator.integers(self._size, size=count)
 
     def _by_clicks(self, count: int, generator: np.random.Generator) -> Longs:
         place = np.searchsorted(self._cumulative, generator.random(count) * self._cumulative[-1], side="right")
@@ -122,14 +116,10 @@ class EasyNegatives:
         return rows
 
     def log_expected(self, rows: Longs, log_frequency: Floats, draws: Draws) -> Floats:
-        """Log of the expected count of items among a row's negatives, over all sources together: log sum_k n_k q_k.
+        """Log of the expected count of items (n,) among a row's negatives, over all sources: log sum_k n_k q_k.
 
-        In log space and never clipped: at a million items q is far below any constant that one might clip it at.
-
-        Args:
-            rows: (n,) catalogue rows.
-            log_frequency: (n,) log of their share of the rows as fed, the q of in-batch negatives.
-            draws: negatives of a row by source.
+        It is computed in log space and never clipped: with a million items q is far below any constant that one might
+        clip it at. `log_frequency` (n,) is the log of the items' share of the rows as fed, the q of in-batch negatives.
         """
         parts = []
         if draws.in_batch:
@@ -142,11 +132,11 @@ class EasyNegatives:
         return log_expected
 
     def log_target(self, rows: Longs) -> Floats:
-        """Log of the share that items are to have among the negatives of a mean: that of the sources beside the batch.
+        """Log of the share that items (n,) should have among the negatives that a loss averages over.
 
-        Losses that average over negatives have no softmax to estimate. What they average over is the uniform and the
-        clicks' share, as configured; in-batch negatives stand in for those (alone: for uniform ones), each weighted by
-        its target share over its expected count.
+        Such losses have no softmax to estimate. They average over the uniform and the clicks' share, as configured.
+        In-batch negatives stand in for those (alone: for uniform ones), each weighted by its target share over its
+        expected count.
         """
         outside = self.shares.uniform + self.shares.clicks
         if not outside:
@@ -156,17 +146,8 @@ class EasyNegatives:
         )
 
 
-def _at_least_one(draws: float) -> int:
-    """Whole draws of a source; one that has a share is drawn from."""
-    return max(1, round(draws)) if draws else 0
-
-
 class CountedFrequency:
-    """q of in-batch negatives from the counts of the rows as fed.
-
-    Args:
-        frequency: (N,) share of each item.
-    """
+    """q of in-batch negatives from the share (N,) of each item among the rows as fed."""
 
     def __init__(self, frequency: Floats) -> None:
         with np.errstate(divide="ignore"):  # an item that is never fed never comes from the batch
@@ -180,18 +161,14 @@ class CountedFrequency:
 class StreamingFrequency:
     """q of in-batch negatives from the stream itself, for catalogues whose counts are not known beforehand.
 
-    Yi et al. 2019 (algorithm 2) keep the moving average of the number of batches between two in which an item occurs;
-    its inverse is the probability to be in a batch, which ends at 1: an item with 20 copies in each would count once.
-    Here draws are counted: q = (moving average of copies at an occurrence) / (moving average of draws since the one
-    before). By the renewal-reward theorem that ratio is the share of the item, however often it occurs in a batch.
-
-    Args:
-        size: N, items.
-        rate: of the moving averages; the first 1 / rate occurrences are averaged plainly.
+    Yi et al. 2019 (algorithm 2) keep the moving average of the number of batches between two in which an item occurs.
+    Its inverse is the probability to be in a batch, which is at most 1: an item with 20 copies in each would count
+    once. Here draws are counted: q = (moving average of copies at an occurrence) / (moving average of draws since the
+    one before). By the renewal-reward theorem that ratio is the share of the item, however often it occurs in a batch.
+    The first 1 / `RATE` occurrences are averaged plainly.
     """
 
-    def __init__(self, size: int, rate: float = 0.02) -> None:
-        self._rate = rate
+    def __init__(self, size: int) -> None:
         self.state: dict[str, npt.NDArray[Any]] = {
             "draws": np.zeros(1, np.int64),
             "last": np.zeros(size, np.int64),
@@ -203,16 +180,11 @@ class StreamingFrequency:
         its occurrences."""
 
     def observe(self, items: Longs, copies: Longs) -> None:
-        """Take in a batch.
-
-        Args:
-            items: (C,) distinct catalogue rows.
-            copies: (C,) how often each occurs.
-        """
+        """Take in the distinct items (C,) of a batch, with how often each occurs (C,)."""
         draws, last, gap, mean_copies, seen = self.state.values()
         draws += copies.sum()
         seen[items] += 1
-        rate = np.maximum(self._rate, 1 / seen[items]).astype(np.float32)
+        rate = np.maximum(RATE, 1 / seen[items]).astype(np.float32)
         gap[items] += rate * ((draws - last[items]) - gap[items])
         mean_copies[items] += rate * (copies - mean_copies[items])
         last[items] = draws
@@ -229,22 +201,14 @@ class StreamingFrequency:
 class HardNegatives:
     """Draws hard negatives: items that the pre-ranker or the ranker rejected in the positive's own request.
 
-    Args:
-        lists: by source, the rejected items of each training row.
-        counts: by source, how many are drawn for a row at most.
+    By source there are the rejected items of each training row, and how many are drawn for a row at most.
     """
 
     def __init__(self, lists: dict[str, Bag], counts: dict[str, int]) -> None:
         self._parts = [(lists[name], count) for name, count in counts.items() if count and name in lists]
-        self.width = sum(count for _, count in self._parts)
 
     def draw(self, rows: Longs, generator: np.random.Generator) -> Longs:
-        """Catalogue rows (B, H) of hard negatives, no list's entry twice; -1 where a list has ended.
-
-        Args:
-            rows: (B,) training rows.
-            generator: drawn from.
-        """
+        """Catalogue rows (B, H) of hard negatives, no entry of a list twice; -1 where a list has ended."""
         parts = []
         for bag, count in self._parts:
             start = bag.indptr[rows].astype(np.int64)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from twotower.evaluate.calibration import Platt, calibration_error, fit_platt
-from twotower.features.columns import Bag, Beginnings, Column, Rows, pointers, ranges, take
+from twotower.features.columns import Bag, Beginnings, Rows, pointers, ranges, take
 from twotower.features.feature_set import FeatureSet
 from twotower.features.vocabulary import MISSING, UNKNOWN
 from twotower.samples.names import NO_POSITION
@@ -22,7 +22,7 @@ from twotower.schema.errors import DataError
 from twotower.towers.options import PreRankOptions
 from twotower.towers.ranker import FIRST_POSITION, Ranker
 from twotower.towers.two_tower import StepAssembler
-from twotower.train.batches import drop_ids, some_missing
+from twotower.train.batches import Side, drop_ids, some_missing
 from twotower.train.checkpoint import finished, run_folder
 from twotower.train.loop import Run, StepLoss, Task, finish, train_epochs
 from twotower.train.options import TrainOptions
@@ -32,7 +32,6 @@ SCORED = 8192
 """Impressions that are scored at a time."""
 
 Longs = npt.NDArray[np.int64]
-Side = dict[str, Column | Beginnings]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class RankerReport:
-    """What `twotower train` says of a ranker."""
+    """What `twotower train` prints about a ranker."""
 
     checkpoint: str
     rows: int
@@ -76,9 +75,8 @@ def train_ranker(
 ) -> RankerReport:
     """Train a ranker on impressions, from the last checkpoint of the same run if there is one, and calibrate it.
 
-    It is calibrated on the latest impressions, which it does not train on: what it is asked when it serves comes later
-    than what it learned from, and is about the same users. The ids of users set apart by a hash would be
-    out-of-vocabulary to it.
+    It is calibrated on the latest impressions, which it does not train on: when it serves, it also scores later
+    requests of the same users. The ids of users set apart by a hash would be out-of-vocabulary.
 
     Args:
         samples: with impressions.
@@ -169,11 +167,7 @@ def trained_impressions(samples: Samples, calibration_share: float) -> int:
 
 
 def shown_in(samples: Samples) -> Impressions:
-    """The impressions of samples.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The impressions of samples; without any, a DataError."""
     if samples.impressions is None:
         raise DataError(
             f"{samples.path} has no impressions, which rankers learn from: set models.rankers and build them again "
@@ -195,14 +189,10 @@ class ImpressionBatch:
 class ImpressionBatches:
     """Gathers impressions: their users and contexts, what was clicked before, their items.
 
-    An id that no training row clicked has no row in the tables, and none of its impressions here has a click. If they
+    An id that no training row clicked has no row in the tables, and none of its impressions here has a click. If these
     trained the unknown id, it would learn that unknown users never click and that new items are never clicked. So they
-    train the row for missing ids, which no request has, and the unknown id is trained by a share of all ids.
-
-    Args:
-        samples: with impressions.
-        features: the features of the ranker.
-        id_dropout: share of ids replaced by the unknown one, and of contexts made missing.
+    train the row for missing ids, which no request has. The unknown id is trained by a share of all ids (`id_dropout`,
+    which also makes contexts missing).
     """
 
     def __init__(self, samples: Samples, features: FeatureSet, id_dropout: float) -> None:
@@ -223,7 +213,7 @@ class ImpressionBatches:
         for side, name in ((batch.user, c.USER_ID), (batch.item, c.ITEM_ID)):
             if isinstance(ids := side.get(name), np.ndarray):
                 side[name] = np.where(ids == UNKNOWN, np.int32(MISSING), ids)
-            drop_ids(side, name, self._id_dropout, generator)
+            side.update(drop_ids(side, name, self._id_dropout, generator))
         return batch
 
     def plain(self, rows: Longs) -> ImpressionBatch:
@@ -249,13 +239,13 @@ class ImpressionBatches:
 
 
 def _calibrate(model: Ranker, batches: Iterable[ImpressionBatch]) -> Calibrated:
-    """Fit the scaling of log-odds at the positions of the impressions to impressions that were kept apart; in place."""
-    found = [
+    """Fit the scaling of log-odds, in place, to impressions at their positions that were not trained on."""
+    scored = [
         (model.score(batch.user, batch.item, batch.position.astype(np.int32)), batch.clicked)  # type: ignore[arg-type]
         for batch in batches
     ]
-    logits, clicked = (np.concatenate(part).astype(np.float64) for part in zip(*found, strict=True))
+    logits, clicked = (np.concatenate(part).astype(np.float64) for part in zip(*scored, strict=True))
     platt = fit_platt(logits, clicked)
     model.calibration.copy_(torch.tensor([platt.scale, platt.offset]))
-    before, after = (calibration_error(one.probability(logits), clicked) for one in (Platt(1.0, 0.0), platt))
+    before, after = (calibration_error(scaling.probability(logits), clicked) for scaling in (Platt(1.0, 0.0), platt))
     return Calibrated(len(logits), round(platt.scale, 4), round(platt.offset, 4), round(before, 5), round(after, 5))

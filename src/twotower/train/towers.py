@@ -103,8 +103,8 @@ def train(
         loss: a loss of your own in place of `options.loss`: a function at the top level of a file. Its negatives are
             weighted as those of `options.loss` are.
         warm: a run to begin with; this one then trains one epoch.
-        stop_early: is called after each epoch with its number, from 1, and the model; True ends the training there.
-            What is finished then is a shorter run under the name of the whole one: keep its folder apart.
+        stop_early: called after each epoch with its number, from 1, and the model; True ends the training. The shorter
+            run then has the name of the whole one: keep its folder apart.
         clock: monotonic seconds.
 
     Raises:
@@ -154,7 +154,7 @@ def configured_loss(options: TrainOptions) -> Loss:
 
 
 def check_loss(checkpoint: Checkpoint, loss: Loss | None) -> None:
-    """Refuse to go on from a checkpoint with another loss than it was trained with, if either is one of your own.
+    """Refuse to continue a checkpoint with another loss than it was trained with, if either is a loss of your own.
 
     Raises:
         ConfigError: the losses differ.
@@ -170,7 +170,7 @@ def check_loss(checkpoint: Checkpoint, loss: Loss | None) -> None:
 
 
 def _described(loss: Any) -> dict[str, str]:
-    """Name and SHA-256 of a loss of your own, which tell its runs from those of others."""
+    """Name and SHA-256 of a loss of your own, which distinguish its runs from others."""
     try:
         name, source = f"{loss.__module__}.{loss.__qualname__}", inspect.getsource(loss)
     except (AttributeError, TypeError, OSError):
@@ -184,7 +184,7 @@ def _described(loss: Any) -> dict[str, str]:
 
 
 def _channel_options(options: TrainOptions, models: ModelsOptions, channel: str, warm: bool) -> TrainOptions:
-    """How a channel is trained: MF has nothing to leave out; a run that goes on from another has one epoch."""
+    """How a channel is trained: MF without dropout; a run that continues another has one epoch."""
     epochs = {MF: models.mf.epochs, MIND: models.mind.epochs}.get(channel) or options.epochs
     options = replace(options, epochs=epochs)
     if channel == MF:
@@ -232,18 +232,16 @@ def _preferences(samples: Samples, options: TrainOptions) -> npt.NDArray[np.floa
     """What each item's product with any user's vector is raised by when the training is over, as (N,).
 
     The softmax leaves log P(item | user) in the product over the temperature; this adds `logit_adjustment` x log
-    P(item) (Menon et al. 2021, eq. 9; there it favours rare classes). The embeddings of rare items are fitted to their
-    few clicks, and overestimate them. Older clicks count less where age matters. An item counts as no fewer than one
-    click, or than one ten half-lives before the latest.
+    P(item) (Menon et al. 2021, eq. 9, where it favours rare classes), because the embeddings of rare items overestimate
+    the few clicks that they are fitted to. Older clicks count less where age matters. An item counts as at least one
+    click, or one ten half-lives before the latest.
     """
     clicks, fewest = samples.item_positives.astype(np.float64), 1.0
     if options.half_life_days is not None:
         weights, fewest = freshness(samples, options.half_life_days), 0.5**10
         clicks = np.bincount(samples.positives.item_row, weights, len(samples.items)).astype(np.float64)
-    preferences: npt.NDArray[np.float64] = (
-        options.temperature * options.logit_adjustment * np.log(np.maximum(clicks, fewest))
-    )
-    return preferences
+    preferred: npt.NDArray[np.float64] = np.log(np.maximum(clicks, fewest))
+    return options.temperature * options.logit_adjustment * preferred
 
 
 def batch_loss(
@@ -252,7 +250,7 @@ def batch_loss(
     """The loss of a step from the vectors of its users (B, D) and distinct items (C, D).
 
     Hard negatives have a part of their own: in one sum with corrected easy ones, which stand for a whole catalogue,
-    they would get next to nothing of the gradient. A positive without hard ones has its easy part alone.
+    they would get almost none of the gradient. A positive without hard ones has only its easy part.
     """
     positive, weight = torch.from_numpy(batch.positive), torch.from_numpy(batch.weight)
     share = weight / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)

@@ -1,4 +1,4 @@
-"""What one user and one item can move within a window of event time: a bound on positives, and on the rise in lists.
+"""Bounds on what one user and one item can change within a window of event time: on positives, and on rising in lists.
 
 Everybody who can click can train. Real news comes from many users, beside clicks on everything else. Somebody who
 pushes an item has few accounts, clicks far more often than others, or clicks when nobody else does. So repeats of a
@@ -42,7 +42,7 @@ class WindowCounts:
     risen: Counter[EntityId] = field(default_factory=Counter)
     """By item, in how many more lists of the sampled users it is than at the beginning, by learning."""
 
-    def add(self, user: EntityId, item: EntityId, count: int = 1) -> None:
+    def add(self, user: EntityId, item: EntityId, count: int) -> None:
         """Note positives of a pair."""
         self.distinct[item] += not self.pairs[user, item]
         self.pairs[user, item] += count
@@ -57,18 +57,15 @@ class Rise:
     lists: int
     """In how many more lists of the sampled users it is."""
     positives: int
-    """Of it that were trained."""
+    """Its positives that were trained."""
     explained: float
-    """The share of lists of k items that its users explain: all, where as many clicked it as the item that is k-th by
+    """The share of lists of k items that its users explain: 1 where it has as many users as the item that is k-th by
     the number of users. Positives that only the fixed bound allows explain nothing: there was hardly anything else in
     these windows."""
 
 
 class ClickWindows:
     """Counts of the latest windows of a chain; they are read from its deltas again.
-
-    Args:
-        options: how many positives may be trained.
 
     >>> windows = ClickWindows(BoundsOptions(pair=2))
     >>> windows.admit(["ann"] * 3 + ["bob"], ["song"] * 4, [0, 1, 2, 3]).tolist()
@@ -79,7 +76,6 @@ class ClickWindows:
 
     def __init__(self, options: BoundsOptions) -> None:
         self._options = options
-        self._window_ms = WINDOW_MS
         self._counts: dict[int, WindowCounts] = {}
 
     def _use(self, window: int) -> WindowCounts:
@@ -96,7 +92,7 @@ class ClickWindows:
         why = np.full(len(items), "", dtype="<U5")
         by_window: dict[int, list[int]] = {}
         for place, ts in enumerate(ts_ms):
-            by_window.setdefault(ts // self._window_ms, []).append(place)
+            by_window.setdefault(ts // WINDOW_MS, []).append(place)
         for window, places in by_window.items():
             self._admit(self._counts.get(window, WindowCounts()), users, items, places, why)
         return why
@@ -135,20 +131,15 @@ class ClickWindows:
 
     def counted(self, users: Sequence[EntityId], items: Sequence[EntityId], ts_ms: Sequence[int]) -> list[list[Any]]:
         """Positives that are trained, as `restore` counts them: columns of windows, users, items and positives."""
-        counts = Counter((ts // self._window_ms, *pair) for *pair, ts in zip(users, items, ts_ms, strict=True))
+        counts = Counter((ts // WINDOW_MS, *pair) for *pair, ts in zip(users, items, ts_ms, strict=True))
         return [[key[place] for key in counts] for place in range(3)] + [list(counts.values())]
 
     def risen(self, ts_ms: int, changes: Iterable[tuple[EntityId, int]]) -> list[list[Any]]:
         """In how many more lists items are, as `restore` counts it: rows of window, item and lists."""
-        return [[ts_ms // self._window_ms, item, change] for item, change in sorted(changes) if change]
+        return [[ts_ms // WINDOW_MS, item, change] for item, change in sorted(changes) if change]
 
     def restore(self, counted: Sequence[Sequence[Any]], risen: Sequence[Sequence[Any]]) -> None:
-        """Count what a delta notes.
-
-        Args:
-            counted: four columns: windows, users, items, positives.
-            risen: rows of window, item, and in how many more lists it is.
-        """
+        """Count what a delta notes: columns of windows, users, items and positives; rows of window, item and lists."""
         for window, user, item, count in zip(*counted, strict=True):
             self._use(window).add(user, item, count)
         for window, item, change in risen:
@@ -173,13 +164,16 @@ class ClickWindows:
 
     def rises(self, items: Iterable[EntityId], ts_ms: Iterable[int], k: int) -> dict[EntityId, Rise]:
         """How far items rose in the windows of some times, and how far their users explain that of lists of k items."""
-        windows = {ts // self._window_ms for ts in ts_ms}
+        windows = {ts // WINDOW_MS for ts in ts_ms}
         counts = [self._counts[window] for window in windows if window in self._counts]
-        distinct = sum((one.distinct for one in counts), Counter[EntityId]())
+        distinct = sum((window.distinct for window in counts), Counter[EntityId]())
         total, listed = distinct.total(), min(heapq.nlargest(k, distinct.values()), default=1)
         rises = {}
         for item in items:
             own = min(distinct[item], self._options.item_share * (total - distinct[item]))
-            lists, positives = sum(one.risen[item] for one in counts), sum(one.items[item] for one in counts)
+            lists, positives = (
+                sum(window.risen[item] for window in counts),
+                sum(window.items[item] for window in counts),
+            )
             rises[item] = Rise(lists, positives, own / listed)
         return rises

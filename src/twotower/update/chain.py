@@ -1,7 +1,7 @@
 """The chain of deltas of one version: its state as it is opened, the plan of the next delta, and its commit.
 
-What a delta is made of, rows of shards and events of the log, is written down before it is made (`next.json`), so that
-a killed run makes the same delta again. After a number of deltas, all of them are folded into one, so that a chain is
+The rows of shards and events of the log that make a delta are written down first (`next.json`), so that a killed run
+makes the same delta again. After a number of deltas, all of them are folded into one, so that a chain is
 opened fast however long it is.
 """
 
@@ -63,10 +63,10 @@ class Done:
 
     seq: int
     rows: int
-    """Of the shards."""
+    """Rows of the shards."""
     watermark_ms: int | None
     refused: list[str] = field(default_factory=list)
-    """Why the gate did not let it through; its rows are in quarantine, and nothing of them was learned."""
+    """Why the gate refused it; its rows are in quarantine, and nothing was learned from them."""
     held_back: dict[str, int] = field(default_factory=dict)
     """Positives that were not trained, by the bound that they are beyond."""
     set_aside: list[str] = field(default_factory=list)
@@ -74,13 +74,7 @@ class Done:
 
 
 class Chain:
-    """A version's chain, opened by the one updater that may write it.
-
-    Args:
-        version: the base, as `open_version` gives it.
-        model: gives the model of its checkpoint.
-        sources: what is read and written.
-        options: how it learns.
+    """A version's chain, opened by the one updater that may write it; `model` gives the model of its checkpoint.
 
     Raises:
         VersionError: a delta is damaged or missing.
@@ -209,8 +203,8 @@ class Chain:
     def make(self, plan: Plan) -> Done:
         """Learn what is planned, judge it, and commit it: as it is, or as refused, with nothing learned.
 
-        Whatever is in shards and log, a delta is committed: what cannot be used is set aside and said, and what the
-        gate refuses goes to quarantine.
+        Whatever is in shards and log, a delta is committed: what cannot be used is set aside and reported, and
+        what the gate refuses goes to quarantine.
         """
         if self._planned() != plan:
             write_json(self._folder / PLAN, asdict(plan))
@@ -269,9 +263,9 @@ class Chain:
             self._unwritten = replace(self.state.folded(), report=self._reports.folded(), digest=self.follows)
 
     def tidy(self) -> None:
-        """Write the folded delta where there is one, and remove what folded ones stand for.
+        """Write the folded delta if there is one, and remove the deltas that folded ones replace.
 
-        That is done in a thread of its own, beside the next delta; `close` waits for it.
+        A thread does this while the next delta is made; `close` waits for it.
         """
         self.close()
         folded, self._unwritten = self._unwritten, None

@@ -1,7 +1,4 @@
-"""What the full update needs beside the stages that it runs: days that are not learned, the rows of a day, its gate.
-
-D vector.
-"""
+"""What the full update needs beside the stages that it runs: days that are not learned, the rows of a day, its gate."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -47,26 +44,26 @@ def due_days(
 ) -> list[str]:
     """The days that are whole and that the full chain has not learned, in order.
 
-    A day is whole when everything that is joined is of later days; without shards, when it is in `events/`. A partition
-    that is idle (`joined_until`) does not hold the others, but its own rows of the day must be in `events/`.
+    A day is whole when everything that is joined is of later days; without shards, when it is in `events/`. An idle
+    partition (`joined_until`) does not hold back the others, but its own rows of the day must be in `events/`.
 
     Args:
         events: joined events, a folder a day.
         shards: joined samples.
         learned: the last day of the full chain.
-        watermark_ms: where the chain began, which may be in the middle of that day: then the rest of the day is to be
-            learned. None = it learned the whole day.
-        event_log: which the shards are of, if there is one.
+        watermark_ms: where the chain began, if in the middle of that day: the rest of the day must then be learned.
+            None = it learned the whole day.
+        event_log: the log of the shards, if there is one.
         idle_ms: how far a partition without new events may be behind the others.
     """
     days = sorted(path.name.removeprefix(f"{c.DATE}=") for path in events.glob(f"{c.DATE}=*") if path.is_dir())
     reached = progress_of(shards, event_log)
     whole, unwritten = None, set[str]()
-    if any(one.watermark_ms is not None for one in reached.values()):
+    if any(progress.watermark_ms is not None for progress in reached.values()):
         until_ms = joined_until(reached.values(), idle_ms)
         whole = "" if until_ms is None else day_of(until_ms)
-        for partition, one in reached.items():
-            if until_ms is not None and one.watermark_ms is not None and one.watermark_ms < until_ms:
+        for partition, progress in reached.items():
+            if until_ms is not None and progress.watermark_ms is not None and progress.watermark_ms < until_ms:
                 unwritten.update(stale_days(events, manifests(shards, partition)))
     return [
         day
@@ -78,7 +75,7 @@ def due_days(
 
 
 def _goes_on(events: Path, day: str, watermark_ms: int) -> bool:
-    """Whether a day has requests after some time."""
+    """A day has requests after some time."""
     return any(
         (pc.max(pq.read_table(path, columns=[c.REQUEST_TS_MS], partitioning=None).column(0)).as_py() or 0)
         > watermark_ms
@@ -87,12 +84,9 @@ def _goes_on(events: Path, day: str, watermark_ms: int) -> bool:
 
 
 def fold(workspace: Path, entities: EntityChanges, files: Iterable[Path]) -> None:
-    """Write what was put or deleted into the tables of a workspace, and users who are new in joined events.
+    """Write what was put or deleted into a workspace's tables of users and items, and new users of joined events.
 
-    Args:
-        workspace: with `users.parquet` and `items.parquet`.
-        entities: what was put or deleted.
-        files: joined events whose users are to be known; of one who was never put nothing else is.
+    Of a new user who was never put, only the id is known.
     """
     clicked: dict[EntityId, Entity] = {}
     for path in files:
@@ -111,22 +105,22 @@ def fold(workspace: Path, entities: EntityChanges, files: Iterable[Path]) -> Non
 def _folded(table: pa.Table, id_column: str, entities: Mapping[EntityId, Entity]) -> pa.Table:
     """A table with the rows of entities as they are now."""
     own = int if table.schema.field(id_column).type == pa.int64() else str
-    entities = {one: entity for one, entity in entities.items() if type(one) is own}
-    known = {one: row for row, one in enumerate(table.column(id_column).to_pylist())}
-    hidden = {one for one, entity in entities.items() if entity.available is False}
+    entities = {entity_id: entity for entity_id, entity in entities.items() if type(entity_id) is own}
+    known = {entity_id: row for row, entity_id in enumerate(table.column(id_column).to_pylist())}
+    hidden = {entity_id for entity_id, entity in entities.items() if entity.available is False}
     if hidden and c.AVAILABLE not in table.column_names:
         table = table.append_column(c.AVAILABLE, pa.nulls(table.num_rows, pa.bool_()))
     out, rows = set[EntityId](), list[dict[str, Any]]()
-    for one, entity in entities.items():
+    for entity_id, entity in entities.items():
         if entity.deleted:
-            out.add(one)
-        elif entity.features is not None or entity.available is not None or one not in known:
-            before = table.slice(known[one], 1).to_pylist()[0] if one in known else {}
+            out.add(entity_id)
+        elif entity.features is not None or entity.available is not None or entity_id not in known:
+            before = table.slice(known[entity_id], 1).to_pylist()[0] if entity_id in known else {}
             kept = before if entity.features is None and not entity.fresh else {}
-            said = {} if entity.available is None else {c.AVAILABLE: entity.available}
-            rows.append({**kept, **(entity.features or {}), **said, id_column: one})
-            out.add(one)
-    left = table.filter(pa.array([one not in out for one in known], pa.bool_()))
+            available = {} if entity.available is None else {c.AVAILABLE: entity.available}
+            rows.append({**kept, **(entity.features or {}), **available, id_column: entity_id})
+            out.add(entity_id)
+    left = table.filter(pa.array([entity_id not in out for entity_id in known], pa.bool_()))
     columns = []
     for field in table.schema:
         plain = plain_type(field.type)
@@ -139,10 +133,7 @@ def _folded(table: pa.Table, id_column: str, entities: Mapping[EntityId, Entity]
 def rows_of_day(samples: Samples, day: str, after_ms: int = 0) -> Samples:
     """Samples with the positives of one day alone, each once; histories, clicks and counts stay those of all days.
 
-    Args:
-        samples: of all days up to this one.
-        day: YYYY-MM-DD.
-        after_ms: requests up to this time are left out: they were learned.
+    Requests up to `after_ms` are left out: they were learned already.
     """
     end = end_of_day(day)
     positives = samples.positives
@@ -166,11 +157,11 @@ def check_version(
     """What the gate has against a full version; one sentence each, none where it may go live.
 
     Args:
-        old: what is served.
-        new: what is to be.
-        files: joined events of the days that were learned.
-        held_out_users: share of users whom nothing is trained on: their clicks of these days judge.
-        options: what it must keep.
+        old: the served version.
+        new: the version to be served.
+        files: joined events of the days that were learned; the held-out users' clicks in them judge.
+        held_out_users: share of users who are never used in training.
+        options: what the version must keep.
     """
     spread = check_spread(np.asarray(new.item_vectors), old, options)
     rows = _held_out_rows([old, new], files, held_out_users, options.window)

@@ -16,6 +16,7 @@ from twotower.logs.events import EntityId
 from twotower.publish.delta import Delta, Rows
 from twotower.publish.version import Version
 from twotower.schema import columns as c
+from twotower.schema.clock import HOUR_MS
 from twotower.towers.two_tower import TwoTower
 from twotower.update.bounds import ClickWindows
 from twotower.update.learner import Touched
@@ -50,7 +51,7 @@ MIN_ACCUMULATOR = 1e-6
 
 
 def typical_length(weights: Floats, ids: int) -> float:
-    """The median length of the rows of a table that belong to some id; its room is empty.
+    """The median length of those rows of a table that belong to an id; the others are free.
 
     >>> typical_length(np.array([[0.0], [0.1], [2.0], [3.0], [4.0], [0.0], [0.0], [0.0]], np.float32), ids=3)
     3.0
@@ -68,20 +69,14 @@ class Recall:
     after: float | None
 
     def problems(self, options: GateOptions) -> list[str]:
-        """Why it may not be so."""
+        """What is wrong with it."""
         if self.before is None or self.after is None or self.after >= self.before - options.margin:
             return []
         return [f"recall@{options.k} of the held-out users falls from {self.before:.4f} to {self.after:.4f}"]
 
 
 class Gate:
-    """Compares deltas with the version that they are of.
-
-    Args:
-        version: the base.
-        model: of its checkpoint, before anything was learned.
-        options: what a delta must keep.
-    """
+    """Compares deltas with the version that they change, and with the model of its checkpoint before any learning."""
 
     def __init__(self, version: Version, model: TwoTower, options: GateOptions) -> None:
         self._options = options
@@ -96,7 +91,7 @@ class Gate:
         }
 
     def check(self, delta: Delta, touched: Touched, vectors: Floats, recall: Recall) -> list[str]:
-        """What is wrong with a delta, before it is asked what would be served; one sentence each.
+        """What is wrong with a delta, before a server's answers are compared; one sentence each.
 
         Args:
             delta: what was learned.
@@ -113,7 +108,7 @@ class Gate:
             problems.append("vectors of items are not finite")
         if problems:
             return problems
-        # Items that were put since are not compared: however alike they are, that was not learned.
+        # Items that were put since are not compared: however alike they are, their likeness was not learned.
         own = vectors[: self._base.items.base]
         return [*check_spread(own, self._base, self._options), *recall.problems(self._options)]
 
@@ -122,8 +117,8 @@ class Gate:
         users, options = min(SAMPLED_USERS, len(self._base.users)), self._options
         rises = windows.rises(clicked_items, np.unique(ts_ms).tolist(), LISTED)
         return [
-            one
-            for one, rise in rises.items()
+            item
+            for item, rise in rises.items()
             if rise.positives >= MIN_RISE_POSITIVES and rise.lists / users > options.max_rise + rise.explained
         ]
 
@@ -139,12 +134,7 @@ def check_spread(vectors: Floats, base: Version, options: GateOptions) -> list[s
 def check_rows(name: str, moved: Rows, before: Rows, typical: float, options: GateOptions) -> list[str]:
     """What is wrong with the moved rows of a table; one sentence each.
 
-    Args:
-        name: of the table.
-        moved: as they are.
-        before: as those of them were that the table had before.
-        typical: the length of a row.
-        options: what they must keep.
+    `before` are those of them that the table had, as they were; `typical` is the length of a typical row.
     """
     if not np.isfinite(moved.values).all():
         return [f"{name}: {(~np.isfinite(moved.values).all(axis=1)).sum()} rows are not finite"]
@@ -197,7 +187,7 @@ def recall_among(users: Floats, targets: Longs, vectors: Floats, k: int) -> floa
 
 
 def hits(users: Floats, targets: Longs, vectors: Floats, history: Bag, k: int) -> npt.NDArray[np.bool_]:
-    """Which targets (B,) are among the k nearest of their user's vector, what the user clicked before left out."""
+    """Which targets (B,) are among the k nearest of their user's vector, without what the user clicked before."""
     scores = users @ vectors.T
     own = np.take_along_axis(scores, targets[:, None], axis=1)
     owner = np.repeat(np.arange(len(users)), np.diff(history.indptr))
@@ -207,7 +197,7 @@ def hits(users: Floats, targets: Longs, vectors: Floats, history: Bag, k: int) -
 
 
 def check_served(version: Version, vectors: Floats, options: GateOptions) -> list[str]:
-    """Ask what would be served some golden queries, and compare with the trained vectors; one sentence a problem."""
+    """Compare what would be served for some golden queries with the trained vectors; one sentence a problem."""
     queries: Queries = version.queries(np.append(spaced(len(version.users), GOLDEN), -1))
     users = version.two_tower.user_vectors(queries)
     if not np.isfinite(users).all():
@@ -229,17 +219,14 @@ def check_served(version: Version, vectors: Floats, options: GateOptions) -> lis
 
 
 def lists_with(version: Version, vectors: Floats, rows: Longs) -> Longs:
-    """In how many lists of 20, among at most 200,000 items, of a fixed sample of users some items (n,) are.
+    """In how many lists of a fixed sample of users some items (n,) are: lists of 20, among at most 200,000 items.
 
-    Args:
-        version: as it is served.
-        vectors: (N, D) of its items.
-        rows: (n,) of the catalogue.
+    `version` is as it is served, `vectors` (N, D) are those of its items, `rows` (n,) catalogue rows.
     """
     users = version.two_tower.user_vectors(version.queries(spaced(len(version.users), SAMPLED_USERS)))
     users = users[users.any(axis=1)]
     others = spaced(len(vectors), LISTED_AMONG)
-    listed = max(1, round(LISTED * len(others) / len(vectors)))  # of a share of the items, that share of a list
+    listed = max(1, round(LISTED * len(others) / len(vectors)))  # a share of the items fills that share of a list
     others = others[~version.gone[others]]
     if len(others) <= listed:
         return np.full(len(rows), len(users), np.int64)
@@ -249,8 +236,8 @@ def lists_with(version: Version, vectors: Floats, rows: Longs) -> Longs:
 
 
 def drift(recent: Longs, clicks: Longs) -> float:
-    """How far the latest positives (W,) are from the version's clicks of each item (N,): half the sum of differences
-    of their shares, 0 = alike, 1 = nothing in common.
+    """How far the latest positives (W,) differ from the version's clicks of each item (N,): half the sum of the
+    differences of their shares, 0 = alike, 1 = nothing in common.
     """
     if not len(recent) or not clicks.sum():
         return 0.0
@@ -264,7 +251,7 @@ def by_hour(ts_ms: Longs, hit: npt.NDArray[np.bool_]) -> dict[str, list[int]]:
     >>> by_hour(np.array([3_600_000, 3_700_000]), np.array([True, False]))
     {'1': [1, 2]}
     """
-    hours = ts_ms // 3_600_000
+    hours = ts_ms // HOUR_MS
     return {
         str(hour): [int(hit[hours == hour].sum()), int((hours == hour).sum())] for hour in np.unique(hours).tolist()
     }

@@ -1,7 +1,7 @@
 """The incremental update: deltas out of joined samples, up to their end or for ever.
 
 One updater at a time writes the chain of a version: it holds a lock in the chain's folder. Another one that follows
-waits for it, and takes over where it ended.
+waits for it, and continues where it ended.
 """
 
 import logging
@@ -36,7 +36,7 @@ class UpdateReport:
     seq: int
     """The latest delta."""
     rows: int = 0
-    """Of the shards, or of the days, that were learned from."""
+    """Rows of the shards, or of the days, that were learned from."""
     watermark_ms: int | None = None
     refused: list[int] = field(default_factory=list)
     """Deltas that the gate refused; of a full update, positions in the list of days."""
@@ -50,20 +50,19 @@ class UpdateReport:
     """Why deltas were refused."""
 
     def after(self, done: Done) -> "UpdateReport":
-        """The same with one more delta."""
-        held_back = Counter(self.held_back)
-        held_back.update(done.held_back)
+        """The report with one more delta."""
+        held_back = Counter(self.held_back) + Counter(done.held_back)  # without zeros
         return replace(
             self,
             rows=self.rows + done.rows,
             refused=[*self.refused, *([done.seq] if done.refused else [])],
-            held_back={name: count for name, count in sorted(held_back.items()) if count},
+            held_back=dict(sorted(held_back.items())),
             set_aside=[*self.set_aside, *done.set_aside][-TOLD:],
             reasons=[*self.reasons, *done.refused][-TOLD:],
         )
 
     def of(self, chain: Chain) -> "UpdateReport":
-        """The same with where a chain is now."""
+        """The report with the current state of a chain."""
         aside = list(dict.fromkeys([*self.set_aside, *chain.unreadable]))
         return replace(
             self, version=chain.version.id, seq=chain.seq, watermark_ms=chain.state.watermark_ms, set_aside=aside
@@ -87,9 +86,9 @@ def update_incremental(
         deltas: the folder of the chains of all versions.
         open_chain: opens a version's chain.
         dry_run: say what the next delta would be made of, and write nothing.
-        follow_s: seconds between two looks for more, without end; another updater is waited for, and when another
+        follow_s: seconds between two looks for more, without end. Another updater is waited for, and when another
             version is served, its chain is learned. None = up to the end of what there is.
-        stopped: ends a run that follows.
+        stopped: asked whether a run that follows should end.
         sleep: waits.
 
     Raises:
@@ -123,12 +122,7 @@ def update_incremental(
 
 
 def catch_up(path: Path, deltas: Path, open_chain: OpenChain) -> UpdateReport:
-    """Learn what there is for a version that is not served yet.
-
-    Args:
-        path: its folder.
-        deltas: the folder of the chains of all versions.
-        open_chain: opens a version's chain.
+    """Learn what there is for a version, given by its folder, that is not served yet.
 
     Raises:
         VersionError: another updater learns for it.
@@ -146,7 +140,7 @@ def catch_up(path: Path, deltas: Path, open_chain: OpenChain) -> UpdateReport:
 
 @contextmanager
 def _only_updater(deltas: Path, version_id: str, dry_run: bool) -> Iterator[bool]:
-    """Whether this is the one updater of a version; it is until the end of the context."""
+    """Whether this is the only updater of a version; it stays so until the end of the context."""
     if dry_run:
         yield True
         return

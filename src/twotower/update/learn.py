@@ -1,4 +1,4 @@
-"""Makes one delta: the state learns the positives of joined rows, and the gate judges what became of it."""
+"""Makes one delta: the state learns the positives of joined rows, and the gate judges the result."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +20,10 @@ from twotower.update.select import Selection, select
 from twotower.update.state import ChainState, Witness, pending_changes, window_of
 
 JUDGED_SCORES = 4_000_000
-"""Scores that test-then-train recall costs a delta at most: a large catalogue has few positives judged."""
+"""Largest number of scores that test-then-train recall costs a delta: in a large catalogue few positives are judged."""
 JUDGED_K = 20
 TOLD = 20
-"""Reasons that a delta's report has, at most."""
+"""Largest number of reasons in a delta's report."""
 
 Longs = npt.NDArray[np.int64]
 
@@ -47,7 +47,7 @@ class Input:
     tables: Sequence[pa.Table]
     """Joined rows, by shard."""
     rows: int
-    """Of the shards, read."""
+    """Rows of the shards that were read."""
     changes: LoggedEntities
     set_aside: Sequence[str]
     """What could not be read."""
@@ -55,14 +55,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Learned:
-    """What came of an input."""
+    """The result of learning from an input."""
 
     delta: Delta | None
-    """None where it could not even be made."""
+    """None where it could not be made."""
     problems: Sequence[str] = ()
     """Why the gate refuses it."""
     risen: frozenset[EntityId] = frozenset()
-    """Items that rose too far: the delta has to be learned without them."""
+    """Items that rose too far: the delta must be learned without them."""
 
 
 def learn(
@@ -73,16 +73,12 @@ def learn(
     without: frozenset[EntityId] = frozenset(),
     refused: Sequence[str] = (),
 ) -> Learned:
-    """Learn the next delta. Where something is wrong with it, the state has to be opened again.
+    """Learn the next delta into the state. Where something is wrong with it, the state must be opened again.
 
-    Args:
-        state: behind the delta before; it is behind this one afterwards.
-        gate: judges the delta.
-        given: what to learn.
-        without: items that nothing is learned of: they rose too far.
-        refused: why the rows were refused: the delta is empty but for users and items, and the gate is not asked.
+    Nothing is learned of the items `without`, which rose too far. With `refused`, the reasons why the rows were
+    refused, the delta holds users and items only, and the gate is not asked.
     """
-    told = set(state.told_aside)
+    known_aside = set(state.told_aside)
     lesson = _lesson(state, given, without)
     delta = _delta(state, lesson, _report(state, lesson, without, refused))
     vectors, positives = state.learner.vectors, lesson.selection.trained
@@ -90,7 +86,11 @@ def learn(
         return Learned(delta, problems)
     state.apply(delta)
     laid = state.lay()
-    noted = [f"{kind} {shown(one)}: {why}" for (kind, one), why in state.told_aside.items() if (kind, one) not in told]
+    noted = [
+        f"{kind} {shown(entity_id)}: {why}"
+        for (kind, entity_id), why in state.told_aside.items()
+        if (kind, entity_id) not in known_aside
+    ]
     if aside := [*given.set_aside, *lesson.selection.problems, *noted]:
         delta = replace(delta, report={**delta.report, "set_aside": aside[:TOLD]})
     if not refused and (problems := check_served(laid, vectors, state.options.update.gate)):
@@ -121,14 +121,14 @@ class _Lesson:
     pending: Mapping[str, Mapping[EntityId, int]]
     """By table, positives of ids without a row, before."""
     witnesses: list[Witness]
-    """StreamPositives of held-out users."""
+    """Positives of held-out users."""
     judged: dict[str, list[int]]
     """Test-then-train recall."""
     recall: Recall
 
 
 def _lesson(state: ChainState, given: Input, without: frozenset[EntityId]) -> _Lesson:
-    """Train what is given; of the state, the learner and what was put are behind it then."""
+    """Train what is given; it changes the state's learner and entities."""
     learner, options = state.learner, state.options
     pending = {name: dict(counts) for name, counts in learner.pending.items()}
     state.take(given.changes)
@@ -139,8 +139,8 @@ def _lesson(state: ChainState, given: Input, without: frozenset[EntityId]) -> _L
     rows = np.unique(positives.item_row)
     listed = lists_with(state.laid, learner.vectors, rows) if len(rows) else rows
     judged = _judge(state, positives)
-    vectors = list(learner.user_vectors(out)) if len(out) else []
-    witnesses = [Witness(*one) for one in zip(out.item_ids.to_pylist(), vectors, strict=True)]
+    vectors = list(learner.model.encode_users(out.user)) if len(out) else []
+    witnesses = [Witness(*pair) for pair in zip(out.item_ids.to_pylist(), vectors, strict=True)]
     before = _recall(state, witnesses)
     for step, start in enumerate(range(0, len(positives), options.update.batch_size)):
         part = np.arange(start, min(start + options.update.batch_size, len(positives)))
@@ -150,7 +150,7 @@ def _lesson(state: ChainState, given: Input, without: frozenset[EntityId]) -> _L
 
 
 def _report(state: ChainState, lesson: _Lesson, without: frozenset[EntityId], refused: Sequence[str]) -> dict[str, Any]:
-    """What a delta says of itself."""
+    """The report of a delta."""
     learner, selection, touched = state.learner, lesson.selection, lesson.touched
     return {
         **selection.counts,
@@ -169,7 +169,7 @@ def _report(state: ChainState, lesson: _Lesson, without: frozenset[EntityId], re
 
 
 def _delta(state: ChainState, lesson: _Lesson, report: Mapping[str, Any]) -> Delta:
-    """The delta of a lesson, but for what is known only when it is laid over the version."""
+    """The delta of a lesson, without what is known only when it is laid over the version."""
     learner, touched, plan = state.learner, lesson.touched, lesson.given.plan
     positives, latest_ms = lesson.selection.trained, lesson.selection.latest_ms
     tables = {name: learner.rows_of(name, touched) for name in sorted(touched.rows)}
@@ -195,7 +195,7 @@ def _delta(state: ChainState, lesson: _Lesson, report: Mapping[str, Any]) -> Del
             **lesson.given.changes.state(),
             "pending": pending_changes(lesson.pending, learner.pending),
             "recent": positives.item_ids.to_pylist(),
-            "window": [one.item_id for one in lesson.witnesses],
+            "window": [witness.item_id for witness in lesson.witnesses],
             "counted": state.windows.counted(
                 positives.user_ids.to_pylist(), positives.item_ids.to_pylist(), positives.ts_ms.tolist()
             ),
@@ -205,14 +205,14 @@ def _delta(state: ChainState, lesson: _Lesson, report: Mapping[str, Any]) -> Del
 
 
 def _ids(pairs: Sequence[tuple[EntityId, int]], kind: pa.DataType) -> pa.Table:
-    ids, rows = [one for one, _ in pairs], [row for _, row in pairs]
+    ids, rows = [entity_id for entity_id, _ in pairs], [row for _, row in pairs]
     return pa.table({"id": pa.array(ids, kind), "row": pa.array(rows, pa.int32())})
 
 
 def _recall(state: ChainState, witnesses: Sequence[Witness]) -> float | None:
     """Recall of the latest positives of held-out users, None where there are too few."""
     options, latest = state.options.update.gate, state.with_latest(witnesses)
-    rows = state.rows_of([one.item_id for one in latest])
+    rows = state.rows_of([witness.item_id for witness in latest])
     there = np.flatnonzero(rows >= 0)
     if len(there) < options.min_positives:
         return None
@@ -228,5 +228,5 @@ def _judge(state: ChainState, positives: StreamPositives) -> dict[str, list[int]
     part = positives.take(spaced(len(positives), max(1, JUDGED_SCORES // len(vectors))))
     nothing = Bag(np.zeros(len(part) + 1, np.int64), np.zeros(0, np.int32))
     hidden = part.clicked if state.options.hide_clicked else nothing
-    users = state.learner.user_vectors(part)
+    users = state.learner.model.encode_users(part.user)
     return by_hour(part.ts_ms, hits(users, part.item_row, vectors, hidden, JUDGED_K))

@@ -1,8 +1,8 @@
 """The incremental step: from clicked rows to new rows of the ID tables; everything else is frozen, bit for bit.
 
-A step moves only the rows of its positive pairs: the user's and the item's own; with `negatives_move` those of its
-negatives, too. Histories, other features and both networks take no gradient, and the rows for missing and unknown ids
-never move.
+A step moves only the rows of its positive pairs: the user's and the item's own, and with `negatives_move` those of its
+negatives. Histories, other features and both networks take no gradient, and the rows for missing and unknown ids never
+move.
 
 B positives of a step, K negatives, N items of the catalogue, D vector.
 """
@@ -43,11 +43,11 @@ class Touched:
     admitted: dict[str, list[tuple[EntityId, int]]] = field(default_factory=dict)
     """By table, ids with their new rows."""
     no_room: int = 0
-    """Ids that would have been admitted, had the table a free row."""
+    """Ids that would have been admitted if the table had a free row."""
     loss: float = 0.0
     """Sum over positives."""
     before: dict[str, dict[int, Floats]] = field(default_factory=dict)
-    """By table, the rows that moved as they were; new ones are not among them."""
+    """By table, the rows that moved, as they were; new ones are not among them."""
 
     def note(self, table: str, rows: Longs, weights: Floats) -> None:
         """Note that some rows are about to move."""
@@ -67,15 +67,15 @@ class Touched:
 
 
 class Learner:
-    """The tables of a version and what they become.
+    """The tables of a version and what they become; each positive counts as much as in a batch of `train.batch_size`,
+    so that the scale of the optimizer state still fits.
 
     Args:
         model: of the version's checkpoint; its tables are changed in place.
         catalogue: encoded features of the N items, ids included.
         item_vectors: (N, D) as served; changed in place.
         item_clicks: (N,) of the version, for negatives drawn by clicks.
-        options: how it learns. Each positive counts as much as in a batch of `train.batch_size`, so that the scale of
-            the optimizer state still fits.
+        options: how it learns.
     """
 
     def __init__(
@@ -93,30 +93,26 @@ class Learner:
         self._rate = options.update.learning_rate or options.train.table_learning_rate
         self._loss = configured_loss(options.train)
         self.learned: dict[str, dict[EntityId, int]] = {c.USER_ID: {}, c.ITEM_ID: {}}
-        """By table, rows of ids that the version does not have so."""
+        """By table, rows of ids whose row is not the version's."""
         self.pending: dict[str, dict[EntityId, int]] = {c.USER_ID: {}, c.ITEM_ID: {}}
         """By table, positives of ids that have no row yet."""
         vocabularies = model.features.vocabularies
-        self.next_row = {name: FIRST + len(one.values) for name, one in vocabularies.items()}
+        self.next_row = {name: FIRST + len(vocabulary.values) for name, vocabulary in vocabularies.items()}
         self.recent = np.zeros(0, np.int64)
         """(W,) catalogue rows of the latest positives, oldest first."""
         self._assembler = StepAssembler(model.features, model.tables)
         self.set_items(catalogue, item_vectors, item_clicks)
 
     def set_items(self, catalogue: dict[str, Column], item_vectors: Floats, item_clicks: Longs) -> None:
-        """The items to learn from now on: encoded features, vectors (N, D) and clicks (N,)."""
+        """Learn from these items from now on: encoded features, vectors (N, D) and clicks (N,)."""
         self._columns, self.vectors, self.clicks = catalogue, item_vectors, item_clicks
         self._easy = EasyNegatives(self._negatives, item_clicks)
         self._position = np.full(len(item_vectors), -1, np.int64)
         self._readers = _readers_of(self.model, catalogue)
-        self._tokens = np.zeros(len(item_vectors), np.int32)
-        if c.ITEM_ID in catalogue:
-            self._tokens = _as_rows(catalogue[c.ITEM_ID])
-
-    @property
-    def item_tokens(self) -> npt.NDArray[np.int32]:
+        self.item_tokens = np.zeros(len(item_vectors), np.int32)
         """(N,) row of each item in the table of item ids."""
-        return self._tokens
+        if c.ITEM_ID in catalogue:
+            self.item_tokens = _as_rows(catalogue[c.ITEM_ID])
 
     def _admit(self, table: str, ids: Sequence[EntityId], tokens: npt.NDArray[np.int32], touched: Touched) -> None:
         """Count ids (B,) without a row, and give one to those that have come often enough; changes `tokens`."""
@@ -124,41 +120,35 @@ class Learner:
             return
         embedding, pending, learned = self.model.tables[table], self.pending[table], self.learned[table]
         for place in np.flatnonzero(tokens == UNKNOWN).tolist():
-            one = ids[place]
-            if learned.get(one, UNKNOWN) != UNKNOWN:
-                tokens[place] = learned[one]
+            entity_id = ids[place]
+            if learned.get(entity_id, UNKNOWN) != UNKNOWN:
+                tokens[place] = learned[entity_id]
                 continue
-            pending[one] = pending.get(one, 0) + 1
-            if pending[one] < self.options.admit_after:
+            pending[entity_id] = pending.get(entity_id, 0) + 1
+            if pending[entity_id] < self.options.admit_after:
                 continue
             row = self.next_row[table]
             if row >= len(embedding.weights):
                 touched.no_room += 1
                 continue
-            del pending[one]
+            del pending[entity_id]
             self.next_row[table] += 1
             embedding.weights[row] = embedding.weights[UNKNOWN]
             embedding.accumulator[row] = 0
-            learned[one] = tokens[place] = row
+            learned[entity_id] = tokens[place] = row
             touched.rows.setdefault(table, set()).add(row)
-            touched.admitted.setdefault(table, []).append((one, row))
+            touched.admitted.setdefault(table, []).append((entity_id, row))
 
-    def forget(self, table: str, one: EntityId, row: int, touched: Touched) -> None:
-        """Clear the row of an id, which has none of its own from now on."""
+    def forget(self, table: str, entity_id: EntityId, row: int, touched: Touched) -> None:
+        """Clear the row of an id, which has no own row from now on."""
         embedding = self.model.tables[table]
         touched.rows.setdefault(table, set()).add(row)
         embedding.weights[row] = 0
         embedding.accumulator[row] = 0
-        self.learned[table][one] = UNKNOWN
+        self.learned[table][entity_id] = UNKNOWN
 
     def step(self, rows: StreamPositives, number: Sequence[int], touched: Touched) -> None:
-        """Train B positives.
-
-        Args:
-            rows: B positives.
-            number: of the step: with the seed, all that is drawn depends on it.
-            touched: noted into.
-        """
+        """Train B positives, and note in `touched` what moves; with the seed, the step's number fixes all draws."""
         options = self.options
         user_tokens = self._admit_all(rows, touched)
         generator = np.random.default_rng([options.seed, *number])
@@ -187,7 +177,7 @@ class Learner:
         )
         if total.requires_grad:
             total.backward()  # type: ignore[no-untyped-call]
-        pairs = {c.USER_ID: np.unique(user_tokens), c.ITEM_ID: np.unique(self._tokens[distinct])}
+        pairs = {c.USER_ID: np.unique(user_tokens), c.ITEM_ID: np.unique(self.item_tokens[distinct])}
         for name in options.tables:
             moved, own = inputs.touched.get(name), pairs[name]
             if moved is None or moved.values.grad is None:
@@ -202,28 +192,24 @@ class Learner:
         touched.recent = np.concatenate([touched.recent, rows.item_row])[-options.recent :]
 
     def _admit_all(self, rows: StreamPositives, touched: Touched) -> npt.NDArray[np.int32]:
-        """Give rows to ids of some positives; gives the users' rows in their table."""
+        """Give rows to ids of some positives; returns the users' rows in their table."""
         user_tokens = np.zeros(0, np.int32)
         if c.USER_ID in rows.user:
             user_tokens = _as_rows(rows.user[c.USER_ID])
             self._admit(c.USER_ID, rows.user_ids.to_pylist(), user_tokens, touched)
         if c.ITEM_ID in self._columns:
-            item_tokens = self._tokens[rows.item_row]
+            item_tokens = self.item_tokens[rows.item_row]
             self._admit(c.ITEM_ID, rows.item_ids.to_pylist(), item_tokens, touched)
-            self._tokens[rows.item_row] = item_tokens
+            self.item_tokens[rows.item_row] = item_tokens
         return user_tokens
 
     def _refresh(self, rows: Longs, touched: Touched) -> None:
-        """Compute the vectors of some items anew."""
+        """Compute the vectors of some items again."""
         if not len(rows):
             return
         columns = {name: take(column, rows) for name, column in self._columns.items()}
         self.vectors[rows] = self.model.encode_items(columns)
         touched.items.update(rows.tolist())
-
-    def user_vectors(self, rows: StreamPositives) -> Floats:
-        """Vectors (B, D) of the users of some positives."""
-        return self.model.encode_users(rows.user)
 
     def rows_of(self, table: str, touched: Touched) -> Rows:
         """The rows of a table that moved."""
@@ -231,7 +217,7 @@ class Learner:
         return Rows(rows, self.model.tables[table].weights[rows])
 
     def _readers_rows(self, own: Longs, rows: Longs) -> Longs:
-        """The items whose vectors read some rows of the table of item ids: the own one, or one of a feature's."""
+        """The items whose vectors read some rows of the table of item ids: as their own id, or by another feature."""
         if self._readers is None:
             return own[np.isin(self.item_tokens[own], rows)]
         order, starts = self._readers
@@ -260,7 +246,7 @@ class Learner:
         return negatives, log_weight.astype(np.float32)
 
     def _mask(self, negatives: Longs, item_row: Longs, clicked: Bag) -> Mask:
-        """What is no negative of a row: its own item, and what its user clicked."""
+        """What is no negative of a row (B,): its own item, and what its user clicked."""
         self._position[negatives] = np.arange(len(negatives))
         both = concatenate([clicked, Bag(np.arange(len(item_row) + 1), item_row.astype(np.int32))])
         owner = np.repeat(np.arange(2 * len(item_row)), np.diff(both.indptr)) % max(len(item_row), 1)
@@ -279,7 +265,7 @@ def _as_rows(column: Column) -> npt.NDArray[np.int32]:
 
 
 def _readers_of(model: TwoTower, columns: Mapping[str, Column]) -> tuple[Longs, Longs] | None:
-    """Items by the rows of the table of item ids that further features of theirs read; None = there are none."""
+    """Items by the rows of the table of item ids that their other features read; None = no feature reads any."""
     pairs = [
         np.stack([np.repeat(np.arange(len(column)), np.diff(column.indptr)), column.rows.astype(np.int64)])
         if isinstance(column, Bag)

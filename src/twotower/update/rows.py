@@ -35,10 +35,10 @@ class StreamPositives:
     ts_ms: Longs
     weight: npt.NDArray[np.float32]
     user: dict[str, Column]
-    """What enters the user tower: stored features, those that came with the request over them, context, history; the
-    user's own id as the version knows it."""
+    """What enters the user tower: stored features or those that came with the request, context, history, and the user's
+    own id as the version knows it."""
     clicked: Bag
-    """(B) catalogue rows of what the user clicked: in the version, and before the request."""
+    """(B) catalogue rows of what the user clicked, in the version and before the request."""
 
     def __len__(self) -> int:
         return len(self.item_row)
@@ -100,12 +100,9 @@ def usable(rows: pa.Table, version: Version) -> npt.NDArray[np.bool_]:
 
 
 def positives_of(version: Version, rows: pa.Table, item_tokens: npt.NDArray[np.int32]) -> StreamPositives:
-    """Clicked rows, encoded for a version with what was put since.
+    """Clicked rows of items that the version has, encoded for it with what was learned and put since.
 
-    Args:
-        version: with what was learned and put.
-        rows: clicked rows of shards, of items that the version has.
-        item_tokens: (N,) row of each item in the table of item ids.
+    `item_tokens` (N,) is the row of each item in the table of item ids.
     """
     user_ids = rows.column(c.USER_ID).combine_chunks()
     item_ids = rows.column(c.ITEM_ID).combine_chunks()
@@ -137,13 +134,13 @@ def tokens_of(features: FeatureSet, name: str, ids: pa.Array, learned: Mapping[E
         return np.zeros(len(ids), np.int32)
     rows = vocabulary.rows(ids)
     if learned:
-        for place, one in enumerate(ids.to_pylist()):
-            rows[place] = learned.get(one, rows[place])
+        for place, entity_id in enumerate(ids.to_pylist()):
+            rows[place] = learned.get(entity_id, rows[place])
     return rows
 
 
 def _came_with(feature: Fitted, rows: pa.Table, prefix: str, otherwise: Column) -> Column:
-    """A column of values that came with the requests, and of others where none did."""
+    """A column of the values that came with the requests, and of `otherwise` where none did."""
     name = f"{prefix}{feature.name}"
     if name not in rows.column_names or rows.column(name).null_count == rows.num_rows:
         return otherwise
@@ -153,23 +150,23 @@ def _came_with(feature: Fitted, rows: pa.Table, prefix: str, otherwise: Column) 
 
 
 def _histories(version: Version, rows: pa.Table, stored: Bag) -> Bag:
-    """Catalogue rows of the clicks before each request; those of the version where the request did not say."""
+    """Catalogue rows of the clicks before each request; those of the version where the request has no history."""
     if HISTORY not in rows.column_names or rows.column(HISTORY).null_count == rows.num_rows:
         return stored
     lists = rows.column(HISTORY).combine_chunks()
-    said = lists.is_valid().to_numpy(zero_copy_only=False)
+    logged = lists.is_valid().to_numpy(zero_copy_only=False)
     lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    found = version.items.find(lists.flatten())
-    owner = np.repeat(np.arange(len(lengths)), lengths)[found >= 0]
-    own = Bag(pointers(np.bincount(owner, minlength=len(lengths))), found[found >= 0].astype(np.int32))
-    return take(concatenate([stored, own]), np.arange(len(said)) + len(said) * said)
+    item_rows = version.items.find(lists.flatten())
+    owner = np.repeat(np.arange(len(lengths)), lengths)[item_rows >= 0]
+    own = Bag(pointers(np.bincount(owner, minlength=len(lengths))), item_rows[item_rows >= 0].astype(np.int32))
+    return take(concatenate([stored, own]), np.arange(len(logged)) + len(logged) * logged)
 
 
-def _both(one: Bag, other: Bag) -> Bag:
+def _both(first: Bag, other: Bag) -> Bag:
     """The rows of two bags together, without repeats."""
-    count, size = len(one), 1 + int(max(one.rows.max(initial=0), other.rows.max(initial=0)))
-    owner = np.concatenate([np.repeat(np.arange(count), np.diff(bag.indptr)) for bag in (one, other)])
-    pairs = np.unique(owner * size + np.concatenate([one.rows, other.rows]))
+    count, size = len(first), 1 + int(max(first.rows.max(initial=0), other.rows.max(initial=0)))
+    owner = np.concatenate([np.repeat(np.arange(count), np.diff(bag.indptr)) for bag in (first, other)])
+    pairs = np.unique(owner * size + np.concatenate([first.rows, other.rows]))
     return Bag(pointers(np.bincount(pairs // size, minlength=count)), (pairs % size).astype(np.int32))
 
 

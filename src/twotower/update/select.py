@@ -37,12 +37,12 @@ class Selection:
 
     trained: StreamPositives
     held_out: StreamPositives
-    """StreamPositives of held-out users: they judge, and nothing is trained on them."""
+    """Positives of held-out users: they judge, and nothing is trained on them."""
     counts: dict[str, int]
     latest_ms: int | None
     """The latest time of a positive, left out or not."""
     held_back: dict[str, int]
-    """StreamPositives that are not trained, by the bound that they are beyond."""
+    """Positives that are not trained, by the bound that they are beyond."""
     problems: list[str]
     """Why shards could not be used."""
 
@@ -59,13 +59,9 @@ class _Part:
 def select(
     state: ChainState, tables: Sequence[pa.Table], *, held_out_users: float, risen: frozenset[EntityId]
 ) -> Selection:
-    """Select the positives of joined rows.
+    """Select the positives of joined rows, by shard, before the state learns anything from them.
 
-    Args:
-        state: before anything is learned from them.
-        tables: the rows, by shard.
-        held_out_users: share of users whom nothing is trained on.
-        risen: items that rose too far: nothing is learned of them.
+    Nothing is trained on `held_out_users`, a share of the users, and nothing is learned of items that rose too far.
     """
     counts = Counter(dict.fromkeys(("rows", "positives", "held_out", "known_before", "unusable"), 0))
     parts, times, problems = [state.encode(_no_rows(state.version))], list[int](), list[str]()
@@ -85,7 +81,7 @@ def select(
     positives = StreamPositives.together(parts)
     users, items = positives.user_ids.to_pylist(), positives.item_ids.to_pylist()
     why = state.windows.admit(users, items, positives.ts_ms.tolist())
-    why[np.array([one in risen for one in items], np.bool_)] = RISEN
+    why[np.array([item in risen for item in items], np.bool_)] = RISEN
     held_back = {name: int((why == name).sum()) for name in (PAIR, USER, ITEM, RISEN)}
     if any(held_back.values()):
         log.warning("%s: positives beyond update.bounds are not trained: %s", state.version.id, held_back)
@@ -110,9 +106,9 @@ def _select_part(state: ChainState, rows: pa.Table) -> _Part:
         late = (asked_ms.to_numpy() <= end_of_day(version.last_day)) & (times <= version.watermark_ms)
     item_ids, user_ids = (positives.column(name).combine_chunks() for name in (c.ITEM_ID, c.USER_ID))
     there = state.known_items(item_ids)
-    items = [state.entities.items.get(one) for one in item_ids.to_pylist()]
-    users = [state.entities.users.get(one) for one in user_ids.to_pylist()]
-    deleted = np.array([one is not None and one.deleted for one in users], np.bool_)
+    items = [state.entities.items.get(entity_id) for entity_id in item_ids.to_pylist()]
+    users = [state.entities.users.get(entity_id) for entity_id in user_ids.to_pylist()]
+    deleted = np.array([user is not None and user.deleted for user in users], np.bool_)
     former = _before_deletion(items, times) | _before_deletion(users, times)
     counts = {
         "unusable": int((~fine).sum()),
@@ -126,8 +122,8 @@ def _select_part(state: ChainState, rows: pa.Table) -> _Part:
 
 
 def _before_deletion(entities: Sequence[Entity | None], times: Longs) -> Bools:
-    """Which clicks (B,) are of a user or an item that was deleted after them: another has its id now."""
-    deleted_ms = [-1 if one is None or one.deleted_ms is None else one.deleted_ms for one in entities]
+    """Which clicks (B,) are of a user or an item that was deleted after them: another one has its id now."""
+    deleted_ms = [-1 if entity is None or entity.deleted_ms is None else entity.deleted_ms for entity in entities]
     before: Bools = times <= np.array(deleted_ms, np.int64)
     return before
 

@@ -1,7 +1,7 @@
-"""The state of a chain: a version with what its deltas say, as the updater goes on from it.
+"""The state of a chain: a version with its deltas, from which the updater goes on.
 
-`ChainState.apply` takes in a delta: one that is read when a chain is opened, and one that was just made. So a chain
-that is opened again has the bytes of the one that wrote them.
+`ChainState.apply` takes in a delta that is read when a chain is opened, and one that was just made. So a chain that is
+opened again has the bytes of the one that wrote them.
 
 N items of the version and those put since, D vector.
 """
@@ -45,7 +45,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Witness:
-    """A positive of a held-out user, that recall is judged by."""
+    """A positive of a held-out user, on which recall is judged."""
 
     item_id: EntityId
     vector: Floats
@@ -54,7 +54,7 @@ class Witness:
 
 @dataclass(frozen=True)
 class Base:
-    """What is computed of a version once, whatever its deltas say."""
+    """What is computed of a version once, whatever its deltas hold."""
 
     version: Version
 
@@ -68,21 +68,11 @@ class Base:
         """Clicks of each of its items."""
         return np.bincount(self.version.clicks.item_row, minlength=self.version.items.base).astype(np.int64)
 
-    def latest_clicks(self, count: int) -> Longs:
-        """Catalogue rows of its latest clicks, oldest first."""
-        order = np.argsort(self.version.clicks.ts_ms, kind="stable")[-count:]
-        rows: Longs = self.version.clicks.item_row[order].astype(np.int64)
-        return rows
-
 
 class ChainState:
-    """A version, and what deltas change of it.
+    """A version and what deltas change in it; the tables of `model`, that of its checkpoint, are changed in place.
 
-    Args:
-        base: the version.
-        model: of its checkpoint; its tables are changed in place.
-        first_rows: by partition of the shards, the number of the first row that the version may not know.
-        options: how it learns.
+    `first_rows` are, by partition of the shards, the numbers of the first rows that the version may not know.
     """
 
     def __init__(self, base: Base, model: TwoTower, first_rows: Mapping[str, int], options: ChainOptions) -> None:
@@ -105,7 +95,9 @@ class ChainState:
             columns[c.ITEM_ID] = ids.copy()  # an item that is admitted gets another row
         vectors = np.array(base.version.item_vectors)
         self.learner = Learner(model, columns, vectors, base.clicks, options)
-        self.learner.recent = base.latest_clicks(options.update.recent)
+        clicks = base.version.clicks
+        latest = np.argsort(clicks.ts_ms, kind="stable")[-options.update.recent :]
+        self.learner.recent = clicks.item_row[latest].astype(np.int64)
         self._base = base
         self._overlay = Overlay(base.version, by_id=True)
 
@@ -116,7 +108,7 @@ class ChainState:
 
     @property
     def items_have_ids(self) -> bool:
-        """The item tower reads them; else only histories do, and the rows of items do not move."""
+        """The item tower reads them; otherwise only histories do, and the rows of items do not move."""
         return c.ITEM_ID in self._base.columns
 
     def id_type(self, table: str) -> pa.DataType:
@@ -124,7 +116,7 @@ class ChainState:
         return (self.version.item_ids if table == c.ITEM_ID else self.version.users.ids).type
 
     def encode(self, rows: pa.Table) -> StreamPositives:
-        """Clicked rows of items that there are, as the state sees them before anything is learned from them."""
+        """Clicked rows of known items, as the state encodes them before anything is learned from them."""
         tokens = self.learner.item_tokens if self.items_have_ids else self.laid.two_tower.item_tokens
         encoded = positives_of(self.laid, rows, tokens)
         if any(feature.name == c.USER_ID for feature in self.version.features.user):
@@ -133,13 +125,13 @@ class ChainState:
         return encoded
 
     def known_items(self, ids: pa.Array) -> npt.NDArray[np.bool_]:
-        """Which items there are and are not deleted."""
+        """Which items the state has and are not deleted."""
         rows = self.laid.items.find(ids)
         known: npt.NDArray[np.bool_] = (rows >= 0) & ~self.laid.gone[np.maximum(rows, 0)]
         return known
 
     def rows_of(self, item_ids: Sequence[EntityId]) -> Longs:
-        """Catalogue rows of items, -1 for those that there are not."""
+        """Catalogue rows of items, -1 for unknown ones."""
         return self.laid.items.find(pa.array(item_ids, self.version.item_ids.type))
 
     def accumulators(self, tables: Mapping[str, Rows]) -> dict[str, Floats]:
@@ -148,7 +140,7 @@ class ChainState:
         return {f"{name}.accumulator": own[name].accumulator[rows.rows] for name, rows in tables.items()}
 
     def apply(self, delta: Delta) -> None:
-        """Take in the next delta: one that was read, or one that this very state has learned."""
+        """Take in the next delta: one that was read, or one that this state has learned."""
         state, learner = delta.state, self.learner
         if delta.folded:  # it holds these whole
             learner.recent, self.witnesses = np.zeros(0, np.int64), []
@@ -168,10 +160,10 @@ class ChainState:
             if name == c.ITEM_ID:
                 self._set_tokens(ids)
         for name, changes in state["pending"].items():
-            for one, count in changes:
-                learner.pending[name][one] = count
+            for entity_id, count in changes:
+                learner.pending[name][entity_id] = count
                 if not count:
-                    del learner.pending[name][one]
+                    del learner.pending[name][entity_id]
         self._overlay.learn(delta)
         learner.vectors[self.laid.items.find(delta.item_ids)] = delta.item_vectors
         if delta.folded:
@@ -179,12 +171,12 @@ class ChainState:
         recent = self.rows_of(state["recent"])
         learner.recent = np.concatenate([learner.recent, recent[recent >= 0]])[-self.options.update.recent :]
         vectors = delta.optimizer.get(WINDOW, np.zeros((0, 0), np.float32))
-        self.witnesses = self.with_latest([Witness(*one) for one in zip(state["window"], vectors, strict=True)])
+        self.witnesses = self.with_latest([Witness(*pair) for pair in zip(state["window"], vectors, strict=True)])
         self.offsets = {name: {key: int(end) for key, end in ends.items()} for name, ends in delta.offsets.items()}
         self.seq, self.watermark_ms = delta.seq, delta.watermark_ms
 
     def lay(self) -> Version:
-        """The version with all that was learned and put, as a server has it."""
+        """The version with everything that was learned and put, as a server has it."""
         self.laid = self._overlay.lay(self.entities)
         return self.laid
 
@@ -193,13 +185,13 @@ class ChainState:
         return [*self.witnesses, *witnesses][-self.options.update.gate.window :]
 
     def take(self, changes: LoggedEntities) -> None:
-        """Take in users and items that were put or deleted; what is known already changes nothing."""
+        """Take in users and items that were put or deleted; what is already known changes nothing."""
         known = {ITEM: self.entities.items, USER: self.entities.users}
-        if all(known[kind].get(one) == entity for (kind, one), entity in changes.entities.items()):
+        if all(known[kind].get(entity_id) == entity for (kind, entity_id), entity in changes.entities.items()):
             return
         newer = split(changes.entities)
-        former = {one for kind, one in changes.deleted_ms if kind == ITEM}
-        self.witnesses = [one for one in self.witnesses if one.item_id not in former]
+        former = {item_id for kind, item_id in changes.deleted_ms if kind == ITEM}
+        self.witnesses = [witness for witness in self.witnesses if witness.item_id not in former]
         self.entities = EntityChanges(
             {**self.entities.items, **newer.items} if newer.items else self.entities.items,
             {**self.entities.users, **newer.users},
@@ -220,16 +212,18 @@ class ChainState:
         vectors = np.concatenate([learner.vectors[:base], more])
         index = np.arange(count)
         parts: dict[str, list[Column]] = {name: [column] for name, column in self._base.columns.items()}
-        for number, (one, row) in enumerate(sorted(laid.put.items(), key=lambda entry: entry[1])):
-            for name, column in item_columns(self.version, one, self.entities.items[one]).items():
+        for number, (item_id, row) in enumerate(sorted(laid.put.items(), key=lambda entry: entry[1])):
+            for name, column in item_columns(self.version, item_id, self.entities.items[item_id]).items():
                 parts[name].append(column)
             index[row] = base + number
             vectors[row] = laid.item_vectors[np.array([row])][0]
         columns = {name: take(concatenate(part), index) for name, part in parts.items()}
         clicks = np.concatenate([self._base.clicks, np.zeros(count - base, np.int64)])
-        fresh = [one for one, entity in self.entities.items.items() if entity.fresh and not self._is_trained(one)]
+        fresh = [
+            item_id for item_id, entity in self.entities.items.items() if entity.fresh and not self._is_trained(item_id)
+        ]
         rows = self.rows_of(fresh)
-        clicks[rows[rows >= 0]] = 0  # what the version counted was of others
+        clicks[rows[rows >= 0]] = 0  # the version counted the clicks of other items with these ids
         if c.ITEM_ID in columns:
             learned = learner.learned[c.ITEM_ID]
             columns[c.ITEM_ID] = tokens_of(self.version.features, c.ITEM_ID, laid.item_ids, learned)
@@ -238,22 +232,22 @@ class ChainState:
     def forget(self, deleted: Iterable[Named], touched: Touched) -> dict[str, list[tuple[EntityId, int]]]:
         """Clear the rows of deleted users and items, and make their ids unknown; gives these, by table."""
         learner, forgotten = self.learner, dict[str, list[tuple[EntityId, int]]]()
-        for kind, one in deleted:
+        for kind, entity_id in deleted:
             table = c.ITEM_ID if kind == ITEM else c.USER_ID
-            if table not in learner.model.tables or (kind == ITEM and self._is_trained(one)):
+            if table not in learner.model.tables or (kind == ITEM and self._is_trained(entity_id)):
                 continue
-            ids = pa.array([one], self.id_type(table))
+            ids = pa.array([entity_id], self.id_type(table))
             token = int(tokens_of(self.version.features, table, ids, learner.learned[table])[0])
-            learner.pending[table].pop(one, None)
+            learner.pending[table].pop(entity_id, None)
             if token >= FIRST:
-                learner.forget(table, one, token, touched)
-            forgotten.setdefault(table, []).append((one, UNKNOWN))
+                learner.forget(table, entity_id, token, touched)
+            forgotten.setdefault(table, []).append((entity_id, UNKNOWN))
             if table == c.ITEM_ID:
                 self._set_tokens(pa.table({"id": ids, "row": pa.array([UNKNOWN], pa.int32())}))
         return forgotten
 
     def _is_trained(self, item_id: EntityId) -> bool:
-        """The version itself was trained on the item that has the id now: it was put again before its watermark."""
+        """The version was trained on the item that has the id now: it was put again before the version's watermark."""
         entity = self.entities.items.get(item_id)
         return entity is not None and entity.fresh and not entity.deleted and not self._overlay.is_another(entity)
 
@@ -264,7 +258,7 @@ class ChainState:
             self.learner.item_tokens[rows[rows >= 0]] = ids.column("row").to_numpy()[rows >= 0]
 
     def _repair(self, name: str, table: EmbeddingTable, rows: Longs) -> None:
-        """Give rows whose accumulator is not finite, and which would never move again, the median of the others."""
+        """Give rows whose accumulator is not finite the median of the others; otherwise they would never move again."""
         if count := table.repair(rows):
             self.repaired += count
             log.warning(
@@ -272,15 +266,15 @@ class ChainState:
             )
 
     def _rows_put(self) -> Longs:
-        """Catalogue rows of all items that were put or deleted: their vectors are not of the deltas alone."""
+        """Catalogue rows of all items that were put or deleted: their vectors do not come from deltas alone."""
         rows = self.rows_of(list(self.entities.items))
         return rows[rows >= 0]
 
     def folded(self) -> Delta:
-        """All deltas so far, as one that stands for them; its digest and report are the chain's."""
+        """All deltas so far as one that replaces them; its digest and report come from the chain."""
         learner, delta, entities = self.learner, self._overlay.folded(), self.entities
-        put = {(ITEM, one): entity for one, entity in entities.items.items()}
-        put |= {(USER, one): entity for one, entity in entities.users.items()}
+        put = {(ITEM, entity_id): entity for entity_id, entity in entities.items.items()}
+        put |= {(USER, entity_id): entity for entity_id, entity in entities.users.items()}
         deleted_ms = {named: put[named].deleted_ms for named in sorted(put)}
         return replace(
             delta,
@@ -297,7 +291,7 @@ class ChainState:
                 ).state(),
                 "pending": pending_changes({}, learner.pending),
                 "recent": self.laid.item_ids.take(pa.array(learner.recent)).to_pylist(),
-                "window": [one.item_id for one in self.witnesses],
+                "window": [witness.item_id for witness in self.witnesses],
                 "next_row": dict(learner.next_row),
                 **self.windows.folded(),
             },
@@ -306,18 +300,18 @@ class ChainState:
 
 def window_of(witnesses: Sequence[Witness]) -> dict[str, Floats]:
     """The array of a delta that keeps the vectors of witnesses."""
-    return {WINDOW: np.stack([one.vector for one in witnesses])} if witnesses else {}
+    return {WINDOW: np.stack([witness.vector for witness in witnesses])} if witnesses else {}
 
 
 def pending_changes(
     before: Mapping[str, Mapping[EntityId, int]], now: Mapping[str, Mapping[EntityId, int]]
 ) -> dict[str, list[list[Any]]]:
-    """By table, counts of ids that are other than before; 0 = not counted any more."""
+    """By table, counts of ids that differ from before; 0 = not counted any more."""
     return {
         name: sorted(
-            [one, counts.get(one, 0)]
-            for one in {**before.get(name, {}), **counts}
-            if counts.get(one) != before.get(name, {}).get(one)
+            [entity_id, counts.get(entity_id, 0)]
+            for entity_id in {**before.get(name, {}), **counts}
+            if counts.get(entity_id) != before.get(name, {}).get(entity_id)
         )
         for name, counts in now.items()
     }
