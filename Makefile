@@ -1,4 +1,4 @@
-# make setup | demo [CHECK=1] [DATA=DIR] | test | lint | lab | bench | peers | soak
+# make setup | demo [CHECK=1] [DATA=DIR] [INDEX=milvus|pgvector] | test | lint | lab | bench | peers | soak
 #
 # Each command does the set-up that it needs: everything goes into .venv, once for each state of constraints.txt and
 # pyproject.toml. `make demo` needs neither root nor Debian packages nor the tools of development.
@@ -46,12 +46,22 @@ $(BASE):
 $(DEV): $(BASE)
 	@echo "set-up: the tools of development into .venv" >&2
 	@touch .venv/.installing
-	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,dev,kafka,lab,plots,redis,spark,swing,tune]'
+	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[als,databases,dev,kafka,lab,milvus,pgvector,plots,redis,spark,swing,tune]'
 	@rm .venv/.installing
 	@touch $@
 
-demo: $(BASE)
-	$(BIN)/twotower demo$(if $(DATA), --data '$(DATA)')$(if $(filter 1,$(CHECK)), --check)
+# The server of a vector database, and its client.
+$(if $(filter-out milvus pgvector,$(INDEX)),$(error INDEX=$(INDEX), where milvus or pgvector is expected))
+
+.venv/.stamp-milvus-$(STATE) .venv/.stamp-pgvector-$(STATE): .venv/.stamp-%-$(STATE): $(BASE)
+	@echo "set-up: a server of $* and its client into .venv" >&2
+	@touch .venv/.installing
+	@$(BIN)/python $(INSTALL) --no-build-isolation --editable '.[databases,$*]'
+	@rm .venv/.installing
+	@touch $@
+
+demo: $(BASE) $(if $(INDEX),.venv/.stamp-$(INDEX)-$(STATE))
+	$(BIN)/twotower demo$(if $(INDEX), --index $(INDEX))$(if $(DATA), --data '$(DATA)')$(if $(filter 1,$(CHECK)), --check)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -5,15 +5,16 @@ import os
 # Before the first import of NumPy or torch. Two workers share few cores, and one thread gives the same sums every time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
 import fcntl
 import hashlib
 import io
+import json
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,53 +60,74 @@ def made_once(shared: Path) -> Callable[[str, Callable[[Path], object]], Path]:
     return made
 
 
-@pytest.fixture(scope="session")
-def exporting_once(shared: Path) -> Callable[[], AbstractContextManager[None]]:
-    """Within it all workers export a network with the same weights once, and each reads the table of operators once: an
-    export takes seconds, and tests often publish the same checkpoint.
+@pytest.fixture(scope="session", autouse=True)
+def export_each_kind_once(shared: Path) -> Iterator[None]:
+    """All workers export each kind of network once, and put other weights into what was exported: an export takes
+    seconds. Publishing compares every exported network with the trained one.
     """
-    operators: list[Any] = []
+    import torch
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    @contextmanager
-    def patched() -> Iterator[None]:
-        import torch.onnx
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    export, read, operators = torch.onnx.export, ONNXRegistry.from_torchlib, list[ONNXRegistry]()
 
-        export, read = torch.onnx.export, ONNXRegistry.from_torchlib
+    def digest(*parts: Any) -> str:
+        torch.save(parts, content := io.BytesIO())
+        return hashlib.sha256(content.getbuffer()).hexdigest()
 
-        def read_once(*given: Any, **options: Any) -> ONNXRegistry:
-            if not operators:
-                operators.append(read(*given, **options))
-            return operators[0]
+    def read_once(*given: Any, **options: Any) -> ONNXRegistry:
+        if not operators:
+            operators.append(read(*given, **options))
+        return operators[0]
 
-        def exported(module: Any, examples: Any, path: str, **options: Any) -> None:
-            torch.save((module, examples, repr(options)), content := io.BytesIO())
-            kept = shared / f"exported-{hashlib.sha256(content.getbuffer()).hexdigest()}.onnx"
-            if not kept.exists():
-                export(module, examples, path, **options)
-                shutil.copyfile(path, half := f"{kept}.{os.getpid()}")
-                Path(half).rename(kept)
-            shutil.copyfile(kept, path)
+    def exported(module: Any, examples: Any, path: str, **options: Any) -> None:
+        weights = {name: value.detach() for name, value in module.state_dict().items()}
+        bare = copy.deepcopy(module)
+        bare.load_state_dict({name: torch.zeros_like(value) for name, value in weights.items()})
+        kind = f"exported-{digest(bare, examples, repr(options))}"
+        for kept in shared.glob(f"{kind}-*.onnx"):
+            inputs = json.loads(kept.with_suffix(".json").read_text())
+            folded = {name: value for name, value in weights.items() if name not in inputs}
+            if kept.stem.endswith(digest(folded)):
+                write_with_weights(kept, {name: weights[name] for name in inputs}, path)
+                return
+        export(module, examples, path, **options)
+        shapes = initializers(path)
+        inputs = [name for name, value in weights.items() if shapes.get(name) == value.shape]
+        folded = {name: value for name, value in weights.items() if name not in inputs}
+        kept = shared / f"{kind}-{digest(folded)}.onnx"
+        written = {kept.with_suffix(".json"): json.dumps(inputs).encode(), kept: Path(path).read_bytes()}
+        for target, content in written.items():
+            half = Path(f"{target}.{os.getpid()}")
+            half.write_bytes(content)
+            half.rename(target)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.onnx, "export", exported)
-            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(read_once))
-            yield
-
-    return patched
-
-
-@pytest.fixture
-def exported_once(exporting_once: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """For a test that publishes the same checkpoint again, or one that another test publishes."""
-    with exporting_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", exported)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(read_once))
         yield
+
+
+def initializers(path: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of an exported network that are inputs of it; others were folded into constants."""
+    import onnx
+
+    return {weight.name: tuple(weight.dims) for weight in onnx.load(path).graph.initializer}
+
+
+def write_with_weights(kept: Path, weights: dict[str, Any], path: str) -> None:
+    """Write an exported network with other weights."""
+    import onnx
+
+    network = onnx.load(kept)
+    for place in network.graph.initializer:
+        if place.name in weights:
+            place.CopyFrom(onnx.numpy_helper.from_array(weights[place.name].numpy(), place.name))
+    onnx.save(network, path)
 
 
 @pytest.fixture(scope="session")
 def world(
     made_once: Callable[[str, Callable[[Path], object]], Path],
-    exporting_once: Callable[[], AbstractContextManager[None]],
 ) -> "Settings":
     """The configuration of a tiny simulated workspace, trained, published and promoted; it is only read."""
     from twotower.config import load
@@ -119,8 +141,7 @@ def world(
 
     def make(folder: Path) -> None:
         simulate_workspace(folder / "workspace", WorldOptions(users=300, items=300, days=3, seed=1))
-        with exporting_once():
-            run_line(configured(folder), promoted=True)
+        run_line(configured(folder), promoted=True)
 
     return configured(made_once("world", make))
 
@@ -167,7 +188,7 @@ def odd_world(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
 
 
 @pytest.fixture
-def own_world(world: "Settings", tmp_path: Path, exported_once: None) -> "Settings":
+def own_world(world: "Settings", tmp_path: Path) -> "Settings":
     """The same for a test that changes it."""
     copied = shutil.copytree(world.workspace.path, tmp_path / "own")
     return replace(world, workspace=replace(world.workspace, path=str(copied)))

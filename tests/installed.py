@@ -10,7 +10,12 @@ import pkgutil
 import twotower
 import twotower_lab
 
-CLIENTS = {"twotower.logs.kafka": "confluent_kafka", "twotower.logs.redis": "redis"}
+CLIENTS = {
+    "twotower.index.milvus": "pymilvus",
+    "twotower.index.pgvector": "psycopg",
+    "twotower.logs.kafka": "confluent_kafka",
+    "twotower.logs.redis": "redis",
+}
 LAB = ("jinja2", "markupsafe", "matplotlib", "scipy")
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 import pandas as pd
 import pyarrow.parquet as pq
-import pytest
 
 from twotower.publish.version import read_manifest
 
@@ -36,7 +35,6 @@ def check(path: Path, workspace: Path, k: int) -> int:
     return table["user_id"].nunique()
 
 
-@pytest.mark.usefixtures("exported_once")
 def test_a_whole_day_through_the_command_line(run, tmp_path: Path) -> None:
     parts, whole = tmp_path / "parts", tmp_path / "whole"
 

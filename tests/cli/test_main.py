@@ -27,7 +27,8 @@ STAGES = ("samples", "train", "evaluate", "publish", "run")
         (["train", "--set", "train"], "write section.key=value"),
         (["train", "--set", "train.epoch=3"], "did you mean epochs?"),
         (["train", "--set", "train.epochs=many"], "train.epochs = 'many'"),
-        (["publish", "--set", "index.kind=milvus"], "input should be 'exact' or 'faiss'"),
+        (["publish", "--set", "index.kind=qdrant"], "input should be 'exact', 'faiss', 'milvus' or 'pgvector'"),
+        (["doctor", "--set", "index.kind=milvus"], 'kind = "milvus" with no address: set url, such as "http://'),
         (["serve", "--set", "serve.port=70000"], "serve.port"),
         (["versions", "list", "--set", "nothing.at=1"], "nothing"),
         (["import", "netflix", ".", "--out", "x"], "netflix"),
@@ -70,6 +71,19 @@ def test_a_workspace_without_a_version_says_what_to_run(run, tmp_path: Path) -> 
     for arguments in (["serve"], ["versions", "verify"], ["retrieve", "--out", tmp_path / "o.parquet"]):
         assert run(*arguments, *place, code=1) is None
         assert "publish" in run.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_names_what_is_away_and_exits_with_1(run, tmp_path: Path) -> None:
+    place = ["--set", f"workspace.path={tmp_path / 'absent'}", "--set", "serve.port=0"]
+    away = ["--set", "index={kind='pgvector', url='postgresql://127.0.0.1:9/x'}"]
+    healthy = run("doctor", *place)
+    assert (healthy["ok"], healthy["problems"]) == (True, [])
+    report = run("doctor", *place, *away, code=1)
+    [problem] = [told for told in report["problems"] if not told.startswith("extra ")]
+    assert problem.startswith("vector database: PostgreSQL at postgresql://127.0.0.1:9/x: ")
+    assert f"error: {problem}" in run.err
+    assert {check["name"]: check["state"] for check in report["checks"]}["vector database"] == "failed"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from twotower.logs import Event, LocalEventLog
 from twotower.schema import columns as c
@@ -50,7 +49,6 @@ def joined_events(workspace: Path) -> pa.Table:
     return pa.concat_tables(pq.read_table(path) for path in sorted(workspace.glob("events/*/joined-*.parquet")))
 
 
-@pytest.mark.usefixtures("exported_once")
 def test_what_the_funnel_shows_and_rejects_today_is_what_the_next_version_learns(run, tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
     options = ["-c", str(CONFIG), *(x for o in (f"workspace.path={workspace}", *SMALL) for x in ("--set", o))]

@@ -3,8 +3,6 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +19,7 @@ MARKUP = "<script>document.title = 'broken'</script><b>bold</b> & more"
 
 
 @pytest.fixture(scope="session")
-def workspace(
-    world: Settings,
-    exporting_once: Callable[[], AbstractContextManager[None]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def workspace(world: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with a promoted version, in which the most clicked item has a title full of markup."""
     folder = tmp_path_factory.mktemp("console") / "workspace"
     shutil.copytree(world.workspace.path, folder)
@@ -37,8 +31,7 @@ def workspace(
     [(favourite, _)] = clicked.most_common(1)
     titles = pc.if_else(pc.equal(items[c.ITEM_ID], favourite), MARKUP, items["title"])
     pq.write_table(items.set_column(items.schema.get_field_index("title"), "title", titles), folder / "items.parquet")
-    with exporting_once():
-        publish_version(replace(world, workspace=replace(world.workspace, path=str(folder))), promoted=True)
+    publish_version(replace(world, workspace=replace(world.workspace, path=str(folder))), promoted=True)
     return folder
 
 

@@ -135,6 +135,7 @@ def test_an_embedded_index_is_meant_where_there_is_no_version() -> None:
         ({"kind": "pgvector", "url": "http://localhost"}, "with the address http://localhost: set url"),
         ({"kind": "faiss", "url": "http://localhost:1"}, "is embedded: leave it out"),
         ({"kind": "pgvector", "url": "postgresql://me:secret@localhost/x"}, "an address holds no password"),
+        ({"kind": "pgvector", "url": "postgresql://localhost/x?sslPassword=y"}, "an address holds no password"),
     ],
 )
 def test_addresses_that_do_not_fit_are_refused(options: dict[str, Any], told: str) -> None:
@@ -168,7 +169,7 @@ def test_a_real_database_reaches_the_recall_also_where_many_are_hidden(server: t
             for k in (10, 500):
                 found, best = (one.without(out).search(queries[1::2], k) for one in (index, exact))
                 hits = [len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(found.rows, best.rows, strict=True)]
-                assert sum(hits) >= 0.93 * (best.rows >= 0).sum(), (share, k)
+                assert sum(hits) >= 0.9 * (best.rows >= 0).sum(), (share, k)
         check_content(index.collection, 21_000, index.digest, connect)
         assert connect(kind, url).names("twotower_test_recall") == [name]
         with pytest.raises(VersionError, match="exists in"):

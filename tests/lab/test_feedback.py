@@ -17,8 +17,6 @@ from twotower.worlds.world import FIRST_DAY_MS, date_of
 from twotower_lab.feedback import entropy, feed_back, gini
 from twotower_lab.trials import EXAMPLES
 
-pytestmark = pytest.mark.usefixtures("exported_once")
-
 CHANGES = [
     'models.channels=["two_tower"]',
     "models.dimension=16",

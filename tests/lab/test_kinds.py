@@ -15,7 +15,6 @@ def test_there_is_one_of_each_kind() -> None:
     assert {EXPERIMENTS[name].kind for name in (*ONE_OF_EACH, "networks")} == {one.kind for one in EXPERIMENTS.values()}
 
 
-@pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_an_experiment_runs_to_its_verdicts(name: str, tmp_path: Path) -> None:
     run([name], tmp_path, smoke=True)

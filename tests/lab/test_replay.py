@@ -24,8 +24,6 @@ from twotower_lab.experiments import Way
 from twotower_lab.replay import HOUR_MS, LOGGED, Later, first_model, replay, set_aside
 from twotower_lab.trials import EXAMPLES
 
-pytestmark = pytest.mark.usefixtures("exported_once")
-
 CHANGES = [
     'models.channels=["two_tower"]', "models.rankers=[]", "models.dimension=16", "train.epochs=2",
     "train.batch_size=256", "index.kind='exact'", "samples.vocabulary_room=1",

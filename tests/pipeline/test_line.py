@@ -102,7 +102,8 @@ def test_recommendations_for_held_out_requests_are_those_that_evaluate_judges(
     for users, in_context in (("holdout_impressions", "true"), ("holdout", "false")):
         judged = run("evaluate", *config, "--set", f"evaluate.context={in_context}")
         out = tmp_path / f"{users}.parquet"
-        report = run("retrieve", *config, "--users", workspace / f"{users}.parquet", "--k", 50, "--out", out)
+        asked = ["--users", workspace / f"{users}.parquet", "--k", 50, "--channel", "two_tower"]
+        report = run("retrieve", *config, *asked, "--out", out)
         assert set(judged["context"]["features"]) == set(report["context"])
         listed = pq.read_table(out).to_pandas()[["user_id", "item_id"]].assign(hit=1.0)
         hits = held_out.merge(listed, "left", on=["user_id", "item_id"]).fillna({"hit": 0.0})

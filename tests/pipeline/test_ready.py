@@ -116,7 +116,7 @@ def test_a_missing_extra_is_found_before_training(
     [
         ("features.user.agee={kind='numeric'}", r"features.user.agee: no such column; there are user_id"),
         ("features.item.zzz={kind='numeric'}", r"features.item.zzz: no such column; there are item_id"),
-        ('index.kind="milvus"', "index.kind = 'milvus': input should be 'exact' or 'faiss'"),
+        ('index.kind="milvus"', 'kind = "milvus" with no address: set url'),
         ("models.popular.segment=nothing", "models.popular.segment = 'nothing' is no categorical or bucketed feature"),
         ('models={channels=["two_tower", "same_category"]}', "the channel needs at least one"),
     ],

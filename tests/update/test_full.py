@@ -57,7 +57,7 @@ def three_days(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Se
 
 
 @pytest.fixture
-def days(three_days: Settings, tmp_path: Path, exported_once: None) -> Settings:
+def days(three_days: Settings, tmp_path: Path) -> Settings:
     copied = shutil.copytree(three_days.workspace.path, tmp_path / "own")
     return replace(three_days, workspace=replace(three_days.workspace, path=str(copied)))
 

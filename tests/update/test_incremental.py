@@ -32,7 +32,7 @@ from twotower.publish.onnx import OnnxTower
 from twotower.publish.tables import LaidRows, map_tables
 from twotower.publish.version import open_version
 from twotower.schema import columns as c
-from twotower.schema.errors import ConfigError, VersionError
+from twotower.schema.errors import ConfigError, UnavailableError, VersionError
 from twotower.schema.files import folder_listing, read_json, write_json
 from twotower.serve.monitors import monitors
 from twotower.serve.request import Request, retrieve
@@ -40,6 +40,7 @@ from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import Recent
 from twotower.stream.shards import read_manifest, read_rows
 from twotower.update import chain as module
+from twotower.update import incremental
 from twotower.update import learn as learning_module
 from twotower.update.gate import SAMPLED_USERS, Gate, Recall, check_accumulators, lists_with, mean_cosine
 from twotower.update.incremental import _only_updater
@@ -431,7 +432,8 @@ def test_retrieve_reads_the_version_as_it_is_served(learning, happen, clicks, tm
 
     def asked(*options: str) -> tuple[dict[str, Any], list[Any]]:
         users = tmp_path / "users.parquet"
-        arguments = ["retrieve", "--set", place, "--users", users, "--k", 20, "--out", out, *options]
+        listed = ["--users", users, "--k", 20, "--channel", "two_tower", "--out", out]
+        arguments = ["retrieve", "--set", place, *listed, *options]
         told = CliRunner().invoke(app, [str(one) for one in arguments])
         assert told.exit_code == 0, told.output
         return json.loads(told.stdout.splitlines()[-1]), pq.read_table(out)["item_id"].to_pylist()
@@ -604,6 +606,38 @@ def test_a_refused_delta_is_followed_by_the_next_one_though_the_gate_would_refus
     assert (one.tables, one.report["refused"]) == ({}, ["golden queries: another answer"])
     assert len(one.state["entities"]) == 3
     assert two.report["positives"] > 0
+
+
+def test_a_vector_database_that_is_away_refuses_no_delta(learning, happen, clicks, monkeypatch) -> None:
+    """A run that follows waits for it; another one ends, and the next one makes the same delta."""
+
+    def away(*_: Any) -> list[str]:
+        raise UnavailableError("PostgreSQL at somewhere: connection refused")
+
+    happen(learning, clicks(learning, 40))
+    check = learning_module.check_served
+    monkeypatch.setattr(learning_module, "check_served", away)
+    with pytest.raises(UnavailableError):
+        run(learning)
+    assert deltas(learning) == []
+    monkeypatch.setattr(incremental, "AWAY_S", 0.0)
+    answers = iter([away, away, check])
+
+    def check_in_turn(*given: Any) -> list[str]:
+        return next(answers)(*given)
+
+    monkeypatch.setattr(learning_module, "check_served", check_in_turn)
+    where, slept = places(learning), list[float]()
+    report = incremental.update_incremental(
+        where.versions,
+        where.deltas,
+        lambda path: open_chain(learning, path, None),
+        follow_s=0.5,
+        stopped=lambda: 0.5 in slept,
+        sleep=slept.append,
+    )
+    assert (report.rows, report.seq, report.refused) == (40, 1, [])
+    assert slept == [0.0, 0.0, 0.5]
 
 
 @pytest.mark.parametrize("error", [ValueError("strange rows"), RuntimeError("index out of range"), AssertionError()])

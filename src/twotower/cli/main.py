@@ -196,7 +196,7 @@ def retrieve(
     out: Annotated[Path, typer.Option(help="The file to write: .parquet, .csv or .jsonl.")],
     users: Annotated[str, typer.Option(help="A file with user_id (.parquet, .csv or .jsonl), or all.")] = "all",
     k: Annotated[int, typer.Option(help="Items of each user.")] = 50,
-    channel: Annotated[str, typer.Option(help="A channel of the version, or fused.")] = "two_tower",
+    channel: Annotated[str, typer.Option(help="A channel of the version, or fused.")] = "fused",
     exclude: Annotated[str, typer.Option(help="clicked, impressed or none")] = "clicked",
     version: Annotated[str | None, typer.Option(help="A version; absent = the served one.")] = None,
     no_deltas: Annotated[
@@ -299,6 +299,23 @@ def prune(
         return asdict(prune_versions(where.versions, where.deltas, settings.index, keep, dry_run=dry_run))
 
     stage(pruned, config, overrides)
+
+
+@app.command()
+def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Say what is installed, what this machine can do, and whether what the configuration names answers."""
+    from rich.console import Console
+
+    from twotower.pipeline.doctor import as_table, examine
+
+    with command():
+        report = examine(load(config, overrides or []))
+        Console(stderr=True).print(as_table(report))
+        for problem in report.problems:
+            typer.echo(f"error: {problem}", err=True)
+        answer(asdict(report))
+        if not report.ok:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -64,6 +64,10 @@ class VectorDatabase(Protocol):
     most: int
     """Neighbours of one query, at most."""
 
+    def describe(self) -> str:
+        """Name and versions of the server; refuses one that is too old."""
+        ...
+
     def create(self, name: str, rows: Longs, vectors: Floats, lists: int) -> None:
         """Make a collection of vectors (N, D) under rows (N,), and its index of some lists; 0 = it is scanned.
 

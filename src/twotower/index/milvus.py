@@ -47,6 +47,11 @@ class MilvusDatabase:
         self._client: MilvusClient | None = None
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it raises
 
+    def describe(self) -> str:
+        """See `VectorDatabase.describe`."""
+        with self._refusals():
+            return f"Milvus {str(self._connected().get_server_version(timeout=SEARCH_S)).removeprefix('v')}"
+
     def create(self, name: str, rows: Longs, vectors: Floats, lists: int) -> None:
         """See `VectorDatabase.create`."""
         with self._refusals():

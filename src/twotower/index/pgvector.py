@@ -3,6 +3,8 @@
 B queries, D vector, N vectors.
 """
 
+import atexit
+import contextlib
 import functools
 import queue
 from collections.abc import Callable, Iterator
@@ -52,6 +54,17 @@ class PgvectorDatabase:
         self._where = f"PostgreSQL at {url}"
         self._url = url
         self._idle: queue.LifoQueue[psycopg.Connection] = queue.LifoQueue(IDLE)
+
+    def describe(self) -> str:
+        """See `VectorDatabase.describe`; the extension need not be made yet, but the server must have it."""
+        server = self._rows("SHOW server_version")[0][0].split()[0]
+        offered = self._rows(
+            "SELECT coalesce(installed_version, default_version) FROM pg_available_extensions WHERE name = 'vector'"
+        )
+        if not offered:
+            raise UnavailableError(f"{self._where} (version {server}) has no pgvector: install it on the server")
+        self._check_version(offered[0][0])
+        return f"PostgreSQL {server} with pgvector {offered[0][0]}"
 
     def create(self, name: str, rows: Longs, vectors: Floats, lists: int) -> None:
         """See `VectorDatabase.create`."""
@@ -134,6 +147,12 @@ class PgvectorDatabase:
         with self._refusals(), self._opened() as connection:
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(name)))
 
+    def close_idle(self) -> None:
+        """Close the connections that nothing uses."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._idle.get_nowait().close()
+
     def _rows(self, query: Any, *arguments: object) -> list[Any]:
         def fetch(connection: psycopg.Connection) -> list[Any]:
             rows: list[Any] = connection.execute(query, arguments).fetchall()
@@ -193,14 +212,16 @@ class PgvectorDatabase:
         """
         connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
         (version,) = connection.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'").fetchone()
+        self._check_version(version)
+        register_vector(connection)
+        self.close_idle()  # they may be from before the extension was made
+
+    def _check_version(self, version: str) -> None:
         if tuple(int(part) for part in version.split(".")) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             raise UnavailableError(
                 f"{self._where} has pgvector {version}, whose indexes inserts can damage: {oldest} or newer is needed"
             )
-        register_vector(connection)
-        while not self._idle.empty():  # they may be from before the extension was made
-            self._idle.get_nowait().close()
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -219,4 +240,6 @@ def _query(name: str) -> sql.Composed:
 @functools.cache
 def connect(url: str) -> PgvectorDatabase:
     """The database at an address; one for a process."""
-    return PgvectorDatabase(url)
+    database = PgvectorDatabase(url)
+    atexit.register(database.close_idle)
+    return database

@@ -24,11 +24,13 @@ from twotower.logs.payload import digest_of, payload_of, record_of
 from twotower.logs.protocol import Ack, EventLogError, Record, check_kept, check_range
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
-from twotower.schema.secrets import credentials
+from twotower.schema.secrets import credentials, without_user
 
 _LOGGER = logging.getLogger(__name__)
 
 _TIMEOUT_S: Final = 10.0
+_ASKED_S: Final = 2.0
+"""How long brokers may take to say what they are."""
 _BATCH: Final = 1000
 _WAIT_MS: Final = 50
 """How long a fetch waits at the end of a partition; reading elsewhere goes on only after it."""
@@ -75,18 +77,9 @@ class KafkaEventLog:
             raise ConfigError(f"partitions={partitions}: a log has at least one")
         self._topic = topic
         self._clock_ms = clock_ms
-        servers, _, parameters = url.partition("?")
-        security = _security(parameters)
-        self._where = f"the topic {topic} of {servers}"
+        self._where = f"the topic {topic} of {without_user(url)}"
         self._closed = False
-        self._common: dict[str, Any] = {
-            "bootstrap.servers": servers,
-            **security,
-            "socket.timeout.ms": int(_TIMEOUT_S * 1000),
-            "message.max.bytes": _MESSAGE_BYTES,
-            "log_level": 3,
-            "logger": _LOGGER,
-        }
+        self._common = _common(url)
         with self._refusals("cannot be opened"):
             self._partitions = self._describe(partitions)
             self._extents = [_Extents(self._common) for _ in range(1 + writes)]
@@ -216,6 +209,33 @@ def _security(parameters: str) -> dict[str, str]:
             "?security.protocol=SASL_SSL to it"
         )
     return {**({"sasl.mechanism": "SCRAM-SHA-512"} if given else {}), **properties, **given}
+
+
+def describe(url: str, topic: str) -> tuple[str, int | None]:
+    """Name and number of the brokers, and the number of partitions of a topic; None where it does not exist yet.
+
+    Raises:
+        EventLogError: no broker answers.
+    """
+    try:
+        told = AdminClient(_common(url)).list_topics(timeout=_ASKED_S)
+    except kafka.KafkaException as error:
+        raise EventLogError(f"no broker of {without_user(url)} answers: {error}") from error
+    found = told.topics.get(topic)
+    return f"Kafka, {len(told.brokers)} brokers", None if found is None else len(found.partitions)
+
+
+def _common(url: str) -> dict[str, Any]:
+    """What all clients of some brokers are made with."""
+    servers, _, parameters = url.partition("?")
+    return {
+        "bootstrap.servers": servers,
+        **_security(parameters),
+        "socket.timeout.ms": int(_TIMEOUT_S * 1000),
+        "message.max.bytes": _MESSAGE_BYTES,
+        "log_level": 3,
+        "logger": _LOGGER,
+    }
 
 
 def _consumer(common: dict[str, Any]) -> Any:

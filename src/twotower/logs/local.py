@@ -127,6 +127,19 @@ class LocalEventLog:
             opened.pop_all()
         return log
 
+    @classmethod
+    def describe(cls, folder: Path) -> tuple[str, int | None]:
+        """What keeps the log, and its number of partitions; None where there is no log yet.
+
+        Raises:
+            DataError: the log is of another format, or damaged.
+        """
+        server = f"SQLite {sqlite3.sqlite_version}"
+        if not (folder / _FILE).exists() and not former_partitions(folder):
+            return server, None
+        with closing(cls.reader(folder)) as log:
+            return server, log.partitions
+
     @property
     def partitions(self) -> int:
         """See `EventLog`."""

@@ -1,5 +1,7 @@
 """The configured event log, to write or to read only."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from twotower.logs.local import LocalEventLog
@@ -34,19 +36,65 @@ def open_reader(options: EventLogOptions, folder: Path) -> EventLog:
     return LocalEventLog.reader(folder) if options.kind == "local" else _external(options, writes=False)
 
 
+def describe_log(options: EventLogOptions, folder: Path) -> str:
+    """What keeps the log, its version, and whether there is a log yet; nothing is made.
+
+    Raises:
+        ConfigError: no address, a client that is not installed, another number of partitions, a server that keeps less
+            than is promised.
+        DataError: the log is damaged, or of another format.
+        EventLogError: the server does not answer, or is too old.
+    """
+    name = "" if options.kind == "local" else f" {options.name}"
+    server, partitions = _described(options, folder)
+    if partitions is None:
+        return f"{server}; no log{name} yet, the server makes it"
+    if partitions != options.partitions:
+        raise ConfigError(
+            f"the log{name} has {partitions} partitions, {options.partitions} are configured: set "
+            f"stream.log.partitions = {partitions}"
+        )
+    return f"{server}; the log{name} with {partitions} partitions"
+
+
+def _described(options: EventLogOptions, folder: Path) -> tuple[str, int | None]:
+    if options.kind == "local":
+        return LocalEventLog.describe(folder)
+    url = _address(options)
+    with _client_of(options.kind):
+        if options.kind == "redis":
+            from twotower.logs.redis import describe as describe_redis
+
+            return describe_redis(url, options.name, options.sync)
+        from twotower.logs.kafka import describe as describe_kafka
+
+        return describe_kafka(url, options.name)
+
+
 def _external(options: EventLogOptions, *, writes: bool) -> EventLog:
-    kind, partitions = options.kind, options.partitions if writes else None
-    if not options.url:
-        example = _ADDRESSES[kind]
-        raise ConfigError(f'stream.log.kind = "{kind}" needs an address: set stream.log.url, such as "{example}"')
-    try:
-        if kind == "redis":
+    url, partitions = _address(options), options.partitions if writes else None
+    with _client_of(options.kind):
+        if options.kind == "redis":
             from twotower.logs.redis import RedisEventLog
 
-            return RedisEventLog(options.url, options.name, partitions, options.sync if writes else "never")
+            return RedisEventLog(url, options.name, partitions, options.sync if writes else "never")
         from twotower.logs.kafka import KafkaEventLog
 
-        return KafkaEventLog(options.url, options.name, partitions, writes)
+        return KafkaEventLog(url, options.name, partitions, writes)
+
+
+def _address(options: EventLogOptions) -> str:
+    if options.url:
+        return options.url
+    raise ConfigError(
+        f'stream.log.kind = "{options.kind}" needs an address: set stream.log.url, such as "{_ADDRESSES[options.kind]}"'
+    )
+
+
+@contextmanager
+def _client_of(kind: str) -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise ConfigError(
             f'stream.log.kind = "{kind}" needs a client that is not installed ({error}): pip install "twotower[{kind}]"'

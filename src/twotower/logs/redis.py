@@ -11,7 +11,7 @@ other. Offsets count the events of a partition from 1 and are never used again.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Final
 
 import redis
@@ -29,7 +29,11 @@ _LOGGER = logging.getLogger(__name__)
 _FORMAT: Final = 1
 _EVENT: Final = b"event"
 _DIGEST: Final = b"id"
+_OLDEST: Final = 7
+"""The oldest usable Redis, which can choose the second half of an entry's id."""
 _TIMEOUT_S: Final = 10.0
+_ASKED_S: Final = 2.0
+"""How long a server may take to say what it is."""
 _AT_ONCE: Final = 1000
 """Entries that are forgotten, or looked through, in one step."""
 
@@ -93,21 +97,14 @@ class RedisEventLog:
             raise ConfigError(f"partitions={partitions}: a log has at least one")
         self._name = name
         self._where = f"the log {name} in {without_user(url)}"
-        self._redis: Any
-        try:
-            self._redis = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
-            pool = self._redis.connection_pool
-            pool.connection_class(**pool.connection_kwargs)  # it refuses unknown parameters
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"stream.log.url = {without_user(url)}: {error}") from None
-        pool.connection_kwargs.update(credentials("LOG").given("username", "password"))
+        self._redis = _client(url, _TIMEOUT_S)
         self._clock_ms = clock_ms
         self._closed = False
         self._append = self._redis.register_script(_APPEND)
         self._erase = self._redis.register_script(_ERASE)
         with self._refusals("cannot be opened"):
             self._partitions = self._describe(partitions)
-            self._check_durable(sync)
+            _check_durable(self._redis, self._where, sync)
 
     @property
     def partitions(self) -> int:
@@ -239,25 +236,6 @@ class RedisEventLog:
             )
         return there
 
-    def _check_durable(self, sync: Sync) -> None:
-        """Refuse a server that keeps less than is promised; one that does not say is trusted, with a warning."""
-        if sync == "never":
-            return
-        try:
-            said: dict[str, Any] = self._redis.config_get("appendonly", "appendfsync")
-        except redis.ResponseError as error:
-            _LOGGER.warning(
-                "%s does not say how it flushes (%s): stream.log.sync = %r is its own", self._where, error, sync
-            )
-            return
-        enough = ("always",) if sync == "always" else ("always", "everysec")
-        if said.get("appendonly") != "yes" or said.get("appendfsync") not in enough:
-            raise ConfigError(
-                f"{self._where} has appendonly {said.get('appendonly')} and appendfsync {said.get('appendfsync')}, "
-                f"less than stream.log.sync = {sync!r} promises: configure the server with appendonly yes and "
-                f"appendfsync {enough[-1]}, or set stream.log.sync to what it keeps"
-            )
-
     def _check_open(self) -> None:
         if self._closed:
             raise EventLogError(f"{self._where} is closed")
@@ -269,6 +247,60 @@ class RedisEventLog:
             yield
         except (redis.RedisError, OSError) as error:  # OSError: a file of certificates that cannot be read
             raise EventLogError(f"{self._where} {what}: {error}") from error
+
+
+def describe(url: str, name: str, sync: Sync) -> tuple[str, int | None]:
+    """Name and version of a server, and the number of partitions of a log in it; None where there is no log yet.
+
+    Raises:
+        ConfigError: the server keeps less than `sync` promises.
+        EventLogError: it does not answer, or is too old.
+    """
+    where = without_user(url)
+    with closing(_client(url, _ASKED_S)) as client:
+        try:
+            version = client.info("server")["redis_version"]
+            if int(version.partition(".")[0]) < _OLDEST:
+                raise EventLogError(f"{where} is Redis {version}: {_OLDEST} or newer is needed")
+            _check_durable(client, where, sync)
+            partitions = client.hget(f"{name}:log", "partitions")
+        except (redis.RedisError, OSError) as error:
+            raise EventLogError(f"{where} does not answer: {error}") from error
+    return f"Redis {version}", None if partitions is None else int(partitions)
+
+
+def _client(url: str, timeout_s: float) -> Any:
+    """A client of the server at an address; it connects when it is first used.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    try:
+        client: Any = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+        pool = client.connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # it refuses unknown parameters
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"stream.log.url = {without_user(url)}: {error}") from None
+    pool.connection_kwargs.update(credentials("LOG").given("username", "password"))
+    return client
+
+
+def _check_durable(client: Any, where: str, sync: Sync) -> None:
+    """Refuse a server that keeps less than is promised; one that does not say is trusted, with a warning."""
+    if sync == "never":
+        return
+    try:
+        said: dict[str, Any] = client.config_get("appendonly", "appendfsync")
+    except redis.ResponseError as error:
+        _LOGGER.warning("%s does not say how it flushes (%s): stream.log.sync = %r is its own", where, error, sync)
+        return
+    enough = ("always",) if sync == "always" else ("always", "everysec")
+    if said.get("appendonly") != "yes" or said.get("appendfsync") not in enough:
+        raise ConfigError(
+            f"{where} has appendonly {said.get('appendonly')} and appendfsync {said.get('appendfsync')}, "
+            f"less than stream.log.sync = {sync!r} promises: configure the server with appendonly yes and "
+            f"appendfsync {enough[-1]}, or set stream.log.sync to what it keeps"
+        )
 
 
 def _id(offset: int) -> str:

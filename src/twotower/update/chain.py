@@ -29,7 +29,7 @@ from twotower.publish.delta import (
 )
 from twotower.publish.version import Version
 from twotower.schema import columns as c
-from twotower.schema.errors import DataError, VersionError
+from twotower.schema.errors import DataError, UnavailableError, VersionError
 from twotower.schema.files import read_json, whole_file, write_json
 from twotower.stream.shards import partitions, read_positives, usable_manifests
 from twotower.towers.two_tower import TwoTower
@@ -204,7 +204,10 @@ class Chain:
         """Learn what is planned, judge it, and commit it: as it is, or as refused, with nothing learned.
 
         Whatever is in shards and log, a delta is committed: what cannot be used is set aside and reported, and
-        what the gate refuses goes to quarantine.
+        the gate refuses goes to quarantine.
+
+        Raises:
+            UnavailableError: the vector database does not answer. Nothing is committed: make the same plan again.
         """
         if self._planned() != plan:
             write_json(self._folder / PLAN, asdict(plan))
@@ -240,6 +243,9 @@ class Chain:
         try:
             return learn(self.state, self._gate, given, without=risen)
         except (OSError, MemoryError):  # of the machine, not of the rows
+            raise
+        except UnavailableError:
+            self._open()
             raise
         except Exception as error:
             log.exception("delta %d of %s cannot be learned", given.plan.seq, self.version.id)

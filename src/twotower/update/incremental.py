@@ -14,14 +14,16 @@ from pathlib import Path
 
 from twotower.publish.delta import chain_folder
 from twotower.publish.publish import current_path
-from twotower.schema.errors import VersionError
+from twotower.schema.errors import UnavailableError, VersionError
 from twotower.schema.locks import take_lock
 from twotower.update.chain import Chain, Done
-from twotower.update.learn import TOLD
+from twotower.update.learn import TOLD, Plan
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+AWAY_S = 2.0
+"""Pause of a run that follows, while the vector database does not answer."""
 
 OpenChain = Callable[[Path], Chain]
 """Opens the chain of the version in a folder."""
@@ -93,6 +95,7 @@ def update_incremental(
 
     Raises:
         VersionError: no version is served, or another updater is at work.
+        UnavailableError: the vector database of the version does not answer; a run that follows waits for it.
     """
     report = UpdateReport("incremental", "", 0)
     while True:
@@ -108,17 +111,31 @@ def update_incremental(
                         return replace(report.of(chain), plan=plan)
                     chain.tidy()
                     while not stopped() and (follow_s is None or current_path(versions) == path):
-                        if (plan := chain.plan()) is not None:
-                            report = report.after(chain.make(plan))
-                        elif follow_s is None:
+                        plan = chain.plan()
+                        if plan is None and follow_s is None:
                             break
+                        if plan is None:
+                            sleep(follow_s or 0.0)
+                        elif done := _made(chain, plan, patient=follow_s is not None):
+                            report = report.after(done)
                         else:
-                            sleep(follow_s)
+                            sleep(AWAY_S)
                     if follow_s is None or stopped():
                         return report.of(chain)
         if stopped():
             return replace(report, version=path.name)
         sleep(follow_s or 0.0)
+
+
+def _made(chain: Chain, plan: Plan, patient: bool) -> Done | None:
+    """What came of a plan; None where the vector database does not answer, which only a patient caller is told so."""
+    try:
+        return chain.make(plan)
+    except UnavailableError as error:
+        if not patient:
+            raise
+        log.error("delta %d of %s waits: %s", plan.seq, chain.version.id, error)
+        return None
 
 
 def catch_up(path: Path, deltas: Path, open_chain: OpenChain) -> UpdateReport:
