@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,6 +243,7 @@ class RedisServer:
 
     folder: Path
     port: int
+    options: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -257,12 +258,12 @@ class RedisServer:
         where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
         kept = ["--save", "", "--appendonly", "yes", "--appendfsync", "always"]
         with (self.folder / "log").open("a") as log:
-            self.process = subprocess.Popen([program, *where, *kept], stdout=log, stderr=log)
+            self.process = subprocess.Popen([program, *where, *kept, *self.options], stdout=log, stderr=log)
         for _ in range(400):
             try:
                 with socket.create_connection(("127.0.0.1", self.port), timeout=1) as answering:
                     answering.sendall(b"PING\r\n")
-                    if answering.recv(100).startswith(b"+PONG"):
+                    if answering.recv(100).startswith((b"+PONG", b"-NOAUTH")):
                         return
             except OSError:
                 pass
@@ -289,10 +290,48 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield server.url
 
 
-def _redis(folder: Path) -> Iterator[RedisServer]:
+PASSWORD = "hidden-4711"
+"""Of the servers that ask for one; no message may have it."""
+
+
+@dataclass
+class SecureRedis:
+    """A Redis server that lets only the user `shop` in, over TLS too."""
+
+    server: RedisServer
+    url: str
+    """With TLS, and without user and password."""
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `cert.pem`, which signs itself, and `key.pem`, of a server on loopback."""
+    folder = tmp_path_factory.mktemp("certificate")
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(folder / "key.pem")]
+    named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    command = ["openssl", "req", "-x509", "-days", "2", *key, *named, "-out", str(folder / "cert.pem")]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def secure_redis(tmp_path_factory: pytest.TempPathFactory, certificate: Path) -> Iterator[SecureRedis]:
+    """A Redis server with a password and TLS, for all tests of this process."""
+    files = ["--tls-cert-file", str(certificate / "cert.pem"), "--tls-key-file", str(certificate / "key.pem")]
+    tls = ["--tls-port", str(port := _free_port()), *files, "--tls-auth-clients", "no"]
+    users = ["--user", "shop", "on", f">{PASSWORD}", "~*", "&*", "+@all", "--user", "default", "off"]
+    for server in _redis(tmp_path_factory.mktemp("secure"), [*tls, *users]):
+        yield SecureRedis(server, f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate / 'cert.pem'}")
+
+
+def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = RedisServer(folder, port)
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _redis(folder: Path, options: list[str] | None = None) -> Iterator[RedisServer]:
+    server = RedisServer(folder, _free_port(), options or [])
     server.start()
     try:
         yield server

@@ -1,21 +1,25 @@
 """What every feature store promises."""
 
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from twotower.features.redis_store import RedisFeatureStore
 from twotower.features.store import FeatureStore, FeatureStoreError, LmdbFeatureStore
 
 Open = Callable[[], FeatureStore]
 
 
-@pytest.fixture(params=["lmdb"])
+@pytest.fixture(params=["lmdb", "redis"])
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     """Opens the same store each time; close it before it is opened again."""
-    kinds: dict[str, Open] = {"lmdb": lambda: LmdbFeatureStore(tmp_path / "store")}
-    return kinds[request.param]
+    if request.param == "lmdb":
+        return lambda: LmdbFeatureStore(tmp_path / "store")
+    url, name = request.getfixturevalue("redis_url"), f"test-{uuid.uuid4().hex}"
+    return lambda: RedisFeatureStore(url, name)
 
 
 @pytest.fixture
@@ -61,9 +65,28 @@ def test_what_was_written_is_there_when_the_store_is_opened_again(open_store: Op
 
 
 def test_a_scan_gives_what_begins_with_a_prefix_and_nothing_else(store: FeatureStore) -> None:
-    store.write({b"a": b"0", b"b/1": b"1", b"b/2": b"2", b"b": b"3", b"b0": b"4", b"c": b"5"})
+    content = {b"a": b"0", b"b/1": b"1", b"b/2": b"2", b"b": b"3", b"b0": b"4", b"c": b"5"}
+    store.write(content)
     assert store.scan(b"b/") == {b"b/1": b"1", b"b/2": b"2"}
     assert store.scan(b"d") == {}
+    assert store.scan(b"") == content
+
+
+def test_a_scan_takes_every_byte_of_a_prefix_as_it_is(store: FeatureStore) -> None:
+    prefixes = [b"*", b"?", b"[a-c]", b"[^a]", b"\\", b"\\*", b"\xff\xfe", b"\n", b"\x00"]
+    store.write({b"a": b"", b"abc": b"", b"b\n": b""} | {prefix + b"1": prefix for prefix in prefixes})
+    for prefix in prefixes:
+        assert store.scan(prefix)[prefix + b"1"] == prefix
+        assert all(key.startswith(prefix) for key in store.scan(prefix))
+
+
+def test_a_scan_of_many_keys_is_complete(store: FeatureStore) -> None:
+    written = {b"%s/%d" % (kind, number): b"%d" % number for kind in (b"x", b"y") for number in range(5000)}
+    store.write(written)
+    assert store.scan(b"x/") == {key: value for key, value in written.items() if key.startswith(b"x/")}
+    assert store.scan(b"") == written
+    store.clear()
+    assert store.scan(b"") == {}
 
 
 def test_clear_deletes_every_key_and_leaves_a_store_to_write_to(store: FeatureStore) -> None:

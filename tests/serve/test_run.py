@@ -199,3 +199,56 @@ def until(condition: Callable[[], object]) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("the server never came to it")
+
+
+def test_a_server_without_its_feature_store_says_so_and_builds_an_emptied_one_again(
+    serve: Callable[..., Process], redis_server: Any, tmp_path: Path
+) -> None:
+    redis_server.kill()
+    redis_server.options += ["--user", "shop", "on", ">hidden-4711", "~*", "&*", "+@all", "--user", "default", "off"]
+    redis_server.start()
+    environment = {"TWOTOWER_FEATURE_STORE_USER": "shop", "TWOTOWER_FEATURE_STORE_PASSWORD": "hidden-4711"}
+    server = serve(
+        f'serve.feature_store={{ kind = "redis", url = "{redis_server.url}", name = "shop" }}', **environment
+    )
+    url = server.ready["url"]
+
+    def offered() -> list[str]:
+        body = {"user_id": 1000, "k": 5, "exclude": "clicked"}
+        return [item["item_id"] for item in httpx.post(f"{url}/v1/retrieve", json=body).json()["items"]]
+
+    def send(event_id: str, item_id: str) -> int:
+        click = {"event_id": event_id, "type": "click", "user_id": 1000, "item_id": item_id, "ts_ms": 1_790_000_000_000}
+        return httpx.post(f"{url}/v1/events", json={"events": [click]}).status_code
+
+    first, second, *_ = offered()
+    assert send("a", first) == 202
+    assert first not in offered()
+    another = serve("serve.feature_store.kind=lmdb")
+    another.process.wait(20)
+    assert "is in use by another process" in another.process.stderr.read()
+
+    redis_server.kill()
+    refused = httpx.post(f"{url}/v1/retrieve", json={"user_id": 1000})
+    assert refused.status_code == 503
+    assert "the feature store shop in redis://127.0.0.1:" in refused.json()["error"]
+    assert send("b", second) == 503  # it is in the log
+    until(lambda: httpx.get(f"{url}/readyz").status_code == 503)
+    said = [httpx.get(url + path).text for path in ("/readyz", "/metrics", "/v1/version")]
+    assert "the reader of the log has failed" in said[0]
+    assert httpx.get(f"{url}/healthz").status_code == 200
+
+    redis_server.start()
+    until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+    assert not {first, second} & {*offered()}
+
+    redis_server.kill()
+    shutil.rmtree(tmp_path / "appendonlydir")
+    redis_server.start()
+    until(lambda: httpx.get(f"{url}/readyz").status_code == 200 and not {first, second} & {*offered()})
+    code, _, err = server.end()
+    assert code == 0
+    assert "the feature store is empty: reading the log again" in err
+    assert "the feature store is complete again: 2 events applied" in err
+    assert not any("hidden-4711" in text for text in (err, refused.text, *said))
+    assert "Traceback" not in err

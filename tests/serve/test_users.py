@@ -1,5 +1,5 @@
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from twotower.features.bloom import FilterShape, hash_ids
-from twotower.features.store import LmdbFeatureStore
+from twotower.features.store import FeatureStoreError, LmdbFeatureStore
 from twotower.logs import Event, LocalEventLog, partition_of
-from twotower.logs.events import user_deleted
+from twotower.logs.events import item_event, user_deleted
 from twotower.logs.payload import record_of
 from twotower.schema.errors import DataError
 from twotower.serve.users import MAX_CLICKS, MAX_SHOWN, Recent, RecentUsers, items_of
@@ -289,3 +289,86 @@ def test_only_the_asked_partitions_are_read(log: LocalEventLog, reopen) -> None:
 def test_what_an_event_says_was_clicked_and_shown(kind: str, body: dict, clicked: list, shown: list) -> None:
     payload = orjson.dumps({"event_id": "e", "type": kind, "user_id": 1, "ts_ms": T, **body})
     assert items_of(record_of(0, 1, payload).event.content) == (clicked, shown)
+
+
+class Losable(LmdbFeatureStore):
+    """A store that is emptied, or restored to what it was, under the one who uses it."""
+
+    lost_answer = False
+
+    def write(self, changes: Mapping[bytes, bytes | None]) -> None:
+        super().write(changes)
+        if self.lost_answer:
+            raise FeatureStoreError("no answer")
+
+    def restore(self, content: dict[bytes, bytes]) -> None:
+        self.clear()
+        super().write(content)
+
+
+@pytest.fixture
+def losable(tmp_path: Path) -> Iterator[Losable]:
+    store = Losable(tmp_path / "losable")
+    yield store
+    store.close()
+
+
+def test_a_store_that_was_emptied_is_built_again_by_the_reader_of_the_log(log: LocalEventLog, losable: Losable) -> None:
+    users = RecentUsers(log, losable, SHAPE)
+    log.append([click(10), item_event("b", T, 11, {"x": 1}, None), click(20, 2)])
+    users.catch_up()
+    before, entities = losable.scan(b""), users.entities
+    losable.clear()
+    [ack] = log.append([click(12)])
+    assert users.catch_up([ack.partition]) == 0  # who writes an event does not wait
+    assert users.behind
+    assert users.entities is entities
+    assert users.catch_up() == 4
+    assert not users.behind
+    assert clicks_of(users) == [10, 12]
+    assert users.entities.items[11].features == {"x": 1}
+    assert losable.scan(b"").keys() == before.keys()
+
+
+def test_a_store_that_was_restored_to_an_earlier_state_counts_nothing_twice(
+    log: LocalEventLog, losable: Losable
+) -> None:
+    users = RecentUsers(log, losable)
+    log.append([click(10)])
+    users.catch_up()
+    earlier = losable.scan(b"")
+    log.append([click(11), item_event("c", T, 5, {}, None)])
+    users.catch_up()
+    now = losable.scan(b"")
+    losable.restore(earlier)
+    assert users.catch_up() == 2
+    assert losable.scan(b"") == now
+    assert not users.behind
+
+
+def test_a_change_whose_answer_was_lost_is_not_applied_twice(log: LocalEventLog, losable: Losable) -> None:
+    users = RecentUsers(log, losable)
+    log.append([click(10), item_event("b", T, 5, {"x": 1}, None)])
+    losable.lost_answer = True
+    with pytest.raises(FeatureStoreError):
+        users.catch_up()
+    losable.lost_answer = False
+    users.catch_up()
+    assert not users.behind
+    assert clicks_of(users) == [10]
+    assert users.entities.items[5].features == {"x": 1}
+
+
+def test_a_store_and_a_log_that_are_both_lost_are_not_read_from_the_beginning(
+    log: LocalEventLog, losable: Losable, tmp_path: Path
+) -> None:
+    users = RecentUsers(log, losable)
+    log.append([click(10)])
+    users.catch_up()
+    losable.clear()
+    users._log = LocalEventLog.open(tmp_path / "empty", sync="never")
+    with pytest.raises(DataError, match="emptied, replaced or damaged"):
+        users.catch_up()
+    users._log.close()
+    users._log = log
+    assert users.catch_up() == 1

@@ -43,7 +43,7 @@ REMOVED = {
     "update.gate.rise_least": "remove it: it is always 20",
     "update.bounds.window_min": "remove it: it is always 60",
     "update.gate.index_recall": "remove it: it is always 0.95",
-    "serve.features": "remove it: the server keeps what it learns of users in the workspace, and there was no choice",
+    "serve.features": "remove it; serve.feature_store says where a server keeps what it learns of users",
 }
 """Keys of earlier releases that are gone, with what to do."""
 CONSTANTS: Mapping[str, float] = {"samples.negatives.hard.impressed": 0.0, "models.mind.sharpness": 20.0}

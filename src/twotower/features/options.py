@@ -1,4 +1,4 @@
-"""Options of the features."""
+"""Options of the features, and of the store of what a server learns of users."""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -8,7 +8,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from twotower.schema import columns as c
-from twotower.schema.options import STRICT, Length, Text, Width, at_most
+from twotower.schema.options import STRICT, Address, Length, Name, Text, Width, at_most
+from twotower.schema.secrets import without_user
 
 LABELS = (c.ITEM_ID, c.OUTCOME, c.CLICK_TS_MS)
 """Columns of events that no request can know: as a context they would tell the model its target."""
@@ -147,3 +148,33 @@ def _unusable(sides: Mapping[str, Mapping[str, Feature]]) -> list[str]:
             if reserved in names
         ]
     return problems
+
+
+STORE_ADDRESS = "redis://localhost:6379/0"
+"""An example for the address of a store."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class FeatureStoreOptions:
+    """Where a server keeps what it learns of users and items between versions."""
+
+    kind: Literal["lmdb", "redis"] = "lmdb"
+    """`lmdb` is embedded: a folder of the workspace."""
+    url: Address | None = None
+    """`redis`: address of the server, such as `redis://HOST:6379/0`; `rediss://` for TLS, with parameters such as
+    `?ssl_ca_certs=FILE`. User and password come from the environment: `TWOTOWER_FEATURE_STORE_USER`,
+    `TWOTOWER_FEATURE_STORE_PASSWORD`."""
+    name: Name = "twotower"
+    """`redis`: before the store's key. Stores of several workspaces on one server need different names."""
+
+    def __post_init__(self) -> None:
+        """Refuse Redis without an address, and an address without Redis.
+
+        Raises:
+            ValueError: with what to set.
+        """
+        if self.kind == "redis" and not (self.url or "").startswith(("redis://", "rediss://", "unix://")):
+            seen = "no address" if self.url is None else f"the address {without_user(self.url)}"
+            raise ValueError(f'kind = "redis" with {seen}: set url, such as "{STORE_ADDRESS}"')
+        if self.kind == "lmdb" and self.url is not None:
+            raise ValueError('url is the address of a server, but kind = "lmdb" is embedded: leave it out')

@@ -15,7 +15,7 @@ from pymilvus import DataType, MilvusClient, MilvusException
 
 from twotower.index.database import Floats, Longs
 from twotower.schema.errors import UnavailableError
-from twotower.schema.secrets import secret
+from twotower.schema.secrets import credentials
 
 SEARCH_S: Final = 2.0
 """A search that takes longer fails."""
@@ -148,8 +148,8 @@ class MilvusDatabase:
     def _connected(self) -> MilvusClient:
         """The client; its channel connects again by itself."""
         if self._client is None:
-            user, password = secret("TWOTOWER_INDEX_USER"), secret("TWOTOWER_INDEX_PASSWORD")
-            self._client = MilvusClient(self._url, user=user or "", password=password or "", timeout=SEARCH_S)
+            given = credentials("INDEX").given("user", "password")
+            self._client = MilvusClient(self._url, **given, timeout=SEARCH_S)
         return self._client
 
     @contextmanager

@@ -20,7 +20,7 @@ from psycopg import sql
 
 from twotower.index.database import Floats, Longs
 from twotower.schema.errors import UnavailableError
-from twotower.schema.secrets import secret
+from twotower.schema.secrets import credentials
 
 T = TypeVar("T")
 
@@ -190,14 +190,12 @@ class PgvectorDatabase:
                 return answer
 
     def _opened(self, autocommit: bool = False) -> psycopg.Connection:
-        user, password = secret("TWOTOWER_INDEX_USER"), secret("TWOTOWER_INDEX_PASSWORD")
-        given = {"user": user, "password": password}
         return psycopg.connect(
             self._url,
             autocommit=autocommit,
             connect_timeout=round(CONNECT_S),
             tcp_user_timeout=round(1000 * SEARCH_S),
-            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+            **credentials("INDEX").given("user", "password"),  # type: ignore[arg-type]
         )
 
     def _set_up(self, connection: psycopg.Connection) -> None:

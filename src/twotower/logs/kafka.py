@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Final
+from urllib.parse import parse_qsl
 
 import confluent_kafka as kafka
 from confluent_kafka.admin import AdminClient
@@ -23,6 +24,7 @@ from twotower.logs.payload import digest_of, payload_of, record_of
 from twotower.logs.protocol import Ack, EventLogError, Record, check_kept, check_range
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.secrets import credentials, without_user
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -36,24 +38,36 @@ _MESSAGE_BYTES: Final = (16 << 20) + (1 << 10)
 """The largest message."""
 
 
+PROPERTIES: Final = (
+    "security.protocol",
+    "sasl.mechanism",
+    "ssl.ca.location",
+    "ssl.certificate.location",
+    "ssl.key.location",
+    "ssl.endpoint.identification.algorithm",
+)
+"""Properties of librdkafka that the address of a log may have, under its own names."""
+
+
 class KafkaEventLog:
     """An event log in a Kafka topic; implements `EventLog`.
 
     Args:
-        servers: `HOST:PORT` of some brokers, with commas.
+        url: `HOST:PORT` of some brokers, with commas; behind a `?`, properties of the client out of `PROPERTIES`. User
+            and password come from `TWOTOWER_LOG_USER` and `TWOTOWER_LOG_PASSWORD`.
         topic: made where it does not exist.
         partitions: of the topic; None = as it was made.
         writes: read the ids of all kept events, so that `append` can tell retries. Without, `append` is refused.
 
     Raises:
-        ConfigError: the topic has another number of partitions.
+        ConfigError: the topic has another number of partitions; the properties do not fit.
         DataError: without `partitions`, there is no such topic.
         EventLogError: no broker can be reached.
     """
 
     def __init__(
         self,
-        servers: str,
+        url: str,
         topic: str,
         partitions: int | None = 4,
         writes: bool = True,
@@ -63,9 +77,9 @@ class KafkaEventLog:
             raise ConfigError(f"partitions={partitions}: a log has at least one")
         self._topic = topic
         self._clock_ms = clock_ms
-        self._where = f"the topic {topic} of {servers}"
+        self._where = f"the topic {topic} of {without_user(url)}"
         self._closed = False
-        self._common = _common(servers)
+        self._common = _common(url)
         with self._refusals("cannot be opened"):
             self._partitions = self._describe(partitions)
             self._extents = [_Extents(self._common) for _ in range(1 + writes)]
@@ -173,24 +187,50 @@ class KafkaEventLog:
             raise EventLogError(f"{self._where} {what}: {error}") from error
 
 
-def describe(servers: str, topic: str) -> tuple[str, int | None]:
+def _security(parameters: str) -> dict[str, str]:
+    """The properties by which a client encrypts connections and says who it is.
+
+    Raises:
+        ConfigError: a property that is not one of `PROPERTIES`; a user without SASL.
+
+    >>> _security("security.protocol=SSL&ssl.ca.location=ca.pem")
+    {'security.protocol': 'SSL', 'ssl.ca.location': 'ca.pem'}
+    """
+    properties = dict(parse_qsl(parameters, keep_blank_values=True))
+    if unknown := sorted(properties.keys() - set(PROPERTIES)):
+        raise ConfigError(
+            f"stream.log.url has the property {unknown[0]} of a client: those that it may have are "
+            f"{', '.join(PROPERTIES)}"
+        )
+    given = credentials("LOG").given("sasl.username", "sasl.password")
+    if given and not properties.get("security.protocol", "").upper().startswith("SASL_"):
+        raise ConfigError(
+            "TWOTOWER_LOG_USER or TWOTOWER_LOG_PASSWORD is set, but stream.log.url does not ask for SASL: add "
+            "?security.protocol=SASL_SSL to it"
+        )
+    return {**({"sasl.mechanism": "SCRAM-SHA-512"} if given else {}), **properties, **given}
+
+
+def describe(url: str, topic: str) -> tuple[str, int | None]:
     """Name and number of the brokers, and the number of partitions of a topic; None where it does not exist yet.
 
     Raises:
         EventLogError: no broker answers.
     """
     try:
-        told = AdminClient(_common(servers)).list_topics(timeout=_ASKED_S)
+        told = AdminClient(_common(url)).list_topics(timeout=_ASKED_S)
     except kafka.KafkaException as error:
-        raise EventLogError(f"no broker of {servers} answers: {error}") from error
+        raise EventLogError(f"no broker of {without_user(url)} answers: {error}") from error
     found = told.topics.get(topic)
     return f"Kafka, {len(told.brokers)} brokers", None if found is None else len(found.partitions)
 
 
-def _common(servers: str) -> dict[str, Any]:
+def _common(url: str) -> dict[str, Any]:
     """What all clients of some brokers are made with."""
+    servers, _, parameters = url.partition("?")
     return {
         "bootstrap.servers": servers,
+        **_security(parameters),
         "socket.timeout.ms": int(_TIMEOUT_S * 1000),
         "message.max.bytes": _MESSAGE_BYTES,
         "log_level": 3,

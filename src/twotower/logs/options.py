@@ -1,11 +1,10 @@
 """Options of the event log."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from twotower.schema.options import STRICT, Positive, PositiveReal, Text
+from twotower.schema.options import STRICT, Address, Name, Positive, PositiveReal
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -14,9 +13,11 @@ class EventLogOptions:
 
     kind: Literal["local", "redis", "kafka"] = "local"
     """`local` is embedded."""
-    url: Text | None = None
-    """Address of an external log: `redis://HOST:6379/0`, or `HOST:9092` of Kafka's brokers, with commas."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "twotower"
+    url: Address | None = None
+    """Address of an external log: `redis://HOST:6379/0` (`rediss` for TLS), or `HOST:9092` of Kafka's brokers, with
+    commas; either takes parameters of its client, such as `?ssl_ca_certs=FILE` or `?security.protocol=SASL_SSL`. User
+    and password come from the environment: `TWOTOWER_LOG_USER`, `TWOTOWER_LOG_PASSWORD`."""
+    name: Name = "twotower"
     """`redis`, `kafka`: before the log's keys, or the name of its topic."""
     partitions: Positive = 4
     """Partitions by user, fixed when a log is made."""

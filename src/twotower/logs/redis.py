@@ -22,6 +22,7 @@ from twotower.logs.payload import digest_of, erased_payload, payload_of, record_
 from twotower.logs.protocol import Ack, EventLogError, Record, Sync, check_kept, check_range
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.secrets import credentials, without_user
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class RedisEventLog:
     """An event log in Redis; implements `EventLog`.
 
     Args:
-        url: such as `redis://localhost:6379/0`.
+        url: such as `redis://localhost:6379/0`, or `rediss://` for TLS with parameters such as `?ssl_ca_certs=FILE`.
+            User and password come from `TWOTOWER_LOG_USER` and `TWOTOWER_LOG_PASSWORD`.
         name: before the names of its keys, so that logs can share a server.
         partitions: fixed when the log is made; None = as it was made.
         sync: what an acknowledgement promises: with `always` the server must flush before it answers
@@ -94,7 +96,7 @@ class RedisEventLog:
         if partitions is not None and partitions < 1:
             raise ConfigError(f"partitions={partitions}: a log has at least one")
         self._name = name
-        self._where = f"the log {name} in {_shown(url)}"
+        self._where = f"the log {name} in {without_user(url)}"
         self._redis = _client(url, _TIMEOUT_S)
         self._clock_ms = clock_ms
         self._closed = False
@@ -243,7 +245,7 @@ class RedisEventLog:
         """Give what the server or the connection refuses as the log's own error."""
         try:
             yield
-        except redis.RedisError as error:
+        except (redis.RedisError, OSError) as error:  # OSError: a file of certificates that cannot be read
             raise EventLogError(f"{self._where} {what}: {error}") from error
 
 
@@ -254,7 +256,7 @@ def describe(url: str, name: str, sync: Sync) -> tuple[str, int | None]:
         ConfigError: the server keeps less than `sync` promises.
         EventLogError: it does not answer, or is too old.
     """
-    where = _shown(url)
+    where = without_user(url)
     with closing(_client(url, _ASKED_S)) as client:
         try:
             version = client.info("server")["redis_version"]
@@ -262,7 +264,7 @@ def describe(url: str, name: str, sync: Sync) -> tuple[str, int | None]:
                 raise EventLogError(f"{where} is Redis {version}: {_OLDEST} or newer is needed")
             _check_durable(client, where, sync)
             partitions = client.hget(f"{name}:log", "partitions")
-        except redis.RedisError as error:
+        except (redis.RedisError, OSError) as error:
             raise EventLogError(f"{where} does not answer: {error}") from error
     return f"Redis {version}", None if partitions is None else int(partitions)
 
@@ -274,9 +276,13 @@ def _client(url: str, timeout_s: float) -> Any:
         ConfigError: it is no address.
     """
     try:
-        return redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
-    except ValueError as error:
-        raise ConfigError(f"stream.log.url = {_shown(url)}: {error}") from None
+        client: Any = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+        pool = client.connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # it refuses unknown parameters
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"stream.log.url = {without_user(url)}: {error}") from None
+    pool.connection_kwargs.update(credentials("LOG").given("username", "password"))
+    return client
 
 
 def _check_durable(client: Any, where: str, sync: Sync) -> None:
@@ -316,13 +322,3 @@ def _stub(member: bytes) -> tuple[int, bytes]:
     """The offset and the payload that stands there for an erased event."""
     offset, _, payload = member.partition(b":")
     return int(offset), payload
-
-
-def _shown(url: str) -> str:
-    """An address without its password.
-
-    >>> _shown("redis://:secret@host:6379/0")
-    'redis://host:6379/0'
-    """
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"

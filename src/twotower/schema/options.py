@@ -1,8 +1,8 @@
 """Types of the values of options, with their limits."""
 
 import datetime
+import re
 from typing import Annotated, Final, Literal, get_args
-from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -45,13 +45,20 @@ Text = Annotated[str, AfterValidator(_text)]
 
 def _address(value: str) -> str:
     """Refuse an address that holds a password: configurations are recorded in versions and shown in messages."""
-    parts = urlsplit(value)
-    if parts.password or any(name.lower().endswith("password") for name in parse_qs(parts.query)):
+    address, _, parameters = value.partition("?")
+    users = [part.rpartition("@")[0] for part in address.rpartition("://")[2].split(",")]
+    named = [part.partition("=")[0].lower() for part in re.split("[&;]", parameters)]
+    if any(":" in user for user in users) or any(word in name for name in named for word in _SECRET):
         raise ValueError("an address holds no password: set it in the environment, see the description of this key")
     return value
 
 
+_SECRET = ("password", "passwd", "pwd", "secret", "token", ".pem")
+"""What names of parameters have in them that are secrets."""
 Address = Annotated[Text, AfterValidator(_address)]
+"""Where an outside system is, without a password."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")]
+"""Of what is ours in an outside system."""
 Exclude = Literal["clicked", "impressed", "none"]
 """Which items a user is not offered again; impressed ones include clicked ones."""
 EXCLUDE: Final = get_args(Exclude)

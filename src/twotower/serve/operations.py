@@ -43,10 +43,14 @@ def add_operations(app: FastAPI, parts: ServerParts) -> None:
     async def readyz() -> Response:
         """A version is served, some channel can be searched, and every background thread does its work.
 
+        A server whose feature store was lost is ready again when it has read the log again.
+
         Channels whose vector database does not answer are named. They do not make a server unready: they would take
         out all servers at once, and the other channels answer.
         """
         problems, away = health.problems(), parts.databases.problems
+        if parts.users.behind:
+            problems["store"] = "the feature store was lost: what it held is being read from the log again"
         if problems or parts.databases.nothing_left:
             return problem(503, ". ".join([*problems.values(), *dict.fromkeys(away.values())]))
         return json_response({"ok": True, "version": snapshots.version.id, "unavailable_channels": dict(away)})

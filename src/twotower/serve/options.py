@@ -1,11 +1,13 @@
 """Options of the server and of its funnel."""
 
 import itertools
+from dataclasses import field
 from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from twotower.features.options import FeatureStoreOptions
 from twotower.schema.options import STRICT, Exclude, NotNegative, Positive, PositiveReal, Share, Text
 
 
@@ -31,6 +33,8 @@ class ServeOptions:
     until it does."""
     channel_timeout_ms: PositiveReal = 200.0
     """How long a request with several channels waits for them; one that is slower is left out of the answer."""
+    feature_store: FeatureStoreOptions = field(default_factory=FeatureStoreOptions)
+    """Where the server keeps what it learns of users and items between versions."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from twotower.datasets.places import Places
 from twotower.features.bloom import FilterShape
-from twotower.features.store import LmdbFeatureStore
+from twotower.features.open import open_store
 from twotower.logs import open_log
 from twotower.logs.options import EventLogOptions
 from twotower.schema.errors import ConfigError, DataError
@@ -101,6 +101,7 @@ def open_parts(
         UnavailableError: the vector database of the version does not answer.
         DataError: another server uses this workspace.
         EventLogError: the log cannot be opened.
+        FeatureStoreError: nor can the feature store.
         ConfigError: the window of impressions is too short.
     """
     metrics, health = Metrics(), Health()
@@ -112,7 +113,7 @@ def open_parts(
         opened.enter_context(locked(lock, lambda holder: _busy(store_folder, holder)))
         event_log = open_log(log_options, places.log)
         opened.callback(event_log.close)
-        store = LmdbFeatureStore(store_folder)
+        store = open_store(serve.feature_store, store_folder)
         opened.callback(store.close)
         window_ms = int(1000 * serve.impressed_window_s)
         shape = FilterShape.of(window_ms, FILTER_PERIODS, serve.impressed_items, FILTER_ERROR_RATE)
@@ -129,8 +130,8 @@ def open_parts(
 
 def _busy(store: Path, holder: str) -> DataError:
     return DataError(
-        f"{store} is in use by {holder}: two servers cannot keep what they learn of users in one place. Stop that one, "
-        "or serve another workspace"
+        f"{store.parent} is in use by {holder}: two servers cannot keep what they learn of users in one feature store. "
+        "Stop that one, or serve another workspace"
     )
 
 
@@ -160,11 +161,8 @@ def read_log(users: RecentUsers, health: Health) -> None:
     Raises:
         DataError: after a failure, it is not the log that was read before: another one, emptied, or damaged.
     """
-    if health.fails(READER) and not users.is_of_this_log():
-        raise DataError(
-            "the log does not hold what was read of it before: it was emptied, replaced or damaged. Restore it, or "
-            "restart the server: it then reads the log from its beginning, and forgets what only the lost log said"
-        )
+    if health.fails(READER):
+        users.check_log()
     users.catch_up()
 
 

@@ -2,7 +2,8 @@
 
 It is a function of the event log alone: events are applied in the order of the log, in one change of the store together
 with the offset up to which the log was read. A killed server continues from there. A store that is lost, or belongs to
-another log or other settings, is built again.
+another log or other settings, is built again. A store in another process can be lost while the server runs: how far the
+log was read is therefore looked up in the store before every change.
 """
 
 import hashlib
@@ -99,21 +100,25 @@ class RecentUsers:
         self._shape = shape
         self._passed_over = passed_over
         self._applying = threading.Lock()
-        stored = store.get(_PLACES)
-        self._places = [None if place is None else _Applied(*place) for place in orjson.loads(stored or b"[]")]
-        described = orjson.dumps(shape)
-        if not self.is_of_this_log() or (store.get(_SHAPE) or b"null") != described:
-            if stored:
+        self._behind = False
+        self._stored = store.get(_PLACES)
+        """The places as the store had them last."""
+        self._places = _decode_places(self._stored)
+        if not self.is_of_this_log() or (store.get(_SHAPE) or b"null") != orjson.dumps(shape):
+            if self._stored:
                 _LOGGER.warning("what was learned of users is not of this log and settings: reading the log again")
-            store.clear()
-            store.write({_SHAPE: described})
-            self._places = [None] * log.partitions
+            self._begin_again()
         self._entities = _read_entities(store)
 
     @property
     def entities(self) -> EntityChanges:
         """The users and items that were put or deleted; the same object until one changes."""
         return self._entities
+
+    @property
+    def behind(self) -> bool:
+        """The store was lost, and what it held is not yet read from the log again."""
+        return self._behind
 
     def get(self, user_id: UserId) -> Recent:
         """A user's recent events; empty for an unknown user."""
@@ -127,9 +132,23 @@ class RecentUsers:
         return Recent(tuple(map(tuple, clicks)), tuple(map(tuple, shown)), filters)
 
     def catch_up(self, partitions: Iterable[int] | None = None) -> int:
-        """Apply what is new in some partitions of the log, or in all; gives the number of events."""
+        """Apply what is new in some partitions of the log, or in all; gives the number of events.
+
+        If the store lost what was applied, that is read from the log again: only by a call for all partitions, so that
+        nobody who writes an event waits for it.
+
+        Raises:
+            DataError: the log is damaged; or the store and the log lost what was read before.
+            EventLogError: the log cannot be read.
+            FeatureStoreError: the store cannot be read or written.
+        """
         applied = 0
+        if self._behind and partitions is not None:
+            return 0
         with self._applying:
+            self._look_at_store()
+            if self._behind and partitions is not None:
+                return 0
             for partition in range(self._log.partitions) if partitions is None else sorted(set(partitions)):
                 place = self._places[partition]
                 offset = 0 if place is None else place.next_offset
@@ -137,7 +156,34 @@ class RecentUsers:
                     self._apply(partition, records)
                     offset = records[-1].next_offset
                     applied += len(records)
+            if self._behind:
+                self._behind = False
+                _LOGGER.warning("the feature store is complete again: %d events applied", applied)
         return applied
+
+    def _look_at_store(self) -> None:
+        """Continue from the place that the store has, where it was emptied or restored since the last look."""
+        stored = self._store.get(_PLACES)
+        if stored == self._stored:
+            return
+        self.check_log()  # with both lost, users and items that were put would be forgotten
+        if stored is None:
+            self._behind = True
+            _LOGGER.warning("the feature store is empty: reading the log again")
+            self._begin_again()
+            return
+        places = _decode_places(stored)
+        if all(_end(new) >= _end(old) for new, old in zip(places, self._places, strict=True)):
+            self._entities = _read_entities(self._store)  # the latest change was made, although it gave an error
+        else:
+            self._behind = True
+            _LOGGER.warning("the feature store was restored to an earlier state: reading the log from there")
+        self._stored, self._places = stored, places
+
+    def _begin_again(self) -> None:
+        self._store.clear()
+        self._store.write({_SHAPE: orjson.dumps(self._shape)})
+        self._stored, self._places = None, [None] * self._log.partitions
 
     def _apply(self, partition: int, records: Sequence[Record]) -> None:
         """Apply the next records of a partition, in one change of the store."""
@@ -174,8 +220,9 @@ class RecentUsers:
                 values[user_key] = values[_seen_key(user_key)] = None
         for (kind, entity_id), entity in put.items():
             values[_ENTITY + kind.encode() + b"/" + _user_key(entity_id)] = orjson.dumps([kind, entity_id, entity])
-        self._store.write({**values, _PLACES: orjson.dumps([place and astuple(place) for place in places])})
-        self._places = places
+        stored = orjson.dumps([place and astuple(place) for place in places])
+        self._store.write({**values, _PLACES: stored})
+        self._stored, self._places = stored, places
         if put:
             self._entities = _with_entities(self._entities, put)
 
@@ -223,6 +270,18 @@ class RecentUsers:
                     seen = seen.add([ts_ms for ts_ms, _ in some], hash_ids(ids))
         return Recent(clicks[-MAX_CLICKS:], impressions[-MAX_SHOWN:], seen)
 
+    def check_log(self) -> None:
+        """See that the log holds what was read of it before.
+
+        Raises:
+            DataError: it does not: it is another one, emptied, or damaged.
+        """
+        if not self.is_of_this_log():
+            raise DataError(
+                "the log does not hold what was read of it before: it was emptied, replaced or damaged. Restore it, or "
+                "restart the server: it then reads the log from its beginning, and forgets what only the lost log said"
+            )
+
     def is_of_this_log(self) -> bool:
         """Whether the log still holds the last applied event of each partition at its offset."""
         if len(self._places) != self._log.partitions:
@@ -253,6 +312,14 @@ def items_of(content: Content) -> tuple[Sequence[ItemId], Sequence[ItemId]]:
         case LoggedRequest():
             return content.ended(c.CLICKED), content.ended(c.CLICKED, c.IMPRESSED)
     return [], []
+
+
+def _end(place: _Applied | None) -> int:
+    return -1 if place is None else place.next_offset
+
+
+def _decode_places(stored: bytes | None) -> list[_Applied | None]:
+    return [None if place is None else _Applied(*place) for place in orjson.loads(stored or b"[]")]
 
 
 def _read_entities(store: FeatureStore) -> EntityChanges:
