@@ -84,20 +84,7 @@ class RedisFeatureStore:
     def __init__(self, url: str, name: str) -> None:
         self._key = f"{name}:features"
         self._where = f"the feature store {name} in {without_user(url)}"
-        self._redis: Any
-        try:
-            self._redis = redis.Redis.from_url(
-                url,
-                socket_timeout=_TIMEOUT_S,
-                socket_connect_timeout=_TIMEOUT_S,
-                # Once, at once: an idle connection may be from before a restart of the server.
-                retry=Retry(NoBackoff(), 1),
-            )
-            pool = self._redis.connection_pool
-            pool.connection_class(**pool.connection_kwargs)  # it refuses unknown parameters
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"serve.feature_store.url = {without_user(url)}: {error}") from None
-        pool.connection_kwargs.update(credentials("FEATURE_STORE").given("username", "password"))
+        self._redis: Any = _client(url)
         self._write = self._redis.register_script(_WRITE)
         self._clear = self._redis.register_script(_CLEAR)
         self._renew = self._redis.register_script(_RENEW)
@@ -201,3 +188,36 @@ class RedisFeatureStore:
             yield
         except (redis.RedisError, OSError) as error:
             raise FeatureStoreError(f"{self._where} {what}: {error}") from error
+
+
+def _client(url: str) -> Any:
+    try:
+        client = redis.Redis.from_url(
+            url,
+            socket_timeout=_TIMEOUT_S,
+            socket_connect_timeout=_TIMEOUT_S,
+            # Once, at once: an idle connection may be from before a restart of the server.
+            retry=Retry(NoBackoff(), 1),
+        )
+        pool = client.connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # it refuses unknown parameters
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"serve.feature_store.url = {without_user(url)}: {error}") from None
+    pool.connection_kwargs.update(credentials("FEATURE_STORE").given("username", "password"))
+    return client
+
+
+def describe(url: str) -> str:
+    """The server at an address, with its version.
+
+    Raises:
+        ConfigError: the address cannot be read.
+        FeatureStoreError: the server cannot be reached, or refuses.
+    """
+    client = _client(url)
+    try:
+        return f"Redis {client.info('server')['redis_version']} at {without_user(url)}"
+    except redis.RedisError as error:
+        raise FeatureStoreError(f"Redis at {without_user(url)} does not answer: {error}") from None
+    finally:
+        client.close()

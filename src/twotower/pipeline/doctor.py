@@ -31,6 +31,7 @@ from twotower.pipeline.places import places
 from twotower.schema.errors import ConfigError, TwotowerError, UnavailableError
 from twotower.schema.files import TEMPORARY
 from twotower.schema.machine import machine
+from twotower.schema.secrets import without_user
 
 T = TypeVar("T")
 
@@ -268,8 +269,20 @@ def _event_log(settings: Settings) -> Iterator[Finding]:
     from twotower.logs.open import describe_log
 
     options = settings.stream.log
-    todo = "" if options.kind == "local" else f"Start it, or set stream.log.url (now {_without_user(options.url)})"
+    url = without_user(options.url or "absent")
+    todo = "" if options.kind == "local" else f"Start it, or set stream.log.url (now {url})"
     yield _asked("event log", lambda: describe_log(options, places(settings).log), todo)
+
+
+def _feature_store(settings: Settings) -> Iterator[Finding]:
+    options = settings.serve.feature_store
+    if options.url is None:
+        yield Finding("feature store", "ok", f"{options.kind}, embedded")
+        return
+    from twotower.features.open import describe_store
+
+    todo = f"Start it, or set serve.feature_store.url (now {without_user(options.url)})"
+    yield _asked("feature store", lambda: describe_store(options), todo)
 
 
 def _vector_database(settings: Settings) -> Iterator[Finding]:
@@ -284,7 +297,7 @@ def _vector_database(settings: Settings) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("vector database", "failed", str(error))
         return
-    todo = f"Start it, or set index.url (now {_without_user(options.url)})"
+    todo = f"Start it, or set index.url (now {without_user(options.url)})"
     yield _asked("vector database", database.describe, todo)
 
 
@@ -359,16 +372,6 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
-def _without_user(url: str | None) -> str:
-    """An address without user and password.
-
-    >>> _without_user("redis://me:secret@host:6379/0")
-    'redis://host:6379/0'
-    """
-    scheme, separator, rest = (url or "absent").rpartition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
-
-
 CHECKS: tuple[Check, ...] = (
     _python,
     _packages,
@@ -378,6 +381,7 @@ CHECKS: tuple[Check, ...] = (
     _configuration,
     _workspace,
     _event_log,
+    _feature_store,
     _vector_database,
     _ports,
 )
