@@ -78,14 +78,16 @@ def test_an_extra_of_a_library_counts(found: Any, monkeypatch: pytest.MonkeyPatc
     [
         ({"index": {"kind": "pgvector", "url": f"postgresql://{NOBODY}/x"}}, "vector database"),
         ({"index": {"kind": "milvus", "url": f"http://{NOBODY}"}}, "vector database"),
-        ({"stream": {"log": {"kind": "redis", "url": f"redis://me:secret@{NOBODY}/0"}}}, "event log"),
+        ({"stream": {"log": {"kind": "redis", "url": f"redis://{NOBODY}/0"}}}, "event log"),
+        ({"serve": {"feature_store": {"kind": "redis", "url": f"redis://{NOBODY}/0"}}}, "feature store"),
         ({"stream": {"log": {"kind": "kafka", "url": NOBODY}}}, "event log"),
     ],
 )
 def test_a_system_that_is_away_is_named_without_secrets(
     section: dict[str, Any], name: str, found: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TWOTOWER_INDEX_PASSWORD", "secret")
+    for system in ("INDEX", "LOG", "FEATURE_STORE"):
+        monkeypatch.setenv(f"TWOTOWER_{system}_PASSWORD", "secret")
     finding = found(section)[name]
     assert finding.state == "failed"
     assert NOBODY in finding.seen + finding.todo
