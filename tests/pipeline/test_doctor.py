@@ -86,7 +86,7 @@ def test_an_extra_of_a_library_counts(found: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_system_that_is_away_is_named_without_secrets(
     section: dict[str, Any], name: str, found: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for system in ("INDEX", "LOG", "FEATURE_STORE"):
+    for system in ("INDEX", "FEATURE_STORE"):
         monkeypatch.setenv(f"TWOTOWER_{system}_PASSWORD", "secret")
     finding = found(section)[name]
     assert finding.state == "failed"
