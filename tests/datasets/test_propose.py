@@ -231,6 +231,25 @@ def test_a_wrong_section_is_refused_by_every_command(section, said):
         load_import(section)
 
 
+def test_names_of_durations_are_no_times_and_context_may_say_of_what(tmp_path):
+    lines = [f"{k % 9},{k * 5 % 11},{T + k},{k},web" for k in range(100)]
+    path = written(tmp_path, "c.csv", ["user_id,item_id,timestamp,play_time_ms,click_deviceGroup", *lines])
+    proposal = propose([path], Hints())
+    assert proposal.notes == []
+    assert set(proposal.features["context"]) == {"click_deviceGroup"}
+
+
+def test_codes_that_a_missing_value_made_floats_are_categories(tmp_path):
+    users = pa.table({"user_id": list(range(40)), "code": [float(u % 3) if u else None for u in range(40)]})
+    pq.write_table(users, tmp_path / "users.parquet")
+    path = written(tmp_path, "c.csv", ["user_id,item_id", *(f"{k % 40},{k % 7}" for k in range(100))])
+    proposal = propose([path, tmp_path / "users.parquet"], Hints())
+    assert proposal.features["user"]["code"] == {"kind": "categorical"}
+    _, settings = imported([path, tmp_path / "users.parquet"], tmp_path)
+    assert settings.features.user["code"].kind == "categorical"
+    assert proposal.section.holdout == "random:0.5"
+
+
 def test_news_are_seen_by_items_that_live_for_days(tmp_path):
     lines = [f"{k % 997},{k // 100 * 7 + k % 7},{T + k * 60}" for k in range(12_000)]
     proposal = propose([written(tmp_path, "c.csv", ["user_id,item_id,timestamp", *lines])], Hints())

@@ -19,6 +19,8 @@ FEW_CLICKS: Final = 10
 FEW_KNOWN: Final = 0.5
 """Where more of the last events than this are of users not seen before, no embedding of users is learned."""
 _LARGE: Final = 200_000
+_SMALL: Final = 20_000
+"""Below this many positives, more epochs at a higher temperature come nearer to ItemCF."""
 _BATCHES: Final = 40
 """At least this many steps in an epoch."""
 
@@ -75,6 +77,8 @@ def _train(kind: Kind, facts: Facts) -> dict[str, Any]:
                 "table_learning_rate": 0.03,
                 "id_dropout": 0.5,
             }
+        case "features" if facts.positives < _SMALL:
+            return {"temperature": 0.2, **common, "epochs": 30, "schedule": "linear"}
         case "features":
             return {"temperature": 0.1, **common, "epochs": 3 if facts.positives > _LARGE else 10, "schedule": "linear"}
         case "ids only":

@@ -37,6 +37,7 @@ FILE_NAMES: Final[Mapping[str, str]] = {
 _TIME: Final = r"(^|_)(time|timestamp|ts|date|datetime|when|day|epoch|unixtime|created|at)(_|$)|ts_ms|时间|日期"
 _NO_EVENT: Final = (
     r"birth|regist|sign_?up|signed|join|releas|publish|launch|updat|modif|expir|since|zone|hour|weekday|"
+    r"(play|watch|stay|dwell|read|listen|spent|total)(ing)?_?time|duration|"
     r"注册|出生|上架|发布|更新"
 )
 """In names of times that are not of an event."""
@@ -44,8 +45,9 @@ OUTCOME_NAMES: Final = r"(is_?|has_?)?(click|clicked|clk)|label|outcome|target|i
 RATING_NAMES: Final = r"rating|ratings|stars|overall|rate|review_score|评分|打分|星级"
 REQUEST_NAMES: Final = r"request_?id|req_?id|impression_?id|page_?view_?id|search_?id"
 CONTEXT_NAMES: Final = (
+    r"((click|event|show|view|request|session)_)?("
     r"device(_?(type|group|os))?|os|platform|browser|scene|tab|page|page_?(name|type)|country|region|city|hour|weekday|"
-    r"language|locale|environment|app_?version|network|referrer(_?type)?|placement|slot|设备|平台|场景|城市|地区"
+    r"language|locale|environment|app_?version|network|referrer(_?type)?|placement|slot|设备|平台|场景|城市|地区)"
 )
 """Names of what a request knows before anything is shown; of other columns of events that is not sure."""
 _TEXT_NAMES: Final = (
@@ -218,7 +220,8 @@ def _plain_feature(name: str, column: pa.ChunkedArray, distinct: int) -> Feature
     if pa.types.is_boolean(kind):
         return FeatureSeen({"kind": "categorical"})
     is_code = distinct <= FEW_NUMBERS or re.fullmatch(_CODE_NAMES, words(name)) is not None
-    if pa.types.is_integer(kind) and is_code:
+    is_whole = pa.types.is_integer(kind) or pc.all(pc.equal(column, pc.floor(column))).as_py()
+    if is_whole and is_code:
         return _category(distinct, len(column))
     return FeatureSeen(_numeric(column))
 

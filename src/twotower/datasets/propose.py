@@ -531,6 +531,6 @@ def _approximate_ms(column: pa.ChunkedArray, section: ImportSection) -> Any:
 
 def _holdout(facts: Facts, has_time: bool) -> str:
     """The last tenth of time; `leave-one-out` where nearly nobody of then is known, a share of pairs without time."""
-    if not has_time:
-        return "random:0.2"
+    if not has_time:  # the share of each user is rounded down
+        return "random:0.2" if facts.positives >= 8 * facts.users else "random:0.5"
     return "time:0.9" if facts.days and facts.days * facts.events > 0 and facts.new_users < 0.98 else "leave-one-out"
