@@ -26,6 +26,8 @@ SCORES_AT_ONCE = 1 << 23
 """Scores (32 MB) computed together, at least those of one query."""
 RESCORED_AT_ONCE = 1 << 16
 """Vectors gathered together to be scored again."""
+MOST_COPIED = 50_000
+"""Vectors that `among` copies, at most: gathering more takes longer than looking at all, and much memory."""
 
 
 class ExactIndex:
@@ -87,7 +89,11 @@ class ExactIndex:
         return int(self._vectors.shape[1])
 
     def among(self, positions: NDArray[np.int64]) -> Self:
-        """The same index of some vectors alone, by their positions (n,), which rise."""
+        """The same index of some vectors alone, by their positions (n,), which rise; many are not copied."""
+        if len(positions) > MOST_COPIED:
+            others = np.ones(len(self), np.bool_)
+            others[positions] = False
+            return type(self)(self._rows, self._vectors, self._longest, np.flatnonzero(others))
         return type(self)(self._rows[positions], self._vectors[positions], self._longest, np.empty(0, np.int64))
 
     def scored(self, query: NDArray[np.float32], positions: NDArray[np.int64]) -> Neighbours:
