@@ -226,7 +226,7 @@ def test_a_server_that_says_nothing_is_waited_for_once_and_only_so_long(
 
 
 def test_vectors_that_postgresql_cannot_index_are_refused_with_what_to_do() -> None:
-    with pytest.raises(ConfigError, match="at most 2000 numbers, these have 2001: lower models.dimension"):
+    with pytest.raises(ConfigError, match="at most 2000 numbers, these have 2001: lower"):
         PgvectorDatabase("postgresql://absent/x").create("x", np.arange(1), np.ones((1, 2001), np.float32), 0)
 
 

@@ -49,12 +49,16 @@ class DatabaseWatch:
         """Ask the database for each collection of the served version."""
         self._began_s = self._clock_s()
         problems: dict[str, str] = {}
+        away: dict[str, str] = {}  # by address: one that does not answer is asked once, for all channels
         for channel, collection in collections_named(self._snapshots.version.manifest).items():
+            if collection.url in away:
+                problems[channel] = away[collection.url]
+                continue
             try:
                 if not connect(collection.kind, collection.url).has(collection.name):
                     problems[channel] = f"{collection.name} is missing in {collection.url}: roll back or publish again"
             except TwotowerError as error:
-                problems[channel] = str(error)
+                problems[channel] = away[collection.url] = str(error)
         if problems.keys() != self._problems.keys():
             for channel in sorted(problems.keys() - self._problems.keys()):
                 log.error("channel %s cannot be searched: %s", channel, problems[channel])
