@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from twotower.index import database, exact, pgvector
+from twotower.index import database, pgvector
 from twotower.index.build import build_index, connect, load_index
 from twotower.index.database import DatabaseIndex, check_content, check_there
 from twotower.index.exact import ExactIndex
@@ -108,7 +108,6 @@ def test_a_row_that_the_database_gives_twice_is_answered_once(monkeypatch: pytes
 
 def test_a_list_longer_than_the_database_gives_is_searched_here_and_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "FLAT_BELOW", 1000)
-    monkeypatch.setattr(exact, "MOST_COPIED", 100)
     memory, query = Memory(), unit_vectors(1, seed=1)
     index = over(memory, 2000).tune(unit_vectors(20, seed=2), [10, 1500], 0.9)
     assert max(n for n, _ in memory.asked) == memory.most
