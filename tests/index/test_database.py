@@ -1,5 +1,6 @@
 """The index over a vector database, against a database of a few lines and against real servers."""
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,10 @@ def test_probes_are_tuned_for_each_k_and_kept(tmp_path: Path, monkeypatch: pytes
     memory.asked.clear()
     again.search(unit_vectors(1), 10)
     assert memory.asked == [(10, 37)]
+    described = json.loads((tmp_path / "index" / "index.json").read_text())
+    (tmp_path / "index" / "index.json").write_text(json.dumps(described | {"tuning": [{"other": 1}]}))
+    with pytest.raises(DataError, match="where a tuned index is expected"):
+        DatabaseIndex.load(tmp_path / "index", "memory", lambda *_: memory)
     with pytest.raises(DataError, match="no queries to tune the index on"):
         index.tune(unit_vectors(0), [10], 0.99)
 

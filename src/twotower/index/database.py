@@ -304,7 +304,11 @@ class DatabaseIndex:
         if len(exact) != said["count"]:
             raise DataError(f"{folder / EXACT} holds {len(exact)} vectors where {INDEX_JSON} says {said['count']}")
         collection = Collection(**{name: said[name] for name in COLLECTION})
-        return cls(collection, connect, exact, tuple(Tuned(**tuned) for tuned in said["tuning"]))
+        try:
+            tuning = tuple(Tuned(**tuned) for tuned in said["tuning"])
+        except TypeError as error:
+            raise DataError(f"{folder / INDEX_JSON}: {error}, where a tuned index is expected: publish again") from None
+        return cls(collection, connect, exact, tuning)
 
     def close(self) -> None:  # noqa: D102
         pass  # connections are shared by all indexes of a process

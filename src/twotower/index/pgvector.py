@@ -51,7 +51,7 @@ class _Connection(psycopg.Connection):
     """
 
     silence_s: float | None = 2 * SEARCH_S
-    """Longest wait for the next answer; None = without end, for loading and reading a whole table."""
+    """Longest wait for the next answer; None = without end, for loading and indexing a table."""
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """See `psycopg.Connection.wait`."""
@@ -156,7 +156,7 @@ class PgvectorDatabase:
         query = sql.SQL("SELECT id, vector FROM {} ORDER BY id").format(sql.Identifier(name))
         rows: list[int] = []
         vectors: list[Floats] = []
-        with self._refusals(), self._working() as connection:
+        with self._refusals(), self._working(10 * WORK_S) as connection:  # sorting comes first
             register_vector(connection)
             with connection.cursor(name="content", binary=True) as cursor:
                 cursor.itersize = 10_000
