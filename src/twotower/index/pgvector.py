@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import functools
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,8 +32,9 @@ SEARCH_S: Final = 2.0
 CONNECT_S: Final = 2.0
 WORK_S: Final = 60.0
 """Longest wait until the rows of a table are counted, or a table is dropped."""
-IDLE: Final = 8
-"""Connections that wait for the next search, at most. (The pools of psycopg tell a failed connection as a time-out.)"""
+CONNECTIONS: Final = 16
+"""Connections of a process for searches, at most; they are kept. (The pools of psycopg tell a failed connection as a
+time-out.)"""
 FOUND_AT_ONCE: Final = 1 << 17
 """Neighbours fetched together, over all queries of a call."""
 WIDEST: Final = 2000
@@ -75,7 +77,8 @@ class PgvectorDatabase:
     def __init__(self, url: str) -> None:
         self._where = f"PostgreSQL at {url}"
         self._url = url
-        self._idle: queue.LifoQueue[psycopg.Connection] = queue.LifoQueue(IDLE)
+        self._free = threading.BoundedSemaphore(CONNECTIONS)
+        self._idle: queue.LifoQueue[psycopg.Connection] = queue.LifoQueue(CONNECTIONS)
 
     def describe(self) -> str:
         """See `VectorDatabase.describe`; the extension need not be made yet, but the server must have it."""
@@ -195,7 +198,7 @@ class PgvectorDatabase:
 
         One that was idle may be from before a restart of the server. A read does no harm twice, so it is tried again.
         """
-        with self._refusals():
+        with self._refusals(), self._turn():
             while True:
                 try:
                     connection, fresh = self._idle.get_nowait(), False
@@ -219,6 +222,16 @@ class PgvectorDatabase:
                 except queue.Full:
                     connection.close()
                 return answer
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for one of the connections."""
+        if not self._free.acquire(timeout=SEARCH_S):
+            raise UnavailableError(f"{self._where}: all {CONNECTIONS} connections are busy")
+        try:
+            yield
+        finally:
+            self._free.release()
 
     @contextmanager
     def _working(self, within_s: float | None = None) -> Iterator[_Connection]:

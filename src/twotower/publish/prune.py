@@ -45,6 +45,7 @@ def prune(
     with one_publisher(versions):
         with one_promoter(versions):  # what is promoted is kept
             old = [] if keep is None else _old(versions, keep)
+            prune_collections(versions, index, removed=old, dry_run=True)  # an error comes before anything is removed
             leaving = [versions / f"{TEMPORARY}{version_id}" for version_id in old]
             for version_id, path in zip(old, leaving, strict=True) if not dry_run else ():
                 log.info("removing version %s", version_id)

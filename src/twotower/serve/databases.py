@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class DatabaseWatch:
     """Looks at the collections of the served version; a server does it every second.
 
-    Requests do not wait for it: they ask every channel and leave out those that fail. It is for probes and metrics,
-    which must tell the truth without traffic too.
+    Requests leave out what it names, instead of waiting for it, and ask again once it has answered. Probes and metrics
+    tell the same, also without traffic.
     """
 
     def __init__(self, snapshots: Snapshots, clock_s: Callable[[], float] = time.monotonic) -> None:
