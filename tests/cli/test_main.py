@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from twotower.cli.main import app
 from twotower.config import Settings
 from twotower.pipeline.places import places
 from twotower.publish.publish import current
@@ -24,6 +26,7 @@ STAGES = ("samples", "train", "evaluate", "publish", "run")
         (["retrieve", "--k", "many", "--out", "x"], "unable to parse string as an integer"),
         (["retrieve"], "Missing option"),
         (["train", "-c", "absent.toml"], "no configuration file absent.toml"),
+        (["train", "-c", "movielenz"], "the examples are demo, globo, ids_only"),
         (["train", "--set", "train"], "write section.key=value"),
         (["train", "--set", "train.epoch=3"], "did you mean epochs?"),
         (["train", "--set", "train.epochs=many"], "train.epochs = 'many'"),
@@ -42,6 +45,13 @@ def test_wrong_usage_exits_with_2_and_a_sentence(
     assert run(*arguments, code=2) is None
     assert said in " ".join(run.err.replace("│", " ").split())
     assert "Traceback" not in run.err
+
+
+def test_the_version_is_that_of_the_package(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app(["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"twotower {version('twotower')}\n"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,11 +39,29 @@ app.add_typer(lab_app, name="lab")
 update_app = typer.Typer(help="Learn from what happened since: through the day, or a whole day.", no_args_is_help=True)
 app.add_typer(update_app, name="update")
 
-ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Configuration (TOML); absent = the defaults.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("-c", "--config", help="Configuration (TOML), or the name of an example; absent = the defaults."),
+]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 IndexKind = Literal["milvus", "pgvector"]
 Promote = Annotated[bool, typer.Option("--promote/--no-promote", help="Serve the version at once.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"twotower {installed_version('twotower')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Two-tower retrieval, from click logs to a served candidate list."""
 
 
 def answer(document: Any) -> None:
