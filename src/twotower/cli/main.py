@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 versions_app = typer.Typer(help="List, check, promote and roll back published versions.", no_args_is_help=True)
 app.add_typer(versions_app, name="versions")
+export_app = typer.Typer(help="Vectors and towers of a version for other systems.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
 lab_app = typer.Typer(help="Experiments that test the claims behind the system.", no_args_is_help=True)
 app.add_typer(lab_app, name="lab")
 update_app = typer.Typer(help="Learn from what happened since: through the day, or a whole day.", no_args_is_help=True)
@@ -240,6 +242,60 @@ def retrieve(
         return {"out": str(out), **asdict(report), **source}
 
     stage(write, config, overrides)
+
+
+VectorsFile = Annotated[Path, typer.Option(help="The file to write: .parquet, .jsonl, .csv or .npy.")]
+VectorChannelName = Annotated[str, typer.Option("--channel", help="A channel with vectors: two_tower, mf or mind.")]
+VersionName = Annotated[str | None, typer.Option("--version", help="A version; absent = the served one.")]
+
+
+@export_app.command("items")
+def export_items(
+    out: VectorsFile,
+    channel: VectorChannelName = "two_tower",
+    version: VersionName = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write the vectors of all items that can be retrieved."""
+    from twotower.pipeline.versions import export_vectors, open_version
+
+    def write(settings: Settings) -> dict[str, Any]:
+        return export_vectors(lambda: open_version(settings, version), out, channel)
+
+    stage(write, config, overrides)
+
+
+@export_app.command("users")
+def export_users(
+    out: VectorsFile,
+    users: Annotated[str, typer.Option(help="A file with user_id (.parquet, .csv or .jsonl), or all.")] = "all",
+    channel: VectorChannelName = "two_tower",
+    version: VersionName = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write the vectors of users."""
+    from twotower.pipeline.versions import export_vectors, open_version
+
+    def write(settings: Settings) -> dict[str, Any]:
+        return export_vectors(lambda: open_version(settings, version), out, channel, users)
+
+    stage(write, config, overrides)
+
+
+@export_app.command("towers")
+def export_towers(
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    channel: VectorChannelName = "two_tower",
+    version: VersionName = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write both towers into a folder that computes vectors from raw features without PyTorch."""
+    from twotower.pipeline.versions import open_version
+
+    stage(lambda settings: asdict(open_version(settings, version).export_towers(out, channel)), config, overrides)
 
 
 @versions_app.command("list")
