@@ -386,6 +386,24 @@ def test_lastfm_1k(imported):
     assert [one["item_id"] for one in items] == ["Deep Dish", 'Just "A Band']
 
 
+def test_the_report_says_what_a_column_became_elsewhere(imported):
+    report, *_ = imported("retailrocket")
+    became = {(one["table"], one["column"]): one["became"] for one in report.columns}
+    assert became["events", "event"] == "event_type (context)"
+    assert became["events", "transactionid"] == "left out: not used"
+    assert became["items", "property"] == became["items", "parentid"] == "read to make other columns"
+    assert became["items", "itemid"] == "item_id"
+
+
+def test_words_for_ratings_and_times_are_counted(tmp_path):
+    rows = f"1 10 5 {S}|1 20 good {S}|2 20 4 soon|2 20 4 |2 20 4 99999999999999999999|2 20 4.5 {S}.5|"
+    rows = rows.replace(" ", "\t").replace("|", "\n")
+    as_folder(tmp_path / "s", FILES["movielens-100k"] | {"ml-100k/u.data": rows})
+    report = import_dataset("movielens-100k", tmp_path / "s", tmp_path / "w", ImportOptions())
+    assert report.dropped == {"bad_rating": 1, "bad_time": 2, "null_time": 1}
+    assert open_workspace(tmp_path / "w").events()["request_ts_ms"].to_pylist() == [S * 1000, S * 1000 + 500]
+
+
 @pytest.mark.parametrize("name", ["taobao", "mind", "retailrocket", "gowalla", "lastfm-1k"])
 def test_a_rating_where_there_is_none_is_refused(imported, name):
     with pytest.raises(ConfigError, match=f"{name} has no ratings; use `all`"):

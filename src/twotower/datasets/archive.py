@@ -39,7 +39,7 @@ def opened(src: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[Path, tup
     with tempfile.TemporaryDirectory(prefix="twotower-") as folder:
         try:
             others = _unpack(src, wanted, Path(folder))
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError) as error:
             raise DataError(f"{src} cannot be unpacked, it is cut or damaged, or the disk is full: {error}") from None
         root = Path(folder)
         while [entry.is_dir() for entry in root.iterdir()] == [True]:

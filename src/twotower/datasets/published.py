@@ -5,7 +5,7 @@ were read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from twotower.schema.tables import EARLIEST_MS, is_number, is_text
 
 UNITS_MS: Final[Mapping[str, int]] = {"s": 1000, "ms": 1}
 """Milliseconds in each unit of numbers."""
+_LARGEST_TIME: Final = 10**15
+"""Larger numbers are no times; they would not fit int64 in milliseconds."""
 EVENT_TYPES: Final = ("view", "click", "like", "cart", "purchase", "dislike")
 """What a user did, the values of the column `event_type`."""
 
@@ -90,15 +92,21 @@ def read_published(dataset: PublishedDataset, src: Path, options: ImportOptions)
     if dataset.finish is not None:
         rows = dataset.finish(rows, dropped)
     events = _with_types(_with_times(rows["events"], dataset, str(src), dropped), dataset, dropped)
-    items = first_known(events, c.ITEM_ID, dataset.of_items) if dataset.of_items else rows.get("items")
+    if c.WEIGHT in events.column_names and is_text(events.schema.field(c.WEIGHT).type):
+        events = replaced(events, c.WEIGHT, _numbers(events[c.WEIGHT]))  # null is a `bad_rating`
+    if dataset.of_items:
+        rows["items"] = first_known(events, c.ITEM_ID, dataset.of_items)
+        events = events.drop_columns(list(dataset.of_items))
+    rows["events"] = events
+    for name, key in (("users", c.USER_ID), ("items", c.ITEM_ID)):
+        if name in rows:
+            rows[name] = _distinct(rows[name], key, dropped)
     return Source(
         name=dataset.name,
-        events=events.drop_columns(list(dataset.of_items)),
-        users=_distinct(rows.get("users"), c.USER_ID, dropped),
-        items=_distinct(items, c.ITEM_ID, dropped),
+        **rows,
         minimum=minimum,
         requests_have_rows=dataset.requests_have_rows,
-        columns=columns,
+        columns={name: [_told(column, name, rows) for column in seen] for name, seen in columns.items()},
         not_read=tuple(sorted((*others, *not_read))),
         dropped=dropped,
     )
@@ -166,8 +174,8 @@ def _with_times(events: pa.Table, dataset: PublishedDataset, where: str, dropped
         return events
     column = events[c.TS_MS]
     times = milliseconds(column, dataset.time, f"{where}, the times")
-    bad = pc.fill_null(pc.less(times, EARLIEST_MS), pc.is_valid(column)) if len(column) else pc.is_null(column)
-    bad = pc.or_(bad, pc.and_(pc.is_null(times), pc.is_valid(column)))
+    unreadable = pc.and_(pc.is_null(times), pc.is_valid(column))  # one that is missing is `null_time`
+    bad = pc.or_(unreadable, pc.fill_null(pc.less(times, EARLIEST_MS), False))
     kept = dropped.drop(events.append_column("twotower:ms", times), bad, "bad_time")
     return replaced(kept.drop_columns(["twotower:ms"]), c.TS_MS, kept["twotower:ms"])
 
@@ -194,16 +202,19 @@ def milliseconds(column: pa.ChunkedArray, time: str, where: str) -> pa.ChunkedAr
             pc.utf8_upper(column) if "%p" in time else column, format=time, unit="ms", error_is_null=True
         )
         return parsed.cast(pa.int64())
-    if is_text(kind):
-        number = pc.match_substring_regex(column, r"^\s*-?[0-9]{1,15}(\.[0-9]*)?\s*$")
-        column = pc.if_else(number, column, pa.scalar(None, pa.string())).cast(pa.float64())
-    elif not is_number(kind):
+    numbers = _numbers(column) if is_text(kind) else column
+    if not is_number(numbers.type):
         raise DataError(f"{where} are of type {kind}, expected numbers")
-    if pa.types.is_floating(column.type):
-        large = pc.less(pc.abs(column), 1e15)
-        column = pc.if_else(pc.fill_null(large, False), column, pa.scalar(None, pa.float64()))
-        return pc.round(pc.multiply(column.cast(pa.float64()), float(UNITS_MS[time]))).cast(pa.int64())
-    return pc.multiply(column.cast(pa.int64()), UNITS_MS[time])
+    within = pc.and_(pc.greater(numbers, -_LARGEST_TIME), pc.less(numbers, _LARGEST_TIME))
+    numbers = pc.if_else(pc.fill_null(within, False), numbers, pa.scalar(None, numbers.type))
+    return pc.round(pc.multiply(numbers, UNITS_MS[time])).cast(pa.int64())
+
+
+def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text as float64, null where it is no number."""
+    number = pc.match_substring_regex(column, r"^\s*[+-]?([0-9]{1,18}(\.[0-9]*)?|\.[0-9]+)\s*$")
+    text = pc.if_else(number, pc.utf8_trim_whitespace(column), pa.scalar(None, pa.string()))
+    return pc.replace_substring_regex(text, r"^\+", "").cast(pa.float64())
 
 
 def _with_types(events: pa.Table, dataset: PublishedDataset, dropped: Dropped) -> pa.Table:
@@ -216,10 +227,17 @@ def _with_types(events: pa.Table, dataset: PublishedDataset, dropped: Dropped) -
     return replaced(events, c.EVENT_TYPE, pa.chunked_array([types.drop_null()]))
 
 
-def _distinct(table: pa.Table | None, name: str, dropped: Dropped) -> pa.Table | None:
+def _told(column: SourceColumn, name: str, rows: Rows) -> SourceColumn:
+    """What became of a column that its own table does not keep."""
+    if column.to is None or column.to in rows[name].column_names:
+        return column
+    other = next((other for other, table in rows.items() if column.to in table.column_names), None)
+    note = "read to make other columns" if other is None else f"{column.to} of {other}"
+    return replace(column, to=None, note=note)
+
+
+def _distinct(table: pa.Table, name: str, dropped: Dropped) -> pa.Table:
     """Users or items with the first row of each id."""
-    if table is None:
-        return None
     table = dropped.drop(table, pc.is_null(table[name]), "null_id")
     place = pc.index_in(table[name], value_set=pc.unique(table[name])).to_numpy()
     repeated = np.ones(table.num_rows, np.bool_)
