@@ -123,10 +123,13 @@ lab-smoke: $(DEV)
 bench: $(DEV) peers
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/index.py --out benchmarks/results/index.json
+	$(BIN)/python benchmarks/databases.py --out benchmarks/results/databases.json
 	$(BIN)/python benchmarks/samples.py --out benchmarks/results/samples.json
 	$(BIN)/python benchmarks/engines.py --out benchmarks/results/engines.json
 	$(BIN)/python benchmarks/serve.py --out benchmarks/results/serve.json
 	$(BIN)/python benchmarks/freshness.py --out benchmarks/results/freshness.json
+	$(BIN)/python benchmarks/freshness.py --rates 100 --index faiss pgvector milvus \
+		--out benchmarks/results/freshness_databases.json
 	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
 	$(BIN)/python benchmarks/deltas.py --out benchmarks/results/deltas.json
 	$(BIN)/python benchmarks/quality.py --data '$(REAL_DATA)' --out benchmarks/results/quality.json
@@ -147,5 +150,6 @@ soak: $(DEV)
 	$(BIN)/python benchmarks/soak/update.py --part full --kills 200 | tee benchmarks/results/soak_full.json
 	$(BIN)/python benchmarks/soak/update.py --part line --kills 500 | tee benchmarks/results/soak_line.json
 	$(BIN)/python benchmarks/soak/promote.py --seconds 60 --promotions 10 | tee benchmarks/results/soak_promote.json
+	$(BIN)/python benchmarks/soak/database.py | tee benchmarks/results/soak_database.json
 	$(BIN)/python benchmarks/soak/spark.py --data '$(REAL_DATA)/ml-1m' | tee benchmarks/results/soak_spark.json
 	@$(MAKE) --no-print-directory lab-smoke

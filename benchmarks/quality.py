@@ -126,7 +126,8 @@ def one_seed(case: Case, workspace: Path, seed: int, arguments: argparse.Namespa
     metrics = twotower("evaluate", *given)
     twotower("publish", *given)
     out, holdout = workspace / f"recommendations-{seed}.parquet", workspace / "holdout.parquet"
-    twotower("retrieve", *given, "--users", str(workspace / case.asked), "--k", "200", "--out", str(out))
+    asked = ["--users", str(workspace / case.asked), "--k", "200", "--channel", "two_tower"]
+    twotower("retrieve", *given, *asked, "--out", str(out))
     names = [f"{metric}@{k}" for k in sorted({case.k, 10, 20, 50, 200}) for metric in ("recall", "ndcg")]
     if arguments.judge:
         train = str(workspace / "train_positives.parquet")

@@ -11,6 +11,7 @@ import twotower
 import twotower_lab
 
 CLIENTS = {
+    "twotower.features.redis_store": "redis",
     "twotower.index.milvus": "pymilvus",
     "twotower.index.pgvector": "psycopg",
     "twotower.logs.kafka": "confluent_kafka",

@@ -45,8 +45,6 @@ MARGIN: Final = 1.25
 """Neighbours requested over those expected to be needed, where some are hidden."""
 TUNING_QUERIES: Final = 200
 TIMED_QUERIES: Final = 20
-DEEPER: Final = 4
-"""By which the depth grows while an answer is short."""
 EXACT: Final = "exact"
 """Folder of the version's own copy of rows and vectors."""
 _NONE: Final = np.empty(0, np.int64)
@@ -136,8 +134,8 @@ Connect = Callable[[str, str], VectorDatabase]
 class DatabaseIndex:
     """Searches a collection that never changes; implements `VectorIndex`.
 
-    Hidden and excluded rows are dropped from an answer that was requested deeper, again deeper while it is short. Where
-    few rows are left, or a database cannot go that deep, those that are left are searched exactly, here.
+    Hidden and excluded rows are dropped from an answer that was requested deeper. Where it is short then, where few
+    rows are left, or where a database cannot go that deep, those that are left are searched exactly, here.
     """
 
     def __init__(
@@ -243,27 +241,24 @@ class DatabaseIndex:
         evenly = math.ceil(MARGIN * k * count / left)
         return min(count, k + count - left, evenly)
 
-    def _search_to(
-        self,
-        depth: int,
-        which: Longs,
-        queries: Floats,
-        excluded: Exclusions,
-        found: Neighbours,
-    ) -> None:
-        """Answer some queries (n,) by searches of some depth, and those whose answer is short by deeper ones."""
-        database = self._database if depth else None
-        while database is not None and len(which) and depth <= database.most:
+    def _search_to(self, depth: int, which: Longs, queries: Floats, excluded: Exclusions, found: Neighbours) -> None:
+        """Answer some queries (n,) by a search of some depth; those whose answer is short, exactly.
+
+        A deeper search would not do: what is near to such a query is hidden, and of what is far from it the database
+        finds little, because it looks into the nearest lists.
+        """
+        short = which
+        if 0 < depth <= (database := self._database).most:
             nearest = database.nearest(self.collection.name, queries[which], depth, self._probes(depth))
             answered = [
                 self._answer(b, rows, queries, excluded, found) for b, rows in zip(which.tolist(), nearest, strict=True)
             ]
-            which, depth = which[~np.array(answered)], DEEPER * depth
-        for b in which.tolist():
+            short = which[~np.array(answered)]
+        for b in short.tolist():
             left = np.ones(len(self._exact), np.bool_)
             left[self._hidden] = False
             left[_of(excluded, b)] = False
-            exact = self._exact.among(np.flatnonzero(left)).search(queries[b : b + 1], found.rows.shape[1])
+            exact = self._exact.best_of(queries[b], left, found.rows.shape[1])
             found.rows[b], found.scores[b] = exact.rows[0], exact.scores[0]
 
     def _answer(

@@ -24,6 +24,8 @@ from twotower.schema.files import whole_folder, write_json
 VECTORS = "vectors.npy"
 SCORES_AT_ONCE = 1 << 23
 """Scores (32 MB) computed together, at least those of one query."""
+GATHERED = 0.1
+"""Share of the vectors up to which gathering them costs less than a scan of all."""
 RESCORED_AT_ONCE = 1 << 16
 """Vectors gathered together to be scored again."""
 
@@ -86,9 +88,20 @@ class ExactIndex:
         """Length of the vectors."""
         return int(self._vectors.shape[1])
 
-    def among(self, positions: NDArray[np.int64]) -> Self:
-        """The same index of some vectors alone, by their positions (n,), which rise."""
-        return type(self)(self._rows[positions], self._vectors[positions], self._longest, np.empty(0, np.int64))
+    def best_of(self, query: NDArray[np.float32], left: NDArray[np.bool_], k: int) -> Neighbours:
+        """The k nearest to a query (D,) among the vectors that are left (N,), hidden ones included; a row of an answer.
+
+        Where few are left, they are gathered; many are left out of a scan of all.
+        """
+        positions = np.flatnonzero(left)
+        if len(positions) <= GATHERED * len(left):
+            few = type(self)(self._rows[positions], self._vectors[positions], self._longest, np.empty(0, np.int64))
+            return few.search(query[None], k)
+        answer, wanted = Neighbours.none(1, k), min(k, len(positions))
+        scores = self._vectors @ query
+        scores[~left] = -np.inf
+        answer.rows[0, :wanted], answer.scores[0, :wanted] = self._best(query, scores, wanted)
+        return answer
 
     def scored(self, query: NDArray[np.float32], positions: NDArray[np.int64]) -> Neighbours:
         """Some vectors by their positions (n,), as neighbours of a query (D,), with the scores that a search gives."""
