@@ -43,5 +43,5 @@ def test_every_command_but_those_that_make_a_workspace_takes_a_configuration() -
 
 
 def test_the_options_that_the_page_names_exist() -> None:
-    known = {option for options in commands().values() for option in options} | {"--no-promote", "--help"}
+    known = {option for options in commands().values() for option in options} | {"--no-promote", "--help", "--version"}
     assert set(re.findall(r"`?(--[a-z]+(?:-[a-z]+)*)", PAGE)) <= known

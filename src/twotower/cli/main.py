@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,12 +34,17 @@ app = typer.Typer(
 )
 versions_app = typer.Typer(help="List, check, promote and roll back published versions.", no_args_is_help=True)
 app.add_typer(versions_app, name="versions")
+export_app = typer.Typer(help="Vectors and towers of a version for other systems.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
 lab_app = typer.Typer(help="Experiments that test the claims behind the system.", no_args_is_help=True)
 app.add_typer(lab_app, name="lab")
 update_app = typer.Typer(help="Learn from what happened since: through the day, or a whole day.", no_args_is_help=True)
 app.add_typer(update_app, name="update")
 
-ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Configuration (TOML); absent = the defaults.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("-c", "--config", help="Configuration (TOML), or the name of an example; absent = the defaults."),
+]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 UserColumn = Annotated[str | None, typer.Option(help="The column of user ids.")]
@@ -49,6 +55,21 @@ TimeUnit = Annotated[
 ]
 IndexKind = Literal["milvus", "pgvector"]
 Promote = Annotated[bool, typer.Option("--promote/--no-promote", help="Serve the version at once.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"twotower {installed_version('twotower')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Two-tower retrieval, from click logs to a served candidate list."""
 
 
 def answer(document: Any) -> None:
@@ -82,6 +103,12 @@ def stage(run: Callable[[Settings], Any], config: Path | None, overrides: list[s
         answer(run(load(config, overrides or [])))
 
 
+DATASETS_HELP = (
+    "interactions (your own), or a public data set: movielens-100k, movielens-1m, movielens-25m, movielens-32m, "
+    "amazon-reviews-2023, kuairand, kuairec, globo, mind, taobao, yelp, gowalla, retailrocket, lastfm-2k, lastfm-1k"
+)
+
+
 @app.command()
 def init(
     files: Annotated[list[Path], typer.Argument(help="Clicks, and where you have them users and items; or folders.")],
@@ -102,10 +129,8 @@ def init(
 
 @app.command("import")
 def import_(
-    dataset: Annotated[
-        str | None, typer.Argument(help="movielens-1m, kuairand, globo or interactions; not with -c")
-    ] = None,
-    source: Annotated[Path | None, typer.Argument(help="The data set's own folder or file.")] = None,
+    dataset: Annotated[str | None, typer.Argument(help=f"{DATASETS_HELP}; not with -c")] = None,
+    source: Annotated[Path | None, typer.Argument(help="The data set's own folder, archive or file.")] = None,
     out: Annotated[Path | None, typer.Option(help="The workspace to make; with -c, its workspace.path.")] = None,
     config: Annotated[Path | None, typer.Option("-c", "--config", help="A file with a section [import].")] = None,
     holdout: Annotated[
@@ -264,6 +289,60 @@ def retrieve(
         return {"out": str(out), **asdict(report), **source}
 
     stage(write, config, overrides)
+
+
+VectorsFile = Annotated[Path, typer.Option(help="The file to write: .parquet, .jsonl, .csv or .npy.")]
+VectorChannelName = Annotated[str, typer.Option("--channel", help="A channel with vectors: two_tower, mf or mind.")]
+VersionName = Annotated[str | None, typer.Option("--version", help="A version; absent = the served one.")]
+
+
+@export_app.command("items")
+def export_items(
+    out: VectorsFile,
+    channel: VectorChannelName = "two_tower",
+    version: VersionName = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write the vectors of all items that can be retrieved."""
+    from twotower.pipeline.versions import export_vectors, open_version
+
+    def write(settings: Settings) -> dict[str, Any]:
+        return export_vectors(lambda: open_version(settings, version), out, channel)
+
+    stage(write, config, overrides)
+
+
+@export_app.command("users")
+def export_users(
+    out: VectorsFile,
+    users: Annotated[str, typer.Option(help="A file with user_id (.parquet, .csv or .jsonl), or all.")] = "all",
+    channel: VectorChannelName = "two_tower",
+    version: VersionName = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write the vectors of users."""
+    from twotower.pipeline.versions import export_vectors, open_version
+
+    def write(settings: Settings) -> dict[str, Any]:
+        return export_vectors(lambda: open_version(settings, version), out, channel, users)
+
+    stage(write, config, overrides)
+
+
+@export_app.command("towers")
+def export_towers(
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    channel: VectorChannelName = "two_tower",
+    version: VersionName = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write both towers into a folder that computes vectors from raw features without PyTorch."""
+    from twotower.pipeline.versions import open_version
+
+    stage(lambda settings: asdict(open_version(settings, version).export_towers(out, channel)), config, overrides)
 
 
 @versions_app.command("list")

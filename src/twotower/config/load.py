@@ -7,6 +7,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def load(
     """Read a configuration; without one, the defaults.
 
     Args:
-        configuration: the path of a TOML file, or its content as a dict; None = the defaults.
+        configuration: the path of a TOML file, or its content as a dict; None = the defaults. Where there is no file
+            `movielens` or `movielens.toml`, these names mean the example of the package.
         overrides: `section.key=value` each, applied in order, the value being TOML or else a plain string; or values by
             key, such as `{"train.epochs": 3}`.
         workspace: `workspace.path`, in place of what the configuration says.
@@ -94,15 +96,34 @@ def _content(configuration: str | Path | Mapping[str, Any] | None) -> tuple[dict
         return {}, "the defaults"
     if isinstance(configuration, Mapping):
         return copy.deepcopy(dict(configuration)), "configuration"
-    path = Path(configuration)
+    path = _file(Path(configuration))
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig")), str(path)
     except FileNotFoundError:
-        raise ConfigError(f"no configuration file {path}") from None
+        raise ConfigError(
+            f"no configuration file {path}, and no example of this name; the examples are {', '.join(examples())}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, an integer of thousands of digits, a deep nesting
         raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def _file(path: Path) -> Path:
+    """The file that a path names, or the example of this name where there is no such file."""
+    if len(path.parts) != 1 or (path.exists() and not path.is_dir()):
+        return path
+    return examples().get(path.name.removesuffix(".toml"), path)
+
+
+def examples() -> dict[str, Path]:
+    """The configurations of the package, by name.
+
+    >>> list(examples())
+    ['demo', 'globo', 'ids_only', 'kuairand', 'movielens', 'movielens_next']
+    """
+    folder = Path(str(files("twotower"))) / "cli" / "examples"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def parse(
