@@ -30,14 +30,18 @@ def test_the_page_lists_every_command_and_no_other() -> None:
 
 
 def test_every_command_but_those_that_make_a_workspace_takes_a_configuration() -> None:
-    assert {name for name, options in commands().items() if "--set" not in options} == {"import", "simulate"} | LAB
-    assert {name for name, options in commands().items() if "--config" not in options} == {
+    assert {name for name, options in commands().items() if "--set" not in options} == {
+        "init",
         "import",
+        "simulate",
+    } | LAB
+    assert {name for name, options in commands().items() if "--config" not in options} == {
+        "init",
         "simulate",
         "demo",
     } | LAB
 
 
 def test_the_options_that_the_page_names_exist() -> None:
-    known = {option for options in commands().values() for option in options} | {"--no-promote", "--help"}
+    known = {option for options in commands().values() for option in options} | {"--no-promote", "--help", "--version"}
     assert set(re.findall(r"`?(--[a-z]+(?:-[a-z]+)*)", PAGE)) <= known

@@ -4,10 +4,13 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from twotower.cli.main import app
 from twotower.config import Settings
 from twotower.pipeline.places import places
 from twotower.publish.publish import current
@@ -24,6 +27,7 @@ STAGES = ("samples", "train", "evaluate", "publish", "run")
         (["retrieve", "--k", "many", "--out", "x"], "unable to parse string as an integer"),
         (["retrieve"], "Missing option"),
         (["train", "-c", "absent.toml"], "no configuration file absent.toml"),
+        (["train", "-c", "movielenz"], "the examples are demo, globo, ids_only"),
         (["train", "--set", "train"], "write section.key=value"),
         (["train", "--set", "train.epoch=3"], "did you mean epochs?"),
         (["train", "--set", "train.epochs=many"], "train.epochs = 'many'"),
@@ -42,6 +46,13 @@ def test_wrong_usage_exits_with_2_and_a_sentence(
     assert run(*arguments, code=2) is None
     assert said in " ".join(run.err.replace("│", " ").split())
     assert "Traceback" not in run.err
+
+
+def test_the_version_is_that_of_the_package(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app(["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"twotower {version('twotower')}\n"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +132,23 @@ def test_retrieve_refuses_what_cannot_be_meant(
     assert run("retrieve", *place, "--out", tmp_path / "o.parquet", *arguments, code=code) is None
     assert str(arguments[1]) in run.err
     assert not (tmp_path / "o.parquet").exists()
+
+
+def test_vectors_and_towers_are_exported(run, world: Settings, tmp_path: Path) -> None:
+    place = ["--set", f"workspace.path={world.workspace.path}"]
+    (tmp_path / "some.csv").write_text("user_id,hour\n3,20\n999999,3\n")
+    written = run("export", "users", *place, "--users", tmp_path / "some.csv", "--out", tmp_path / "users.parquet")
+    served = {"version": current(places(world).versions), "delta_seq": 0, "channel": "two_tower"}
+    assert written == {"out": str(tmp_path / "users.parquet"), "count": 2, "dimension": 16, **served}
+    items = run("export", "items", *place, "--out", tmp_path / "items.npy")
+    assert {path.name for path in tmp_path.iterdir()} >= {"items.npy", "items.ids.npy", "users.parquet"}
+    assert (items["count"], items["dimension"]) == (len(np.load(tmp_path / "items.npy")), 16)
+    towers = run("export", "towers", *place, "--out", tmp_path / "towers")
+    assert (towers["version"], (tmp_path / "towers" / "tower.py").exists()) == (served["version"], True)
+    for arguments in (["items", "--out", "x.txt"], ["items", "--channel", "popular"], ["towers", "--out", tmp_path]):
+        out = [] if "--out" in arguments else ["--out", tmp_path / "o.npy"]
+        assert run("export", *arguments, *out, *place, code=2) is None
+    assert not (tmp_path / "o.npy").exists()
 
 
 def test_sigterm_ends_a_command_with_1_and_nothing_half_written(own_world: Settings, as_trained: list[str]) -> None:

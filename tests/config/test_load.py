@@ -295,3 +295,20 @@ def test_a_file_that_is_none_is_refused_by_its_name(tmp_path: Path, content: byt
 def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load(tmp_path)
+
+
+def test_an_example_is_found_by_name_from_anywhere_unless_a_file_has_the_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = load(Path(__file__).parents[2] / "examples" / "movielens.toml")
+    assert load("movielens") == load("movielens.toml") == load(Path("movielens")) == example
+    Path("movielens").mkdir()  # such as its workspace
+    assert load("movielens") == example
+    Path("movielens.toml").write_text("[train]\nepochs = 77\n")
+    assert load("movielens.toml").train.epochs == 77
+
+
+@pytest.mark.parametrize("name", ["movielenz", "elsewhere/movielens", "../movielens.toml"])
+def test_a_configuration_that_does_not_exist_is_refused_with_the_names_of_the_examples(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"no configuration file {name}, .* examples are demo, globo, ids_only, "):
+        load(name)

@@ -14,6 +14,8 @@ from twotower.features.columns import take
 from twotower.pipeline.fuse import some_users
 from twotower.pipeline.line import channel_of, latest_checkpoint, open_served, run_line
 from twotower.pipeline.places import places
+from twotower.pipeline.versions import open_version
+from twotower.publish.tower import ExportedTower
 from twotower.samples.read import open_samples
 from twotower.serve.request import Request, retrieve
 from twotower.serve.users import Recent
@@ -37,6 +39,7 @@ def test_a_version_answers_as_the_trained_towers_do_whatever_encodes_histories(
     run_line(settings, promoted=True)
     check_vectors(settings, ["two_tower", "mind"])
     check_histories(settings)
+    check_export(settings, ["two_tower", "mind"])
 
 
 def check_vectors(settings: Settings, channels: list[str]) -> None:
@@ -65,6 +68,21 @@ def check_histories(settings: Settings) -> set[str]:
     return {name for item in before.items for name in item.channels}
 
 
+def check_export(settings: Settings, channels: list[str]) -> None:
+    """Exported towers give the vectors of the version, from the raw features and clicks of a user."""
+    version, workspace = open_served(settings), places(settings).workspace
+    row = int(np.argmax(np.diff(version.clicks.indptr)))
+    user_id, clicks = version.users.ids[row].as_py(), version.clicks.items
+    clicked = version.item_ids.take(pa.array(clicks.rows[clicks.indptr[row] : clicks.indptr[row + 1]])).to_pylist()
+    [user] = pq.read_table(workspace / "users.parquet", filters=[("user_id", "=", user_id)]).to_pylist()
+    for name in channels:
+        published, folder = open_version(settings), workspace / f"towers-{name}"
+        known = published.export_towers(folder, name).user_features
+        raw = {column: value for column, value in {**user, "history": clicked}.items() if column in known}
+        vector = published.user_vectors([user_id], name).vectors[0]
+        np.testing.assert_allclose(ExportedTower(folder).vector(raw), vector, atol=1e-5)
+
+
 def test_a_version_answers_as_its_channels_do(own_world: Settings) -> None:
     changes = [
         "models.rankers=[]",
@@ -78,6 +96,7 @@ def test_a_version_answers_as_its_channels_do(own_world: Settings) -> None:
     settings = parse(as_dict(own_world), changes)
     run_line(settings, promoted=True)
     check_vectors(settings, ["two_tower", "mind", "mf"])
+    check_export(settings, ["mf"])
     assert check_histories(settings) >= {"two_tower", "mind", "mf", "als", "popular"}
     assert latest_checkpoint(settings, "mf").manifest["progress"]["epoch"] == 2
     samples, version = open_samples(places(settings).samples), open_served(settings)

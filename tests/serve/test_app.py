@@ -15,6 +15,7 @@ from twotower.pipeline.places import places
 from twotower.publish.version import Version
 from twotower.schema.errors import DataError
 from twotower.schema.limits import MAX_BODY_BYTES, MAX_EVENTS_BODY_BYTES
+from twotower.serve.snapshots import Snapshots
 from twotower.serve.users import Recent
 
 DAY_MS = 86_400_000
@@ -316,6 +317,44 @@ def test_a_request_that_cannot_be_meant_is_refused_with_a_sentence(server, body:
     assert list(response.json()) == ["error"]
     assert message in response.json()["error"]
     assert len(response.content) < 1200
+
+
+def test_a_batch_is_answered_as_its_requests_alone_from_one_version(server, monkeypatch) -> None:
+    requests = [{"user_id": known_user(server.version), "k": 7}, {"k": 3, "context": {"hour": 20}}, {}]
+    alone = [server.retrieve(**request) for request in requests]
+    asked = []
+    monkeypatch.setattr(Snapshots, "version", property(lambda snapshots: asked.append(0) or snapshots._serving.version))
+    response = server.http.post("/v1/retrieve/batch", json={"requests": requests})
+    assert response.json() == {"answers": alone}
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([], "body.requests: List should have at least 1 item"),
+        ([{"k": 1}] * 1_001, "body.requests: List should have at most 1000 items"),
+        ([{"k": 10_000}] * 11, "110000 candidates in all, at most 100000 are allowed"),
+        ([{}, {"k": 0}], "body.requests.1.k: Input should be greater than or equal to 1"),
+        ([{}, {"nothing": 1}], "body.requests.1.nothing: Extra inputs are not permitted"),
+        ([{}, {"channels": ["none"]}], "requests[1]: version "),
+        ([{}, {}, {"user_id": "x"}], "requests[2]: user_id 'x' is a str"),
+    ],
+)
+def test_a_batch_with_a_wrong_request_names_its_position(server, requests: list, message: str) -> None:
+    response = server.http.post("/v1/retrieve/batch", json={"requests": requests})
+    assert response.status_code == 422, response.text
+    assert message in response.json()["error"]
+
+
+def test_a_batch_that_no_channel_answers_names_the_position(server, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Popular, "retrieve", fail)
+    response = server.http.post("/v1/retrieve/batch", json={"requests": [{"channels": ["popular"]}]})
+    assert response.status_code == 503
+    assert response.json()["error"].startswith("requests[0]: every channel failed: popular")
 
 
 @pytest.mark.parametrize(

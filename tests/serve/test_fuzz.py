@@ -96,6 +96,7 @@ class Sender:
     def request(self) -> tuple[str, str, Any]:
         ways = [
             ("POST", "/v1/retrieve", self.asked()),
+            ("POST", "/v1/retrieve/batch", {"requests": [self.asked(), self.asked()]}),
             ("POST", "/v1/recommend", self.asked(request_id=self.draw.choice(["r1", "r2"]))),
             ("POST", "/v1/explain", self.asked(item_id=self.item())),
             ("POST", "/v1/events", {"events": [self.event()]}),

@@ -7,12 +7,14 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from twotower.config.settings import Settings
+from twotower.datasets.options import ImportSection, TableFiles
 from twotower.features.options import KINDS
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, cut
@@ -52,7 +54,11 @@ CONSTANTS: Mapping[str, float] = {"samples.negatives.hard.impressed": 0.0, "mode
 HELD_OUT_USERS = 0.01
 """Share of users who are held out of training where a configuration has an `[update]` section."""
 
+IMPORT = "import"
+"""The section of `twotower import -c`; it is no part of `Settings`, because no later stage depends on it."""
+
 _ADAPTER = TypeAdapter(Settings)
+_IMPORT_ADAPTER = TypeAdapter(ImportSection)
 _SHOWN = 100
 """Characters of a wrong value that an error shows."""
 
@@ -66,7 +72,8 @@ def load(
     """Read a configuration; without one, the defaults.
 
     Args:
-        configuration: the path of a TOML file, or its content as a dict; None = the defaults.
+        configuration: the path of a TOML file, or its content as a dict; None = the defaults. Where there is no file
+            `movielens` or `movielens.toml`, these names mean the example of the package.
         overrides: `section.key=value` each, applied in order, the value being TOML or else a plain string; or values by
             key, such as `{"train.epochs": 3}`.
         workspace: `workspace.path`, in place of what the configuration says.
@@ -89,15 +96,34 @@ def _content(configuration: str | Path | Mapping[str, Any] | None) -> tuple[dict
         return {}, "the defaults"
     if isinstance(configuration, Mapping):
         return copy.deepcopy(dict(configuration)), "configuration"
-    path = Path(configuration)
+    path = _file(Path(configuration))
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig")), str(path)
     except FileNotFoundError:
-        raise ConfigError(f"no configuration file {path}") from None
+        raise ConfigError(
+            f"no configuration file {path}, and no example of this name; the examples are {', '.join(examples())}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, an integer of thousands of digits, a deep nesting
         raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def _file(path: Path) -> Path:
+    """The file that a path names, or the example of this name where there is no such file."""
+    if len(path.parts) != 1 or (path.exists() and not path.is_dir()):
+        return path
+    return examples().get(path.name.removesuffix(".toml"), path)
+
+
+def examples() -> dict[str, Path]:
+    """The configurations of the package, by name.
+
+    >>> list(examples())
+    ['demo', 'globo', 'ids_only', 'kuairand', 'movielens', 'movielens_next']
+    """
+    folder = Path(str(files("twotower"))) / "cli" / "examples"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def parse(
@@ -119,6 +145,8 @@ def parse(
     """
     try:
         content = copy.deepcopy(content)
+        if IMPORT in content:
+            _import_section(content.pop(IMPORT))
         is_updated = "update" in content
         if isinstance(overrides, Mapping):
             for key, value in overrides.items():
@@ -134,10 +162,36 @@ def parse(
     except (RecursionError, UnicodeError, TypeError) as error:
         raise ConfigError(f"{where} cannot be read: {error}") from None
     except ValidationError as error:
-        problems = [
-            _sentence(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in error.errors()
-        ]
-        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+        raise ConfigError(f"{where}: " + "; ".join(_problems(error))) from None
+
+
+def load_import(configuration: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> ImportSection:
+    """The section `[import]` of a configuration, with overrides such as `import.timezone=Asia/Shanghai`.
+
+    Raises:
+        ConfigError: no such file or section, an unknown key, a value of another type.
+    """
+    content, where = _content(configuration)
+    for override in overrides:
+        _override(content, override)
+    if IMPORT not in content:
+        raise ConfigError(f"{where} has no section [import]: `twotower init FILES... --out DIR` writes one")
+    try:
+        return _import_section(content[IMPORT])
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_problems(error))) from None
+
+
+def _import_section(document: Any) -> ImportSection:
+    return _IMPORT_ADAPTER.validate_json(json.dumps(document, default=_plain), strict=True)
+
+
+def _problems(error: ValidationError) -> list[str]:
+    section = [IMPORT] if error.title == ImportSection.__name__ else []
+    return [
+        _sentence((*section, *problem["loc"]), problem["type"], problem["msg"], problem["input"])
+        for problem in error.errors()
+    ]
 
 
 def _fit_towers(content: dict[str, Any]) -> None:
@@ -249,6 +303,8 @@ def _hint(name: str, known: list[str]) -> str:
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     """The keys of the section or the feature in which the last part of a location stands."""
+    if location[0] == IMPORT:
+        return [field.name for field in dataclasses.fields(TableFiles if len(location) > 2 else ImportSection)]
     level: Any = KINDS.get(str(location[-2])) if len(location) > 4 and location[0] == "features" else Settings()
     for part in location[:-1] if isinstance(level, Settings) else ():
         level = getattr(level, str(part), None)

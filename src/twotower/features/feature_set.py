@@ -310,7 +310,7 @@ def save(features: FeatureSet, folder: Path) -> None:
     """Write `features.json` (kinds and statistics) and `vocab.arrow` (table, raw id, row) into a folder."""
     write_json(
         folder / FEATURES_FILE,
-        {side: [_describe(f) for f in getattr(features, side)] for side in ("user", "item", "context")},
+        {side: [describe(f) for f in getattr(features, side)] for side in ("user", "item", "context")},
     )
     with pa.OSFile(str(folder / VOCABULARY_FILE), "wb") as sink, pa.ipc.new_file(sink, IDS_SCHEMA) as writer:
         for table, vocabulary in features.vocabularies.items():
@@ -348,7 +348,8 @@ _KINDS: dict[str, type[Fitted]] = {
 }
 
 
-def _describe(feature: Fitted) -> dict[str, Any]:
+def describe(feature: Fitted) -> dict[str, Any]:
+    """A fitted feature as `features.json` has it."""
     kind = next(name for name, cls in _KINDS.items() if type(feature) is cls)
     if isinstance(feature, Category | Categories | Items):
         rest = {k: v for k, v in vars(feature).items() if k != "vocabulary"}

@@ -3,7 +3,8 @@
 B users, N items, K interests, D vector.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +20,13 @@ from twotower.pipeline.data import Table, as_arrow
 from twotower.pipeline.line import open_served
 from twotower.pipeline.places import places
 from twotower.pipeline.updating import open_as_served
-from twotower.publish.retrieve import BATCH, queries_asked, recommend, stored_users, users_asked
+from twotower.publish.export import ExportReport, export_towers
+from twotower.publish.retrieve import BATCH, queries_asked, recommend, stored_users, users_asked, users_of_file
 from twotower.publish.version import FUSED, TWO_TOWER, Version
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, DataError
+from twotower.schema.files import whole_file
+from twotower.schema.formats import ARRAY, CSV, FORMATS, check_writable, write_rows
 from twotower.schema.tables import recommendations
 
 SIMILAR_ID = f"similar_{c.ITEM_ID}"
@@ -78,6 +82,44 @@ class Vectors:
     def to_pandas(self) -> Any:
         """The rows of `to_arrow` as a pandas DataFrame; pandas has to be installed."""
         return self.to_arrow().to_pandas()
+
+    def write(self, path: str | Path) -> None:
+        """Write a file, whole or not at all, in the format that its name says.
+
+        - `.parquet`, `.jsonl`: the rows of `to_arrow`.
+        - `.csv`: the same, and each vector as the text `[0.1,0.2]`, as pgvector reads it.
+        - `.npy`: the vectors alone; the ids are in a second file, `items.ids.npy` beside `items.npy`.
+
+        Raises:
+            ConfigError: another end of its name; it cannot be written.
+        """
+        path = Path(path)
+        if path.suffix.lower() == ARRAY:
+            ids = self.ids.to_numpy(zero_copy_only=False)
+            _save_array(path.with_suffix(".ids.npy"), ids if self.ids.type == pa.int64() else ids.astype(np.str_))
+            _save_array(path, self.vectors)
+            return
+        check_vectors_file(path, "path")
+        table = self.to_arrow()
+        if path.suffix.lower() == CSV:
+            texts = [json.dumps(vector, separators=(",", ":")) for vector in table[c.VECTOR].to_pylist()]
+            table = table.set_column(table.num_columns - 1, c.VECTOR, pa.array(texts, pa.string()))
+        with write_rows(path, table.schema) as write:
+            write(table)
+
+
+def check_vectors_file(path: Path, option: str) -> None:
+    """Refuse a file that `Vectors.write` cannot write.
+
+    Raises:
+        ConfigError: another end of its name; a folder has this name; no permission.
+    """
+    check_writable(path, option, (*FORMATS, ARRAY))
+
+
+def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
 
 
 class PublishedVersion:
@@ -200,6 +242,18 @@ class PublishedVersion:
         vectors = [tower.user_vectors(queries_asked(self._version, batch)) for batch in batches]
         return Vectors(c.USER_ID, asked[c.USER_ID].combine_chunks(), np.concatenate(vectors))
 
+    def export_towers(self, folder: str | Path, channel: str = TWO_TOWER) -> ExportReport:
+        """Write both towers into a new folder that works without this package and without PyTorch: see its README.
+
+        Args:
+            folder: must not exist.
+            channel: a channel with towers: `two_tower`, `mf`, `mind`.
+
+        Raises:
+            ConfigError: the folder exists; the channel has no towers.
+        """
+        return export_towers(self._version, self._vector_channel(channel), Path(folder))
+
     def _asked(self, users: Users) -> pa.Table:
         if isinstance(users, str):
             if users != "all":
@@ -238,6 +292,27 @@ def open_version(settings: Settings, version: str | None = None, *, deltas: bool
     """
     opened = open_as_served(settings, version) if deltas else open_served(settings, version)
     return PublishedVersion(opened, places(settings).workspace)
+
+
+def export_vectors(
+    opened: Callable[[], PublishedVersion], out: Path, channel: str, users: str | None = None
+) -> dict[str, Any]:
+    """Write the vectors of the items of a version, or of users: `all` or those of a file.
+
+    Raises:
+        ConfigError: the file cannot be written; the channel has no vectors.
+        DataError: an unreadable file of users.
+    """
+    check_vectors_file(out, "--out")
+    version = opened()
+    if users is None:
+        vectors = version.item_vectors(channel)
+    else:
+        asked: Users = "all" if users == "all" else users_of_file(version._version, Path(users))
+        vectors = version.user_vectors(asked, channel)
+    vectors.write(out)
+    source = {"version": version.id, "delta_seq": version.delta_seq, "channel": channel}
+    return {"out": str(out), "count": len(vectors), "dimension": vectors.vectors.shape[-1], **source}
 
 
 def _check_k(k: int) -> None:

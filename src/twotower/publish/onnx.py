@@ -125,6 +125,11 @@ class OnnxTower:
         self._features = tuple(features)
         self._tables = tables
 
+    @property
+    def tables(self) -> Mapping[str, Table]:
+        """The tables that it reads, by name."""
+        return self._tables
+
     def with_tables(self, tables: Mapping[str, Table]) -> Self:
         """The same network over other tables."""
         other = copy.copy(self)

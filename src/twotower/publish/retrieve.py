@@ -56,12 +56,7 @@ def retrieve_file(
         DataError: an unreadable users file.
     """
     check_retrieval(users, k, out, exclude)
-    if users == "all":
-        asked = stored_users(version)
-    else:
-        types = {feature.name: _text_type(feature) for feature in version.features.context}
-        types[c.USER_ID] = version.users.ids.type
-        asked = users_asked(version, read_rows(Path(users), types, "--users"), users)
+    asked = stored_users(version) if users == "all" else users_of_file(version, Path(users))
     features = [feature.name for feature in version.features.context]
     carried = [name for name in features if name in asked.column_names]
     if without := [name for name in features if name not in carried]:
@@ -145,6 +140,13 @@ def stored_users(version: Version) -> pa.Table:
     gone = version.users.positions.find(pa.array(deleted, known))
     kept = np.setdiff1d(np.arange(len(version.users)), gone)
     return pa.table({c.USER_ID: version.users.ids.take(pa.array(kept))})
+
+
+def users_of_file(version: Version, path: Path) -> pa.Table:
+    """The users of a file that `--users` names, as `recommend` takes them; see `users_asked`."""
+    types = {feature.name: _text_type(feature) for feature in version.features.context}
+    types[c.USER_ID] = version.users.ids.type
+    return users_asked(version, read_rows(path, types, "--users"), str(path))
 
 
 def users_asked(version: Version, table: pa.Table, where: str) -> pa.Table:

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -19,9 +19,11 @@ from twotower.schema.tables import check_distinct
 
 PARQUET, CSV, JSON_LINES = ".parquet", ".csv", ".jsonl"
 FORMATS = (PARQUET, CSV, JSON_LINES)
+ARRAY = ".npy"
+"""The end of a file of vectors alone."""
 
 
-def format_of(path: Path, option: str) -> str:
+def format_of(path: Path, option: str, formats: Sequence[str] = FORMATS) -> str:
     """The format of a file by the end of its name, upper or lower case.
 
     Raises:
@@ -30,18 +32,18 @@ def format_of(path: Path, option: str) -> str:
     >>> format_of(Path("lists.CSV"), "--out")
     '.csv'
     """
-    if (end := path.suffix.lower()) not in FORMATS:
-        raise ConfigError(f"{option} {path}: the name of the file ends in {' or '.join(FORMATS)}, which is its format")
+    if (end := path.suffix.lower()) not in formats:
+        raise ConfigError(f"{option} {path}: the name of the file ends in {' or '.join(formats)}, which is its format")
     return end
 
 
-def check_writable(path: Path, option: str) -> None:
+def check_writable(path: Path, option: str, formats: Sequence[str] = FORMATS) -> None:
     """Refuse a file that cannot be written, before there is anything to write.
 
     Raises:
         ConfigError: another end of its name; a folder has this name; a parent is a file; no permission.
     """
-    format_of(path, option)
+    format_of(path, option, formats)
     try:
         if path.is_dir():
             raise ConfigError(f"{option} {path}: a folder stands there: give the name of a file")

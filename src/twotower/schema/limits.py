@@ -32,6 +32,10 @@ MAX_EVENT_BYTES: Final = 2 * 2**20
 """Bytes of an event as JSON."""
 MAX_FILTER_VALUES: Final = 10_000
 """Values of all filters of a request together."""
+MAX_BATCH: Final = 1_000
+"""Requests for candidates that are sent together."""
+MAX_BATCH_CANDIDATES: Final = 100_000
+"""Candidates that they may ask for in all."""
 MAX_BODY_BYTES: Final = 2**20
 """Bytes of a request's body."""
 MAX_EVENTS_BODY_BYTES: Final = 16 * 2**20

@@ -14,8 +14,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, field_va
 from twotower.features.store import FeatureStoreError
 from twotower.logs import EventLogError
 from twotower.logs.events import CATALOGUE, NOBODY, check_time
+from twotower.publish.version import Version
 from twotower.schema.errors import DataError, cut, shown
-from twotower.schema.limits import MAX_FILTER_VALUES
+from twotower.schema.limits import MAX_BATCH, MAX_BATCH_CANDIDATES, MAX_FILTER_VALUES
 from twotower.schema.tables import EARLIEST_MS, LATEST_MS
 from twotower.serve.answers import json_response, problem
 from twotower.serve.bodies import Body, Id, check_bytes, parse_id
@@ -24,7 +25,7 @@ from twotower.serve.explain import explain
 from twotower.serve.filters import Filter
 from twotower.serve.funnel import Page, Served, page_of, recommend
 from twotower.serve.parts import ServerParts
-from twotower.serve.request import Request, retrieve, similar
+from twotower.serve.request import Answer, Request, Unanswerable, retrieve, similar
 from twotower.serve.users import Recent
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,19 @@ class RetrieveBody(UserBody):
     k: Annotated[int, Field(ge=1, le=MAX_K, description="Number of candidates.")] = 100
 
 
+class BatchBody(Body):
+    """Requests for candidates, answered from one version."""
+
+    requests: Annotated[list[RetrieveBody], Field(min_length=1, max_length=MAX_BATCH)]
+
+    @field_validator("requests")
+    @classmethod
+    def _bounded(cls, requests: list[RetrieveBody]) -> list[RetrieveBody]:
+        if (candidates := sum(request.k for request in requests)) > MAX_BATCH_CANDIDATES:
+            raise ValueError(f"{candidates} candidates in all, at most {MAX_BATCH_CANDIDATES} are allowed")
+        return requests
+
+
 class RecommendBody(UserBody):
     """A request for a page."""
 
@@ -96,9 +110,13 @@ class ExplainBody(RecommendBody):
 
 
 def add_candidates(app: FastAPI, parts: ServerParts) -> None:
-    """Add `/v1/retrieve`, `/v1/recommend`, `/v1/explain` and `/v1/items/{id}/similar`."""
+    """Add `/v1/retrieve`, `/v1/retrieve/batch`, `/v1/recommend`, `/v1/explain` and `/v1/items/{id}/similar`."""
     timeout_s = parts.serve.channel_timeout_ms / 1000
-    channels = SideBySide(timeout_s, lambda name, reason: parts.metrics.failed.labels(name, reason).inc())
+    channels = SideBySide(
+        timeout_s,
+        lambda name, reason: parts.metrics.failed.labels(name, reason).inc(),
+        away=lambda: parts.databases.problems,
+    )
     searching = threading.BoundedSemaphore(AT_ONCE)
 
     def request_of(body: UserBody, k: int) -> Request:
@@ -117,13 +135,28 @@ def add_candidates(app: FastAPI, parts: ServerParts) -> None:
         check_time(body.ts_ms, now_ms, "the request")
         return body.ts_ms
 
+    def answer_of(version: Version, body: RetrieveBody, window: range) -> Answer:
+        request, recent = request_of(body, body.k), recent_of(body)
+        with searching:
+            return retrieve(version, request, recent, window, channels.ask)
+
     @app.post("/v1/retrieve")
     def post_retrieve(body: RetrieveBody) -> Response:
         """Candidates for a user, best first."""
-        request, recent = request_of(body, body.k), recent_of(body)
-        with searching:
-            answer = retrieve(parts.version, request, recent, parts.window(parts.clock_ms()), channels.ask)
-        return json_response(answer)
+        return json_response(answer_of(parts.version, body, parts.window(parts.clock_ms())))
+
+    @app.post("/v1/retrieve/batch")
+    def post_retrieve_batch(body: BatchBody) -> Response:
+        """Candidates for several users, in the order of the requests, all from one version."""
+        version, window = parts.version, parts.window(parts.clock_ms())
+        answers = []
+        for place, request in enumerate(body.requests):
+            try:
+                answers.append(answer_of(version, request, window))
+            except (DataError, Unanswerable) as error:
+                kind = DataError if isinstance(error, DataError) else Unanswerable
+                raise kind(f"requests[{place}]: {error}") from None
+        return json_response({"answers": answers})
 
     @app.post("/v1/recommend")
     def post_recommend(body: RecommendBody) -> Response:
