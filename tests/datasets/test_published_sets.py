@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from twotower.cli.main import app
 from twotower.datasets.importers import DATASETS, import_dataset
 from twotower.datasets.options import ImportOptions
+from twotower.datasets.published import EVENT_TYPES
+from twotower.datasets.published_sets import PUBLISHED
 from twotower.datasets.workspace import open_workspace
 from twotower.schema.errors import ConfigError, DataError
 
@@ -173,6 +175,10 @@ def imported(tmp_path):
 
 def test_every_data_set_has_files_here():
     assert set(FILES) | {"interactions", "movielens-32m"} == set(DATASETS)
+
+
+def test_event_types_are_the_common_words():
+    assert {kind for dataset in PUBLISHED.values() for kind in dataset.types.values()} <= set(EVENT_TYPES)
 
 
 def test_the_help_names_every_data_set():
