@@ -97,6 +97,7 @@ def test_redis_refuses_a_wrong_password_and_an_unknown_certificate(
         "host:9092?ssl.key.pem={}",
         "redis://host?db=1&PASSWORD={}",
         "postgresql://shop:{}@host/shop",
+        "postgresql://shop:{}?x@host/shop",
         "postgresql://host/shop?sslmode=require&password={}",
     ],
 )

@@ -51,7 +51,7 @@ import sys
 from twotower.config.load import load
 from twotower.pipeline.line import publish_version
 print("ready", flush=True)
-publish_version(load(sys.argv[1], []))
+publish_version(load(sys.argv[1], []), promoted=False)
 print("done", flush=True)
 """
 
@@ -88,7 +88,7 @@ def kill_publishers(settings: Settings, config: Path, kills: int, draw: random.R
     """Kill publishers; counts of what they left."""
     versions, deltas = places(settings).versions, places(settings).deltas
     started = time.monotonic()
-    publish_version(settings)
+    publish_version(settings, promoted=False)
     usual_s, served = time.monotonic() - started, current(versions)
     left, half_way = 0, 0
     for _ in range(kills):

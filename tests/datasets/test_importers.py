@@ -65,7 +65,7 @@ def test_until_is_a_day(plays, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("netflix", {}, "no data set 'netflix'; there are movielens-1m, kuairand, globo, interactions"),
+        ("netflix", {}, "no data set 'netflix'; there are movielens-1m, kuairand, globo, .*, interactions"),
         ("interactions", {"holdout": "time:0.5", "test": Path("t.csv")}, "exclude each other"),
         ("interactions", {"holdout": "time:2"}, "share between 0 and 1"),
         ("globo", {"users": Path("u.csv")}, "--users and --items go with `interactions`"),

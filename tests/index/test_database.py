@@ -1,22 +1,27 @@
 """The index over a vector database, against a database of a few lines and against real servers."""
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from twotower.index import database
+from twotower.index import database, pgvector
 from twotower.index.build import build_index, connect, load_index
 from twotower.index.database import DatabaseIndex, check_content, check_there
 from twotower.index.exact import ExactIndex
+from twotower.index.milvus import MilvusDatabase
 from twotower.index.options import IndexOptions
+from twotower.index.pgvector import PgvectorDatabase
 from twotower.index.protocol import Exclusions
-from twotower.schema.errors import DataError, UnavailableError, VersionError
+from twotower.schema.errors import ConfigError, DataError, UnavailableError, VersionError
 
 NAME = "twotower_test"
 
@@ -93,6 +98,26 @@ def test_rows_that_the_database_makes_up_are_passed_over() -> None:
     assert set(index.search(unit_vectors(1), 25).rows[0].tolist()) <= {*range(50)}
 
 
+def test_a_row_that_the_database_gives_twice_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory()
+    index, query = over(memory, 50), unit_vectors(1)
+    once = index.search(query, 10)
+    search = memory.nearest
+    monkeypatch.setattr(memory, "nearest", lambda *asked: np.repeat(search(*asked), 2, axis=1)[:, : asked[2]])
+    np.testing.assert_array_equal(index.search(query, 10).rows, once.rows)
+
+
+def test_a_list_longer_than_the_database_gives_is_searched_here_and_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "FLAT_BELOW", 1000)
+    memory, query = Memory(), unit_vectors(1, seed=1)
+    index = over(memory, 2000).tune(unit_vectors(20, seed=2), [10, 1500], 0.9)
+    assert max(n for n, _ in memory.asked) == memory.most
+    expected = ExactIndex.build(np.arange(2000), unit_vectors(2000)).search(query, 1500)
+    found = index.search(query, 1500)
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
 def test_probes_are_tuned_for_each_k_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "FLAT_BELOW", 1000)
     memory = Memory()
@@ -106,6 +131,10 @@ def test_probes_are_tuned_for_each_k_and_kept(tmp_path: Path, monkeypatch: pytes
     memory.asked.clear()
     again.search(unit_vectors(1), 10)
     assert memory.asked == [(10, 37)]
+    described = json.loads((tmp_path / "index" / "index.json").read_text())
+    (tmp_path / "index" / "index.json").write_text(json.dumps(described | {"tuning": [{"other": 1}]}))
+    with pytest.raises(DataError, match="where a tuned index is expected"):
+        DatabaseIndex.load(tmp_path / "index", "memory", lambda *_: memory)
     with pytest.raises(DataError, match="no queries to tune the index on"):
         index.tune(unit_vectors(0), [10], 0.99)
 
@@ -181,6 +210,44 @@ def test_a_real_database_reaches_the_recall_also_where_many_are_hidden(server: t
     assert not connect(kind, url).has(name)
     with pytest.raises(UnavailableError):
         built.search(queries[:1], 3)
+
+
+def test_a_server_that_says_nothing_is_waited_for_once_and_only_so_long(
+    pgvector_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, asked = PgvectorDatabase(pgvector_url), []
+    monkeypatch.setattr(pgvector._Connection, "silence_s", 0.3)
+
+    def sleep(connection: Any) -> None:
+        asked.append(connection)
+        connection.execute("SET statement_timeout = 0")
+        connection.execute("SELECT pg_sleep(5)")
+
+    database.has("absent")  # and leaves an idle connection
+    with pytest.raises(UnavailableError, match="timeout"):
+        database._search(sleep)
+    assert [connection.closed for connection in asked] == [True]
+
+
+def test_vectors_that_postgresql_cannot_index_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="at most 2000 numbers, these have 2001: lower"):
+        PgvectorDatabase("postgresql://absent/x").create("x", np.arange(1), np.ones((1, 2001), np.float32), 0)
+
+
+def test_an_answer_of_milvus_that_takes_too_long_is_said_as_such() -> None:
+    """The client gives it as an error of gRPC, not as one of its own."""
+
+    class Late(grpc.RpcError):
+        def details(self) -> str:
+            return "Deadline Exceeded"
+
+    def late(*_: Any, **__: Any) -> None:
+        raise Late
+
+    database = MilvusDatabase("http://somewhere:1")
+    database._client = SimpleNamespace(has_collection=late)
+    with pytest.raises(UnavailableError, match="Milvus at http://somewhere:1: Deadline Exceeded"):
+        database.has("x")
 
 
 @pytest.mark.parametrize(

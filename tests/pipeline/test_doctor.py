@@ -61,6 +61,13 @@ def test_a_missing_extra_fails_only_where_it_is_needed(found: Any, monkeypatch: 
     assert (extra.state, extra.seen) == ("failed", "the channel als needs implicit")
 
 
+def test_a_feature_store_in_redis_needs_its_extra(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: None if name == "redis" else known(name))
+    options = {"kind": "redis", "url": f"redis://{NOBODY}/0"}
+    assert found({"serve": {"port": 0, "feature_store": options}})["extra redis"].state == "failed"
+
+
 def test_a_library_that_is_too_old_is_missing(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     known = doctor.installed
     monkeypatch.setattr(doctor, "installed", lambda name: "0.5.6" if name == "numba" else known(name))

@@ -1,6 +1,7 @@
 """Versions whose item vectors are in a vector database: a real PostgreSQL with pgvector."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import psycopg
@@ -8,10 +9,12 @@ import pytest
 
 from twotower.config import Settings
 from twotower.index.build import connect
+from twotower.index.database import Collection
 from twotower.index.options import IndexOptions
 from twotower.pipeline.line import publish_version
 from twotower.pipeline.places import places
 from twotower.publish import publish as module
+from twotower.publish.collections import collections_named
 from twotower.publish.prune import prune
 from twotower.publish.publish import current, promote, roll_back, verify
 from twotower.publish.version import open_version, read_manifest
@@ -64,6 +67,47 @@ def test_vectors_that_were_changed_or_dropped_are_found_by_verify(database_world
         promote(versions, published)
     connect("pgvector", database_world.index.url or "").drop(name)
     assert "is missing: publish again" in verify(versions / published)[0]
+
+
+def test_a_publication_of_a_version_that_exists_leaves_its_collections(
+    database_world: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twotower.pipeline.line.now_ms", lambda: 1_800_000_000_000)
+    published = publish_version(database_world)["version"]
+    with pytest.raises(VersionError, match="is never replaced"):
+        publish_version(database_world)
+    assert verify(places(database_world).versions / published) == []
+
+
+SAID = {"kind": "milvus", "url": "http://x:1", "name": "x", "count": 3, "sha256": "0", "lists": 0}
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ([], "collections is of type list"),
+        ({"mf": 3}, "mf is of type int, where an object is expected"),
+        ({"mf": {"kind": "milvus", "count": 1}}, "mf has no url"),
+        ({"mf": SAID | {"count": "3"}}, "count is of type str"),
+        ({"mf": SAID | {"kind": "other"}}, "no database of kind 'other', but milvus, pgvector"),
+    ],
+)
+def test_a_manifest_whose_collections_are_none_is_refused_with_a_sentence(said: object, told: str) -> None:
+    with pytest.raises(VersionError, match=told):
+        collections_named({"id": "v", "collections": said})
+
+
+def test_what_a_later_release_says_of_a_collection_is_passed_over() -> None:
+    named = collections_named({"id": "v", "collections": {"mf": SAID | {"more": 1}, "als": SAID | {"count": 0}}})
+    assert named == {"mf": Collection(**SAID)}
+    assert collections_named({"id": "of an earlier release"}) == {}
+
+
+@pytest.mark.parametrize("home", ["", "twotower", "\N{NO-BREAK SPACE}", "twotower_0123456G"])
+def test_prune_drops_nothing_where_it_is_not_sure_what_is_ours(tmp_path: Path, home: str) -> None:
+    (tmp_path / ".collections").write_text(home, encoding="utf-8")
+    with pytest.raises(VersionError, match="eight digits are expected"):
+        prune(tmp_path, tmp_path, IndexOptions("pgvector", url="postgresql://127.0.0.1:9/x"))
 
 
 def test_a_publication_that_fails_leaves_no_collection_and_prune_drops_that_of_a_killed_one(

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -275,6 +276,18 @@ def test_a_roll_back_to_a_removed_parent_names_what_is_there(own_world: Settings
     promote(versions, second(own_world, parent="20200101T000000000-gone"))
     with pytest.raises(VersionError, match="has no version 20200101T000000000-gone; it has 2"):
         roll_back(versions)
+
+
+def test_a_version_that_is_pruned_while_it_is_checked_is_not_promoted(
+    own_world: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = versions_of(own_world)
+    served = current(versions)
+    later = second(own_world, parent=served)
+    monkeypatch.setattr(module, "verify", lambda path: shutil.rmtree(path) or [])
+    with pytest.raises(VersionError, match=f"has no version {later}"):
+        promote(versions, later)
+    assert current(versions) == served
 
 
 def test_without_a_promoted_version_there_is_no_current_one(tmp_path: Path) -> None:

@@ -263,3 +263,19 @@ def test_a_server_whose_channels_are_all_slow_says_so(slow_server) -> None:
         response = slow_server.http.post("/v1/retrieve", json=body)
         expected = {"error": f"every channel failed: two_tower ({reason}), item_cf ({reason})"}
         assert (response.status_code, response.json()) == (503, expected)
+
+
+def test_a_channel_whose_database_is_away_is_left_out_at_once_and_asked_again_when_it_is_back() -> None:
+    asking, away = Asking(), {"slow": "PostgreSQL does not answer"}
+    noted = asking.noted
+    side_by_side = SideBySide(LONG_S, lambda name, reason: noted.append((name, reason)), away=lambda: away)
+    channels = {"fast": asking.fast, "slow": asking.slow}
+    asking.slow.gate.clear()
+    answers = side_by_side.ask(channels, NOBODY, 3)
+    assert (list(answers.lists), answers.left_out, asking.slow.begun) == (["fast"], {"slow": "unavailable"}, 0)
+    alone = side_by_side.ask({"slow": asking.slow}, NOBODY, 3)
+    assert (alone.lists, alone.left_out) == ({}, {"slow": "unavailable"})
+    assert noted == [("slow", "unavailable")] * 2
+    asking.slow.gate.set()
+    away.clear()
+    assert list(side_by_side.ask(channels, NOBODY, 3).lists) == ["fast", "slow"]

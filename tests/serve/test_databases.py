@@ -56,6 +56,8 @@ def test_a_server_goes_on_without_the_database_and_finds_it_again(
     assert server.metric('twotower_channel_unavailable{channel="two_tower"}') == 1
     alone = server.http.post("/v1/retrieve", json={"user_id": None, "k": 5, "channels": ["two_tower"]})
     assert alone.status_code == 503
+    similar = server.http.get(f"/v1/items/{server.version.item_ids[0].as_py()}/similar")
+    assert (similar.status_code, "connection refused" in similar.json()["error"]) == (503, True)
     gate.shut = False
     server.databases.look()
     assert server.retrieve(user_id=server.version.users.ids[0].as_py(), k=20)["failed_channels"] == []
@@ -90,8 +92,25 @@ def test_a_version_that_comes_while_the_database_is_away_is_served_later(databas
     assert snapshots.refused is not None
     assert snapshots.refused.passing
     gate.shut = False
+    snapshots._look()
+    assert snapshots.version.id == first  # it is tried again after a pause, because that reads all its files
     assert snapshots.reload() == published
     assert snapshots.refused is None
+
+
+def test_a_database_that_is_away_is_asked_once_for_all_channels(database_world: Settings, gate: Gate) -> None:
+    versions, asked = places(database_world).versions, []
+    promote(versions, publish_version(database_world)["version"])
+    watch = DatabaseWatch(Snapshots(versions))
+
+    def away(name: str) -> bool:
+        asked.append(name)
+        raise UnavailableError("no answer")
+
+    gate.has = away  # type: ignore[attr-defined]
+    watch.look()
+    assert len(asked) == 1
+    assert watch.problems == {"new_items": "no answer", "two_tower": "no answer"}
 
 
 def test_a_look_that_does_not_end_says_that_nothing_answers(database_world: Settings, gate: Gate) -> None:

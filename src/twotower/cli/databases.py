@@ -79,7 +79,8 @@ def _milvus(folder: Path) -> Iterator[str]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
-            server.wait(30)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(30)
             os.killpg(server.pid, signal.SIGKILL)  # the program that it started, where that outlives it
 
 

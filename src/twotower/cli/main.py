@@ -97,10 +97,16 @@ def stage(run: Callable[[Settings], Any], config: Path | None, overrides: list[s
         answer(run(load(config, overrides or [])))
 
 
+DATASETS_HELP = (
+    "interactions (your own), or a public data set: movielens-100k, movielens-1m, movielens-25m, movielens-32m, "
+    "amazon-reviews-2023, kuairand, kuairec, globo, mind, taobao, yelp, gowalla, retailrocket, lastfm-2k, lastfm-1k"
+)
+
+
 @app.command("import")
 def import_(
-    dataset: Annotated[str, typer.Argument(help="movielens-1m, kuairand, globo or interactions")],
-    source: Annotated[Path, typer.Argument(help="The data set's own folder or file.")],
+    dataset: Annotated[str, typer.Argument(help=DATASETS_HELP)],
+    source: Annotated[Path, typer.Argument(help="The data set's own folder, archive or file.")],
     out: Annotated[Path, typer.Option(help="The workspace to make.")],
     holdout: Annotated[
         str | None, typer.Option(help="time:Q, since:DATE, leave-one-out, pause:DAYS or, without time, random:SHARE")

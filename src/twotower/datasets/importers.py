@@ -2,21 +2,41 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from twotower.datasets import globo, interactions, kuairand, movielens
+from twotower.datasets.archive import opened
 from twotower.datasets.holdout import parse_day, parse_holdout, split, split_given
 from twotower.datasets.options import IN_MILLISECONDS, ImportOptions
+from twotower.datasets.published import read_published
+from twotower.datasets.published_sets import PUBLISHED
 from twotower.datasets.tables import Source, assemble
 from twotower.datasets.workspace import ImportReport, check_vacant, write_workspace
 from twotower.schema.clock import ClockMs, now_ms
 from twotower.schema.errors import ConfigError
 
-DATASETS: Final[Mapping[str, Callable[[Path, ImportOptions], Source]]] = {
-    movielens.NAME: movielens.read_movielens,
-    kuairand.NAME: kuairand.read_kuairand,
-    globo.NAME: globo.read_globo,
+Reader = Callable[[Path, ImportOptions], Source]
+
+
+def _unpacked(reader: Reader, *patterns: str) -> Reader:
+    """A reader of a folder that also takes its archive, of which files of these patterns are unpacked."""
+
+    def read(src: Path, options: ImportOptions) -> Source:
+        with opened(src, lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)) as (folder, others):
+            source = reader(folder, options)
+        return replace(source, not_read=tuple(sorted((*source.not_read, *others))))
+
+    return read
+
+
+DATASETS: Final[Mapping[str, Reader]] = {
+    movielens.NAME: _unpacked(movielens.read_movielens, "ratings.*", "users.*", "movies.*"),
+    kuairand.NAME: _unpacked(kuairand.read_kuairand, "log_*", "user_features_*", "video_features_basic_*"),
+    globo.NAME: _unpacked(globo.read_globo, "clicks_hour_*"),
+    **{name: partial(read_published, dataset) for name, dataset in PUBLISHED.items()},
     interactions.NAME: interactions.read_interactions,
 }
 """How each data set is read, by its name."""

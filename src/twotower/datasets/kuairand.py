@@ -27,37 +27,50 @@ _LOG: Final = {
     "date": DAY,
     "hourmin": HOUR,
     TAB: TAB,
-    "is_click": c.OUTCOME,
+    "is_click": "is_click",
 }
+_KINDS: Final = (("is_like", "like"), ("is_hate", "dislike"))
+_DONE: Final = {name: name for name, _ in _KINDS}
+_PUBLISHED_USERS: Final = "user_features_*"
+_PUBLISHED_VIDEOS: Final = "video_features_basic_*"
 _HISTORY: Final = {c.USER_ID: c.USER_ID, "watch_seq": PRIOR_HISTORY}
 _VIDEO_CODES: Final = ("visible_status", "music_type")
 """Codes that the source stores as floats, because some are missing; so it does with some `onehot_feat*`."""
 
 
 def read_kuairand(src: Path, _: ImportOptions) -> Source:
-    """Read a folder with `log_*.parquet`, `users`, `videos` and `user_history_before_*.parquet`.
+    """Read a folder with `log_*.parquet`, `users`, `videos` and `user_history_before_*.parquet`, or the published CSV.
 
-    Every impression is an event, clicked if `is_click`. The log's own `date` is the day of the app (UTC+8, and up to an
-    hour off `time_ms` around midnight); hold-outs by date read it.
+    The published files are `log_*.csv`, `user_features_*.csv` and `video_features_basic_*.csv`. They have no histories,
+    and their log also tells what a user did (`event_type`). Every impression is an event, clicked if `is_click`. The
+    log's own `date` is the day of the app (UTC+8, and up to an hour off `time_ms` around midnight); hold-outs by date
+    read it.
 
     Raises:
         DataError: files or columns are missing, or are not of their form.
     """
-    read = read_tables(find_files(src, pattern="log_*"), _LOG)
+    published = next(src.rglob(_PUBLISHED_USERS), None) is not None
+    read = read_tables(find_files(src, pattern="log_*"), _LOG | (_DONE if published else {}))
+    read = renamed(read, "is_click", c.OUTCOME)
     log = plain(read.rows, NAME)
     check_codes(log, [c.OUTCOME, DAY, HOUR], f"{src}, the log")
     click = log[c.OUTCOME]
     if not set(pc.unique(click).to_pylist()) <= {0, 1}:
         raise DataError(f"{src}: is_click holds {pc.unique(click).to_pylist()[:5]}, expected 0 and 1")
     log = replaced(log, c.OUTCOME, pc.if_else(pc.equal(click, 1), c.CLICKED, c.IMPRESSED))
+    if published:
+        log = _with_types(log)
     log = replaced(log, DAY, _days(log[DAY], src))
     log = replaced(log, HOUR, pc.divide(log[HOUR], 100))
-    videos = renamed(read_table(src / "videos.parquet"), "video_id", c.ITEM_ID)
-    people = read_table(src / "users.parquet")
+    videos, people = (
+        read_tables(find_files(src, pattern=pattern)) if published else read_table(src / name)
+        for pattern, name in ((_PUBLISHED_VIDEOS, "videos.parquet"), (_PUBLISHED_USERS, "users.parquet"))
+    )
+    videos = renamed(videos, "video_id", c.ITEM_ID)
     return Source(
         name=NAME,
         events=log,
-        users=_users(people.rows, src),
+        users=_with_codes(plain(people.rows, "users")) if published else _users(people.rows, src),
         items=_whole(plain(videos.rows, "videos"), _VIDEO_CODES),
         day=DAY,
         columns={"events": read.columns, "users": people.columns, "items": videos.columns},
@@ -66,8 +79,7 @@ def read_kuairand(src: Path, _: ImportOptions) -> Source:
 
 def _users(people: pa.Table, src: Path) -> pa.Table:
     """People's features and `prior_history`: the videos before the log, in their order, none where unknown."""
-    users = plain(people, "users")
-    users = _whole(users, tuple(name for name in users.column_names if name.startswith("onehot_feat")))
+    users = _with_codes(plain(people, "users"))
     history = plain(read_tables(find_files(src, pattern="user_history_before_*"), _HISTORY).rows, "histories")
     if c.USER_ID not in users.column_names:
         return users  # refused with the other checks
@@ -83,6 +95,19 @@ def _users(people: pa.Table, src: Path) -> pa.Table:
     row = pc.index_in(own, value_set=others.combine_chunks())
     videos = history[PRIOR_HISTORY].combine_chunks().take(row.combine_chunks())
     return users.append_column(PRIOR_HISTORY, split(videos, None, PRIOR_HISTORY))
+
+
+def _with_codes(users: pa.Table) -> pa.Table:
+    """People's features with whole numbers as codes."""
+    return _whole(users, tuple(name for name in users.column_names if name.startswith("onehot_feat")))
+
+
+def _with_types(log: pa.Table) -> pa.Table:
+    """The log with what a user did: the strongest of a dislike, a like, a click and a view."""
+    kinds = pa.repeat(pa.scalar("view"), log.num_rows)
+    for done, kind in ((pc.equal(log[c.OUTCOME], c.CLICKED), "click"), *((log[name], kind) for name, kind in _KINDS)):
+        kinds = pc.if_else(pc.fill_null(pc.cast(done, pa.bool_()), False), kind, kinds)
+    return log.drop_columns([name for name, _ in _KINDS]).append_column(c.EVENT_TYPE, kinds)
 
 
 def _days(date: pa.ChunkedArray, src: Path) -> pa.ChunkedArray:

@@ -5,7 +5,7 @@ A folder is read as Spark and DuckDB read one: folders that are named `column=va
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -39,12 +39,26 @@ _KINDS: Final[Mapping[str, Kind]] = {
 
 
 @dataclass(frozen=True)
+class FileColumns:
+    """Columns of a file."""
+
+    names: Mapping[str, str]
+    """Types of all columns, by name in the file."""
+    columns: Mapping[str, pa.ChunkedArray]
+    """Those that were read."""
+    untyped: frozenset[str]
+    """Columns that are text without a type."""
+
+
+@dataclass(frozen=True)
 class SourceFile:
     """A file, and the columns that the names of its folders are."""
 
     path: Path
     folders: Mapping[str, str | None] = field(default_factory=dict)
     """Values as text, by column."""
+    read: Callable[[Path, Sequence[str]], FileColumns] | None = None
+    """Reads the named columns of a file that is neither Parquet nor delimited text with a heading."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*") -
         return FoundFiles((SourceFile(path),))
     left_out = {other.resolve() for other in without}
     files, not_read = [], []
-    for file in sorted(_files_below(path, left_out)):
+    for file in sorted(files_below(path, left_out)):
         if not fnmatchcase(file.name, pattern):
             continue
         if file.is_file() and _is_read(file):
@@ -204,7 +218,7 @@ def _is_read(path: Path) -> bool:
     return path.suffix.lower() in (*PARQUET, *TEXT)
 
 
-def _files_below(folder: Path, left_out: Collection[Path]) -> Iterator[Path]:
+def files_below(folder: Path, left_out: Collection[Path]) -> Iterator[Path]:
     """Files below a folder that are not hidden; a link to a folder above it is not followed."""
     entered = {folder.resolve()}
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -238,6 +252,10 @@ def _folder_columns(folders: Sequence[str]) -> dict[str, str | None]:
 
 def _read_file(file: SourceFile, columns: Mapping[str, str] | None) -> _ReadFile:
     path = file.path
+    if file.read is not None and columns is not None:
+        own = file.read(path, list(columns))
+        require_columns(pa.schema([(name, pa.null()) for name in own.columns]), columns, str(path))
+        return _ReadFile(path, own.names, own.columns, own.untyped)
     if path.suffix.lower() in PARQUET:
         names, read = _read_parquet(path, columns)
         untyped: set[str] = set()

@@ -70,6 +70,23 @@ EXAMPLE_COLUMNS: Final = 12
 EXAMPLE_CHARACTERS: Final = 80
 
 
+@dataclass
+class Dropped:
+    """Rows that were left out, by reason: how many, and one of them."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def drop(self, table: pa.Table, bad: pa.ChunkedArray | pa.Array, reason: str) -> pa.Table:
+        """The rows that are not `bad`; the others are counted under their reason, which is there only if any are."""
+        count = pc.sum(bad).as_py() or 0
+        if not count:
+            return table
+        self.counts[reason] += count
+        self.examples.setdefault(reason, example_of(table.filter(bad)))
+        return table.filter(pc.invert(bad))
+
+
 @dataclass(frozen=True)
 class Source:
     """What an importer found, under the names of this system, unchecked."""
@@ -97,6 +114,8 @@ class Source:
     """What the files of `events`, `users`, `items` and `test` had; absent = the columns of the tables here."""
     not_read: tuple[str, ...] = ()
     """Files beside those of the source that are of no kind that is read."""
+    dropped: Dropped = field(default_factory=Dropped)
+    """Rows that the importer left out."""
 
 
 @dataclass(frozen=True)
@@ -113,23 +132,6 @@ class ColumnReport:
     became: str
     """A column of the workspace, or why it is left out."""
     note: str = ""
-
-
-@dataclass
-class Dropped:
-    """Rows that were left out, by reason: how many, and one of them."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def drop(self, table: pa.Table, bad: pa.ChunkedArray | pa.Array, reason: str) -> pa.Table:
-        """The rows that are not `bad`; the others are counted under their reason, which is there only if any are."""
-        count = pc.sum(bad).as_py() or 0
-        if not count:
-            return table
-        self.counts[reason] += count
-        self.examples.setdefault(reason, example_of(table.filter(bad)))
-        return table.filter(pc.invert(bad))
 
 
 def example_of(rows: pa.Table) -> dict[str, Any]:
@@ -269,7 +271,8 @@ def assemble(source: Source, until: datetime.date | None = None, clock_ms: Clock
             users or items, ids are integers in one table and strings in another, there are fewer than two items, or
             no event or no positive is left.
     """
-    dropped, now_ms, where = Dropped(), clock_ms(), f"{source.name} events"
+    dropped = Dropped(Counter(source.dropped.counts), dict(source.dropped.examples))
+    now_ms, where = clock_ms(), f"{source.name} events"
     original = source
     source, left_out = _without_unusable_columns(_with_agreed_ids(source))
     rows = _usable(source.events, source, where, now_ms, dropped)

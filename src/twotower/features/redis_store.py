@@ -217,7 +217,7 @@ def describe(url: str) -> str:
     client = _client(url)
     try:
         return f"Redis {client.info('server')['redis_version']} at {without_user(url)}"
-    except redis.RedisError as error:
+    except (redis.RedisError, OSError) as error:
         raise FeatureStoreError(f"Redis at {without_user(url)} does not answer: {error}") from None
     finally:
         client.close()

@@ -186,7 +186,7 @@ class DatabaseIndex:
             raise DataError("no queries to tune the index on: give vectors of held-out users")
         spread = np.linspace(0, len(queries) - 1, min(len(queries), TUNING_QUERIES)).astype(np.int64)
         sample = np.ascontiguousarray(queries[spread])
-        depths = sorted({min(k, count) for k in ks})
+        depths = sorted({min(k, count, self._database.most) for k in ks})
         best = self._exact.search(sample, depths[-1]).scores
         tuning = tuple(self._tuned(sample, k, recall, good_enough(best[:, k - 1])) for k in depths)
         return type(self)(self.collection, self._connect, self._exact, tuning, self._hidden)
@@ -271,7 +271,7 @@ class DatabaseIndex:
     ) -> bool:
         """Fill in the answer of a query from the rows that the database found; False where they are too few."""
         out = _of(excluded, b)
-        positions = positions_of(rows, self._exact.rows)
+        positions = np.unique(positions_of(rows, self._exact.rows))  # a database may give a row twice
         positions = positions[positions >= 0]
         for left_out in (self._hidden, out):
             if len(left_out):
@@ -304,7 +304,11 @@ class DatabaseIndex:
         if len(exact) != said["count"]:
             raise DataError(f"{folder / EXACT} holds {len(exact)} vectors where {INDEX_JSON} says {said['count']}")
         collection = Collection(**{name: said[name] for name in COLLECTION})
-        return cls(collection, connect, exact, tuple(Tuned(**tuned) for tuned in said["tuning"]))
+        try:
+            tuning = tuple(Tuned(**tuned) for tuned in said["tuning"])
+        except TypeError as error:
+            raise DataError(f"{folder / INDEX_JSON}: {error}, where a tuned index is expected: publish again") from None
+        return cls(collection, connect, exact, tuning)
 
     def close(self) -> None:  # noqa: D102
         pass  # connections are shared by all indexes of a process

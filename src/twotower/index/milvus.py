@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+import grpc
 import numpy as np
 from pymilvus import DataType, MilvusClient, MilvusException
 
@@ -19,6 +20,8 @@ from twotower.schema.secrets import credentials
 
 SEARCH_S: Final = 2.0
 """A search that takes longer fails."""
+CHANGE_S: Final = 30.0
+"""Longest wait for a collection to be made, listed or dropped."""
 LOAD_S: Final = 600.0
 """Longest wait for an index to be built, and for a collection to be loaded."""
 AT_ONCE: Final = 10_000
@@ -60,11 +63,11 @@ class MilvusDatabase:
             schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
             schema.add_field(ID, DataType.INT64, is_primary=True)
             schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=vectors.shape[1])
-            client.create_collection(name, schema=schema, consistency_level="Strong")
+            client.create_collection(name, schema=schema, consistency_level="Strong", timeout=CHANGE_S)
             try:
                 self._fill(client, name, rows, vectors, lists)
             except BaseException:
-                client.drop_collection(name)
+                client.drop_collection(name, timeout=CHANGE_S)
                 raise
 
     def _fill(self, client: MilvusClient, name: str, rows: Longs, vectors: Floats, lists: int) -> None:
@@ -126,7 +129,9 @@ class MilvusDatabase:
         rows: list[int] = []
         vectors: list[list[float]] = []
         with self._refusals():
-            content = self._connected().query_iterator(name, batch_size=AT_ONCE, output_fields=[ID, VECTOR])
+            content = self._connected().query_iterator(
+                name, batch_size=AT_ONCE, output_fields=[ID, VECTOR], timeout=LOAD_S
+            )
             while batch := content.next():
                 rows.extend(entry[ID] for entry in batch)
                 vectors.extend(entry[VECTOR] for entry in batch)
@@ -138,12 +143,13 @@ class MilvusDatabase:
     def names(self, prefix: str) -> list[str]:
         """See `VectorDatabase.names`."""
         with self._refusals():
-            return sorted(name for name in self._connected().list_collections() if name.startswith(prefix))
+            names = self._connected().list_collections(timeout=CHANGE_S)
+            return sorted(name for name in names if name.startswith(prefix))
 
     def drop(self, name: str) -> None:
         """See `VectorDatabase.drop`."""
         with self._refusals():
-            self._connected().drop_collection(name)
+            self._connected().drop_collection(name, timeout=CHANGE_S)
 
     def _connected(self) -> MilvusClient:
         """The client; its channel connects again by itself."""
@@ -159,6 +165,9 @@ class MilvusDatabase:
             yield
         except MilvusException as error:
             raise UnavailableError(f"{self._where}: {error.message}") from error
+        except grpc.RpcError as error:  # the client passes on that an answer took too long, or that a user has no right
+            told = error.details() if hasattr(error, "details") else repr(error)
+            raise UnavailableError(f"{self._where}: {told}") from error
 
 
 @functools.cache

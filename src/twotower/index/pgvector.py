@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import functools
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ from pgvector.psycopg import register_vector
 from psycopg import sql
 
 from twotower.index.database import Floats, Longs
-from twotower.schema.errors import UnavailableError
+from twotower.schema.errors import ConfigError, UnavailableError
 from twotower.schema.secrets import credentials
 
 T = TypeVar("T")
@@ -29,12 +30,34 @@ OLDEST: Final = (0, 8, 4)
 SEARCH_S: Final = 2.0
 """A search that takes longer fails."""
 CONNECT_S: Final = 2.0
-IDLE: Final = 8
-"""Connections that wait for the next search, at most. (The pools of psycopg tell a failed connection as a time-out.)"""
+WORK_S: Final = 60.0
+"""Longest wait until the rows of a table are counted, or a table is dropped."""
+CONNECTIONS: Final = 16
+"""Connections of a process for searches, at most; they are kept. (The pools of psycopg tell a failed connection as a
+time-out.)"""
 FOUND_AT_ONCE: Final = 1 << 17
 """Neighbours fetched together, over all queries of a call."""
+WIDEST: Final = 2000
+"""Numbers of a vector, at most: of an index, and of a row that is not stored apart."""
+_TOO_SLOW: Final = (psycopg.errors.QueryCanceled, psycopg.errors._WaitTimeout)
+"""Errors of a search, not of its connection."""
 BUILD_MEMORY_MB: Final = 1024
 """Memory that PostgreSQL may use to build an index."""
+
+
+class _Connection(psycopg.Connection):
+    """A connection on which a server that says nothing is waited for in vain only so long.
+
+    The server ends a slow search itself (`statement_timeout`); one that is stopped, or behind a network that is cut,
+    cannot.
+    """
+
+    silence_s: float | None = 2 * SEARCH_S
+    """Longest wait for the next answer; None = without end, for loading and indexing a table."""
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        """See `psycopg.Connection.wait`."""
+        return super().wait(gen, interval, self.silence_s if timeout is None else timeout)
 
 
 class PgvectorDatabase:
@@ -54,7 +77,8 @@ class PgvectorDatabase:
     def __init__(self, url: str) -> None:
         self._where = f"PostgreSQL at {url}"
         self._url = url
-        self._idle: queue.LifoQueue[psycopg.Connection] = queue.LifoQueue(IDLE)
+        self._free = threading.BoundedSemaphore(CONNECTIONS)
+        self._idle: queue.LifoQueue[psycopg.Connection] = queue.LifoQueue(CONNECTIONS)
 
     def describe(self) -> str:
         """See `VectorDatabase.describe`; the extension need not be made yet, but the server must have it."""
@@ -70,7 +94,12 @@ class PgvectorDatabase:
     def create(self, name: str, rows: Longs, vectors: Floats, lists: int) -> None:
         """See `VectorDatabase.create`."""
         table, dimension = sql.Identifier(name), vectors.shape[1]
-        with self._refusals(), self._opened() as connection:  # one transaction
+        if dimension > WIDEST:
+            raise ConfigError(
+                f"pgvector indexes vectors of at most {WIDEST} numbers, these have {dimension}: lower "
+                'models.dimension (or models.als.factors), or set index.kind = "milvus" or "faiss"'
+            )
+        with self._refusals(), self._working() as connection:  # one transaction
             self._prepare(connection)
             connection.execute(
                 sql.SQL("CREATE TABLE {} (id bigint NOT NULL, vector vector({}) STORAGE plain NOT NULL)").format(
@@ -102,7 +131,10 @@ class PgvectorDatabase:
         """See `VectorDatabase.count`."""
         if not self.has(name):
             return -1
-        return int(self._rows(sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(name)))[0][0])
+        counted = sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(name))
+        with self._refusals(), self._working(WORK_S) as connection:
+            (count,) = connection.execute(counted).fetchone() or (-1,)
+        return int(count)
 
     def nearest(self, name: str, queries: Floats, n: int, probes: int) -> Longs:
         """See `VectorDatabase.nearest`."""
@@ -127,7 +159,7 @@ class PgvectorDatabase:
         query = sql.SQL("SELECT id, vector FROM {} ORDER BY id").format(sql.Identifier(name))
         rows: list[int] = []
         vectors: list[Floats] = []
-        with self._refusals(), self._opened() as connection:
+        with self._refusals(), self._working(10 * WORK_S) as connection:  # sorting comes first
             register_vector(connection)
             with connection.cursor(name="content", binary=True) as cursor:
                 cursor.itersize = 10_000
@@ -145,7 +177,7 @@ class PgvectorDatabase:
 
     def drop(self, name: str) -> None:
         """See `VectorDatabase.drop`."""
-        with self._refusals(), self._opened() as connection:
+        with self._refusals(), self._working(WORK_S) as connection:
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(name)))
 
     def close_idle(self) -> None:
@@ -166,19 +198,21 @@ class PgvectorDatabase:
 
         One that was idle may be from before a restart of the server. A read does no harm twice, so it is tried again.
         """
-        with self._refusals():
+        with self._refusals(), self._turn():
             while True:
                 try:
                     connection, fresh = self._idle.get_nowait(), False
                 except queue.Empty:
                     connection, fresh = self._opened(autocommit=True), True
-                    self._set_up(connection)
                 try:
-                    answer = read(connection)
-                except psycopg.OperationalError:
-                    connection.close()
                     if fresh:
+                        self._set_up(connection)
+                    answer = read(connection)
+                except psycopg.OperationalError as error:
+                    connection.close()
+                    if fresh or isinstance(error, _TOO_SLOW):  # again it would take as long
                         raise
+                    self.close_idle()  # they are as old
                     continue
                 except BaseException:
                     connection.close()
@@ -189,8 +223,26 @@ class PgvectorDatabase:
                     connection.close()
                 return answer
 
-    def _opened(self, autocommit: bool = False) -> psycopg.Connection:
-        return psycopg.connect(
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for one of the connections."""
+        if not self._free.acquire(timeout=SEARCH_S):
+            raise UnavailableError(f"{self._where}: all {CONNECTIONS} connections are busy")
+        try:
+            yield
+        finally:
+            self._free.release()
+
+    @contextmanager
+    def _working(self, within_s: float | None = None) -> Iterator[_Connection]:
+        """A connection for one transaction that may take long, whatever the server's own limit is."""
+        with self._opened() as connection:
+            connection.execute("SET statement_timeout = 0")
+            connection.silence_s = within_s
+            yield connection
+
+    def _opened(self, autocommit: bool = False) -> _Connection:
+        return _Connection.connect(
             self._url,
             autocommit=autocommit,
             connect_timeout=round(CONNECT_S),

@@ -137,6 +137,8 @@ def _extras_of(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "spark", 'engine.name = "spark"'
     if settings.stream.log.kind != "local":
         yield settings.stream.log.kind, f'stream.log.kind = "{settings.stream.log.kind}"'
+    if settings.serve.feature_store.url is not None:
+        yield settings.serve.feature_store.kind, f'serve.feature_store.kind = "{settings.serve.feature_store.kind}"'
     if settings.index.url is not None:
         yield settings.index.kind, f'index.kind = "{settings.index.kind}"'
 

@@ -6,6 +6,7 @@ in it: several workspaces can share a database, and each drops only its own.
 """
 
 import logging
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +18,15 @@ from twotower.index.checks import INDEX_JSON
 from twotower.index.database import COLLECTION, Collection, check_content, check_there
 from twotower.index.options import ADDRESSES, IndexOptions
 from twotower.publish.version import read_manifest
-from twotower.schema.errors import TwotowerError
-from twotower.schema.files import MANIFEST, read_json, whole_file
+from twotower.schema.errors import DataError, TwotowerError, VersionError, shown
+from twotower.schema.files import MANIFEST, check_fields, read_json, whole_file
 
 log = logging.getLogger(__name__)
 
 HOME: Final = ".collections"
 """File of the versions' folder that holds the beginning of the names of its collections."""
+_BEGINNING: Final = re.compile("twotower_[0-9a-f]{8}")
+_NAMES: Final = "collections"
 
 
 @contextmanager
@@ -39,12 +42,13 @@ def collections_of(versions: Path, version_id: str, index: IndexOptions) -> Iter
     try:
         yield lambda channel: prefix + channel
     except BaseException:
-        try:
-            database = connect(index.kind, index.url)
-            for name in database.names(prefix):
-                database.drop(name)
-        except TwotowerError as error:
-            log.warning("what was loaded into the vector database stays until `twotower prune`: %s", error)
+        if not (versions / version_id).exists():  # else they are those of a complete version
+            try:
+                database = connect(index.kind, index.url)
+                for name in database.names(prefix):
+                    database.drop(name)
+            except TwotowerError as error:
+                log.warning("what was loaded into the vector database stays until `twotower prune`: %s", error)
         raise
 
 
@@ -61,8 +65,26 @@ def collections_in(folder: Path) -> dict[str, Any]:
 
 
 def collections_named(manifest: Mapping[str, Any]) -> dict[str, Collection]:
-    """The collections that a version's manifest names, by channel."""
-    return {channel: Collection(**said) for channel, said in manifest.get("collections", {}).items() if said["count"]}
+    """The collections that a version's manifest names, by channel; what else a release says of them is passed over.
+
+    Raises:
+        VersionError: what it says of them is no collection, or of another kind of database.
+    """
+    where, named = f"version {manifest.get('id')}: collections of {MANIFEST}", dict[str, Collection]()
+    try:
+        written = check_fields(manifest, {_NAMES: dict}, where)[_NAMES] if _NAMES in manifest else {}
+        for channel, said in written.items():
+            check_fields(said, COLLECTION, f"{where}, {channel}")
+            named[channel] = Collection(**{name: said[name] for name in COLLECTION})
+    except DataError as error:
+        raise VersionError(str(error)) from None
+    for channel, collection in named.items():
+        if collection.kind not in ADDRESSES:
+            raise VersionError(
+                f"{where}, {channel}: this release has no database of kind {shown(collection.kind)}, but "
+                f"{', '.join(ADDRESSES)}"
+            )
+    return {channel: collection for channel, collection in named.items() if collection.count}
 
 
 def check_collections(path: Path, *, content: bool = True) -> None:
@@ -93,7 +115,7 @@ def prune_collections(
 
     Raises:
         UnavailableError: the database does not answer.
-        VersionError: a version cannot be read, so that it is not known what it names.
+        VersionError: a version cannot be read, so that it is not known what it names; or the beginning of the names.
     """
     home = versions / HOME
     if index.url is None or not home.exists():
@@ -113,9 +135,19 @@ def prune_collections(
 
 
 def _home(versions: Path) -> str:
-    """How the names of all collections of a folder of versions begin."""
+    """How the names of all collections of a folder of versions begin.
+
+    Raises:
+        VersionError: the file does not say it: tables that are not ours would be dropped.
+    """
     path = versions / HOME
     if not path.exists():
         with whole_file(path) as temporary:
             temporary.write_text(f"twotower_{secrets.token_hex(4)}\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    home = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not _BEGINNING.fullmatch(home):
+        raise VersionError(
+            f"{path} says {shown(home)}, where twotower_ and eight digits are expected: restore it from the names of "
+            "collections in a manifest.json, or remove it and publish again"
+        )
+    return home

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from twotower.index.options import IndexOptions
 from twotower.publish.collections import prune_collections
-from twotower.publish.publish import current, list_versions, one_publisher
+from twotower.publish.publish import current, list_versions, one_promoter, one_publisher
 from twotower.publish.version import read_manifest
 from twotower.schema.files import TEMPORARY
 
@@ -43,13 +43,16 @@ def prune(
         VersionError: another process is publishing, or a version cannot be read.
     """
     with one_publisher(versions):
-        old = [] if keep is None else _old(versions, keep)
-        if not dry_run:
-            for version_id in old:
+        with one_promoter(versions):  # what is promoted is kept
+            old = [] if keep is None else _old(versions, keep)
+            prune_collections(versions, index, removed=old, dry_run=True)  # an error comes before anything is removed
+            leaving = [versions / f"{TEMPORARY}{version_id}" for version_id in old]
+            for version_id, path in zip(old, leaving, strict=True) if not dry_run else ():
                 log.info("removing version %s", version_id)
-                leaving = versions / f"{TEMPORARY}{version_id}"  # removed as a whole, also if this is killed
-                (versions / version_id).rename(leaving)
-                shutil.rmtree(leaving)
+                (versions / version_id).rename(path)  # removed as a whole, also if this is killed
+        if not dry_run:
+            for version_id, path in zip(old, leaving, strict=True):
+                shutil.rmtree(path)
                 shutil.rmtree(deltas / version_id, ignore_errors=True)
         return Pruned(old, prune_collections(versions, index, removed=old, dry_run=dry_run))
 

@@ -53,7 +53,7 @@ from twotower.samples.names import ITEMS_FILE
 from twotower.samples.read import Samples
 from twotower.schema import columns as c
 from twotower.schema.clock import ClockMs, now_ms
-from twotower.schema.errors import DataError, UnavailableError, VersionError
+from twotower.schema.errors import DataError, TwotowerError, VersionError
 from twotower.schema.files import MANIFEST, TEMPORARY, check_listing, folder_listing, whole_file, whole_folder
 from twotower.schema.locks import locked
 from twotower.schema.tables import check_entities
@@ -309,6 +309,13 @@ def one_publisher(versions: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_promoter(versions: Path) -> Iterator[None]:
+    """Keep others from changing `CURRENT`, and from removing versions; two writers would share a temporary name."""
+    with locked(versions / PROMOTING, VersionError, wait=True):
+        yield
+
+
 def current(versions: Path) -> str | None:
     """The id of the served version, None before the first is promoted."""
     try:
@@ -337,9 +344,10 @@ def promote(versions: Path, version_id: str) -> None:
     """
     if problems := verify(existing_path(versions, version_id)):
         raise VersionError(f"{version_id} is not promoted: {'; '.join(problems[:3])}")
-    # Two processes would share the temporary name.
-    with locked(versions / PROMOTING, VersionError, wait=True), whole_file(versions / CURRENT) as temporary:
-        temporary.write_text(version_id + "\n", encoding="utf-8")
+    with one_promoter(versions):
+        existing_path(versions, version_id)  # it may have been pruned while it was checked
+        with whole_file(versions / CURRENT) as temporary:
+            temporary.write_text(version_id + "\n", encoding="utf-8")
     log.info("promoted %s", version_id)
 
 
@@ -365,7 +373,7 @@ def verify(path: Path) -> list[str]:
             return problems
         check_collections(path)
         return replay(open_version(path, check_hashes=False))
-    except (DataError, VersionError, UnavailableError) as error:
+    except TwotowerError as error:
         return [str(error)]
     except MemoryError:
         raise

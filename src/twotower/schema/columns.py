@@ -31,6 +31,9 @@ FEATURES: Final = "features."
 ROW: Final = "row"
 """The number of a row in its partition, through all shards."""
 
+EVENT_TYPE: Final = "event_type"
+"""A context of imported events, where the source knows it: view, click, like, cart, purchase or dislike."""
+
 TS_MS: Final = "ts_ms"
 REASON: Final = "reason"
 RANK: Final = "rank"

@@ -47,6 +47,7 @@ def _address(value: str) -> str:
     """Refuse an address that holds a password: configurations are recorded in versions and shown in messages."""
     address, _, parameters = value.partition("?")
     users = [part.rpartition("@")[0] for part in address.rpartition("://")[2].split(",")]
+    users.append(value.partition("://")[2].partition("/")[0].rpartition("@")[0])  # a password may have a "?" in it
     named = [part.partition("=")[0].lower() for part in re.split("[&;]", parameters)]
     if any(":" in user for user in users) or any(word in name for name in named for word in _SECRET):
         raise ValueError("an address holds no password: set it in the environment, see the description of this key")

@@ -7,7 +7,7 @@ from fastapi.responses import Response
 
 from twotower.features.store import FeatureStoreError
 from twotower.logs import EventLogError
-from twotower.schema.errors import DataError
+from twotower.schema.errors import DataError, TwotowerError, UnavailableError
 from twotower.schema.limits import MAX_BODIES_BYTES, MAX_BODY_BYTES, MAX_EVENTS_BODY_BYTES
 from twotower.serve.answers import answer_errors, problem
 from twotower.serve.bodies import Bounded, StrictRoute
@@ -47,8 +47,9 @@ def make_app(parts: ServerParts) -> FastAPI:
 
     @app.exception_handler(EventLogError)
     @app.exception_handler(FeatureStoreError)
+    @app.exception_handler(UnavailableError)
     @app.exception_handler(Unanswerable)
-    async def unable(_: Request, error: EventLogError | FeatureStoreError | Unanswerable) -> Response:
+    async def unable(_: Request, error: TwotowerError) -> Response:
         log.error("a request failed: %s", error)
         return problem(503, str(error))
 

@@ -112,7 +112,11 @@ class ExplainBody(RecommendBody):
 def add_candidates(app: FastAPI, parts: ServerParts) -> None:
     """Add `/v1/retrieve`, `/v1/retrieve/batch`, `/v1/recommend`, `/v1/explain` and `/v1/items/{id}/similar`."""
     timeout_s = parts.serve.channel_timeout_ms / 1000
-    channels = SideBySide(timeout_s, lambda name, reason: parts.metrics.failed.labels(name, reason).inc())
+    channels = SideBySide(
+        timeout_s,
+        lambda name, reason: parts.metrics.failed.labels(name, reason).inc(),
+        away=lambda: parts.databases.problems,
+    )
     searching = threading.BoundedSemaphore(AT_ONCE)
 
     def request_of(body: UserBody, k: int) -> Request:

@@ -7,7 +7,7 @@ out of other requests: work that nobody waits for does not pile up.
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -29,6 +29,10 @@ _LONGEST_PAUSE: Final = 64
 """In budgets."""
 _IDLE_S: Final = 30.0
 """A thread ends after this time without work."""
+
+
+AWAY: Final = "unavailable"
+"""It was not asked: its vector database is known not to answer."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class SideBySide:
         budget_s: how long a request waits for its channels.
         note: called with channel and reason whenever one is left out.
         clock_s: a monotonic clock, in seconds.
+        away: the channels that cannot be searched now. They are left out at once, so that no request waits for them.
     """
 
     def __init__(
@@ -84,7 +89,9 @@ class SideBySide:
         budget_s: float,
         note: Callable[[str, str], None] = lambda *_: None,
         clock_s: Callable[[], float] = time.monotonic,
+        away: Callable[[], Container[str]] = lambda: (),
     ) -> None:
+        self._away = away
         self._budget_s = budget_s
         self._note = note
         self._clock_s = clock_s
@@ -93,8 +100,11 @@ class SideBySide:
 
     def ask(self, channels: Mapping[str, Retriever], queries: Queries, k: int, version: str = "") -> Answers:
         """Candidates of the channels that answered in time, and why the others are missing; it is an `Ask`."""
-        alone = len(channels) == 1
-        answers = ask_in_turn(channels, queries, k) if alone else self._within(channels, queries, k, version)
+        away = self._away()
+        there = {name: channel for name, channel in channels.items() if name not in away}
+        alone = len(there) == 1
+        answers = ask_in_turn(there, queries, k) if alone else self._within(there, queries, k, version)
+        answers.left_out.update({name: AWAY for name in channels if name not in there})
         for name, reason in answers.left_out.items():
             self._note(name, reason)
         return answers

@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class DatabaseWatch:
     """Looks at the collections of the served version; a server does it every second.
 
-    Requests do not wait for it: they ask every channel and leave out those that fail. It is for probes and metrics,
-    which must tell the truth without traffic too.
+    Requests leave out what it names, instead of waiting for it, and ask again once it has answered. Probes and metrics
+    tell the same, also without traffic.
     """
 
     def __init__(self, snapshots: Snapshots, clock_s: Callable[[], float] = time.monotonic) -> None:
@@ -49,12 +49,16 @@ class DatabaseWatch:
         """Ask the database for each collection of the served version."""
         self._began_s = self._clock_s()
         problems: dict[str, str] = {}
+        away: dict[str, str] = {}  # by address: one that does not answer is asked once, for all channels
         for channel, collection in collections_named(self._snapshots.version.manifest).items():
+            if collection.url in away:
+                problems[channel] = away[collection.url]
+                continue
             try:
                 if not connect(collection.kind, collection.url).has(collection.name):
                     problems[channel] = f"{collection.name} is missing in {collection.url}: roll back or publish again"
             except TwotowerError as error:
-                problems[channel] = str(error)
+                problems[channel] = away[collection.url] = str(error)
         if problems.keys() != self._problems.keys():
             for channel in sorted(problems.keys() - self._problems.keys()):
                 log.error("channel %s cannot be searched: %s", channel, problems[channel])

@@ -36,7 +36,8 @@ class Metrics:
         self.passed_over = counter("events_passed_over", "Events of the log that cannot be used, by reason.", "reason")
         self.failed = counter(
             "failed_channels",
-            "Channels left out of an answer: error, late (over serve.channel_timeout_ms), busy (with a late call).",
+            "Channels left out of an answer: error, late (over serve.channel_timeout_ms), busy (with a late call), "
+            "unavailable (its vector database).",
             "channel",
             "reason",
         )

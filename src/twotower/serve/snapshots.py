@@ -7,6 +7,7 @@ that fails any check is rejected visibly, and the server keeps serving what it s
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from twotower.serve.health import Health
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
+AWAY_S = 5.0
+"""Pause before a version whose vector database does not answer is tried again: all its files are read for that."""
 FOLLOWER = "the follower of versions and deltas"
 """Names its thread."""
 _NOTHING = EntityChanges()
@@ -95,6 +98,7 @@ class Snapshots:
         """Held for a moment only: opening a version goes on beside puts."""
         self._follower: threading.Thread | None = None
         self.refused: Refusal | None = None
+        self._pauses_until_s = 0.0
         version_id = current(versions)
         if version_id is None:
             raise VersionError(f"{versions} names no served version: run `twotower run` or `twotower publish` first")
@@ -139,6 +143,14 @@ class Snapshots:
             self.refresh()
             return self._serving.version.id
 
+    def _look(self) -> None:
+        """As `reload`; a version that has to wait for its database is not tried each time."""
+        with self._switching:
+            waits = self.refused is not None and self.refused.passing and time.monotonic() < self._pauses_until_s
+            if not waits or self.refused is None or current(self._versions) != self.refused.version:
+                self._switch()
+            self.refresh()
+
     def heed(self, entities: Callable[[], EntityChanges]) -> None:
         """Take the users and items that were put or deleted from another source, now and from now on."""
         self._entities = entities
@@ -151,7 +163,7 @@ class Snapshots:
 
     def follow(self, health: Health) -> None:
         """Start to look for another version, deltas and entities every fifth of a second."""
-        self._follower = health.repeat(FOLLOWER, self.reload, POLL_S, self._stop)
+        self._follower = health.repeat(FOLLOWER, self._look, POLL_S, self._stop)
 
     def close(self) -> None:
         """Stop following."""
@@ -180,6 +192,7 @@ class Snapshots:
             again = self.refused is not None and self.refused.version == version_id  # it was told already
             problem = str(error) if again else _refused(version_id, self._serving.version.id, error)
             self.refused = Refusal(version_id, problem, passing=isinstance(error, UnavailableError))
+            self._pauses_until_s = time.monotonic() + AWAY_S
             return
         self.refused = None
         self._on_switch(version_id)
