@@ -30,9 +30,13 @@ def test_the_page_lists_every_command_and_no_other() -> None:
 
 
 def test_every_command_but_those_that_make_a_workspace_takes_a_configuration() -> None:
-    assert {name for name, options in commands().items() if "--set" not in options} == {"import", "simulate"} | LAB
-    assert {name for name, options in commands().items() if "--config" not in options} == {
+    assert {name for name, options in commands().items() if "--set" not in options} == {
+        "init",
         "import",
+        "simulate",
+    } | LAB
+    assert {name for name, options in commands().items() if "--config" not in options} == {
+        "init",
         "simulate",
         "demo",
     } | LAB

@@ -47,6 +47,12 @@ ConfigFile = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+UserColumn = Annotated[str | None, typer.Option(help="The column of user ids.")]
+ItemColumn = Annotated[str | None, typer.Option(help="The column of item ids.")]
+TimeColumn = Annotated[str | None, typer.Option(help="The column of times, if it is not ts_ms.")]
+TimeUnit = Annotated[
+    Unit | None, typer.Option("--unit", "--time-unit", help="Unit of a time column of numbers; absent = ms.")
+]
 IndexKind = Literal["milvus", "pgvector"]
 Promote = Annotated[bool, typer.Option("--promote/--no-promote", help="Serve the version at once.")]
 
@@ -103,42 +109,77 @@ DATASETS_HELP = (
 )
 
 
+@app.command()
+def init(
+    files: Annotated[list[Path], typer.Argument(help="Clicks, and where you have them users and items; or folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for twotower.toml and the workspace.")],
+    user_column: UserColumn = None,
+    item_column: ItemColumn = None,
+    time_column: TimeColumn = None,
+    unit: TimeUnit = None,
+    timezone: Annotated[str, typer.Option(help="Of times that do not say a zone, such as Asia/Shanghai.")] = "UTC",
+) -> None:
+    """Look at your files, say what each column is, and write a configuration for `import -c`."""
+    from twotower.cli.init import init_files
+    from twotower.datasets.propose import Hints
+
+    with command():
+        answer(init_files(files, out, Hints(user_column, item_column, time_column, unit, timezone)))
+
+
 @app.command("import")
 def import_(
-    dataset: Annotated[str, typer.Argument(help=DATASETS_HELP)],
-    source: Annotated[Path, typer.Argument(help="The data set's own folder, archive or file.")],
-    out: Annotated[Path, typer.Option(help="The workspace to make.")],
+    dataset: Annotated[str | None, typer.Argument(help=f"{DATASETS_HELP}; not with -c")] = None,
+    source: Annotated[Path | None, typer.Argument(help="The data set's own folder, archive or file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The workspace to make; with -c, its workspace.path.")] = None,
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="A file with a section [import].")] = None,
     holdout: Annotated[
         str | None, typer.Option(help="time:Q, since:DATE, leave-one-out, pause:DAYS or, without time, random:SHARE")
     ] = None,
     test: Annotated[Path | None, typer.Option(help="A file of held-out positives.")] = None,
-    positive: Annotated[str, typer.Option(help="all, or the lowest rating that counts.")] = "all",
+    positive: Annotated[str | None, typer.Option(help="all (the default), or the lowest rating that counts.")] = None,
     until: Annotated[str | None, typer.Option(help="Last day to read, YYYY-MM-DD.")] = None,
     users: Annotated[Path | None, typer.Option(help="interactions: a table of users.")] = None,
     items: Annotated[Path | None, typer.Option(help="interactions: a table of items.")] = None,
-    time_column: Annotated[
-        str | None, typer.Option(help="interactions: the column of times, if it is not ts_ms.")
-    ] = None,
-    time_unit: Annotated[Unit, typer.Option(help="interactions: the unit of a time column of numbers.")] = "ms",
+    user_column: UserColumn = None,
+    item_column: ItemColumn = None,
+    time_column: TimeColumn = None,
+    unit: TimeUnit = None,
+    timezone: Annotated[str | None, typer.Option(help="-c: zone of times that do not say one.")] = None,
     without_time: Annotated[
         bool, typer.Option("--without-time", help="interactions: events have no time, whatever a column looks like.")
     ] = False,
 ) -> None:
-    """Make a workspace out of a public data set or of your own interactions."""
+    """Make a workspace out of a public data set or of your own files."""
+    from twotower.cli.init import import_configured
+    from twotower.datasets.files import Overrides as ImportOverrides
     from twotower.datasets.importers import import_dataset
     from twotower.datasets.workspace import as_text
 
     with command():
-        options = ImportOptions(
-            holdout=holdout,
-            test=test,
-            positive=positive,
-            until=until,
-            users=users,
-            items=items,
-            event_time=EventTime(time_column, time_unit, without_time),
-        )
-        report = import_dataset(dataset, source, out, options)
+        if config is not None:
+            if dataset is not None or any((test, until, users, items, without_time)):
+                raise ConfigError(
+                    "-c brings the files of its section [import]: give no data set, --test, --until, --users, --items "
+                    "or --without-time beside it"
+                )
+            said = ImportOverrides(user_column, item_column, time_column, unit, timezone, positive, holdout)
+            report = import_configured(config, out, said)
+        else:
+            if dataset is None or source is None or out is None:
+                raise ConfigError("give a data set, its folder and --out, or -c FILE (`twotower init` writes one)")
+            if user_column or item_column or timezone:
+                raise ConfigError("--user-column, --item-column and --timezone go with -c FILE")
+            options = ImportOptions(
+                holdout=holdout,
+                test=test,
+                positive=positive or "all",
+                until=until,
+                users=users,
+                items=items,
+                event_time=EventTime(time_column, unit or "ms", without_time),
+            )
+            report = import_dataset(dataset, source, out, options)
         typer.echo(as_text(report), err=True)
         answer(report)
 

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from twotower.config.settings import Settings
+from twotower.datasets.options import ImportSection, TableFiles
 from twotower.features.options import KINDS
 from twotower.schema import columns as c
 from twotower.schema.errors import ConfigError, cut
@@ -53,7 +54,11 @@ CONSTANTS: Mapping[str, float] = {"samples.negatives.hard.impressed": 0.0, "mode
 HELD_OUT_USERS = 0.01
 """Share of users who are held out of training where a configuration has an `[update]` section."""
 
+IMPORT = "import"
+"""The section of `twotower import -c`; it is no part of `Settings`, because no later stage depends on it."""
+
 _ADAPTER = TypeAdapter(Settings)
+_IMPORT_ADAPTER = TypeAdapter(ImportSection)
 _SHOWN = 100
 """Characters of a wrong value that an error shows."""
 
@@ -140,6 +145,8 @@ def parse(
     """
     try:
         content = copy.deepcopy(content)
+        if IMPORT in content:
+            _import_section(content.pop(IMPORT))
         is_updated = "update" in content
         if isinstance(overrides, Mapping):
             for key, value in overrides.items():
@@ -155,10 +162,36 @@ def parse(
     except (RecursionError, UnicodeError, TypeError) as error:
         raise ConfigError(f"{where} cannot be read: {error}") from None
     except ValidationError as error:
-        problems = [
-            _sentence(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in error.errors()
-        ]
-        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+        raise ConfigError(f"{where}: " + "; ".join(_problems(error))) from None
+
+
+def load_import(configuration: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> ImportSection:
+    """The section `[import]` of a configuration, with overrides such as `import.timezone=Asia/Shanghai`.
+
+    Raises:
+        ConfigError: no such file or section, an unknown key, a value of another type.
+    """
+    content, where = _content(configuration)
+    for override in overrides:
+        _override(content, override)
+    if IMPORT not in content:
+        raise ConfigError(f"{where} has no section [import]: `twotower init FILES... --out DIR` writes one")
+    try:
+        return _import_section(content[IMPORT])
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_problems(error))) from None
+
+
+def _import_section(document: Any) -> ImportSection:
+    return _IMPORT_ADAPTER.validate_json(json.dumps(document, default=_plain), strict=True)
+
+
+def _problems(error: ValidationError) -> list[str]:
+    section = [IMPORT] if error.title == ImportSection.__name__ else []
+    return [
+        _sentence((*section, *problem["loc"]), problem["type"], problem["msg"], problem["input"])
+        for problem in error.errors()
+    ]
 
 
 def _fit_towers(content: dict[str, Any]) -> None:
@@ -270,6 +303,8 @@ def _hint(name: str, known: list[str]) -> str:
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     """The keys of the section or the feature in which the last part of a location stands."""
+    if location[0] == IMPORT:
+        return [field.name for field in dataclasses.fields(TableFiles if len(location) > 2 else ImportSection)]
     level: Any = KINDS.get(str(location[-2])) if len(location) > 4 and location[0] == "features" else Settings()
     for part in location[:-1] if isinstance(level, Settings) else ():
         level = getattr(level, str(part), None)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic.fields import FieldInfo
 
 from twotower.config.settings import Settings
+from twotower.datasets.options import ImportSection, TableFiles
 from twotower.features.options import KINDS, Features
 from twotower.schema.options import Day, NotNegative, Share
 from twotower.train.options import Span
@@ -28,6 +29,7 @@ _FEATURES = """\
 A feature is written `name = { kind = "..." }`, under `[features.user]`, `[features.item]` or `[features.context]`; see
 [features](features.md).
 """
+_TABLE_FILES = "### `[import.events]`, `[import.users]`, `[import.items]`\n"
 _Row = tuple[str, str, str, str]
 _WORDS = {
     int: "integer",
@@ -35,6 +37,7 @@ _WORDS = {
     str: "text",
     bool: "true or false",
     Any: "anything",
+    TableFiles: "a table of the keys below",
 }
 _VALUES = {
     str: "texts by name",
@@ -57,6 +60,9 @@ def reference() -> str:
             pages += [
                 f'### `kind = "{kind}"`\n\n{_doc(cls)}\n\n{_table(_rows(cls, ""))}' for kind, cls in KINDS.items()
             ]
+    pages.append(f"## `[import]`\n\n{_doc(ImportSection)}\n")
+    pages.append(_table(_rows(ImportSection, "")))
+    pages.append(f"{_TABLE_FILES}\n{_table(_rows(TableFiles, ''))}")
     return "\n".join(pages).rstrip() + "\n"
 
 
@@ -66,7 +72,7 @@ def _rows(section: Any, prefix: str) -> Iterator[_Row]:
     for name, info in _fields(section).items():
         if name == "kind" and section in KINDS.values():
             continue
-        if dataclasses.is_dataclass(hints[name]):
+        if dataclasses.is_dataclass(hints[name]) and hints[name] is not TableFiles:
             yield from _rows(hints[name], f"{prefix}{name}.")
         else:
             said = re.sub(r"\s+", " ", _description(section, name)).strip().replace("|", "\\|")

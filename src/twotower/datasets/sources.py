@@ -15,15 +15,30 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
-from twotower.datasets.text_file import COMPRESSIONS, Kind, read_text, read_type, word_among_numbers
+from twotower.datasets.text_file import (
+    COMPRESSIONS,
+    PLAIN_TEXT,
+    Kind,
+    TextForm,
+    read_text,
+    read_type,
+    word_among_numbers,
+)
 from twotower.schema import columns as c
 from twotower.schema.errors import DataError
 from twotower.schema.tables import check_distinct, is_text, require_columns, undictionaried
 
 PARQUET: Final = (".parquet", ".pq", ".parq")
 TEXT: Final = (".csv", ".tsv", ".txt")
+LINES: Final = (".jsonl", ".ndjson")
+"""JSON lines: an object a line."""
+ARROW: Final = (".arrow", ".feather")
+ATOMIC: Final = (".inter", ".user", ".item")
+"""RecBole's atomic files: text with tabs, whose heading has `name:type`."""
+_JSON_BLOCK: Final = 64 << 20
 NULL_FOLDER: Final = "__HIVE_DEFAULT_PARTITION__"
 """The value of a folder that stands for a missing one."""
 UNTYPED: Final = {b"twotower": b"untyped"}
@@ -100,23 +115,23 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None) -> Read:
     return read_tables(find_files(path), columns)
 
 
-def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*") -> FoundFiles:
+def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*", any_name: bool = False) -> FoundFiles:
     """A file itself, or the files below a folder in the order of their names.
 
     Left out are the files and folders of `without`, and files whose name does not match `pattern`: those are another
-    table's.
+    table's. With `any_name` a single file of any other name is text.
 
     Raises:
         DataError: nothing there, or a file of a kind that is not read.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist")
-    kinds = ", ".join((*PARQUET[:1], *TEXT))
+    kinds = ", ".join((*PARQUET[:1], *TEXT, LINES[0], ARROW[0]))
     packed = ", ".join(COMPRESSIONS)
     if not path.is_dir():
         if not path.is_file():
             raise DataError(f"{path} is neither a file nor a folder")
-        if not _is_read(path):
+        if not any_name and not _is_read(path):
             raise DataError(f"{path} ends in none of {kinds} (text also with {packed}): write one of these")
         return FoundFiles((SourceFile(path),))
     left_out = {other.resolve() for other in without}
@@ -134,7 +149,7 @@ def find_files(path: Path, without: Collection[Path] = (), pattern: str = "*") -
     return FoundFiles(tuple(files), tuple(not_read))
 
 
-def read_tables(found: FoundFiles, columns: Mapping[str, str] | None = None) -> Read:
+def read_tables(found: FoundFiles, columns: Mapping[str, str] | None = None, form: TextForm = PLAIN_TEXT) -> Read:
     """The rows of several files with the same columns: some, with the names that they get, or all under their own.
 
     Text has no types of its own. It gets the type of the Parquet files among them, else one that all its values have.
@@ -142,7 +157,7 @@ def read_tables(found: FoundFiles, columns: Mapping[str, str] | None = None) -> 
     Raises:
         DataError: a damaged file, a missing column, or columns or types that do not go together.
     """
-    parts = [_read_file(file, columns) for file in found.files]
+    parts = [_read_file(file, columns, form) for file in found.files]
     first = parts[0]
     for part in parts:
         if set(part.names) != set(first.names):
@@ -214,8 +229,14 @@ class _ReadFile:
 
 def _is_read(path: Path) -> bool:
     if path.suffix.lower() in COMPRESSIONS:
-        return path.with_suffix("").suffix.lower() in (*TEXT, "")
-    return path.suffix.lower() in (*PARQUET, *TEXT)
+        return path.with_suffix("").suffix.lower() in (*TEXT, *LINES, *ATOMIC, "")
+    return path.suffix.lower() in (*PARQUET, *TEXT, *LINES, *ARROW, *ATOMIC)
+
+
+def is_delimited(path: Path) -> bool:
+    """The file is text of values and delimiters, not Parquet, Arrow or JSON lines, by its name."""
+    suffix = path.with_suffix("").suffix if path.suffix.lower() in COMPRESSIONS else path.suffix
+    return suffix.lower() not in (*PARQUET, *LINES, *ARROW)
 
 
 def files_below(folder: Path, left_out: Collection[Path]) -> Iterator[Path]:
@@ -250,7 +271,7 @@ def _folder_columns(folders: Sequence[str]) -> dict[str, str | None]:
     return {unquote(name): None if value in (NULL_FOLDER, "") else unquote(value) for name, _, value in pairs if name}
 
 
-def _read_file(file: SourceFile, columns: Mapping[str, str] | None) -> _ReadFile:
+def _read_file(file: SourceFile, columns: Mapping[str, str] | None, form: TextForm) -> _ReadFile:
     path = file.path
     if file.read is not None and columns is not None:
         own = file.read(path, list(columns))
@@ -259,8 +280,14 @@ def _read_file(file: SourceFile, columns: Mapping[str, str] | None) -> _ReadFile
     if path.suffix.lower() in PARQUET:
         names, read = _read_parquet(path, columns)
         untyped: set[str] = set()
+    elif not is_delimited(path):
+        table = _read_whole(path)
+        names = {entry.name: str(entry.type) for entry in table.schema}
+        read = {name: _decoded(table[name], f"{path}, column {name}") for name in table.column_names}
+        untyped = set()
     else:
-        read = read_text(path)
+        tabs = path.suffix.lower() in ATOMIC or path.with_suffix("").suffix.lower() in ATOMIC
+        read = read_text(path, replace(form, delimiter=form.delimiter or "\t") if tabs else form)
         names = dict.fromkeys(read, "text")
         untyped = set(read)
     rows = len(next(iter(read.values()))) if read else 0
@@ -275,6 +302,24 @@ def _read_file(file: SourceFile, columns: Mapping[str, str] | None) -> _ReadFile
         require_columns(pa.schema([(name, pa.null()) for name in names]), columns, str(path))
         read = {name: read[name] for name in columns}
     return _ReadFile(path, names, read, frozenset(untyped))
+
+
+def _read_whole(path: Path) -> pa.Table:
+    """A file of JSON lines or Arrow."""
+    try:
+        with pa.input_stream(str(path), compression=COMPRESSIONS.get(path.suffix.lower())) as stream:
+            if path.suffix.lower() not in ARROW:
+                table = pa_json.read_json(stream, pa_json.ReadOptions(use_threads=False, block_size=_JSON_BLOCK))
+            else:
+                data = stream.read()
+                is_file = data.startswith(b"ARROW1")
+                opened = pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)
+                table = opened.read_all()
+        check_distinct(table.column_names, str(path))
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read, it is cut, damaged or of another kind: {error}") from None
+    return table
 
 
 def _read_parquet(path: Path, columns: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, pa.ChunkedArray]]:

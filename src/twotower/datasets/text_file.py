@@ -10,6 +10,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -27,6 +28,9 @@ Kind = Literal["id", "number", "text", "any"]
 
 _BLOCK_BYTES: Final = 16 << 20
 _LARGEST_BLOCK: Final = (1 << 31) - 1
+_HEAD_BYTES: Final = 1 << 20
+_HEAD_LINES: Final = 200
+_ALL_DELIMITERS: Final = ("\t", ",", ";", "|", "::", "\x01", "^", " ")
 _DELIMITERS: Final = (",", "\t", ";", "|")
 _ENCODINGS: Final = ("gb18030", "shift_jis", "euc_kr", "windows-1251", "windows-1252")
 """Encodings that spreadsheets write, to be named where a file is not UTF-8; the last ones fit nearly every file."""
@@ -35,8 +39,25 @@ _NO_NUMBER: Final = r"[^0-9eE+\-. ]|^\s*[+]|^\s*-?0[0-9]|^\s*-?[0-9]{16,}\s*$"
 _BOOLEANS: Final = ("true", "false", "True", "False", "TRUE", "FALSE")
 
 
-def read_text(path: Path) -> dict[str, pa.ChunkedArray]:
-    """The columns of a delimited text file with a heading, every value as text, by name.
+@dataclass(frozen=True)
+class TextForm:
+    """How a text file is written; absent = found out from its name and heading."""
+
+    encoding: str | None = None
+    """Absent = UTF-8, or UTF-16 with a byte order mark."""
+    delimiter: str | None = None
+    """Between values, one character or more; absent = see `read_text`."""
+    heading: bool = True
+    """The first line has the names of the columns; without it they are `column_1`, `column_2`, ..."""
+
+
+PLAIN_TEXT: Final = TextForm()
+_STANDS_FOR_DELIMITER: Final = "\x1f"
+"""Arrow splits at one character only: this control character stands for a longer delimiter."""
+
+
+def read_text(path: Path, form: TextForm = PLAIN_TEXT) -> dict[str, pa.ChunkedArray]:
+    """The columns of a delimited text file, every value as text, by name.
 
     A column without a name (pandas writes its index like that) has the empty name; of several, the last is given.
     The text is UTF-8, or UTF-16 with a byte order mark. The delimiter is a tab in `.tsv`, else the first of comma, tab,
@@ -46,11 +67,48 @@ def read_text(path: Path) -> dict[str, pa.ChunkedArray]:
         DataError: an empty file, another encoding, a zero byte, a line with other columns than the heading, a quote
             that is never closed, a name that is there twice, or a damaged packed file; the message names the line.
     """
-    data = _bytes_of(path)
-    delimiter = _delimiter(data, path)
+    data = _bytes_of(path, form.encoding)
+    delimiter = form.delimiter or _delimiter(data, path)
+    if len(delimiter) > 1:
+        data, delimiter = data.replace(delimiter.encode(), _STANDS_FOR_DELIMITER.encode()), _STANDS_FOR_DELIMITER
     names, begin = _heading(data, delimiter, path)
+    if not form.heading:
+        names, begin = [f"column_{place}" for place in range(1, len(names) + 1)], 0
     check_distinct([name for name in names if name], str(path))
     return dict(zip(names, _parse(data, begin, names, delimiter, path), strict=True))
+
+
+def text_form(path: Path) -> TextForm:
+    """How a text file is written, judged by its content: encoding, delimiter, and whether it has a heading.
+
+    Raises:
+        DataError: the encoding cannot be told, or the file is empty or damaged.
+    """
+    head = _unpacked(path)
+    encoding = "gb18030" if not _fits(head.removeprefix(b"\xff\xfe"), "utf-8") and _is_chinese(head) else None
+    lines = [line for line in _bytes_of(path, encoding)[:_HEAD_BYTES].decode("utf-8", "ignore").splitlines() if line]
+    lines = lines[:_HEAD_LINES]
+    counts = {delimiter: {line.count(delimiter) for line in lines[:-1] or lines} for delimiter in _ALL_DELIMITERS}
+    even = {delimiter: max(seen) for delimiter, seen in counts.items() if len(seen) == 1 and max(seen)}
+    found = max(even, key=lambda delimiter: even[delimiter] * len(delimiter)) if even else None
+    if found == " " and max((len(line.split(found)) for line in lines), default=0) < 2:
+        found = None
+    delimiter = found or _delimiter("\n".join(lines).encode(), path)
+    first = [value.strip().strip('"') for value in lines[0].split(delimiter)]
+    return TextForm(encoding, delimiter, heading=not all(re.fullmatch(r"-?[0-9.]+", value) for value in first[:2]))
+
+
+def _is_chinese(data: bytes) -> bool:
+    """Bytes that are GB18030 and no other usual encoding: most characters are of the common ones of GB 2312.
+
+    Korean has its letters among the first of these rows, so some characters must lie beyond them.
+    """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or not _fits(data, "gb18030"):
+        return False
+    leads = re.findall(rb"([\x81-\xfe])[\x40-\xfe]", data)
+    common = [lead for lead in leads if b"\xa1" <= lead <= b"\xd7"]
+    beyond = [lead for lead in common if lead > b"\xc8"]
+    return len(common) >= 0.9 * len(leads) > 0 and (len(beyond) >= 0.1 * len(leads) or not _fits(data, "euc_kr"))
 
 
 def read_type(column: pa.ChunkedArray, kind: Kind = "any") -> pa.ChunkedArray:
@@ -102,13 +160,23 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | None:
         return None
 
 
-def _bytes_of(path: Path) -> bytes:
-    """The file in UTF-8, unpacked, without a byte order mark."""
+def _unpacked(path: Path) -> bytes:
     try:
         with pa.input_stream(str(path), compression=COMPRESSIONS.get(path.suffix.lower())) as stream:
             data: bytes = stream.read()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read, it is cut or damaged: {error}") from None
+    return data
+
+
+def _bytes_of(path: Path, encoding: str | None = None) -> bytes:
+    """The file in UTF-8, unpacked, without a byte order mark."""
+    data = _unpacked(path)
+    if encoding is not None:
+        try:
+            data = data.decode(encoding).encode()
+        except (LookupError, UnicodeError) as error:
+            raise DataError(f"{path} cannot be read in the encoding {encoding}: {error}") from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         try:
             data = data.decode("utf-16").encode()
