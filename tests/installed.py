@@ -12,7 +12,7 @@ import twotower_lab
 
 CLIENTS = {
     "twotower.features.redis_store": "redis",
-    "twotower.index.milvus": "pymilvus",
+    "twotower.index.milvus": "grpc",
     "twotower.index.pgvector": "psycopg",
     "twotower.logs.kafka": "confluent_kafka",
     "twotower.logs.redis": "redis",

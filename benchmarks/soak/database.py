@@ -36,6 +36,7 @@ from twotower.index.build import connect
 from twotower.index.options import IndexOptions
 from twotower.pipeline.line import publish_version, run_line
 from twotower.pipeline.places import places
+from twotower.publish.collections import collections_named
 from twotower.publish.prune import prune
 from twotower.publish.publish import current, list_versions, promote, verify
 from twotower.publish.version import read_manifest
@@ -45,6 +46,7 @@ from twotower.worlds.simulate import simulate_workspace
 
 RATE = 20
 AWAY_S = 5.0
+SETTLED_S = 1.0
 PATIENCE_S = 60.0
 PUBLISH = """
 import sys
@@ -105,15 +107,16 @@ def kill_publishers(settings: Settings, config: Path, kills: int, draw: random.R
         new = {version.id for version in list_versions(versions)} - before
         for name in new:
             assert verify(versions / name) == [], name
-        dropped = prune(versions, deltas, settings.index, keep=1).collections
-        left += len(dropped)
+        time.sleep(SETTLED_S)  # the database may still work off what the killed one sent
+        left += len(prune(versions, deltas, settings.index, keep=1).collections)
         named = {
-            said["name"]
+            collection.name
             for version in list_versions(versions)
-            for said in read_manifest(versions / version.id).get("collections", {}).values()
+            for collection in collections_named(read_manifest(versions / version.id)).values()
         }
         home = (versions / ".collections").read_text().strip()
-        assert set(connect(settings.index.kind, settings.index.url or "").names(home)) == named
+        there = set(connect(settings.index.kind, settings.index.url or "").names(home))
+        assert there == named, f"without a version: {there - named}; missing: {named - there}"
     return {"kills": kills, "killed_half_way": half_way, "collections_left_and_pruned": left}
 
 
