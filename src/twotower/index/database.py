@@ -30,7 +30,7 @@ from twotower.index.checks import (
 )
 from twotower.index.exact import ExactIndex
 from twotower.index.protocol import Exclusions, Neighbours
-from twotower.index.tuning import Tuned, fewest_probes, good_enough, probes_for
+from twotower.index.tuning import Tuned, fewest_probes, good_enough, probes_for, sample_of
 from twotower.schema.errors import DataError, VersionError
 from twotower.schema.files import whole_folder, write_json
 
@@ -184,8 +184,7 @@ class DatabaseIndex:
             return self
         if not len(queries):
             raise DataError("no queries to tune the index on: give vectors of held-out users")
-        spread = np.linspace(0, len(queries) - 1, min(len(queries), TUNING_QUERIES)).astype(np.int64)
-        sample = np.ascontiguousarray(queries[spread])
+        sample = sample_of(queries, TUNING_QUERIES)
         depths = sorted({min(k, count, self._database.most) for k in ks})
         best = self._exact.search(sample, depths[-1]).scores
         tuning = tuple(self._tuned(sample, k, recall, good_enough(best[:, k - 1])) for k in depths)

@@ -29,7 +29,7 @@ from twotower.index.checks import (
     read_description,
 )
 from twotower.index.protocol import PADDING, Exclusions, Neighbours, VectorIndex
-from twotower.index.tuning import Tuned, fewest_probes, good_enough, probes_for
+from twotower.index.tuning import Tuned, fewest_probes, good_enough, probes_for, sample_of
 from twotower.schema.errors import ConfigError, DataError
 from twotower.schema.files import opened_file, whole_folder, write_json
 
@@ -370,8 +370,7 @@ class FaissIndex:
             raise DataError(
                 f"the exact index holds {oracle.count()} vectors, this one {len(self._rows)}: build both from one set"
             )
-        spread = np.linspace(0, len(queries) - 1, min(len(queries), TUNING_QUERIES)).astype(np.int64)
-        sample = np.ascontiguousarray(queries[spread])
+        sample = sample_of(queries, TUNING_QUERIES)
         depths = sorted({min(k, len(self._rows)) for k in ks})
         exact = oracle.search(sample, depths[-1]).scores
         tuning = tuple(self._tuned(sample, k, recall, exact[:, k - 1], clock) for k in depths)

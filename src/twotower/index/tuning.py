@@ -70,6 +70,16 @@ def probes_for(tuning: Sequence[Tuned], depth: float, lists: int) -> int:
     return min(lists, int(np.ceil(largest.nprobe * depth / largest.k)))
 
 
+def sample_of(queries: NDArray[np.float32], most: int) -> NDArray[np.float32]:
+    """At most `most` of some queries (Q, D), evenly spaced.
+
+    >>> sample_of(np.arange(6, dtype=np.float32)[:, None], 3).ravel().tolist()
+    [0.0, 2.0, 5.0]
+    """
+    spread = np.linspace(0, len(queries) - 1, min(len(queries), most)).astype(np.int64)
+    return np.ascontiguousarray(queries[spread])
+
+
 def good_enough(last: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
     """(Q, 1) the lowest scores that count as found, of exact k-th ones (Q,)."""
     return np.expand_dims(last - ROUNDING * np.maximum(1, np.abs(last)), 1)

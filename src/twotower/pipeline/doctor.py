@@ -31,7 +31,7 @@ from twotower.pipeline.places import places
 from twotower.schema.errors import ConfigError, TwotowerError, UnavailableError
 from twotower.schema.files import TEMPORARY
 from twotower.schema.machine import machine
-from twotower.schema.secrets import without_user
+from twotower.schema.secrets import ADMIN_TOKEN, secret, without_user
 
 T = TypeVar("T")
 
@@ -40,7 +40,6 @@ PATIENCE_S: Final = 5.0
 """How long a system may take to answer."""
 PORT_S: Final = 1.0
 """How long whatever holds a port may take to say what it is."""
-TOKEN: Final = "TWOTOWER_ADMIN_TOKEN"
 STYLES: Final = {"ok": ("ok", "green"), "absent": ("-", "dim"), "failed": ("fails", "bold red")}
 """How the table shows a state."""
 
@@ -305,10 +304,10 @@ def _vector_database(settings: Settings) -> Iterator[Finding]:
 
 def _ports(settings: Settings) -> Iterator[Finding]:
     yield _port(settings.serve.host, settings.serve.port, "serve.port")
-    if os.environ.get(TOKEN):
+    if secret(ADMIN_TOKEN):
         yield _port("127.0.0.1", settings.serve.admin_port, "serve.admin_port")
     else:
-        yield Finding("serve.admin_port", "absent", f"without {TOKEN} a server has no admin port")
+        yield Finding("serve.admin_port", "absent", f"without {ADMIN_TOKEN} a server has no admin port")
 
 
 def _port(host: str, port: int, key: str) -> Finding:

@@ -1,17 +1,14 @@
 """`serve`: the server of `twotower.serve` with the page of `twotower.console`, out of a configuration."""
 
 import logging
-import os
 from collections.abc import Callable
 
 from twotower.config.available import check_available
 from twotower.config.settings import Settings
 from twotower.console.page import add_page
 from twotower.pipeline.places import places
+from twotower.schema.secrets import ADMIN_TOKEN, secret
 from twotower.serve.run import Address, run_server
-
-TOKEN = "TWOTOWER_ADMIN_TOKEN"
-
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +28,7 @@ def serve(settings: Settings, ready: Callable[[Address], None] | None = None) ->
         settings.stream.log,
         settings.serve,
         settings.funnel,
-        admin_token=os.environ.get(TOKEN) or None,
+        admin_token=secret(ADMIN_TOKEN),
         extend=add_page,
         ready=ready or (lambda address: log.info("serving %s at %s", address.version, address.url)),
     )

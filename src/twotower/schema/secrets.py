@@ -2,7 +2,10 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
+
+ADMIN_TOKEN: Final = "TWOTOWER_ADMIN_TOKEN"
+"""The variable of the token that admin requests carry."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from twotower.publish.publish import current, list_versions, promote, roll_back
 from twotower.schema.errors import ConfigError, TwotowerError
+from twotower.schema.secrets import ADMIN_TOKEN
 from twotower.serve.answers import answer_errors, json_response, problem
 from twotower.serve.bodies import Body, Bounded, StrictRoute
 from twotower.serve.snapshots import Snapshots
@@ -43,7 +44,7 @@ class Authorised:
         if scope["type"] == "http":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not secrets.compare_digest(given, self._expected):
-                refusal = problem(401, "give the token of $TWOTOWER_ADMIN_TOKEN as `Authorization: Bearer TOKEN`")
+                refusal = problem(401, f"give the token of ${ADMIN_TOKEN} as `Authorization: Bearer TOKEN`")
                 await refusal(scope, receive, send)
                 return
         await self._app(scope, receive, send)
